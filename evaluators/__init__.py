@@ -1,0 +1,22 @@
+"""Questions asked of a classifier; one verdict per image, scores computed from verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evaluators.base import Evaluator
+from evaluators.clean import Clean
+from evaluators.pgd import PGD
+from trainables.scale import Scale
+
+EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
+    "clean": Clean,
+    "pgd": PGD,
+}
+
+
+def evaluator_named(name: str, scale: Scale) -> Evaluator:
+    """Return an evaluator set up for a scale; ValueError lists the names."""
+    if name not in EVALUATORS:
+        raise ValueError(f"unknown evaluator {name!r}; one of {sorted(EVALUATORS)}")
+    return EVALUATORS[name](scale)

@@ -1,0 +1,159 @@
+"""What an evaluator is, the ledger of verdicts it fills, and the scores read from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from trainables.data import Data, Split, to_unit
+from trainables.models import Classifier
+
+# One row per image and question. `survived`: the model's answer is still the true label.
+LEDGER = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("question", pa.string()),
+        ("label", pa.int32()),
+        ("predicted", pa.int32()),
+        ("survived", pa.bool_()),
+    ]
+)
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids."""
+
+    images: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Split the batch in two, in order."""
+        middle = len(self.ids) // 2
+        return (
+            Batch(self.images[:middle], self.labels[:middle], self.ids[:middle]),
+            Batch(self.images[middle:], self.labels[middle:], self.ids[middle:]),
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """An aggregate of n verdicts: a share in [0, 1] with its 95 % interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Evaluator(Protocol):
+    """A question asked of a classifier.
+
+    `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
+    `judge` never aggregates; `summarize` never sees a model.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def identity(self, source: Data) -> dict[str, Any]: ...
+
+    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]: ...
+
+    def judge(
+        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
+    ) -> pa.Table: ...
+
+    def summarize(self, verdicts: pa.Table) -> list[Score]: ...
+
+
+def cell_digest(evaluator: Evaluator, source: Data) -> str:
+    """Return 12 hex digits that name an evaluator's question on a data set."""
+    identity = {"name": evaluator.name, **evaluator.identity(source)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def split_batches(split: Split, *, batch_size: int) -> Iterator[Batch]:
+    """Yield a split's images in order, as float32 in [0, 1]."""
+    for first in range(0, len(split), batch_size):
+        part = slice(first, first + batch_size)
+        yield Batch(to_unit(split.images[part]), split.labels[part], split.ids[part])
+
+
+def evaluate(
+    evaluator: Evaluator,
+    classifier: Classifier,
+    source: Data,
+    *,
+    device: torch.device,
+    batch_size: int = 200,
+) -> pa.Table:
+    """Ask an evaluator's question of a classifier; return the ledger, sorted as it was asked.
+
+    Out of memory halves the batch and goes on at the same image.
+    """
+    classifier.to(device).eval()
+    parts: list[pa.Table] = []
+    for batch in evaluator.batches(source, batch_size=batch_size):
+        parts += _judge_in_memory(evaluator, classifier, batch, device)
+    return pa.concat_tables(parts)
+
+
+def _judge_in_memory(
+    evaluator: Evaluator, classifier: Classifier, batch: Batch, device: torch.device
+) -> list[pa.Table]:
+    key = f"{evaluator.name}/{batch.ids[0]}".encode()
+    seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+    try:
+        on_device = Batch(batch.images.to(device), batch.labels.to(device), batch.ids)
+        generator = torch.Generator().manual_seed(seed)
+        return [evaluator.judge(classifier, on_device, generator=generator)]
+    except torch.OutOfMemoryError:
+        if len(batch.ids) == 1:
+            raise
+    first, second = batch.halves()
+    return [
+        *_judge_in_memory(evaluator, classifier, first, device),
+        *_judge_in_memory(evaluator, classifier, second, device),
+    ]
+
+
+def verdicts(batch: Batch, question: str, predicted_B: Tensor) -> pa.Table:
+    """Return a batch's rows of the ledger for one question."""
+    labels, predicted = batch.labels.cpu(), predicted_B.cpu()
+    columns: Sequence[Any] = (
+        batch.ids,
+        [question] * len(batch.ids),
+        labels.numpy(),
+        predicted.numpy(),
+        (labels == predicted).numpy(),
+    )
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=LEDGER)
+
+
+def survival_scores(ledger: pa.Table) -> list[Score]:
+    """Return, per question, the share of images that survived, with its Wilson interval."""
+    scores = []
+    for question in pc.unique(ledger["question"]).to_pylist():
+        survived = ledger.filter(pc.equal(ledger["question"], question))["survived"]
+        scores.append(share(question, pc.sum(survived).as_py() or 0, len(survived)))
+    return scores
+
+
+def share(name: str, count: int, n: int) -> Score:
+    """Return count / n with its Wilson interval (Wilson 1927)."""
+    interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Score(name, count / n, float(interval.low), float(interval.high), n)

@@ -1,0 +1,38 @@
+"""clean: is the image, as it is, classified as what it shows?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from trainables.data import Data
+from trainables.models import Classifier
+from trainables.scale import Scale
+
+
+class Clean:
+    """Top-1 accuracy on every held-out image."""
+
+    name = "clean"
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+
+    def identity(self, source: Data) -> dict[str, Any]:
+        return {"images": source.held_out.ids_hash()}
+
+    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+        return split_batches(source.held_out, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def judge(
+        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
+    ) -> pa.Table:
+        return verdicts(batch, self.name, classifier(batch.images).argmax(dim=1))
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        return survival_scores(ledger)

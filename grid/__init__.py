@@ -1,0 +1,1 @@
+"""The experiment grid: studies, plans, launching, assessing and reporting."""

@@ -1,0 +1,168 @@
+"""Recipe x axes -> trials: apply, refuse with a reason, share, order. Pure: no Ray, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from grid.studies import Axes, Mode, Study, Table, problem, with_axis
+from trainables.recipe import Recipe, format_augmentations
+from trainables.scale import Scale
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe of a study, the table rows it serves and the evaluators that judge it."""
+
+    recipe: Recipe
+    digest: str
+    serves: tuple[str, ...]
+    evaluators: tuple[str, ...]
+    cost: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A combination of axes that cannot be, and why."""
+
+    combination: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials of a study, the longest first, and what was refused.
+
+    `asked` counts the recipes asked for before equal ones were shared; `tables` hold the recipes
+    as they are trained at the scale.
+    """
+
+    trials: tuple[Trial, ...]
+    refused: tuple[Refused, ...] = ()
+    asked: int = 0
+    tables: tuple[Table, ...] = ()
+    seeds: int = 1
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self.trials)
+
+
+@dataclass
+class _Draft:
+    recipe: Recipe
+    serves: dict[str, None] = field(default_factory=dict)
+    evaluators: dict[str, None] = field(default_factory=dict)
+
+
+def enumerate_trials(
+    base: Recipe, axes: Axes, *, mode: Mode = "product"
+) -> tuple[list[Recipe], list[Refused]]:
+    """Return every recipe that the axes span over a base, and what was refused.
+
+    product: all combinations. one-at-a-time: the base, then each axis varied alone.
+    """
+    recipes, refused = [], []
+    for combination in _combinations(axes, mode):
+        try:
+            recipe = base
+            for axis, value in combination.items():
+                recipe = with_axis(recipe, axis, value)
+            recipes.append(recipe)
+        except ValueError as error:
+            named = " ".join(f"{axis}={value}" for axis, value in combination.items())
+            refused.append(Refused(named, problem(error)))
+    return recipes, refused
+
+
+def _combinations(axes: Axes, mode: Mode) -> Iterable[dict[str, Any]]:
+    if mode == "product":
+        for values in product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
+        return
+    yield {}
+    for axis, values in axes.items():
+        for value in values:
+            yield {axis: value}
+
+
+def build_plan(
+    study: Study,
+    scale: Scale,
+    *,
+    tables: Iterable[str] | None = None,
+    only: Mapping[str, tuple[str, ...]] | None = None,
+    seeds: int = 1,
+) -> Plan:
+    """Turn a study into trials at a scale; ValueError teaches what was asked wrongly.
+
+    Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values.
+    """
+    chosen = [_shrunk(table, scale) for table in _choose_tables(study, tables)]
+    asked = [
+        (row.recipe, f"{table.name} {row.label}", [c.evaluator for c in table.columns])
+        for table in chosen
+        for row in table.rows
+    ]
+    refused: list[Refused] = []
+    if study.base is not None:
+        recipes, refused = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
+        asked += [(scale.shrink(recipe), study.name, []) for recipe in recipes]
+    if only:
+        asked = _keep_only(asked, only, study.name)
+    drafts: dict[str, _Draft] = {}
+    for recipe, serves, evaluators in asked:
+        for seed in range(seeds):
+            seeded = recipe.replace(seed=seed) if seed != recipe.seed else recipe
+            draft = drafts.setdefault(seeded.digest(), _Draft(seeded))
+            draft.serves[serves] = None
+            draft.evaluators |= dict.fromkeys((*study.evaluators, *evaluators))
+    trials = [
+        Trial(d.recipe, digest, tuple(d.serves), tuple(d.evaluators), scale.cost(d.recipe))
+        for digest, d in drafts.items()
+    ]
+    trials.sort(key=lambda trial: (-trial.cost, trial.digest))
+    return Plan(tuple(trials), tuple(refused), len(asked) * seeds, tuple(chosen), seeds)
+
+
+def _shrunk(table: Table, scale: Scale) -> Table:
+    rows = tuple(replace(row, recipe=scale.shrink(row.recipe)) for row in table.rows)
+    return replace(table, rows=rows)
+
+
+def _choose_tables(study: Study, names: Iterable[str] | None) -> list[Table]:
+    if names is None:
+        return list(study.tables)
+    known = {table.name: table for table in study.tables}
+    if not known:
+        raise ValueError(f"study {study.name!r} has no tables to choose from")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown table {unknown[0]!r}; study {study.name!r} has {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def axis_value(recipe: Recipe, axis: str) -> str:
+    """Return the value a recipe has on an axis, as a user would write it."""
+    if axis == "augmentation":
+        return format_augmentations(recipe.augmentations)
+    value = getattr(recipe, axis)
+    return format_augmentations(value) if isinstance(value, tuple) else str(value)
+
+
+def _keep_only(
+    asked: list[tuple[Recipe, str, list[str]]],
+    only: Mapping[str, tuple[str, ...]],
+    study: str,
+) -> list[tuple[Recipe, str, list[str]]]:
+    for axis, values in only.items():
+        present = {axis_value(recipe, axis) for recipe, _, _ in asked}
+        unknown = [value for value in values if value not in present]
+        if unknown:
+            raise ValueError(
+                f"no trial of study {study!r} left has {axis}={unknown[0]}; "
+                f"values there: {', '.join(sorted(present))}"
+            )
+        asked = [entry for entry in asked if axis_value(entry[0], axis) in values]
+    return asked

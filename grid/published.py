@@ -1,0 +1,61 @@
+"""The paper's figures with their source; a figure that is not verified is not here.
+
+Percent. Sources: the README and logs of the original code (GitHub ytongbai/ViTs-vs-CNNs) and
+written notes of others on the paper, as recorded in STUDY section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+README = "original code's README"
+LOG = "original code's logs"
+NOTES = "written notes on the paper"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure of the paper, in percent, by table, row label and column label."""
+
+    table: str
+    row: str
+    column: str
+    value: float
+    source: str = README
+
+
+def _ood(table: str, row: str, clean: float, *others: float) -> list[Published]:
+    columns = ("Clean", "ImageNet-A", "ImageNet-C error", "Stylized")
+    pairs = zip(columns, (clean, *others), strict=False)
+    return [Published(table, row, column, value) for column, value in pairs]
+
+
+FIGURES: tuple[Published, ...] = (
+    Published("T1", "ResNet-50", "Clean", 76.9),
+    Published("T1", "DeiT-S", "Clean", 76.8),
+    Published("T1", "ResNet-50", "AutoAttack 4/255", 0.0, NOTES),
+    Published("T1", "DeiT-S", "AutoAttack 4/255", 0.0, NOTES),
+    Published("T1", "DeiT-S", "AutoAttack 0.001", 22.1, NOTES),
+    Published("T3", "ResNet-50", "Clean", 76.9),
+    Published("T3", "DeiT-S", "Clean", 76.8),
+    Published("T4", "none", "Clean", 76.9),
+    *_ood("T5", "ResNet-50", 76.9, 3.2, 57.9, 8.3),
+    *_ood("T5", "ResNet-50*", 76.3, 4.5, 55.6, 8.2),
+    *_ood("T5", "DeiT-S", 76.8, 12.2, 48.0, 13.0),
+    *_ood("T6", "step, SGD", 76.9, 3.2, 57.9, 8.3),
+    *_ood("T7", "randaug+cutmix", 75.7, 6.3, 52.3, 10.8),
+    *_ood("T8", "ResNet-18*", 67.83, 1.92, 64.14, 7.92),
+    *_ood("T8", "ResNet-50*", 76.3, 4.5, 55.6, 8.2),
+    *_ood("T8", "ResNet-101*", 77.97, 8.84, 49.19, 11.60),
+    *_ood("T8", "ResNet-18-Best", 66.81, 2.03, 62.65, 9.45),
+    *_ood("T8", "ResNet-50-Best", 75.7, 6.3, 52.3, 10.8),
+    *_ood("T8", "ResNet-101-Best", 77.83, 11.49, 47.35, 13.28),
+    *_ood("T8", "DeiT-Mini", 72.89, 8.19, 54.68, 9.88),
+    *_ood("T8", "DeiT-S", 76.8, 12.2, 48.0, 13.0),
+)
+
+
+def published(table: str, row: str, column: str) -> Published | None:
+    """Return the paper's figure for a cell of a table, or None where none is verified."""
+    key = (table, row, column)
+    return next((f for f in FIGURES if (f.table, f.row, f.column) == key), None)

@@ -1,0 +1,248 @@
+"""The recorder: one thread that writes what trials and evaluators report to MLflow."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evaluators import evaluator_named
+from evaluators.base import cell_digest
+from grid.assess import Cell, EvaluatorPool, Judged
+from grid.plan import Plan, Trial
+from grid.progress import Progress, ProgressLine
+from trainables.data import Data
+from trainables.recipe import format_augmentations
+from trainables.scale import Scale
+from trainables.tracking import Tracker, TrialRun, scores_as_metrics
+
+POLL_SECONDS = 0.2
+FLUSH_SECONDS = 2.0
+JUDGED_OUTCOMES = ("finished",)
+
+
+class Recorder(threading.Thread):
+    """Take events from the training driver, write them down in order, and keep cells moving.
+
+    The only writer to MLflow while a study runs. `failures` lists what went wrong and is tried
+    again by the next run of the command.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        plan: Plan,
+        pool: EvaluatorPool,
+        *,
+        study: str,
+        parent: str,
+        scale: Scale,
+        data: Data,
+        line: ProgressLine,
+    ) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self.failures: list[str] = []
+        self.error: BaseException | None = None
+        self._tracker, self._pool, self._line = tracker, pool, line
+        self._study, self._parent, self._scale, self._data = study, parent, scale, data
+        self._trials = {trial.digest: trial for trial in plan}
+        self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
+        names = {name for trial in plan for name in trial.evaluators}
+        self._questions = {n: cell_digest(evaluator_named(n, scale), data) for n in sorted(names)}
+        self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
+        self._unlogged: dict[str, list[Mapping[str, float]]] = {}
+        self._flushed_at = 0.0
+        self._training_over = threading.Event()
+        self._abandon = threading.Event()
+        self.progress = self._initial_progress()
+
+    def trials_to_train(self) -> list[Trial]:
+        """Return the trials that have no weights yet, in the plan's order."""
+        return [t for t in self._trials.values() if not self._is_judgeable(t.digest)]
+
+    def started(self, digest: str) -> None:
+        """Note that a trial began or went on."""
+        self._events.put(("started", digest, None))
+
+    def reported(self, result: Mapping[str, Any]) -> None:
+        """Note what a step of a trial returned."""
+        self._events.put(("reported", str(result["digest"]), result))
+
+    def failed(self, digest: str, reason: str) -> None:
+        """Note that a trial failed for good in this run."""
+        self._events.put(("failed", digest, reason))
+
+    def finish(self) -> None:
+        """Wait until every event is written and every cell is judged."""
+        self._training_over.set()
+        while self.is_alive():
+            self.join(timeout=0.5)
+        if self.error is not None:
+            raise self.error
+
+    def abandon(self) -> None:
+        """Write the events so far and stop; cells under way are left to the next run."""
+        self._abandon.set()
+        self.join(timeout=30)
+
+    def run(self) -> None:
+        try:
+            for digest, run in self._runs.items():
+                if self._is_judgeable(digest):
+                    self._submit_missing_cells(run)
+            while not self._is_over():
+                self._handle_events()
+                for judged in self._pool.poll(POLL_SECONDS):
+                    self._record(judged)
+                if len(self._pool) == 0:
+                    time.sleep(POLL_SECONDS)
+                self._line.show(self.progress.line())
+            self._handle_events()
+            self._flush()
+        except BaseException as error:
+            self.error = error
+
+    def _is_over(self) -> bool:
+        if self._abandon.is_set():
+            return True
+        idle = self._events.empty() and len(self._pool) == 0
+        return self._training_over.is_set() and idle
+
+    def _handle_events(self) -> None:
+        while not self._events.empty():
+            kind, digest, payload = self._events.get()
+            if kind == "started":
+                self._on_started(digest)
+            elif kind == "reported":
+                self._on_reported(digest, payload)
+            else:
+                self._on_failed(digest, payload)
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self._flush()
+
+    def _on_started(self, digest: str) -> None:
+        trial = self._trials[digest]
+        self.progress.running.setdefault(digest, trial.recipe.describe())
+        run = self._runs.get(digest)
+        if run is None:
+            self._runs[digest] = self._tracker.start_trial(
+                digest=digest,
+                name=trial.recipe.describe(),
+                parent=self._parent,
+                study=self._study,
+                tables=" ".join(sorted({serves.split()[0] for serves in trial.serves})),
+                recipe_json=trial.recipe.model_dump_json(),
+                params=_params(trial),
+                dataset=self._dataset(),
+            )
+        elif run.outcome != "training" or not run.logged_epochs:
+            self._tracker.continue_trial(run)
+
+    def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
+        trial, run = self._trials[digest], self._runs[digest]
+        self._unlogged.setdefault(digest, []).extend(result["epochs"])
+        share = trial.cost / trial.recipe.epochs
+        self.progress.epochs_done += len(result["epochs"])
+        self.progress.cost_done += share * len(result["epochs"])
+        latest = {k: v for entry in self._unlogged[digest] for k, v in entry.items()}
+        accuracy = latest.get("held_out/accuracy", run.metrics.get("held_out/accuracy"))
+        seen = f" {accuracy:.1%}" if accuracy is not None else ""
+        self.progress.running[digest] = (
+            f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{seen}"
+        )
+        if result["done"]:
+            self._on_done(run, result)
+
+    def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
+        self._flush()
+        self._tracker.finish_trial(
+            run,
+            outcome=result["outcome"],
+            reason=result["reason"],
+            weights=Path(result["weights"]),
+            sha256=result["sha256"],
+        )
+        self.progress.trials_done += 1
+        self.progress.running.pop(run.digest, None)
+        if result["outcome"] == "collapsed":
+            self._line.say(f"collapsed: {self._described(run.digest)}: {result['reason']}")
+        self._submit_missing_cells(run)
+
+    def _on_failed(self, digest: str, reason: str) -> None:
+        self.failures.append(f"{self._described(digest)}: {reason}")
+        self.progress.running.pop(digest, None)
+        if digest not in self._runs:
+            self._on_started(digest)
+        self._tracker.fail_trial(self._runs[digest], reason)
+
+    def _submit_missing_cells(self, run: TrialRun) -> None:
+        if run.outcome not in JUDGED_OUTCOMES:
+            self.progress.cells -= len(self._missing(run.digest))
+            return
+        for evaluator in self._missing(run.digest):
+            question = self._questions[evaluator]
+            self._pool.submit(Cell(run.digest, run.artifact_uri, evaluator, question))
+
+    def _record(self, judged: Judged) -> None:
+        cell = judged.cell
+        if judged.error:
+            failure = f"{cell.evaluator} of {self._described(cell.trial)}: {judged.error}"
+            self.failures.append(failure)
+            return
+        self._tracker.record_cell(
+            self._runs[cell.trial],
+            evaluator=cell.evaluator,
+            cell=cell.question,
+            ledger=judged.ledger,
+            metrics=scores_as_metrics(judged.scores),
+        )
+        self.progress.cells_done += 1
+
+    def _flush(self) -> None:
+        for digest, epochs in self._unlogged.items():
+            self._tracker.log_epochs(self._runs[digest], epochs)
+        self._unlogged.clear()
+        self._flushed_at = time.monotonic()
+
+    def _missing(self, digest: str) -> list[str]:
+        run = self._runs.get(digest)
+        cells = run.cells if run else {}
+        wanted = self._trials[digest].evaluators
+        return [name for name in wanted if cells.get(name) != self._questions[name]]
+
+    def _is_judgeable(self, digest: str) -> bool:
+        run = self._runs.get(digest)
+        return run is not None and run.outcome in ("finished", "collapsed")
+
+    def _initial_progress(self) -> Progress:
+        todo = self.trials_to_train()
+        judgeable = [d for d in self._trials if self._missing(d) and self._outcome(d) != "collapsed"]
+        return Progress(
+            trials=len(todo),
+            cells=sum(len(self._missing(digest)) for digest in judgeable),
+            epochs=sum(trial.recipe.epochs for trial in todo),
+            cost_total=sum(trial.cost for trial in todo),
+        )
+
+    def _outcome(self, digest: str) -> str:
+        return self._runs[digest].outcome if digest in self._runs else "waiting"
+
+    def _described(self, digest: str) -> str:
+        return f"{self._trials[digest].recipe.describe()} ({digest})"
+
+    def _dataset(self) -> dict[str, str]:
+        return {
+            "name": self._data.name,
+            "digest": self._data.train.ids_hash(),
+            "source_type": "code",
+            "source": self._scale.title,
+        }
+
+
+def _params(trial: Trial) -> dict[str, Any]:
+    fields = trial.recipe.effective()
+    fields["augmentations"] = format_augmentations(trial.recipe.augmentations)
+    return {"family": trial.recipe.family, "size": trial.recipe.size, **fields}

@@ -1,0 +1,118 @@
+"""Tables filled from MLflow: our value and interval beside the published figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+from grid.plan import Plan
+from grid.published import published
+from grid.studies import Column, Row, Study, Table
+from trainables.recipe import Recipe
+from trainables.tracking import TrialRun
+
+
+@dataclass(frozen=True)
+class FilledCell:
+    """One cell of a table, in percent, or the reason why it has no value."""
+
+    state: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    published: float | None = None
+    source: str = ""
+
+    def text(self) -> str:
+        """Write our side of the cell: '96.1 [94.3, 97.4]', or why there is nothing."""
+        if self.value is None or self.low is None or self.high is None:
+            return self.state
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+    def published_text(self) -> str:
+        """Write the paper's side of the cell, empty where no figure is verified."""
+        return "" if self.published is None else f"{self.published:g}"
+
+
+@dataclass(frozen=True)
+class FilledRow:
+    label: str
+    recipe: Recipe
+    run_id: str
+    cells: tuple[FilledCell, ...]
+
+
+@dataclass(frozen=True)
+class FilledTable:
+    name: str
+    question: str
+    columns: tuple[str, ...]
+    rows: tuple[FilledRow, ...]
+
+
+def fill_tables(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[FilledTable]:
+    """Fill every table of a plan; a study without tables gets one of all its trials."""
+    tables = plan.tables or (_table_of_all(study, plan),)
+    return [_fill(table, runs, plan.seeds) for table in tables]
+
+
+def _table_of_all(study: Study, plan: Plan) -> Table:
+    from grid.studies import CLEAN, PGD
+
+    columns = [c for c in (CLEAN, *PGD) if c.evaluator in study.evaluators]
+    first = [trial.recipe for trial in plan if trial.recipe.seed == 0] or [t.recipe for t in plan]
+    rows = tuple(Row(recipe.describe(), recipe) for recipe in first)
+    return Table(study.name, "Every trial of the study", rows, tuple(columns))
+
+
+def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
+    rows = []
+    for row in table.rows:
+        digests = [row.recipe.replace(seed=seed).digest() for seed in range(seeds)]
+        found = [runs.get(digest) for digest in digests]
+        cells = tuple(_cell(table, row, column, found) for column in table.columns)
+        run_id = next((run.run_id for run in found if run), "")
+        rows.append(FilledRow(row.label, row.recipe, run_id, cells))
+    labels = tuple(column.label for column in table.columns)
+    return FilledTable(table.name, table.question, labels, tuple(rows))
+
+
+def _cell(table: Table, row: Row, column: Column, runs: Iterable[TrialRun | None]) -> FilledCell:
+    figure = published(table.name, row.label, column.label)
+    paper = {"published": figure.value, "source": figure.source} if figure else {}
+    values = []
+    for run in runs:
+        if run is None or column.score not in run.metrics:
+            return FilledCell(_state(run), **paper)
+        values.append([100 * run.metrics[column.score + end] for end in ("", "/low", "/high")])
+    n = int(runs_n(column, runs))
+    if len(values) == 1:
+        return FilledCell("done", *values[0], n, **paper)
+    return FilledCell("done", *_over_seeds([v[0] for v in values]), n, **paper)
+
+
+def runs_n(column: Column, runs: Iterable[TrialRun | None]) -> float:
+    """Return how many verdicts stand behind a cell, over all seeds."""
+    return sum(run.metrics[column.score + "/n"] for run in runs if run)
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """Return the mean over seeds with its 95 % t-interval."""
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    reach = float(student.ppf(0.975, len(values) - 1)) * spread
+    return mean, mean - reach, mean + reach
+
+
+def _state(run: TrialRun | None) -> str:
+    if run is None:
+        return "not run yet"
+    if run.outcome == "collapsed":
+        return f"collapsed: {run.reason}"
+    if run.outcome == "failed":
+        return f"failed: {run.reason}"
+    return "training" if run.outcome == "training" else "not judged yet"

@@ -1,0 +1,202 @@
+"""The command line: `python grid/run.py` runs the study; `--help` lists what it can be asked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from grid.plan import Plan, build_plan
+from grid.progress import format_seconds
+from grid.studies import STUDIES, Study, load_study
+from trainables.scale import SCALES, Scale, scale_named
+
+if TYPE_CHECKING:
+    from grid.launch import Finished
+
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        scale = scale_named(options.scale)
+        study = load_study(options.study)
+        only = _parse_only(options.only)
+        plan = build_plan(study, scale, tables=options.tables, only=only, seeds=options.seeds)
+        if options.plan:
+            print_plan(study, plan, scale)
+            return 0
+        return _run(options, study, plan, scale)
+    except ValueError as error:
+        _refuse(str(error))
+
+
+def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    began = time.monotonic()
+    if options.report:
+        return _report(options, study, plan, scale)
+    from grid.launch import Placement, run_study
+
+    placement = Placement(cpus=options.cpus_per_trial, gpus=options.gpus_per_trial)
+    try:
+        finished = run_study(
+            study,
+            plan,
+            scale,
+            results=options.results,
+            mlflow=options.mlflow,
+            placement=placement,
+        )
+    except KeyboardInterrupt:
+        print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
+        return INTERRUPTED
+    _say_finished(finished, options, time.monotonic() - began)
+    return 1 if finished.failures else 0
+
+
+def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
+    from grid.launch import open_tracker
+    from grid.report.build import write_report
+
+    if not options.mlflow and not (options.results / "mlflow.db").exists():
+        raise ValueError(f"{options.results} holds no mlflow.db: run the study first, or --mlflow")
+    tracker = open_tracker(options.results, options.mlflow, scale)
+    print(write_report(tracker, study, plan, scale, options.results / "report"))
+    return 0
+
+
+def _say_finished(finished: Finished, options: argparse.Namespace, seconds: float) -> None:
+    print(
+        f"Trained {finished.trained} and judged {finished.judged} cells "
+        f"in {format_seconds(seconds)}.\n"
+        f"Report:    {finished.report}\n"
+        f"MLflow UI: {_ui_command(options)}"
+    )
+    for failure in finished.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if finished.failures:
+        print(f"Try what failed again with: {_command()}", file=sys.stderr)
+
+
+def _ui_command(options: argparse.Namespace) -> str:
+    if options.mlflow:
+        return str(options.mlflow)
+    database = f"sqlite:///{options.results.resolve()}/mlflow.db"
+    return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python grid/run.py",
+        description="Re-run and extend the study 'Are Transformers More Robust Than CNNs?'. "
+        "The same command again continues: what is done is left alone.",
+    )
+    parser.add_argument(
+        "--study",
+        default="paper",
+        metavar="NAME|FILE",
+        help=f"{', '.join(STUDIES)}, or a .toml file (default: paper)",
+    )
+    parser.add_argument("--tables", nargs="+", metavar="T", help="only these tables, e.g. T5 T7")
+    parser.add_argument(
+        "--only",
+        metavar="'AXIS=VALUE ...'",
+        help="only trials with these values, e.g. 'family=resnet activation=relu,gelu'",
+    )
+    parser.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N", help="train each recipe N times"
+    )
+    parser.add_argument(
+        "--scale", default="digits", help=f"{', '.join(SCALES)} (default: digits, no download)"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the trials and stop")
+    parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where everything a run makes lies (default: results)",
+    )
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="an MLflow server (default: a database in the results)"
+    )
+    parser.add_argument(
+        "--cpus-per-trial", type=_positive, default=1, metavar="N", help="default: 1"
+    )
+    parser.add_argument(
+        "--gpus-per-trial", type=float, default=0.0, metavar="G", help="default: 0"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
+    from grid.studies import AXES
+
+    only = {}
+    for part in (text or "").split():
+        axis, equals, values = part.partition("=")
+        if not equals or not values:
+            raise ValueError(f"--only wants AXIS=VALUE, not {part!r}")
+        if axis not in AXES:
+            raise ValueError(f"unknown axis {axis!r} in --only; one of {', '.join(AXES)}")
+        only[axis] = tuple(values.split(","))
+    return only
+
+
+def print_plan(study: Study, plan: Plan, scale: Scale) -> None:
+    """Print the trials, what they share, and what was refused."""
+    print(f"Study {study.name} at scale {scale.name}: {scale.title}")
+    for trial in plan:
+        print(f"  {trial.digest}  {trial.recipe.describe()}")
+        print(f"                {'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
+    for refused in plan.refused:
+        print(f"  refused: {refused.combination}: {refused.reason}")
+    shared = plan.asked - len(plan.trials)
+    print(
+        f"{plan.asked} rows asked for, {len(plan.trials)} trainings ({shared} shared), "
+        f"{len(plan.refused)} combinations refused"
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"grid/run.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""The study's tables as data: base recipes and axes -> named studies.
+
+Every recipe here carries the study's own values (scale imagenet); a scale shrinks it by its rule.
+Source: "Are Transformers More Robust Than CNNs?" (NeurIPS 2021), recipes as in STUDY section 3.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainables.recipe import (
+    AUGMENTATIONS,
+    Recipe,
+    family_of,
+    format_augmentations,
+    model_of,
+)
+
+Mode = Literal["product", "one-at-a-time"]
+Axes = Mapping[str, tuple[Any, ...]]
+STRONG = format_augmentations(AUGMENTATIONS)
+AUGMENTATION_SUBSETS = (
+    "none",
+    "randaug",
+    "mixup",
+    "cutmix",
+    "randaug+mixup",
+    "randaug+cutmix",
+    "mixup+cutmix",
+    "randaug+mixup+cutmix",
+)
+# family, optimizer -> what goes with it. DeiT under SGD is not in the study: 0.1 per 256 images.
+OPTIMIZER_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
+    ("resnet", "sgd"): {
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "batch_size": 256,
+        "warmup_epochs": 0.0,
+    },
+    ("resnet", "adamw"): {
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+        "batch_size": 256,
+        "warmup_epochs": 5.0,
+    },
+    ("deit", "sgd"): {
+        "learning_rate": 0.8,
+        "weight_decay": 1e-4,
+        "batch_size": 2048,
+        "warmup_epochs": 0.0,
+    },
+    ("deit", "adamw"): {
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "batch_size": 2048,
+        "warmup_epochs": 5.0,
+    },
+}
+
+
+def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
+    """Return the recipe with one axis set, and with it what belongs to that choice.
+
+    family and size choose the model; optimizer brings its rate, decay, batch and warm-up;
+    augmentation brings label smoothing 0.1; any other axis is a field of the recipe.
+    """
+    if axis in ("family", "size"):
+        model = model_of(**({"family": recipe.family, "size": recipe.size} | {axis: value}))
+        if family_of(model) == recipe.family:
+            return recipe.replace(model=model)
+        return with_axis(recipe.replace(model=model), "optimizer", recipe.optimizer)
+    if axis == "optimizer":
+        family = recipe.family if (recipe.family, value) in OPTIMIZER_SETTINGS else "deit"
+        if (family, value) not in OPTIMIZER_SETTINGS:
+            return recipe.replace(optimizer=value)
+        return recipe.replace(optimizer=value, **OPTIMIZER_SETTINGS[family, value])
+    if axis == "augmentation":
+        changed = recipe.replace(augmentations=value)
+        return changed.replace(label_smoothing=0.1 if changed.augmentations else 0.0)
+    if axis not in Recipe.model_fields:
+        raise ValueError(f"unknown axis {axis!r}; one of {', '.join(AXES)}")
+    return recipe.replace(**{axis: value})
+
+
+AXES = ("family", "size", "augmentation", *Recipe.model_fields)
+
+
+def resnet50() -> Recipe:
+    """ResNet-50 under its own recipe. Published: 76.9 top-1 (T5)."""
+    return Recipe(
+        scale="imagenet",
+        model="resnet50",
+        activation="relu",
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=1e-4,
+        scheduler="step",
+        epochs=100,
+        batch_size=256,
+    )
+
+
+def resnet_aligned(size: str = "base") -> Recipe:
+    """ResNet-* under DeiT's whole recipe. Published: ResNet-50* 76.3 top-1 (T5)."""
+    recipe = with_axis(with_axis(resnet50(), "size", size), "optimizer", "adamw")
+    return with_axis(recipe.replace(scheduler="cosine"), "augmentation", STRONG)
+
+
+def resnet_best(size: str = "base", *, epochs: int = 100) -> Recipe:
+    """ResNet-Best: cosine, SGD, RandAug+CutMix. Published: ResNet-50-Best 75.7 top-1 (T8)."""
+    recipe = with_axis(resnet50(), "size", size).replace(scheduler="cosine", epochs=epochs)
+    return with_axis(recipe, "augmentation", "randaug+cutmix")
+
+
+def deit(size: str = "base", *, epochs: int = 100) -> Recipe:
+    """DeiT under its own recipe, 300 epochs cut to 100. Published: DeiT-S 76.8 top-1 (T5)."""
+    recipe = with_axis(with_axis(resnet50(), "family", "deit"), "optimizer", "adamw")
+    recipe = with_axis(recipe, "size", size)
+    recipe = recipe.replace(activation="gelu", scheduler="cosine", epochs=epochs)
+    return with_axis(recipe, "augmentation", STRONG)
+
+
+BASES = {
+    "resnet50": resnet50,
+    "resnet50_aligned": resnet_aligned,
+    "resnet50_best": resnet_best,
+    "deit_small": deit,
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: a score of an evaluator. `evaluator` is the cell that yields it."""
+
+    label: str
+    evaluator: str
+    score: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a label and the recipe behind it."""
+
+    label: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells laid out beside the published figures."""
+
+    name: str
+    question: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of recipes with the tables they serve.
+
+    `evaluators` run on every trial, beside those that the tables' columns ask for.
+    """
+
+    name: str
+    tables: tuple[Table, ...] = ()
+    base: Recipe | None = None
+    axes: Axes | None = None
+    mode: Mode = "product"
+    evaluators: tuple[str, ...] = ("clean", "pgd")
+
+
+CLEAN = Column("Clean", "clean", "clean")
+PGD = tuple(Column(f"PGD-{n}", "pgd", f"pgd-{n}") for n in (5, 10, 50, 100))
+
+
+def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
+    return tuple(Row(s, with_axis(base, "augmentation", s)) for s in AUGMENTATION_SUBSETS)
+
+
+def _paper_tables() -> tuple[Table, ...]:
+    own, cosine = resnet50(), resnet50().replace(scheduler="cosine")
+    pair = (Row("ResNet-50", own), Row("DeiT-S", deit()))
+    return (
+        Table("T1", "Vanilla models under attack", pair, (CLEAN, *PGD)),
+        Table("T3", "Patch attacks on vanilla models", pair, (CLEAN,)),
+        Table(
+            "T4",
+            "Which augmentation helps ResNet-50 against patches",
+            _augmentation_rows(own),
+            (CLEAN,),
+        ),
+        Table(
+            "T5",
+            "Out of distribution, first look",
+            (Row("ResNet-50", own), Row("ResNet-50*", resnet_aligned()), Row("DeiT-S", deit())),
+            (CLEAN,),
+        ),
+        Table(
+            "T6",
+            "Align the schedule, then the optimizer",
+            (
+                Row("step, SGD", own),
+                Row("cosine, SGD", cosine),
+                Row("cosine, AdamW", with_axis(cosine, "optimizer", "adamw")),
+            ),
+            (CLEAN,),
+        ),
+        Table("T7", "Align the augmentation", _augmentation_rows(cosine), (CLEAN,)),
+        Table(
+            "T8",
+            "Model size",
+            (
+                Row("ResNet-18*", resnet_aligned("small")),
+                Row("ResNet-50*", resnet_aligned()),
+                Row("ResNet-101*", resnet_aligned("large")),
+                Row("ResNet-18-Best", resnet_best("small")),
+                Row("ResNet-50-Best", resnet_best()),
+                Row("ResNet-101-Best", resnet_best("large")),
+                Row("DeiT-Mini", deit("small")),
+                Row("DeiT-S", deit()),
+                Row("DeiT-B", deit("large")),
+            ),
+            (CLEAN,),
+        ),
+        Table(
+            "T11",
+            "300 epochs",
+            (
+                Row("ResNet-50-Best, 300 epochs", resnet_best(epochs=300)),
+                Row("ResNet-101-Best, 300 epochs", resnet_best("large", epochs=300)),
+                Row("ResNet-200-Best, 300 epochs", resnet_best("huge", epochs=300)),
+                Row("DeiT-S, 300 epochs", deit(epochs=300)),
+            ),
+            (CLEAN,),
+        ),
+    )
+
+
+FULL_AXES: Axes = {
+    "family": ("resnet", "deit"),
+    "size": ("small", "base", "large"),
+    "activation": ("relu", "gelu"),
+    "optimizer": ("sgd", "adamw"),
+    "scheduler": ("step", "cosine"),
+    "augmentation": AUGMENTATION_SUBSETS,
+    "epochs": (100, 300),
+}
+
+
+def paper() -> Study:
+    """The tables of the paper."""
+    return Study(name="paper", tables=_paper_tables())
+
+
+def full() -> Study:
+    """The full product of the axes behind the tables."""
+    return Study(name="full", base=resnet50(), axes=FULL_AXES)
+
+
+STUDIES = {"paper": paper, "full": full}
+
+
+class StudyFile(BaseModel):
+    """A user's study: a base recipe, axes over it, and the evaluators to ask."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    base: Literal["resnet50", "resnet50_aligned", "resnet50_best", "deit_small"]
+    set: dict[str, str | int | float] = {}
+    axes: dict[str, list[str | int | float]] = {}
+    mode: Mode = "product"
+    evaluators: list[str] = ["clean", "pgd"]
+
+
+def load_study(name_or_file: str) -> Study:
+    """Return a study by name or from a TOML file; ValueError says which key is wrong and why."""
+    if name_or_file in STUDIES:
+        return STUDIES[name_or_file]()
+    path = Path(name_or_file)
+    if path.suffix != ".toml":
+        raise ValueError(
+            f"unknown study {name_or_file!r}; one of {sorted(STUDIES)} or the path of a .toml file"
+        )
+    try:
+        parsed = StudyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"study file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"study file {path} is not TOML: {error}") from None
+    except ValidationError as error:
+        raise ValueError(f"study file {path}: {first_problem(error)}") from None
+    return _study_from(parsed, path)
+
+
+def _study_from(parsed: StudyFile, path: Path) -> Study:
+    unknown = [axis for axis in (*parsed.set, *parsed.axes) if axis not in AXES]
+    if unknown:
+        raise ValueError(
+            f"study file {path}: unknown axis {unknown[0]!r}; one of {', '.join(AXES)}"
+        )
+    base = BASES[parsed.base]()
+    for axis, value in parsed.set.items():
+        try:
+            base = with_axis(base, axis, value)
+        except ValueError as error:
+            raise ValueError(f"study file {path}: set.{axis}: {problem(error)}") from None
+    return Study(
+        name=parsed.name,
+        base=base,
+        axes={axis: tuple(values) for axis, values in parsed.axes.items()},
+        mode=parsed.mode,
+        evaluators=tuple(parsed.evaluators),
+    )
+
+
+def first_problem(error: ValidationError) -> str:
+    """Say the first thing a validation found wrong: the key, what was expected, what was there."""
+    found = error.errors()[0]
+    key = ".".join(str(part) for part in found["loc"])
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] in ("value_error", "missing"):
+        return f"{key}: {message}" if key else message
+    if found["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; known keys: {', '.join(StudyFile.model_fields)}"
+    return f"{key}: {message}, not {found['input']!r}"
+
+
+def problem(error: ValueError) -> str:
+    """Say in one sentence what a ValueError, pydantic's or a plain one, is about."""
+    return first_problem(error) if isinstance(error, ValidationError) else str(error)

@@ -1,0 +1,1 @@
+"""Recipes and everything that turns one into weights."""

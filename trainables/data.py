@@ -1,0 +1,92 @@
+"""Data sets as tensors: images, labels and the ids that verdicts are kept by."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainables.scale import Scale
+
+HELD_OUT_DIGITS = 597
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Images of one part of a data set: uint8 (N, 3, H, W), labels int64 (N,), one id each."""
+
+    images: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, count: int, *, seed: int) -> Split:
+        """Return `count` images drawn by `seed`, in their old order; all when there are fewer."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        index = torch.from_numpy(chosen)
+        return Split(
+            images=self.images[index],
+            labels=self.labels[index],
+            ids=tuple(self.ids[i] for i in chosen),
+        )
+
+    def ids_hash(self) -> str:
+        """Return 12 hex digits that name this list of images."""
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set: what is trained on, what is held out, and the classes by label."""
+
+    name: str
+    train: Split
+    held_out: Split
+    class_names: tuple[str, ...]
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Convert uint8 images to float32 in [0, 1], channels last in memory."""
+    return images.to(memory_format=torch.channels_last).float().div_(255)
+
+
+def load_data(scale: Scale) -> Data:
+    """Load a scale's data, once per process; ValueError when it has no data here."""
+    if scale.name != "digits":
+        raise ValueError(f"scale {scale.name!r} has no embedded data; only 'digits' has")
+    return _digits(scale.image_size)
+
+
+@cache
+def _digits(image_size: int) -> Data:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images / 16).float()[:, None]
+    enlarged = F.interpolate(pixels, size=image_size, mode="bicubic", antialias=True)
+    images = enlarged.clamp(0, 1).mul(255).round().byte().expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    train, held_out = train_test_split(
+        np.arange(len(labels)),
+        test_size=HELD_OUT_DIGITS,
+        stratify=digits.target,
+        random_state=0,
+    )
+
+    def split(index: np.ndarray) -> Split:
+        order = torch.from_numpy(np.sort(index))
+        ids = tuple(f"digits/{i:04d}" for i in order.tolist())
+        return Split(images=images[order], labels=labels[order], ids=ids)
+
+    names = tuple(str(name) for name in digits.target_names)
+    return Data(name="digits", train=split(train), held_out=split(held_out), class_names=names)

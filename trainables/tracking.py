@@ -1,0 +1,246 @@
+"""Everything that is written to MLflow and read back from it; only this module imports mlflow."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunStatus,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+CELL_TAG = "cell."
+PAGE = 1000
+
+
+@dataclass
+class TrialRun:
+    """What MLflow knows of a trial. `cells` maps an evaluator to the digest of its question."""
+
+    run_id: str
+    digest: str
+    outcome: str
+    reason: str
+    artifact_uri: str
+    start_time: int
+    recipe: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    cells: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def logged_epochs(self) -> int:
+        return int(self.metrics.get("epoch", 0))
+
+
+class Tracker:
+    """The one writer: a parent run per study, a child run per trial, found again by digest.
+
+    uri: an MLflow tracking URI. artifacts: where they lie, or None to leave it to the server.
+    Opening makes the database and the experiment; ValueError when they cannot be had.
+    """
+
+    def __init__(self, uri: str, *, experiment: str, artifacts: Path | None) -> None:
+        self.uri = uri
+        self._client = MlflowClient(uri)
+        try:
+            found = self._client.get_experiment_by_name(experiment)
+            self.experiment_id: str = (
+                found.experiment_id
+                if found
+                else self._client.create_experiment(
+                    experiment, artifact_location=artifacts.as_uri() if artifacts else None
+                )
+            )
+        except MlflowException as error:
+            raise ValueError(f"MLflow at {uri} cannot be used: {error.message}") from None
+
+    def open_study(self, name: str, description: str) -> str:
+        """Return the id of a study's parent run, marked as running."""
+        runs = self._search(f"tags.kind = 'study' AND tags.study = '{name}'")
+        if runs:
+            self._client.update_run(runs[0].info.run_id, status="RUNNING")
+            return str(runs[0].info.run_id)
+        tags = {"kind": "study", "study": name, "mlflow.note.content": description}
+        run = self._client.create_run(self.experiment_id, run_name=f"study: {name}", tags=tags)
+        return str(run.info.run_id)
+
+    def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
+        """Keep the report with the parent run and end it."""
+        self._client.log_artifacts(run_id, str(report), "report")
+        self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
+
+    def trials(self) -> dict[str, TrialRun]:
+        """Return every trial of the experiment by digest."""
+        return {run.digest: run for run in map(_trial_run, self._search("tags.kind = 'trial'"))}
+
+    def start_trial(
+        self,
+        *,
+        digest: str,
+        name: str,
+        parent: str,
+        study: str,
+        tables: str,
+        recipe_json: str,
+        params: Mapping[str, Any],
+        dataset: Mapping[str, str],
+    ) -> TrialRun:
+        """Open a trial's run."""
+        tags = {
+            "kind": "trial",
+            "digest": digest,
+            "study": study,
+            "tables": tables,
+            "recipe": recipe_json,
+            "outcome": "training",
+            "mlflow.parentRunId": parent,
+        }
+        run = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
+        run_id = run.info.run_id
+        self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
+        self._client.log_inputs(run_id, datasets=[source])
+        return _trial_run(run)
+
+    def continue_trial(self, run: TrialRun) -> None:
+        """Mark a trial's run as running again."""
+        self._client.update_run(run.run_id, status="RUNNING")
+        self._tag(run, outcome="training", reason="")
+        run.outcome, run.reason = "training", ""
+
+    def log_epochs(self, run: TrialRun, epochs: Iterable[Mapping[str, float]]) -> None:
+        """Log each epoch's metrics at step = epoch; epochs already there are passed over."""
+        new = [entry for entry in epochs if entry["epoch"] > run.logged_epochs]
+        if not new:
+            return
+        metrics = [
+            Metric(key, value, run.start_time + int(entry["epoch"]), int(entry["epoch"]))
+            for entry in new
+            for key, value in entry.items()
+        ]
+        self._client.log_batch(run.run_id, metrics=metrics)
+        for entry in new:
+            run.metrics |= entry
+
+    def finish_trial(
+        self, run: TrialRun, *, outcome: str, reason: str, weights: Path, sha256: str
+    ) -> None:
+        """Store a trial's weights and recipe and end its run with its outcome."""
+        self._client.log_artifact(run.run_id, str(weights))
+        self._client.log_text(run.run_id, run.recipe, "recipe.json")
+        self._tag(run, outcome=outcome, reason=reason, weights_sha256=sha256)
+        self._client.set_terminated(run.run_id, "FINISHED")
+        run.outcome, run.reason = outcome, reason
+
+    def fail_trial(self, run: TrialRun, reason: str) -> None:
+        """End a trial's run as failed; the next run of the command tries it again."""
+        self._tag(run, outcome="failed", reason=reason[:5000])
+        self._client.set_terminated(run.run_id, "FAILED")
+        run.outcome, run.reason = "failed", reason
+
+    def record_cell(
+        self,
+        run: TrialRun,
+        *,
+        evaluator: str,
+        cell: str,
+        ledger: bytes,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Store a cell's ledger and scores; the tag that marks it done is written last."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{evaluator}.parquet"
+            path.write_bytes(ledger)
+            self._client.log_artifact(run.run_id, str(path), "ledgers")
+        values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
+        self._client.log_batch(run.run_id, metrics=values)
+        self._client.set_tag(run.run_id, CELL_TAG + evaluator, cell)
+        run.metrics |= metrics
+        run.cells[evaluator] = cell
+
+    def _tag(self, run: TrialRun, **tags: str) -> None:
+        self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def _search(self, query: str) -> list[Run]:
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], query, ViewType.ACTIVE_ONLY, PAGE, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+
+def _trial_run(run: Run) -> TrialRun:
+    tags = run.data.tags
+    ended = run.info.status == RunStatus.to_string(RunStatus.FINISHED)
+    outcome = tags.get("outcome", "training")
+    return TrialRun(
+        run_id=run.info.run_id,
+        digest=tags["digest"],
+        # Killed between its last tag and its end: the run is not done.
+        outcome=outcome if ended or outcome == "failed" else "training",
+        reason=tags.get("reason", ""),
+        artifact_uri=run.info.artifact_uri,
+        start_time=run.info.start_time,
+        recipe=tags["recipe"],
+        metrics=dict(run.data.metrics),
+        cells={
+            key.removeprefix(CELL_TAG): value
+            for key, value in tags.items()
+            if key.startswith(CELL_TAG)
+        },
+    )
+
+
+def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
+    """Return a local path to one artifact of a run, fetched if it is elsewhere."""
+    return Path(
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{artifact_uri.rstrip('/')}/{name}", tracking_uri=tracking_uri
+        )
+    )
+
+
+def check_address(uri: str) -> None:
+    """Ask an MLflow server whether it is there; ValueError says what answered instead."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    import requests
+
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+    except requests.RequestException as error:
+        raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
+    if answer.text.strip() != "OK":
+        raise ValueError(f"{uri} answers {answer.status_code}, but not as an MLflow server does")
+
+
+def scores_as_metrics(scores: Sequence[Any]) -> dict[str, float]:
+    """Return scores as the metrics they are logged under: name, name/low, name/high, name/n."""
+    metrics: dict[str, float] = {}
+    for score in scores:
+        metrics |= {
+            score.name: score.value,
+            f"{score.name}/low": score.low,
+            f"{score.name}/high": score.high,
+            f"{score.name}/n": float(score.n),
+        }
+    return metrics
