@@ -17,7 +17,9 @@ from torch import Tensor
 from trainables.data import Data, Split, to_unit
 from trainables.models import Classifier
 
-# One row per image and question. `survived`: the model's answer is still the true label.
+# One row per image and question. `survived`: the model's answer is still the true label (for a
+# targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
+# of this image that a black-box attack asked for.
 LEDGER = pa.schema(
     [
         ("image_id", pa.string()),
@@ -25,6 +27,8 @@ LEDGER = pa.schema(
         ("label", pa.int32()),
         ("predicted", pa.int32()),
         ("survived", pa.bool_()),
+        ("stage", pa.string()),
+        ("queries", pa.int64()),
     ]
 )
 CONFIDENCE = 0.95
@@ -130,15 +134,30 @@ def _judge_in_memory(
     ]
 
 
-def verdicts(batch: Batch, question: str, predicted_B: Tensor) -> pa.Table:
-    """Return a batch's rows of the ledger for one question."""
+def verdicts(
+    batch: Batch,
+    question: str,
+    predicted_B: Tensor,
+    *,
+    survived_B: Tensor | None = None,
+    stage: Sequence[str | None] | None = None,
+    queries: Sequence[int] | None = None,
+) -> pa.Table:
+    """Return a batch's rows of the ledger for one question.
+
+    An image survives when it is predicted as its label, unless `survived_B` says otherwise.
+    """
+    count = len(batch.ids)
     labels, predicted = batch.labels.cpu(), predicted_B.cpu()
+    survived = labels == predicted if survived_B is None else survived_B.cpu()
     columns: Sequence[Any] = (
         batch.ids,
-        [question] * len(batch.ids),
+        [question] * count,
         labels.numpy(),
         predicted.numpy(),
-        (labels == predicted).numpy(),
+        survived.numpy(),
+        stage or [None] * count,
+        queries or [None] * count,
     )
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
     return pa.Table.from_arrays(arrays, schema=LEDGER)

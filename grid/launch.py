@@ -162,7 +162,7 @@ def _start_ray(placement: Placement) -> int:
             f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; "
             "lower --cpus-per-trial or --gpus-per-trial"
         )
-    return lanes
+    return int(lanes)
 
 
 class _Events(tune.Callback):  # type: ignore[misc]

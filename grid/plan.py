@@ -139,7 +139,9 @@ def _choose_tables(study: Study, names: Iterable[str] | None) -> list[Table]:
         raise ValueError(f"study {study.name!r} has no tables to choose from")
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown table {unknown[0]!r}; study {study.name!r} has {', '.join(known)}")
+        raise ValueError(
+            f"unknown table {unknown[0]!r}; study {study.name!r} has {', '.join(known)}"
+        )
     return [known[name] for name in dict.fromkeys(names)]
 
 

@@ -138,7 +138,7 @@ class Recorder(threading.Thread):
                 params=_params(trial),
                 dataset=self._dataset(),
             )
-        elif run.outcome != "training" or not run.logged_epochs:
+        elif run.outcome != "training":
             self._tracker.continue_trial(run)
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
@@ -219,10 +219,10 @@ class Recorder(threading.Thread):
 
     def _initial_progress(self) -> Progress:
         todo = self.trials_to_train()
-        judgeable = [d for d in self._trials if self._missing(d) and self._outcome(d) != "collapsed"]
+        judged = [d for d in self._trials if self._outcome(d) != "collapsed"]
         return Progress(
             trials=len(todo),
-            cells=sum(len(self._missing(digest)) for digest in judgeable),
+            cells=sum(len(self._missing(digest)) for digest in judged),
             epochs=sum(trial.recipe.epochs for trial in todo),
             cost_total=sum(trial.cost for trial in todo),
         )

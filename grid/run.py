@@ -152,9 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpus-per-trial", type=_positive, default=1, metavar="N", help="default: 1"
     )
-    parser.add_argument(
-        "--gpus-per-trial", type=float, default=0.0, metavar="G", help="default: 0"
-    )
+    parser.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="default: 0")
     return parser
 
 

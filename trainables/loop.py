@@ -117,7 +117,7 @@ def _train_epoch(
         set_rate(optimizer, rate)
         loss = training_loss(recipe, classifier(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
     return float(total) / steps, rate

@@ -61,7 +61,7 @@ def build_classifier(recipe: Recipe) -> Classifier:
         backbone = _backbone(recipe.model, scale)
     swap_activation(backbone, recipe.activation)
     classifier = Classifier(backbone, scale.mean, scale.std)
-    return classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return classifier.to(memory_format=torch.channels_last)
 
 
 def swap_activation(module: nn.Module, name: str) -> None:
@@ -80,9 +80,9 @@ def count_parameters(module: nn.Module) -> int:
 
 def _backbone(model: str, scale: Scale) -> nn.Module:
     if model in RESNETS:
-        return _resnet(model, scale)
+        return cast(nn.Module, _resnet(model, scale))
     if model in DEITS:
-        return _deit(model, scale)
+        return cast(nn.Module, _deit(model, scale))
     return _from_timm(model.removeprefix(TIMM_PREFIX), scale)
 
 
@@ -131,6 +131,6 @@ def _rescale_init(network: VisionTransformer, scale: Scale) -> None:
 
 def _from_timm(name: str, scale: Scale) -> nn.Module:
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        close = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name!r}; similar names: {close}")
-    return timm.create_model(name, num_classes=scale.num_classes)
+    return cast(nn.Module, timm.create_model(name, num_classes=scale.num_classes))

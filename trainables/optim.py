@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -43,7 +42,8 @@ def rate_at(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split parameters: no decay on 1-D tensors, biases, position embedding and class token."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         exempt = parameter.ndim <= 1 or name.endswith(NO_DECAY)
         (free if exempt else decayed).append(parameter)
@@ -65,5 +65,3 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group the rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-

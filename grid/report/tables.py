@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student
 
 from grid.plan import Plan
 from grid.published import published
-from grid.studies import Column, Row, Study, Table
+from grid.studies import CLEAN, PGD, Column, Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.tracking import TrialRun
 
@@ -40,6 +40,8 @@ class FilledCell:
 
 @dataclass(frozen=True)
 class FilledRow:
+    """One model of a table with its cells; `run_id` is its MLflow run, if there is one."""
+
     label: str
     recipe: Recipe
     run_id: str
@@ -48,6 +50,8 @@ class FilledRow:
 
 @dataclass(frozen=True)
 class FilledTable:
+    """One table of the study, filled as far as the runs go."""
+
     name: str
     question: str
     columns: tuple[str, ...]
@@ -61,8 +65,6 @@ def fill_tables(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
-    from grid.studies import CLEAN, PGD
-
     columns = [c for c in (CLEAN, *PGD) if c.evaluator in study.evaluators]
     first = [trial.recipe for trial in plan if trial.recipe.seed == 0] or [t.recipe for t in plan]
     rows = tuple(Row(recipe.describe(), recipe) for recipe in first)
@@ -81,27 +83,24 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
     return FilledTable(table.name, table.question, labels, tuple(rows))
 
 
-def _cell(table: Table, row: Row, column: Column, runs: Iterable[TrialRun | None]) -> FilledCell:
+def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
     figure = published(table.name, row.label, column.label)
-    paper = {"published": figure.value, "source": figure.source} if figure else {}
-    values = []
-    for run in runs:
-        if run is None or column.score not in run.metrics:
-            return FilledCell(_state(run), **paper)
-        values.append([100 * run.metrics[column.score + end] for end in ("", "/low", "/high")])
-    n = int(runs_n(column, runs))
+    paper = figure.value if figure else None
+    source = figure.source if figure else ""
+    metrics = [run.metrics for run in runs if run and column.score in run.metrics]
+    if len(metrics) < len(runs):
+        lacking = next(r for r in runs if r is None or column.score not in r.metrics)
+        return FilledCell(_state(lacking), published=paper, source=source)
+    value, low, high = _over_seeds(metrics, column.score)
+    n = int(sum(found[f"{column.score}/n"] for found in metrics))
+    return FilledCell("done", value, low, high, n, paper, source)
+
+
+def _over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
+    """Return value, low and high in percent: of one seed as judged, of several by Student's t."""
+    values = [100 * found[score] for found in metrics]
     if len(values) == 1:
-        return FilledCell("done", *values[0], n, **paper)
-    return FilledCell("done", *_over_seeds([v[0] for v in values]), n, **paper)
-
-
-def runs_n(column: Column, runs: Iterable[TrialRun | None]) -> float:
-    """Return how many verdicts stand behind a cell, over all seeds."""
-    return sum(run.metrics[column.score + "/n"] for run in runs if run)
-
-
-def _over_seeds(values: list[float]) -> tuple[float, float, float]:
-    """Return the mean over seeds with its 95 % t-interval."""
+        return values[0], 100 * metrics[0][f"{score}/low"], 100 * metrics[0][f"{score}/high"]
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) / len(values) ** 0.5
     reach = float(student.ppf(0.975, len(values) - 1)) * spread
