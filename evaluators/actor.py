@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
-import torch
+if TYPE_CHECKING:
+    from evaluators.base import Score
+    from trainables.models import Classifier
+    from trainables.recipe import Recipe
 
-from evaluators import evaluator_named
-from evaluators.base import Score, evaluate
-from trainables.checkpoint import load_weights, recipe_json_of
-from trainables.data import load_data
-from trainables.models import Classifier, build_classifier
-from trainables.recipe import Recipe
-from trainables.scale import scale_named
-from trainables.tracking import fetch_artifact
-from trainables.trial import WEIGHTS
+WEIGHTS = "weights.safetensors"
 
 
 class EvaluatorActor:
-    """One long-lived process of the pool; it keeps the model it judged last."""
+    """One long-lived process of the pool; it keeps the model it judged last.
+
+    Heavy imports are made here and not on top, so that the driver need not have them.
+    """
 
     def __init__(self, tracking_uri: str, *, threads: int, device: str) -> None:
+        import torch
+
         torch.set_num_threads(threads)
         self._tracking_uri = tracking_uri
         self._device = torch.device(device)
@@ -29,6 +29,13 @@ class EvaluatorActor:
 
     def judge(self, artifact_uri: str, evaluator: str) -> tuple[bytes, list[Score]]:
         """Return a cell's ledger as Parquet, and the scores read from it."""
+        import pyarrow.parquet as pq
+
+        from evaluators import evaluator_named
+        from evaluators.base import evaluate
+        from trainables.data import load_data
+        from trainables.scale import scale_named
+
         recipe, classifier = self._load(artifact_uri)
         scale = scale_named(recipe.scale)
         question = evaluator_named(evaluator, scale)
@@ -38,6 +45,11 @@ class EvaluatorActor:
         return buffer.getvalue(), question.summarize(ledger)
 
     def _load(self, artifact_uri: str) -> tuple[Recipe, Classifier]:
+        from trainables.checkpoint import load_weights, recipe_json_of
+        from trainables.models import build_classifier
+        from trainables.recipe import Recipe
+        from trainables.tracking import fetch_artifact
+
         if self._loaded is None or self._loaded[0] != artifact_uri:
             path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
             recipe = Recipe.model_validate_json(recipe_json_of(path))

@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from trainables.data import Data, Split, to_unit
-from trainables.models import Classifier
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 # One row per image and question. `survived`: the model's answer is still the true label (for a
 # targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
@@ -174,5 +175,7 @@ def survival_scores(ledger: pa.Table) -> list[Score]:
 
 def share(name: str, count: int, n: int) -> Score:
     """Return count / n with its Wilson interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
     interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
     return Score(name, count / n, float(interval.low), float(interval.high), n)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
 from trainables.data import Data
-from trainables.models import Classifier
 from trainables.scale import Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 
 class Clean:

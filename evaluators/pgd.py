@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -11,8 +11,10 @@ import torch
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
 from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data import Data, Split
-from trainables.models import Classifier
 from trainables.scale import Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 STEPS = (5, 10, 50, 100)
 SUBSET_SEED = 0

@@ -15,9 +15,12 @@ from typing import IO, Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
 from grid.assess import EvaluatorPool
-from grid.plan import Plan, Trial
+from grid.plan import Plan
+from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.report.build import write_report
@@ -126,7 +129,7 @@ def run_study(
             recorder.start()
             try:
                 if todo:
-                    _train(todo, recorder, results, placement)
+                    _train(todo, recorder, results, placement, lanes)
                 recorder.finish()
             except KeyboardInterrupt:
                 recorder.abandon()
@@ -165,6 +168,34 @@ def _start_ray(placement: Placement) -> int:
     return int(lanes)
 
 
+class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
+    """Start trials in the plan's order, and a student only when its teacher has ended.
+
+    Tune starts whatever is pending, in no order, so trials wait as paused. As many as run at
+    once are let go ahead of time: Tune only keeps an actor for reuse if one is.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__()
+        self._lanes = lanes
+        self._known: set[str] = set()
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        if trial.trial_id not in self._known:
+            self._known.add(trial.trial_id)
+            trial.set_status(Trial.PAUSED)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        trials = tune_controller.get_trials()
+        pending = [trial for trial in trials if trial.status == Trial.PENDING]
+        if len(pending) < self._lanes:
+            unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
+            for trial in trials:
+                if trial.status == Trial.PAUSED and trial.config["trial"]["teacher"] not in unended:
+                    return trial
+        return pending[0] if pending else None
+
+
 class _Events(tune.Callback):  # type: ignore[misc]
     """Hand Tune's events to the recorder; nothing here may block or raise."""
 
@@ -190,7 +221,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
             self._recorder.failed(_digest_of(trial), _last_line(trial))
 
 
-def _digest_of(trial: Any) -> str:
+def _digest_of(trial: Trial) -> str:
     return str(trial.config["trial"]["digest"])
 
 
@@ -200,16 +231,23 @@ def _last_line(trial: Any) -> str:
     return lines[-1].strip() if lines else "unknown error"
 
 
-def _train(todo: list[Trial], recorder: Recorder, results: Path, placement: Placement) -> None:
+def _train(
+    todo: list[PlannedTrial],
+    recorder: Recorder,
+    results: Path,
+    placement: Placement,
+    lanes: int,
+) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
-    As many run at once as their resources allow, on actors that are reused.
+    `lanes` run at once, as their resources allow, on actors that are reused.
     """
     storage = str(results.resolve())
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
     configs = [
         {
             "digest": trial.digest,
+            "teacher": trial.recipe.teacher.digest() if trial.recipe.teacher else None,
             "recipe": trial.recipe.model_dump(mode="json"),
             "storage": storage,
             "threads": placement.cpus,
@@ -222,7 +260,10 @@ def _train(todo: list[Trial], recorder: Recorder, results: Path, placement: Plac
         tune.with_resources(RecipeTrial, resources),
         param_space={"trial": tune.grid_search(configs)},
         tune_config=tune.TuneConfig(
-            reuse_actors=True, trial_name_creator=_digest_of, trial_dirname_creator=_digest_of
+            reuse_actors=True,
+            scheduler=_PlanOrder(lanes),
+            trial_name_creator=_digest_of,
+            trial_dirname_creator=_digest_of,
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
@@ -242,7 +283,7 @@ def _describe(study: Study, plan: Plan, scale: Scale) -> str:
     return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
 
 
-def _opening(plan: Plan, todo: list[Trial], recorder: Recorder, lanes: int) -> str:
+def _opening(plan: Plan, todo: list[PlannedTrial], recorder: Recorder, lanes: int) -> str:
     progress = recorder.progress
     return (
         f"{len(plan.trials)} trials: {len(plan.trials) - len(todo)} done, {len(todo)} to train "

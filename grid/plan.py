@@ -35,7 +35,7 @@ class Refused:
 class Plan:
     """The trials of a study, the longest first, and what was refused.
 
-    `asked` counts the recipes asked for before equal ones were shared; `tables` hold the recipes
+    `asked` counts the recipes and teachers asked for before equal ones were shared; `tables` hold the recipes
     as they are trained at the scale.
     """
 
@@ -114,16 +114,49 @@ def build_plan(
     drafts: dict[str, _Draft] = {}
     for recipe, serves, evaluators in asked:
         for seed in range(seeds):
-            seeded = recipe.replace(seed=seed) if seed != recipe.seed else recipe
+            seeded = recipe.with_seed(seed) if seed else recipe
             draft = drafts.setdefault(seeded.digest(), _Draft(seeded))
             draft.serves[serves] = None
             draft.evaluators |= dict.fromkeys((*study.evaluators, *evaluators))
+    count = len(asked) * seeds + _add_teachers(drafts, study)
     trials = [
         Trial(d.recipe, digest, tuple(d.serves), tuple(d.evaluators), scale.cost(d.recipe))
         for digest, d in drafts.items()
     ]
-    trials.sort(key=lambda trial: (-trial.cost, trial.digest))
-    return Plan(tuple(trials), tuple(refused), len(asked) * seeds, tuple(chosen), seeds)
+    chains = _longest_chains(trials)
+    trials.sort(key=lambda trial: (-chains[trial.digest], trial.digest))
+    return Plan(tuple(trials), tuple(refused), count, tuple(chosen), seeds)
+
+
+def _add_teachers(drafts: dict[str, _Draft], study: Study) -> int:
+    """Make every teacher a trial, judged as all of the study's are; return how many were not."""
+    before = len(drafts)
+    for draft in list(drafts.values()):
+        student, teacher = draft.recipe, draft.recipe.teacher
+        while teacher is not None:
+            taught = drafts.setdefault(teacher.digest(), _Draft(teacher))
+            taught.serves.setdefault(f"teacher of {student.digest()}")
+            taught.evaluators |= dict.fromkeys(study.evaluators)
+            student, teacher = teacher, teacher.teacher
+    return len(drafts) - before
+
+
+def _longest_chains(trials: list[Trial]) -> dict[str, float]:
+    """Return each trial's cost with the longest chain of students behind it."""
+    chains = {trial.digest: trial.cost for trial in trials}
+    for trial in sorted(trials, key=_depth, reverse=True):
+        if trial.recipe.teacher is not None:
+            teacher = trial.recipe.teacher.digest()
+            own = next(t.cost for t in trials if t.digest == teacher)
+            chains[teacher] = max(chains[teacher], own + chains[trial.digest])
+    return chains
+
+
+def _depth(trial: Trial) -> int:
+    depth, teacher = 0, trial.recipe.teacher
+    while teacher is not None:
+        depth, teacher = depth + 1, teacher.teacher
+    return depth
 
 
 def _shrunk(table: Table, scale: Scale) -> Table:
@@ -149,7 +182,7 @@ def axis_value(recipe: Recipe, axis: str) -> str:
     """Return the value a recipe has on an axis, as a user would write it."""
     if axis == "augmentation":
         return format_augmentations(recipe.augmentations)
-    value = getattr(recipe, axis)
+    value = recipe.teacher.model if axis == "teacher" and recipe.teacher else getattr(recipe, axis)
     return format_augmentations(value) if isinstance(value, tuple) else str(value)
 
 

@@ -30,12 +30,21 @@ def _ood(table: str, row: str, clean: float, *others: float) -> list[Published]:
     return [Published(table, row, column, value) for column, value in pairs]
 
 
+def _attacked(row: str, *values: float) -> list[Published]:
+    columns = ("Clean", "PGD-100", "AutoAttack 4/255")
+    pairs = zip(columns, values, strict=True)
+    return [Published("T2", row, column, value) for column, value in pairs]
+
+
 FIGURES: tuple[Published, ...] = (
     Published("T1", "ResNet-50", "Clean", 76.9),
     Published("T1", "DeiT-S", "Clean", 76.8),
     Published("T1", "ResNet-50", "AutoAttack 4/255", 0.0, NOTES),
     Published("T1", "DeiT-S", "AutoAttack 4/255", 0.0, NOTES),
     Published("T1", "DeiT-S", "AutoAttack 0.001", 22.1, NOTES),
+    *_attacked("ResNet-50 ReLU", 66.77, 32.26, 26.41),
+    *_attacked("ResNet-50 GELU", 67.38, 40.27, 35.51),
+    *_attacked("DeiT-S", 66.50, 40.32, 35.50),
     Published("T3", "ResNet-50", "Clean", 76.9),
     Published("T3", "DeiT-S", "Clean", 76.8),
     Published("T4", "none", "Clean", 76.9),
@@ -52,6 +61,10 @@ FIGURES: tuple[Published, ...] = (
     *_ood("T8", "ResNet-101-Best", 77.83, 11.49, 47.35, 13.28),
     *_ood("T8", "DeiT-Mini", 72.89, 8.19, 54.68, 9.88),
     *_ood("T8", "DeiT-S", 76.8, 12.2, 48.0, 13.0),
+    *_ood("T9", "ResNet-50*, teacher DeiT-S", 76.7, 5.2, 54.2, 9.8),
+    *_ood("T9", "DeiT-S, teacher ResNet-50*", 76.2, 10.9, 49.3, 11.9),
+    *_ood("T10", "ResNet-50", 76.9, 3.2, 57.9, 8.3),
+    *_ood("T10", "DeiT-S", 76.8, 12.2, 48.0, 13.0),
 )
 
 

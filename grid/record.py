@@ -158,17 +158,14 @@ class Recorder(threading.Thread):
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
-        self._tracker.finish_trial(
-            run,
-            outcome=result["outcome"],
-            reason=result["reason"],
-            weights=Path(result["weights"]),
-            sha256=result["sha256"],
-        )
+        if result["outcome"] == "finished":
+            self._tracker.store_weights(run, Path(result["weights"]), result["sha256"])
+        self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)
-        if result["outcome"] == "collapsed":
-            self._line.say(f"collapsed: {self._described(run.digest)}: {result['reason']}")
+        if result["outcome"] != "finished":
+            described = self._described(run.digest)
+            self._line.say(f"{result['outcome']}: {described}: {result['reason']}")
         self._submit_missing_cells(run)
 
     def _on_failed(self, digest: str, reason: str) -> None:
@@ -176,7 +173,7 @@ class Recorder(threading.Thread):
         self.progress.running.pop(digest, None)
         if digest not in self._runs:
             self._on_started(digest)
-        self._tracker.fail_trial(self._runs[digest], reason)
+        self._tracker.end_trial(self._runs[digest], outcome="failed", reason=reason)
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         if run.outcome not in JUDGED_OUTCOMES:
@@ -245,4 +242,8 @@ class Recorder(threading.Thread):
 def _params(trial: Trial) -> dict[str, Any]:
     fields = trial.recipe.effective()
     fields["augmentations"] = format_augmentations(trial.recipe.augmentations)
-    return {"family": trial.recipe.family, "size": trial.recipe.size, **fields}
+    flat: dict[str, Any] = {"family": trial.recipe.family, "size": trial.recipe.size}
+    for name, value in fields.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{name}.{key}".rstrip("."): entry for key, entry in nested}
+    return flat

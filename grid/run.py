@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
-from grid.studies import STUDIES, Study, load_study
+from grid.studies import STUDIES, Study, load_study, problem
+from trainables.recipe import Recipe
 from trainables.scale import SCALES, Scale, scale_named
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 INTERRUPTED = 130
+INDENT = " " * 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _run(options, study, plan, scale)
     except ValueError as error:
-        _refuse(str(error))
+        _refuse(problem(error))
 
 
 def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
@@ -181,7 +183,8 @@ def print_plan(study: Study, plan: Plan, scale: Scale) -> None:
     print(f"Study {study.name} at scale {scale.name}: {scale.title}")
     for trial in plan:
         print(f"  {trial.digest}  {trial.recipe.describe()}")
-        print(f"                {'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
+        print(f"{INDENT}{_hyperparameters(trial.recipe)}")
+        print(f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
     for refused in plan.refused:
         print(f"  refused: {refused.combination}: {refused.reason}")
     shared = plan.asked - len(plan.trials)
@@ -189,6 +192,20 @@ def print_plan(study: Study, plan: Plan, scale: Scale) -> None:
         f"{plan.asked} rows asked for, {len(plan.trials)} trainings ({shared} shared), "
         f"{len(plan.refused)} combinations refused"
     )
+
+
+def _hyperparameters(recipe: Recipe) -> str:
+    parts = [
+        f"rate {recipe.learning_rate:g}",
+        f"decay {recipe.weight_decay:g}",
+        f"batch {recipe.batch_size}",
+        f"warm-up {recipe.warmup_epochs:g}",
+    ]
+    if recipe.norm == "ghost":
+        parts.append(f"ghost batch {recipe.ghost_batch} of {recipe.forward_batch}")
+    if recipe.adversary:
+        parts.append(f"epsilon {recipe.adversary.epsilon * 255:g}/255")
+    return ", ".join(parts)
 
 
 def _refuse(message: str) -> NoReturn:

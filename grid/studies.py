@@ -7,7 +7,7 @@ Source: "Are Transformers More Robust Than CNNs?" (NeurIPS 2021), recipes as in 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.recipe import (
     AUGMENTATIONS,
+    Adversary,
+    CurriculumRow,
+    Distillation,
     Recipe,
-    family_of,
     format_augmentations,
     model_of,
 )
@@ -64,31 +66,131 @@ OPTIMIZER_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
 }
 
 
+AT_BATCH = 4096
+AT_FORWARD = 512  # the study's accumulation is not recorded; its ghost batches of 64 divide this
+# epoch: RandAug magnitude, mix probability, CutMix alpha, switch probability
+_STUDY_CURRICULUM = (
+    (1, 0.5, 0.0, 0.0),
+    (1, 0.6, 0.0, 0.0),
+    (2, 0.7, 0.0, 0.0),
+    (3, 0.8, 0.0, 0.0),
+    (4, 0.9, 0.0, 0.0),
+    (5, 1.0, 0.0, 0.0),
+    (6, 1.0, 1.0, 0.1),
+    (7, 1.0, 1.0, 0.2),
+    (8, 0.9, 1.0, 0.3),
+    (9, 0.95, 1.0, 0.4),
+    (9, 1.0, 1.0, 0.5),
+)
+CURRICULA: dict[str, tuple[CurriculumRow, ...]] = {
+    "none": (),
+    "study": tuple(
+        CurriculumRow(
+            epoch=epoch,
+            randaug_magnitude=magnitude,
+            mix_probability=mix,
+            cutmix_alpha=alpha,
+            switch_probability=switch,
+        )
+        for epoch, (magnitude, mix, alpha, switch) in enumerate(_STUDY_CURRICULUM)
+    ),
+}
+
+
 def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     """Return the recipe with one axis set, and with it what belongs to that choice.
 
     family and size choose the model; optimizer brings its rate, decay, batch and warm-up;
-    augmentation brings label smoothing 0.1; any other axis is a field of the recipe.
+    augmentation brings label smoothing 0.1; training 'adversarial' brings the study's adversary,
+    batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows; teacher
+    names a base. Any other axis is a field of the recipe.
     """
-    if axis in ("family", "size"):
-        model = model_of(**({"family": recipe.family, "size": recipe.size} | {axis: value}))
-        if family_of(model) == recipe.family:
-            return recipe.replace(model=model)
-        return with_axis(recipe.replace(model=model), "optimizer", recipe.optimizer)
-    if axis == "optimizer":
-        family = recipe.family if (recipe.family, value) in OPTIMIZER_SETTINGS else "deit"
-        if (family, value) not in OPTIMIZER_SETTINGS:
-            return recipe.replace(optimizer=value)
-        return recipe.replace(optimizer=value, **OPTIMIZER_SETTINGS[family, value])
-    if axis == "augmentation":
-        changed = recipe.replace(augmentations=value)
-        return changed.replace(label_smoothing=0.1 if changed.augmentations else 0.0)
+    if axis in _SETTERS:
+        return _SETTERS[axis](recipe, value)
     if axis not in Recipe.model_fields:
         raise ValueError(f"unknown axis {axis!r}; one of {', '.join(AXES)}")
     return recipe.replace(**{axis: value})
 
 
-AXES = ("family", "size", "augmentation", *Recipe.model_fields)
+def _with_model(recipe: Recipe, model: str) -> Recipe:
+    changed = recipe.replace(model=model)
+    if changed.family == recipe.family or recipe.adversary:
+        return changed
+    return _with_optimizer(changed, recipe.optimizer)
+
+
+def _with_family(recipe: Recipe, family: str) -> Recipe:
+    return _with_model(recipe, model_of(family, recipe.size))
+
+
+def _with_size(recipe: Recipe, size: str) -> Recipe:
+    return _with_model(recipe, model_of(recipe.family, size))
+
+
+def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
+    family = recipe.family if recipe.family == "resnet" else "deit"
+    settings = OPTIMIZER_SETTINGS.get((family, optimizer), {})
+    changed = recipe.replace(optimizer=optimizer, micro_batch=None, **settings)
+    return _adversarial(changed) if recipe.adversary else changed
+
+
+def _with_augmentation(recipe: Recipe, augmentations: Any) -> Recipe:
+    changed = recipe.replace(augmentations=augmentations)
+    return changed.replace(label_smoothing=0.1 if changed.augmentations else 0.0)
+
+
+def _with_training(recipe: Recipe, training: str) -> Recipe:
+    if training not in ("clean", "adversarial"):
+        raise ValueError(f"unknown training {training!r}; one of ['adversarial', 'clean']")
+    if training == "adversarial":
+        return _adversarial(recipe)
+    changed = recipe.replace(adversary=None, norm="batch", micro_batch=None, pixel_range="data")
+    return _with_optimizer(changed, recipe.optimizer)
+
+
+def _adversarial(recipe: Recipe) -> Recipe:
+    """Adversarial training as in the study: total batch 4096, the rate in proportion."""
+    sgd, resnet = recipe.optimizer == "sgd", recipe.family == "resnet"
+    return recipe.replace(
+        adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if resnet else 0.0),
+        pixel_range="half",
+        batch_size=AT_BATCH,
+        learning_rate=recipe.learning_rate * AT_BATCH / recipe.batch_size,
+        warmup_epochs=5.0 if sgd else 10.0,
+        warmup_rate=0.1 if sgd else 1e-6,
+        **({"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD} if resnet else {}),
+    )
+
+
+def _with_curriculum(recipe: Recipe, curriculum: Any) -> Recipe:
+    if not isinstance(curriculum, str):
+        return recipe.replace(curriculum=curriculum, curriculum_epochs=recipe.epochs)
+    if curriculum not in CURRICULA:
+        raise ValueError(
+            f"unknown curriculum {curriculum!r}; one of {sorted(CURRICULA)}, or a table of rows"
+        )
+    return recipe.replace(curriculum=CURRICULA[curriculum], curriculum_epochs=100)
+
+
+def _with_teacher(recipe: Recipe, teacher: str) -> Recipe:
+    if teacher == "none":
+        return recipe.replace(distillation=None)
+    if teacher not in BASES:
+        raise ValueError(f"teacher {teacher!r} is not in the plan; one of {sorted(BASES)} or none")
+    return recipe.replace(distillation=Distillation(teacher=BASES[teacher]()))
+
+
+_SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
+    "model": _with_model,
+    "family": _with_family,
+    "size": _with_size,
+    "optimizer": _with_optimizer,
+    "augmentation": _with_augmentation,
+    "training": _with_training,
+    "curriculum": _with_curriculum,
+    "teacher": _with_teacher,
+}
+AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 
 
 def resnet50() -> Recipe:
@@ -108,29 +210,46 @@ def resnet50() -> Recipe:
 
 def resnet_aligned(size: str = "base") -> Recipe:
     """ResNet-* under DeiT's whole recipe. Published: ResNet-50* 76.3 top-1 (T5)."""
-    recipe = with_axis(with_axis(resnet50(), "size", size), "optimizer", "adamw")
-    return with_axis(recipe.replace(scheduler="cosine"), "augmentation", STRONG)
+    recipe = _with_optimizer(_with_size(resnet50(), size), "adamw")
+    return _with_augmentation(recipe.replace(scheduler="cosine"), STRONG)
 
 
 def resnet_best(size: str = "base", *, epochs: int = 100) -> Recipe:
     """ResNet-Best: cosine, SGD, RandAug+CutMix. Published: ResNet-50-Best 75.7 top-1 (T8)."""
-    recipe = with_axis(resnet50(), "size", size).replace(scheduler="cosine", epochs=epochs)
-    return with_axis(recipe, "augmentation", "randaug+cutmix")
+    recipe = _with_size(resnet50(), size).replace(scheduler="cosine", epochs=epochs)
+    return _with_augmentation(recipe, "randaug+cutmix")
 
 
 def deit(size: str = "base", *, epochs: int = 100) -> Recipe:
     """DeiT under its own recipe, 300 epochs cut to 100. Published: DeiT-S 76.8 top-1 (T5)."""
-    recipe = with_axis(with_axis(resnet50(), "family", "deit"), "optimizer", "adamw")
-    recipe = with_axis(recipe, "size", size)
+    recipe = _with_optimizer(_with_model(resnet50(), model_of("deit", size)), "adamw")
     recipe = recipe.replace(activation="gelu", scheduler="cosine", epochs=epochs)
-    return with_axis(recipe, "augmentation", STRONG)
+    return _with_augmentation(recipe, STRONG)
 
 
-BASES = {
+def adversarial_resnet50(activation: str = "relu") -> Recipe:
+    """AT ResNet-50. Published under AutoAttack: ReLU 26.41, GELU 35.51 (T2)."""
+    return _adversarial(resnet50().replace(activation=activation))
+
+
+def adversarial_deit() -> Recipe:
+    """AT DeiT-S with its curriculum. Published under AutoAttack: 35.50 (T2)."""
+    return _with_curriculum(_adversarial(deit()), "study")
+
+
+def hybrid_deit() -> Recipe:
+    """Hybrid-DeiT: a ResNet-18 trunk feeds DeiT-Mini's blocks, under DeiT's recipe (T10)."""
+    return deit().replace(model="hybrid_deit")
+
+
+BASES: dict[str, Callable[[], Recipe]] = {
     "resnet50": resnet50,
     "resnet50_aligned": resnet_aligned,
     "resnet50_best": resnet_best,
     "deit_small": deit,
+    "hybrid_deit": hybrid_deit,
+    "adversarial_resnet50": adversarial_resnet50,
+    "adversarial_deit_small": adversarial_deit,
 }
 
 
@@ -181,7 +300,7 @@ PGD = tuple(Column(f"PGD-{n}", "pgd", f"pgd-{n}") for n in (5, 10, 50, 100))
 
 
 def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
-    return tuple(Row(s, with_axis(base, "augmentation", s)) for s in AUGMENTATION_SUBSETS)
+    return tuple(Row(s, _with_augmentation(base, s)) for s in AUGMENTATION_SUBSETS)
 
 
 def _paper_tables() -> tuple[Table, ...]:
@@ -189,6 +308,29 @@ def _paper_tables() -> tuple[Table, ...]:
     pair = (Row("ResNet-50", own), Row("DeiT-S", deit()))
     return (
         Table("T1", "Vanilla models under attack", pair, (CLEAN, *PGD)),
+        Table(
+            "T2",
+            "Adversarial training",
+            (
+                Row("ResNet-50 ReLU", adversarial_resnet50()),
+                Row("ResNet-50 GELU", adversarial_resnet50("gelu")),
+                Row("DeiT-S", adversarial_deit()),
+                Row(
+                    "DeiT-S, CNN recipe (M-SGD, no strong augmentation)",
+                    _with_augmentation(
+                        _with_optimizer(_adversarial(deit()), "sgd").replace(scheduler="step"),
+                        "none",
+                    ),
+                ),
+                Row("DeiT-S without curriculum", _adversarial(deit())),
+                Row("ResNet-50 with AdamW", _with_optimizer(adversarial_resnet50(), "adamw")),
+                Row(
+                    "ResNet-50 with strong augmentation",
+                    _with_augmentation(adversarial_resnet50(), STRONG),
+                ),
+            ),
+            (CLEAN, *PGD),
+        ),
         Table("T3", "Patch attacks on vanilla models", pair, (CLEAN,)),
         Table(
             "T4",
@@ -208,7 +350,7 @@ def _paper_tables() -> tuple[Table, ...]:
             (
                 Row("step, SGD", own),
                 Row("cosine, SGD", cosine),
-                Row("cosine, AdamW", with_axis(cosine, "optimizer", "adamw")),
+                Row("cosine, AdamW", _with_optimizer(cosine, "adamw")),
             ),
             (CLEAN,),
         ),
@@ -227,6 +369,21 @@ def _paper_tables() -> tuple[Table, ...]:
                 Row("DeiT-S", deit()),
                 Row("DeiT-B", deit("large")),
             ),
+            (CLEAN,),
+        ),
+        Table(
+            "T9",
+            "Distillation",
+            (
+                Row("ResNet-50*, teacher DeiT-S", _with_teacher(resnet_aligned(), "deit_small")),
+                Row("DeiT-S, teacher ResNet-50*", _with_teacher(deit(), "resnet50_aligned")),
+            ),
+            (CLEAN,),
+        ),
+        Table(
+            "T10",
+            "A hybrid of both families",
+            (Row("ResNet-50", own), Row("Hybrid-DeiT", hybrid_deit()), Row("DeiT-S", deit())),
             (CLEAN,),
         ),
         Table(
@@ -251,6 +408,7 @@ FULL_AXES: Axes = {
     "scheduler": ("step", "cosine"),
     "augmentation": AUGMENTATION_SUBSETS,
     "epochs": (100, 300),
+    "training": ("clean", "adversarial"),
 }
 
 
@@ -267,15 +425,18 @@ def full() -> Study:
 STUDIES = {"paper": paper, "full": full}
 
 
+AxisValue = str | int | float | list[dict[str, int | float]] | dict[str, int | float | str]
+
+
 class StudyFile(BaseModel):
     """A user's study: a base recipe, axes over it, and the evaluators to ask."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
-    base: Literal["resnet50", "resnet50_aligned", "resnet50_best", "deit_small"]
-    set: dict[str, str | int | float] = {}
-    axes: dict[str, list[str | int | float]] = {}
+    base: str
+    set: dict[str, AxisValue] = {}
+    axes: dict[str, list[AxisValue]] = {}
     mode: Mode = "product"
     evaluators: list[str] = ["clean", "pgd"]
 
@@ -301,6 +462,8 @@ def load_study(name_or_file: str) -> Study:
 
 
 def _study_from(parsed: StudyFile, path: Path) -> Study:
+    if parsed.base not in BASES:
+        raise ValueError(f"study file {path}: unknown base {parsed.base!r}; one of {sorted(BASES)}")
     unknown = [axis for axis in (*parsed.set, *parsed.axes) if axis not in AXES]
     if unknown:
         raise ValueError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.models import Classifier
+from trainables.recipe import Adversary, Recipe
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def random_start(images_BCHW: Tensor, *, epsilon: float, generator: torch.Genera
 
 
 def pgd_iterates(
-    classifier: Classifier,
+    classifier: nn.Module,
     images_BCHW: Tensor,
     targets: Tensor,
     *,
@@ -66,3 +67,54 @@ def pgd_iterates(
             current = torch.clamp(current + step_size * gradient.sign(), low, high)
         if step in stops:
             yield step, current
+
+
+def training_attack(
+    recipe: Recipe,
+    classifier: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    epoch: int,
+    step: int,
+) -> Tensor:
+    """Attack a training batch by the recipe's adversary, on its labels_B or soft targets_BK.
+
+    The model is in eval mode meanwhile. as-published: gradients in half precision.
+    """
+    adversary = recipe.adversary
+    assert adversary is not None
+    seed = np.random.SeedSequence((recipe.seed, epoch, 4, step)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
+    start_BCHW = training_start(recipe, adversary, images_BCHW, generator=generator)
+    half = torch.float16 if images_BCHW.is_cuda else torch.bfloat16
+    as_published = recipe.protocol == "as-published"
+    with attacked(classifier), torch.autocast(images_BCHW.device.type, half, as_published):
+        iterates = pgd_iterates(
+            classifier,
+            images_BCHW,
+            targets,
+            epsilon=adversary.epsilon,
+            step_size=adversary.step_size,
+            stops=(adversary.steps,),
+            start_BCHW=start_BCHW,
+        )
+        _, final_BCHW = next(iterates)
+    return final_BCHW
+
+
+def training_start(
+    recipe: Recipe, adversary: Adversary, images_BCHW: Tensor, *, generator: torch.Generator
+) -> Tensor:
+    """Return where a training attack starts.
+
+    corrected: each image at random in its ball with chance 1 - plain_start, else at itself.
+    as-published: the whole batch at random if a normal draw exceeds plain_start.
+    """
+    started_BCHW = random_start(images_BCHW, epsilon=adversary.epsilon, generator=generator)
+    if recipe.protocol == "as-published":
+        drawn = float(torch.randn((), generator=generator))
+        return started_BCHW if drawn > adversary.plain_start else images_BCHW
+    draws_B = torch.rand(len(images_BCHW), generator=generator)
+    plain_B = (draws_B < adversary.plain_start).to(images_BCHW.device)
+    return torch.where(plain_B.view(-1, 1, 1, 1), images_BCHW, started_BCHW)

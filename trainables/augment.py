@@ -51,7 +51,9 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
 
 def augmented_epoch(recipe: Recipe, split: Split, epoch: int) -> Tensor:
     """Return every image of the split as this epoch shows it: shifted, then RandAugmented."""
-    magnitude = recipe.randaug_magnitude if "randaug" in recipe.augmentations else None
+    row = recipe.curriculum_row(epoch)
+    strength = row.randaug_magnitude if row else recipe.randaug_magnitude
+    magnitude = strength if "randaug" in recipe.augmentations else None
     return _augmented_epoch(_Identity(split), recipe.seed, epoch, magnitude)
 
 
@@ -132,11 +134,12 @@ def mix(
     """
     if not recipe.mixes:
         return images_BCHW, labels_B
+    row = recipe.curriculum_row(epoch) or recipe
     mixer = Mixup(
         mixup_alpha=recipe.mixup_alpha if "mixup" in recipe.augmentations else 0.0,
-        cutmix_alpha=recipe.cutmix_alpha if "cutmix" in recipe.augmentations else 0.0,
-        prob=recipe.mix_probability,
-        switch_prob=recipe.switch_probability,
+        cutmix_alpha=row.cutmix_alpha if "cutmix" in recipe.augmentations else 0.0,
+        prob=row.mix_probability,
+        switch_prob=row.switch_probability,
         label_smoothing=recipe.label_smoothing,
         num_classes=num_classes,
     )

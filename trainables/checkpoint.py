@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 KEPT = 2
+SOUND = "sound"
 logger = logging.getLogger(__name__)
 
 
@@ -33,20 +34,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> Path:
-    """Save the state after `epoch` epochs and drop all but the newest two."""
+def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], *, sound: bool = True) -> Path:
+    """Save the state after `epoch` epochs; drop all but the newest two and the newest sound one.
+
+    `sound` is False for a state in which the training may have begun to collapse.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path = folder / f"epoch-{epoch:05d}-{_short_hash(content)}.pt"
+    judged = SOUND if sound else "doubtful"
+    path = folder / f"epoch-{epoch:05d}-{judged}-{_short_hash(content)}.pt"
     write_atomically(path, content)
-    for old in _newest_first(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+    newest = _newest_first(folder)
+    kept = {*newest[:KEPT], *[p for p in newest if f"-{SOUND}-" in p.name][:1]}
+    for old in newest:
+        if old not in kept:
+            old.unlink(missing_ok=True)
     return path
 
 
 def load_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint, or None; a damaged one is reported and kept aside.
+    """Load the newest whole checkpoint, or None; a damaged one is reported and kept aside.
 
     Nothing is unpickled but tensors and plain values (`weights_only`).
     """

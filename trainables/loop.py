@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
+from trainables.adversary import attacked, pgd_iterates, training_attack
 from trainables.augment import augmented_epoch, epoch_order, mix
 from trainables.data import Data, Split, to_unit
-from trainables.models import Classifier
+from trainables.models import Classifier, use_set
 from trainables.optim import build_optimizer, rate_at, set_rate
-from trainables.recipe import Recipe
+from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
+from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
@@ -26,15 +28,27 @@ EVALUATION_BATCH = 256
 class EpochReport:
     """What one epoch did.
 
-    `metrics` are this epoch's figures; `state` is all that the next epoch needs. Its tensors are
-    the live ones, valid until the next report is asked for.
+    `metrics` are this epoch's figures; `sound` is False where a collapse may have begun; `state`
+    is all that the next epoch needs: its tensors are the live ones, valid until the next report
+    is asked for.
     """
 
     epoch: int
     metrics: dict[str, float]
     outcome: Outcome
     reason: str
+    sound: bool
     state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Training:
+    recipe: Recipe
+    classifier: Classifier
+    teacher: Classifier | None
+    optimizer: Optimizer
+    data: Data
+    device: torch.device
 
 
 def train(
@@ -43,90 +57,142 @@ def train(
     data: Data,
     *,
     device: torch.device,
+    teacher: Classifier | None = None,
     start: dict[str, Any] | None = None,
 ) -> Iterator[EpochReport]:
     """Train a classifier by its recipe and report after every epoch.
 
     `start` is the `state` of an earlier report: training goes on behind it with the same bits as
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
-    A loss that is not finite ends the training as collapsed: an outcome, not an error.
+    A collapse ends the training: an outcome, not an error. A recipe with a teacher needs it here.
     """
-    scale = scale_named(recipe.scale)
+    if (teacher is None) != (recipe.teacher is None):
+        raise ValueError("a teacher is needed by a recipe that names one, and by no other")
     classifier.to(device)
     optimizer = build_optimizer(recipe, classifier)
-    done = 0
+    history: list[dict[str, float]] = []
     if start is not None:
         classifier.load_state_dict(start["model"])
         optimizer.load_state_dict(start["optimizer"])
-        done = int(start["epoch"])
-    for epoch in range(done, recipe.epochs):
-        last = epoch + 1 == recipe.epochs
-        loss, rate = _train_epoch(recipe, classifier, optimizer, data, epoch, device)
-        metrics = {"train/loss": loss, "train/rate": rate}
-        outcome: Outcome = "finished" if last else "training"
-        reason = ""
-        if not math.isfinite(loss):
-            outcome, reason = "collapsed", f"the training loss became {loss} in epoch {epoch + 1}"
-        elif last or (epoch + 1) % scale.validate_every == 0:
-            metrics["held_out/accuracy"] = accuracy(classifier, data.held_out, device=device)
-        yield EpochReport(
-            epoch=epoch + 1,
-            metrics=metrics,
-            outcome=outcome,
-            reason=reason,
-            state={
-                "epoch": epoch + 1,
-                "model": classifier.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            },
-        )
-        if outcome == "collapsed":
+        history = list(start["history"])
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+    training = _Training(recipe, classifier, teacher, optimizer, data, device)
+    for epoch in range(len(history), recipe.epochs):
+        history.append(_epoch(training, epoch))
+        report = _report(training, history)
+        yield report
+        if report.outcome == "collapsed":
             return
 
 
-def _train_epoch(
-    recipe: Recipe,
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    epoch: int,
-    device: torch.device,
-) -> tuple[float, float]:
+def _epoch(training: _Training, epoch: int) -> dict[str, float]:
+    """Train one epoch and measure what is due after it."""
+    recipe, classifier, data = training.recipe, training.classifier, training.data
+    scale = scale_named(recipe.scale)
+    metrics = {"epoch": float(epoch + 1), **_train_epoch(training, epoch)}
+    if row := recipe.curriculum_row(epoch):
+        fields = row.model_dump(exclude={"epoch"})
+        metrics |= {f"curriculum/{name}": float(value) for name, value in fields.items()}
+    if recipe.adversary:
+        probed = data.train.subset(scale.probe_images, seed=0)
+        metrics[PROBE] = probe(recipe, classifier, probed, device=training.device)
+    if (epoch + 1) % scale.validate_every == 0 or epoch + 1 == recipe.epochs:
+        metrics["held_out/accuracy"] = accuracy(classifier, data.held_out, device=training.device)
+    return metrics
+
+
+def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport:
+    recipe, last = training.recipe, history[-1]
+    chance = {
+        "num_classes": len(training.data.class_names),
+        "n": min(scale_named(recipe.scale).probe_images, len(training.data.train)),
+    }
+    reason = collapse_reason(recipe, history, **chance)
+    outcome: Outcome = "finished" if len(history) == recipe.epochs else "training"
+    return EpochReport(
+        epoch=len(history),
+        metrics=last,
+        outcome="collapsed" if reason else outcome,
+        reason=reason,
+        sound=not reason and not at_chance(last, **chance),
+        state={
+            "model": training.classifier.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "history": list(history),
+        },
+    )
+
+
+def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     """Train one epoch; return its mean loss and its last rate."""
-    classifier.train()
-    images = augmented_epoch(recipe, data.train, epoch)
-    order = epoch_order(len(data.train), seed=recipe.seed, epoch=epoch)
+    recipe, optimizer = training.recipe, training.optimizer
+    images = augmented_epoch(recipe, training.data.train, epoch)
+    order = epoch_order(len(training.data.train), seed=recipe.seed, epoch=epoch)
     steps = len(order) // recipe.batch_size
     if steps == 0:
         raise ValueError(f"batch_size {recipe.batch_size} exceeds the {len(order)} train images")
-    total = torch.zeros((), device=device)
+    training.classifier.train()
+    total = torch.zeros((), device=training.device)
     rate = 0.0
     for step in range(steps):
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        images_BCHW = to_unit(images[chosen].to(device))
-        labels_B = data.train.labels[chosen].to(device)
-        inputs, targets = mix(
-            recipe,
-            images_BCHW,
-            labels_B,
-            num_classes=len(data.class_names),
-            epoch=epoch,
-            step=step,
-        )
         rate = rate_at(recipe, epoch, step, steps)
         set_rate(optimizer, rate)
-        loss = training_loss(recipe, classifier(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        for micro in range(recipe.accumulation):
+            forward = step * recipe.accumulation + micro
+            first = forward * recipe.forward_batch
+            chosen = order[first : first + recipe.forward_batch]
+            use_set(training.classifier, micro)
+            loss = _batch_loss(training, images[chosen], chosen, epoch, forward)
+            (loss / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         optimizer.step()
-        total += loss.detach()
-    return float(total) / steps, rate
+    return {"train/loss": float(total) / (steps * recipe.accumulation), "train/rate": rate}
+
+
+def _batch_loss(
+    training: _Training, images: Tensor, chosen: Tensor, epoch: int, forward: int
+) -> Tensor:
+    """Return the loss of one forward batch: mixed, attacked and taught as the recipe says."""
+    recipe, classifier = training.recipe, training.classifier
+    inputs, targets = mix(
+        recipe,
+        to_unit(images.to(training.device)),
+        training.data.train.labels[chosen].to(training.device),
+        num_classes=len(training.data.class_names),
+        epoch=epoch,
+        step=forward,
+    )
+    if recipe.adversary:
+        inputs = training_attack(recipe, classifier, inputs, targets, epoch=epoch, step=forward)
+    logits_BK = classifier(inputs)
+    loss = training_loss(recipe, logits_BK, targets)
+    if recipe.distillation and training.teacher is not None:
+        with torch.no_grad():
+            taught_BK = training.teacher(inputs)
+        loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
+    return loss
 
 
 def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy on labels_B (smoothed here) or on soft targets_BK (already so)."""
     smoothing = 0.0 if targets.is_floating_point() else recipe.label_smoothing
     return F.cross_entropy(logits_BK, targets, label_smoothing=smoothing)
+
+
+def distillation_loss(
+    distillation: Distillation, loss: Tensor, logits_BK: Tensor, taught_BK: Tensor
+) -> Tensor:
+    """Blend a loss on the labels with the soft divergence from the teacher's plain logits."""
+    tau = distillation.tau
+    divergence = F.kl_div(
+        F.log_softmax(logits_BK / tau, dim=1),
+        F.log_softmax(taught_BK / tau, dim=1),
+        log_target=True,
+        reduction=distillation.reduction,
+    )
+    return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 
 @torch.inference_mode()
@@ -139,3 +205,23 @@ def accuracy(classifier: Classifier, split: Split, *, device: torch.device) -> f
         predicted = classifier(to_unit(split.images[part].to(device))).argmax(dim=1)
         right += int((predicted == split.labels[part].to(device)).sum())
     return right / len(split)
+
+
+def probe(recipe: Recipe, classifier: Classifier, split: Split, *, device: torch.device) -> float:
+    """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
+    assert recipe.adversary is not None
+    images_BCHW, labels_B = to_unit(split.images.to(device)), split.labels.to(device)
+    epsilon = recipe.adversary.epsilon
+    with attacked(classifier):
+        iterates = pgd_iterates(
+            classifier,
+            images_BCHW,
+            labels_B,
+            epsilon=epsilon,
+            step_size=epsilon / 4,
+            stops=(PROBE_STEPS,),
+            start_BCHW=images_BCHW,
+        )
+        _, final_BCHW = next(iterates)
+        with torch.no_grad():
+            return float((classifier(final_BCHW).argmax(dim=1) == labels_B).float().mean())

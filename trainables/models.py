@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainables.recipe import TIMM_PREFIX, Recipe
 from trainables.scale import PUBLISHED_DEIT_WIDTH, Scale, scale_named
@@ -24,6 +29,7 @@ DEITS: dict[str, tuple[int, int]] = {  # published width, depth
     "deit_small": (PUBLISHED_DEIT_WIDTH, 12),
     "deit_base": (768, 12),
 }
+HALF = (0.5, 0.5, 0.5)
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -53,14 +59,74 @@ class Classifier(nn.Module):
         return cast(Tensor, self.backbone((images_BCHW - self.mean) / self.std))
 
 
+class GhostBatchNorm2d(nn.Module):
+    """Batch normalisation by virtual batches, with statistics of their own, under one affine.
+
+    Of a batch of n, ghost j holds the images whose index = j mod `ghosts`. Each of `sets`
+    accumulation steps has its own running statistics (`use_set`). The affine is (1, C, 1, 1), so
+    that it is weight-decayed. In eval mode: set 0, ghost 0. Source: STUDY section 3, GhostBN.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        ghosts: int,
+        sets: int,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.ghosts, self.momentum, self.eps = features, ghosts, momentum, eps
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(1, features, 1, 1, **factory))
+        self.bias = nn.Parameter(torch.zeros(1, features, 1, 1, **factory))
+        self.register_buffer("running_mean", torch.zeros(sets, ghosts * features, **factory))
+        self.register_buffer("running_var", torch.ones(sets, ghosts * features, **factory))
+        self.active_set = 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            mean, var = self.running_mean[0, : self.features], self.running_var[0, : self.features]
+            normalised = F.batch_norm(images_BCHW, mean, var, eps=self.eps)
+            return normalised * self.weight + self.bias
+        count, _, height, width = images_BCHW.shape
+        if count % self.ghosts:
+            raise ValueError(f"a batch of {count} does not split into {self.ghosts} ghost batches")
+        side_by_side = images_BCHW.reshape(count // self.ghosts, -1, height, width)
+        normalised = F.batch_norm(
+            side_by_side,
+            self.running_mean[self.active_set],
+            self.running_var[self.active_set],
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        return normalised.reshape_as(images_BCHW) * self.weight + self.bias
+
+
+def use_set(module: nn.Module, index: int) -> None:
+    """Have every ghost batch normalisation keep its statistics in one accumulation step's set."""
+    for layer in module.modules():
+        if isinstance(layer, GhostBatchNorm2d):
+            layer.active_set = index
+
+
 def build_classifier(recipe: Recipe) -> Classifier:
     """Build a recipe's untrained classifier; its initial weights follow from the seed alone."""
     scale = scale_named(recipe.scale)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = _backbone(recipe.model, scale)
+        backbone = _backbone(recipe, scale)
     swap_activation(backbone, recipe.activation)
-    classifier = Classifier(backbone, scale.mean, scale.std)
+    half = recipe.pixel_range == "half"
+    mean, std = (HALF, HALF) if half else (scale.mean, scale.std)
+    classifier = Classifier(backbone, mean, std)
     return classifier.to(memory_format=torch.channels_last)
 
 
@@ -78,35 +144,53 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _backbone(model: str, scale: Scale) -> nn.Module:
-    if model in RESNETS:
-        return cast(nn.Module, _resnet(model, scale))
-    if model in DEITS:
-        return cast(nn.Module, _deit(model, scale))
-    return _from_timm(model.removeprefix(TIMM_PREFIX), scale)
+def _backbone(recipe: Recipe, scale: Scale) -> nn.Module:
+    norm_layer = _norm_layer(recipe)
+    if recipe.model in RESNETS:
+        return _resnet(recipe.model, scale, norm_layer)
+    if recipe.model in DEITS:
+        return _deit(recipe.model, scale)
+    if recipe.model == "hybrid_deit":
+        return _hybrid(scale, norm_layer)
+    return _from_timm(recipe.model.removeprefix(TIMM_PREFIX), scale)
 
 
-def _resnet(model: str, scale: Scale) -> ResNet:
+def _norm_layer(recipe: Recipe) -> Callable[[int], nn.Module]:
+    if recipe.norm == "batch":
+        return nn.BatchNorm2d
+    ghosts = recipe.forward_batch // recipe.ghost_batch
+    return partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
+
+
+def _resnet(
+    model: str,
+    scale: Scale,
+    norm_layer: Callable[[int], nn.Module],
+    *,
+    stem_stride: int = 2,
+    **options: Any,
+) -> nn.Module:
     block, layers = RESNETS[model]
     channels = scale.resnet_channels()
     small = scale.stem == "small"
     network = ResNet(
         block,
         tuple(scale.depth(blocks) for blocks in layers),
-        num_classes=scale.num_classes,
         channels=channels,
+        norm_layer=norm_layer,
         # timm's plain stem is 64 wide; its deep stem takes any width and is replaced below.
         stem_type="deep" if small else "",
         stem_width=channels[0] // 2 if small else 64,
+        **({"num_classes": scale.num_classes} | options),
     )
     if small:
-        network.conv1 = nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False)
+        network.conv1 = nn.Conv2d(3, channels[0], 3, stride=stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    return network
+    return cast(nn.Module, network)
 
 
-def _deit(model: str, scale: Scale) -> VisionTransformer:
+def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
     published_width, depth = DEITS[model]
     heads = scale.vit_heads(published_width)
     network = VisionTransformer(
@@ -116,10 +200,22 @@ def _deit(model: str, scale: Scale) -> VisionTransformer:
         depth=scale.depth(depth),
         num_heads=heads,
         num_classes=scale.num_classes,
+        **options,
     )
     if scale.stem == "small":
         _rescale_init(network, scale)
-    return network
+    return cast(nn.Module, network)
+
+
+def _hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+    """Hybrid-DeiT: a ResNet-18 trunk through its last stage feeds DeiT-Mini's blocks.
+
+    Small images keep the trunk's stem at full size, so that more than one token is left.
+    """
+    trunk = _resnet("resnet18", scale, norm_layer, stem_stride=1, num_classes=0, global_pool="")
+    # HybridEmbed takes its patch size from the trunk's output.
+    embed = partial(HybridEmbed, backbone=trunk)
+    return _deit("deit_mini", replace(scale, patch_size=1), embed_layer=embed)
 
 
 def _rescale_init(network: VisionTransformer, scale: Scale) -> None:

@@ -14,6 +14,8 @@ Augmentation = Literal["randaug", "mixup", "cutmix"]
 Optimizer = Literal["sgd", "adamw"]
 Scheduler = Literal["step", "cosine"]
 Protocol = Literal["corrected", "as-published"]
+Norm = Literal["batch", "ghost"]
+PixelRange = Literal["data", "half"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
@@ -62,6 +64,10 @@ def _parse_augmentations(value: Any) -> Any:
     return tuple(name for name in AUGMENTATIONS if name in names)
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _check_model(value: Any) -> Any:
     if isinstance(value, str) and value not in MODELS and not value.startswith(TIMM_PREFIX):
         raise ValueError(f"unknown model {value!r}; one of {sorted(MODELS)} or 'timm:NAME'")
@@ -90,11 +96,49 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Adversary(_Frozen):
+    """Adversarial training: each batch is attacked before it is learned from.
+
+    epsilon and step_size are max-norm radii for pixels in [0, 1]. `plain_start` is the chance
+    that an image's attack starts at the image itself instead of at random in its ball.
+    """
+
+    epsilon: Epsilon
+    steps: int = Field(default=1, gt=0)
+    step_size: Epsilon
+    plain_start: float = Field(default=0, ge=0, le=1)
+
+
+class Distillation(_Frozen):
+    """Learn from a teacher's plain logits beside the labels; the teacher is a trial of its own.
+
+    loss = (1 - alpha) * cross-entropy + alpha * tau^2 * KL(teacher || student) at temperature tau.
+    """
+
+    teacher: Recipe
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    tau: float = Field(default=1, gt=0)
+    reduction: Literal["batchmean", "sum"] = "batchmean"
+
+
+class CurriculumRow(_Frozen):
+    """The augmentation of one epoch of a curriculum; cutmix_alpha 0 leaves CutMix out."""
+
+    epoch: int = Field(ge=0)
+    randaug_magnitude: int = Field(ge=0, le=10)
+    mix_probability: float = Field(ge=0, le=1)
+    cutmix_alpha: float = Field(ge=0)
+    switch_probability: float = Field(ge=0, le=1)
+
+
 class Recipe(_Frozen):
     """Everything that determines the weights; equal digests mean equal weights.
 
     Rates are peak rates at the total batch; `warmup_epochs` may be fractional; magnitudes and
-    alphas count only where their augmentation is on. Source of the values: STUDY section 3.
+    alphas count only where their augmentation is on. `micro_batch` images pass the model at once
+    (None: the whole batch) and their gradients accumulate to the total batch. `curriculum` is
+    written for a training of `curriculum_epochs` and stretched to this one. `pixel_range` half
+    normalises by mean and std 0.5. Source of the values: STUDY section 3.
     """
 
     scale: str
@@ -116,20 +160,21 @@ class Recipe(_Frozen):
     mix_probability: float = Field(default=1.0, ge=0, le=1)
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
+    curriculum: Annotated[tuple[CurriculumRow, ...], BeforeValidator(_as_tuple)] = ()
+    curriculum_epochs: int = Field(default=100, gt=0)
+    norm: Norm = "batch"
+    ghost_batch: int = Field(default=64, gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    pixel_range: PixelRange = "data"
+    adversary: Adversary | None = None
+    distillation: Distillation | None = None
     protocol: Protocol = "corrected"
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _can_be(self) -> Recipe:
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "
-                f"{self.epochs} epochs"
-            )
-        if self.mixes and self.batch_size % 2:
-            raise ValueError(
-                f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch"
-            )
+        for check in (_check_warmup, _check_batches, _check_ghosts, _check_curriculum):
+            check(self)
         return self
 
     @property
@@ -145,21 +190,65 @@ class Recipe(_Frozen):
         """Whether images are mixed, so that targets are soft."""
         return "mixup" in self.augmentations or "cutmix" in self.augmentations
 
+    @property
+    def forward_batch(self) -> int:
+        """How many images pass the model at once."""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """How many forward batches make one optimizer step."""
+        return self.batch_size // self.forward_batch
+
+    @property
+    def teacher(self) -> Recipe | None:
+        """The recipe whose trained model this one learns from."""
+        return self.distillation.teacher if self.distillation else None
+
+    @property
+    def training(self) -> str:
+        """'clean' or 'adversarial'."""
+        return "adversarial" if self.adversary else "clean"
+
+    def curriculum_row(self, epoch: int) -> CurriculumRow | None:
+        """Return the row of an epoch (from 0), or None without a curriculum.
+
+        Epoch e of E uses the row of epoch floor(e * curriculum_epochs / E); the last row holds on.
+        """
+        if not self.curriculum:
+            return None
+        written_for = epoch * self.curriculum_epochs // self.epochs
+        return self.curriculum[min(written_for, len(self.curriculum) - 1)]
+
+    def with_seed(self, seed: int) -> Recipe:
+        """Return this recipe, and its teacher's, with another seed."""
+        changes: dict[str, Any] = {"seed": seed}
+        if self.distillation:
+            teacher = self.distillation.teacher.with_seed(seed)
+            changes["distillation"] = self.distillation.model_copy(update={"teacher": teacher})
+        return self.replace(**changes)
+
     def replace(self, **changes: Any) -> Recipe:
         """Return this recipe with some fields changed, validated again."""
-        return Recipe.model_validate(self.model_dump() | changes)
+        fields = {name: getattr(self, name) for name in Recipe.model_fields}
+        return Recipe.model_validate(fields | changes)
 
     def effective(self) -> dict[str, Any]:
         """Return the fields that can change the weights, as JSON values."""
         fields = self.model_dump(mode="json")
+        if self.distillation:
+            fields["distillation"]["teacher"] = self.distillation.teacher.digest()
+        by_row = bool(self.curriculum)
         inert = {
-            "randaug_magnitude": "randaug" not in self.augmentations,
+            "randaug_magnitude": "randaug" not in self.augmentations or by_row,
             "mixup_alpha": "mixup" not in self.augmentations,
-            "cutmix_alpha": "cutmix" not in self.augmentations,
-            "mix_probability": not self.mixes,
-            "switch_probability": not {"mixup", "cutmix"} <= set(self.augmentations),
+            "cutmix_alpha": "cutmix" not in self.augmentations or by_row,
+            "mix_probability": not self.mixes or by_row,
+            "switch_probability": not {"mixup", "cutmix"} <= set(self.augmentations) or by_row,
             "warmup_rate": self.warmup_epochs == 0,
             "floor_rate": self.scheduler != "cosine",
+            "ghost_batch": self.norm != "ghost",
+            "curriculum_epochs": not by_row,
         }
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
 
@@ -170,7 +259,62 @@ class Recipe(_Frozen):
 
     def describe(self) -> str:
         """Name the recipe as a person would, e.g. 'resnet50 relu sgd step none 16ep seed0'."""
-        return (
-            f"{self.model} {self.activation} {self.optimizer} {self.scheduler} "
-            f"{format_augmentations(self.augmentations)} {self.epochs}ep seed{self.seed}"
+        extras = [
+            "AT" if self.adversary else "",
+            "curriculum" if self.curriculum else "",
+            "ghost" if self.norm == "ghost" else "",
+            f"teacher={self.teacher.model}" if self.teacher else "",
+            "as-published" if self.protocol == "as-published" else "",
+        ]
+        return " ".join(
+            [
+                f"{self.model} {self.activation} {self.optimizer} {self.scheduler}",
+                format_augmentations(self.augmentations),
+                *filter(None, extras),
+                f"{self.epochs}ep seed{self.seed}",
+            ]
+        )
+
+
+def _check_warmup(recipe: Recipe) -> None:
+    if recipe.warmup_epochs > recipe.epochs:
+        raise ValueError(
+            f"warm-up of {recipe.warmup_epochs:g} epochs is longer than the training of "
+            f"{recipe.epochs} epochs"
+        )
+
+
+def _check_batches(recipe: Recipe) -> None:
+    if recipe.batch_size % recipe.forward_batch:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is not divisible by micro_batch {recipe.micro_batch}: "
+            "no accumulation reaches the total batch"
+        )
+    if recipe.mixes and recipe.forward_batch % 2:
+        raise ValueError(
+            f"a batch of {recipe.forward_batch} is odd: mixup and cutmix pair its images"
+        )
+
+
+def _check_ghosts(recipe: Recipe) -> None:
+    if recipe.norm != "ghost":
+        return
+    if recipe.family == "deit":
+        raise ValueError(f"norm 'ghost' needs batch normalisation, and {recipe.model} has none")
+    if recipe.forward_batch % recipe.ghost_batch:
+        raise ValueError(
+            f"ghost batch normalisation splits a batch of {recipe.forward_batch} into virtual "
+            f"batches of {recipe.ghost_batch}, which does not divide it"
+        )
+
+
+def _check_curriculum(recipe: Recipe) -> None:
+    epochs = [row.epoch for row in recipe.curriculum]
+    if epochs != list(range(len(epochs))):
+        raise ValueError(
+            f"the curriculum has rows for epochs {epochs}; they must be 0, 1, 2, ... without a gap"
+        )
+    if recipe.curriculum and not {"randaug", "mixup", "cutmix"} <= set(recipe.augmentations):
+        raise ValueError(
+            "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have them"
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
-from trainables.recipe import Recipe
+from trainables.recipe import Adversary, CurriculumRow, Recipe
 
 PUBLISHED_DEIT_WIDTH = 384
+PUBLISHED_EPSILON = Fraction(4, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,9 @@ class Scale:
 
     The rule: depth / `depth_divisor` (rounded, at least 1), width / the family's divisor (DeiT's
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
-    probability / `strength_divisor`. Where the data are too few for the study's total batches,
-    `batch_size` and `learning_rate` state the scale's own by family and optimizer.
+    probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
+    few for the study's total batches, `batch_size` and `learning_rate` state the scale's own by
+    family and optimizer, and ghost batches shrink with them.
     """
 
     name: str
@@ -43,6 +45,9 @@ class Scale:
     batch_size: dict[str, int] = field(default_factory=dict)
     learning_rate: dict[tuple[str, str], float] = field(default_factory=dict)
     attack_subset: int = 5000
+    probe_images: int = 500
+    micro_batch: int | None = None
+    ghost_batch: int = 64
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 
@@ -65,21 +70,52 @@ class Scale:
 
     def cost(self, recipe: Recipe) -> float:
         """Return what training the recipe costs, in the unit of `epoch_cost`; for ordering."""
-        return recipe.epochs * self.epoch_cost.get(recipe.model, max(self.epoch_cost.values()))
+        epoch = self.epoch_cost.get(recipe.model, max(self.epoch_cost.values()))
+        # Forward, weight gradients and input gradients cost about the same; a teacher's forward
+        # is one more of the three.
+        passes = 3 + (2 * recipe.adversary.steps if recipe.adversary else 0)
+        return recipe.epochs * epoch * (passes + (1 if recipe.teacher else 0)) / 3
 
     def shrink(self, recipe: Recipe) -> Recipe:
-        """Return the study's recipe as it is trained at this scale."""
-        batch = self.batch_size.get(recipe.family, recipe.batch_size)
-        rate = self.learning_rate.get((recipe.family, recipe.optimizer), recipe.learning_rate)
+        """Return the study's recipe, teacher included, as it is trained at this scale."""
         epochs = self.epochs(recipe.epochs)
-        return recipe.replace(
-            scale=self.name,
-            epochs=epochs,
-            warmup_epochs=recipe.warmup_epochs * epochs / recipe.epochs,
-            batch_size=batch,
-            learning_rate=rate,
-            randaug_magnitude=round(recipe.randaug_magnitude / self.strength_divisor),
-            mix_probability=recipe.mix_probability / self.strength_divisor,
+        rate = self.learning_rate.get((recipe.family, recipe.optimizer), recipe.learning_rate)
+        changes: dict[str, Any] = {
+            "scale": self.name,
+            "epochs": epochs,
+            "warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs,
+            "warmup_rate": recipe.warmup_rate * rate / recipe.learning_rate,
+            "learning_rate": rate,
+            "batch_size": self.batch_size.get(recipe.family, recipe.batch_size),
+            "randaug_magnitude": round(recipe.randaug_magnitude / self.strength_divisor),
+            "mix_probability": recipe.mix_probability / self.strength_divisor,
+            "curriculum": tuple(self._soften(row) for row in recipe.curriculum),
+        }
+        if recipe.norm == "ghost":
+            changes["ghost_batch"] = min(recipe.ghost_batch, self.ghost_batch)
+            changes["micro_batch"] = self.micro_batch or recipe.micro_batch
+        if recipe.adversary:
+            changes["adversary"] = self._rescale(recipe.adversary)
+        if recipe.distillation:
+            teacher = self.shrink(recipe.distillation.teacher)
+            changes["distillation"] = recipe.distillation.model_copy(update={"teacher": teacher})
+        return recipe.replace(**changes)
+
+    def _soften(self, row: CurriculumRow) -> CurriculumRow:
+        return row.model_copy(
+            update={
+                "randaug_magnitude": round(row.randaug_magnitude / self.strength_divisor),
+                "mix_probability": row.mix_probability / self.strength_divisor,
+            }
+        )
+
+    def _rescale(self, adversary: Adversary) -> Adversary:
+        ratio = float(self.epsilon / PUBLISHED_EPSILON)
+        return adversary.model_copy(
+            update={
+                "epsilon": adversary.epsilon * ratio,
+                "step_size": adversary.step_size * ratio,
+            }
         )
 
 
@@ -91,7 +127,7 @@ IMAGENET = Scale(
     train_images=1_281_167,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    epsilon=Fraction(4, 255),
+    epsilon=PUBLISHED_EPSILON,
     # Multiply-accumulates of one image, in units of 10^9.
     epoch_cost={
         "resnet18": 1.8,
@@ -137,6 +173,9 @@ DIGITS = Scale(
         ("timm", "adamw"): 2e-3,
     },
     attack_subset=200,
+    probe_images=50,
+    micro_batch=32,
+    ghost_batch=16,
     # Seconds of an epoch on one core of a 2.5 GHz Xeon.
     epoch_cost={
         "resnet18": 0.33,

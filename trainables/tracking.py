@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 
 CELL_TAG = "cell."
 PAGE = 1000
+LONGEST_TAG = 5000
 
 
 @dataclass
@@ -136,21 +137,18 @@ class Tracker:
         for entry in new:
             run.metrics |= entry
 
-    def finish_trial(
-        self, run: TrialRun, *, outcome: str, reason: str, weights: Path, sha256: str
-    ) -> None:
-        """Store a trial's weights and recipe and end its run with its outcome."""
+    def store_weights(self, run: TrialRun, weights: Path, sha256: str) -> None:
+        """Store a trial's trained weights and its recipe."""
         self._client.log_artifact(run.run_id, str(weights))
         self._client.log_text(run.run_id, run.recipe, "recipe.json")
-        self._tag(run, outcome=outcome, reason=reason, weights_sha256=sha256)
-        self._client.set_terminated(run.run_id, "FINISHED")
-        run.outcome, run.reason = outcome, reason
+        self._tag(run, weights_sha256=sha256)
 
-    def fail_trial(self, run: TrialRun, reason: str) -> None:
-        """End a trial's run as failed; the next run of the command tries it again."""
-        self._tag(run, outcome="failed", reason=reason[:5000])
-        self._client.set_terminated(run.run_id, "FAILED")
-        run.outcome, run.reason = "failed", reason
+    def end_trial(self, run: TrialRun, *, outcome: str, reason: str) -> None:
+        """End a trial's run with its outcome; failed and blocked ones are tried again."""
+        self._tag(run, outcome=outcome, reason=reason[:LONGEST_TAG])
+        over = outcome in ("finished", "collapsed")
+        self._client.set_terminated(run.run_id, "FINISHED" if over else "FAILED")
+        run.outcome, run.reason = outcome, reason
 
     def record_cell(
         self,
@@ -196,7 +194,7 @@ def _trial_run(run: Run) -> TrialRun:
         run_id=run.info.run_id,
         digest=tags["digest"],
         # Killed between its last tag and its end: the run is not done.
-        outcome=outcome if ended or outcome == "failed" else "training",
+        outcome=outcome if ended or outcome in ("failed", "blocked") else "training",
         reason=tags.get("reason", ""),
         artifact_uri=run.info.artifact_uri,
         start_time=run.info.start_time,

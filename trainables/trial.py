@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ray import tune
 
-from trainables.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights
-from trainables.data import load_data
-from trainables.loop import EpochReport, train
-from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
-from trainables.scale import scale_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainables.loop import EpochReport
+    from trainables.models import Classifier
 
 CHECKPOINT_SECONDS = 5.0
 WEIGHTS = "weights.safetensors"
@@ -26,13 +25,13 @@ WEIGHTS = "weights.safetensors"
 class _Running:
     recipe: Recipe
     folder: Path
-    classifier: Classifier
-    reports: Iterator[EpochReport]
-    history: list[dict[str, float]]
     outcome: str = "training"
     reason: str = ""
+    classifier: Classifier | None = None
+    reports: Iterator[EpochReport] | None = None
     unsent: list[dict[str, float]] = field(default_factory=list)
-    saved_at: float = 0.0
+    epoch: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
 
 
 class RecipeTrial(tune.Trainable):  # type: ignore[misc]
@@ -41,7 +40,7 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest sound checkpoint by its digest. An actor serves many trials one after another, and
     builds everything anew for each. config["trial"]: recipe (JSON fields), storage, threads,
-    device.
+    device. torch and timm are imported by the first step, so that the driver need not have them.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -61,63 +60,85 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
         if running is None:
             running = self._running = _open(self._trial_config)
         if running.outcome == "training":
-            _advance(running, next(running.reports))
-        return self._result(running)
-
-    def _result(self, running: _Running) -> dict[str, Any]:
-        done = running.outcome != "training"
+            _advance(running)
         result = {
             "digest": running.recipe.digest(),
-            "epoch": int(running.history[-1]["epoch"]),
+            "epoch": running.epoch,
             "epochs": running.unsent,
             "outcome": running.outcome,
             "reason": running.reason,
-            "done": done,
+            "done": running.outcome != "training",
         }
-        if done:
-            path = running.folder / WEIGHTS
-            recipe_json = running.recipe.model_dump_json()
-            result["weights"] = str(path)
-            result["sha256"] = save_weights(path, running.classifier, recipe_json)
         running.unsent = []
-        return result
+        return result | (_store_weights(running) if running.outcome == "finished" else {})
 
     def cleanup(self) -> None:
         self._running = None
 
 
+def weights_path(storage: Path, recipe: Recipe) -> Path:
+    """Return where a trial's trained weights lie, once it has finished."""
+    return storage / "trials" / recipe.digest() / WEIGHTS
+
+
 def _open(config: dict[str, Any]) -> _Running:
+    import torch
+
+    from trainables.checkpoint import load_newest_checkpoint, load_weights
+    from trainables.data import load_data
+    from trainables.loop import train
+    from trainables.models import build_classifier
+    from trainables.scale import scale_named
+
     torch.set_num_threads(config["threads"])
     recipe = Recipe.model_validate(config["recipe"])
-    folder = Path(config["storage"]) / "trials" / recipe.digest()
-    start = load_newest_checkpoint(folder)
-    classifier = build_classifier(recipe)
-    device = torch.device(config["device"])
-    data = load_data(scale_named(recipe.scale))
-    history = list(start["history"]) if start else []
-    running = _Running(
-        recipe=recipe,
-        folder=folder,
-        classifier=classifier,
-        reports=train(recipe, classifier, data, device=device, start=start),
-        history=history,
-        unsent=list(history),
-        saved_at=time.monotonic(),
-    )
-    if start and start["outcome"] != "training":
+    storage = Path(config["storage"])
+    running = _Running(recipe, storage / "trials" / recipe.digest())
+    teacher = None
+    if recipe.teacher:
+        taught_by = weights_path(storage, recipe.teacher)
+        if not taught_by.exists():
+            running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
+            return running
+        teacher = build_classifier(recipe.teacher)
+        load_weights(taught_by, teacher)
+    running.classifier = build_classifier(recipe)
+    start = load_newest_checkpoint(running.folder)
+    if start:
+        running.unsent, running.epoch = list(start["history"]), len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
-        classifier.load_state_dict(start["model"])
+        running.classifier.load_state_dict(start["model"])
+    running.reports = train(
+        recipe,
+        running.classifier,
+        load_data(scale_named(recipe.scale)),
+        device=torch.device(config["device"]),
+        teacher=teacher,
+        start=start,
+    )
     return running
 
 
-def _advance(running: _Running, report: EpochReport) -> None:
-    entry = {"epoch": float(report.epoch), **report.metrics}
-    running.history.append(entry)
-    running.unsent.append(entry)
+def _advance(running: _Running) -> None:
+    from trainables.checkpoint import save_checkpoint
+
+    assert running.reports is not None
+    report = next(running.reports)
+    running.epoch = report.epoch
+    running.unsent.append(report.metrics)
     running.outcome, running.reason = report.outcome, report.reason
     now = time.monotonic()
     if report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS:
         return
     running.saved_at = now
-    extra = {"history": running.history, "outcome": report.outcome, "reason": report.reason}
-    save_checkpoint(running.folder, report.epoch, report.state | extra)
+    state = report.state | {"outcome": report.outcome, "reason": report.reason}
+    save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
+
+
+def _store_weights(running: _Running) -> dict[str, str]:
+    from trainables.checkpoint import save_weights
+
+    assert running.classifier is not None
+    path = running.folder / WEIGHTS
+    sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
+    return {"weights": str(path), "sha256": sha256}

@@ -1,0 +1,64 @@
+"""Shared settings and fixtures: one thread, no calls home, small trainings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_AUTH_MODE": "disabled",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+import torch
+
+from grid.studies import deit, resnet50
+from trainables.data import Data, Split, load_data
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    return load_data(DIGITS)
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Data) -> Data:
+    """192 training and 60 held-out images: seconds instead of minutes."""
+
+    def head(split: Split, count: int) -> Split:
+        return Split(images=split.images[:count], labels=split.labels[:count], ids=split.ids[:count])
+
+    return Data(
+        name="digits",
+        train=head(digits.train, 192),
+        held_out=head(digits.held_out, 60),
+        class_names=digits.class_names,
+    )
+
+
+@pytest.fixture
+def small() -> Callable[..., Recipe]:
+    """A digits recipe of two epochs; keyword arguments change its fields."""
+
+    def build(base: str = "resnet", **changes: object) -> Recipe:
+        recipe = DIGITS.shrink(resnet50() if base == "resnet" else deit("small"))
+        model = {"model": "resnet18"} if base == "resnet" else {}
+        return recipe.replace(**({"epochs": 2, "warmup_epochs": 0.0} | model | changes))
+
+    return build
+
+
+@pytest.fixture
+def generator() -> Iterator[torch.Generator]:
+    yield torch.Generator().manual_seed(0)

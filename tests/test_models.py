@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from grid.studies import deit, resnet50
+from trainables.models import (
+    ACTIVATION_LAYERS,
+    GhostBatchNorm2d,
+    build_classifier,
+    count_parameters,
+    use_set,
+)
+from trainables.recipe import MODELS
+from trainables.scale import DIGITS, IMAGENET
+
+PUBLISHED_PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "deit_mini": 9_982_184,
+    "deit_small": 22_050_664,
+}
+
+
+@pytest.mark.parametrize(("model", "count"), PUBLISHED_PARAMETERS.items())
+def test_models_have_the_published_numbers_of_parameters(model, count):
+    assert count_parameters(build_classifier(resnet50().replace(model=model))) == count
+
+
+def test_hybrid_has_about_21_million_parameters_and_reads_the_trunks_last_stage():
+    hybrid = build_classifier(resnet50().replace(model="hybrid_deit"))
+    assert 20.5e6 < count_parameters(hybrid) < 21.5e6
+    assert hybrid.backbone.patch_embed.proj.in_channels == 512
+    assert len(hybrid.backbone.blocks) == 12
+
+
+@pytest.mark.parametrize("name", ["resnet50", "deit_small_patch16_224"])
+def test_imagenet_models_are_timms_own(name):
+    model = "deit_small" if "deit" in name else name
+    ours = build_classifier(resnet50().replace(model=model, activation="relu")).backbone
+    theirs = timm.create_model(name)
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("model", [*MODELS, "timm:resnet10t"])
+@pytest.mark.parametrize("activation", ACTIVATION_LAYERS)
+def test_every_model_runs_at_digits_with_every_activation_swapped_for_real(model, activation):
+    recipe = DIGITS.shrink(resnet50().replace(model=model, activation=activation))
+    classifier = build_classifier(recipe).eval()
+    layers = [m for m in classifier.modules() if isinstance(m, tuple(ACTIVATION_LAYERS.values()))]
+    assert layers
+    assert all(isinstance(layer, ACTIVATION_LAYERS[activation]) for layer in layers)
+    assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_families_match_in_size_at_digits():
+    resnet = count_parameters(build_classifier(DIGITS.shrink(resnet50())))
+    vit = count_parameters(build_classifier(DIGITS.shrink(deit())))
+    assert abs(resnet - vit) / vit < 0.15
+
+
+def test_initial_weights_follow_from_the_seed_and_leave_global_randomness_alone(small):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, second = build_classifier(small(seed=3)), build_classifier(small(seed=3))
+    assert torch.equal(before, torch.random.get_rng_state())
+    weights = [p.flatten() for p in first.parameters()]
+    assert torch.equal(torch.cat(weights), torch.cat([p.flatten() for p in second.parameters()]))
+    other = build_classifier(small(seed=4))
+    assert not torch.equal(first.backbone.conv1.weight, other.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize("pixel_range", ["data", "half"])
+def test_normalisation_is_inside_the_model(small, pixel_range):
+    classifier = build_classifier(small(pixel_range=pixel_range)).eval()
+    images = torch.rand(2, 3, 16, 16)
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if pixel_range == "half" else (DIGITS.mean, DIGITS.std)
+    by_hand = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    assert torch.allclose(classifier(images), classifier.backbone(by_hand))
+
+
+def test_an_unknown_timm_model_is_named_with_similar_ones():
+    with pytest.raises(ValueError, match="timm has no model 'resnet49'"):
+        build_classifier(resnet50().replace(model="timm:resnet49"))
+
+
+def test_ghost_statistics_are_batch_norms_on_each_interleaved_slice():
+    ghost = GhostBatchNorm2d(4, ghosts=2, sets=3)
+    images = torch.randn(8, 4, 5, 5) * 3 + 1
+    use_set(nn.Sequential(ghost), 1)
+    out = ghost(images)
+    for j in range(2):
+        plain = nn.BatchNorm2d(4)
+        assert torch.allclose(out[j::2], plain(images[j::2]), atol=1e-6)
+        kept = slice(4 * j, 4 * j + 4)
+        assert torch.allclose(ghost.running_mean[1, kept], plain.running_mean, atol=1e-6)
+        assert torch.allclose(ghost.running_var[1, kept], plain.running_var, atol=1e-6)
+    assert torch.equal(ghost.running_mean[0], torch.zeros(8))
+
+
+def test_ghost_evaluates_from_set_0_ghost_0():
+    ghost = GhostBatchNorm2d(4, ghosts=2, sets=2)
+    ghost.running_mean.normal_()
+    ghost.running_var.uniform_(0.5, 2)
+    ghost.eval()
+    images = torch.randn(3, 4, 5, 5)
+    expected = F.batch_norm(images, ghost.running_mean[0, :4], ghost.running_var[0, :4])
+    use_set(nn.Sequential(ghost), 1)
+    assert torch.allclose(ghost(images), expected, atol=1e-6)
+
+
+def test_ghost_says_when_a_batch_does_not_split():
+    with pytest.raises(ValueError, match="a batch of 7 does not split into 2"):
+        GhostBatchNorm2d(4, ghosts=2, sets=1)(torch.randn(7, 4, 5, 5))
+
+
+def test_imagenet_scale_changes_nothing():
+    assert IMAGENET.shrink(deit()) == deit()

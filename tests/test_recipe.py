@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from grid.studies import CURRICULA, STRONG, deit, resnet50, with_axis
+from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
+
+ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
+
+
+def test_equal_recipes_have_equal_digests_and_any_effective_change_makes_another():
+    base = resnet50()
+    assert base.digest() == resnet50().digest()
+    changes = {"seed": 1, "epochs": 99, "activation": "gelu", "label_smoothing": 0.1}
+    digests = {base.replace(**{k: v}).digest() for k, v in changes.items()}
+    assert len(digests | {base.digest()}) == len(changes) + 1
+
+
+def test_digest_is_the_same_in_another_process():
+    code = "from grid.studies import deit; print(deit().digest())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == deit().digest()
+    assert len(deit().digest()) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mixup_alpha": 0.3}, {"randaug_magnitude": 3}, {"switch_probability": 0.1}, {"ghost_batch": 8}],
+)
+def test_settings_of_what_is_off_do_not_split_trials(change):
+    assert resnet50().replace(**change).digest() == resnet50().digest()
+    assert "ghost_batch" in change or deit().replace(**change).digest() != deit().digest()
+
+
+def test_recipe_survives_json_with_everything_in_it():
+    recipe = with_axis(
+        with_axis(deit().replace(adversary=ADVERSARY), "curriculum", "study"), "teacher", "resnet50"
+    )
+    again = Recipe.model_validate_json(recipe.model_dump_json())
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+
+
+def test_teacher_is_part_of_the_identity_by_its_own_digest():
+    taught = with_axis(deit(), "teacher", "resnet50")
+    other = taught.replace(distillation=Distillation(teacher=resnet50().replace(seed=7)))
+    assert taught.digest() != other.digest()
+    assert taught.effective()["distillation"]["teacher"] == resnet50().digest()
+    assert taught.with_seed(3).teacher == resnet50().replace(seed=3)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        resnet50().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "greater than 0"),
+        ({"epochs": 4, "warmup_epochs": 5.0}, "warm-up of 5 epochs is longer"),
+        ({"batch_size": 100, "micro_batch": 64}, "not divisible by micro_batch 64"),
+        ({"batch_size": 33, "augmentations": "mixup"}, "a batch of 33 is odd"),
+        ({"norm": "ghost", "ghost_batch": 48}, "virtual batches of 48, which does not divide"),
+        ({"model": "deit_small", "norm": "ghost"}, "deit_small has none"),
+        ({"model": "resnet34"}, "unknown model 'resnet34'"),
+        ({"augmentations": "randaug+cutout"}, "unknown augmentation 'cutout'"),
+        ({"activation": "tanh"}, "'relu', 'gelu', 'silu' or 'softplus'"),
+        ({"epochs": "100"}, "valid integer"),
+        ({"adversary": ADVERSARY | {"epsilon": 4}}, r"write 4/255"),
+        ({"curriculum": CURRICULA["study"]}, "augmentations must have them"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_with_the_reason(change, message):
+    with pytest.raises(ValidationError, match=message):
+        resnet50().replace(**change)
+
+
+def test_a_curriculum_with_a_gap_or_a_value_out_of_range_is_refused():
+    strong = with_axis(resnet50(), "augmentation", STRONG)
+    row = {
+        "randaug_magnitude": 1,
+        "mix_probability": 0.5,
+        "cutmix_alpha": 0.0,
+        "switch_probability": 0.0,
+    }
+    rows = [row | {"epoch": 0}, row | {"epoch": 2}]
+    with pytest.raises(ValidationError, match="without a gap"):
+        strong.replace(curriculum=rows)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        strong.replace(curriculum=[row | {"epoch": 0, "mix_probability": 1.5}])
+
+
+def test_curriculum_is_stretched_to_the_training():
+    recipe = with_axis(deit(), "curriculum", "study")
+    assert [recipe.curriculum_row(e).epoch for e in (0, 1, 9, 10, 99)] == [0, 1, 9, 10, 10]
+    short = recipe.replace(epochs=12, warmup_epochs=0.6)
+    assert [short.curriculum_row(e).epoch for e in (0, 1, 2, 11)] == [0, 8, 10, 10]
+    assert isinstance(short.curriculum_row(0), CurriculumRow)
+    assert resnet50().curriculum_row(0) is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.001", 0.001), (0.5, 0.5)])
+def test_epsilon_is_read_as_people_write_it(text, value):
+    assert parse_epsilon(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["4", "four", "4/0", "-1/255"])
+def test_epsilon_outside_the_unit_interval_is_refused(text):
+    with pytest.raises(ValueError, match="epsilon"):
+        parse_epsilon(text)
