@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from trainables.data import Split
 from trainables.recipe import Recipe
+from trainables.scale import scale_named
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
 CACHED_EPOCHS = 128
@@ -54,7 +55,9 @@ def augmented_epoch(recipe: Recipe, split: Split, epoch: int) -> Tensor:
     row = recipe.curriculum_row(epoch)
     strength = row.randaug_magnitude if row else recipe.randaug_magnitude
     magnitude = strength if "randaug" in recipe.augmentations else None
-    return _augmented_epoch(_Identity(split), recipe.seed, epoch, magnitude)
+    mean = scale_named(recipe.scale).mean
+    fill = tuple(round(255 * channel) for channel in mean)
+    return _augmented_epoch(_Identity(split), recipe.seed, epoch, magnitude, fill)
 
 
 class _Identity:
@@ -71,11 +74,13 @@ class _Identity:
 
 
 @lru_cache(maxsize=CACHED_EPOCHS)
-def _augmented_epoch(key: _Identity, seed: int, epoch: int, magnitude: int | None) -> Tensor:
+def _augmented_epoch(
+    key: _Identity, seed: int, epoch: int, magnitude: int | None, fill: tuple[int, ...]
+) -> Tensor:
     shifted = shift(key.split.images, seed=seed, epoch=epoch)
     if magnitude is None:
         return shifted
-    return randaugment(shifted, magnitude=magnitude, seed=seed, epoch=epoch)
+    return randaugment(shifted, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
 
 
 def shift(images_NCHW: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -91,10 +96,11 @@ def shift(images_NCHW: Tensor, *, seed: int, epoch: int) -> Tensor:
     return padded[image, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
-def randaugment(images_NCHW: Tensor, *, magnitude: int, seed: int, epoch: int) -> Tensor:
-    """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image."""
-    mean = tuple(int(c) for c in images_NCHW.float().mean(dim=(0, 2, 3)))
-    transform = _rand_augment(magnitude, images_NCHW.shape[-1], mean)
+def randaugment(
+    images_NCHW: Tensor, *, magnitude: int, fill: tuple[int, ...], seed: int, epoch: int
+) -> Tensor:
+    """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image, filling with a colour."""
+    transform = _rand_augment(magnitude, images_NCHW.shape[-1], fill)
     augmented = np.empty((len(images_NCHW), *images_NCHW.shape[2:], 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for index, pixels in enumerate(images_NCHW.permute(0, 2, 3, 1).numpy()):
@@ -103,8 +109,8 @@ def randaugment(images_NCHW: Tensor, *, magnitude: int, seed: int, epoch: int) -
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
 
-def _rand_augment(magnitude: int, image_size: int, mean: tuple[int, ...]) -> RandAugment:
-    hparams = {"translate_const": int(image_size * 0.45), "img_mean": mean}
+def _rand_augment(magnitude: int, image_size: int, fill: tuple[int, ...]) -> RandAugment:
+    hparams = {"translate_const": int(image_size * 0.45), "img_mean": fill}
     transform = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
     for op in transform.ops:
         if op.name.startswith("Posterize"):

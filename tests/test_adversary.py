@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trainables.adversary import (
+    attacked,
+    pgd_iterates,
+    random_start,
+    training_attack,
+    training_start,
+)
+from trainables.data import to_unit
+from trainables.models import build_classifier
+
+EPSILON = 16 / 255
+
+
+class Linear(nn.Module):
+    """Two classes by the sign of a weighted pixel sum: the worst perturbation is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        signs = torch.tensor([1.0, -1.0]).repeat(3 * 4 * 4 // 2).view(1, 3, 4, 4)
+        self.weight = nn.Parameter(signs)
+
+    def forward(self, images):
+        score = (images * self.weight).sum(dim=(1, 2, 3))
+        return torch.stack([score, -score], dim=1)
+
+
+def run_pgd(model, images, labels, *, stops, start=None, step_size=EPSILON / 4):
+    with attacked(model):
+        return dict(
+            pgd_iterates(
+                model,
+                images,
+                labels,
+                epsilon=EPSILON,
+                step_size=step_size,
+                stops=stops,
+                start_BCHW=images if start is None else start,
+            )
+        )
+
+
+def test_pgd_reaches_the_known_worst_case_of_a_linear_model():
+    model = Linear()
+    images = torch.full((2, 3, 4, 4), 0.5)
+    labels = torch.tensor([0, 1])
+    final = run_pgd(model, images, labels, stops=(4,))[4]
+    signs = torch.stack([-model.weight[0], model.weight[0]]).detach()
+    assert torch.allclose(final, images + EPSILON * signs, atol=1e-6)
+
+
+def test_pgd_stays_in_the_ball_and_in_the_image(small, few_digits, generator):
+    model = build_classifier(small()).eval()
+    images, labels = to_unit(few_digits.held_out.images), few_digits.held_out.labels
+    start = random_start(images, epsilon=EPSILON, generator=generator)
+    for iterate in run_pgd(model, images, labels, stops=(1, 3, 10), start=start).values():
+        assert (iterate - images).abs().max() <= EPSILON + 1e-6
+        assert iterate.min() >= 0
+        assert iterate.max() <= 1
+
+
+def test_one_trajectory_passes_through_all_stops(small, few_digits):
+    model = build_classifier(small()).eval()
+    images, labels = to_unit(few_digits.held_out.images[:8]), few_digits.held_out.labels[:8]
+    together = run_pgd(model, images, labels, stops=(2, 5))
+    assert torch.equal(together[2], run_pgd(model, images, labels, stops=(2,))[2])
+    assert torch.equal(together[5], run_pgd(model, images, labels, stops=(5,))[5])
+
+
+def test_random_start_fills_the_ball():
+    images = torch.full((200, 3, 4, 4), 0.5)
+    start = random_start(images, epsilon=0.1, generator=torch.Generator().manual_seed(1))
+    offset = start - images
+    assert offset.abs().max() <= 0.1
+    assert offset.std() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+
+
+def test_attack_leaves_the_model_as_it_was(small, few_digits):
+    model = build_classifier(small()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run_pgd(model, to_unit(few_digits.train.images[:4]), few_digits.train.labels[:4], stops=(2,))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def adversarial(small, **changes):
+    adversary = {"epsilon": EPSILON, "step_size": EPSILON} | changes.pop("adversary", {})
+    return small(adversary=adversary, **changes)
+
+
+def moved_images(start, images):
+    return (start != images).flatten(1).any(dim=1)
+
+
+def test_corrected_start_is_drawn_for_each_image(small):
+    recipe = adversarial(small, adversary={"plain_start": 0.2})
+    images = torch.full((4000, 3, 2, 2), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    start = training_start(recipe, recipe.adversary, images, generator=generator)
+    assert float(moved_images(start, images).float().mean()) == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(("plain_start", "share"), [(0.0, 0.5), (0.2, 0.42)])
+def test_as_published_start_is_drawn_for_the_whole_batch(small, plain_start, share):
+    recipe = adversarial(small, adversary={"plain_start": plain_start}, protocol="as-published")
+    images = torch.full((4, 3, 2, 2), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    moved = [
+        moved_images(training_start(recipe, recipe.adversary, images, generator=generator), images)
+        for _ in range(2000)
+    ]
+    assert all(m.all() or not m.any() for m in moved)
+    assert sum(bool(m.all()) for m in moved) / 2000 == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("protocol", ["corrected", "as-published"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_training_attack_raises_the_loss_and_follows_from_the_step(
+    small, few_digits, protocol, soft
+):
+    recipe = adversarial(small, protocol=protocol)
+    model = build_classifier(recipe).train()
+    images, labels = to_unit(few_digits.train.images[:16]), few_digits.train.labels[:16]
+    targets = torch.nn.functional.one_hot(labels, 10).float() * 0.9 + 0.01 if soft else labels
+
+    def attack(step):
+        return training_attack(recipe, model, images, targets, epoch=0, step=step)
+
+    final = attack(0)
+    assert (final - images).abs().max() <= EPSILON + 1e-6
+    assert torch.equal(final, attack(0))
+    model.eval()
+    loss = nn.CrossEntropyLoss()
+    assert loss(model(final), targets) > loss(model(images), targets)

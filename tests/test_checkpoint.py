@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from trainables.checkpoint import (
+    load_newest_checkpoint,
+    load_weights,
+    recipe_json_of,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+)
+from trainables.models import build_classifier
+
+
+def state(value):
+    return {"model": {"w": torch.full((3,), float(value))}, "history": [{"epoch": 1.0}]}
+
+
+def test_newest_checkpoint_is_loaded_and_two_are_kept(tmp_path):
+    assert load_newest_checkpoint(tmp_path / "none") is None
+    for epoch in (1, 2, 10):
+        save_checkpoint(tmp_path, epoch, state(epoch))
+    assert torch.equal(load_newest_checkpoint(tmp_path)["model"]["w"], torch.full((3,), 10.0))
+    assert sorted(p.name[:11] for p in tmp_path.iterdir()) == ["epoch-00002", "epoch-00010"]
+
+
+def test_newest_sound_checkpoint_outlives_doubtful_ones(tmp_path):
+    save_checkpoint(tmp_path, 1, state(1), sound=True)
+    for epoch in (2, 3, 4):
+        save_checkpoint(tmp_path, epoch, state(epoch), sound=False)
+    kept = sorted(p.name.rsplit("-", 1)[0] for p in tmp_path.iterdir())
+    assert kept == ["epoch-00001-sound", "epoch-00003-doubtful", "epoch-00004-doubtful"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
+    save_checkpoint(tmp_path, 1, state(1))
+    newest = save_checkpoint(tmp_path, 2, state(2))
+    content = newest.read_bytes()
+    flipped = content[:50] + bytes([content[50] ^ 1]) + content[51:]
+    newest.write_bytes({"truncated": content[:-9], "flipped": flipped, "emptied": b""}[damage])
+    assert load_newest_checkpoint(tmp_path)["model"]["w"][0] == 1
+    assert newest.with_suffix(".damaged").exists()
+    assert "is damaged" in caplog.text
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_checkpoint_can_not_run_code(tmp_path):
+    planted = tmp_path / "planted"
+    save_checkpoint(tmp_path, 1, {"outcome": Planted(planted)})
+    with pytest.raises(pickle.UnpicklingError):
+        load_newest_checkpoint(tmp_path)
+    assert not planted.exists()
+
+
+def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_survive_with_their_recipe(tmp_path, small):
+    recipe = small()
+    trained = build_classifier(recipe)
+    sha256 = save_weights(tmp_path / "w.safetensors", trained, recipe.model_dump_json())
+    again = build_classifier(recipe.replace(seed=9))
+    load_weights(tmp_path / "w.safetensors", again)
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in trained.state_dict().items()
+    )
+    assert recipe_json_of(tmp_path / "w.safetensors") == recipe.model_dump_json()
+    assert save_weights(tmp_path / "v.safetensors", again, recipe.model_dump_json()) == sha256
+
+
+def test_weights_of_another_model_are_refused_by_their_keys(tmp_path, small):
+    save_weights(tmp_path / "w.safetensors", build_classifier(small()), "{}")
+    with pytest.raises(ValueError, match=r"first keys that differ: \['backbone"):
+        load_weights(tmp_path / "w.safetensors", build_classifier(small("deit")))

@@ -1,0 +1,65 @@
+"""The direction of imports, read with ast."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("grid", "evaluators", "trainables")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAY_IMPORT = {
+    "ray": {"grid/launch.py", "grid/assess.py", "trainables/trial.py", "evaluators/actor.py"},
+    "mlflow": {"trainables/tracking.py"},
+}
+LIGHT = ("grid/run.py", "grid/studies.py", "grid/plan.py", "grid/published.py", "grid/progress.py")
+HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "sklearn", "scipy", "pyarrow", "numpy"}
+
+
+def imported(path: Path, *, top_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def tops(path: Path, **options: bool) -> set[str]:
+    return {name.split(".")[0] for name in imported(path, **options)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way_and_frameworks_stay_at_the_rim(path):
+    name = str(path.relative_to(ROOT))
+    package = name.split("/")[0]
+    above = PACKAGES[: PACKAGES.index(package)]
+    assert not tops(path) & set(above), f"{package} must not import {above}"
+    for framework, allowed in MAY_IMPORT.items():
+        assert framework not in tops(path) or name in allowed
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_help_and_plan_need_imports_nothing_heavy(name):
+    seen, todo = set(), [ROOT / name]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        assert not tops(path, top_only=True) & HEAVY, path
+        for module in imported(path, top_only=True):
+            candidate = ROOT / (module.replace(".", "/") + ".py")
+            if candidate.exists():
+                todo.append(candidate)
+
+
+def test_no_file_of_grid_hides_a_module():
+    names = {path.stem for path in (ROOT / "grid").iterdir() if path.suffix == ".py"}
+    assert not names & set(sys.stdlib_module_names)

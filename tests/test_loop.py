@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from grid.studies import CURRICULA, STRONG
+from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
+from trainables.loop import accuracy, distillation_loss, train
+from trainables.models import build_classifier
+from trainables.recipe import Distillation
+from trainables.sentinel import PROBE, chance_limit, collapse_reason
+
+CPU = torch.device("cpu")
+ADVERSARY = {"epsilon": 16 / 255, "step_size": 16 / 255, "plain_start": 0.2}
+
+
+def variants(small):
+    teacher = small("deit", epochs=1)
+    return {
+        "vanilla": small(epochs=3),
+        "strong AdamW": small("deit", epochs=3),
+        "ghost, accumulation, adversarial": small(
+            epochs=3, norm="ghost", ghost_batch=16, micro_batch=32, adversary=ADVERSARY
+        ),
+        "adversarial with curriculum": small(
+            "deit", epochs=3, adversary=ADVERSARY, curriculum=CURRICULA["study"]
+        ),
+        "distilled": small(epochs=3, distillation=Distillation(teacher=teacher)),
+    }
+
+
+def teacher_of(recipe):
+    return build_classifier(recipe.teacher) if recipe.teacher else None
+
+
+def weights(classifier):
+    return {name: value.clone() for name, value in classifier.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "vanilla",
+        "strong AdamW",
+        "ghost, accumulation, adversarial",
+        "adversarial with curriculum",
+        "distilled",
+    ],
+)
+def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_path, variant):
+    recipe = variants(small)[variant]
+    whole = build_classifier(recipe)
+    reports = []
+    for report in train(recipe, whole, few_digits, device=CPU, teacher=teacher_of(recipe)):
+        reports.append((report.metrics, report.outcome))
+        if report.epoch == 1:
+            save_checkpoint(tmp_path, 1, report.state)
+    assert [metrics["epoch"] for metrics, _ in reports] == [1, 2, 3]
+    resumed = build_classifier(recipe.replace(seed=99)) if recipe.teacher is None else whole
+    start = load_newest_checkpoint(tmp_path)
+    expected = weights(whole)
+    again = list(
+        train(
+            recipe, resumed, few_digits, device=CPU, teacher=teacher_of(recipe), start=start
+        )
+    )
+    assert [(r.metrics, r.outcome) for r in again] == reports[1:]
+    assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
+
+
+def test_training_learns(small, few_digits):
+    recipe = small(epochs=8, scheduler="cosine")
+    classifier = build_classifier(recipe)
+    reports = list(train(recipe, classifier, few_digits, device=CPU))
+    assert reports[-1].metrics["train/loss"] < 0.5 * reports[0].metrics["train/loss"]
+    assert accuracy(classifier, few_digits.train, device=CPU) > 0.7
+    assert reports[-1].metrics["held_out/accuracy"] == accuracy(
+        classifier, few_digits.held_out, device=CPU
+    )
+
+
+def test_accumulation_reaches_the_total_batchs_gradient(small, few_digits):
+    whole = small("deit", augmentations="none", label_smoothing=0.0, batch_size=32, epochs=1)
+    parts = whole.replace(micro_batch=8)
+    models = [build_classifier(whole), build_classifier(parts)]
+    for recipe, model in zip((whole, parts), models, strict=True):
+        assert list(train(recipe, model, few_digits, device=CPU))[-1].outcome == "finished"
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert max(float((a - b).detach().abs().max()) for a, b in pairs) < 2e-3
+
+
+def test_every_accumulation_step_keeps_its_own_ghost_statistics(small, few_digits):
+    recipe = small(epochs=1, norm="ghost", ghost_batch=16, micro_batch=32)
+    model = build_classifier(recipe)
+    list(train(recipe, model, few_digits, device=CPU))
+    statistics = model.backbone.bn1.running_mean
+    assert statistics.shape == (2, 2 * 8)
+    assert len({tuple(row.tolist()) for row in statistics.view(4, 8)}) == 4
+    assert (statistics != 0).all()
+
+
+def test_a_loss_that_is_not_finite_is_an_outcome(small, few_digits):
+    recipe = small(epochs=3, learning_rate=1e30)
+    reports = list(train(recipe, build_classifier(recipe), few_digits, device=CPU))
+    assert reports[-1].outcome == "collapsed"
+    assert "the training loss became" in reports[-1].reason
+    assert not reports[-1].sound
+
+
+def test_curriculum_and_probe_are_metrics(small, few_digits):
+    recipe = small("deit", epochs=1, adversary=ADVERSARY, curriculum=CURRICULA["study"])
+    (report,) = train(recipe, build_classifier(recipe), few_digits, device=CPU)
+    assert report.metrics["curriculum/mix_probability"] == 0.5
+    assert report.metrics["curriculum/randaug_magnitude"] == 1
+    assert 0 <= report.metrics[PROBE] <= 1
+
+
+def histories(probes, losses):
+    rows = zip(probes, losses, strict=True)
+    return [{"epoch": e + 1.0, PROBE: p, "train/loss": x} for e, (p, x) in enumerate(rows)]
+
+
+def reason(recipe, history):
+    return collapse_reason(recipe, history, num_classes=10, n=50)
+
+
+def test_collapse_is_a_probe_at_chance_while_the_loss_falls(small):
+    recipe = small(epochs=12)
+    fallen = histories([0.6, 0.5, 0.1, 0.0, 0.0], [2.0, 1.8, 1.5, 1.2, 1.0])
+    assert "at chance (0.0%) in the 3 epochs up to 5" in reason(recipe, fallen)
+    assert reason(recipe, fallen[:4]) == ""
+    standing_still = histories([0.1] * 5, [2.0] * 5)
+    assert reason(recipe, standing_still) == ""
+    robust = histories([0.5] * 5, [2.0, 1.8, 1.5, 1.2, 1.0])
+    assert reason(recipe, robust) == ""
+
+
+def test_warmup_is_no_collapse(small):
+    recipe = small(epochs=12, warmup_epochs=3.0)
+    slow = histories([0.1] * 4, [2.3, 2.2, 2.1, 2.0])
+    assert reason(recipe, slow) == ""
+    assert reason(recipe, histories([0.1] * 6, [2.3, 2.2, 2.1, 2.0, 1.9, 1.8])) != ""
+
+
+def test_patience_grows_with_the_training(small):
+    long = small(epochs=100)
+    assert reason(long, histories([0.0] * 9, [9.0 - e for e in range(9)])) == ""
+    assert reason(long, histories([0.0] * 11, [19.0 - e for e in range(11)])) != ""
+
+
+def test_chance_limit_is_a_binomial_tail():
+    assert chance_limit(10, 50) == pytest.approx(0.1 + 1.645 * math.sqrt(0.09 / 50))
+
+
+def test_distillation_is_the_blend_of_both_losses():
+    torch.manual_seed(0)
+    logits, taught, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    loss = F.cross_entropy(logits, labels)
+    teacher = Distillation.model_construct(teacher=None, alpha=0.3, tau=2.0, reduction="batchmean")
+    p, q = (taught / 2).softmax(1), (logits / 2).softmax(1)
+    by_hand = 0.7 * loss + 0.3 * 4 * (p * (p / q).log()).sum(1).mean()
+    assert distillation_loss(teacher, loss, logits, taught) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_a_student_follows_its_teacher(small, few_digits):
+    teacher = small(epochs=8, seed=5, scheduler="cosine")
+    taught = build_classifier(teacher)
+    list(train(teacher, taught, few_digits, device=CPU))
+    before = copy.deepcopy(taught.state_dict())
+    student = teacher.replace(seed=6, distillation=Distillation(teacher=teacher, alpha=1.0))
+    learner = build_classifier(student)
+    list(train(student, learner, few_digits, device=CPU, teacher=taught))
+    assert all(torch.equal(v, before[n]) for n, v in taught.state_dict().items())
+    with torch.inference_mode():
+        images = few_digits.train.images.float() / 255
+        agreement = (learner(images).argmax(1) == taught(images).argmax(1)).float().mean()
+    assert agreement > 0.7
+
+
+def test_a_teacher_is_wanted_where_the_recipe_names_one(small, few_digits):
+    student = small(distillation=Distillation(teacher=small()))
+    with pytest.raises(ValueError, match="a teacher is needed"):
+        next(train(student, build_classifier(student), few_digits, device=CPU))
+
+
+def test_a_batch_larger_than_the_data_is_refused(small, few_digits):
+    recipe = small(batch_size=256)
+    with pytest.raises(ValueError, match="batch_size 256 exceeds the 192"):
+        next(train(recipe, build_classifier(recipe), few_digits, device=CPU))
+
+
+def test_augmentation_subsets_train(small, few_digits):
+    recipe = small(epochs=1, augmentations=STRONG, label_smoothing=0.1)
+    (report,) = train(recipe, build_classifier(recipe), few_digits, device=CPU)
+    assert math.isfinite(report.metrics["train/loss"])
