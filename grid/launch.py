@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
 from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
@@ -104,8 +105,10 @@ def run_study(
     stop. What is done already is found in MLflow and left alone.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    data = load_data(scale)
     check_address(mlflow or "")
+    data = load_data(scale)
+    for name in {name for trial in plan for name in trial.evaluators}:
+        evaluator_named(name, scale)
     with sole_run(results):
         line = ProgressLine()
         try:

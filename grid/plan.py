@@ -35,8 +35,8 @@ class Refused:
 class Plan:
     """The trials of a study, the longest first, and what was refused.
 
-    `asked` counts the recipes and teachers asked for before equal ones were shared; `tables` hold the recipes
-    as they are trained at the scale.
+    `asked` counts the recipes and teachers asked for before equal ones were shared; `tables` hold
+    the recipes as they are trained at the scale.
     """
 
     trials: tuple[Trial, ...]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
-from grid.studies import STUDIES, Study, load_study, problem
+from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
 from trainables.scale import SCALES, Scale, scale_named
 
@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpus-per-trial", type=_positive, default=1, metavar="N", help="default: 1"
     )
-    parser.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="G", help="default: 0")
+    parser.add_argument(
+        "--gpus-per-trial", type=_share, default=0.0, metavar="G", help="default: 0"
+    )
     return parser
 
 
@@ -164,9 +166,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
-    from grid.studies import AXES
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
+
+def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
     only = {}
     for part in (text or "").split():
         axis, equals, values = part.partition("=")

@@ -144,7 +144,7 @@ def _with_training(recipe: Recipe, training: str) -> Recipe:
         raise ValueError(f"unknown training {training!r}; one of ['adversarial', 'clean']")
     if training == "adversarial":
         return _adversarial(recipe)
-    changed = recipe.replace(adversary=None, norm="batch", micro_batch=None, pixel_range="data")
+    changed = recipe.replace(adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
     return _with_optimizer(changed, recipe.optimizer)
 
 

@@ -37,7 +37,9 @@ def few_digits(digits: Data) -> Data:
     """192 training and 60 held-out images: seconds instead of minutes."""
 
     def head(split: Split, count: int) -> Split:
-        return Split(images=split.images[:count], labels=split.labels[:count], ids=split.ids[:count])
+        return Split(
+            images=split.images[:count], labels=split.labels[:count], ids=split.ids[:count]
+        )
 
     return Data(
         name="digits",

@@ -32,8 +32,7 @@ def test_shift_moves_whole_images_by_at_most_a_sixteenth():
     image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     image[..., 8, 8] = 200
     moves = {
-        tuple((shift(image, seed=0, epoch=e)[0, 0] == 200).nonzero()[0].tolist())
-        for e in range(60)
+        tuple((shift(image, seed=0, epoch=e)[0, 0] == 200).nonzero()[0].tolist()) for e in range(60)
     }
     assert moves == {(r, c) for r in (7, 8, 9) for c in (7, 8, 9)}
 
@@ -97,9 +96,7 @@ def test_one_kind_of_mixing_stays_that_kind(small, name):
     labels = torch.arange(8)
     blended = False
     for step in range(10):
-        inputs, _ = mix(
-            recipe, black_and_white.clone(), labels, num_classes=10, epoch=0, step=step
-        )
+        inputs, _ = mix(recipe, black_and_white.clone(), labels, num_classes=10, epoch=0, step=step)
         blended |= bool(((inputs > 0) & (inputs < 1)).any())
     assert blended == (name == "mixup")
 

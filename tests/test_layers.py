@@ -38,7 +38,7 @@ def tops(path: Path, **options: bool) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way_and_frameworks_stay_at_the_rim(path):
     name = str(path.relative_to(ROOT))
-    package = name.split("/")[0]
+    package = name.split("/", maxsplit=1)[0]
     above = PACKAGES[: PACKAGES.index(package)]
     assert not tops(path) & set(above), f"{package} must not import {above}"
     for framework, allowed in MAY_IMPORT.items():

@@ -64,9 +64,7 @@ def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_p
     start = load_newest_checkpoint(tmp_path)
     expected = weights(whole)
     again = list(
-        train(
-            recipe, resumed, few_digits, device=CPU, teacher=teacher_of(recipe), start=start
-        )
+        train(recipe, resumed, few_digits, device=CPU, teacher=teacher_of(recipe), start=start)
     )
     assert [(r.metrics, r.outcome) for r in again] == reports[1:]
     assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
@@ -163,7 +161,9 @@ def test_distillation_is_the_blend_of_both_losses():
     teacher = Distillation.model_construct(teacher=None, alpha=0.3, tau=2.0, reduction="batchmean")
     p, q = (taught / 2).softmax(1), (logits / 2).softmax(1)
     by_hand = 0.7 * loss + 0.3 * 4 * (p * (p / q).log()).sum(1).mean()
-    assert distillation_loss(teacher, loss, logits, taught) == pytest.approx(float(by_hand), rel=1e-5)
+    assert distillation_loss(teacher, loss, logits, taught) == pytest.approx(
+        float(by_hand), rel=1e-5
+    )
 
 
 def test_a_student_follows_its_teacher(small, few_digits):

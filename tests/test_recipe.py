@@ -30,7 +30,12 @@ def test_digest_is_the_same_in_another_process():
 
 @pytest.mark.parametrize(
     "change",
-    [{"mixup_alpha": 0.3}, {"randaug_magnitude": 3}, {"switch_probability": 0.1}, {"ghost_batch": 8}],
+    [
+        {"mixup_alpha": 0.3},
+        {"randaug_magnitude": 3},
+        {"switch_probability": 0.1},
+        {"ghost_batch": 8},
+    ],
 )
 def test_settings_of_what_is_off_do_not_split_trials(change):
     assert resnet50().replace(**change).digest() == resnet50().digest()

@@ -98,16 +98,24 @@ class GhostBatchNorm2d(nn.Module):
         count, _, height, width = images_BCHW.shape
         if count % self.ghosts:
             raise ValueError(f"a batch of {count} does not split into {self.ghosts} ghost batches")
-        side_by_side = images_BCHW.reshape(count // self.ghosts, -1, height, width)
+        # The ghosts side by side as channels, which keeps channels last in memory.
+        split = images_BCHW.permute(0, 2, 3, 1).reshape(
+            count // self.ghosts, self.ghosts, height, width, self.features
+        )
+        side_by_side = split.permute(0, 2, 3, 1, 4).flatten(3)
         normalised = F.batch_norm(
-            side_by_side,
+            side_by_side.permute(0, 3, 1, 2),
             self.running_mean[self.active_set],
             self.running_var[self.active_set],
             training=True,
             momentum=self.momentum,
             eps=self.eps,
         )
-        return normalised.reshape_as(images_BCHW) * self.weight + self.bias
+        parted = normalised.permute(0, 2, 3, 1).reshape(
+            count // self.ghosts, height, width, self.ghosts, self.features
+        )
+        together: Tensor = parted.permute(0, 3, 1, 2, 4).flatten(0, 1)
+        return together.permute(0, 3, 1, 2) * self.weight + self.bias
 
 
 def use_set(module: nn.Module, index: int) -> None:

@@ -46,7 +46,6 @@ class Scale:
     learning_rate: dict[tuple[str, str], float] = field(default_factory=dict)
     attack_subset: int = 5000
     probe_images: int = 500
-    micro_batch: int | None = None
     ghost_batch: int = 64
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
@@ -93,7 +92,7 @@ class Scale:
         }
         if recipe.norm == "ghost":
             changes["ghost_batch"] = min(recipe.ghost_batch, self.ghost_batch)
-            changes["micro_batch"] = self.micro_batch or recipe.micro_batch
+            changes["micro_batch"] = min(recipe.forward_batch, int(changes["batch_size"]))
         if recipe.adversary:
             changes["adversary"] = self._rescale(recipe.adversary)
         if recipe.distillation:
@@ -174,8 +173,7 @@ DIGITS = Scale(
     },
     attack_subset=200,
     probe_images=50,
-    micro_batch=32,
-    ghost_batch=16,
+    ghost_batch=32,
     # Seconds of an epoch on one core of a 2.5 GHz Xeon.
     epoch_cost={
         "resnet18": 0.33,

@@ -1,0 +1,141 @@
+"""The contract that every evaluator keeps, and the scores."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from statsmodels.stats.proportion import proportion_confint
+
+from evaluators import EVALUATORS, evaluator_named
+from evaluators.base import (
+    LEDGER,
+    Batch,
+    cell_digest,
+    evaluate,
+    share,
+    split_batches,
+    survival_scores,
+    verdicts,
+)
+from evaluators.clean import Clean
+from evaluators.pgd import PGD, STEPS
+from trainables.models import build_classifier
+from trainables.scale import DIGITS, IMAGENET
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier(few_digits):
+    from grid.studies import resnet50
+    from trainables.loop import train
+
+    recipe = DIGITS.shrink(resnet50()).replace(model="resnet18", epochs=6, scheduler="cosine")
+    model = build_classifier(recipe)
+    list(train(recipe, model, few_digits, device=CPU))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_evaluator_keeps_the_contract(name, classifier, few_digits):
+    evaluator = evaluator_named(name, DIGITS)
+    assert evaluator.name == name
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    ledger = evaluate(evaluator, classifier, few_digits, device=CPU)
+    assert ledger.schema == LEDGER
+    assert ledger.num_rows > 0
+    assert set(ledger["image_id"].to_pylist()) <= {*few_digits.held_out.ids} | {
+        i.split("|")[0] for i in ledger["image_id"].to_pylist()
+    }
+    scores = evaluator.summarize(ledger)
+    assert len({score.name for score in scores}) == len(scores) > 0
+    assert all(score.low <= score.value <= score.high and score.n > 0 for score in scores)
+    assert all(torch.equal(value, before[k]) for k, value in classifier.state_dict().items())
+    assert all(p.requires_grad for p in classifier.parameters())
+    assert evaluate(evaluator, classifier, few_digits, device=CPU).equals(ledger)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_a_question_is_named_by_what_its_verdicts_depend_on(name, digits, few_digits):
+    evaluator = evaluator_named(name, DIGITS)
+    assert cell_digest(evaluator, digits) == cell_digest(evaluator_named(name, DIGITS), digits)
+    assert cell_digest(evaluator, digits) != cell_digest(evaluator, few_digits)
+
+
+def test_an_unknown_evaluator_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"unknown evaluator 'pgf'; one of \['"):
+        evaluator_named("pgf", DIGITS)
+
+
+def test_clean_is_the_share_of_right_answers(classifier, few_digits):
+    ledger = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    (score,) = Clean(DIGITS).summarize(ledger)
+    with torch.inference_mode():
+        images = few_digits.held_out.images.float() / 255
+        right = int((classifier(images).argmax(1) == few_digits.held_out.labels).sum())
+    assert (score.value, score.n) == (right / 60, 60)
+
+
+def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits):
+    evaluator = PGD(DIGITS)
+    ledger = evaluate(evaluator, classifier, digits, device=CPU)
+    scores = {score.name: score.value for score in evaluator.summarize(ledger)}
+    assert list(scores) == [f"pgd-{n}" for n in STEPS]
+    assert scores["pgd-100"] <= scores["pgd-5"] + 0.02
+    ids = ledger["image_id"].to_pylist()
+    assert ids[:200] == ids[200:400] == list(digits.held_out.subset(200, seed=0).ids)
+
+
+def test_pgd_at_the_studys_scale_steps_by_one_of_255():
+    assert PGD(IMAGENET).epsilon == pytest.approx(4 / 255)
+    assert PGD(IMAGENET).subset_size == 5000
+
+
+def test_verdicts_do_not_depend_on_the_size_of_batches_for_clean(classifier, few_digits):
+    whole = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU, batch_size=60)
+    parts = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU, batch_size=7)
+    assert whole.combine_chunks().equals(parts.combine_chunks())
+
+
+class Forgetful(Clean):
+    """Runs out of memory on more than ten images."""
+
+    def judge(self, classifier, batch, *, generator):
+        if len(batch.ids) > 10:
+            raise torch.OutOfMemoryError("too many images")
+        return super().judge(classifier, batch, generator=generator)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on_at_the_same_image(classifier, few_digits):
+    whole = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    halved = evaluate(Forgetful(DIGITS), classifier, few_digits, device=CPU)
+    assert halved.combine_chunks().equals(whole.combine_chunks())
+
+
+def test_batches_keep_order_and_unit_range(few_digits):
+    batches = list(split_batches(few_digits.held_out, batch_size=25))
+    assert [len(batch.ids) for batch in batches] == [25, 25, 10]
+    assert tuple(i for batch in batches for i in batch.ids) == few_digits.held_out.ids
+    assert all(batch.images.min() >= 0 and batch.images.max() <= 1 for batch in batches)
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (450, 597)])
+def test_intervals_are_wilsons(count, n):
+    score = share("clean", count, n)
+    low, high = proportion_confint(count, n, method="wilson")
+    assert score.value == count / n
+    assert (score.low, score.high) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_survival_is_counted_by_question():
+    batch = Batch(torch.zeros(3, 3, 4, 4), torch.tensor([0, 1, 2]), ("a", "b", "c"))
+    ledger = pa.concat_tables(
+        [
+            verdicts(batch, "one", torch.tensor([0, 1, 0])),
+            verdicts(batch, "two", torch.tensor([0, 0, 0]), queries=[5, 6, 7]),
+        ]
+    )
+    scores = survival_scores(ledger)
+    assert [(s.name, s.value, s.n) for s in scores] == [("one", 2 / 3, 3), ("two", 1 / 3, 3)]
+    assert ledger["queries"].to_pylist() == [None, None, None, 5, 6, 7]

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from grid.plan import build_plan, enumerate_trials
+from grid.published import FIGURES, published
+from grid.studies import (
+    AXES,
+    BASES,
+    FULL_AXES,
+    Study,
+    adversarial_resnet50,
+    deit,
+    full,
+    load_study,
+    paper,
+    resnet50,
+    resnet_aligned,
+    resnet_best,
+    with_axis,
+)
+from trainables.scale import DIGITS, IMAGENET
+
+
+def table(name):
+    return next(table for table in paper().tables if table.name == name)
+
+
+def recipes(name):
+    return {row.label: row.recipe for row in table(name).rows}
+
+
+def test_paper_has_every_table_of_the_study():
+    assert [t.name for t in paper().tables] == [f"T{i}" for i in range(1, 12)]
+    assert len(table("T4").rows) == len(table("T7").rows) == 8
+
+
+def test_equal_rows_of_tables_are_one_trial():
+    plan = build_plan(paper(), DIGITS)
+    own = next(t for t in plan if "T1 ResNet-50" in t.serves)
+    assert {"T3 ResNet-50", "T4 none", "T5 ResNet-50", "T6 step, SGD"} <= set(own.serves)
+    assert len({trial.digest for trial in plan}) == len(plan.trials) == 39
+    assert plan.asked == 51
+
+
+def test_best_is_the_winning_cell_of_the_augmentation_table():
+    assert recipes("T7")["randaug+cutmix"] == resnet_best() == recipes("T8")["ResNet-50-Best"]
+
+
+def test_recipes_resolve_to_the_studys_hyperparameters():
+    aligned = resnet_aligned()
+    assert (aligned.learning_rate, aligned.weight_decay, aligned.batch_size) == (5e-4, 0.05, 256)
+    assert (aligned.scheduler, aligned.warmup_epochs, aligned.label_smoothing) == ("cosine", 5, 0.1)
+    transformer = deit()
+    assert (transformer.learning_rate, transformer.batch_size) == (2e-3, 2048)
+    attacked = adversarial_resnet50("gelu")
+    assert (attacked.learning_rate, attacked.batch_size, attacked.warmup_rate) == (1.6, 4096, 0.1)
+    assert (attacked.norm, attacked.ghost_batch, attacked.adversary.plain_start) == (
+        "ghost",
+        64,
+        0.2,
+    )
+    eased = recipes("T2")["DeiT-S"]
+    assert (eased.learning_rate, eased.warmup_epochs) == (4e-3, 10)
+    assert len(eased.curriculum) == 11
+    assert not recipes("T2")["DeiT-S without curriculum"].curriculum
+
+
+def test_cross_recipes_differ_only_in_what_they_cross():
+    own, crossed = recipes("T2")["ResNet-50 ReLU"], recipes("T2")["ResNet-50 with AdamW"]
+    changed = {k for k in type(own).model_fields if getattr(own, k) != getattr(crossed, k)}
+    assert changed == {
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "warmup_epochs",
+        "warmup_rate",
+    }
+    strong = recipes("T2")["ResNet-50 with strong augmentation"]
+    changed = {k for k in type(own).model_fields if getattr(own, k) != getattr(strong, k)}
+    assert changed == {"augmentations", "label_smoothing"}
+
+
+def test_full_is_the_whole_product_for_every_seed():
+    plan = build_plan(full(), DIGITS, seeds=2)
+    assert len(plan.trials) == 2 * 2 * 3 * 2 * 2 * 2 * 8 * 2 * 2 == 3072
+    assert len(FULL_AXES) == 8
+
+
+@pytest.mark.parametrize("scale", [DIGITS, IMAGENET])
+def test_teachers_are_trials_and_come_before_their_students(scale):
+    plan = build_plan(paper(), scale, tables=["T9"])
+    position = {trial.digest: i for i, trial in enumerate(plan)}
+    students = [trial for trial in plan if trial.recipe.teacher]
+    assert len(students) == 2
+    assert len(plan.trials) == 4
+    assert all(position[s.recipe.teacher.digest()] < position[s.digest] for s in students)
+
+
+def test_a_students_teacher_shrinks_and_is_seeded_with_it():
+    plan = build_plan(paper(), DIGITS, tables=["T9"], seeds=2)
+    for student in (trial.recipe for trial in plan if trial.recipe.teacher):
+        assert student.teacher.scale == "digits"
+        assert student.teacher.epochs == 12
+        assert student.teacher.seed == student.seed
+
+
+def test_digits_shrink_by_the_stated_rule():
+    shrunk = DIGITS.shrink(deit(epochs=300))
+    assert (shrunk.epochs, shrunk.warmup_epochs, shrunk.batch_size) == (36, 0.6, 32)
+    assert (shrunk.randaug_magnitude, shrunk.mix_probability) == (2, 0.25)
+    attacked = DIGITS.shrink(adversarial_resnet50())
+    assert attacked.adversary.epsilon == pytest.approx(16 / 255)
+    assert (attacked.forward_batch, attacked.ghost_batch, attacked.accumulation) == (64, 32, 1)
+    assert attacked.warmup_rate == pytest.approx(0.2 / 16)
+
+
+def test_longest_trials_come_first():
+    costs = [trial.cost for trial in build_plan(paper(), DIGITS, tables=["T8", "T11"])]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_one_at_a_time_varies_one_axis_of_the_base():
+    axes = {"activation": ("gelu", "silu"), "epochs": (50,)}
+    found, refused = enumerate_trials(resnet50(), axes, mode="one-at-a-time")
+    assert not refused
+    assert found == [
+        resnet50(),
+        resnet50().replace(activation="gelu"),
+        resnet50().replace(activation="silu"),
+        resnet50().replace(epochs=50),
+    ]
+
+
+def test_impossible_combinations_are_refused_with_the_reason():
+    axes = {"family": ("resnet", "deit"), "norm": ("batch", "ghost")}
+    found, refused = enumerate_trials(resnet50(), axes)
+    assert len(found) == 3
+    assert refused[0].combination == "family=deit norm=ghost"
+    assert "needs batch normalisation" in refused[0].reason
+
+
+def test_axes_bring_what_belongs_to_them():
+    grown = with_axis(deit(), "size", "large")
+    assert grown == deit().replace(model="deit_base")
+    back = with_axis(with_axis(resnet50(), "training", "adversarial"), "training", "clean")
+    assert back == resnet50()
+    eased = with_axis(deit(), "curriculum", "study")
+    assert with_axis(eased, "curriculum", "none").curriculum == ()
+    convnext = with_axis(resnet50(), "model", "timm:convnext_tiny")
+    assert (convnext.family, convnext.optimizer) == ("timm", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "message"),
+    [
+        ("colour", "red", "unknown axis 'colour'"),
+        ("family", "mixer", "family 'mixer' has no size 'base'"),
+        ("size", "tiny", r"has no size 'tiny'; one of \['base', 'huge', 'large', 'small'\]"),
+        ("training", "fast", "unknown training 'fast'"),
+        ("curriculum", "steep", "unknown curriculum 'steep'"),
+        ("teacher", "vit", "teacher 'vit' is not in the plan"),
+    ],
+)
+def test_unknown_axes_and_values_teach(axis, value, message):
+    with pytest.raises(ValueError, match=message):
+        with_axis(resnet50(), axis, value)
+
+
+def test_only_keeps_the_trials_with_the_values():
+    plan = build_plan(paper(), DIGITS, only={"family": ("deit",), "epochs": ("12",)})
+    assert {trial.recipe.family for trial in plan if "teacher of" not in trial.serves[0]} == {
+        "deit"
+    }
+    with pytest.raises(ValueError, match=r"activation=tanh; values there: gelu, relu"):
+        build_plan(paper(), DIGITS, only={"activation": ("tanh",)})
+
+
+def test_every_published_figure_belongs_to_a_cell_of_its_table():
+    # Columns whose evaluator a later part of the table brings may be missing from it.
+    rows = {(t.name, row.label) for t in paper().tables for row in t.rows}
+    assert all((figure.table, figure.row) in rows for figure in FIGURES)
+    assert published("T2", "DeiT-S", "PGD-100").value == 40.32
+    assert published("T1", "ResNet-50", "PGD-5") is None
+    keys = [(f.table, f.row, f.column) for f in FIGURES]
+    assert len(keys) == len(set(keys))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return str(path)
+
+
+GOOD = """
+name = "activation"
+base = "resnet50"
+evaluators = ["clean"]
+[set]
+size = "small"
+[axes]
+activation = ["relu", "silu"]
+augmentation = ["none", "randaug+cutmix"]
+"""
+
+
+def test_a_study_file_is_a_study(tmp_path):
+    study = load_study(write(tmp_path, GOOD))
+    assert study == Study(
+        name="activation",
+        base=with_axis(resnet50(), "size", "small"),
+        axes={"activation": ("relu", "silu"), "augmentation": ("none", "randaug+cutmix")},
+        evaluators=("clean",),
+    )
+    plan = build_plan(study, DIGITS)
+    assert len(plan.trials) == 4
+    assert all(trial.evaluators == ("clean",) for trial in plan)
+
+
+def test_a_curriculum_table_can_be_given_in_a_study_file(tmp_path):
+    row = "randaug_magnitude=4, mix_probability=0.5, cutmix_alpha=1.0, switch_probability=0.5"
+    text = f'name="c"\nbase="deit_small"\n[set]\ncurriculum=[{{epoch=0, {row}}}]\n'
+    study = load_study(write(tmp_path, text))
+    assert study.base.curriculum[0].randaug_magnitude == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 3", "name: Input should be a valid string, not 3"),
+        (GOOD + "\n[colour]\n", "unknown key 'colour'; known keys: name, base"),
+        (GOOD.replace("resnet50", "vgg"), "unknown base 'vgg'; one of"),
+        (GOOD.replace("activation =", "activations ="), "unknown axis 'activations'; one of"),
+        (GOOD.replace('["clean"]', '"clean"'), "evaluators: Input should be a valid list"),
+        (GOOD.replace('"small"', '"tiny"'), "set.size: family 'resnet' has no size 'tiny'"),
+        ("name = ", "is not TOML"),
+        (GOOD.replace('name = "activation"', 'name = "../up"'), "name: String should match"),
+    ],
+)
+def test_a_wrong_study_file_names_file_key_and_what_was_expected(tmp_path, text, message):
+    with pytest.raises(ValueError, match=r"study\.toml") as error:
+        load_study(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_unknown_studies_and_unreadable_files_teach(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown study 'papers'; one of \['full', 'paper'\]"):
+        load_study("papers")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        load_study(str(tmp_path / "none.toml"))
+    with pytest.raises(ValueError, match="unknown table 'T12'; study 'paper' has T1"):
+        build_plan(paper(), DIGITS, tables=["T12"])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_can_be_trained_at_every_scale(base):
+    for scale in (DIGITS, IMAGENET):
+        assert scale.shrink(BASES[base]()).scale == scale.name
+    assert len(AXES) == len(set(AXES))
+    assert dataclasses.is_dataclass(paper())

@@ -1,0 +1,102 @@
+"""The command line, in process: what is refused, what is printed, and how fast it answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grid.run import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--study", "papers"], "unknown study 'papers'; one of ['full', 'paper']"),
+        (["--study", "none.toml"], "study file none.toml cannot be read"),
+        (["--tables", "T99"], "unknown table 'T99'; study 'paper' has T1, T2"),
+        (["--study", "full", "--tables", "T1"], "study 'full' has no tables"),
+        (["--only", "colour=red"], "unknown axis 'colour' in --only; one of model, family"),
+        (["--only", "activation=tanh"], "activation=tanh; values there: gelu, relu"),
+        (["--only", "activation"], "--only wants AXIS=VALUE, not 'activation'"),
+        (["--scale", "mnist"], "unknown scale 'mnist'; one of ['digits', 'imagenet']"),
+        (["--seeds", "0"], "'0' is not a whole number of at least 1"),
+        (["--cpus-per-trial", "two"], "'two' is not a whole number"),
+        (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
+        (["--sceale", "digits"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_is_allowed(capsys, arguments, message):
+    assert message in refusal(capsys, *arguments)
+
+
+def test_a_study_that_asks_for_an_unknown_evaluator_is_refused(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\nevaluators=["clean", "pgf"]\n')
+    assert "unknown evaluator 'pgf'" in refusal(capsys, "--study", str(path))
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(capsys, "--results", str(tmp_path / "file" / "results"))
+    assert "is not writable" in message
+
+
+def test_an_mlflow_server_that_does_not_answer_is_refused(capsys, tmp_path):
+    results = tmp_path / "results"
+    arguments = ["--mlflow", "http://127.0.0.1:9", "--results", str(results)]
+    assert "no MLflow server answers at http://127.0.0.1:9" in refusal(capsys, *arguments)
+    assert not results.exists()
+
+
+def test_a_report_without_a_study_is_refused(capsys, tmp_path):
+    message = refusal(capsys, "--report", "--results", str(tmp_path / "none"))
+    assert "holds no mlflow.db" in message
+
+
+def test_a_scale_without_data_is_refused(capsys, tmp_path):
+    message = refusal(capsys, "--scale", "imagenet", "--results", str(tmp_path / "r"))
+    assert "'imagenet' has no embedded data" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
+    assert main(["--plan", "--tables", "T2", "--scale", "imagenet"]) == 0
+    printed = capsys.readouterr().out
+    assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 512" in printed
+    assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
+
+
+def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\n[axes]\nfamily=["resnet","deit"]\nnorm=["ghost"]\n')
+    assert main(["--plan", "--study", str(path)]) == 0
+    assert "refused: family=deit norm=ghost: norm 'ghost' needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--plan", "--study", "full"]])
+def test_help_and_plan_import_nothing_heavy(arguments):
+    code = (
+        "import sys; from grid.run import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
