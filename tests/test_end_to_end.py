@@ -1,0 +1,236 @@
+"""The real command on the real Ray and MLflow: run, run again, stop, kill, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainables.checkpoint import recipe_json_of
+from trainables.recipe import Recipe
+from trainables.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+# Long enough to be stopped in the middle.
+STUDY = """
+name = "pair"
+base = "resnet50"
+evaluators = ["clean", "pgd"]
+[axes]
+size = ["small", "base"]
+augmentation = ["randaug+cutmix"]
+"""
+TRIALS = 2
+SECONDS = 300
+
+
+def command(results, study, *arguments):
+    run = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
+    return [*run, *arguments]
+
+
+def run(results, study, *arguments):
+    return subprocess.run(
+        command(results, study, *arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def start(results, study):
+    return subprocess.Popen(
+        command(results, study),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_checkpoint(results, driver):
+    deadline = time.monotonic() + SECONDS
+    while not list(results.glob("trials/*/epoch-*.pt")):
+        assert driver.poll() is None, driver.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.1)
+
+
+def tracker(results):
+    uri = f"sqlite:///{results}/mlflow.db"
+    return Tracker(uri, experiment="robustness-digits", artifacts=results / "artifacts")
+
+
+def query(results, sql):
+    with sqlite3.connect(results / "mlflow.db") as database:
+        return database.execute(sql).fetchall()
+
+
+def weights_by_digest(results):
+    return dict(
+        query(
+            results,
+            "select d.value, w.value from tags d join tags w using (run_uuid) "
+            "where d.key = 'digest' and w.key = 'weights_sha256'",
+        )
+    )
+
+
+def stored(results):
+    """Everything that a second run could double: runs, metric rows, cells, artifacts."""
+    return (
+        sorted(query(results, "select run_uuid, status from runs")),
+        sorted(query(results, "select run_uuid, key, step, value from metrics")),
+        sorted(p.relative_to(results) for p in (results / "artifacts").rglob("*.parquet")),
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "pair.toml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, study):
+    """A study that ran undisturbed."""
+    results = tmp_path_factory.mktemp("undisturbed") / "results"
+    ended = run(results, study)
+    assert ended.returncode == 0, ended.stderr
+    return results, ended
+
+
+def test_the_command_says_where_the_report_and_the_ui_are(finished):
+    results, ended = finished
+    assert f"Trained {TRIALS} and judged {2 * TRIALS} cells" in ended.stdout
+    assert str(results / "report" / "index.html") in ended.stdout
+    assert f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db" in ended.stdout
+
+
+def test_everything_lies_in_the_results(finished):
+    results, _ = finished
+    names = {path.name for path in results.iterdir()}
+    assert names == {".lock", "artifacts", "mlflow.db", "report", "trials", "tune"}
+
+
+def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
+    results, _ = finished
+    runs = tracker(results).trials()
+    assert len(runs) == TRIALS
+    for found in runs.values():
+        assert found.outcome == "finished"
+        assert found.logged_epochs == 12
+        assert set(found.cells) == {"clean", "pgd"}
+        assert found.metrics["clean"] > 0.8
+        assert found.metrics["clean/low"] < found.metrics["clean"] < found.metrics["clean/high"]
+        assert found.metrics["clean/n"] == 597
+        folder = Path(found.artifact_uri.removeprefix("file://"))
+        recipe = Recipe.model_validate_json(recipe_json_of(folder / "weights.safetensors"))
+        assert recipe.digest() == found.digest
+        assert (folder / "recipe.json").exists()
+        assert {p.stem for p in (folder / "ledgers").iterdir()} == {"clean", "pgd"}
+    parents = {v for (v,) in query(results, "select value from tags where key='mlflow.parentRunId'")}
+    assert len(parents) == 1
+    assert query(results, "select count(*) from inputs") == [(TRIALS,)]
+    per_epoch = query(results, "select step, count(*) from metrics where key='train/loss' group by 1")
+    assert per_epoch == [(epoch, TRIALS) for epoch in range(1, 13)]
+
+
+def test_scores_are_what_the_ledgers_say(finished):
+    import pyarrow.parquet as pq
+
+    from evaluators.base import survival_scores
+
+    results, _ = finished
+    for found in tracker(results).trials().values():
+        folder = Path(found.artifact_uri.removeprefix("file://")) / "ledgers"
+        for path in folder.iterdir():
+            for score in survival_scores(pq.read_table(path)):
+                assert found.metrics[score.name] == pytest.approx(score.value)
+
+
+def test_the_report_is_one_file_with_every_value(finished):
+    results, _ = finished
+    page = (results / "report" / "index.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert "not run yet" not in page
+    for found in tracker(results).trials().values():
+        assert f"{100 * found.metrics['clean']:.1f}" in page
+    assert "| paper |" in (results / "report" / "tables.md").read_text()
+
+
+def test_a_second_run_trains_nothing_and_writes_nothing_twice(finished, study):
+    results, _ = finished
+    before = stored(results)
+    again = run(results, study)
+    assert again.returncode == 0, again.stderr
+    assert "Trained 0 and judged 0 cells" in again.stdout
+    assert stored(results) == before
+
+
+def test_the_report_is_rebuilt_from_mlflow_alone(finished, study):
+    results, _ = finished
+    page = results / "report" / "index.html"
+    before = page.read_bytes()
+    page.unlink()
+    again = run(results, study, "--report")
+    assert again.returncode == 0, again.stderr
+    assert page.read_bytes() == before
+
+
+def test_interrupted_then_killed_it_ends_as_if_undisturbed(finished, study, tmp_path):
+    undisturbed, _ = finished
+    results = tmp_path / "results"
+    driver = start(results, study)
+    wait_for_checkpoint(results, driver)
+    driver.send_signal(signal.SIGINT)
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == 130, said
+    assert "Stopped. Continue with: python grid/run.py" in said
+    assert "Traceback" not in said
+
+    driver = start(results, study)
+    seen = set(results.glob("trials/*/epoch-*.pt"))
+    while not set(results.glob("trials/*/epoch-*.pt")) - seen:
+        assert driver.poll() is None, driver.stdout.read()
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate(timeout=SECONDS)
+    assert len(weights_by_digest(results)) < TRIALS
+
+    ended = run(results, study)
+    assert ended.returncode == 0, ended.stderr
+    assert weights_by_digest(results) == weights_by_digest(undisturbed)
+    assert len(tracker(results).trials()) == TRIALS == len(query(results, "select 1 from runs")) - 1
+    rows = "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
+    rows += "where t.key = 'digest' order by 1, 2, 3"
+    assert query(results, rows) == query(undisturbed, rows)
+
+
+def test_a_trial_too_big_for_the_machine_is_refused_before_any_compute(study, tmp_path):
+    results = tmp_path / "results"
+    ended = run(results, study, "--cpus-per-trial", "512")
+    assert ended.returncode == 2
+    assert "a trial needs 512 CPUs and 0 GPUs, but Ray has" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (results / "mlflow.db").exists()
+
+
+def test_one_run_at_a_time_uses_a_results_folder(study, tmp_path):
+    from grid.launch import sole_run
+
+    results = tmp_path / "results"
+    with sole_run(results):
+        ended = run(results, study)
+    assert ended.returncode == 2
+    assert "another run is using" in ended.stderr
