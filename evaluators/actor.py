@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class EvaluatorActor:
         self._device = torch.device(device)
         self._loaded: tuple[str, Recipe, Classifier] | None = None
 
-    def judge(self, artifact_uri: str, evaluator: str) -> tuple[bytes, list[Score]]:
-        """Return a cell's ledger as Parquet, and the scores read from it."""
+    def judge(self, artifact_uri: str, evaluator: str) -> tuple[bytes, list[Score], float]:
+        """Return a cell's ledger as Parquet, the scores read from it, and the seconds it took."""
         import pyarrow.parquet as pq
 
         from evaluators import evaluator_named
@@ -36,13 +37,14 @@ class EvaluatorActor:
         from trainables.data import load_data
         from trainables.scale import scale_named
 
+        began = time.monotonic()
         recipe, classifier = self._load(artifact_uri)
         scale = scale_named(recipe.scale)
         question = evaluator_named(evaluator, scale)
         ledger = evaluate(question, classifier, load_data(scale), device=self._device)
         buffer = io.BytesIO()
         pq.write_table(ledger, buffer, compression="zstd")
-        return buffer.getvalue(), question.summarize(ledger)
+        return buffer.getvalue(), question.summarize(ledger), time.monotonic() - began
 
     def _load(self, artifact_uri: str) -> tuple[Recipe, Classifier]:
         from trainables.checkpoint import load_weights, recipe_json_of

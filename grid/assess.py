@@ -30,6 +30,7 @@ class Judged:
     cell: Cell
     ledger: bytes = b""
     scores: tuple[Score, ...] = ()
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -72,11 +73,11 @@ class EvaluatorPool:
         cell, actor = self._asked.pop(reference)
         self._idle.append(actor)
         try:
-            ledger, scores = ray.get(reference)
+            ledger, scores, seconds = ray.get(reference)
         except RayError as error:
             cause = getattr(error, "cause", None) or error
             return Judged(cell, error=f"{type(cause).__name__}: {cause}".splitlines()[0])
-        return Judged(cell, ledger, tuple(scores))
+        return Judged(cell, ledger, tuple(scores), seconds)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:

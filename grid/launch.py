@@ -151,8 +151,9 @@ def run_study(
 
 
 def _start_ray(placement: Placement) -> int:
-    """Start or join Ray; return how many trials run at once. ValueError if not even one can."""
+    """Start Ray; return how many trials run at once. ValueError if not even one can."""
     ray.init(
+        address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -194,7 +194,8 @@ class Recorder(threading.Thread):
             evaluator=cell.evaluator,
             cell=cell.question,
             ledger=judged.ledger,
-            metrics=scores_as_metrics(judged.scores),
+            metrics=scores_as_metrics(judged.scores)
+            | {f"{cell.evaluator}/seconds": judged.seconds},
         )
         self.progress.cells_done += 1
 

@@ -139,10 +139,14 @@ def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
         assert recipe.digest() == found.digest
         assert (folder / "recipe.json").exists()
         assert {p.stem for p in (folder / "ledgers").iterdir()} == {"clean", "pgd"}
-    parents = {v for (v,) in query(results, "select value from tags where key='mlflow.parentRunId'")}
+    parents = {
+        v for (v,) in query(results, "select value from tags where key='mlflow.parentRunId'")
+    }
     assert len(parents) == 1
     assert query(results, "select count(*) from inputs") == [(TRIALS,)]
-    per_epoch = query(results, "select step, count(*) from metrics where key='train/loss' group by 1")
+    per_epoch = query(
+        results, "select step, count(*) from metrics where key='train/loss' group by 1"
+    )
     assert per_epoch == [(epoch, TRIALS) for epoch in range(1, 13)]
 
 
@@ -213,7 +217,7 @@ def test_interrupted_then_killed_it_ends_as_if_undisturbed(finished, study, tmp_
     assert weights_by_digest(results) == weights_by_digest(undisturbed)
     assert len(tracker(results).trials()) == TRIALS == len(query(results, "select 1 from runs")) - 1
     rows = "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
-    rows += "where t.key = 'digest' order by 1, 2, 3"
+    rows += "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3"
     assert query(results, rows) == query(undisturbed, rows)
 
 

@@ -38,6 +38,7 @@ class TrialRun:
     reason: str
     artifact_uri: str
     start_time: int
+    end_time: int
     recipe: str
     metrics: dict[str, float] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
@@ -170,6 +171,12 @@ class Tracker:
         run.metrics |= metrics
         run.cells[evaluator] = cell
 
+    def seconds(self, run: TrialRun) -> float:
+        """Return how long a trial trained and was judged, as its actors measured it."""
+        epochs = self._client.get_metric_history(run.run_id, "train/seconds")
+        judged = (v for key, v in run.metrics.items() if key.removesuffix("/seconds") in run.cells)
+        return float(sum(metric.value for metric in epochs) + sum(judged))
+
     def _tag(self, run: TrialRun, **tags: str) -> None:
         self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
@@ -198,6 +205,7 @@ def _trial_run(run: Run) -> TrialRun:
         reason=tags.get("reason", ""),
         artifact_uri=run.info.artifact_uri,
         start_time=run.info.start_time,
+        end_time=run.info.end_time or 0,
         recipe=tags["recipe"],
         metrics=dict(run.data.metrics),
         cells={

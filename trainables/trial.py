@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
 
 CHECKPOINT_SECONDS = 5.0
+SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 WEIGHTS = "weights.safetensors"
 
 
@@ -123,11 +124,12 @@ def _advance(running: _Running) -> None:
     from trainables.checkpoint import save_checkpoint
 
     assert running.reports is not None
+    began = time.monotonic()
     report = next(running.reports)
-    running.epoch = report.epoch
-    running.unsent.append(report.metrics)
-    running.outcome, running.reason = report.outcome, report.reason
     now = time.monotonic()
+    running.epoch = report.epoch
+    running.unsent.append(report.metrics | {SECONDS: now - began})
+    running.outcome, running.reason = report.outcome, report.reason
     if report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS:
         return
     running.saved_at = now

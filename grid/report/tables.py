@@ -74,7 +74,7 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
-        digests = [row.recipe.replace(seed=seed).digest() for seed in range(seeds)]
+        digests = [row.recipe.with_seed(seed).digest() for seed in range(seeds)]
         found = [runs.get(digest) for digest in digests]
         cells = tuple(_cell(table, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")

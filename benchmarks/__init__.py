@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each prints a figure, none is a test."""
