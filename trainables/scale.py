@@ -13,6 +13,29 @@ PUBLISHED_DEIT_WIDTH = 384
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchBudget:
+    """What the texture patch attack may spend on an image; the study's unless a scale says less.
+
+    images: how many held-out images are attacked. area: one patch's share of the image.
+    textures: dictionary entries per class. samples, steps: per patch. Source: STUDY section 5.
+    """
+
+    images: int = 5000
+    patches: int = 4
+    area: float = 0.025
+    textures: int = 30
+    samples: int = 500
+    steps: int = 50
+
+    def side(self, image_size: int) -> int:
+        """Return a patch's side in pixels; ValueError when not one pixel fits, or no position."""
+        side = math.floor(math.sqrt(image_size**2 * self.area))
+        if not 1 <= side < image_size:
+            raise ValueError(f"a patch of area {self.area} does not fit {image_size} px")
+        return side
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """One scale, and the rule by which it shrinks the study's recipes.
 
@@ -43,6 +66,7 @@ class Scale:
     batch_size: dict[str, int] = field(default_factory=dict)
     learning_rate: dict[tuple[str, str], float] = field(default_factory=dict)
     attack_subset: int = 5000
+    patch: PatchBudget = PatchBudget()
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 
@@ -137,6 +161,7 @@ DIGITS = Scale(
         ("timm", "adamw"): 2e-3,
     },
     attack_subset=200,
+    patch=PatchBudget(images=50, textures=5, samples=25, steps=8),
     # Seconds of an epoch on one core of a 2.5 GHz Xeon.
     epoch_cost={
         "resnet18": 0.33,
