@@ -375,8 +375,8 @@ class TexturePatchAttack:
     Both have the same budget and, per image, the same textures: those of one random class, not
     the true one; targeted, those of a random target. `dictionary`: the scale's own unless given.
     Budgets (images x patches x steps x samples), of each of the two searches: imagenet
-    5000 x 4 x 50 x 500, digits 50 x 4 x 8 x 25. An image draws from a generator of its own, seeded by
-    its id, so its verdict does not depend on its batch.
+    5000 x 4 x 50 x 500, digits 50 x 4 x 8 x 25. An image draws from a generator of its own,
+    seeded by its id, so its verdict does not depend on its batch.
     """
 
     name = "tpa"
@@ -396,6 +396,8 @@ class TexturePatchAttack:
             raise ValueError(f"unknown success rule {rule!r}; one of {RULES}")
         self.scale = scale
         self.budget = budget or scale.patch
+        if self.budget.samples < 2:
+            raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
         self.targeted, self.rule, self.seed = targeted, rule, seed
         self.forward_batch = forward_batch
         self._dictionary = dictionary

@@ -207,9 +207,10 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
         state = load_file(weights)
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    network = vgg19(weights=None)
+    with torch.device("meta"):
+        network = vgg19(weights=None)
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{weights} does not fit VGG-19: {str(error)[:300]}") from None
     network.eval().requires_grad_(False)
