@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,7 +40,7 @@ FLAT = 1e-4
 FIRST_STOP = 3
 BONUS = 100.0  # more than any two rewards differ: they lie between log(1.19e-7) and 0
 FORWARD_BATCH = 800
-RULES = ("fixed", "faithful")
+RULES = get_args(Rule)
 SUBSET_SEED = 0
 
 
@@ -309,13 +309,13 @@ class PatchSearch:
             queries[active] += self.budget.samples
             best.update(active, actions_MSA, answers)
             means[active, step] = answers.reward.mean(dim=1)
-            policy.learn(answers.reward)
             going = ~_stops(best.seen[active], means[active, : step + 1], flat=policy.learns)
+            if step + 1 == self.budget.steps or not going.any():
+                break
+            policy.learn(answers.reward)
             if not going.all():
                 active = active[going]
                 policy.keep(going.nonzero().flatten())
-            if not len(active):
-                break
         pasted = paste(task, best.actions, everyone, side=side)
         return Outcome(pasted, best.predicted, best.success, queries, torch.ones_like(queries))
 
@@ -433,16 +433,7 @@ class TexturePatchAttack:
         for question, policy_of in POLICIES.items():
             own = tuple(self._generator(question, i) for i in batch.ids)
             outcome = search.run(replace(task, generators=own), clean_B, policy_of)
-            parts.append(
-                verdicts(
-                    batch,
-                    question,
-                    outcome.predicted,
-                    survived_B=~outcome.success,
-                    stage=outcome.stages(),
-                    queries=outcome.queries.tolist(),
-                )
-            )
+            parts.append(_rows(batch, question, outcome))
         return pa.concat_tables(parts)
 
     def _task(self, batch: Batch) -> Task:
@@ -493,6 +484,17 @@ class TexturePatchAttack:
 
     def _images(self, source: Data) -> Split:
         return source.held_out.subset(self.budget.images, seed=SUBSET_SEED)
+
+
+def _rows(batch: Batch, question: str, outcome: Outcome) -> pa.Table:
+    return verdicts(
+        batch,
+        question,
+        outcome.predicted,
+        survived_B=~outcome.success,
+        stage=outcome.stages(),
+        queries=outcome.queries.tolist(),
+    )
 
 
 def _by_patches(rows: pa.Table, question: str, patches: int) -> list[Score]:

@@ -145,8 +145,9 @@ def _column(values: Sequence[float]) -> Tensor:
 class TextureSettings:
     """How a dictionary is built; the published one's unless stated. `classes`: None for all.
 
-    images: how many training images per class are looked at. classes_at_once: how many classes'
-    textures are synthesised in one batch; it does not change them beyond rounding.
+    images: how many training images per class are looked at. network_epochs: how long the scale's
+    own feature network is trained where there are no VGG-19 weights. classes_at_once: how many
+    classes' textures are synthesised in one batch; it does not change them beyond rounding.
     """
 
     classes: int | None = None
@@ -156,6 +157,7 @@ class TextureSettings:
     steps: int = 10_000
     rate: float = 0.01
     classes_at_once: int = 1
+    network_epochs: int = 8
     seed: int = 0
 
 
@@ -225,7 +227,7 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
     )
 
 
-def small_network(scale: Scale, data: Data, *, seed: int, epochs: int = 8) -> FeatureNetwork:
+def small_network(scale: Scale, data: Data, *, seed: int, epochs: int) -> FeatureNetwork:
     """Train a three-convolution network on a scale's own train split; the seed fixes its bits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -415,7 +417,7 @@ def dictionary_for(scale: Scale, data: Data) -> StoredTextures:
     key = _key(scale, data)
     if key not in _built:
         settings = own_settings(scale)
-        network = small_network(scale, data, seed=settings.seed)
+        network = small_network(scale, data, seed=settings.seed, epochs=settings.network_epochs)
         _built[key] = build_dictionary(network, data.train, settings, device=torch.device("cpu"))
     return _built[key]
 
