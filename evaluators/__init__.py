@@ -7,11 +7,13 @@ from collections.abc import Callable
 from evaluators.base import Evaluator
 from evaluators.clean import Clean
 from evaluators.pgd import PGD
+from evaluators.texture_patch import TexturePatchAttack
 from trainables.scale import Scale
 
 EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
     "clean": Clean,
     "pgd": PGD,
+    "tpa": TexturePatchAttack,
 }
 
 

@@ -14,6 +14,29 @@ PUBLISHED_EPSILON = Fraction(4, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchBudget:
+    """What the texture patch attack may spend on an image; the study's unless a scale says less.
+
+    images: how many held-out images are attacked. area: one patch's share of the image.
+    textures: dictionary entries per class. samples, steps: per patch. Source: STUDY section 5.
+    """
+
+    images: int = 5000
+    patches: int = 4
+    area: float = 0.025
+    textures: int = 30
+    samples: int = 500
+    steps: int = 50
+
+    def side(self, image_size: int) -> int:
+        """Return a patch's side in pixels; ValueError when not one pixel fits, or no position."""
+        side = math.floor(math.sqrt(image_size**2 * self.area))
+        if not 1 <= side < image_size:
+            raise ValueError(f"a patch of area {self.area} does not fit {image_size} px")
+        return side
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """One scale, and the rule by which it shrinks the study's recipes.
 
@@ -47,6 +70,7 @@ class Scale:
     attack_subset: int = 5000
     probe_images: int = 500
     ghost_batch: int = 64
+    patch: PatchBudget = PatchBudget()
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 
@@ -174,6 +198,7 @@ DIGITS = Scale(
     attack_subset=200,
     probe_images=50,
     ghost_batch=32,
+    patch=PatchBudget(images=50, textures=5, samples=25, steps=8),
     # Seconds of an epoch on one core of a 2.5 GHz Xeon.
     epoch_cost={
         "resnet18": 0.33,
