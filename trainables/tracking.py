@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 CELL_TAG = "cell."
+EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 1000
 LONGEST_TAG = 5000
 
@@ -64,7 +65,9 @@ class Tracker:
                 found.experiment_id
                 if found
                 else self._client.create_experiment(
-                    experiment, artifact_location=artifacts.as_uri() if artifacts else None
+                    experiment,
+                    artifact_location=artifacts.as_uri() if artifacts else None,
+                    tags={"mlflow.experimentKind": EXPERIMENT_KIND},
                 )
             )
         except MlflowException as error:
