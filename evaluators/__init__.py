@@ -6,12 +6,18 @@ from collections.abc import Callable
 
 from evaluators.base import Evaluator
 from evaluators.clean import Clean
+from evaluators.corruptions import Corruptions
+from evaluators.natural import Natural
 from evaluators.pgd import PGD
+from evaluators.stylized import Stylized
 from trainables.scale import Scale
 
 EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
     "clean": Clean,
     "pgd": PGD,
+    "natural": Natural,
+    "corruptions": Corruptions,
+    "stylized": Stylized,
 }
 
 
