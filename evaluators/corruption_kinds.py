@@ -16,15 +16,17 @@ same variance as the original's swaps one after the other.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import decode_jpeg, encode_jpeg  # type: ignore[import-untyped]
 
 PUBLISHED_SIDE = 224
 SHORTEST_SIDE = 32
@@ -214,9 +216,9 @@ def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
 
 def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
     """Write and read again as JPEG."""
-    pixels = list((images_BCHW * 255).round().byte().cpu())
-    decoded = [decode_jpeg(encoded) for encoded in encode_jpeg(pixels, quality)]
-    return torch.stack(decoded).to(images_BCHW.device).float() / 255
+    pixels = (images_BCHW * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    decoded = np.stack([_jpeg(image, quality) for image in pixels])
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images_BCHW) / 255
 
 
 def smear(images_BCHW: Tensor, radius: int, sigma: float, degrees_B: Tensor) -> Tensor:
@@ -234,6 +236,12 @@ def smear(images_BCHW: Tensor, radius: int, sigma: float, degrees_B: Tensor) -> 
     share = (weights / weights.sum()).expand(rows.shape)
     kernels.index_put_((image, rows + reach, columns + reach), share, accumulate=True)
     return _correlate(images_BCHW, kernels.to(images_BCHW.device)[:, None], border="replicate")
+
+
+def _jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
 
 
 def _length_ratio(images_BCHW: Tensor) -> float:
@@ -360,8 +368,9 @@ def _plasma(side: int, decay: float, draws: Draws) -> Tensor:
     return plasma / plasma.amax(dim=(1, 2), keepdim=True)
 
 
-FROST_SIDE = 512  # of a pane, for images of 224 px
-FROST_PANES = 5
+FROST_SIDE = 448  # of a pane, for images of 224 px
+FROST_PANES = 4
+FROST_SEEDS = 50
 FROST_ANGLES = 8
 # Mean over and spread within the six photographs that the package imagecorruptions ships.
 FROST_MEAN = (0.52, 0.61, 0.65)
@@ -370,34 +379,40 @@ FROST_SPREAD = 0.12
 
 @cache
 def _frost_panes(side: int) -> Tensor:
-    """Return panes of frost (n, 3, side, side), reduced from or enlarged to the wanted side."""
-    generator = torch.Generator().manual_seed(0)
-    panes = torch.stack([_frost_pane(generator) for _ in range(FROST_PANES)])
-    panes = F.interpolate(panes[:, None], size=side, mode="bilinear", antialias=True)
+    """Return panes of frost (n, 3, side, side), reduced or enlarged from those drawn."""
+    panes = F.interpolate(_drawn_panes(), size=side, mode="bilinear", antialias=True)
     panes = (panes - panes.mean()) / panes.std() * FROST_SPREAD
     return (panes + torch.tensor(FROST_MEAN).view(1, 3, 1, 1)).clamp(0, 1)
 
 
+@cache
+def _drawn_panes() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([_frost_pane(generator) for _ in range(FROST_PANES)])[:, None]
+
+
 def _frost_pane(generator: torch.Generator) -> Tensor:
     """Return one pane: facets around random seeds, each with needles in a direction of its own."""
-    seeds = torch.rand(60, 2, generator=generator) * FROST_SIDE
+    seeds = torch.rand(FROST_SEEDS, 2, generator=generator) * FROST_SIDE
     place = torch.cartesian_prod(torch.arange(FROST_SIDE), torch.arange(FROST_SIDE)).float()
-    nearest = torch.cdist(place, seeds).topk(2, largest=False)
-    facet = torch.randint(FROST_ANGLES, (60,), generator=generator)[nearest.indices[:, 0]]
+    distance = torch.cdist(place, seeds)
+    first, nearest = distance.min(dim=1)
+    second = distance.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
+    facet = torch.randint(FROST_ANGLES, (FROST_SEEDS,), generator=generator)[nearest]
     needles = torch.stack([_needles(k / FROST_ANGLES, generator) for k in range(FROST_ANGLES)])
     chosen = needles.flatten(1).gather(0, facet[None])[0]
-    rim = torch.exp((nearest.values[:, 0] - nearest.values[:, 1]) / 6)
+    rim = torch.exp((first - second) / 6)
     return (chosen + 1.5 * rim).view(FROST_SIDE, FROST_SIDE)
 
 
 def _needles(turn: float, generator: torch.Generator) -> Tensor:
     """Return noise drawn out along a direction, its crests bright; `turn` in half circles."""
     noise = torch.randn(FROST_SIDE, FROST_SIDE, generator=generator)
-    frequency = torch.fft.fftfreq(FROST_SIDE)
-    across = frequency[:, None] * math.cos(math.pi * turn) - frequency * math.sin(math.pi * turn)
-    along = frequency[:, None] * math.sin(math.pi * turn) + frequency * math.cos(math.pi * turn)
+    down, right = torch.fft.fftfreq(FROST_SIDE)[:, None], torch.fft.rfftfreq(FROST_SIDE)
+    sine, cosine = math.sin(math.pi * turn), math.cos(math.pi * turn)
+    across, along = down * cosine - right * sine, down * sine + right * cosine
     passed = torch.exp(-((along / 0.01) ** 2) - (across / 0.12) ** 2)
-    drawn_out: Tensor = torch.fft.ifft2(torch.fft.fft2(noise) * passed).real
+    drawn_out: Tensor = torch.fft.irfft2(torch.fft.rfft2(noise) * passed, s=noise.shape)
     return 1 - (drawn_out / drawn_out.std()).abs()
 
 
