@@ -216,7 +216,8 @@ def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
 
 def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
     """Write and read again as JPEG."""
-    pixels = (images_BCHW * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    quantised = (images_BCHW * 255).round().byte().permute(0, 2, 3, 1)
+    pixels = quantised.contiguous().cpu().numpy()
     decoded = np.stack([_jpeg(image, quality) for image in pixels])
     return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images_BCHW) / 255
 
