@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from evaluators.base import Evaluator
 from evaluators.clean import Clean
+from evaluators.corruptions import Corruptions
+from evaluators.natural import Natural
 from evaluators.pgd import PGD
+from evaluators.stylized import Stylized
 from evaluators.texture_patch import TexturePatchAttack
 from trainables.scale import Scale
 
@@ -14,6 +17,9 @@ EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
     "clean": Clean,
     "pgd": PGD,
     "tpa": TexturePatchAttack,
+    "natural": Natural,
+    "corruptions": Corruptions,
+    "stylized": Stylized,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -37,18 +37,31 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids."""
+    """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids.
+
+    Of use to some evaluators: the question that the images stand for, a remark on each image for
+    the ledger's `stage`, and the labels that an answer may be chosen from.
+    """
 
     images: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    question: str = ""
+    stage: tuple[str, ...] | None = None
+    candidates: tuple[int, ...] | None = None
 
     def halves(self) -> tuple[Batch, Batch]:
         """Split the batch in two, in order."""
         middle = len(self.ids) // 2
-        return (
-            Batch(self.images[:middle], self.labels[:middle], self.ids[:middle]),
-            Batch(self.images[middle:], self.labels[middle:], self.ids[middle:]),
+        return self._part(slice(middle)), self._part(slice(middle, None))
+
+    def _part(self, part: slice) -> Batch:
+        return replace(
+            self,
+            images=self.images[part],
+            labels=self.labels[part],
+            ids=self.ids[part],
+            stage=self.stage and self.stage[part],
         )
 
 
@@ -122,7 +135,8 @@ def _judge_in_memory(
     key = f"{evaluator.name}/{batch.ids[0]}".encode()
     seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
     try:
-        on_device = Batch(batch.images.to(device), batch.labels.to(device), batch.ids)
+        images, labels = batch.images.to(device), batch.labels.to(device)
+        on_device = replace(batch, images=images, labels=labels)
         generator = torch.Generator().manual_seed(seed)
         return [evaluator.judge(classifier, on_device, generator=generator)]
     except torch.OutOfMemoryError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,12 +33,15 @@ class Split:
         """Return `count` images drawn by `seed`, in their old order; all when there are fewer."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        index = torch.from_numpy(chosen)
+        return self.at(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+    def at(self, places: np.ndarray) -> Split:
+        """Return the images at some places, in that order."""
+        index = torch.from_numpy(places)
         return Split(
             images=self.images[index],
             labels=self.labels[index],
-            ids=tuple(self.ids[i] for i in chosen),
+            ids=tuple(self.ids[i] for i in places),
         )
 
     def ids_hash(self) -> str:
@@ -44,14 +49,30 @@ class Split:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """A data set: what is trained on, what is held out, and the classes by label."""
+    """A data set: what is trained on, what is held out, and the classes by label.
+
+    `roots`: where stored out-of-distribution sets lie (imagenet-a, imagenet-c,
+    imagenet-stylized), if they do; `skip_damaged`: pass over their unreadable images. Equal is
+    only the same object, which so can key a cache.
+    """
 
     name: str
     train: Split
     held_out: Split
     class_names: tuple[str, ...]
+    roots: Mapping[str, Path] = field(default_factory=dict)
+    skip_damaged: bool = False
+
+    def stored(self, name: str) -> Path | None:
+        """Return where a stored set lies, None where a counterpart is to be generated.
+
+        ValueError on ImageNet without the set: no counterpart may stand for it.
+        """
+        if name not in self.roots and self.name == "imagenet":
+            raise ValueError(f"on ImageNet this needs the stored set: give --{name} DIR")
+        return self.roots.get(name)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -1,0 +1,445 @@
+"""The fifteen corruptions of ImageNet-C, five severities each, in batches and at any size.
+
+After the published description (Hendrycks and Dietterich, ICLR 2019) with its constants, which
+are for 224 px. Size rule: what is a length (radius, blur width, reach of a shuffle, displacement)
+is multiplied by side / 224, and by 32 / 224 below 32 px, the side of the smallest published set
+of the kind (CIFAR-10-C), since shorter lengths vanish below a pixel; of the side of a block
+(pixelate) or flake (snow) the excess over one pixel is; strengths stay.
+
+Three kinds differ from the stored ImageNet-C. Frost: the original pastes photographs; here the
+crystals are generated, with the mean and spread of such photographs. Elastic: a displacement field
+alone, as in the package imagecorruptions, whose severities rise; the original's two lowest add an
+affine warp and are harder than its third. Glass: pixels move all at once, by displacements of the
+same variance as the original's swaps one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+PUBLISHED_SIDE = 224
+SHORTEST_SIDE = 32
+MINIMUM_SIDE = 16
+SEVERITIES = (1, 2, 3, 4, 5)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+KINDS = tuple(kind for group in GROUPS.values() for kind in group)
+
+
+class Draws:
+    """Random numbers for a batch, each image's from a stream of its own."""
+
+    def __init__(self, keys: Sequence[str], device: torch.device) -> None:
+        seeds = (int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") for key in keys)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return (B, *shape) numbers from [low, high)."""
+        return self._fill(shape, lambda row, g: row.uniform_(low, high, generator=g))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return (B, *shape) standard normal numbers."""
+        return self._fill(shape, lambda row, g: row.normal_(generator=g))
+
+    def poisson(self, rates_BCHW: Tensor) -> Tensor:
+        """Return a count for each rate."""
+        pairs = zip(rates_BCHW.cpu(), self._generators, strict=True)
+        return torch.stack([torch.poisson(r, generator=g) for r, g in pairs]).to(self._device)
+
+    def _fill(
+        self, shape: tuple[int, ...], draw: Callable[[Tensor, torch.Generator], Tensor]
+    ) -> Tensor:
+        numbers = torch.empty(len(self._generators), *shape)
+        for row, generator in zip(numbers, self._generators, strict=True):
+            draw(row, generator)
+        return numbers.to(self._device)
+
+
+def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int) -> Tensor:
+    """Corrupt float32 images in [0, 1]; each result follows from the image and its id alone.
+
+    ValueError for an unknown kind or severity and below 16 px.
+    """
+    if kind not in _CORRUPTIONS:
+        raise ValueError(f"unknown corruption {kind!r}; one of {list(_CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity {severity} is not one of {SEVERITIES}")
+    if min(images_BCHW.shape[-2:]) < MINIMUM_SIDE:
+        raise ValueError(f"corruptions need {MINIMUM_SIDE} px, not {tuple(images_BCHW.shape[-2:])}")
+    apply, constants = _CORRUPTIONS[kind]
+    draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
+    return apply(images_BCHW.contiguous(), constants[severity - 1], draws).clamp_(0, 1)
+
+
+def gaussian_noise(images_BCHW: Tensor, std: float, draws: Draws) -> Tensor:
+    """Add normal noise."""
+    return images_BCHW + std * draws.normal(*images_BCHW.shape[1:])
+
+
+def shot_noise(images_BCHW: Tensor, photons: float, draws: Draws) -> Tensor:
+    """Count photons, `photons` of them for white."""
+    return draws.poisson(images_BCHW * photons) / photons
+
+
+def impulse_noise(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
+    """Set a share of the values to 0 or 1, evenly."""
+    drawn = draws.uniform(*images_BCHW.shape[1:])
+    return images_BCHW.masked_fill(drawn < share, 1).masked_fill(drawn < share / 2, 0)
+
+
+def defocus_blur(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> Tensor:
+    """Average over a disc whose edge is softened. constant: radius, softening."""
+    disc = _disc(*constant, _length_ratio(images_BCHW))
+    return _correlate(images_BCHW, disc.to(images_BCHW.device), border="reflect")
+
+
+def glass_blur(images_BCHW: Tensor, constant: tuple[float, int, int], draws: Draws) -> Tensor:
+    """Displace each pixel by chance between two Gaussian blurs. constant: sigma, reach, rounds.
+
+    A swap moves two pixels by an offset uniform in {-reach .. reach - 1}: twice its variance.
+    """
+    sigma, reach, rounds = constant
+    ratio = _length_ratio(images_BCHW)
+    spread = math.sqrt(2 * rounds * (4 * reach**2 - 1) / 12)
+    offsets = (spread * draws.normal(*images_BCHW.shape[2:], 2)).round() * ratio
+    moved = _displace(_smooth(images_BCHW, sigma * ratio), offsets, border="border")
+    return _smooth(moved, sigma * ratio)
+
+
+def motion_blur(images_BCHW: Tensor, constant: tuple[int, float], draws: Draws) -> Tensor:
+    """Smear along a direction within 45 degrees of the horizontal. constant: radius, sigma."""
+    return smear(images_BCHW, *constant, draws.uniform(low=-45, high=45))
+
+
+def zoom_blur(images_BCHW: Tensor, constant: tuple[float, int], draws: Draws) -> Tensor:
+    """Average the image with itself enlarged by ever more. constant: step, number of factors."""
+    step, count = constant
+    total = images_BCHW.clone()
+    for index in range(count):
+        total += _zoom(images_BCHW, 1 + step * index)
+    return total / (count + 1)
+
+
+def snow(images_BCHW: Tensor, constant: tuple[float, ...], draws: Draws) -> Tensor:
+    """Whiten the image and let flakes fall.
+
+    constant: the flakes' mean, spread, size, threshold, smear radius and sigma; the image's share.
+    """
+    mean, spread, size, threshold, radius, sigma, share = constant
+    zoom = 1 + (size - 1) * _length_ratio(images_BCHW)
+    noise = mean + spread * draws.normal(1, *images_BCHW.shape[2:])
+    flakes = _zoom(noise, zoom)
+    flakes = flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)
+    flakes = smear(flakes, int(radius), sigma, draws.uniform(low=-135, high=-45))
+    whitened = images_BCHW.maximum(_grey(images_BCHW) * 1.5 + 0.5)
+    return share * images_BCHW + (1 - share) * whitened + flakes + flakes.rot90(2, (2, 3))
+
+
+def frost(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> Tensor:
+    """Lay a piece of a generated pane of frost over the image. constant: both weights."""
+    height, width = images_BCHW.shape[2:]
+    panes = _frost_panes(round(FROST_SIDE * max(_length_ratio(images_BCHW), _cover(height, width))))
+    which, top, left = draws.uniform(3).T.cpu()
+    pieces = [
+        panes[int(w * len(panes)), :, y : y + height, x : x + width]
+        for w, y, x in zip(
+            which,
+            (top * (panes.shape[2] - height)).int().tolist(),
+            (left * (panes.shape[3] - width)).int().tolist(),
+            strict=True,
+        )
+    ]
+    return constant[0] * images_BCHW + constant[1] * torch.stack(pieces).to(images_BCHW.device)
+
+
+def fog(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> Tensor:
+    """Add a plasma fractal and dim to the old maximum. constant: amount, decay per octave."""
+    amount, decay = constant
+    height, width = images_BCHW.shape[2:]
+    haze = _plasma(max(height, width), decay, draws)[:, None, :height, :width]
+    brightest = images_BCHW.amax(dim=(1, 2, 3), keepdim=True)
+    return (images_BCHW + amount * haze) * brightest / (brightest + amount)
+
+
+def brightness(images_BCHW: Tensor, amount: float, draws: Draws) -> Tensor:
+    """Raise the value of HSV, the largest channel, at the same hue and saturation."""
+    value = images_BCHW.amax(dim=1, keepdim=True)
+    raised = (value + amount).clamp(max=1)
+    return torch.where(value > 0, images_BCHW * (raised / value.clamp(min=1e-6)), raised)
+
+
+def contrast(images_BCHW: Tensor, factor: float, draws: Draws) -> Tensor:
+    """Pull every channel towards its mean."""
+    return images_BCHW.mean(dim=(2, 3), keepdim=True).lerp(images_BCHW, factor)
+
+
+def elastic_transform(images_BCHW: Tensor, alpha: float, draws: Draws) -> Tensor:
+    """Displace by a smooth random field, as strong as the published one is at 224 px.
+
+    Published: uniform within 0.005 of the side, Gaussian of 0.01 of the side, times alpha. The
+    Gaussian is at least a pixel wide, or the field would not be smooth.
+    """
+    ratio = _length_ratio(images_BCHW)
+    published = 0.01 * PUBLISHED_SIDE
+    sigma = max(published * ratio, 1.0)
+    drawn = draws.uniform(2, *images_BCHW.shape[2:], low=-1, high=1)
+    field = _smooth(drawn, sigma, truncate=3, border="reflect")
+    gain = (_taps(published, 3) ** 2).sum() / (_taps(sigma, 3) ** 2).sum()
+    reach = alpha * 0.005 * PUBLISHED_SIDE * ratio * float(gain)
+    return _displace(images_BCHW, reach * field.permute(0, 2, 3, 1), border="reflection")
+
+
+def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
+    """Average over square blocks, `share` as many along each side as there are pixels."""
+    ratio = _length_ratio(images_BCHW)
+    rows, columns = (
+        _block_rows(side, share, ratio).to(images_BCHW.device) for side in images_BCHW.shape[2:]
+    )
+    return rows @ images_BCHW @ columns.T
+
+
+def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
+    """Write and read again as JPEG."""
+    quantised = (images_BCHW * 255).round().byte().permute(0, 2, 3, 1)
+    pixels = quantised.contiguous().cpu().numpy()
+    decoded = np.stack([_jpeg(image, quality) for image in pixels])
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images_BCHW) / 255
+
+
+def smear(images_BCHW: Tensor, radius: int, sigma: float, degrees_B: Tensor) -> Tensor:
+    """Average along half a Gaussian of 2 radius + 1 steps, each image in its own direction."""
+    ratio = _length_ratio(images_BCHW)
+    finer = math.ceil(ratio)
+    steps = torch.arange((2 * radius + 1) * finer) / finer
+    weights = torch.exp(-(steps**2) / (2 * sigma**2))
+    angles = degrees_B.cpu().deg2rad()[:, None]
+    rows = torch.ceil(steps * ratio * angles.sin() - 0.5).long()
+    columns = torch.ceil(steps * ratio * angles.cos() - 0.5).long()
+    reach = math.ceil((2 * radius + 1) * ratio)
+    kernels = torch.zeros(len(angles), 2 * reach + 1, 2 * reach + 1)
+    image = torch.arange(len(angles))[:, None].expand_as(rows)
+    share = (weights / weights.sum()).expand(rows.shape)
+    kernels.index_put_((image, rows + reach, columns + reach), share, accumulate=True)
+    return _correlate(images_BCHW, kernels.to(images_BCHW.device)[:, None], border="replicate")
+
+
+def _jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def _length_ratio(images_BCHW: Tensor) -> float:
+    return max(min(images_BCHW.shape[2:]), SHORTEST_SIDE) / PUBLISHED_SIDE
+
+
+def _cover(height: int, width: int) -> float:
+    return max(height, width) / FROST_SIDE
+
+
+def _grey(images_BCHW: Tensor) -> Tensor:
+    weights = images_BCHW.new_tensor([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
+    return torch.einsum("bchw,c->bhw", images_BCHW, weights)[:, None]
+
+
+def _correlate(images_BCHW: Tensor, kernels: Tensor, *, border: str) -> Tensor:
+    """Correlate with kernels (.., k, k), k odd, through the Fourier transform."""
+    height, width = images_BCHW.shape[2:]
+    reach = kernels.shape[-1] // 2
+    padded = F.pad(images_BCHW, (reach,) * 4, mode=border)
+    size = padded.shape[2:]
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=size).conj()
+    whole: Tensor = torch.fft.irfft2(spectrum, s=size)
+    return whole[..., :height, :width]
+
+
+@cache
+def _disc(radius: float, softening: float, ratio: float) -> Tensor:
+    finer = 1 if ratio >= 1 else 9
+    reach = math.ceil(radius * ratio + 0.5)
+    side = 2 * reach + 1
+    position = (torch.arange(side * finer) - (side * finer - 1) / 2) / finer
+    inside = (position[:, None] ** 2 + position**2) <= (radius * ratio) ** 2
+    disc = inside.float().view(side, finer, side, finer).mean(dim=(1, 3))
+    width = 1 if radius <= 8 else 2
+    taps = torch.exp(-(torch.arange(-width, width + 1) ** 2) / (2 * (softening * ratio) ** 2))
+    taps = taps / taps.sum()
+    soft = F.conv2d(
+        (disc / disc.sum())[None, None], taps.outer(taps)[None, None], padding=2 * width
+    )
+    return soft[0, 0]
+
+
+def _displace(images_BCHW: Tensor, offsets_BHW2: Tensor, *, border: str) -> Tensor:
+    """Read each pixel at its place plus an offset (x, y) in pixels."""
+    height, width = images_BCHW.shape[2:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack((columns, rows), dim=-1).to(offsets_BHW2) + offsets_BHW2
+    grid = (2 * places + 1) / places.new_tensor([width, height]) - 1
+    return F.grid_sample(images_BCHW, grid, padding_mode=border, align_corners=False)
+
+
+def _zoom(images_BCHW: Tensor, factor: float) -> Tensor:
+    """Enlarge the middle of the images to their full size."""
+    height, width = images_BCHW.shape[2:]
+    crop = [math.ceil(side / factor) for side in (height, width)]
+    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+    middle = images_BCHW[..., top : top + crop[0], left : left + crop[1]]
+    size = [round(side * factor) for side in crop]
+    large = F.interpolate(middle, size=size, mode="bilinear", align_corners=True)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return large[..., top : top + height, left : left + width]
+
+
+def _smooth(
+    images_BCHW: Tensor, sigma: float, *, truncate: float = 4, border: str = "nearest"
+) -> Tensor:
+    rows, columns = (
+        _gaussian_rows(side, sigma, truncate, border).to(images_BCHW.device)
+        for side in images_BCHW.shape[2:]
+    )
+    return rows @ images_BCHW @ columns.T
+
+
+@cache
+def _taps(sigma: float, truncate: float) -> Tensor:
+    reach = int(truncate * sigma + 0.5)
+    taps = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    return taps / taps.sum()
+
+
+@cache
+def _gaussian_rows(side: int, sigma: float, truncate: float, border: str) -> Tensor:
+    """Return the blur of a row of `side` pixels as a matrix, its border treatment included."""
+    taps = _taps(sigma, truncate)
+    reach = len(taps) // 2
+    source = torch.arange(side)[:, None] + torch.arange(-reach, reach + 1)
+    if border == "reflect":
+        source = torch.where(source < 0, -1 - source, source)
+        source = torch.where(source >= side, 2 * side - 1 - source, source)
+    source = source.clamp(0, side - 1)
+    return torch.zeros(side, side).scatter_add_(1, source, taps.expand(side, -1))
+
+
+@cache
+def _block_rows(side: int, share: float, ratio: float) -> Tensor:
+    """Return averaging over blocks along a row of `side` pixels as a matrix."""
+    excess = PUBLISHED_SIDE / int(PUBLISHED_SIDE * share) - 1
+    length = 1 + excess * ratio
+    block = ((torch.arange(side) + 0.5) / length).long()
+    together = (block[:, None] == block).float()
+    return together / together.sum(dim=1, keepdim=True)
+
+
+def _plasma(side: int, decay: float, draws: Draws) -> Tensor:
+    """Return fractals (B, n, n) in [0, 1] by the diamond-square algorithm, n = 2^k >= side."""
+    n = 1 << (side - 1).bit_length()
+    noise = draws.uniform(n * n, low=-1, high=1)
+    plasma = noise.new_zeros(len(noise), n, n)
+    step, amplitude, used = n, 1.0, 0
+    while step >= 2:
+        half, count = step // 2, n // step
+        kicks = noise[:, used : used + 3 * count**2].view(-1, 3, count, count) * amplitude
+        corner = plasma[:, ::step, ::step]
+        below, right = corner.roll(-1, 1), corner.roll(-1, 2)
+        centre = (corner + below + right + below.roll(-1, 2)) / 4 + kicks[:, 0]
+        top = (corner + right + centre + centre.roll(1, 1)) / 4 + kicks[:, 1]
+        left = (corner + below + centre + centre.roll(1, 2)) / 4 + kicks[:, 2]
+        plasma[:, half::step, half::step] = centre
+        plasma[:, ::step, half::step] = top
+        plasma[:, half::step, ::step] = left
+        step, amplitude, used = half, amplitude / decay**2, used + 3 * count**2
+    plasma -= plasma.amin(dim=(1, 2), keepdim=True)
+    return plasma / plasma.amax(dim=(1, 2), keepdim=True)
+
+
+FROST_SIDE = 448  # of a pane, for images of 224 px
+FROST_PANES = 4
+FROST_SEEDS = 50
+FROST_ANGLES = 8
+# Mean over and spread within the six photographs that the package imagecorruptions ships.
+FROST_MEAN = (0.52, 0.61, 0.65)
+FROST_SPREAD = 0.12
+
+
+@cache
+def _frost_panes(side: int) -> Tensor:
+    """Return panes of frost (n, 3, side, side), reduced or enlarged from those drawn."""
+    panes = F.interpolate(_drawn_panes(), size=side, mode="bilinear", antialias=True)
+    panes = (panes - panes.mean()) / panes.std() * FROST_SPREAD
+    return (panes + torch.tensor(FROST_MEAN).view(1, 3, 1, 1)).clamp(0, 1)
+
+
+@cache
+def _drawn_panes() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([_frost_pane(generator) for _ in range(FROST_PANES)])[:, None]
+
+
+def _frost_pane(generator: torch.Generator) -> Tensor:
+    """Return one pane: facets around random seeds, each with needles in a direction of its own."""
+    seeds = torch.rand(FROST_SEEDS, 2, generator=generator) * FROST_SIDE
+    place = torch.cartesian_prod(torch.arange(FROST_SIDE), torch.arange(FROST_SIDE)).float()
+    distance = torch.cdist(place, seeds)
+    first, nearest = distance.min(dim=1)
+    second = distance.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
+    facet = torch.randint(FROST_ANGLES, (FROST_SEEDS,), generator=generator)[nearest]
+    needles = torch.stack([_needles(k / FROST_ANGLES, generator) for k in range(FROST_ANGLES)])
+    chosen = needles.flatten(1).gather(0, facet[None])[0]
+    rim = torch.exp((first - second) / 6)
+    return (chosen + 1.5 * rim).view(FROST_SIDE, FROST_SIDE)
+
+
+def _needles(turn: float, generator: torch.Generator) -> Tensor:
+    """Return noise drawn out along a direction, its crests bright; `turn` in half circles."""
+    noise = torch.randn(FROST_SIDE, FROST_SIDE, generator=generator)
+    down, right = torch.fft.fftfreq(FROST_SIDE)[:, None], torch.fft.rfftfreq(FROST_SIDE)
+    sine, cosine = math.sin(math.pi * turn), math.cos(math.pi * turn)
+    across, along = down * cosine - right * sine, down * sine + right * cosine
+    passed = torch.exp(-((along / 0.01) ** 2) - (across / 0.12) ** 2)
+    drawn_out: Tensor = torch.fft.irfft2(torch.fft.rfft2(noise) * passed, s=noise.shape)
+    return 1 - (drawn_out / drawn_out.std()).abs()
+
+
+_CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any, Draws], Tensor], tuple[Any, ...]]] = {
+    "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": (shot_noise, (60, 25, 12, 5, 3)),
+    "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "defocus_blur": (defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
+    "glass_blur": (glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
+    "zoom_blur": (zoom_blur, ((0.01, 12), (0.01, 16), (0.02, 11), (0.02, 13), (0.03, 11))),
+    "snow": (
+        snow,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    ),
+    "frost": (frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
+    "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "elastic_transform": (elastic_transform, (12.5, 16.25, 21.25, 25, 30)),
+    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
+}

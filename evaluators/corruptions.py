@@ -1,0 +1,203 @@
+"""corruptions: ImageNet-C, or the same fifteen kinds generated from held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from evaluators.base import Batch, Score, share, split_batches, verdicts
+from evaluators.corruption_kinds import GROUPS, KINDS, SEVERITIES, corrupt
+from trainables.data import Data, Split, to_unit
+from trainables.folders import ImageFolderByClass
+from trainables.models import Classifier
+from trainables.scale import Scale
+
+EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
+GENERATION = 1  # raise it when generated images change: it is part of a cell's identity
+KEPT_BYTES = 2**28
+RESAMPLES = 1000
+# AlexNet's errors, by which Hendrycks and Dietterich (2019) normalise. Source: google-research/
+# augmix, imagenet.py ("Raw AlexNet errors taken from github.com/hendrycks/robustness"); equal to
+# those in bethgelab/game-of-noise, evaluation_utils.py.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+
+
+class Corruptions:
+    """Error on corrupted images: mean over 15 kinds, over 19, mCE, per group and per kind.
+
+    ImageNet-C is read as stored, 224 px (`cropped`: Resize 256, CenterCrop 224). Without a stored
+    set the 15 kinds are generated from 100 held-out images, kept for the process's next model.
+    """
+
+    name = "corruptions"
+
+    def __init__(self, scale: Scale, *, cropped: bool = False) -> None:
+        self.size = scale.image_size
+        self.resize = round(self.size * 256 / 224) if cropped else None
+        self.alexnet_errors = ALEXNET_ERRORS if scale.name == "imagenet" else {}
+
+    def identity(self, source: Data) -> dict[str, Any]:
+        root = source.stored("imagenet-c")
+        if root is None:
+            return {
+                "data": f"corruptions ({source.name})",
+                "images": _chosen(source).ids_hash(),
+                "generation": GENERATION,
+            }
+        kinds = stored_kinds(root)
+        images = self._folder(root / kinds[0] / "1", source).ids_hash()
+        return {"data": "ImageNet-C", "images": images, "kinds": kinds, "resize": self.resize}
+
+    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+        root = source.stored("imagenet-c")
+        splits = _generated(source) if root is None else self._stored(root, source, batch_size)
+        for question, split in splits:
+            for batch in split_batches(split, batch_size=batch_size):
+                yield replace(batch, question=question)
+
+    @torch.inference_mode()
+    def judge(
+        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
+    ) -> pa.Table:
+        return verdicts(batch, batch.question, classifier(batch.images).argmax(dim=1))
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        """Return errors, not accuracies; n counts images, the unit that is resampled."""
+        kinds, error_K, resampled_RK, n = _errors(ledger)
+        scores = []
+        for name, weights in _aggregates(kinds, self.alexnet_errors).items():
+            value = float(error_K @ weights)
+            low, high = np.quantile(resampled_RK @ weights, (0.025, 0.975))
+            if low == high:  # every image alike: resampling them says nothing
+                alike = share(name, round(value * n), n)
+                low, high = alike.low, alike.high
+            scores.append(Score(name, value, float(low), float(high), n))
+        return scores
+
+    def _stored(self, root: Path, source: Data, batch_size: int) -> Iterator[tuple[str, Split]]:
+        for kind in stored_kinds(root):
+            for severity in SEVERITIES:
+                folder = self._folder(root / kind / str(severity), source)
+                for split in folder.splits(batch_size=batch_size):
+                    yield f"{kind}-{severity}", split
+
+    def _folder(self, root: Path, source: Data) -> ImageFolderByClass:
+        return ImageFolderByClass(
+            root=root,
+            class_names=source.class_names,
+            size=self.size,
+            resize=self.resize,
+            complete=True,
+            skip_damaged=source.skip_damaged,
+        )
+
+
+def stored_kinds(root: Path) -> tuple[str, ...]:
+    """Return the kinds below root/<kind>/<severity>: the 15, and those of the extra 4 there are.
+
+    ValueError names what lacks of the 15, and severities that lack of any.
+    """
+    kinds = [k for k in (*KINDS, *EXTRA_KINDS) if k in KINDS or (root / k).is_dir()]
+    folders = [f"{kind}/{severity}" for kind in kinds for severity in SEVERITIES]
+    lacking = [folder for folder in folders if not (root / folder).is_dir()]
+    if lacking:
+        raise ValueError(f"{root} lacks {len(lacking)} folders: {', '.join(lacking)}")
+    return tuple(kinds)
+
+
+def _chosen(source: Data) -> Split:
+    return source.held_out.subset(GENERATED_IMAGES, seed=0)
+
+
+def _generated(source: Data) -> Iterable[tuple[str, Split]]:
+    images = _chosen(source).images
+    if images.nbytes * len(KINDS) * len(SEVERITIES) > KEPT_BYTES:
+        return _generate(source)
+    return _kept(source)
+
+
+@lru_cache(maxsize=2)
+def _kept(source: Data) -> tuple[tuple[str, Split], ...]:
+    return tuple(_generate(source))
+
+
+def _generate(source: Data) -> Iterator[tuple[str, Split]]:
+    split = _chosen(source)
+    images_BCHW = to_unit(split.images)
+    for kind in KINDS:
+        for severity in SEVERITIES:
+            corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity)
+            pixels: Tensor = corrupted.mul_(255).round_().byte()
+            yield f"{kind}-{severity}", replace(split, images=pixels)
+
+
+def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str, np.ndarray]:
+    """Return each score as weights over the kinds; a score that lacks a kind is left out."""
+    sets = {"corruptions": KINDS, "corruptions-19": KINDS + EXTRA_KINDS}
+    sets |= {f"corruptions/{group}": members for group, members in GROUPS.items()}
+    sets |= {f"corruptions/{kind}": (kind,) for kind in kinds}
+    weights = {
+        name: np.array([(kind in members) / len(members) for kind in kinds])
+        for name, members in sets.items()
+        if set(members) <= set(kinds)
+    }
+    if alexnet_errors and set(alexnet_errors) <= set(kinds):
+        relative = [1 / alexnet_errors[k] if k in alexnet_errors else 0.0 for k in kinds]
+        weights["corruptions/mCE"] = np.array(relative) / len(alexnet_errors)
+    return weights
+
+
+def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray, np.ndarray, int]:
+    """Return the kinds, their errors, those of bootstrap resamples of images, and the images' n."""
+    images = pc.dictionary_encode(ledger["image_id"].combine_chunks())
+    questions = pc.dictionary_encode(ledger["question"].combine_chunks())
+    names = questions.dictionary.to_pylist()
+    cell = (images.indices.to_numpy(), questions.indices.to_numpy())
+    n = len(images.dictionary)
+    asked_NQ, wrong_NQ = np.zeros((2, n, len(names)), dtype=np.float32)
+    asked_NQ[cell] = 1
+    wrong_NQ[cell] = pc.invert(ledger["survived"]).to_numpy()
+    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
+    member_QK = np.array([[name.rpartition("-")[0] == kind for kind in kinds] for name in names])
+    mean_QK = member_QK / member_QK.sum(axis=0)
+    error_K = wrong_NQ.sum(axis=0) / asked_NQ.sum(axis=0) @ mean_QK
+    resampled_RQ = [(times @ wrong_NQ) / (times @ asked_NQ) for times in _resamples(n)]
+    return kinds, error_K, np.concatenate(resampled_RQ) @ mean_QK, n
+
+
+def _resamples(n: int) -> Iterator[np.ndarray]:
+    """Yield how often each of n images is drawn, for 1,000 bootstrap resamples in chunks."""
+    rng = np.random.default_rng(0)
+    chunk = max(1, min(RESAMPLES, 4_000_000 // n))
+    for first in range(0, RESAMPLES, chunk):
+        rows = [
+            np.bincount(rng.integers(n, size=n), minlength=n)
+            for _ in range(min(chunk, RESAMPLES - first))
+        ]
+        yield np.stack(rows).astype(np.float32)

@@ -1,0 +1,135 @@
+"""stylized: does the classifier go by shape where the texture says otherwise?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
+from trainables.data import Data, to_unit
+from trainables.folders import ImageFolderByClass
+from trainables.models import Classifier
+from trainables.scale import Scale
+
+IMAGENET_IMAGES = 50_000
+TEXTURE = "texture:"
+
+
+class Stylized:
+    """Top-1 accuracy by shape.
+
+    Stylized-ImageNet: `stylized` at native size, `stylized-cropped` as the study's commands read
+    it (Resize 256, CenterCrop 224). Without a stored set: the cue conflict of `mix_cues` on every
+    held-out image, and `stylized/shape-bias`, the share of shape among the answers that are the
+    shape's class or the texture's (Geirhos et al., ICLR 2019).
+    """
+
+    name = "stylized"
+
+    def __init__(self, scale: Scale) -> None:
+        self.size = scale.image_size
+
+    def identity(self, source: Data) -> dict[str, Any]:
+        root = source.stored("imagenet-stylized")
+        if root is not None:
+            images = self._folder(root, source, resize=None).ids_hash()
+            return {"data": "Stylized-ImageNet", "images": images}
+        return {
+            "data": f"cue conflict ({source.name})",
+            "images": source.held_out.ids_hash(),
+            "texture": "Fourier amplitude",
+        }
+
+    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+        root = source.stored("imagenet-stylized")
+        if root is None:
+            yield from _cue_conflicts(source, batch_size)
+            return
+        for question, resize in (
+            ("stylized", None),
+            ("stylized-cropped", round(self.size * 256 / 224)),
+        ):
+            folder = self._folder(root, source, resize=resize)
+            count = len(folder.files())
+            if source.name == "imagenet" and count != IMAGENET_IMAGES:
+                raise ValueError(f"{root} holds {count} images instead of {IMAGENET_IMAGES}")
+            for split in folder.splits(batch_size=batch_size):
+                for batch in split_batches(split, batch_size=batch_size):
+                    yield replace(batch, question=question)
+
+    @torch.inference_mode()
+    def judge(
+        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
+    ) -> pa.Table:
+        predicted = classifier(batch.images).argmax(dim=1)
+        return verdicts(batch, batch.question, predicted, stage=batch.stage)
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        textured = ledger.filter(pc.is_valid(ledger["stage"]))
+        textures = pc.replace_substring(textured["stage"], TEXTURE, "").cast(pa.int32())
+        shape = pc.sum(textured["survived"]).as_py() or 0
+        texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
+        bias = [share("stylized/shape-bias", shape, shape + texture)] if shape + texture else []
+        return survival_scores(ledger) + bias
+
+    def _folder(self, root: Path, source: Data, *, resize: int | None) -> ImageFolderByClass:
+        return ImageFolderByClass(
+            root=root / "val",
+            class_names=source.class_names,
+            size=self.size,
+            resize=resize,
+            complete=True,
+            skip_damaged=source.skip_damaged,
+        )
+
+
+def _cue_conflicts(source: Data, batch_size: int) -> Iterable[Batch]:
+    held_out = source.held_out
+    partners = texture_partners(held_out.ids, held_out.labels)
+    textures = held_out.at(partners)
+    for first in range(0, len(held_out), batch_size):
+        part = slice(first, first + batch_size)
+        yield Batch(
+            mix_cues(to_unit(held_out.images[part]), to_unit(textures.images[part])),
+            held_out.labels[part],
+            held_out.ids[part],
+            question="stylized",
+            stage=tuple(f"{TEXTURE}{label}" for label in textures.labels[part].tolist()),
+        )
+
+
+def texture_partners(ids: tuple[str, ...], labels: Tensor) -> np.ndarray:
+    """Return for each image the index of one of another class, chosen by the image's id."""
+    others = {label: np.flatnonzero(labels != label) for label in set(labels.tolist())}
+    if len(others) < 2:
+        raise ValueError("a cue conflict needs images of at least two classes")
+    chosen = [
+        others[label][
+            int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:7], "big")
+            % len(others[label])
+        ]
+        for image_id, label in zip(ids, labels.tolist(), strict=True)
+    ]
+    return np.array(chosen)
+
+
+def mix_cues(shapes_BCHW: Tensor, textures_BCHW: Tensor) -> Tensor:
+    """Give each image the Fourier amplitudes of another: its edges stay, its texture goes.
+
+    The phases hold the shape (Oppenheim and Lim 1981); the amplitudes are all of the texture's
+    second-order statistics, its mean and contrast included.
+    """
+    shape, texture = torch.fft.rfft2(shapes_BCHW), torch.fft.rfft2(textures_BCHW)
+    mixed: Tensor = torch.fft.irfft2(
+        torch.polar(texture.abs(), shape.angle()), s=shapes_BCHW.shape[2:]
+    )
+    return mixed.clamp(0, 1)

@@ -1,0 +1,284 @@
+"""The fifteen corruptions, ImageNet-C's reader, and the errors and mCE computed from a ledger."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torch.nn import functional as F
+
+from evaluators.base import LEDGER, Batch, evaluate, verdicts
+from evaluators.corruption_kinds import KINDS, SEVERITIES, corrupt, smear
+from evaluators.corruptions import (
+    ALEXNET_ERRORS,
+    EXTRA_KINDS,
+    GENERATED_IMAGES,
+    Corruptions,
+    stored_kinds,
+)
+from trainables.data import load_data
+from trainables.models import Classifier
+from trainables.scale import DIGITS, IMAGENET
+
+CPU = torch.device("cpu")
+IDS = tuple(f"photo/{i}" for i in range(4))
+
+
+@cache
+def photographs(side):
+    """Return four pieces of scikit-learn's two photographs, reduced from 224 px."""
+    pieces = [
+        torch.from_numpy(image[top : top + 224, left : left + 224].copy())
+        for image in load_sample_images().images
+        for top, left in ((100, 200), (150, 30))
+    ]
+    images = torch.stack(pieces).permute(0, 3, 1, 2).float()
+    small = F.interpolate(images, size=side, mode="area")
+    return small.round() / 255
+
+
+class Darkness(nn.Module):
+    """Answer 1 for a bright image, 0 for a dark one."""
+
+    def forward(self, images):
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.stack((0.5 - mean, mean - 0.5, *[mean - 9] * 8), dim=1)
+
+
+def classifier():
+    return Classifier(Darkness(), (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64, 224])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_severity_keeps_the_range_and_the_highest_is_the_furthest(kind, side):
+    images = photographs(side).repeat(4 if side == 224 else 12, 1, 1, 1)
+    ids = [f"photo/{i}" for i in range(len(images))]
+    distances = []
+    for severity in SEVERITIES:
+        corrupted = corrupt(images, ids, kind=kind, severity=severity)
+        assert corrupted.shape == images.shape
+        assert corrupted.dtype == torch.float32
+        assert corrupted.min() >= 0
+        assert corrupted.max() <= 1
+        distances.append(float((corrupted - images).abs().mean()))
+    assert distances[0] > 0
+    assert distances[-1] > 1.15 * distances[0]
+    # Fog's and frost's upper severities are about as far from the image in the original, too.
+    assert all(b > 0.9 * a for a, b in pairwise(distances))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_corrupted_alike_whatever_its_batch(kind):
+    images = photographs(32)
+    together = corrupt(images, IDS, kind=kind, severity=3)
+    for index in (3, 1):
+        alone = corrupt(images[index : index + 1], IDS[index : index + 1], kind=kind, severity=3)
+        assert torch.allclose(alone[0], together[index], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:3], "glass_blur", "motion_blur", "snow", "frost", "fog"])
+def test_another_id_draws_another_corruption(kind):
+    images = photographs(32)[:1].expand(2, -1, -1, -1)
+    one, other = corrupt(images, ("a", "b"), kind=kind, severity=5)
+    assert (one - other).abs().mean() > 1e-3
+
+
+def test_the_images_given_are_left_as_they_are():
+    images = photographs(16)
+    before = images.clone()
+    for kind in KINDS:
+        corrupt(images, IDS, kind=kind, severity=5)
+    assert torch.equal(images, before)
+
+
+def test_contrast_brightness_and_blocks_by_hand():
+    halves = torch.zeros(1, 3, 224, 224)
+    halves[..., 112:] = 1.0
+    pale = corrupt(halves, ("a",), kind="contrast", severity=2)  # factor 0.3 about the mean 0.5
+    assert pale[0, 0, 0, 0].item() == pytest.approx(0.35)
+    assert pale[0, 0, 0, -1].item() == pytest.approx(0.65)
+    colour = torch.tensor([0.2, 0.4, 0.1]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    bright = corrupt(colour, ("a",), kind="brightness", severity=4)  # value 0.4 becomes 0.8
+    assert bright[0, :, 0, 0].tolist() == pytest.approx([0.4, 0.8, 0.2])
+    stripes = (torch.arange(224) % 4 == 0).float().expand(1, 3, 224, 224)
+    blocks = corrupt(stripes, ("a",), kind="pixelate", severity=5)  # blocks of 4 x 4
+    assert torch.allclose(blocks, torch.full_like(blocks, 0.25))
+
+
+def test_impulse_noise_sets_its_share_of_values():
+    grey = torch.full((1, 3, 224, 224), 0.5)
+    noisy = corrupt(grey, ("a",), kind="impulse_noise", severity=5)
+    assert (noisy == 0).float().mean().item() == pytest.approx(0.135, abs=0.003)
+    assert (noisy == 1).float().mean().item() == pytest.approx(0.135, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "rain"}, "unknown corruption 'rain'"),
+        ({"severity": 6}, "severity 6"),
+        ({"side": 8}, "need 16 px"),
+    ],
+)
+def test_what_cannot_be_corrupted_is_refused(change, message):
+    side = change.pop("side", 16)
+    with pytest.raises(ValueError, match=message):
+        corrupt(torch.zeros(1, 3, side, side), ("a",), **{"kind": "fog", "severity": 1} | change)
+
+
+def test_a_cell_on_digits_asks_75_questions_of_each_image_and_keeps_the_images():
+    corruptions, data = Corruptions(DIGITS), load_data(DIGITS)
+    ledger = evaluate(corruptions, classifier(), data, device=CPU)
+    assert len(ledger) == GENERATED_IMAGES * 75
+    assert len(set(ledger["image_id"].to_pylist())) == GENERATED_IMAGES
+    assert set(ledger["question"].to_pylist()) == {f"{k}-{s}" for k in KINDS for s in SEVERITIES}
+    assert corruptions.identity(data)["data"] == "corruptions (digits)"
+    assert evaluate(corruptions, classifier(), data, device=CPU).equals(ledger)
+    scores = {score.name: score for score in corruptions.summarize(ledger)}
+    wrong = 1 - np.mean(ledger["survived"].to_pylist())
+    assert scores["corruptions"].value == pytest.approx(wrong)
+    assert scores["corruptions"].low < wrong < scores["corruptions"].high
+    assert scores["corruptions"].n == GENERATED_IMAGES
+    assert "corruptions/mCE" not in scores
+
+
+def ledger_of(wrong, kinds, images=4):
+    """Return a ledger in which image i survives (kind, severity) unless wrong(...) says so."""
+    parts = []
+    ids = tuple(f"i{i}" for i in range(images))
+    batch = Batch(torch.zeros(images, 1), torch.zeros(images, dtype=torch.long), ids)
+    for kind in kinds:
+        for severity in SEVERITIES:
+            answers = torch.tensor([int(wrong(i, kind, severity)) for i in range(images)])
+            parts.append(verdicts(batch, f"{kind}-{severity}", answers))
+    return LEDGER.empty_table().from_batches([b for p in parts for b in p.to_batches()])
+
+
+def test_errors_and_mce_of_a_hand_worked_example():
+    def wrong(image, kind, severity):
+        # Gaussian noise: every image from severity 3 on, 0.6. Fog: image 0 always, 0.25.
+        return (kind == "gaussian_noise" and severity >= 3) or (kind == "fog" and image == 0)
+
+    scores = {s.name: s for s in Corruptions(IMAGENET).summarize(ledger_of(wrong, KINDS))}
+    expected = {
+        "corruptions": (0.6 + 0.25) / 15,
+        "corruptions/noise": 0.6 / 3,
+        "corruptions/weather": 0.25 / 4,
+        "corruptions/blur": 0.0,
+        "corruptions/gaussian_noise": 0.6,
+        "corruptions/fog": 0.25,
+        "corruptions/mCE": (0.6 / 0.886428 + 0.25 / 0.819324) / 15,
+    }
+    for name, value in expected.items():
+        assert scores[name].value == pytest.approx(value, abs=1e-6)
+    assert "corruptions-19" not in scores
+    # Fog: of four draws from {1, 0, 0, 0} the share of 1 has these 95 % bounds.
+    fog = scores["corruptions/fog"]
+    assert (fog.low, fog.high) == pytest.approx((0.0, 0.75))
+    assert scores["corruptions/blur"].high > 0.4  # four images without an error prove little
+
+
+def test_alexnet_itself_has_an_mce_of_one():
+    weights = np.array([1 / ALEXNET_ERRORS[kind] for kind in KINDS]) / 15
+    assert np.array([ALEXNET_ERRORS[kind] for kind in KINDS]) @ weights == pytest.approx(1)
+
+
+def test_the_mean_over_nineteen_and_the_mean_over_fifteen_have_their_own_names():
+    ledger = ledger_of(lambda i, kind, s: kind in EXTRA_KINDS, KINDS + EXTRA_KINDS)
+    scores = {s.name: s.value for s in Corruptions(DIGITS).summarize(ledger)}
+    assert scores["corruptions"] == 0
+    assert scores["corruptions-19"] == pytest.approx(4 / 19)
+
+
+def write_set(root, kinds):
+    for kind in kinds:
+        for severity in SEVERITIES:
+            for name, value in (("n01", 255), ("n02", 0)):
+                folder = root / kind / str(severity) / name
+                folder.mkdir(parents=True)
+                Image.new("RGB", (16, 16), (value,) * 3).save(folder / "a.JPEG")
+
+
+def test_the_stored_set_is_read_by_class_name(tmp_path):
+    write_set(tmp_path, (*KINDS, "spatter"))
+    source = replace(
+        load_data(DIGITS),
+        name="imagenet",
+        class_names=("n02", "n01"),
+        roots={"imagenet-c": tmp_path},
+    )
+    corruptions = Corruptions(replace(IMAGENET, image_size=16))
+    ledger = evaluate(corruptions, classifier(), source, device=CPU)
+    assert len(ledger) == 16 * 5 * 2
+    scores = {score.name: score.value for score in corruptions.summarize(ledger)}
+    assert scores["corruptions"] == scores["corruptions/spatter"] == scores["corruptions/mCE"] == 0
+    assert corruptions.identity(source)["kinds"] == (*KINDS, "spatter")
+    cropped = Corruptions(replace(IMAGENET, image_size=16), cropped=True)
+    assert cropped.identity(source) != corruptions.identity(source)
+    assert next(iter(cropped.batches(source, batch_size=2))).images.shape == (2, 3, 16, 16)
+
+
+def test_kinds_and_severities_that_lack_are_named(tmp_path):
+    write_set(tmp_path, set(KINDS) - {"fog"})
+    (tmp_path / "saturate" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"lacks 9 folders: fog/1, .*saturate/2") as error:
+        stored_kinds(tmp_path)
+    assert "spatter" not in str(error.value)
+
+
+def test_imagenet_without_the_set_names_the_option():
+    with pytest.raises(ValueError, match="--imagenet-c DIR"):
+        Corruptions(IMAGENET).identity(replace(load_data(DIGITS), name="imagenet"))
+
+
+DETERMINISTIC = (
+    "defocus_blur",
+    "zoom_blur",
+    "brightness",
+    "contrast",
+    "pixelate",
+    "jpeg_compression",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_at_224_px_the_corruptions_are_those_of_imagecorruptions():
+    """Prints, with -s, the difference per kind and severity; the reference truncates to 8 bits."""
+    reference = pytest.importorskip("imagecorruptions", reason="imagecorruptions-imaug is absent")
+    images = photographs(224)
+    np.random.seed(0)
+    for kind in KINDS:
+        for severity in SEVERITIES:
+            ours = corrupt(images, IDS, kind=kind, severity=severity)
+            pixels = (images * 255).byte().permute(0, 2, 3, 1).numpy()
+            other = [reference.corrupt(p, corruption_name=kind, severity=severity) for p in pixels]
+            theirs = torch.from_numpy(np.stack(other)).permute(0, 3, 1, 2).float() / 255
+            difference = 255 * float((ours - theirs).abs().mean())
+            strength = [255 * float((c - images).abs().mean()) for c in (ours, theirs)]
+            print(
+                f"{kind}-{severity}: differ by {difference:.2f} of 255; from the clean image "
+                f"{strength[0]:.1f} ours, {strength[1]:.1f} theirs"
+            )
+            if kind in DETERMINISTIC:
+                assert difference <= 2
+                assert 255 * float((ours - theirs).abs().max()) <= 4
+            else:
+                assert strength[0] == pytest.approx(strength[1], rel=0.25)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_smear_in_a_given_direction_is_that_of_imagecorruptions():
+    reference = pytest.importorskip("imagecorruptions", reason="imagecorruptions-imaug is absent")
+    images = photographs(224)[:1]
+    for angle in (-40.0, 17.0):
+        ours = smear(images, 20, 15, torch.tensor([angle]))[0].permute(1, 2, 0).numpy()
+        theirs = reference.corruptions._motion_blur(
+            images[0].permute(1, 2, 0).numpy(), 20, 15, angle
+        )
+        assert np.abs(ours - theirs).max() < 1e-3

@@ -1,0 +1,103 @@
+"""Images by class: labelled by name, damaged ones named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainables.folders import ImageFolderByClass
+
+SIDE = 16
+CLASSES = ("n03", "n01", "n02")
+
+
+def write(path, value=0, size=(SIDE, SIDE), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path, **options)
+
+
+def folder(root, **options):
+    return ImageFolderByClass(root=root, class_names=CLASSES, size=SIDE, **options)
+
+
+def read(images):
+    splits = list(images.splits(batch_size=2))
+    labels = torch.cat([split.labels for split in splits]).tolist()
+    return torch.cat([split.images for split in splits]), labels, [i for s in splits for i in s.ids]
+
+
+def test_labels_follow_the_class_names_and_not_the_folder_order(tmp_path):
+    for value, name in enumerate(("n01", "n02", "n03")):
+        write(tmp_path / name / "a.png", 10 * value)
+    images, labels, ids = read(folder(tmp_path))
+    assert labels == [0, 1, 2]
+    assert ids == ["n03/a", "n01/a", "n02/a"]
+    assert images[:, 0, 0, 0].tolist() == [20, 0, 10]
+
+
+def test_a_folder_that_is_no_class_is_named(tmp_path):
+    write(tmp_path / "n01" / "a.png")
+    write(tmp_path / "n99" / "a.png")
+    with pytest.raises(ValueError, match="n99 is no class of the model"):
+        folder(tmp_path).files()
+
+
+def test_classes_that_lack_are_named_where_all_are_needed(tmp_path):
+    write(tmp_path / "n01" / "a.png")
+    assert folder(tmp_path).labels_present() == (1,)
+    with pytest.raises(ValueError, match=r"lacks 2 classes; first: \['n03', 'n02'\]"):
+        folder(tmp_path, complete=True).files()
+
+
+def test_an_empty_or_absent_root_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match="<class>/<image>"):
+        folder(tmp_path).files()
+    with pytest.raises(ValueError, match="is not a folder"):
+        folder(tmp_path / "absent").files()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_a_damaged_image_is_named_or_skipped_and_counted(tmp_path, damage, caplog):
+    write(tmp_path / "n01" / "a.jpg")
+    write(tmp_path / "n02" / "b.jpg")
+    path = tmp_path / "n01" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:-200] if damage == "truncated" else b"no image")
+    with pytest.raises(ValueError, match=r"a\.jpg \(class n01\) cannot be read"):
+        read(folder(tmp_path))
+    images = folder(tmp_path, skip_damaged=True)
+    assert read(images)[2] == ["n02/b"]
+    assert images.damaged == [path]
+    assert "1 of 2 images are damaged" in caplog.text
+
+
+def test_a_wrong_size_is_named_unless_images_are_resized(tmp_path):
+    write(tmp_path / "n01" / "a.png", 7, size=(40, 20))
+    with pytest.raises(ValueError, match="40 x 20 px, not 16 x 16"):
+        read(folder(tmp_path))
+    images, _, _ = read(folder(tmp_path, resize=18))
+    assert images.shape == (1, 3, SIDE, SIDE)
+    assert (images == 7).all()
+
+
+def test_resizing_cuts_out_the_middle(tmp_path):
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, 20:] = 255
+    path = tmp_path / "n01" / "a.png"
+    write(path)
+    Image.fromarray(pixels).save(path)
+    image = read(folder(tmp_path, resize=20))[0][0, 0]
+    assert (image[:, :8] == 0).all()
+    assert (image[:, 8:] == 255).all()
+
+
+def test_the_camera_orientation_is_applied(tmp_path):
+    pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    path = tmp_path / "n01" / "a.png"
+    write(path)
+    Image.fromarray(pixels).save(path, exif=exif)
+    image = read(folder(tmp_path))[0][0, 0]
+    assert image[-1].tolist() == [255] * SIDE
+    assert (image[:-1] == 0).all()

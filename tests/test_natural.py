@@ -1,0 +1,92 @@
+"""ImageNet-A's class mapping, and the natural-adversarial counterpart."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.svm import SVC
+from torch import nn
+
+from evaluators.base import evaluate
+from evaluators.natural import Natural, hardest
+from trainables.data import load_data
+from trainables.models import Classifier
+from trainables.scale import DIGITS
+
+CPU = torch.device("cpu")
+
+
+class Fixed(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.register_buffer("logits", torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def classifier(*logits):
+    return Classifier(Fixed(*logits), (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Four classes in scrambled order, two of them in the folder."""
+    for name in ("n01", "n04"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30, 20)).save(tmp_path / name / "a.jpg")
+    names = ("n03", "n04", "n02", "n01")
+    data = load_data(DIGITS)
+    return replace(data, name="cut", class_names=names, roots={"imagenet-a": tmp_path})
+
+
+def test_answers_are_restricted_to_the_classes_present_and_mapped_by_name(source):
+    natural = Natural(DIGITS)
+    ledger = evaluate(natural, classifier(9.0, 2.0, 5.0, 1.0), source, device=CPU)
+    rows = {(r["question"], r["image_id"]): r for r in ledger.to_pylist()}
+    assert rows["natural", "n04/a"]["label"] == 1
+    assert rows["natural", "n01/a"]["label"] == 3
+    assert rows["natural", "n01/a"]["predicted"] == 1  # the best of labels 1 and 3
+    assert rows["natural-1000", "n01/a"]["predicted"] == 0
+    scores = {score.name: score.value for score in natural.summarize(ledger)}
+    assert scores == {"natural": 0.5, "natural-1000": 0.0}
+    assert natural.identity(source)["data"] == "ImageNet-A"
+
+
+def test_a_folder_that_is_no_class_is_an_error(source, tmp_path):
+    (tmp_path / "n05").mkdir()
+    with pytest.raises(ValueError, match="n05 is no class of the model"):
+        Natural(DIGITS).identity(source)
+
+
+def test_imagenet_a_must_have_its_two_hundred_classes(source):
+    with pytest.raises(ValueError, match="200 classes"):
+        next(iter(Natural(DIGITS).batches(replace(source, name="imagenet"), batch_size=2)))
+
+
+def test_imagenet_without_the_set_names_the_option(source):
+    with pytest.raises(ValueError, match="--imagenet-a DIR"):
+        Natural(DIGITS).identity(replace(source, name="imagenet", roots={}))
+
+
+def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
+    data = load_data(DIGITS)
+    chosen = hardest(data)
+    assert len(chosen) == 100  # of 597
+    assert chosen.ids == hardest(replace(data)).ids
+    grey = [s.images[:, 0].flatten(1).float().numpy() / 255 for s in (data.train, data.held_out)]
+    right = SVC().fit(grey[0], data.train.labels).predict(grey[1]) == data.held_out.labels.numpy()
+    wrong = {i for i, r in zip(data.held_out.ids, right, strict=True) if not r}
+    assert wrong
+    assert wrong <= set(chosen.ids)
+
+
+def test_the_counterpart_does_not_call_itself_imagenet_a():
+    natural = Natural(DIGITS)
+    data = load_data(DIGITS)
+    assert natural.identity(data)["data"] == "natural-adversarial (digits)"
+    ledger = evaluate(natural, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
+    assert set(ledger["question"].to_pylist()) == {"natural"}

@@ -1,0 +1,117 @@
+"""Stored images by class: root/<class>/<image>, labelled by the class's name."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from trainables.data import Split
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ImageFolderByClass:
+    """The images below root/<class>/, `size` px square, labelled by name, never by folder order.
+
+    `resize`: bring the shorter side to it (bicubic) and cut out the middle; None: images must be
+    of the right size as stored. `complete`: every class must be there. An image that cannot be
+    read is a ValueError, or with `skip_damaged` passed over and listed in `damaged`.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    size: int
+    resize: int | None = None
+    complete: bool = False
+    skip_damaged: bool = False
+    damaged: list[Path] = field(default_factory=list, init=False)
+
+    def files(self) -> list[tuple[Path, int]]:
+        """Return every image with its label, in the order of the labels.
+
+        ValueError names what is no class of the model, or the first classes that lack.
+        """
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root} is not a folder")
+        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        foreign = sorted(set(folders) - set(self.class_names))
+        if foreign:
+            raise ValueError(f"{self.root / foreign[0]} is no class of the model")
+        lacking = [name for name in self.class_names if name not in folders]
+        if lacking and self.complete:
+            raise ValueError(f"{self.root} lacks {len(lacking)} classes; first: {lacking[:3]}")
+        found = [
+            (path, label)
+            for label, name in enumerate(self.class_names)
+            if name in folders
+            for path in sorted(folders[name].iterdir())
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise ValueError(f"{self.root} holds no image; expected <class>/<image>.jpg or .png")
+        return found
+
+    def labels_present(self) -> tuple[int, ...]:
+        """Return the labels that have images, rising."""
+        return tuple(sorted({label for _, label in self.files()}))
+
+    def ids_hash(self) -> str:
+        """Return 12 hex digits that name this list of images."""
+        ids = "\n".join(_id(path) for path, _ in self.files())
+        return hashlib.sha256(ids.encode()).hexdigest()[:12]
+
+    def splits(self, *, batch_size: int) -> Iterator[Split]:
+        """Yield the images, decoded, `batch_size` files at a time."""
+        files = self.files()
+        for first in range(0, len(files), batch_size):
+            part = files[first : first + batch_size]
+            read = [(self._read(path), label, _id(path)) for path, label in part]
+            kept = [(image, label, name) for image, label, name in read if image is not None]
+            if kept:
+                images, labels, ids = zip(*kept, strict=True)
+                yield Split(images=torch.stack(images), labels=torch.tensor(labels), ids=ids)
+        if self.damaged:
+            logger.warning("%d of %d images are damaged: skipped", len(self.damaged), len(files))
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            if not self.skip_damaged:
+                raise ValueError(
+                    f"{path} (class {path.parent.name}) cannot be read: {error}; "
+                    "--skip-damaged goes on without it"
+                ) from error
+            self.damaged.append(path)
+            return None
+        if self.resize is not None:
+            image = _middle(image, self.resize, self.size)
+        elif image.size != (self.size, self.size):
+            raise ValueError(
+                f"{path} is {image.width} x {image.height} px, not {self.size} x {self.size}"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _id(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _middle(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """Bring the shorter side to `resize` and cut out the middle square."""
+    shorter = min(image.size)
+    scaled = [int(resize * side / shorter) for side in image.size]
+    left, top = (round((side - size) / 2) for side in scaled)
+    resized = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
