@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,10 @@ from evaluators.base import Batch, Score, share, split_batches, verdicts
 from evaluators.corruption_kinds import GROUPS, KINDS, SEVERITIES, corrupt
 from trainables.data import Data, Split, to_unit
 from trainables.folders import ImageFolderByClass
-from trainables.models import Classifier
 from trainables.scale import Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts

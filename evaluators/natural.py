@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,10 @@ import torch
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
 from trainables.data import Data, Split
 from trainables.folders import ImageFolderByClass
-from trainables.models import Classifier
 from trainables.scale import Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 IMAGENET_A_CLASSES = 200
 HARDEST_SHARE = 1 / 6

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,10 @@ from torch import Tensor
 from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
 from trainables.data import Data, to_unit
 from trainables.folders import ImageFolderByClass
-from trainables.models import Classifier
 from trainables.scale import Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 IMAGENET_IMAGES = 50_000
 TEXTURE = "texture:"

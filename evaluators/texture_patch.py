@@ -9,12 +9,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 from evaluators.base import (
@@ -28,8 +28,10 @@ from evaluators.base import (
 )
 from evaluators.textures import TextureDictionary, dictionary_for, own_identity
 from trainables.data import Data, Split, load_data
-from trainables.models import Classifier
 from trainables.scale import PatchBudget, Scale
+
+if TYPE_CHECKING:
+    from trainables.models import Classifier
 
 Rule = Literal["fixed", "faithful"]
 ACTIONS = 5  # row, column, texture, crop row, crop column
@@ -515,7 +517,7 @@ def _mean_queries(rows: pa.Table, question: str) -> list[Score]:
         return []
     mean = float(spent.mean())
     error = float(spent.std(ddof=1)) / math.sqrt(len(spent)) if len(spent) > 1 else 0.0
-    reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * error
+    reach = float(NormalDist().inv_cdf((1 + CONFIDENCE) / 2)) * error
     return [Score(f"{question}/queries", mean, mean - reach, mean + reach, len(spent))]
 
 

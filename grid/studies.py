@@ -255,11 +255,21 @@ BASES: dict[str, Callable[[], Recipe]] = {
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: a score of an evaluator. `evaluator` is the cell that yields it."""
+    """One column of a table: a score of an evaluator. `evaluator` is the cell that yields it.
+
+    `stand_in` names what is asked where the scale has a counterpart instead of the real data.
+    """
 
     label: str
     evaluator: str
     score: str
+    stand_in: str = ""
+
+    def label_at(self, scale: str) -> str:
+        """Return the column's honest name at a scale."""
+        if scale == "imagenet" or not self.stand_in:
+            return self.label
+        return f"{self.stand_in} ({scale})"
 
 
 @dataclass(frozen=True)
@@ -299,6 +309,23 @@ CLEAN = Column("Clean", "clean", "clean")
 PGD = tuple(Column(f"PGD-{n}", "pgd", f"pgd-{n}") for n in (5, 10, 50, 100))
 
 
+AUTOATTACK = Column("AutoAttack 4/255", "autoattack", "autoattack", "AutoAttack")
+AUTOATTACK_SMALL = Column(
+    "AutoAttack 0.001", "autoattack", "autoattack-small", "AutoAttack, small radius"
+)
+PATCHES = (
+    Column("TPA", "tpa", "tpa"),
+    Column("TPA, 1 patch", "tpa", "tpa/patches-1"),
+    Column("Random patches", "tpa", "tpa-random"),
+)
+OUT_OF_DISTRIBUTION = (
+    CLEAN,
+    Column("ImageNet-A", "natural", "natural", "Natural-adversarial"),
+    Column("ImageNet-C error", "corruptions", "corruptions", "Corruptions error"),
+    Column("Stylized", "stylized", "stylized", "Cue conflict"),
+)
+
+
 def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
     return tuple(Row(s, _with_augmentation(base, s)) for s in AUGMENTATION_SUBSETS)
 
@@ -307,7 +334,9 @@ def _paper_tables() -> tuple[Table, ...]:
     own, cosine = resnet50(), resnet50().replace(scheduler="cosine")
     pair = (Row("ResNet-50", own), Row("DeiT-S", deit()))
     return (
-        Table("T1", "Vanilla models under attack", pair, (CLEAN, *PGD)),
+        Table(
+            "T1", "Vanilla models under attack", pair, (CLEAN, *PGD, AUTOATTACK_SMALL, AUTOATTACK)
+        ),
         Table(
             "T2",
             "Adversarial training",
@@ -329,20 +358,20 @@ def _paper_tables() -> tuple[Table, ...]:
                     _with_augmentation(adversarial_resnet50(), STRONG),
                 ),
             ),
-            (CLEAN, *PGD),
+            (CLEAN, *PGD, AUTOATTACK),
         ),
-        Table("T3", "Patch attacks on vanilla models", pair, (CLEAN,)),
+        Table("T3", "Patch attacks on vanilla models", pair, (CLEAN, *PATCHES)),
         Table(
             "T4",
             "Which augmentation helps ResNet-50 against patches",
             _augmentation_rows(own),
-            (CLEAN,),
+            (CLEAN, *PATCHES),
         ),
         Table(
             "T5",
             "Out of distribution, first look",
             (Row("ResNet-50", own), Row("ResNet-50*", resnet_aligned()), Row("DeiT-S", deit())),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
         Table(
             "T6",
@@ -352,9 +381,9 @@ def _paper_tables() -> tuple[Table, ...]:
                 Row("cosine, SGD", cosine),
                 Row("cosine, AdamW", _with_optimizer(cosine, "adamw")),
             ),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
-        Table("T7", "Align the augmentation", _augmentation_rows(cosine), (CLEAN,)),
+        Table("T7", "Align the augmentation", _augmentation_rows(cosine), OUT_OF_DISTRIBUTION),
         Table(
             "T8",
             "Model size",
@@ -369,7 +398,7 @@ def _paper_tables() -> tuple[Table, ...]:
                 Row("DeiT-S", deit()),
                 Row("DeiT-B", deit("large")),
             ),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
         Table(
             "T9",
@@ -378,13 +407,13 @@ def _paper_tables() -> tuple[Table, ...]:
                 Row("ResNet-50*, teacher DeiT-S", _with_teacher(resnet_aligned(), "deit_small")),
                 Row("DeiT-S, teacher ResNet-50*", _with_teacher(deit(), "resnet50_aligned")),
             ),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
         Table(
             "T10",
             "A hybrid of both families",
             (Row("ResNet-50", own), Row("Hybrid-DeiT", hybrid_deit()), Row("DeiT-S", deit())),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
         Table(
             "T11",
@@ -395,7 +424,7 @@ def _paper_tables() -> tuple[Table, ...]:
                 Row("ResNet-200-Best, 300 epochs", resnet_best("huge", epochs=300)),
                 Row("DeiT-S, 300 epochs", deit(epochs=300)),
             ),
-            (CLEAN,),
+            OUT_OF_DISTRIBUTION,
         ),
     )
 

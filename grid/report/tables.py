@@ -79,7 +79,8 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
         cells = tuple(_cell(table, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")
         rows.append(FilledRow(row.label, row.recipe, run_id, cells))
-    labels = tuple(column.label for column in table.columns)
+    scale = table.rows[0].recipe.scale
+    labels = tuple(column.label_at(scale) for column in table.columns)
     return FilledTable(table.name, table.question, labels, tuple(rows))
 
 
