@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
-from evaluators.base import Evaluator
-from evaluators.clean import Clean
-from evaluators.pgd import PGD
 from trainables.scale import Scale
 
-EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
-    "clean": Clean,
-    "pgd": PGD,
+if TYPE_CHECKING:
+    from evaluators.base import Evaluator
+
+# Where each evaluator is; it is imported when it is asked for, so that `--help` stays quick.
+EVALUATORS: dict[str, str] = {
+    "clean": "evaluators.clean:Clean",
+    "pgd": "evaluators.pgd:PGD",
+    "autoattack": "evaluators.autoattack:AutoAttack",
+    "health": "evaluators.health:Health",
 }
 
 
@@ -19,4 +23,5 @@ def evaluator_named(name: str, scale: Scale) -> Evaluator:
     """Return an evaluator set up for a scale; ValueError lists the names."""
     if name not in EVALUATORS:
         raise ValueError(f"unknown evaluator {name!r}; one of {sorted(EVALUATORS)}")
-    return EVALUATORS[name](scale)
+    module, _, made = EVALUATORS[name].partition(":")
+    return cast("Evaluator", getattr(import_module(module), made)(scale))
