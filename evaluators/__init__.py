@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
-from evaluators.base import Evaluator
-from evaluators.clean import Clean
-from evaluators.corruptions import Corruptions
-from evaluators.natural import Natural
-from evaluators.pgd import PGD
-from evaluators.stylized import Stylized
-from evaluators.texture_patch import TexturePatchAttack
 from trainables.scale import Scale
 
-EVALUATORS: dict[str, Callable[[Scale], Evaluator]] = {
-    "clean": Clean,
-    "pgd": PGD,
-    "tpa": TexturePatchAttack,
-    "natural": Natural,
-    "corruptions": Corruptions,
-    "stylized": Stylized,
+if TYPE_CHECKING:
+    from evaluators.base import Evaluator
+
+# Where each evaluator is; it is imported when it is asked for, so that `--help` stays quick.
+EVALUATORS: dict[str, str] = {
+    "clean": "evaluators.clean:Clean",
+    "pgd": "evaluators.pgd:PGD",
+    "autoattack": "evaluators.autoattack:AutoAttack",
+    "health": "evaluators.health:Health",
+    "tpa": "evaluators.texture_patch:TexturePatchAttack",
+    "natural": "evaluators.natural:Natural",
+    "corruptions": "evaluators.corruptions:Corruptions",
+    "stylized": "evaluators.stylized:Stylized",
 }
 
 
@@ -27,4 +27,5 @@ def evaluator_named(name: str, scale: Scale) -> Evaluator:
     """Return an evaluator set up for a scale; ValueError lists the names."""
     if name not in EVALUATORS:
         raise ValueError(f"unknown evaluator {name!r}; one of {sorted(EVALUATORS)}")
-    return EVALUATORS[name](scale)
+    module, _, made = EVALUATORS[name].partition(":")
+    return cast("Evaluator", getattr(import_module(module), made)(scale))

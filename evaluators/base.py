@@ -156,7 +156,7 @@ def verdicts(
     *,
     survived_B: Tensor | None = None,
     stage: Sequence[str | None] | None = None,
-    queries: Sequence[int] | None = None,
+    queries: Sequence[int | None] | None = None,
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
 

@@ -55,6 +55,7 @@ class Scale:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     epsilon: Fraction
+    small_epsilon: Fraction
     stem: Literal["imagenet", "small"] = "imagenet"
     patch_size: int = 16
     head_width: int = 64
@@ -71,6 +72,8 @@ class Scale:
     probe_images: int = 500
     ghost_batch: int = 64
     patch: PatchBudget = PatchBudget()
+    autoattack_subset: int = 5000
+    square_queries: int = 5000
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 
@@ -151,6 +154,7 @@ IMAGENET = Scale(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     epsilon=PUBLISHED_EPSILON,
+    small_epsilon=Fraction(1, 1000),
     # Multiply-accumulates of one image, in units of 10^9.
     epoch_cost={
         "resnet18": 1.8,
@@ -173,6 +177,7 @@ DIGITS = Scale(
     mean=(0.3, 0.3, 0.3),
     std=(0.35, 0.35, 0.35),
     epsilon=Fraction(16, 255),
+    small_epsilon=Fraction(4, 255),
     stem="small",
     patch_size=4,
     head_width=16,

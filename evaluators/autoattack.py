@@ -1,0 +1,324 @@
+"""autoattack: does the answer withstand the standard AutoAttack at the scale's radii?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
+from evaluators.pgd import SUBSET_SEED
+from trainables.adversary import attacked
+from trainables.data import Data, Split
+from trainables.models import Classifier
+from trainables.scale import Scale
+
+CLEAN = "clean"
+STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
+STANDARD_TARGETS = 9
+DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth logit
+ITERATIONS = 100
+GATHERED_BATCHES = 4
+BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
+FOLDING_TOLERANCE = 1e-4
+logger = logging.getLogger(__name__)
+
+
+class AutoAttack:
+    """The standard AutoAttack in the max-norm, stage by stage over the survivors.
+
+    APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
+    fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
+    time: the identity carries both. `images_at_once` bounds the rows of one forward pass, images
+    times targets; the survivors of several batches share a pass. Source: Croce and Hein (2020).
+    """
+
+    name = "autoattack"
+
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        radii: Mapping[str, float] | None = None,
+        square_queries: int | None = None,
+        images_at_once: int = 200,
+    ) -> None:
+        both = {self.name: float(scale.epsilon), f"{self.name}-small": float(scale.small_epsilon)}
+        self.radii = dict(sorted((radii or both).items(), key=lambda item: item[1]))
+        self.square_queries = square_queries or scale.square_queries
+        self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
+        self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
+        self.stages = tuple(s for s in STAGES if s != "apgd-t" or scale.num_classes >= DLR_CLASSES)
+        self.images_at_once = images_at_once
+
+    def identity(self, source: Data) -> dict[str, Any]:
+        return {
+            "images": self._images(source).ids_hash(),
+            "version": "standard",
+            "epsilons": self.radii,
+            "stages": self.stages,
+            "targets": self.targets,
+            "iterations": ITERATIONS,
+            "square_queries": self.square_queries,
+        }
+
+    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+        return split_batches(self._images(source), batch_size=batch_size * GATHERED_BATCHES)
+
+    def judge(
+        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
+    ) -> pa.Table:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        rows, smaller = [], None
+        # pyautoattack seeds and draws from torch's global generator, on the CPU but for Square.
+        devices = [batch.images.device] if batch.images.is_cuda else []
+        with torch.random.fork_rng(devices), attacked(classifier):
+            for question, epsilon in self.radii.items():
+                victims = _Victims(classifier, batch, epsilon, self.images_at_once)
+                self._attack(victims, smaller, seed)
+                rows.append(victims.verdicts(question))
+                smaller = victims
+        return pa.concat_tables(rows)
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        scores = survival_scores(ledger)
+        standard = ledger.filter(pc.equal(ledger["question"], ledger["question"][0]))
+        right = sum(stage != CLEAN for stage in standard["stage"].to_pylist())
+        scores.append(share(f"{self.name}/{CLEAN}", right, len(standard)))
+        for question in pc.unique(ledger["question"]).to_pylist():
+            stages = ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist()
+            alive = sum(stage != CLEAN for stage in stages)
+            for stage in self.stages:
+                alive -= stages.count(stage)
+                scores.append(share(f"{question}/after-{stage}", alive, len(stages)))
+        return scores
+
+    def _images(self, source: Data) -> Split:
+        return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
+
+    def _attack(self, victims: _Victims, smaller: _Victims | None, seed: int) -> None:
+        """Run every stage over the survivors of the one before.
+
+        An image that a stage broke in a smaller ball is broken by that stage in the larger one:
+        the same adversarial example lies in both.
+        """
+        for stage in self.stages:
+            victims.stage = stage
+            if smaller is not None:
+                victims.inherit(smaller)
+            torch.manual_seed(seed)
+            for run in victims.runs(self.targets if stage.endswith("-t") else 1):
+                try:
+                    _ATTACKS[stage](victims, run, seed=seed, queries=self.square_queries)
+                except _AllBrokenError:
+                    continue
+
+
+class _AllBrokenError(Exception):
+    """No image of a run is left to attack."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The rows of one attack: images, labels and target classes, and whose images they are."""
+
+    owners: Tensor
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+class _Victims:
+    """A batch under attack within one radius, and what became of each image.
+
+    An attack asks `query`. The first answer that is wrong breaks the image, provided that the
+    classifier itself gets the image wrong once it is brought into the ball and into [0, 1];
+    from then on the image's rows cost no forward pass.
+    """
+
+    def __init__(
+        self, classifier: Classifier, batch: Batch, epsilon: float, images_at_once: int
+    ) -> None:
+        self.classifier, self.batch, self.epsilon = classifier, batch, epsilon
+        self.images_at_once = images_at_once
+        # pyautoattack flattens by view: rows must be contiguous.
+        self.images_BCHW = batch.images.contiguous()
+        self.low = (self.images_BCHW - epsilon).clamp_(min=0)
+        self.high = (self.images_BCHW + epsilon).clamp_(max=1)
+        logits_BK = _logits(classifier, self.images_BCHW, images_at_once)
+        self.fast = _folded(classifier, self.images_BCHW[:images_at_once])
+        self.ranking_BK = logits_BK.sort(dim=1).indices
+        self.predicted_B = self.ranking_BK[:, -1].clone()
+        self.broken_B = self.predicted_B != batch.labels
+        self.stage = CLEAN
+        self.stages = [CLEAN if broken else None for broken in self.broken_B.tolist()]
+        self.queries: list[int | None] = [None] * len(batch.ids)
+
+    def runs(self, targets: int) -> Iterator[_Run]:
+        """Yield the survivors with each of their likeliest `targets` other classes, in turn.
+
+        The pairs are packed into runs of `images_at_once` rows, the likeliest targets first.
+        """
+        survivors = (~self.broken_B).nonzero().squeeze(1)
+        owners = survivors.repeat(targets)
+        ranks = torch.arange(targets, device=owners.device).repeat_interleave(len(survivors)) + 2
+        while len(owners):
+            now, later = slice(self.images_at_once), slice(self.images_at_once, None)
+            yield _Run(
+                owners[now],
+                self.images_BCHW[owners[now]],
+                self.batch.labels[owners[now]],
+                self.ranking_BK[owners[now], -ranks[now]],
+            )
+            owners, ranks = owners[later], ranks[later]
+            alive = ~self.broken_B[owners]
+            owners, ranks = owners[alive], ranks[alive]
+
+    def query(self, run: _Run, images_RCHW: Tensor) -> Tensor:
+        """Return the logits of a run's rows; those of broken images are made up, and wrong."""
+        alive = (~self.broken_B[run.owners]).nonzero().squeeze(1)
+        if not len(alive):
+            raise _AllBrokenError
+        everyone = len(alive) == len(run.owners)
+        asked_RCHW = images_RCHW if everyone else images_RCHW[alive]
+        logits: Tensor = self.fast(asked_RCHW)
+        missed = logits.detach().argmax(dim=1) != run.labels[alive]
+        self.try_break(run.owners[alive][missed], asked_RCHW.detach()[missed])
+        if everyone:
+            return logits
+        wrong = torch.ones(len(run.labels), logits.shape[1], device=logits.device)
+        return wrong.scatter_(1, run.labels[:, None], 0.0).index_copy(0, alive, logits)
+
+    @torch.no_grad()
+    def try_break(self, owners: Tensor, images_RCHW: Tensor) -> None:
+        """Break the images of which the classifier gets one of these, inside the ball, wrong."""
+        inside = torch.clamp(images_RCHW, self.low[owners], self.high[owners])
+        near = (inside - images_RCHW).abs().amax(dim=(1, 2, 3)) <= BALL_TOLERANCE
+        if not near.any():
+            return
+        owners = owners[near]
+        predicted = _logits(self.classifier, inside[near], self.images_at_once).argmax(dim=1)
+        for owner, answer in zip(owners.tolist(), predicted.tolist(), strict=True):
+            if answer != self.batch.labels[owner] and not self.broken_B[owner]:
+                self._break(owner, answer)
+
+    def inherit(self, smaller: _Victims) -> None:
+        """Break the images that the present stage broke within a smaller radius."""
+        for owner, stage in enumerate(smaller.stages):
+            if stage == self.stage and not self.broken_B[owner]:
+                self._break(owner, int(smaller.predicted_B[owner]))
+                self.queries[owner] = smaller.queries[owner]
+
+    def verdicts(self, question: str) -> pa.Table:
+        """Return the rows of the ledger."""
+        return verdicts(
+            self.batch,
+            question,
+            self.predicted_B,
+            survived_B=~self.broken_B,
+            stage=self.stages,
+            queries=self.queries,
+        )
+
+    def _break(self, owner: int, answer: int) -> None:
+        self.broken_B[owner] = True
+        self.predicted_B[owner] = answer
+        self.stages[owner] = self.stage
+
+
+def _apgd_ce(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
+    attack = APGDAttack(
+        partial(victims.query, run),
+        n_iter=ITERATIONS,
+        eps=victims.epsilon,
+        seed=seed,
+        device=run.images.device,
+        logger=logger,
+    )
+    attack.init_hyperparam(run.images)
+    attack.attack_single_run(run.images, run.labels)
+
+
+def _apgd_t(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
+    attack = APGDAttack_targeted(
+        partial(victims.query, run),
+        n_iter=ITERATIONS,
+        eps=victims.epsilon,
+        seed=seed,
+        device=run.images.device,
+        logger=logger,
+    )
+    attack.init_hyperparam(run.images)
+    attack.y_target = run.targets
+    attack.attack_single_run(run.images, run.labels)
+
+
+class _FABAgainst(FABAttack_PT):  # type: ignore[misc]
+    """FAB with a target class per row, where pyautoattack's has one rank for all of them."""
+
+    def __init__(self, targets_R: Tensor, predict: Any, **options: Any) -> None:
+        super().__init__(predict, **options)
+        self.targets_R = targets_R
+
+    def get_diff_logits_grads_batch(self, imgs: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.get_diff_logits_grads_batch_targeted(
+            imgs, la, self.targets_R
+        )
+        return found
+
+
+def _fab_t(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
+    attack = _FABAgainst(
+        run.targets,
+        partial(victims.query, run),
+        n_iter=ITERATIONS,
+        eps=victims.epsilon,
+        seed=seed,
+        device=run.images.device,
+    )
+    attack.attack_single_run(run.images)
+
+
+def _square(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
+    attack = SquareAttack(
+        victims.fast,
+        n_queries=queries,
+        eps=victims.epsilon,
+        seed=seed,
+        resc_schedule=False,
+        device=run.images.device,
+    )
+    attack.init_hyperparam(run.images)
+    asked, images_RCHW = attack.attack_single_run(run.images, run.labels)
+    for owner, count in zip(run.owners.tolist(), asked.tolist(), strict=True):
+        victims.queries[owner] = int(count)
+    victims.try_break(run.owners, images_RCHW)
+
+
+_ATTACKS = {"apgd-ce": _apgd_ce, "apgd-t": _apgd_t, "fab-t": _fab_t, "square": _square}
+
+
+@torch.no_grad()
+def _logits(classifier: Classifier, images_BCHW: Tensor, images_at_once: int) -> Tensor:
+    return torch.cat([classifier(part) for part in torch.split(images_BCHW, images_at_once)])
+
+
+@torch.no_grad()
+def _folded(classifier: Classifier, images_BCHW: Tensor) -> nn.Module:
+    """Return the classifier with BatchNorm folded into its convolutions, where that is the same."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in classifier.modules()):
+        return classifier
+    folded: nn.Module = fuse(classifier).to(memory_format=torch.channels_last)
+    difference = (folded(images_BCHW) - classifier(images_BCHW)).abs().max()
+    return folded if difference <= FOLDING_TOLERANCE else classifier
