@@ -107,8 +107,7 @@ def run_study(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
     data = load_data(scale)
-    for name in {name for trial in plan for name in trial.evaluators}:
-        evaluator_named(name, scale)
+    _check_plan(plan, scale)
     with sole_run(results):
         line = ProgressLine()
         try:
@@ -148,6 +147,18 @@ def run_study(
         failures=tuple(recorder.failures),
         report=report,
     )
+
+
+def _check_plan(plan: Plan, scale: Scale) -> None:
+    """Build what only a name stands for so far: evaluators and timm's models."""
+    for name in {name for trial in plan for name in trial.evaluators}:
+        evaluator_named(name, scale)
+    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
+    if from_timm:
+        from trainables.models import check_model
+
+        for recipe in from_timm.values():
+            check_model(recipe)
 
 
 def _start_ray(placement: Placement) -> int:

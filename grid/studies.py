@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.recipe import (
     AUGMENTATIONS,
+    TIMM_PREFIX,
     Adversary,
     CurriculumRow,
     Distillation,
@@ -100,8 +101,8 @@ CURRICULA: dict[str, tuple[CurriculumRow, ...]] = {
 def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     """Return the recipe with one axis set, and with it what belongs to that choice.
 
-    family and size choose the model; optimizer brings its rate, decay, batch and warm-up;
-    augmentation brings label smoothing 0.1; training 'adversarial' brings the study's adversary,
+    family (or timm:NAME) and size choose the model; optimizer brings its rate, decay, batch and
+    warm-up; augmentation brings label smoothing 0.1; training 'adversarial' brings the study's adversary,
     batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows; teacher
     names a base. Any other axis is a field of the recipe.
     """
@@ -120,6 +121,8 @@ def _with_model(recipe: Recipe, model: str) -> Recipe:
 
 
 def _with_family(recipe: Recipe, family: str) -> Recipe:
+    if family.startswith(TIMM_PREFIX):
+        return _with_model(recipe, family)
     return _with_model(recipe, model_of(family, recipe.size))
 
 

@@ -49,6 +49,15 @@ def test_a_study_that_asks_for_an_unknown_evaluator_is_refused(capsys, tmp_path)
     assert "unknown evaluator 'pgf'" in refusal(capsys, "--study", str(path))
 
 
+def test_a_timm_model_that_cannot_take_the_scales_images_is_refused(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\n[axes]\nfamily=["timm:convnext_tiny"]\n')
+    arguments = ["--study", str(path), "--results", str(tmp_path / "r")]
+    message = refusal(capsys, *arguments)
+    assert "model 'timm:convnext_tiny' cannot take images of 16 px" in message
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     message = refusal(capsys, "--results", str(tmp_path / "file" / "results"))

@@ -138,6 +138,19 @@ def build_classifier(recipe: Recipe) -> Classifier:
     return classifier.to(memory_format=torch.channels_last)
 
 
+def check_model(recipe: Recipe) -> None:
+    """Pass one image through a recipe's untrained model; ValueError when it cannot take it."""
+    side = scale_named(recipe.scale).image_size
+    classifier = build_classifier(recipe).eval()
+    try:
+        with torch.inference_mode():
+            classifier(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"model {recipe.model!r} cannot take images of {side} px: {error}"
+        ) from None
+
+
 def swap_activation(module: nn.Module, name: str) -> None:
     """Replace every activation layer below `module`; a gate's Sigmoid or Tanh is not one."""
     for child_name, child in module.named_children():

@@ -117,9 +117,10 @@ class Scale:
             "mix_probability": recipe.mix_probability / self.strength_divisor,
             "curriculum": tuple(self._soften(row) for row in recipe.curriculum),
         }
+        if recipe.micro_batch:
+            changes["micro_batch"] = min(recipe.micro_batch, int(changes["batch_size"]))
         if recipe.norm == "ghost":
             changes["ghost_batch"] = min(recipe.ghost_batch, self.ghost_batch)
-            changes["micro_batch"] = min(recipe.forward_batch, int(changes["batch_size"]))
         if recipe.adversary:
             changes["adversary"] = self._rescale(recipe.adversary)
         if recipe.distillation:
@@ -200,7 +201,9 @@ DIGITS = Scale(
         ("timm", "sgd"): 0.1,
         ("timm", "adamw"): 2e-3,
     },
-    attack_subset=200,
+    attack_subset=100,
+    autoattack_subset=40,
+    square_queries=500,
     probe_images=50,
     ghost_batch=32,
     patch=PatchBudget(images=50, textures=5, samples=25, steps=8),

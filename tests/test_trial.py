@@ -1,0 +1,108 @@
+"""The trial as Tune drives it, without a cluster: step by step, reused, cut short, blocked."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainables.recipe import Distillation
+from trainables.trial import RecipeTrial, weights_path
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, few_digits):
+    """Return a function that makes a trial actor for a recipe on few digits."""
+    monkeypatch.setattr("trainables.data.load_data", lambda scale: few_digits)
+    monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
+
+    def config(recipe):
+        trial = {
+            "digest": recipe.digest(),
+            "recipe": recipe.model_dump(mode="json"),
+            "storage": str(tmp_path),
+            "threads": 1,
+            "device": "cpu",
+        }
+        return {"trial": trial}
+
+    def make(recipe, actor=None):
+        if actor is None:
+            return RecipeTrial(config(recipe))
+        assert actor.reset_config(config(recipe))
+        return actor
+
+    return make
+
+
+def run(actor):
+    results = [actor.step()]
+    while not results[-1]["done"]:
+        results.append(actor.step())
+    return results
+
+
+def test_a_trial_reports_every_epoch_once_and_stores_its_weights(start, small, tmp_path):
+    recipe = small(epochs=3)
+    results = run(start(recipe))
+    assert [e["epoch"] for result in results for e in result["epochs"]] == [1, 2, 3]
+    assert results[-1]["outcome"] == "finished"
+    assert results[-1]["weights"] == str(weights_path(tmp_path, recipe))
+
+
+def test_a_reused_actor_trains_the_same_weights_as_a_fresh_one(start, small, tmp_path):
+    first, second = small(epochs=2, seed=1), small("deit", epochs=2)
+    fresh = run(start(second))[-1]["sha256"]
+    for path in (tmp_path / "trials" / second.digest()).iterdir():
+        path.unlink()
+    actor = start(first)
+    run(actor)
+    assert run(start(second, actor))[-1]["sha256"] == fresh
+
+
+def test_a_trial_cut_short_goes_on_in_another_actor_and_ends_the_same(start, small, tmp_path):
+    recipe = small("deit", epochs=3)
+    whole = run(start(recipe))[-1]["sha256"]
+    for path in (tmp_path / "trials" / recipe.digest()).iterdir():
+        path.unlink()
+    cut = start(recipe)
+    cut.step()
+    cut.step()
+    results = run(start(recipe))
+    assert [e["epoch"] for e in results[0]["epochs"]] == [1, 2, 3]
+    assert results[-1]["sha256"] == whole
+
+
+def test_a_finished_trial_is_not_trained_again(start, small):
+    recipe = small(epochs=2)
+    once = run(start(recipe))[-1]
+    again = run(start(recipe))
+    assert len(again) == 1
+    assert (again[0]["sha256"], again[0]["outcome"]) == (once["sha256"], "finished")
+
+
+def test_a_collapse_ends_the_trial_with_its_reason_and_stays_an_outcome(start, small, tmp_path):
+    recipe = small(epochs=4, learning_rate=1e30)
+    results = run(start(recipe))
+    assert results[-1]["outcome"] == "collapsed"
+    assert "the training loss became" in results[-1]["reason"]
+    assert "weights" not in results[-1]
+    assert not weights_path(tmp_path, recipe).exists()
+    again = run(start(recipe))
+    assert len(again) == 1
+    assert again[0]["reason"] == results[-1]["reason"]
+
+
+def test_a_student_learns_from_its_teachers_stored_weights(start, small):
+    teacher = small(epochs=1)
+    student = small(epochs=1, seed=1, distillation=Distillation(teacher=teacher))
+    run(start(teacher))
+    assert run(start(student))[-1]["outcome"] == "finished"
+
+
+def test_a_student_whose_teacher_did_not_finish_is_blocked(start, small):
+    teacher = small(epochs=4, learning_rate=1e30)
+    student = small(epochs=1, distillation=Distillation(teacher=teacher))
+    run(start(teacher))
+    (result,) = run(start(student))
+    assert result["outcome"] == "blocked"
+    assert result["reason"] == f"blocked by {teacher.describe()}"
+    assert result["epoch"] == 0
