@@ -58,8 +58,14 @@ def build_classifier(recipe: Recipe) -> Classifier:
     scale = scale_named(recipe.scale)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = _backbone(recipe.model, scale)
-    swap_activation(backbone, recipe.activation)
+        return classifier_named(recipe.model, scale, activation=recipe.activation)
+
+
+def classifier_named(model: str, scale: Scale, *, activation: str | None = None) -> Classifier:
+    """Build a model by name, untrained; without `activation` it keeps its network's own."""
+    backbone = _backbone(model, scale)
+    if activation:
+        swap_activation(backbone, activation)
     classifier = Classifier(backbone, scale.mean, scale.std)
     return classifier.to(memory_format=torch.channels_last)
 

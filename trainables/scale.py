@@ -142,6 +142,8 @@ DIGITS = Scale(
         ("timm", "adamw"): 2e-3,
     },
     attack_subset=200,
+    autoattack_subset=50,
+    square_queries=500,
     # Seconds of an epoch on one core of a 2.5 GHz Xeon.
     epoch_cost={
         "resnet18": 0.33,
