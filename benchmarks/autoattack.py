@@ -34,6 +34,7 @@ BATCH = 64
 
 
 def main() -> int:
+    """Run the comparison; 0 when both sides agree on every model, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--queries", type=int, default=5000)
