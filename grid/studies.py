@@ -102,9 +102,9 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     """Return the recipe with one axis set, and with it what belongs to that choice.
 
     family (or timm:NAME) and size choose the model; optimizer brings its rate, decay, batch and
-    warm-up; augmentation brings label smoothing 0.1; training 'adversarial' brings the study's adversary,
-    batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows; teacher
-    names a base. Any other axis is a field of the recipe.
+    warm-up; augmentation brings label smoothing 0.1; training 'adversarial' brings the study's
+    adversary, batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows;
+    teacher names a base. Any other axis is a field of the recipe.
     """
     if axis in _SETTERS:
         return _SETTERS[axis](recipe, value)

@@ -130,11 +130,22 @@ def build_classifier(recipe: Recipe) -> Classifier:
     scale = scale_named(recipe.scale)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = _backbone(recipe, scale)
+        backbone = _backbone(recipe.model, scale, _norm_layer(recipe))
     swap_activation(backbone, recipe.activation)
     half = recipe.pixel_range == "half"
     mean, std = (HALF, HALF) if half else (scale.mean, scale.std)
-    classifier = Classifier(backbone, mean, std)
+    return _channels_last(Classifier(backbone, mean, std))
+
+
+def classifier_named(model: str, scale: Scale, *, activation: str | None = None) -> Classifier:
+    """Build a model by name, untrained; without `activation` it keeps its network's own."""
+    backbone = _backbone(model, scale, nn.BatchNorm2d)
+    if activation:
+        swap_activation(backbone, activation)
+    return _channels_last(Classifier(backbone, scale.mean, scale.std))
+
+
+def _channels_last(classifier: Classifier) -> Classifier:
     return classifier.to(memory_format=torch.channels_last)
 
 
@@ -165,15 +176,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _backbone(recipe: Recipe, scale: Scale) -> nn.Module:
-    norm_layer = _norm_layer(recipe)
-    if recipe.model in RESNETS:
-        return _resnet(recipe.model, scale, norm_layer)
-    if recipe.model in DEITS:
-        return _deit(recipe.model, scale)
-    if recipe.model == "hybrid_deit":
+def _backbone(model: str, scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+    if model in RESNETS:
+        return _resnet(model, scale, norm_layer)
+    if model in DEITS:
+        return _deit(model, scale)
+    if model == "hybrid_deit":
         return _hybrid(scale, norm_layer)
-    return _from_timm(recipe.model.removeprefix(TIMM_PREFIX), scale)
+    return _from_timm(model.removeprefix(TIMM_PREFIX), scale)
 
 
 def _norm_layer(recipe: Recipe) -> Callable[[int], nn.Module]:

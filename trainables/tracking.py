@@ -180,6 +180,21 @@ class Tracker:
         judged = (v for key, v in run.metrics.items() if key.removesuffix("/seconds") in run.cells)
         return float(sum(metric.value for metric in epochs) + sum(judged))
 
+    def log_evaluation(
+        self, name: str, *, metrics: Mapping[str, float], ledgers: Iterable[Path]
+    ) -> str:
+        """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
+        run = self._client.create_run(
+            self.experiment_id, run_name=name, tags={"kind": "evaluation"}
+        )
+        run_id = str(run.info.run_id)
+        values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
+        self._client.log_batch(run_id, metrics=values)
+        for path in ledgers:
+            self._client.log_artifact(run_id, str(path), "ledgers")
+        self._client.set_terminated(run_id, "FINISHED")
+        return run_id
+
     def _tag(self, run: TrialRun, **tags: str) -> None:
         self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 

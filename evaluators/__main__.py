@@ -1,0 +1,220 @@
+"""The command line: `python -m evaluators` asks evaluators' questions of any checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from evaluators import EVALUATORS
+from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
+from trainables.scale import SCALES, Scale, scale_named
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+    from evaluators.base import Score
+    from trainables.data import Data
+    from trainables.models import Classifier
+    from trainables.recipe import Recipe
+    from trainables.tracking import Tracker
+
+# A single score of an evaluator that answers several questions.
+SINGLE_SCORES = {f"pgd-{steps}": "pgd" for steps in (5, 10, 50, 100)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 asked wrongly, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        _check_names(options)
+        return _run(options)
+    except ValueError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from evaluators.health import red_flags
+    from trainables.data import load_data
+
+    device = _device(options.device)
+    scale, classifier = _load(options)
+    folder = options.ledger or Path("results/ledgers") / options.weights.stem
+    _make(folder)
+    tracker = _tracker(options.mlflow, scale) if options.mlflow else None
+    data = load_data(scale)
+    ledgers, scores = {}, []
+    for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
+        ledgers[name], found = _ask(name, scale, classifier, data, device)
+        scores += [score for score in found if _is_asked(score, name, options.evaluators)]
+    print(f"{options.weights} at scale {scale.name}: {scale.title}")
+    _print_table(scores)
+    for flag in red_flags(ledgers.values()):
+        print(f"red flag: {flag}")
+    paths = _write(ledgers, folder)
+    print(f"Ledgers: {folder}")
+    if tracker:
+        from trainables.tracking import scores_as_metrics
+
+        metrics = scores_as_metrics(scores)
+        run_id = tracker.log_evaluation(str(options.weights), metrics=metrics, ledgers=paths)
+        print(f"MLflow run: {run_id}")
+    return 0
+
+
+def _load(options: argparse.Namespace) -> tuple[Scale, Classifier]:
+    """Build the model that the options, or the weights file's own header, name; load it."""
+    from evaluators.weights import load_any_weights
+    from trainables.models import classifier_named
+
+    model, activation, scale_name = options.model, options.activation, options.scale
+    if model is None:
+        recipe = _recipe_of(options.weights)
+        if scale_name not in (None, recipe.scale):
+            raise ValueError(f"{options.weights} was trained at {recipe.scale}, not {scale_name}")
+        model, scale_name = recipe.model, recipe.scale
+        activation = activation or recipe.activation
+    scale = scale_named(scale_name or "digits")
+    if options.mean is not None:
+        scale = dataclasses.replace(scale, mean=(options.mean,) * 3)
+    if options.std is not None:
+        scale = dataclasses.replace(scale, std=(options.std,) * 3)
+    classifier = classifier_named(model, scale, activation=activation)
+    load_any_weights(options.weights, classifier)
+    return scale, classifier
+
+
+def _recipe_of(weights: Path) -> Recipe:
+    from trainables.checkpoint import recipe_json_of
+    from trainables.recipe import Recipe
+
+    try:
+        return Recipe.model_validate_json(recipe_json_of(weights))
+    except OSError as error:
+        raise ValueError(f"{weights} cannot be read: {error.strerror}") from None
+    except (KeyError, ValueError, OverflowError, MemoryError):
+        raise ValueError(f"{weights} names no recipe of this project: give --model") from None
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _ask(
+    name: str, scale: Scale, classifier: Classifier, data: Data, device: torch.device
+) -> tuple[pa.Table, list[Score]]:
+    from evaluators import evaluator_named
+    from evaluators.base import evaluate
+
+    evaluator = evaluator_named(name, scale)
+    ledger = evaluate(evaluator, classifier, data, device=device)
+    return ledger, evaluator.summarize(ledger)
+
+
+def _is_asked(score: Score, evaluator: str, asked: Sequence[str]) -> bool:
+    return evaluator in asked or score.name in asked
+
+
+def _print_table(scores: Sequence[Score]) -> None:
+    width = max(len(score.name) for score in scores)
+    print(f"{'score':{width}}  {'%':>6}  {'95 % interval':>15}  {'n':>6}")
+    for score in scores:
+        interval = f"[{100 * score.low:.1f}, {100 * score.high:.1f}]"
+        print(f"{score.name:{width}}  {100 * score.value:6.2f}  {interval:>15}  {score.n:6d}")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
+    import pyarrow.parquet as pq
+
+    paths = [folder / f"{name}.parquet" for name in ledgers]
+    for path, ledger in zip(paths, ledgers.values(), strict=True):
+        pq.write_table(ledger, path, compression="zstd")
+    return paths
+
+
+def _tracker(uri: str, scale: Scale) -> Tracker:
+    from trainables.tracking import Tracker, check_address
+
+    check_address(uri)
+    remote = uri.startswith(("http://", "https://"))
+    artifacts = None if remote else Path("results/artifacts").resolve()
+    return Tracker(uri, experiment=f"robustness-{scale.name}", artifacts=artifacts)
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    known = [*EVALUATORS, *SINGLE_SCORES]
+    for name in options.evaluators:
+        if name not in known:
+            raise ValueError(f"unknown evaluator {name!r}; one of {', '.join(known)}")
+    model = options.model
+    if model is not None and model not in MODELS and not model.startswith(TIMM_PREFIX):
+        raise ValueError(f"unknown model {model!r}; one of {', '.join(MODELS)} or timm:NAME")
+    if options.scale is not None:
+        scale_named(options.scale)
+    if options.std is not None and options.std <= 0:
+        raise ValueError(f"--std {options.std:g} is not above 0")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluators",
+        description="Ask evaluators' questions of a checkpoint of any origin; print the scores.",
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="FILE", help=".safetensors, .pth or .pt"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)} or timm:NAME (default: as the weights file's header says)",
+    )
+    parser.add_argument(
+        "--activation", choices=ACTIVATIONS, help="replaces the network's own activation"
+    )
+    parser.add_argument(
+        "--evaluators",
+        nargs="+",
+        default=["clean"],
+        metavar="E",
+        help=f"{', '.join([*EVALUATORS, *SINGLE_SCORES])} (default: clean)",
+    )
+    parser.add_argument("--scale", help=f"{', '.join(SCALES)} (default: the file's, or digits)")
+    normalisation = "of the normalisation, all channels, pixels in [0, 1] (default: the scale's)"
+    parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
+    parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")
+    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        metavar="DIR",
+        help="where the ledgers go (default: results/ledgers/NAME-OF-THE-WEIGHTS)",
+    )
+    parser.add_argument("--mlflow", metavar="URI", help="log scores and ledgers there as well")
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"python -m evaluators: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Weights of any origin: files of this project, of timm, and of the original study."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainables.models import Classifier
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+BACKBONE = "backbone."
+SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
+STATISTICS = ("running_mean", "running_var")
+
+
+def load_any_weights(path: Path, classifier: Classifier) -> None:
+    """Load a file's weights into a classifier; ValueError says what does not fit or is refused."""
+    wanted = classifier.state_dict()
+    tensors = plain_names(read_tensors(path))
+    if not any(name.startswith(BACKBONE) for name in tensors):
+        tensors = {BACKBONE + name: value for name, value in tensors.items()}
+    fitted = {
+        name: _fitted(name, value, wanted[name]) if name in wanted else value
+        for name, value in tensors.items()
+    }
+    problems = [f"{name} is missing" for name in wanted if name not in fitted]
+    problems += [f"{name} is unknown" for name in fitted if name not in wanted]
+    problems += [
+        f"{name} is {tuple(fitted[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in fitted and fitted[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}")
+    classifier.load_state_dict(fitted)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors, .pth or .pt file; nothing but tensors and plain values is unpickled.
+
+    Of a training checkpoint the entry `model` or `state_dict` is taken. Raises ValueError.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
+    try:
+        loaded = load_file(path) if path.suffix == SUFFIXES[0] else _unpickled(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        raise ValueError(
+            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    for entry in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
+            loaded = loaded[entry]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path} is no dictionary of tensors")
+    return loaded
+
+
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under timm's names, as the released checkpoints do not have it.
+
+    `module.` is DataParallel's. A GhostBN `X.proxy_bn.*` is X's. Where X holds several sets of
+    statistics, `X.bn0.proxy_bn.*` is X's and the other sets, which evaluation never reads, are
+    left out; their shared affine is X's: `X.aff.bnconv.weight` or `X.aff.weight`.
+    Source: STUDY section 3, GhostBN: evaluation uses set 0.
+    """
+    named = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return {
+        _plain_name(name): value
+        for name, value in named.items()
+        if (several := SEVERAL_SETS.match(name)) is None
+        or several["set"] == "0"
+        or f"{several['norm']}.bn0.proxy_bn.running_mean" not in named
+    }
+
+
+def _plain_name(name: str) -> str:
+    name = re.sub(r"\.bn0\.proxy_bn\.", ".", name)
+    name = re.sub(r"\.aff(\.bnconv)?\.(weight|bias)$", r".\2", name)
+    return name.replace(".proxy_bn.", ".")
+
+
+def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:
+    """Return a norm's (C, 1, 1, 1) or (1, C, 1, 1) affine as (C,), and ghost 0 of (G * C,)."""
+    if wanted.ndim != 1:
+        return value
+    if value.numel() == wanted.numel():
+        return value.reshape(wanted.shape)
+    ghosts = name.endswith(STATISTICS) and value.numel() % wanted.numel() == 0
+    return value[: len(wanted)] if ghosts else value
+
+
+def _unpickled(path: Path) -> object:
+    # Training scripts keep their parsed options beside the weights: a bag of plain values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,216 @@
+"""AutoAttack against pyautoattack called plainly, and PGD against torchattacks."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+import torchattacks
+from pyautoattack import AutoAttack as PlainAutoAttack
+from torch import nn
+
+from evaluators.autoattack import STAGES, AutoAttack, _folded, _Victims
+from evaluators.base import Batch
+from tests.tiny import trained_classifier
+from trainables.adversary import attacked, pgd_iterates, random_start
+from trainables.data import load_data, to_unit
+from trainables.models import Classifier
+from trainables.scale import DIGITS
+
+EPSILON = 18 / 255
+QUERIES = 60
+IMAGES = 100
+FEW = 40
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return trained_classifier()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    split = load_data(DIGITS).held_out.subset(IMAGES, seed=0)
+    return Batch(to_unit(split.images), split.labels, split.ids)
+
+
+def judged(classifier, batch, **options):
+    options = {"radii": {"autoattack": EPSILON}, "square_queries": QUERIES} | options
+    evaluator = AutoAttack(DIGITS, **options)
+    return evaluator, evaluator.judge(classifier, batch, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small_and_standard(classifier, batch):
+    batch = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
+    radii = {"autoattack": EPSILON, "autoattack-small": 0.8 * EPSILON}
+    return judged(classifier, batch, radii=radii)
+
+
+def rows(ledger, question):
+    return [row for row in ledger.to_pylist() if row["question"] == question]
+
+
+def test_same_survivors_as_pyautoattack_called_plainly(classifier, batch):
+    plain = PlainAutoAttack(classifier, eps=EPSILON, seed=0, version="standard")
+    plain.square.n_queries = QUERIES
+    _, answers = plain.run_standard_evaluation(batch.images.contiguous(), batch.labels)
+    theirs = (answers == batch.labels).tolist()
+    ours = [row["survived"] for row in judged(classifier, batch)[1].to_pylist()]
+    assert 0 < sum(theirs) < IMAGES
+    assert abs(sum(ours) - sum(theirs)) <= 1
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= IMAGES // 100
+
+
+def test_every_image_has_a_stage_unless_it_survived(small_and_standard):
+    for row in small_and_standard[1].to_pylist():
+        assert (row["stage"] is None) == row["survived"]
+        assert row["stage"] in (None, "clean", *STAGES)
+        assert row["survived"] == (row["predicted"] == row["label"])
+
+
+def test_only_images_that_reach_square_have_queries(small_and_standard):
+    for row in small_and_standard[1].to_pylist():
+        reached = row["stage"] in (None, "square")
+        assert (row["queries"] is not None) == reached
+        assert not reached or 1 <= row["queries"] <= QUERIES + 1
+
+
+def test_what_a_smaller_radius_broke_is_broken_at_the_larger(small_and_standard):
+    small = rows(small_and_standard[1], "autoattack-small")
+    standard = rows(small_and_standard[1], "autoattack")
+    broken = [(s, t) for s, t in zip(small, standard, strict=True) if not s["survived"]]
+    assert broken
+    assert not any(t["survived"] for _, t in broken)
+
+
+def test_scores_count_survivors_after_each_stage(small_and_standard):
+    evaluator, ledger = small_and_standard
+    scores = {score.name: score for score in evaluator.summarize(ledger)}
+    standard = rows(ledger, "autoattack")
+    after = [scores[f"autoattack/after-{stage}"].value for stage in STAGES]
+    assert after == sorted(after, reverse=True)
+    assert after[-1] == scores["autoattack"].value
+    assert scores["autoattack/clean"].value == sum(r["stage"] != "clean" for r in standard) / FEW
+    assert scores["autoattack-small"].value >= scores["autoattack"].value
+    assert all(score.n == FEW for score in scores.values())
+
+
+def test_the_same_generator_gives_the_same_ledger_and_leaves_the_global_one(classifier, batch):
+    few = Batch(batch.images[:10], batch.labels[:10], batch.ids[:10])
+    before = torch.random.get_rng_state()
+    first, second = (judged(classifier, few)[1] for _ in range(2))
+    assert first.equals(second)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(p.requires_grad for p in classifier.parameters())
+
+
+def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch):
+    few = Batch(batch.images[:6], batch.labels[:6], batch.ids[:6])
+    victims = _Victims(classifier, few, EPSILON, 4)
+    victims.broken_B[:] = False
+    sizes, owners = [], []
+    for run in victims.runs(2):
+        sizes.append(len(run.owners))
+        owners += run.owners.tolist()
+        if len(sizes) == 1:
+            victims.broken_B[5] = True
+    assert sizes == [4, 4, 2]
+    assert owners == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+
+
+class Threshold(nn.Module):
+    """Class 1 where the mean pixel exceeds one half, else class 0; two more classes never win."""
+
+    def forward(self, images):
+        margin = 10 * (images.mean(dim=(1, 2, 3)) - 0.5)
+        never = torch.full_like(margin, -9.0)
+        return torch.stack([-margin, margin, never, never - margin], dim=1)
+
+
+@pytest.fixture
+def threshold():
+    return Classifier(Threshold(), (0.0,) * 3, (1.0,) * 3).eval()
+
+
+def test_a_fake_adversarial_outside_the_ball_breaks_nothing(threshold):
+    batch = Batch(torch.full((3, 3, 4, 4), 0.4), torch.zeros(3, dtype=torch.long), ("a", "b", "c"))
+    victims = _Victims(threshold, batch, 0.2, 10)
+    victims.stage = "fab-t"
+    outside = torch.full((3, 3, 4, 4), 0.6 + 1e-3)
+    outside[1] = float("nan")
+    outside[2] = 0.6
+    victims.try_break(torch.arange(3), outside)
+    assert victims.broken_B.tolist() == [False, False, True]
+    assert victims.stages == [None, None, "fab-t"]
+
+
+def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(threshold):
+    scale = dataclasses.replace(DIGITS, num_classes=4)
+    levels = (0.30, 0.38, 0.42, 0.55)
+    images = torch.stack([torch.full((3, 8, 8), level) for level in levels])
+    batch = Batch(images, torch.zeros(4, dtype=torch.long), tuple("abcd"))
+    evaluator = AutoAttack(scale, radii={"autoattack": 0.1}, square_queries=20)
+    ledger = evaluator.judge(threshold, batch, generator=torch.Generator().manual_seed(0))
+    assert evaluator.targets == 3
+    assert ledger["survived"].to_pylist() == [True, True, False, False]
+    assert ledger["stage"].to_pylist() == [None, None, "apgd-ce", "clean"]
+
+
+def test_fewer_classes_have_fewer_targets_and_say_so():
+    data = load_data(DIGITS)
+    assert AutoAttack(DIGITS).identity(data)["targets"] == 9
+    few = AutoAttack(dataclasses.replace(DIGITS, num_classes=3)).identity(data)
+    assert few["targets"] == 2
+    assert "apgd-t" not in few["stages"]
+
+
+def test_batchnorm_is_folded_only_where_the_logits_stay(classifier, batch):
+    with attacked(classifier):
+        folded = _folded(classifier, batch.images)
+        assert folded is not classifier
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+        assert torch.equal(folded(batch.images).argmax(1), classifier(batch.images).argmax(1))
+
+
+def test_a_model_without_gradients_is_not_broken_by_nan(batch, classifier, caplog):
+    caplog.set_level(logging.ERROR)
+    quantised = Classifier(_Quantised(classifier), (0.0,) * 3, (1.0,) * 3).eval()
+    few = Batch(batch.images[:8], batch.labels[:8], batch.ids[:8])
+    _, ledger = judged(quantised, few)
+    with torch.no_grad():
+        right = (quantised(few.images).argmax(1) == few.labels).tolist()
+    assert any(row["survived"] for row in ledger.to_pylist())
+    assert [row["stage"] != "clean" for row in ledger.to_pylist()] == right
+
+
+class _Quantised(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner((images * 4).round() / 4)
+
+
+def test_pgd_walks_the_iterates_of_torchattacks(classifier, batch, monkeypatch):
+    epsilon, steps = 8 / 255, 10
+    images, labels = batch.images[:20].contiguous(), batch.labels[:20]
+    start = random_start(images, epsilon=epsilon, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(
+        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(start - images)
+    )
+    theirs = torchattacks.PGD(classifier, eps=epsilon, alpha=epsilon / 4, steps=steps)(
+        images, labels
+    )
+    with attacked(classifier):
+        ((_, ours),) = pgd_iterates(
+            classifier,
+            images,
+            labels,
+            epsilon=epsilon,
+            step_size=epsilon / 4,
+            stops=(steps,),
+            start_BCHW=start,
+        )
+    assert (ours - theirs).abs().max() < 1e-6

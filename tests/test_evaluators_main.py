@@ -1,0 +1,200 @@
+"""`python -m evaluators` on checkpoints of any origin, good and bad."""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from evaluators.__main__ import SINGLE_SCORES, main
+from evaluators.pgd import STEPS
+from evaluators.weights import load_any_weights, plain_names
+from trainables.checkpoint import save_weights
+from trainables.models import build_classifier, classifier_named
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS, SCALES
+
+RECIPE = Recipe(
+    scale="digits",
+    model="resnet18",
+    activation="gelu",
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=1e-4,
+    scheduler="step",
+    epochs=1,
+    batch_size=64,
+)
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "own.safetensors"
+    save_weights(path, build_classifier(RECIPE), RECIPE.model_dump_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def timm_resnet50():
+    return timm.create_model("resnet50", num_classes=10).eval()
+
+
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def released(model, *, sets=None, ghosts=1):
+    """Rename a plain state dict as the study's released checkpoints name theirs."""
+    state = model.state_dict()
+    renamed = {}
+    for name, value in state.items():
+        norm, _, leaf = name.rpartition(".")
+        if f"{norm}.running_mean" not in state:
+            renamed["module." + name] = value
+        elif leaf in ("weight", "bias"):
+            affine = f"{norm}.aff.bnconv.{leaf}" if sets else name
+            shape = (-1, 1, 1, 1) if sets and leaf == "weight" else (1, -1, 1, 1)
+            renamed["module." + affine] = value.reshape(shape)
+        else:
+            for number in range(sets or 1):
+                within = f"{norm}.bn{number}" if sets else norm
+                other = (
+                    value if value.ndim == 0 else torch.cat([value] + [value + 9] * (ghosts - 1))
+                )
+                renamed[f"module.{within}.proxy_bn.{leaf}"] = other + number
+    return renamed
+
+
+@pytest.mark.parametrize(("sets", "ghosts"), [(None, 4), (8, 2)])
+def test_released_ghost_batchnorm_checkpoints_load(timm_resnet50, tmp_path, sets, ghosts):
+    for module in timm_resnet50.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.weight.data.uniform_(0.5, 1.5)
+    path = tmp_path / "released.pth"
+    weights = released(timm_resnet50, sets=sets, ghosts=ghosts)
+    torch.save({"model": weights, "epoch": 99, "args": argparse.Namespace(lr=1.6)}, path)
+    classifier = classifier_named("timm:resnet50", DIGITS).eval()
+    load_any_weights(path, classifier)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = timm_resnet50((images - classifier.mean) / classifier.std)
+        assert torch.equal(expected, classifier.to(memory_format=torch.contiguous_format)(images))
+
+
+def test_a_layer_that_is_called_bn1_is_no_set_of_statistics():
+    names = {"layer1.0.bn1.proxy_bn.running_mean": torch.zeros(4)}
+    assert list(plain_names(names)) == ["layer1.0.bn1.running_mean"]
+
+
+def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setitem(SCALES, "digits", dataclasses.replace(DIGITS, attack_subset=10))
+    arguments = ["--weights", own_file, "--evaluators", "clean", "pgd-10", "--ledger", tmp_path]
+    assert main([str(a) for a in arguments]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["score", "clean", "pgd-10"]
+    assert "pgd-100" not in out
+    assert pq.read_table(tmp_path / "clean.parquet").num_rows == 597
+    assert set(pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist()) == {
+        f"pgd-{steps}" for steps in STEPS
+    }
+
+
+def test_single_scores_are_those_of_the_evaluator():
+    assert list(SINGLE_SCORES) == [f"pgd-{steps}" for steps in STEPS]
+
+
+def test_scores_are_logged_to_mlflow_when_asked(own_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-m", "evaluators", "--weights", str(own_file), "--mlflow", uri]
+    quick = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quick)
+    assert done.returncode == 0, done.stderr
+    run_id = done.stdout.splitlines()[-1].removeprefix("MLflow run: ")
+    found = list((tmp_path / "results" / "artifacts").rglob("clean.parquet"))
+    assert len(found) == 1
+    assert run_id in str(found[0])
+
+
+def test_a_pickle_that_is_more_than_weights_is_never_executed(tmp_path, capsys):
+    planted = tmp_path / "planted"
+
+    class Plant:
+        def __reduce__(self):
+            return (open, (str(planted), "w"))
+
+    path = tmp_path / "evil.pth"
+    torch.save({"model": Plant()}, path)
+    error = refused(["--model", "resnet18", "--weights", path], capsys)
+    assert "holds more than weights and is not opened" in error
+    assert not planted.exists()
+
+
+def test_a_head_that_does_not_fit_is_named(timm_resnet50, tmp_path, capsys):
+    path = tmp_path / "head.pt"
+    state = timm_resnet50.state_dict() | {"fc.weight": torch.zeros(1000, 2048)}
+    torch.save(state | {"extra.a": torch.zeros(1)}, path)
+    error = refused(["--model", "timm:resnet50", "--weights", path], capsys)
+    assert "backbone.fc.weight is (1000, 2048), not (10, 2048)" in error
+    assert "backbone.extra.a is unknown" in error
+
+
+def test_at_most_three_problems_are_named(tmp_path, capsys):
+    path = tmp_path / "other.pt"
+    torch.save({"a": torch.zeros(1)}, path)
+    error = refused(["--model", "resnet18", "--weights", path], capsys)
+    assert error.count(" is missing") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, pgd, autoattack"),
+        (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
+        (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
+        (["--scale", "huge"], "unknown scale 'huge'"),
+        (["--scale", "imagenet"], "was trained at digits, not imagenet"),
+        (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
+        (["--std", "0"], "--std 0 is not above 0"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(own_file, arguments, message, capsys):
+    assert message in refused(["--weights", own_file, *arguments], capsys)
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "absent.pth", "notes.txt"])
+def test_files_that_are_no_weights_are_refused(tmp_path, name, capsys):
+    assert str(tmp_path / name) in refused(
+        ["--model", "resnet18", "--weights", tmp_path / name], capsys
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_damaged_files_are_refused(tmp_path, suffix, capsys):
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"\x07" * 100)
+    refused(["--model", "resnet18", "--weights", path], capsys)
+    assert "give --model" in refused(["--weights", path], capsys)
+
+
+def test_help_is_quick():
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        command = [sys.executable, "-m", "evaluators", "--help"]
+        subprocess.run(command, check=True, capture_output=True)
+        took.append(time.monotonic() - began)
+    assert min(took) < 1.5

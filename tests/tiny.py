@@ -1,0 +1,41 @@
+"""A tiny convolutional classifier of the digits, trained in two seconds."""
+
+import torch
+from torch import nn
+
+from trainables.data import load_data
+from trainables.loop import train
+from trainables.models import Classifier
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS
+
+RECIPE = Recipe(
+    scale="digits",
+    model="resnet18",
+    optimizer="adamw",
+    learning_rate=1e-2,
+    weight_decay=1e-4,
+    scheduler="cosine",
+    epochs=12,
+    batch_size=64,
+)
+
+
+def trained_classifier() -> Classifier:
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 12, 3, stride=2, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 24, 3, stride=2, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24 * 9, 10),
+        )
+    classifier = Classifier(network, DIGITS.mean, DIGITS.std)
+    for _ in train(RECIPE, classifier, load_data(DIGITS), device=torch.device("cpu")):
+        pass
+    return classifier.eval()
