@@ -15,6 +15,7 @@ EVALUATORS: dict[str, str] = {
     "clean": "evaluators.clean:Clean",
     "pgd": "evaluators.pgd:PGD",
     "autoattack": "evaluators.autoattack:AutoAttack",
+    "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "health": "evaluators.health:Health",
     "tpa": "evaluators.texture_patch:TexturePatchAttack",
     "natural": "evaluators.natural:Natural",

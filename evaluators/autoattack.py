@@ -1,10 +1,11 @@
-"""autoattack: does the answer withstand the standard AutoAttack at the scale's radii?"""
+"""autoattack: does the answer withstand the standard AutoAttack at a radius of the scale's?"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,8 @@ class AutoAttack:
         square_queries: int | None = None,
         images_at_once: int = 200,
     ) -> None:
-        both = {self.name: float(scale.epsilon), f"{self.name}-small": float(scale.small_epsilon)}
-        self.radii = dict(sorted((radii or both).items(), key=lambda item: item[1]))
+        own = {self.name: float(self._radius(scale))}
+        self.radii = dict(sorted((radii or own).items(), key=lambda item: item[1]))
         self.square_queries = square_queries or scale.square_queries
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
         self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
@@ -104,6 +105,9 @@ class AutoAttack:
                 scores.append(share(f"{question}/after-{stage}", alive, len(stages)))
         return scores
 
+    def _radius(self, scale: Scale) -> Fraction:
+        return scale.epsilon
+
     def _images(self, source: Data) -> Split:
         return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
@@ -123,6 +127,15 @@ class AutoAttack:
                     _ATTACKS[stage](victims, run, seed=seed, queries=self.square_queries)
                 except _AllBrokenError:
                     continue
+
+
+class SmallAutoAttack(AutoAttack):
+    """AutoAttack at the scale's small radius, which vanilla models survive in part (T1)."""
+
+    name = "autoattack-small"
+
+    def _radius(self, scale: Scale) -> Fraction:
+        return scale.small_epsilon
 
 
 class _AllBrokenError(Exception):

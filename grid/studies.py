@@ -314,7 +314,7 @@ PGD = tuple(Column(f"PGD-{n}", "pgd", f"pgd-{n}") for n in (5, 10, 50, 100))
 
 AUTOATTACK = Column("AutoAttack 4/255", "autoattack", "autoattack", "AutoAttack")
 AUTOATTACK_SMALL = Column(
-    "AutoAttack 0.001", "autoattack", "autoattack-small", "AutoAttack, small radius"
+    "AutoAttack 0.001", "autoattack-small", "autoattack-small", "AutoAttack, small radius"
 )
 PATCHES = (
     Column("TPA", "tpa", "tpa"),

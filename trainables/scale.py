@@ -202,7 +202,7 @@ DIGITS = Scale(
         ("timm", "adamw"): 2e-3,
     },
     attack_subset=100,
-    autoattack_subset=40,
+    autoattack_subset=30,
     square_queries=500,
     probe_images=50,
     ghost_batch=32,
