@@ -94,10 +94,12 @@ def build_plan(
     tables: Iterable[str] | None = None,
     only: Mapping[str, tuple[str, ...]] | None = None,
     seeds: int = 1,
+    evaluators: Iterable[str] | None = None,
 ) -> Plan:
     """Turn a study into trials at a scale; ValueError teaches what was asked wrongly.
 
-    Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values.
+    Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values;
+    `evaluators` are the only ones asked, of those that the study asks.
     """
     chosen = [_shrunk(table, scale) for table in _choose_tables(study, tables)]
     asked = [
@@ -119,8 +121,15 @@ def build_plan(
             draft.serves[serves] = None
             draft.evaluators |= dict.fromkeys((*study.evaluators, *evaluators))
     count = len(asked) * seeds + _add_teachers(drafts, study)
+    chosen_evaluators = _choose_evaluators(drafts, evaluators)
     trials = [
-        Trial(d.recipe, digest, tuple(d.serves), tuple(d.evaluators), scale.cost(d.recipe))
+        Trial(
+            d.recipe,
+            digest,
+            tuple(d.serves),
+            tuple(name for name in d.evaluators if name in chosen_evaluators),
+            scale.cost(d.recipe),
+        )
         for digest, d in drafts.items()
     ]
     chains = _longest_chains(trials)
@@ -139,6 +148,16 @@ def _add_teachers(drafts: dict[str, _Draft], study: Study) -> int:
             taught.evaluators |= dict.fromkeys(study.evaluators)
             student, teacher = teacher, teacher.teacher
     return len(drafts) - before
+
+
+def _choose_evaluators(drafts: Mapping[str, _Draft], names: Iterable[str] | None) -> set[str]:
+    known = {name for draft in drafts.values() for name in draft.evaluators}
+    chosen = known if names is None else set(names)
+    if unknown := sorted(chosen - known):
+        raise ValueError(
+            f"no trial here asks evaluator {unknown[0]!r}; they ask {', '.join(sorted(known))}"
+        )
+    return chosen
 
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:

@@ -68,7 +68,9 @@ class Recorder(threading.Thread):
         self._events.put(("started", digest, None))
 
     def reported(self, result: Mapping[str, Any]) -> None:
-        """Note what a step of a trial returned."""
+        """Note what a step of a trial returned; RuntimeError when nobody writes it down."""
+        if self.error is not None:
+            raise RuntimeError("the recorder has stopped") from self.error
         self._events.put(("reported", str(result["digest"]), result))
 
     def failed(self, digest: str, reason: str) -> None:

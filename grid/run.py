@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -20,14 +21,16 @@ from trainables.scale import SCALES, Scale, scale_named
 if TYPE_CHECKING:
     from grid.launch import Finished
 
-# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs. Ray
+# listens on every interface, so a token of this run's own keeps others out.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -47,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale = scale_named(options.scale)
         study = load_study(options.study)
         only = _parse_only(options.only)
-        plan = build_plan(study, scale, tables=options.tables, only=only, seeds=options.seeds)
+        plan = build_plan(
+            study,
+            scale,
+            tables=options.tables,
+            only=only,
+            seeds=options.seeds,
+            evaluators=options.evaluators,
+        )
         if options.plan:
             print_plan(study, plan, scale)
             return 0
@@ -133,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         metavar="'AXIS=VALUE ...'",
         help="only trials with these values, e.g. 'family=resnet activation=relu,gelu'",
+    )
+    parser.add_argument(
+        "--evaluators", nargs="+", metavar="E", help="ask only these, e.g. clean pgd"
     )
     parser.add_argument(
         "--seeds", type=_positive, default=1, metavar="N", help="train each recipe N times"

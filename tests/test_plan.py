@@ -178,6 +178,13 @@ def test_only_keeps_the_trials_with_the_values():
         build_plan(paper(), DIGITS, only={"activation": ("tanh",)})
 
 
+def test_only_the_evaluators_asked_for_are_asked():
+    plan = build_plan(paper(), DIGITS, tables=["T1"], evaluators=["clean"])
+    assert {trial.evaluators for trial in plan} == {("clean",)}
+    with pytest.raises(ValueError, match="no trial here asks evaluator 'stylized'; they ask auto"):
+        build_plan(paper(), DIGITS, tables=["T1"], evaluators=["stylized"])
+
+
 def test_every_published_figure_belongs_to_a_cell_of_its_table():
     cells = {
         (t.name, row.label, column.label)
