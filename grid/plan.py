@@ -114,12 +114,12 @@ def build_plan(
     if only:
         asked = _keep_only(asked, only, study.name)
     drafts: dict[str, _Draft] = {}
-    for recipe, serves, evaluators in asked:
+    for recipe, serves, columns in asked:
         for seed in range(seeds):
             seeded = recipe.with_seed(seed) if seed else recipe
             draft = drafts.setdefault(seeded.digest(), _Draft(seeded))
             draft.serves[serves] = None
-            draft.evaluators |= dict.fromkeys((*study.evaluators, *evaluators))
+            draft.evaluators |= dict.fromkeys((*study.evaluators, *columns))
     count = len(asked) * seeds + _add_teachers(drafts, study)
     chosen_evaluators = _choose_evaluators(drafts, evaluators)
     trials = [
