@@ -103,13 +103,13 @@ def test_a_students_teacher_shrinks_and_is_seeded_with_it():
     plan = build_plan(paper(), DIGITS, tables=["T9"], seeds=2)
     for student in (trial.recipe for trial in plan if trial.recipe.teacher):
         assert student.teacher.scale == "digits"
-        assert student.teacher.epochs == 12
+        assert student.teacher.epochs == 10
         assert student.teacher.seed == student.seed
 
 
 def test_digits_shrink_by_the_stated_rule():
     shrunk = DIGITS.shrink(deit(epochs=300))
-    assert (shrunk.epochs, shrunk.warmup_epochs, shrunk.batch_size) == (36, 0.6, 32)
+    assert (shrunk.epochs, shrunk.warmup_epochs, shrunk.batch_size) == (30, 0.5, 32)
     assert (shrunk.randaug_magnitude, shrunk.mix_probability) == (2, 0.25)
     attacked = DIGITS.shrink(adversarial_resnet50())
     assert attacked.adversary.epsilon == pytest.approx(16 / 255)
@@ -170,7 +170,7 @@ def test_unknown_axes_and_values_teach(axis, value, message):
 
 
 def test_only_keeps_the_trials_with_the_values():
-    plan = build_plan(paper(), DIGITS, only={"family": ("deit",), "epochs": ("12",)})
+    plan = build_plan(paper(), DIGITS, only={"family": ("deit",), "epochs": ("10",)})
     assert {trial.recipe.family for trial in plan if "teacher of" not in trial.serves[0]} == {
         "deit"
     }

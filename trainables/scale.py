@@ -188,7 +188,7 @@ DIGITS = Scale(
     # At width 64 timm's 0.02 starts every token nearly alike: 20 epochs reached 60 % with it.
     init_std=0.1,
     position_std=1.0,
-    epochs_factor=Fraction(12, 100),
+    epochs_factor=Fraction(1, 10),
     strength_divisor=4,
     batch_size={"resnet": 64, "deit": 32, "hybrid": 32, "timm": 64},
     learning_rate={
@@ -201,7 +201,7 @@ DIGITS = Scale(
         ("timm", "sgd"): 0.1,
         ("timm", "adamw"): 2e-3,
     },
-    attack_subset=100,
+    attack_subset=64,
     autoattack_subset=30,
     square_queries=500,
     probe_images=50,
