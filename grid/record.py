@@ -20,7 +20,7 @@ from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS = 10.0
 JUDGED_OUTCOMES = ("finished",)
 
 
