@@ -17,10 +17,10 @@ from trainables.data import load_data, to_unit
 from trainables.models import Classifier
 from trainables.scale import DIGITS
 
-EPSILON = 18 / 255
+EPSILON = 20 / 255
 QUERIES = 60
 IMAGES = 100
-FEW = 40
+FEW = 20
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_batchnorm_is_folded_only_where_the_logits_stay(classifier, batch):
 def test_a_model_without_gradients_is_not_broken_by_nan(batch, classifier, caplog):
     caplog.set_level(logging.ERROR)
     quantised = Classifier(_Quantised(classifier), (0.0,) * 3, (1.0,) * 3).eval()
-    few = Batch(batch.images[:8], batch.labels[:8], batch.ids[:8])
+    few = Batch(batch.images[:3], batch.labels[:3], batch.ids[:3])
     _, ledger = judged(quantised, few)
     with torch.no_grad():
         right = (quantised(few.images).argmax(1) == few.labels).tolist()
