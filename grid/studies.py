@@ -316,6 +316,10 @@ AUTOATTACK = Column("AutoAttack 4/255", "autoattack", "autoattack", "AutoAttack"
 AUTOATTACK_SMALL = Column(
     "AutoAttack 0.001", "autoattack-small", "autoattack-small", "AutoAttack, small radius"
 )
+AUTOATTACK_STAGES = tuple(
+    Column(f"after {stage.upper()}", "autoattack", f"autoattack/after-{stage}")
+    for stage in ("apgd-ce", "apgd-t", "fab-t")
+)
 PATCHES = (
     Column("TPA", "tpa", "tpa"),
     Column("TPA, 1 patch", "tpa", "tpa/patches-1"),
@@ -361,7 +365,7 @@ def _paper_tables() -> tuple[Table, ...]:
                     _with_augmentation(adversarial_resnet50(), STRONG),
                 ),
             ),
-            (CLEAN, *PGD, AUTOATTACK),
+            (CLEAN, *PGD, *AUTOATTACK_STAGES, AUTOATTACK),
         ),
         Table("T3", "Patch attacks on vanilla models", pair, (CLEAN, *PATCHES)),
         Table(
