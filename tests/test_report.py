@@ -51,17 +51,18 @@ def test_a_cell_has_our_value_and_interval_beside_the_published_one():
 
 def test_cells_without_a_value_say_why():
     def runs(plan):
-        first, second, _ = row_digests(plan)
+        first, second, third = row_digests(plan)
         return [
             trial_run(first, "collapsed", "PGD-10 accuracy was at chance"),
             trial_run(second, "failed", "RuntimeError: no"),
+            trial_run(third, "blocked", "blocked by deit_small"),
         ]
 
     states = [row.cells[0].text() for row in fill(runs).rows]
     assert states == [
         "collapsed: PGD-10 accuracy was at chance",
         "failed: RuntimeError: no",
-        "not run yet",
+        "blocked by deit_small",
     ]
 
 

@@ -115,4 +115,6 @@ def _state(run: TrialRun | None) -> str:
         return f"collapsed: {run.reason}"
     if run.outcome == "failed":
         return f"failed: {run.reason}"
+    if run.outcome == "blocked":
+        return run.reason
     return "training" if run.outcome == "training" else "not judged yet"
