@@ -10,17 +10,18 @@ from trainables.scale import Scale
 if TYPE_CHECKING:
     from evaluators.base import Evaluator
 
-# Where each evaluator is; it is imported when it is asked for, so that `--help` stays quick.
+# Where each evaluator is, the cheapest first; it is imported when it is asked for, so that
+# `--help` stays quick.
 EVALUATORS: dict[str, str] = {
     "clean": "evaluators.clean:Clean",
-    "pgd": "evaluators.pgd:PGD",
-    "autoattack": "evaluators.autoattack:AutoAttack",
-    "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
-    "health": "evaluators.health:Health",
-    "tpa": "evaluators.texture_patch:TexturePatchAttack",
     "natural": "evaluators.natural:Natural",
-    "corruptions": "evaluators.corruptions:Corruptions",
     "stylized": "evaluators.stylized:Stylized",
+    "health": "evaluators.health:Health",
+    "corruptions": "evaluators.corruptions:Corruptions",
+    "pgd": "evaluators.pgd:PGD",
+    "tpa": "evaluators.texture_patch:TexturePatchAttack",
+    "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
+    "autoattack": "evaluators.autoattack:AutoAttack",
 }
 
 

@@ -15,13 +15,13 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor
 
-from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, Score, shards_of, share, split_batches, survival_scores, verdicts
 from evaluators.pgd import SUBSET_SEED
 from trainables.adversary import attacked
-from trainables.data import Data, Split
+from trainables.data import WHOLE, Data, Shard, Split
+from trainables.folding import folded
 from trainables.models import Classifier
 from trainables.scale import Scale
 
@@ -32,7 +32,6 @@ DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth
 ITERATIONS = 100
 GATHERED_BATCHES = 4
 BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
-FOLDING_TOLERANCE = 1e-4
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +58,7 @@ class AutoAttack:
         self.radii = dict(sorted((radii or own).items(), key=lambda item: item[1]))
         self.square_queries = square_queries or scale.square_queries
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
+        self.shard_images = scale.shard_images
         self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
         self.stages = tuple(s for s in STAGES if s != "apgd-t" or scale.num_classes >= DLR_CLASSES)
         self.images_at_once = images_at_once
@@ -74,8 +74,12 @@ class AutoAttack:
             "square_queries": self.square_queries,
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size * GATHERED_BATCHES)
+    def shards(self, source: Data) -> int:
+        return shards_of(self._images(source), self.shard_images)
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        gathered = batch_size * GATHERED_BATCHES
+        return split_batches(self._images(source), batch_size=gathered, shard=shard)
 
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
@@ -170,7 +174,7 @@ class _Victims:
         self.low = (self.images_BCHW - epsilon).clamp_(min=0)
         self.high = (self.images_BCHW + epsilon).clamp_(max=1)
         logits_BK = _logits(classifier, self.images_BCHW, images_at_once)
-        self.fast = _folded(classifier, self.images_BCHW[:images_at_once])
+        self.fast = folded(classifier, self.images_BCHW[:images_at_once]) or classifier
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
         self.broken_B = self.predicted_B != batch.labels
@@ -325,13 +329,3 @@ _ATTACKS = {"apgd-ce": _apgd_ce, "apgd-t": _apgd_t, "fab-t": _fab_t, "square": _
 @torch.no_grad()
 def _logits(classifier: Classifier, images_BCHW: Tensor, images_at_once: int) -> Tensor:
     return torch.cat([classifier(part) for part in torch.split(images_BCHW, images_at_once)])
-
-
-@torch.no_grad()
-def _folded(classifier: Classifier, images_BCHW: Tensor) -> nn.Module:
-    """Return the classifier with BatchNorm folded into its convolutions, where that is the same."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in classifier.modules()):
-        return classifier
-    folded: nn.Module = fuse(classifier).to(memory_format=torch.channels_last)
-    difference = (folded(images_BCHW) - classifier(images_BCHW)).abs().max()
-    return folded if difference <= FOLDING_TOLERANCE else classifier

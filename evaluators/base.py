@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from trainables.data import Data, Split, to_unit
+from trainables.data import WHOLE, Data, Shard, Split, to_unit
 
 if TYPE_CHECKING:
     from trainables.models import Classifier
@@ -80,7 +81,8 @@ class Evaluator(Protocol):
     """A question asked of a classifier.
 
     `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
-    `judge` never aggregates; `summarize` never sees a model.
+    `shards` is in how many parts the images are judged, each kept when it is done; `batches` are
+    those of one part. `judge` never aggregates; `summarize` never sees a model.
     """
 
     @property
@@ -88,7 +90,11 @@ class Evaluator(Protocol):
 
     def identity(self, source: Data) -> dict[str, Any]: ...
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]: ...
+    def shards(self, source: Data) -> int: ...
+
+    def batches(
+        self, source: Data, *, batch_size: int, shard: Shard = WHOLE
+    ) -> Iterable[Batch]: ...
 
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
@@ -103,10 +109,16 @@ def cell_digest(evaluator: Evaluator, source: Data) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def split_batches(split: Split, *, batch_size: int) -> Iterator[Batch]:
-    """Yield a split's images in order, as float32 in [0, 1]."""
-    for first in range(0, len(split), batch_size):
-        part = slice(first, first + batch_size)
+def shards_of(split: Split, per_shard: int) -> int:
+    """Return the number of shards of at most `per_shard` images."""
+    return max(1, math.ceil(len(split) / per_shard))
+
+
+def split_batches(split: Split, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+    """Yield a split's images, or a shard of them, in order, as float32 in [0, 1]."""
+    places = shard.of(len(split))
+    for first in places[::batch_size]:
+        part = slice(first, min(first + batch_size, places.stop))
         yield Batch(to_unit(split.images[part]), split.labels[part], split.ids[part])
 
 
@@ -117,6 +129,7 @@ def evaluate(
     *,
     device: torch.device,
     batch_size: int = 200,
+    shard: Shard = WHOLE,
 ) -> pa.Table:
     """Ask an evaluator's question of a classifier; return the ledger, sorted as it was asked.
 
@@ -124,7 +137,7 @@ def evaluate(
     """
     classifier.to(device).eval()
     parts: list[pa.Table] = []
-    for batch in evaluator.batches(source, batch_size=batch_size):
+    for batch in evaluator.batches(source, batch_size=batch_size, shard=shard):
         parts += _judge_in_memory(evaluator, classifier, batch, device)
     return pa.concat_tables(parts)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
-from trainables.data import Data
+from trainables.data import WHOLE, Data, Shard
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -27,8 +27,11 @@ class Clean:
     def identity(self, source: Data) -> dict[str, Any]:
         return {"images": source.held_out.ids_hash()}
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
-        return split_batches(source.held_out, batch_size=batch_size)
+    def shards(self, source: Data) -> int:
+        return 1
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        return split_batches(source.held_out, batch_size=batch_size, shard=shard)
 
     @torch.inference_mode()
     def judge(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from evaluators.base import Batch, Score, share, split_batches, verdicts
 from evaluators.corruption_kinds import GROUPS, KINDS, SEVERITIES, corrupt
-from trainables.data import Data, Split, to_unit
+from trainables.data import WHOLE, Data, Shard, Split, to_unit
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
 
 EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 1  # raise it when generated images change: it is part of a cell's identity
 KEPT_BYTES = 2**28
@@ -76,11 +79,20 @@ class Corruptions:
         images = self._folder(root / kinds[0] / "1", source).ids_hash()
         return {"data": "ImageNet-C", "images": images, "kinds": kinds, "resize": self.resize}
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+    def shards(self, source: Data) -> int:
         root = source.stored("imagenet-c")
-        splits = _generated(source) if root is None else self._stored(root, source, batch_size)
-        for question, split in splits:
-            for batch in split_batches(split, batch_size=batch_size):
+        if root is None:
+            return 1
+        stored = self._folder(root / stored_kinds(root)[0] / "1", source)
+        return math.ceil(len(stored.files()) / SHARD_IMAGES)
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        root = source.stored("imagenet-c")
+        if root is not None:
+            yield from self._stored(root, source, batch_size, shard)
+            return
+        for question, split in _generated(source):
+            for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 yield replace(batch, question=question)
 
     @torch.inference_mode()
@@ -102,12 +114,12 @@ class Corruptions:
             scores.append(Score(name, value, float(low), float(high), n))
         return scores
 
-    def _stored(self, root: Path, source: Data, batch_size: int) -> Iterator[tuple[str, Split]]:
-        for kind in stored_kinds(root):
-            for severity in SEVERITIES:
-                folder = self._folder(root / kind / str(severity), source)
-                for split in folder.splits(batch_size=batch_size):
-                    yield f"{kind}-{severity}", split
+    def _stored(self, root: Path, source: Data, batch_size: int, shard: Shard) -> Iterator[Batch]:
+        for kind, severity in product(stored_kinds(root), SEVERITIES):
+            folder = self._folder(root / kind / str(severity), source)
+            for split in folder.splits(batch_size=batch_size, shard=shard):
+                for batch in split_batches(split, batch_size=batch_size):
+                    yield replace(batch, question=f"{kind}-{severity}")
 
     def _folder(self, root: Path, source: Data) -> ImageFolderByClass:
         return ImageFolderByClass(

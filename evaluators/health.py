@@ -16,7 +16,7 @@ from evaluators.autoattack import CLEAN
 from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
 from evaluators.pgd import STEPS, SUBSET_SEED
 from trainables.adversary import attacked, pgd_iterates, random_start
-from trainables.data import Data, Split
+from trainables.data import WHOLE, Data, Shard, Split
 from trainables.models import Classifier
 from trainables.scale import Scale
 
@@ -46,8 +46,11 @@ class Health:
             "steps": HUGE_STEPS,
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size)
+    def shards(self, source: Data) -> int:
+        return 1
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator

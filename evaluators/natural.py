@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
-from trainables.data import Data, Split
+from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
 
@@ -47,16 +47,19 @@ class Natural:
             "images": hardest(source).ids_hash(),
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+    def shards(self, source: Data) -> int:
+        return 1
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root = source.stored("imagenet-a")
         if root is None:
-            yield from split_batches(hardest(source), batch_size=batch_size)
+            yield from split_batches(hardest(source), batch_size=batch_size, shard=shard)
             return
         folder = self._folder(root, source)
         present = folder.labels_present()
         if source.name == "imagenet" and len(present) != IMAGENET_A_CLASSES:
             raise ValueError(f"ImageNet-A has {IMAGENET_A_CLASSES} classes; {root}: {len(present)}")
-        for split in folder.splits(batch_size=batch_size):
+        for split in folder.splits(batch_size=batch_size, shard=shard):
             for batch in split_batches(split, batch_size=batch_size):
                 yield replace(batch, candidates=present)
 

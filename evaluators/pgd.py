@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, Score, shards_of, split_batches, survival_scores, verdicts
 from trainables.adversary import attacked, pgd_iterates, random_start
-from trainables.data import Data, Split
+from trainables.data import WHOLE, Data, Shard, Split
+from trainables.folding import folded
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class PGD:
     def __init__(self, scale: Scale) -> None:
         self.epsilon = float(scale.epsilon)
         self.subset_size = scale.attack_subset
+        self.shard_images = scale.shard_images
 
     def identity(self, source: Data) -> dict[str, Any]:
         return {
@@ -40,8 +42,11 @@ class PGD:
             "steps": STEPS,
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size)
+    def shards(self, source: Data) -> int:
+        return shards_of(self._images(source), self.shard_images)
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
@@ -50,7 +55,7 @@ class PGD:
         rows = []
         with attacked(classifier):
             iterates = pgd_iterates(
-                classifier,
+                folded(classifier, batch.images) or classifier,
                 batch.images,
                 batch.labels,
                 epsilon=self.epsilon,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
-from trainables.data import Data, to_unit
+from trainables.data import WHOLE, Data, Shard, to_unit
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
 
@@ -51,10 +51,13 @@ class Stylized:
             "texture": "Fourier amplitude",
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
+    def shards(self, source: Data) -> int:
+        return 1
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root = source.stored("imagenet-stylized")
         if root is None:
-            yield from _cue_conflicts(source, batch_size)
+            yield from _cue_conflicts(source, batch_size, shard)
             return
         for question, resize in (
             ("stylized", None),
@@ -64,7 +67,7 @@ class Stylized:
             count = len(folder.files())
             if source.name == "imagenet" and count != IMAGENET_IMAGES:
                 raise ValueError(f"{root} holds {count} images instead of {IMAGENET_IMAGES}")
-            for split in folder.splits(batch_size=batch_size):
+            for split in folder.splits(batch_size=batch_size, shard=shard):
                 for batch in split_batches(split, batch_size=batch_size):
                     yield replace(batch, question=question)
 
@@ -94,12 +97,13 @@ class Stylized:
         )
 
 
-def _cue_conflicts(source: Data, batch_size: int) -> Iterable[Batch]:
+def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batch]:
     held_out = source.held_out
     partners = texture_partners(held_out.ids, held_out.labels)
     textures = held_out.at(partners)
-    for first in range(0, len(held_out), batch_size):
-        part = slice(first, first + batch_size)
+    places = shard.of(len(held_out))
+    for first in places[::batch_size]:
+        part = slice(first, min(first + batch_size, places.stop))
         yield Batch(
             mix_cues(to_unit(held_out.images[part]), to_unit(textures.images[part])),
             held_out.labels[part],

@@ -21,13 +21,14 @@ from evaluators.base import (
     CONFIDENCE,
     Batch,
     Score,
+    shards_of,
     share,
     split_batches,
     survival_scores,
     verdicts,
 )
 from evaluators.textures import TextureDictionary, dictionary_for, own_identity
-from trainables.data import Data, Split, load_data
+from trainables.data import WHOLE, Data, Shard, Split, load_data
 from trainables.scale import PatchBudget, Scale
 
 if TYPE_CHECKING:
@@ -402,6 +403,7 @@ class TexturePatchAttack:
             raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
         self.targeted, self.rule, self.seed = targeted, rule, seed
         self.forward_batch = forward_batch
+        self.shard_images = scale.shard_images
         self._dictionary = dictionary
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -415,8 +417,11 @@ class TexturePatchAttack:
             "dictionary": given.digest if given else own_identity(self.scale, source),
         }
 
-    def batches(self, source: Data, *, batch_size: int) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size)
+    def shards(self, source: Data) -> int:
+        return shards_of(self._images(source), self.shard_images)
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator

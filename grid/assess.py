@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+import itertools
+import statistics
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
-from evaluators.base import Score
+from evaluators.shards import ShardStore, from_parquet, to_parquet
+from trainables.data import Shard
+from trainables.scale import Scale
+
+EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
 
 @dataclass(frozen=True)
@@ -25,61 +34,121 @@ class Cell:
 
 @dataclass(frozen=True)
 class Judged:
-    """A cell's ledger and scores, or why there are none."""
+    """A cell's ledger as Parquet, or why there is none; `settle` it once it is kept."""
 
     cell: Cell
     ledger: bytes = b""
-    scores: tuple[Score, ...] = ()
-    seconds: float = 0.0
     error: str = ""
 
 
 class EvaluatorPool:
-    """Long-lived actors, one cell at a time each.
+    """Long-lived actors, one shard of a cell at a time each, the cheapest evaluators first.
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
-    waits for the other. An actor that dies is restarted and its cell is asked again.
+    waits for the other. An actor that dies is restarted and its shard is asked again. Shards that
+    are done lie in `folder` until their cell is: a run that was stopped goes on behind them.
     """
 
-    def __init__(self, size: int, tracking_uri: str, *, threads: int, gpus: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        tracking_uri: str,
+        scale: Scale,
+        folder: Path,
+        *,
+        threads: int,
+        gpus: float,
+    ) -> None:
         actor = ray.remote(EvaluatorActor)
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
         device = "cuda" if gpus else "cpu"
         self._idle = [
-            actor.options(**options).remote(tracking_uri, threads=threads, device=device)
+            actor.options(**options).remote(tracking_uri, scale, threads=threads, device=device)
             for _ in range(size)
         ]
-        self._waiting: deque[Cell] = deque()
-        self._asked: dict[Any, tuple[Cell, Any]] = {}
+        self._size, self._folder = size, folder
+        self._order = itertools.count()
+        self._waiting: list[tuple[int, int, Cell, Shard]] = []
+        self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
+        self._whole: list[Cell] = []
+        self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._asked)
+        return len(self._unfinished)
 
-    def submit(self, cell: Cell) -> None:
-        """Ask for a cell; it waits its turn."""
-        self._waiting.append(cell)
+    def submit(self, cell: Cell, shards: int) -> None:
+        """Ask for the shards of a cell that are not done yet; they wait their turn."""
+        store = ShardStore(self._folder / f"{cell.trial}-{cell.question}", shards)
+        missing = store.missing()
+        self._unfinished[cell] = (store, set(missing))
+        for shard in missing:
+            entry = (EXPENSE[cell.evaluator], next(self._order), cell, shard)
+            heapq.heappush(self._waiting, entry)
+        if not missing:
+            self._whole.append(cell)
         self._hand_out()
 
     def poll(self, timeout: float) -> list[Judged]:
-        """Return the cells judged by now, waiting up to `timeout` seconds for the first."""
-        if not self._asked:
-            return []
-        ready, _ = ray.wait(list(self._asked), timeout=timeout)
-        judged = [self._collect(reference) for reference in ready]
-        self._hand_out()
-        return judged
+        """Return the cells judged by now, waiting up to `timeout` seconds for a shard."""
+        failed = []
+        if self._asked:
+            ready, _ = ray.wait(list(self._asked), timeout=0 if self._whole else timeout)
+            failed = [judged for reference in ready if (judged := self._collect(reference))]
+            self._hand_out()
+        whole, self._whole = self._whole, []
+        return failed + [self._merge(cell) for cell in whole]
 
-    def _collect(self, reference: Any) -> Judged:
-        cell, actor = self._asked.pop(reference)
+    def settle(self, cell: Cell) -> None:
+        """Forget a judged cell, now that its ledger is kept elsewhere."""
+        store, _ = self._unfinished.pop(cell)
+        store.clear()
+
+    def seconds_left(self, coming: Counter[str]) -> float | None:
+        """Estimate the time for all shards asked for, and for those `coming`, by evaluator.
+
+        None until a shard of each evaluator has been timed.
+        """
+        shards = coming + Counter(cell.evaluator for _, _, cell, _ in self._waiting)
+        shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
+        if any(name not in self._seconds for name in shards):
+            return None
+        each = {name: statistics.fmean(self._seconds[name]) for name in shards}
+        return sum(count * each[name] for name, count in shards.items()) / self._size
+
+    def _collect(self, reference: Any) -> Judged | None:
+        """Keep a shard; return its cell where that has failed."""
+        cell, shard, actor = self._asked.pop(reference)
         self._idle.append(actor)
+        if cell not in self._unfinished:
+            return None
         try:
-            ledger, scores, seconds = ray.get(reference)
+            content = ray.get(reference)
         except RayError as error:
+            self._drop(cell)
             cause = getattr(error, "cause", None) or error
             return Judged(cell, error=f"{type(cause).__name__}: {cause}".splitlines()[0])
-        return Judged(cell, ledger, tuple(scores), seconds)
+        self._seconds[cell.evaluator].append(from_parquet(content)[1])
+        store, missing = self._unfinished[cell]
+        store.add(shard, content)
+        missing.discard(shard)
+        if not missing:
+            self._whole.append(cell)
+        return None
+
+    def _merge(self, cell: Cell) -> Judged:
+        store, _ = self._unfinished[cell]
+        ledger, seconds = store.merged()
+        return Judged(cell, to_parquet(ledger, seconds=seconds))
+
+    def _drop(self, cell: Cell) -> None:
+        del self._unfinished[cell]
+        self._waiting = [entry for entry in self._waiting if entry[2] != cell]
+        heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
-            cell, actor = self._waiting.popleft(), self._idle.pop()
-            self._asked[actor.judge.remote(cell.artifact_uri, cell.evaluator)] = (cell, actor)
+            _, _, cell, shard = heapq.heappop(self._waiting)
+            actor = self._idle.pop()
+            reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
+            self._asked[reference] = (cell, shard, actor)

@@ -33,6 +33,7 @@ from trainables.trial import RecipeTrial
 
 MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
+SHARDS_FOLDER = "shards"
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -113,7 +114,14 @@ def run_study(
         try:
             lanes = _start_ray(placement)
             uri = tracking_uri(results, mlflow)
-            pool = EvaluatorPool(lanes, uri, threads=placement.cpus, gpus=placement.gpus / 4)
+            pool = EvaluatorPool(
+                lanes,
+                uri,
+                scale,
+                results / SHARDS_FOLDER,
+                threads=placement.cpus,
+                gpus=placement.gpus / 4,
+            )
             tracker = open_tracker(results, mlflow, scale)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(

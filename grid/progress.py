@@ -25,24 +25,26 @@ class Progress:
     running: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
-    def line(self) -> str:
-        """Say where the run stands, in one line."""
+    def line(self, judging: float | None) -> str:
+        """Say where the run stands, in one line.
+
+        judging: the seconds that the cells asked for by now will take, None where unknown.
+        """
         waiting = self.trials - self.trials_done - len(self.running)
         now = "; ".join(self.running.values())
         return (
             f"trials {self.trials_done} done, {len(self.running)} running, {waiting} waiting | "
             f"epochs {self.epochs_done}/{self.epochs} | cells {self.cells_done}/{self.cells} | "
-            f"{self.time_left()}" + (f" | {now}" if now else "")
+            f"{self.time_left(judging)}" + (f" | {now}" if now else "")
         )
 
-    def time_left(self) -> str:
-        """Estimate the time left from the cost done so far; cells count as the rest."""
-        share = 0.9 * self.cost_done / self.cost_total if self.cost_total else 0.9
-        share += 0.1 * self.cells_done / self.cells if self.cells else 0.1
-        if share < 0.02:
+    def time_left(self, judging: float | None) -> str:
+        """Estimate the time left: to train, from the cost done so far, or to judge if longer."""
+        share = self.cost_done / self.cost_total if self.cost_total else 1.0
+        if share < 0.02 or (share >= 1 and judging is None):
             return "time left unknown yet"
-        left = (time.monotonic() - self.started) * (1 - min(share, 1.0)) / share
-        return f"about {format_seconds(left)} left"
+        training = (time.monotonic() - self.started) * (1 - min(share, 1.0)) / share
+        return f"about {format_seconds(max(training, judging or 0.0))} left"
 
 
 class ProgressLine:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluators import evaluator_named
 from evaluators.base import cell_digest
+from evaluators.shards import from_parquet
 from grid.assess import Cell, EvaluatorPool, Judged
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
@@ -51,13 +53,22 @@ class Recorder(threading.Thread):
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         names = {name for trial in plan for name in trial.evaluators}
-        self._questions = {n: cell_digest(evaluator_named(n, scale), data) for n in sorted(names)}
+        self._evaluators = {name: evaluator_named(name, scale) for name in names}
+        self._questions = {n: cell_digest(e, data) for n, e in self._evaluators.items()}
+        self._shards = {n: e.shards(data) for n, e in self._evaluators.items()}
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
         self._training_over = threading.Event()
         self._abandon = threading.Event()
         self.progress = self._initial_progress()
+        self._coming = Counter(
+            name
+            for digest in self._trials
+            if self._outcome(digest) != "collapsed"
+            for name in self._missing(digest)
+            for _ in range(self._shards[name])
+        )
 
     def trials_to_train(self) -> list[Trial]:
         """Return the trials that have no weights yet, in the plan's order."""
@@ -101,7 +112,7 @@ class Recorder(threading.Thread):
                     self._record(judged)
                 if len(self._pool) == 0:
                     time.sleep(POLL_SECONDS)
-                self._line.show(self.progress.line())
+                self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
             self._handle_events()
             self._flush()
         except BaseException as error:
@@ -178,12 +189,15 @@ class Recorder(threading.Thread):
         self._tracker.end_trial(self._runs[digest], outcome="failed", reason=reason)
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
+        missing = self._missing(run.digest)
+        self._coming -= Counter({name: self._shards[name] for name in missing})
         if run.outcome not in JUDGED_OUTCOMES:
-            self.progress.cells -= len(self._missing(run.digest))
+            self.progress.cells -= len(missing)
             return
-        for evaluator in self._missing(run.digest):
+        for evaluator in missing:
             question = self._questions[evaluator]
-            self._pool.submit(Cell(run.digest, run.artifact_uri, evaluator, question))
+            cell = Cell(run.digest, run.artifact_uri, evaluator, question)
+            self._pool.submit(cell, self._shards[evaluator])
 
     def _record(self, judged: Judged) -> None:
         cell = judged.cell
@@ -191,14 +205,16 @@ class Recorder(threading.Thread):
             failure = f"{cell.evaluator} of {self._described(cell.trial)}: {judged.error}"
             self.failures.append(failure)
             return
+        ledger, seconds = from_parquet(judged.ledger)
+        scores = self._evaluators[cell.evaluator].summarize(ledger)
         self._tracker.record_cell(
             self._runs[cell.trial],
             evaluator=cell.evaluator,
             cell=cell.question,
             ledger=judged.ledger,
-            metrics=scores_as_metrics(judged.scores)
-            | {f"{cell.evaluator}/seconds": judged.seconds},
+            metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
         )
+        self._pool.settle(cell)
         self.progress.cells_done += 1
 
     def _flush(self) -> None:

@@ -9,7 +9,7 @@ import torchattacks
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch import nn
 
-from evaluators.autoattack import STAGES, AutoAttack, _folded, _Victims
+from evaluators.autoattack import STAGES, AutoAttack, _Victims
 from evaluators.base import Batch
 from tests.tiny import trained_classifier
 from trainables.adversary import attacked, pgd_iterates, random_start
@@ -163,14 +163,6 @@ def test_fewer_classes_have_fewer_targets_and_say_so():
     few = AutoAttack(dataclasses.replace(DIGITS, num_classes=3)).identity(data)
     assert few["targets"] == 2
     assert "apgd-t" not in few["stages"]
-
-
-def test_batchnorm_is_folded_only_where_the_logits_stay(classifier, batch):
-    with attacked(classifier):
-        folded = _folded(classifier, batch.images)
-        assert folded is not classifier
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        assert torch.equal(folded(batch.images).argmax(1), classifier(batch.images).argmax(1))
 
 
 def test_a_model_without_gradients_is_not_broken_by_nan(batch, classifier, caplog):

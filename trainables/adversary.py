@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainables.folding import FoldedClassifier
 from trainables.recipe import Adversary, Recipe
 
 
@@ -77,10 +78,12 @@ def training_attack(
     *,
     epoch: int,
     step: int,
+    twin: FoldedClassifier | None = None,
 ) -> Tensor:
     """Attack a training batch by the recipe's adversary, on its labels_B or soft targets_BK.
 
-    The model is in eval mode meanwhile. as-published: gradients in half precision.
+    The model is in eval mode meanwhile; its folded `twin` is asked in its place where there is
+    one. as-published: gradients in half precision.
     """
     adversary = recipe.adversary
     assert adversary is not None
@@ -90,8 +93,10 @@ def training_attack(
     half = torch.float16 if images_BCHW.is_cuda else torch.bfloat16
     as_published = recipe.protocol == "as-published"
     with attacked(classifier), torch.autocast(images_BCHW.device.type, half, as_published):
+        if twin is not None:
+            twin.refresh()
         iterates = pgd_iterates(
-            classifier,
+            classifier if twin is None else twin,
             images_BCHW,
             targets,
             epsilon=adversary.epsilon,

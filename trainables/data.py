@@ -49,6 +49,22 @@ class Split:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of a list of images, of sizes that differ by one at most."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, total: int) -> range:
+        """Return the places of this part in a list of `total` images."""
+        first, end = (total * i // self.count for i in (self.index, self.index + 1))
+        return range(first, end)
+
+
+WHOLE = Shard()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
     """A data set: what is trained on, what is held out, and the classes by label.

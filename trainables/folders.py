@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data import Split
+from trainables.data import WHOLE, Shard, Split
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 logger = logging.getLogger(__name__)
@@ -70,9 +70,10 @@ class ImageFolderByClass:
         ids = "\n".join(_id(path) for path, _ in self.files())
         return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
-    def splits(self, *, batch_size: int) -> Iterator[Split]:
-        """Yield the images, decoded, `batch_size` files at a time."""
+    def splits(self, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Split]:
+        """Yield the images, or a shard of them, decoded, `batch_size` files at a time."""
         files = self.files()
+        files = [files[place] for place in shard.of(len(files))]
         for first in range(0, len(files), batch_size):
             part = files[first : first + batch_size]
             read = [(self._read(path), label, _id(path)) for path, label in part]

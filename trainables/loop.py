@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trainables.adversary import attacked, pgd_iterates, training_attack
 from trainables.augment import augmented_epoch, epoch_order, mix
 from trainables.data import Data, Split, to_unit
+from trainables.folding import FoldedClassifier, folded
 from trainables.models import Classifier, use_set
 from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe
@@ -49,6 +50,7 @@ class _Training:
     optimizer: Optimizer
     data: Data
     device: torch.device
+    twin: FoldedClassifier | None
 
 
 def train(
@@ -77,7 +79,10 @@ def train(
         history = list(start["history"])
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-    training = _Training(recipe, classifier, teacher, optimizer, data, device)
+    twin = None
+    if recipe.adversary:
+        twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
+    training = _Training(recipe, classifier, teacher, optimizer, data, device, twin)
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
         report = _report(training, history)
@@ -165,7 +170,9 @@ def _batch_loss(
         step=forward,
     )
     if recipe.adversary:
-        inputs = training_attack(recipe, classifier, inputs, targets, epoch=epoch, step=forward)
+        inputs = training_attack(
+            recipe, classifier, inputs, targets, epoch=epoch, step=forward, twin=training.twin
+        )
     logits_BK = classifier(inputs)
     loss = training_loss(recipe, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:

@@ -235,6 +235,9 @@ def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
     )
     if scale.stem == "small":
         _rescale_init(network, scale)
+        for block in network.blocks:
+            # With a few tokens the fused kernel costs more than the attention it computes.
+            block.attn.fused_attn = False
     return cast(nn.Module, network)
 
 

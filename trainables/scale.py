@@ -44,7 +44,8 @@ class Scale:
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
     probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
     few for the study's total batches, `batch_size` and `learning_rate` state the scale's own by
-    family and optimizer, and ghost batches shrink with them.
+    family and optimizer, and ghost batches shrink with them. Attacks are judged `shard_images`
+    at a time, the most that a killed run loses.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Scale:
     patch: PatchBudget = PatchBudget()
     autoattack_subset: int = 5000
     square_queries: int = 5000
+    shard_images: int = 500
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 

@@ -1,0 +1,70 @@
+"""The shards of a cell that are judged already: a file each, whole or absent."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainables.checkpoint import write_atomically
+from trainables.data import Shard
+
+SECONDS = b"seconds"
+
+
+def to_parquet(ledger: pa.Table, *, seconds: float) -> bytes:
+    """Return a ledger as a Parquet file that also says how long its verdicts took."""
+    buffer = io.BytesIO()
+    marked = ledger.replace_schema_metadata({SECONDS: repr(seconds)})
+    pq.write_table(marked, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def from_parquet(content: bytes) -> tuple[pa.Table, float]:
+    """Read what `to_parquet` wrote; ArrowException or OSError where it is damaged."""
+    ledger = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    seconds = float(ledger.schema.metadata[SECONDS])
+    return ledger.replace_schema_metadata(None), seconds
+
+
+class ShardStore:
+    """Keep one cell's shards, in a folder of the cell's own, until all `count` are there."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
+        self._shards = [Shard(index, count) for index in range(count)]
+
+    def missing(self) -> list[Shard]:
+        """Return the shards still to be judged; a damaged file counts as none and is removed."""
+        return [shard for shard in self._shards if self._read(shard) is None]
+
+    def add(self, shard: Shard, content: bytes) -> None:
+        """Keep a shard's ledger, as `to_parquet` made it."""
+        write_atomically(self._path(shard), content)
+
+    def merged(self) -> tuple[pa.Table, float]:
+        """Return the whole cell's ledger and seconds; all shards must be there."""
+        read = [self._read(shard) for shard in self._shards]
+        found = [entry for entry in read if entry is not None]
+        assert len(found) == len(read)
+        return pa.concat_tables(ledger for ledger, _ in found), sum(s for _, s in found)
+
+    def clear(self) -> None:
+        """Remove the cell's folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, shard: Shard) -> Path:
+        return self._folder / f"{shard.index}-of-{shard.count}.parquet"
+
+    def _read(self, shard: Shard) -> tuple[pa.Table, float] | None:
+        path = self._path(shard)
+        try:
+            return from_parquet(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+            path.unlink()
+            return None
