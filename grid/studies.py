@@ -305,7 +305,7 @@ class Study:
     base: Recipe | None = None
     axes: Axes | None = None
     mode: Mode = "product"
-    evaluators: tuple[str, ...] = ("clean", "pgd")
+    evaluators: tuple[str, ...] = ("clean", "pgd", "health")
 
 
 CLEAN = Column("Clean", "clean", "clean")

@@ -159,7 +159,7 @@ def test_at_most_three_problems_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, pgd, autoattack"),
+        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, natural"),
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
         (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
         (["--scale", "huge"], "unknown scale 'huge'"),

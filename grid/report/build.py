@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from evaluators.paired import Paired
 from grid.plan import Plan
-from grid.report.tables import FilledTable, fill_tables
+from grid.report.tables import FilledTable, fill_tables, tables_of
+from grid.report.verdicts import Comparison, Verdicts
 from grid.studies import Study
 from trainables.checkpoint import write_atomically
 from trainables.scale import Scale
 from trainables.tracking import Tracker
 
+Comparisons = Mapping[str, Sequence[Comparison]]
+Flags = Mapping[str, Sequence[str]]
 TITLE = "Are Transformers More Robust Than CNNs? Re-run"
 
 
 def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folder: Path) -> Path:
     """Write index.html and tables.md from what MLflow holds; return the page's path."""
-    tables = fill_tables(study, plan, tracker.trials())
+    runs = tracker.trials()
+    verdicts = Verdicts(tracker, runs)
+    tables = fill_tables(study, plan, runs)
+    comparisons = {
+        table.name: verdicts.comparisons(table, plan.seeds) for table in tables_of(study, plan)
+    }
+    flags = verdicts.red_flags(trial.digest for trial in plan)
     page = folder / "index.html"
-    write_atomically(page, _html(tables, study, plan, scale).encode())
-    write_atomically(folder / "tables.md", _markdown(tables, scale).encode())
+    html = _html(tables, study, plan, scale, comparisons=comparisons, flags=flags)
+    write_atomically(page, html.encode())
+    markdown = _markdown(tables, scale, plan, comparisons=comparisons, flags=flags)
+    write_atomically(folder / "tables.md", markdown.encode())
     return page
 
 
-def _html(tables: Sequence[FilledTable], study: Study, plan: Plan, scale: Scale) -> str:
+def _html(
+    tables: Sequence[FilledTable],
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    *,
+    comparisons: Comparisons,
+    flags: Flags,
+) -> str:
     environment = Environment(
         loader=PackageLoader("grid.report", "."), autoescape=select_autoescape(), trim_blocks=True
     )
@@ -42,11 +62,37 @@ def _html(tables: Sequence[FilledTable], study: Study, plan: Plan, scale: Scale)
         done=sum(cell.value is not None for cell in cells),
         total=len(cells),
         tables=tables,
+        comparisons=comparisons,
+        difference=difference_text,
+        flags=_named(flags, plan),
+        healthy=len(flags),
         footer=_versions(),
     )
 
 
-def _markdown(tables: Sequence[FilledTable], scale: Scale) -> str:
+def difference_text(paired: Paired | None) -> str:
+    """Write a difference in points: '+1.2 [-0.3, +2.7] p 0.12'; '' where there is none."""
+    if paired is None:
+        return ""
+    points = [100 * value for value in (paired.difference, paired.low, paired.high)]
+    text = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
+    return text if paired.p is None else f"{text} p {paired.p:.2g}"
+
+
+def _named(flags: Flags, plan: Plan) -> list[tuple[str, str]]:
+    """Return each red flag with the model that it is about."""
+    described = {trial.digest: trial.recipe.describe() for trial in plan}
+    return [(described[digest], flag) for digest, found in flags.items() for flag in found]
+
+
+def _markdown(
+    tables: Sequence[FilledTable],
+    scale: Scale,
+    plan: Plan,
+    *,
+    comparisons: Comparisons,
+    flags: Flags,
+) -> str:
     lines = [f"# {TITLE}", "", f"{scale.title}. Percent [95 % interval]; paper: published figure."]
     for table in tables:
         lines += ["", f"## {table.name}: {table.question}", ""]
@@ -57,7 +103,23 @@ def _markdown(tables: Sequence[FilledTable], scale: Scale) -> str:
         for row in table.rows:
             texts = [text for c in row.cells for text in (c.text(), c.published_text())]
             lines.append(_markdown_row([row.label, *texts]))
+        lines += _markdown_comparisons(table, comparisons[table.name])
+    lines += ["", f"Attack health: {len(flags)} models looked at."]
+    lines += [f"- red flag: {model}: {flag}" for model, flag in _named(flags, plan)]
     return "\n".join([*lines, "", _versions(), ""])
+
+
+def _markdown_comparisons(table: FilledTable, found: Sequence[Comparison]) -> list[str]:
+    if not found:
+        return []
+    return [
+        "",
+        f"Minus {table.rows[0].label}, in points, on the same images (p: exact McNemar test):",
+        "",
+        _markdown_row(["Model", *table.columns]),
+        _markdown_row(["---"] * (len(table.columns) + 1)),
+        *[_markdown_row([row.label, *map(difference_text, row.cells)]) for row in found],
+    ]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
