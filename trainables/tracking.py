@@ -180,6 +180,11 @@ class Tracker:
         run.metrics |= metrics
         run.cells[evaluator] = cell
 
+    def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
+        """Return a metric's values by step."""
+        found = self._client.get_metric_history(run.run_id, metric)
+        return sorted((entry.step, entry.value) for entry in found)
+
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger as it was stored."""
         return fetch_artifact(

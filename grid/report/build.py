@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +12,26 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from evaluators.paired import Paired
 from grid.plan import Plan
+from grid.report.claims import VERDICTS, Judgement, judge_claims
+from grid.report.plots import (
+    Plot,
+    claims_plot,
+    corruptions_plot,
+    patches_plot,
+    radii_plot,
+    scatter_plot,
+    shape_bias_plot,
+    size_plot,
+    stages_plot,
+    steps_plot,
+    training_plot,
+)
 from grid.report.tables import FilledTable, fill_tables, tables_of
 from grid.report.verdicts import Comparison, Verdicts
 from grid.studies import Study
 from trainables.checkpoint import write_atomically
 from trainables.scale import Scale
-from trainables.tracking import Tracker
+from trainables.tracking import Tracker, TrialRun
 
 Comparisons = Mapping[str, Sequence[Comparison]]
 Flags = Mapping[str, Sequence[str]]
@@ -32,8 +47,19 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
         table.name: verdicts.comparisons(table, plan.seeds) for table in tables_of(study, plan)
     }
     flags = verdicts.red_flags(trial.digest for trial in plan)
+    judgements = judge_claims(plan, verdicts, runs)
+    plots = _plots(tables, study, plan, scale, tracker, runs, verdicts)
     page = folder / "index.html"
-    html = _html(tables, study, plan, scale, comparisons=comparisons, flags=flags)
+    html = _html(
+        tables,
+        study,
+        plan,
+        scale,
+        comparisons=comparisons,
+        flags=flags,
+        judgements=judgements,
+        plots=plots,
+    )
     write_atomically(page, html.encode())
     markdown = _markdown(tables, scale, plan, comparisons=comparisons, flags=flags)
     write_atomically(folder / "tables.md", markdown.encode())
@@ -48,6 +74,8 @@ def _html(
     *,
     comparisons: Comparisons,
     flags: Flags,
+    judgements: Sequence[Judgement],
+    plots: Sequence[Plot],
 ) -> str:
     environment = Environment(
         loader=PackageLoader("grid.report", "."), autoescape=select_autoescape(), trim_blocks=True
@@ -65,9 +93,47 @@ def _html(
         comparisons=comparisons,
         difference=difference_text,
         flags=_named(flags, plan),
+        answer=_answer(judgements),
+        judgements=judgements,
+        claims=claims_plot(judgements),
+        plots=plots,
         healthy=len(flags),
         footer=_versions(),
     )
+
+
+def _plots(
+    tables: Sequence[FilledTable],
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    tracker: Tracker,
+    runs: Mapping[str, TrialRun],
+    verdicts: Verdicts,
+) -> list[Plot]:
+    """Draw every figure for which there is something to draw."""
+    filled = {table.name: table for table in tables}
+    asked = {table.name: table for table in tables_of(study, plan)}
+    drawn: list[Plot | None] = [scatter_plot(plan, runs)]
+    if "T1" in filled:
+        drawn += [radii_plot(filled["T1"], scale), steps_plot(filled["T1"])]
+    if "T2" in filled:
+        drawn += [steps_plot(filled["T2"]), stages_plot(filled["T2"])]
+        drawn.append(training_plot(asked["T2"], tracker, runs))
+    if "T3" in filled:
+        drawn.append(patches_plot(asked["T3"], verdicts))
+    if "T5" in filled:
+        drawn += [corruptions_plot(asked["T5"], verdicts), shape_bias_plot(asked["T5"], runs)]
+    if "T8" in filled:
+        drawn.append(size_plot(asked["T8"], runs, scale))
+    return [plot for plot in drawn if plot]
+
+
+def _answer(judgements: Sequence[Judgement]) -> str:
+    """Say in one sentence how the paper's claims fare here."""
+    counts = Counter(judgement.verdict for judgement in judgements)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"Of {len(judgements)} claims of the paper: {told}." if judgements else ""
 
 
 def difference_text(paired: Paired | None) -> str:

@@ -42,7 +42,7 @@ class Verdicts:
         found = (
             Comparison(
                 row.label,
-                tuple(self._compare(row, reference, column, seeds) for column in table.columns),
+                tuple(self.compare(row, reference, column, seeds) for column in table.columns),
             )
             for row in others
         )
@@ -60,10 +60,15 @@ class Verdicts:
                 found[digest] = red_flags(known)
         return found
 
-    def _compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
-        sides = [self._scores(digests_of(r.recipe, seeds), column) for r in (row, reference)]
-        ours, other = sides
+    def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
+        """Return a row minus another in a column; None where either is not judged."""
+        ours = self._scores(digests_of(row.recipe, seeds), column)
+        other = self._scores(digests_of(reference.recipe, seeds), column)
         return compare(ours, other) if ours and other else None
+
+    def ledger(self, digest: str, evaluator: str) -> pa.Table | None:
+        """Return a cell's ledger; None where it is not judged."""
+        return self._read(digest, evaluator)
 
     def _scores(self, digests: Sequence[str], column: Column) -> list[dict[str, float]]:
         """Return the image scores of every seed; nothing where one lacks."""
