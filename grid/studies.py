@@ -106,6 +106,8 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     adversary, batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows;
     teacher names a base. Any other axis is a field of the recipe.
     """
+    if axis in _NAMED and not isinstance(value, str):
+        raise ValueError(f"{axis} is a name, not {value!r}")
     if axis in _SETTERS:
         return _SETTERS[axis](recipe, value)
     if axis not in Recipe.model_fields:
@@ -193,6 +195,7 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "curriculum": _with_curriculum,
     "teacher": _with_teacher,
 }
+_NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 
 
