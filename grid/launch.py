@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,20 @@ def tracking_uri(results: Path, mlflow: str | None) -> str:
     return mlflow or f"sqlite:///{results.resolve()}/mlflow.db"
 
 
-def open_tracker(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
-    """Open the experiment of a scale; its database is made on first use."""
+def open_tracker(
+    results: Path, mlflow: str | None, scale: Scale, say: Callable[[str], None] = print
+) -> Tracker:
+    """Open the experiment of a scale; its database is made on first use.
+
+    `say` is told when the server is away.
+    """
     check_address(mlflow or "")
     artifacts = None if mlflow else results.resolve() / "artifacts"
     return Tracker(
-        tracking_uri(results, mlflow), experiment=f"robustness-{scale.name}", artifacts=artifacts
+        tracking_uri(results, mlflow),
+        experiment=f"robustness-{scale.name}",
+        artifacts=artifacts,
+        say=say,
     )
 
 
@@ -122,7 +130,7 @@ def run_study(
                 threads=placement.cpus,
                 gpus=placement.gpus / 4,
             )
-            tracker = open_tracker(results, mlflow, scale)
+            tracker = open_tracker(results, mlflow, scale, say=line.say)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(
                 tracker,

@@ -7,7 +7,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grid.assess import Cell, EvaluatorPool, Judged
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
 from trainables.data import Data
+from trainables.patience import RunDeletedError
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun, scores_as_metrics
@@ -60,6 +62,7 @@ class Recorder(threading.Thread):
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
+        self._deleted: set[str] = set()
         self._training_over = threading.Event()
         self._abandon = threading.Event()
         self.progress = self._initial_progress()
@@ -100,6 +103,7 @@ class Recorder(threading.Thread):
     def abandon(self) -> None:
         """Write the events so far and stop; cells under way are left to the next run."""
         self._abandon.set()
+        self._tracker.give_up()
         self.join(timeout=30)
 
     def run(self) -> None:
@@ -110,7 +114,8 @@ class Recorder(threading.Thread):
             while not self._is_over():
                 self._handle_events()
                 for judged in self._pool.poll(POLL_SECONDS):
-                    self._record(judged)
+                    with self._noticing_deletion(judged.cell.trial):
+                        self._record(judged)
                 if len(self._pool) == 0:
                     time.sleep(POLL_SECONDS)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
@@ -128,14 +133,31 @@ class Recorder(threading.Thread):
     def _handle_events(self) -> None:
         while not self._events.empty():
             kind, digest, payload = self._events.get()
-            if kind == "started":
-                self._on_started(digest)
-            elif kind == "reported":
-                self._on_reported(digest, payload)
-            else:
-                self._on_failed(digest, payload)
+            if digest in self._deleted:
+                continue
+            with self._noticing_deletion(digest):
+                if kind == "started":
+                    self._on_started(digest)
+                elif kind == "reported":
+                    self._on_reported(digest, payload)
+                else:
+                    self._on_failed(digest, payload)
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
+
+    @contextmanager
+    def _noticing_deletion(self, digest: str) -> Iterator[None]:
+        """Turn a run that was deleted meanwhile, by whomever, into a failure of its trial."""
+        try:
+            yield
+        except RunDeletedError:
+            self._deleted.add(digest)
+            self._unlogged.pop(digest, None)
+            self.progress.running.pop(digest, None)
+            self.failures.append(
+                f"{self._described(digest)}: its MLflow run was deleted; the next run of the "
+                "command writes it anew, from what the trial has kept"
+            )
 
     def _on_started(self, digest: str) -> None:
         trial = self._trials[digest]
@@ -208,21 +230,26 @@ class Recorder(threading.Thread):
             return
         ledger, seconds = from_parquet(judged.ledger)
         scores = self._evaluators[cell.evaluator].summarize(ledger)
-        self._tracker.record_cell(
-            self._runs[cell.trial],
-            evaluator=cell.evaluator,
-            cell=cell.question,
-            asked=json.dumps(self._evaluators[cell.evaluator].identity(self._data)),
-            ledger=judged.ledger,
-            metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
-        )
+        try:
+            self._tracker.record_cell(
+                self._runs[cell.trial],
+                evaluator=cell.evaluator,
+                cell=cell.question,
+                asked=json.dumps(self._evaluators[cell.evaluator].identity(self._data)),
+                ledger=judged.ledger,
+                metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
+            )
+        except RunDeletedError:
+            self._pool.settle(cell)
+            raise
         self._pool.settle(cell)
         self.progress.cells_done += 1
 
     def _flush(self) -> None:
-        for digest, epochs in self._unlogged.items():
-            self._tracker.log_epochs(self._runs[digest], epochs)
-        self._unlogged.clear()
+        for digest in list(self._unlogged):
+            with self._noticing_deletion(digest):
+                self._tracker.log_epochs(self._runs[digest], self._unlogged[digest])
+                del self._unlogged[digest]
         self._flushed_at = time.monotonic()
 
     def _missing(self, digest: str) -> list[str]:

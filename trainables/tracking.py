@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from trainables.patience import PatientClient, patiently
+
+logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
@@ -54,18 +59,28 @@ class Tracker:
     """The one writer: a parent run per study, a child run per trial, found again by digest.
 
     uri: an MLflow tracking URI. artifacts: where they lie, or None to leave it to the server.
-    Opening makes the database and the experiment; ValueError when they cannot be had.
+    Opening makes the database and the experiment; ValueError when they cannot be had. From then
+    on a server that is away is waited for, which `say` is told; a run that was deleted meanwhile
+    is a RunDeletedError.
     """
 
-    def __init__(self, uri: str, *, experiment: str, artifacts: Path | None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        experiment: str,
+        artifacts: Path | None,
+        say: Callable[[str], None] = logger.warning,
+    ) -> None:
         self.uri = uri
-        self._client = MlflowClient(uri)
+        client = MlflowClient(uri)
+        self._client = PatientClient(client, say)
         try:
-            found = self._client.get_experiment_by_name(experiment)
+            found = client.get_experiment_by_name(experiment)
             self.experiment_id: str = (
                 found.experiment_id
                 if found
-                else self._client.create_experiment(
+                else client.create_experiment(
                     experiment,
                     artifact_location=artifacts.as_uri() if artifacts else None,
                     tags={"mlflow.experimentKind": EXPERIMENT_KIND},
@@ -76,13 +91,18 @@ class Tracker:
 
     def open_study(self, name: str, description: str) -> str:
         """Return the id of a study's parent run, marked as running."""
-        runs = self._search(f"tags.kind = 'study' AND tags.study = '{name}'")
+        query = f"tags.kind = 'study' AND tags.study = '{name}'"
+        runs = self._search(query)
         if runs:
             self._client.update_run(runs[0].info.run_id, status="RUNNING")
             return str(runs[0].info.run_id)
         tags = {"kind": "study", "study": name, "mlflow.note.content": description}
-        run = self._client.create_run(self.experiment_id, run_name=f"study: {name}", tags=tags)
+        run = self._create(query, run_name=f"study: {name}", tags=tags)
         return str(run.info.run_id)
+
+    def give_up(self) -> None:
+        """Wait for no server any more."""
+        self._client.give_up()
 
     def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
         """Keep the report with the parent run and end it."""
@@ -115,7 +135,7 @@ class Tracker:
             "outcome": "training",
             "mlflow.parentRunId": parent,
         }
-        run = self._client.create_run(self.experiment_id, run_name=name, tags=tags)
+        run = self._create(f"tags.digest = '{digest}'", run_name=name, tags=tags)
         run_id = run.info.run_id
         self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
@@ -201,9 +221,9 @@ class Tracker:
         self, name: str, *, metrics: Mapping[str, float], ledgers: Iterable[Path]
     ) -> str:
         """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
-        run = self._client.create_run(
-            self.experiment_id, run_name=name, tags={"kind": "evaluation"}
-        )
+        token = uuid.uuid4().hex
+        tags = {"kind": "evaluation", "token": token}
+        run = self._create(f"tags.token = '{token}'", run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
         self._client.log_batch(run_id, metrics=values)
@@ -211,6 +231,17 @@ class Tracker:
             self._client.log_artifact(run_id, str(path), "ledgers")
         self._client.set_terminated(run_id, "FINISHED")
         return run_id
+
+    def _create(self, query: str, *, run_name: str, tags: Mapping[str, str]) -> Run:
+        """Create the run that `query` would find."""
+
+        def made() -> Run | None:
+            return next(iter(self._search(query)), None)
+
+        run: Run = self._client.create_run(
+            self.experiment_id, run_name=run_name, tags=dict(tags), made=made
+        )
+        return run
 
     def _tag(self, run: TrialRun, **tags: str) -> None:
         self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -252,12 +283,19 @@ def _trial_run(run: Run) -> TrialRun:
 
 
 def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
-    """Return a local path to one artifact of a run, fetched if it is elsewhere."""
-    return Path(
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{artifact_uri.rstrip('/')}/{name}", tracking_uri=tracking_uri
+    """Return a local path to one artifact of a run, fetched if it is elsewhere.
+
+    A server that is away is waited for.
+    """
+
+    def fetch() -> str:
+        return str(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{artifact_uri.rstrip('/')}/{name}", tracking_uri=tracking_uri
+            )
         )
-    )
+
+    return Path(patiently(fetch, say=logger.warning))
 
 
 def check_address(uri: str) -> None:

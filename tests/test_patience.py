@@ -1,0 +1,150 @@
+"""A server that is away, an answer that is lost, a run that is deleted."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from tests.servers import MlflowServer
+from trainables.patience import PatientClient, RunDeletedError, patiently
+from trainables.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+STUDY = """
+name = "away"
+base = "resnet50"
+evaluators = ["clean"]
+[set]
+size = "small"
+"""
+SECONDS = 400
+ROWS = (
+    "select t.value, m.key, m.step from metrics m join tags t using (run_uuid) "
+    "where t.key = 'digest' and m.key = 'train/loss' order by 1, 2, 3"
+)
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = MlflowServer(tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+def rows(database):
+    with sqlite3.connect(database) as opened:
+        return opened.execute(ROWS).fetchall()
+
+
+def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY)
+    command = [sys.executable, "grid/run.py", "--study", str(study), "--mlflow", server.uri]
+    driver = subprocess.Popen(
+        [*command, "--results", str(tmp_path / "results")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    while not list(tmp_path.glob("results/trials/*/epoch-*.pt")):
+        assert driver.poll() is None, driver.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server.kill()
+    while not list(tmp_path.glob("results/trials/*/weights.safetensors")):
+        assert driver.poll() is None, driver.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    server.start()
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == 0, said
+    assert "MLflow does not answer: training goes on" in said
+    assert "MLflow answers again" in said
+    assert "Trained 1 and judged 1 cells" in said
+    found = rows(server.folder / "mlflow.db")
+    assert [step for _, _, step in found] == list(range(1, 11))
+
+
+def tracker_in(folder):
+    return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=folder / "artifacts")
+
+
+def start_trial(tracker):
+    return tracker.start_trial(
+        digest="abc",
+        name="a trial",
+        parent="",
+        study="s",
+        tables="",
+        recipe_json="{}",
+        params={},
+        dataset={"name": "d", "digest": "d", "source_type": "code", "source": "s"},
+    )
+
+
+class LosingAnswers(MlflowClient):
+    """Does what it is asked, but its first answer is lost on the way."""
+
+    lost = False
+
+    def create_run(self, *arguments, **named):
+        run = super().create_run(*arguments, **named)
+        if not self.lost:
+            self.lost = True
+            raise requests.ConnectionError("the answer was lost")
+        return run
+
+
+def test_a_lost_answer_makes_no_second_run(tmp_path):
+    tracker = tracker_in(tmp_path)
+    said = []
+    tracker._client = PatientClient(LosingAnswers(tracker.uri), said.append)
+    run = start_trial(tracker)
+    assert list(tracker.trials()) == ["abc"]
+    assert tracker.trials()["abc"].run_id == run.run_id
+    assert said == [
+        "MLflow does not answer: training goes on, what is to be written waits",
+        "MLflow answers again",
+    ]
+
+
+def test_a_deleted_run_is_noticed(tmp_path):
+    tracker = tracker_in(tmp_path)
+    run = start_trial(tracker)
+    MlflowClient(tracker.uri).delete_run(run.run_id)
+    with pytest.raises(RunDeletedError):
+        tracker.log_epochs(run, [{"epoch": 1.0, "train/loss": 2.0}])
+    with pytest.raises(RunDeletedError):
+        tracker.end_trial(run, outcome="finished", reason="")
+
+
+def test_who_gives_up_is_told_what_was_waited_for():
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+
+    def ask():
+        raise requests.ConnectionError("nobody there")
+
+    with pytest.raises(requests.ConnectionError, match="nobody there"):
+        patiently(ask, say=lambda _: None, given_up=stop)
+
+
+def test_an_error_that_is_no_absence_is_raised_at_once():
+    def ask():
+        raise MlflowException("no such experiment")
+
+    with pytest.raises(MlflowException, match="no such experiment"):
+        patiently(ask, say=lambda _: None)

@@ -1,0 +1,93 @@
+"""Waiting for an MLflow server that is away, instead of losing what it was to be told."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 15.0
+AWAY = re.compile(r"failed with exception|error code 5\d\d|too many 5\d\d|database is locked")
+DELETED = "Current state is deleted"
+Answer = TypeVar("Answer")
+
+
+class RunDeletedError(Exception):
+    """The run that was written to has been deleted."""
+
+
+def patiently(
+    ask: Callable[[], Answer],
+    *,
+    say: Callable[[str], None],
+    given_up: threading.Event | None = None,
+) -> Answer:
+    """Ask until the server answers, or until `given_up` is set.
+
+    `say` is told once that the server is away, and once that it is back. RunDeletedError where a
+    run is there no more; any other answer that is an error is raised as it is.
+    """
+    stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, False
+    while True:
+        try:
+            answer = ask()
+        except (MlflowException, requests.ConnectionError, requests.Timeout) as error:
+            if DELETED in str(error):
+                raise RunDeletedError(str(error)) from error
+            if not _is_away(error) or stop.is_set():
+                raise
+            if not told:
+                say("MLflow does not answer: training goes on, what is to be written waits")
+            told = True
+            stop.wait(wait)
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        else:
+            if told:
+                say("MLflow answers again")
+            return answer
+
+
+def _is_away(error: Exception) -> bool:
+    return not isinstance(error, MlflowException) or bool(AWAY.search(str(error)))
+
+
+class PatientClient:
+    """MlflowClient whose every method is asked patiently.
+
+    What it is used for may be asked twice without harm: metrics, tags and artifacts are written
+    at their own key and step. Only `create_run` is not so: its `made` looks for the run that a
+    lost answer may have left.
+    """
+
+    def __init__(self, client: MlflowClient, say: Callable[[str], None]) -> None:
+        self._client, self._say = client, say
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """Have calls that wait raise what they wait for."""
+        self._given_up.set()
+
+    def create_run(self, *arguments: Any, made: Callable[[], Any | None], **named: Any) -> Any:
+        """Create a run, or return the one that `made` finds after an answer was lost."""
+        tries = 0
+
+        def create() -> Any:
+            nonlocal tries
+            tries += 1
+            found = made() if tries > 1 else None
+            return found or self._client.create_run(*arguments, **named)
+
+        return self._patiently(create)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+        return lambda *arguments, **named: self._patiently(lambda: method(*arguments, **named))
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        return patiently(ask, say=self._say, given_up=self._given_up)
