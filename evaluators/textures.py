@@ -33,6 +33,8 @@ LAYOUT = (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLED_BYTES = 4096
+COLOUR_SAMPLE = 256  # of images in files: are they grey?
+FITTED_IMAGES = 2000  # by the scale's own feature network
 logger = logging.getLogger(__name__)
 _built: dict[str, StoredTextures] = {}
 
@@ -257,7 +259,8 @@ def _fit(network: FeatureNetwork, split: Split, *, seed: int, epochs: int) -> No
     model = nn.Sequential(network.features, network.head)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(seed)
-    images, batch_size = network.normalised(to_unit(split.images)), 50
+    split = split.subset(FITTED_IMAGES, seed=seed)
+    images, batch_size = network.normalised(to_unit(split.images[:])), 50
     for _ in range(epochs):
         order = torch.randperm(len(split), generator=generator)
         for chosen in torch.split(order, batch_size):
@@ -283,7 +286,8 @@ def build_dictionary(
         group = labels[first : first + settings.classes_at_once]
         centres = [_gram_centres(network, split, k, settings, device) for k in group]
         targets = [torch.cat(layer) for layer in zip(*centres, strict=True)]
-        size = (_channels(split.images), *split.images.shape[2:])
+        shown = split.images if isinstance(split.images, Tensor) else split.images[:COLOUR_SAMPLE]
+        size = (_channels(shown), *split.images.shape[2:])
         textures.append(_synthesise(network, targets, size, settings, generator))
     flat = torch.cat(textures).cpu()
     stored = flat.view(len(labels), settings.clusters, *flat.shape[1:])
@@ -407,13 +411,41 @@ def own_settings(scale: Scale) -> TextureSettings:
     return TextureSettings(**small)
 
 
+def dictionary_identity(scale: Scale, data: Data) -> object:
+    """Return what names the dictionary of `dictionary_for`, without building it."""
+    stored = stored_dictionary(scale, data)
+    return stored.digest if stored else own_identity(scale, data)
+
+
+def stored_dictionary(scale: Scale, data: Data) -> PublishedTextures | None:
+    """Open the dictionary stored with the data, None where there is none.
+
+    All of the scale's textures of a class are there, or none: then its class is left out.
+    """
+    root = data.stored("textures")
+    if root is None:
+        return None
+    present = [
+        k
+        for k in range(len(data.class_names))
+        if (root / LAYOUT.format(label=k, cluster=0)).is_file()
+    ]
+    if len(present) < 2:
+        raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
+    return read_published(root, classes=present, clusters=scale.patch.textures)
+
+
 def own_identity(scale: Scale, data: Data) -> dict[str, object]:
     """Return what a scale's own dictionary follows from, without building it."""
     return {"settings": asdict(own_settings(scale)), "train": data.train.ids_hash()}
 
 
-def dictionary_for(scale: Scale, data: Data) -> StoredTextures:
-    """Return a scale's own dictionary, built in this process on first use."""
+def dictionary_for(scale: Scale, data: Data) -> TextureDictionary:
+    """Return the dictionary stored with the data, or the scale's own, built on first use."""
+    return stored_dictionary(scale, data) or _own_dictionary(scale, data)
+
+
+def _own_dictionary(scale: Scale, data: Data) -> StoredTextures:
     key = _key(scale, data)
     if key not in _built:
         settings = own_settings(scale)
@@ -431,7 +463,7 @@ def load_or_build(scale: Scale, data: Data, cache_dir: Path) -> StoredTextures:
         pass
     except SafetensorError as error:
         logger.warning("%s is damaged (%s) and is built again", path, error)
-    dictionary = dictionary_for(scale, data)
+    dictionary = _own_dictionary(scale, data)
     write_atomically(path, _serialise(dictionary))
     return dictionary
 

@@ -28,6 +28,7 @@ from grid.report.build import write_report
 from grid.studies import Study
 from trainables.data import load_data
 from trainables.scale import Scale
+from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial
 
@@ -99,6 +100,7 @@ def run_study(
     results: Path,
     mlflow: str | None,
     placement: Placement,
+    source: DataSource = EMBEDDED,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
@@ -107,7 +109,7 @@ def run_study(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
-    data = load_data(scale)
+    data = load_data(scale, source)
     _check_plan(plan, scale)
     with sole_run(results):
         line = ProgressLine()
@@ -118,6 +120,7 @@ def run_study(
                 lanes,
                 uri,
                 scale,
+                source,
                 results / SHARDS_FOLDER,
                 threads=placement.cpus,
                 gpus=placement.gpus / 4,
@@ -139,7 +142,7 @@ def run_study(
             recorder.start()
             try:
                 if todo:
-                    _train(todo, recorder, results, placement, lanes)
+                    _train(todo, recorder, results, placement, lanes, source)
                 recorder.finish()
             except KeyboardInterrupt:
                 recorder.abandon()
@@ -260,6 +263,7 @@ def _train(
     results: Path,
     placement: Placement,
     lanes: int,
+    source: DataSource,
 ) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
@@ -275,6 +279,7 @@ def _train(
             "storage": storage,
             "threads": placement.cpus,
             "device": "cuda" if placement.gpus else "cpu",
+            "source": source,
         }
         for trial in todo
     ]

@@ -16,7 +16,8 @@ from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
 from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
-from trainables.scale import SCALES, Scale, scale_named
+from trainables.scale import SCALE_NAMES, Scale
+from trainables.source import DataSource, add_data_options, scale_of, source_of
 
 if TYPE_CHECKING:
     from grid.launch import Finished
@@ -40,6 +41,7 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 INTERRUPTED = 130
+DECODED_FOLDER = "decoded"
 INDENT = " " * 16
 
 
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        scale = scale_named(options.scale)
+        source = source_of(options, cache=options.results / DECODED_FOLDER)
+        scale = scale_of(options.scale, source, image_size=options.image_size)
         study = load_study(options.study)
         only = _parse_only(options.only)
         plan = build_plan(
@@ -61,12 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plan:
             print_plan(study, plan, scale)
             return 0
-        return _run(options, study, plan, scale)
+        return _run(options, study, plan, scale, source)
     except ValueError as error:
         _refuse(problem(error))
 
 
-def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
+def _run(
+    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
+) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
@@ -83,6 +88,7 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
             results=options.results,
             mlflow=options.mlflow,
             placement=placement,
+            source=source,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -151,8 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_positive, default=1, metavar="N", help="train each recipe N times"
     )
     parser.add_argument(
-        "--scale", default="digits", help=f"{', '.join(SCALES)} (default: digits, no download)"
+        "--scale",
+        default="digits",
+        help=f"{', '.join(SCALE_NAMES)} (default: digits, no download)",
     )
+    add_data_options(parser)
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(

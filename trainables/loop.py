@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from trainables.adversary import attacked, pgd_iterates, training_attack
-from trainables.augment import augmented_epoch, epoch_order, mix
+from trainables.augment import mix
 from trainables.data import Data, Split, to_unit
 from trainables.folding import FoldedClassifier, folded
+from trainables.loader import TrainBatches
 from trainables.models import Classifier, use_set
 from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe
@@ -49,6 +50,7 @@ class _Training:
     teacher: Classifier | None
     optimizer: Optimizer
     data: Data
+    batches: TrainBatches
     device: torch.device
     twin: FoldedClassifier | None
 
@@ -82,7 +84,8 @@ def train(
     twin = None
     if recipe.adversary:
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
-    training = _Training(recipe, classifier, teacher, optimizer, data, device, twin)
+    batches = TrainBatches(recipe, data.train, workers=data.workers, pin=device.type == "cuda")
+    training = _Training(recipe, classifier, teacher, optimizer, data, batches, device, twin)
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
         report = _report(training, history)
@@ -132,27 +135,22 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
 def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     """Train one epoch; return its mean loss and its last rate."""
     recipe, optimizer = training.recipe, training.optimizer
-    images = augmented_epoch(recipe, training.data.train, epoch)
-    order = epoch_order(len(training.data.train), seed=recipe.seed, epoch=epoch)
-    steps = len(order) // recipe.batch_size
-    if steps == 0:
-        raise ValueError(f"batch_size {recipe.batch_size} exceeds the {len(order)} train images")
+    steps = training.batches.steps
     training.classifier.train()
     total = torch.zeros((), device=training.device)
     rate = 0.0
-    for step in range(steps):
-        rate = rate_at(recipe, epoch, step, steps)
-        set_rate(optimizer, rate)
-        optimizer.zero_grad()
-        for micro in range(recipe.accumulation):
-            forward = step * recipe.accumulation + micro
-            first = forward * recipe.forward_batch
-            chosen = order[first : first + recipe.forward_batch]
-            use_set(training.classifier, micro)
-            loss = _batch_loss(training, images[chosen], chosen, epoch, forward)
-            (loss / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        optimizer.step()
+    for forward, (images, chosen) in enumerate(training.batches.epoch(epoch)):
+        step, micro = divmod(forward, recipe.accumulation)
+        if micro == 0:
+            rate = rate_at(recipe, epoch, step, steps)
+            set_rate(optimizer, rate)
+            optimizer.zero_grad()
+        use_set(training.classifier, micro)
+        loss = _batch_loss(training, images, chosen, epoch, forward)
+        (loss / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        if micro + 1 == recipe.accumulation:
+            optimizer.step()
     return {"train/loss": float(total) / (steps * recipe.accumulation), "train/rate": rate}
 
 
@@ -163,7 +161,7 @@ def _batch_loss(
     recipe, classifier = training.recipe, training.classifier
     inputs, targets = mix(
         recipe,
-        to_unit(images.to(training.device)),
+        to_unit(images.to(training.device, non_blocking=True)),
         training.data.train.labels[chosen].to(training.device),
         num_classes=len(training.data.class_names),
         epoch=epoch,
@@ -217,7 +215,7 @@ def accuracy(classifier: Classifier, split: Split, *, device: torch.device) -> f
 def probe(recipe: Recipe, classifier: Classifier, split: Split, *, device: torch.device) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
     assert recipe.adversary is not None
-    images_BCHW, labels_B = to_unit(split.images.to(device)), split.labels.to(device)
+    images_BCHW, labels_B = to_unit(split.images[:].to(device)), split.labels.to(device)
     epsilon = recipe.adversary.epsilon
     with attacked(classifier):
         iterates = pgd_iterates(
