@@ -76,7 +76,8 @@ class TrainBatches:
         """Yield each forward batch of an epoch: images uint8 (B, 3, H, W), their places."""
         self._order.epoch = epoch
         places = self._order.batches()
-        images = self._loader or map(self._dataset.__getitems__, self._order)
+        alone = map(self._dataset.__getitems__, self._order)
+        images = alone if self._loader is None else self._loader
         for batch, chosen in zip(images, places, strict=True):
             yield batch, torch.tensor(chosen)
 
