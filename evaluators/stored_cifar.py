@@ -51,6 +51,10 @@ class CIFAR10C:
         """Return 12 hex digits of the labels, by which one version of the set is told apart."""
         return hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:12]
 
+    def files(self) -> list[str]:
+        """Return the names of the set's files."""
+        return ["labels.npy", *(f"{kind}.npy" for kind in self.kinds)]
+
     def splits(self) -> Iterator[tuple[str, Split]]:
         """Yield each kind and severity as 'kind-severity' with its images."""
         ids = self.ids()

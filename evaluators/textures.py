@@ -418,18 +418,18 @@ def dictionary_identity(scale: Scale, data: Data) -> object:
 
 
 def stored_dictionary(scale: Scale, data: Data) -> PublishedTextures | None:
-    """Open the dictionary stored with the data, None where there is none.
-
-    All of the scale's textures of a class are there, or none: then its class is left out.
-    """
+    """Open the dictionary stored with the data, None where there is none."""
     root = data.stored("textures")
-    if root is None:
-        return None
-    present = [
-        k
-        for k in range(len(data.class_names))
-        if (root / LAYOUT.format(label=k, cluster=0)).is_file()
-    ]
+    return open_dictionary(root, scale) if root else None
+
+
+def open_dictionary(root: Path, scale: Scale) -> PublishedTextures:
+    """Open a stored dictionary of a scale's classes; ValueError says what it lacks.
+
+    All of the scale's textures of a class are there, or none: then the class is left out.
+    """
+    labels = range(scale.num_classes)
+    present = [k for k in labels if (root / LAYOUT.format(label=k, cluster=0)).is_file()]
     if len(present) < 2:
         raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
     return read_published(root, classes=present, clusters=scale.patch.textures)

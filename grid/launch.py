@@ -101,11 +101,13 @@ def run_study(
     mlflow: str | None,
     placement: Placement,
     source: DataSource = EMBEDDED,
+    manifest: str = "",
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone.
+    stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
+    doctor found it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
@@ -135,6 +137,7 @@ def run_study(
                 parent=parent,
                 scale=scale,
                 data=data,
+                manifest=manifest,
                 line=line,
             )
             todo = recorder.trials_to_train()

@@ -50,30 +50,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         source = source_of(options, cache=options.results / DECODED_FOLDER)
-        scale = scale_of(options.scale, source, image_size=options.image_size)
         study = load_study(options.study)
-        only = _parse_only(options.only)
-        plan = build_plan(
-            study,
-            scale,
-            tables=options.tables,
-            only=only,
-            seeds=options.seeds,
-            evaluators=options.evaluators,
-        )
+        scale, plan = _planned(options, study, source)
         if options.plan:
             print_plan(study, plan, scale)
             return 0
-        return _run(options, study, plan, scale, source)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        manifest = ""
+        if options.check or source.root is not None:
+            source, manifest = _examined(options, plan, scale, source)
+        if options.check:
+            return 0
+        if source.skipped:
+            scale, plan = _planned(options, study, source)
+        return _run(options, study, plan, scale, source, manifest)
     except ValueError as error:
         _refuse(problem(error))
 
 
+def _planned(options: argparse.Namespace, study: Study, source: DataSource) -> tuple[Scale, Plan]:
+    scale = scale_of(options.scale, source, image_size=options.image_size)
+    plan = build_plan(
+        study,
+        scale,
+        tables=options.tables,
+        only=_parse_only(options.only),
+        seeds=options.seeds,
+        evaluators=options.evaluators,
+    )
+    return scale, plan
+
+
+def _examined(
+    options: argparse.Namespace, plan: Plan, scale: Scale, source: DataSource
+) -> tuple[DataSource, str]:
+    """Return the source without damaged images, and its manifest; ValueError on what is wrong."""
+    from rich.console import Console
+
+    from grid.doctor import examine, without_damaged
+
+    examination = examine(scale, source, plan, results=options.results)
+    if options.check:
+        examination.print(Console())
+    else:
+        for warning in examination.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if examination.problem:
+        raise ValueError(examination.problem)
+    return without_damaged(source, examination), examination.manifest
+
+
 def _run(
-    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
+    options: argparse.Namespace,
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    source: DataSource,
+    manifest: str,
 ) -> int:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     began = time.monotonic()
     if options.report:
         return _report(options, study, plan, scale)
@@ -89,6 +124,7 @@ def _run(
             mlflow=options.mlflow,
             placement=placement,
             source=source,
+            manifest=manifest,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -163,6 +199,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_data_options(parser)
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at data, disk, memory and device, print what was found, and stop",
+    )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
         "--results",

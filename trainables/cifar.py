@@ -28,7 +28,7 @@ Content = dict[str, Tensor]  # images uint8 (N, 3, 32, 32) and labels int64 (N,)
 def load_cifar10(scale: Scale, source: DataSource) -> Data:
     """Load CIFAR-10 as tensors, shared by the processes of a machine where there is a cache."""
     assert source.root is not None
-    if (source.root / BATCHES).is_dir() or (source.root / ARCHIVE).is_file():
+    if archived(source.root):
         train, held_out = (_archived(source, train=train) for train in (True, False))
     elif any((source.root / name).is_dir() for name in ("train", "val")):
         train, held_out = (_from_files(part, scale) for part in list_splits(source))
@@ -46,6 +46,11 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
         skip_damaged=source.skip_damaged,
         workers=source.workers,
     )
+
+
+def archived(root: Path) -> bool:
+    """Tell whether torchvision's archive is there, packed or not."""
+    return (root / BATCHES).is_dir() or (root / ARCHIVE).is_file()
 
 
 def _archived(source: DataSource, *, train: bool) -> Split:

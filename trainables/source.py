@@ -95,7 +95,7 @@ def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
     classes = class_folders(next(folder for folder in both if folder is not None))
     names = tuple(classes)
     nothing = ImageList(root=root, class_names=names, paths=(), labels=())
-    train = _list_images(root, classes, names) if train_folder else nothing
+    train = list_images(root, classes, names) if train_folder else nothing
     train = train.only(path not in source.skipped for path in train.paths)
     if val_folder is None:
         return _hold_out(train, source.hold_out)
@@ -104,7 +104,7 @@ def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
     folders = class_folders(val_folder)
     if foreign := sorted(set(folders) - set(names)):
         raise ValueError(f"{val_folder / foreign[0]} is no class of {train_folder}: remove it")
-    held_out = _list_images(root, folders, names)
+    held_out = list_images(root, folders, names)
     return train, held_out.only(path not in source.skipped for path in held_out.paths)
 
 
@@ -153,7 +153,8 @@ def _check_link(path: Path, folder: Path) -> None:
         raise ValueError(f"{path} is a symbolic link loop: remove it")
 
 
-def _list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...]) -> ImageList:
+def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...]) -> ImageList:
+    """List the images of class folders below a root; ValueError where there is none."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(names):
