@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainables.data import load_data
 
     device = _device(options.device)
-    source = source_of(options)
+    source = _readable(source_of(options))
     scale, classifier = _load(options, source)
     folder = options.ledger or Path("results/ledgers") / options.weights.stem
     _make(folder)
@@ -68,6 +68,18 @@ def _run(options: argparse.Namespace) -> int:
         run_id = tracker.log_evaluation(str(options.weights), metrics=metrics, ledgers=paths)
         print(f"MLflow run: {run_id}")
     return 0
+
+
+def _readable(source: DataSource) -> DataSource:
+    """Return the source without its damaged images, where that is asked for."""
+    if source.root is None or not source.skip_damaged:
+        return source
+    from trainables.scan import damaged_images
+
+    damaged = damaged_images(source)
+    for path in sorted(damaged):
+        print(f"skipped: {source.root / path} cannot be read", file=sys.stderr)
+    return dataclasses.replace(source, skipped=damaged)
 
 
 def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Classifier]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainables.checkpoint import write_atomically
 from trainables.images import UNREADABLE
+from trainables.source import DataSource, list_splits
 
 SCHEMA = pa.schema(
     [
@@ -94,6 +95,17 @@ class Scan:
                 stat.st_size, stat.st_mtime_ns, problem=str(error) or type(error).__name__
             )
         return Opened(stat.st_size, stat.st_mtime_ns, width, height)
+
+
+def damaged_images(source: DataSource) -> frozenset[str]:
+    """Open every train and held-out image; return those that cannot be read."""
+    scan = Scan(None)
+    return frozenset(
+        path
+        for split in list_splits(source)
+        for path, opened in zip(split.paths, scan.open(split.root, split.paths), strict=True)
+        if opened.problem
+    )
 
 
 def _read(kept: Path) -> dict[str, Opened]:
