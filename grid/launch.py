@@ -40,10 +40,11 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The resources of one trial; they must not change its result."""
+    """The resources of one trial; they must not change its result, beyond rounding."""
 
     cpus: int = 1
     gpus: float = 0.0
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +284,7 @@ def _train(
             "threads": placement.cpus,
             "device": "cuda" if placement.gpus else "cpu",
             "source": source,
+            "compile": placement.compile,
         }
         for trial in todo
     ]

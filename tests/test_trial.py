@@ -23,6 +23,7 @@ def start(tmp_path, monkeypatch, few_digits):
             "threads": 1,
             "device": "cpu",
             "source": EMBEDDED,
+            "compile": False,
         }
         return {"trial": trial}
 

@@ -28,7 +28,11 @@ def read_rgb(path: str | Path) -> Image.Image:
     """Read an image as RGB, turned as its camera says; raises one of UNREADABLE."""
     with Image.open(path) as file:
         ImageOps.exif_transpose(file, in_place=True)
-        return file.convert("RGB")
+        if file.mode != "RGB":
+            return file.convert("RGB")
+        # convert() would copy an image that is RGB already.
+        file.load()
+        return file
 
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:

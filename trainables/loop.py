@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -24,6 +26,7 @@ from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class EpochReport:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Training:
     recipe: Recipe
     classifier: Classifier
@@ -52,6 +55,8 @@ class _Training:
     data: Data
     batches: TrainBatches
     device: torch.device
+    scaler: GradScaler
+    forward: Callable[[Tensor], Tensor]
     twin: FoldedClassifier | None
 
 
@@ -63,12 +68,14 @@ def train(
     device: torch.device,
     teacher: Classifier | None = None,
     start: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> Iterator[EpochReport]:
     """Train a classifier by its recipe and report after every epoch.
 
     `start` is the `state` of an earlier report: training goes on behind it with the same bits as
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
     A collapse ends the training: an outcome, not an error. A recipe with a teacher needs it here.
+    `compiled`: the weight steps go through torch.compile, and are no longer the same bits.
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
@@ -81,11 +88,24 @@ def train(
         history = list(start["history"])
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
+    scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
+    if start is not None and scaler.is_enabled():
+        scaler.load_state_dict(start["scaler"])
     twin = None
     if recipe.adversary:
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
-    batches = TrainBatches(recipe, data.train, workers=data.workers, pin=device.type == "cuda")
-    training = _Training(recipe, classifier, teacher, optimizer, data, batches, device, twin)
+    training = _Training(
+        recipe=recipe,
+        classifier=classifier,
+        teacher=teacher,
+        optimizer=optimizer,
+        data=data,
+        batches=TrainBatches(recipe, data.train, workers=data.workers, pin=device.type == "cuda"),
+        device=device,
+        scaler=scaler,
+        forward=torch.compile(classifier) if compiled else classifier,
+        twin=twin,
+    )
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
         report = _report(training, history)
@@ -111,7 +131,7 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
 
 
 def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport:
-    recipe, last = training.recipe, history[-1]
+    recipe, last, scaler = training.recipe, history[-1], training.scaler
     chance = {
         "num_classes": len(training.data.class_names),
         "n": min(scale_named(recipe.scale).probe_images, len(training.data.train)),
@@ -128,6 +148,7 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
             "history": list(history),
+            **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
         },
     )
 
@@ -146,11 +167,14 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
             set_rate(optimizer, rate)
             optimizer.zero_grad()
         use_set(training.classifier, micro)
-        loss = _batch_loss(training, images, chosen, epoch, forward)
-        (loss / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
+        with _named_memory(training, len(chosen)):
+            loss = _batch_loss(training, images, chosen, epoch, forward)
+            scaled = training.scaler.scale(loss / recipe.accumulation)
+            scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         if micro + 1 == recipe.accumulation:
-            optimizer.step()
+            training.scaler.step(optimizer)
+            training.scaler.update()
     return {"train/loss": float(total) / (steps * recipe.accumulation), "train/rate": rate}
 
 
@@ -171,13 +195,30 @@ def _batch_loss(
         inputs = training_attack(
             recipe, classifier, inputs, targets, epoch=epoch, step=forward, twin=training.twin
         )
-    logits_BK = classifier(inputs)
+    half = PRECISIONS[recipe.precision]
+    with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
+        logits_BK = training.forward(inputs).float()
+        if recipe.distillation and training.teacher is not None:
+            with torch.no_grad():
+                taught_BK = training.teacher(inputs).float()
     loss = training_loss(recipe, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:
-        with torch.no_grad():
-            taught_BK = training.teacher(inputs)
         loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
     return loss
+
+
+@contextmanager
+def _named_memory(training: _Training, images: int) -> Iterator[None]:
+    """Say of a step that runs out of memory which trial and batch it was, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        recipe = training.recipe
+        raise torch.OutOfMemoryError(
+            f"{recipe.describe()} ({recipe.digest()}): a batch of {images} images does not fit the "
+            f"memory of {training.device}: set micro_batch = {max(1, images // 2)} in the study "
+            f"file, which keeps the total batch of {recipe.batch_size}, or precision = 'bf16'"
+        ) from error
 
 
 def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
