@@ -276,22 +276,39 @@ def build_dictionary(
 ) -> StoredTextures:
     """Build a dictionary: per class, cluster the Grams of its images and synthesise the centres.
 
-    ValueError when a class has fewer rightly classified images than clusters.
+    A class with fewer rightly classified images than clusters is left out; ValueError names the
+    first where fewer than two classes are left.
     """
     network.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     labels = sorted(set(split.labels.tolist()))[: settings.classes]
     textures = []
+    kept: list[int] = []
+    lacking: list[_TooFewImagesError] = []
     for first in range(0, len(labels), settings.classes_at_once):
-        group = labels[first : first + settings.classes_at_once]
-        centres = [_gram_centres(network, split, k, settings, device) for k in group]
+        centres = []
+        for label in labels[first : first + settings.classes_at_once]:
+            try:
+                centres.append(_gram_centres(network, split, label, settings, device))
+                kept.append(label)
+            except _TooFewImagesError as error:
+                logger.warning("left out of the texture dictionary: %s", error)
+                lacking.append(error)
+        if not centres:
+            continue
         targets = [torch.cat(layer) for layer in zip(*centres, strict=True)]
         shown = split.images if isinstance(split.images, Tensor) else split.images[:COLOUR_SAMPLE]
         size = (_channels(shown), *split.images.shape[2:])
         textures.append(_synthesise(network, targets, size, settings, generator))
+    if lacking and len(kept) < 2:
+        raise lacking[0]
     flat = torch.cat(textures).cpu()
-    stored = flat.view(len(labels), settings.clusters, *flat.shape[1:])
-    return StoredTextures(stored, tuple(labels), network.source)
+    stored = flat.view(len(kept), settings.clusters, *flat.shape[1:])
+    return StoredTextures(stored, tuple(kept), network.source)
+
+
+class _TooFewImagesError(ValueError):
+    """A class has fewer usable images than it is to have textures."""
 
 
 def _channels(images_NCHW: Tensor) -> int:
@@ -311,7 +328,7 @@ def _gram_centres(
 
     grams = _class_grams(network, split, label, settings, device)
     if len(grams[0]) < settings.clusters:
-        raise ValueError(
+        raise _TooFewImagesError(
             f"class {label}: the feature network gets {len(grams[0])} of its images right and "
             f"finds evidence for them, too few for {settings.clusters} textures"
         )

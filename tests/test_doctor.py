@@ -210,7 +210,8 @@ def test_check_prints_the_findings_and_stops(root, tmp_path, capsys):
     assert not (tmp_path / "r" / "mlflow.db").exists()
 
 
-def test_cifar_archives_are_recognised(tmp_path):
+def test_a_cifar_archive_that_is_not_the_published_one_is_an_error(tmp_path):
     (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
-    found = look(tmp_path / "data", tmp_path, scale=CIFAR10)
-    assert "holds CIFAR-10 as torchvision stores it" in found.findings[0].text
+    assert (
+        "is not CIFAR-10 as published" in look(tmp_path / "data", tmp_path, scale=CIFAR10).problem
+    )

@@ -116,6 +116,15 @@ def test_its_weights_can_be_judged_by_the_folder_again(finished, root, tmp_path,
     assert "picture 7.JPEG cannot be read" in printed.err
 
 
+def test_any_checkpoint_can_be_judged_by_a_folder(finished, root, tmp_path, capsys):
+    results, _ = finished
+    (weights,) = results.glob("trials/*/weights.safetensors")
+    options = ["--model", "timm:test_resnet", "--weights", str(weights), "--data", str(root)]
+    options += ["--scale", "folder", "--image-size", "32", "--ledger", str(tmp_path)]
+    assert evaluate(options) == 0
+    assert "clean" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -164,6 +164,13 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
         list_splits(DataSource(root=tmp_path))
 
 
+def test_a_folder_that_the_system_will_not_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        list_splits(DataSource(root=tmp_path / ("a" * 300)))
+    with pytest.raises(ValueError, match="is not a folder: it wants"):
+        source_of(options("--textures", tmp_path / ("a" * 300)))
+
+
 def test_hold_out_beside_a_val_folder_is_refused(root):
     with pytest.raises(ValueError, match="--hold-out would put it aside"):
         list_splits(DataSource(root=root, hold_out=0.2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
+from trainables.checkpoint import write_atomically
+
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 CHANNELS = 3
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
+SIDEWAYS = 5
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -170,18 +175,8 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
     stamps = _stamps(images, budget)
     if stamps is None:
         return None
-    sizes = np.empty((len(images), 2), dtype=np.int64)
-
-    def measure(place: int) -> None:
-        path = images.path(place)
-        try:
-            with Image.open(path) as file:
-                turned = file.getexif().get(0x0112, 1) >= 5
-                sizes[place] = file.size[::-1] if turned else file.size
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
-
-    in_threads(measure, range(len(images)))
+    known = cache / f"sizes-{stamps}.npy"
+    sizes = np.load(known) if known.exists() else _sizes(images)
     decoded = DecodedImages(cache / f"originals-{stamps}.u8", sizes)
     total = int(decoded.ends[-1])
     if total > budget:
@@ -196,7 +191,28 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
         in_threads(fill, range(len(images)))
 
     write_once(decoded.file, total, write)
+    if not known.exists():
+        buffer = io.BytesIO()
+        np.save(buffer, sizes)
+        write_atomically(known, buffer.getvalue())
     return decoded
+
+
+def _sizes(images: ImageFiles) -> np.ndarray:
+    """Return each image's width and height, upright, from its file's header."""
+    sizes = np.empty((len(images), 2), dtype=np.int64)
+
+    def measure(place: int) -> None:
+        path = images.path(place)
+        try:
+            with Image.open(path) as file:
+                turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
+                sizes[place] = file.size[::-1] if turned else file.size
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+
+    in_threads(measure, range(len(images)))
+    return sizes
 
 
 def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:

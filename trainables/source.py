@@ -85,7 +85,13 @@ def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
     that a checkpoint can be judged by val/ alone.
     """
     assert source.root is not None
-    root = source.root
+    try:
+        return _listed(source, source.root)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
     if not root.is_dir():
         raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ below it")
     train_folder, val_folder = _split_folders(root)
@@ -271,7 +277,7 @@ def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> Data
     given = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
     stored = tuple((name, path.absolute()) for name, path in given.items() if path is not None)
     for name, path in stored:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
             raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name]}")
     return DataSource(
         root=options.data.absolute() if options.data else None,
