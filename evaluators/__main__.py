@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from evaluators import EVALUATORS
 from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
-from trainables.scale import SCALES, Scale, scale_named
+from trainables.scale import SCALE_NAMES, Scale, scale_named
+from trainables.source import DataSource, add_data_options, scale_of, source_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,11 +51,12 @@ def _run(options: argparse.Namespace) -> int:
     from trainables.data import load_data
 
     device = _device(options.device)
-    scale, classifier = _load(options)
+    source = _readable(source_of(options))
+    scale, classifier = _load(options, source)
     folder = options.ledger or Path("results/ledgers") / options.weights.stem
     _make(folder)
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
-    data = load_data(scale)
+    data = load_data(scale, source)
     ledgers, scores = {}, []
     weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
     for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
@@ -79,7 +81,19 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> tuple[Scale, Classifier]:
+def _readable(source: DataSource) -> DataSource:
+    """Return the source without its damaged images, where that is asked for."""
+    if source.root is None or not source.skip_damaged:
+        return source
+    from trainables.scan import damaged_images
+
+    damaged = damaged_images(source)
+    for path in sorted(damaged):
+        print(f"skipped: {source.root / path} cannot be read", file=sys.stderr)
+    return dataclasses.replace(source, skipped=damaged)
+
+
+def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Classifier]:
     """Build the model that the options, or the weights file's own header, name; load it."""
     from evaluators.weights import load_any_weights
     from trainables.models import classifier_named
@@ -87,11 +101,14 @@ def _load(options: argparse.Namespace) -> tuple[Scale, Classifier]:
     model, activation, scale_name = options.model, options.activation, options.scale
     if model is None:
         recipe = _recipe_of(options.weights)
-        if scale_name not in (None, recipe.scale):
+        if scale_name not in (None, recipe.scale, recipe.scale.partition("-")[0]):
             raise ValueError(f"{options.weights} was trained at {recipe.scale}, not {scale_name}")
         model, scale_name = recipe.model, recipe.scale
         activation = activation or recipe.activation
-    scale = scale_named(scale_name or "digits")
+    if options.model is None:
+        scale = scale_named(scale_name)
+    else:
+        scale = scale_of(scale_name or "digits", source, image_size=options.image_size)
     if options.mean is not None:
         scale = dataclasses.replace(scale, mean=(options.mean,) * 3)
     if options.std is not None:
@@ -190,7 +207,7 @@ def _check_names(options: argparse.Namespace) -> None:
     model = options.model
     if model is not None and model not in MODELS and not model.startswith(TIMM_PREFIX):
         raise ValueError(f"unknown model {model!r}; one of {', '.join(MODELS)} or timm:NAME")
-    if options.scale is not None:
+    if options.scale not in (None, *SCALE_NAMES):
         scale_named(options.scale)
     if options.std is not None and options.std <= 0:
         raise ValueError(f"--std {options.std:g} is not above 0")
@@ -219,7 +236,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="E",
         help=f"{', '.join([*EVALUATORS, *SINGLE_SCORES])} (default: clean)",
     )
-    parser.add_argument("--scale", help=f"{', '.join(SCALES)} (default: the file's, or digits)")
+    parser.add_argument(
+        "--scale", help=f"{', '.join(SCALE_NAMES)} (default: the file's, or digits)"
+    )
+    add_data_options(parser)
     normalisation = "of the normalisation, all channels, pixels in [0, 1] (default: the scale's)"
     parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
     parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")

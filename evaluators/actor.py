@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from trainables.data import Shard
     from trainables.models import Classifier
     from trainables.scale import Scale
+    from trainables.source import DataSource
 
 WEIGHTS = "weights.safetensors"
 
@@ -19,11 +20,13 @@ class EvaluatorActor:
     Heavy imports are made here and not on top, so that the driver need not have them.
     """
 
-    def __init__(self, tracking_uri: str, scale: Scale, *, threads: int, device: str) -> None:
+    def __init__(
+        self, tracking_uri: str, scale: Scale, source: DataSource, *, threads: int, device: str
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._tracking_uri, self._scale = tracking_uri, scale
+        self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device = torch.device(device)
         self._loaded: tuple[str, Classifier] | None = None
 
@@ -36,7 +39,7 @@ class EvaluatorActor:
 
         began = time.monotonic()
         classifier = self._load(artifact_uri)
-        data = load_data(self._scale)
+        data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
         ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
         return to_parquet(ledger, seconds=time.monotonic() - began)

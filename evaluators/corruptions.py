@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from evaluators.base import Batch, Score, share, split_batches, verdicts
-from evaluators.corruption_kinds import GROUPS, KINDS, SEVERITIES, corrupt
+from evaluators.corruption_kinds import EXTRA_KINDS, GROUPS, KINDS, SEVERITIES, corrupt
+from evaluators.stored_cifar import CIFAR10C
 from trainables.data import WHOLE, Data, Shard, Split, to_unit
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
@@ -25,7 +26,6 @@ from trainables.scale import Scale
 if TYPE_CHECKING:
     from trainables.models import Classifier
 
-EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 1  # raise it when generated images change: it is part of a cell's identity
@@ -68,6 +68,8 @@ class Corruptions:
         self.alexnet_errors = ALEXNET_ERRORS if scale.name == "imagenet" else {}
 
     def identity(self, source: Data) -> dict[str, Any]:
+        if cifar := _cifar10_c(source):
+            return {"data": "CIFAR-10-C", "images": cifar.ids_hash(), "kinds": cifar.kinds}
         root = source.stored("imagenet-c")
         if root is None:
             return {
@@ -80,6 +82,8 @@ class Corruptions:
         return {"data": "ImageNet-C", "images": images, "kinds": kinds, "resize": self.resize}
 
     def shards(self, source: Data) -> int:
+        if cifar := _cifar10_c(source):
+            return math.ceil(cifar.per_severity / SHARD_IMAGES)
         root = source.stored("imagenet-c")
         if root is None:
             return 1
@@ -87,11 +91,11 @@ class Corruptions:
         return math.ceil(len(stored.files()) / SHARD_IMAGES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        root = source.stored("imagenet-c")
-        if root is not None:
+        root, cifar = source.stored("imagenet-c"), _cifar10_c(source)
+        if root is not None and cifar is None:
             yield from self._stored(root, source, batch_size, shard)
             return
-        for question, split in _generated(source):
+        for question, split in cifar.splits() if cifar else _generated(source):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 yield replace(batch, question=question)
 
@@ -132,6 +136,11 @@ class Corruptions:
         )
 
 
+def _cifar10_c(source: Data) -> CIFAR10C | None:
+    root = source.stored("cifar10-c") if source.name == "cifar10" else None
+    return CIFAR10C.open(root) if root else None
+
+
 def stored_kinds(root: Path) -> tuple[str, ...]:
     """Return the kinds below root/<kind>/<severity>: the 15, and those of the extra 4 there are.
 
@@ -163,7 +172,7 @@ def _kept(source: Data) -> tuple[tuple[str, Split], ...]:
 
 def _generate(source: Data) -> Iterator[tuple[str, Split]]:
     split = _chosen(source)
-    images_BCHW = to_unit(split.images)
+    images_BCHW = to_unit(split.images[:])
     for kind in KINDS:
         for severity in SEVERITIES:
             corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.nn import functional as F
 
 from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from evaluators.stored_cifar import load_cifar10_1
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 IMAGENET_A_CLASSES = 200
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
+REFERENCE_SIDE = 32
+READ_AT_ONCE = 500
 
 
 class Natural:
     """Top-1 accuracy on natural images that are hard by themselves.
 
     ImageNet-A: `natural` answers among its 200 classes (the study's figure), `natural-1000` among
-    all. Without a stored set: the natural-adversarial counterpart, `natural` alone.
+    all. At scale cifar10: CIFAR-10.1. Without a stored set: the natural-adversarial counterpart,
+    `natural` alone.
     """
 
     name = "natural"
@@ -39,6 +44,8 @@ class Natural:
         self.size = scale.image_size
 
     def identity(self, source: Data) -> dict[str, Any]:
+        if (newer := _cifar10_1(source)) is not None:
+            return {"data": "CIFAR-10.1", "images": newer.ids_hash()}
         root = source.stored("imagenet-a")
         if root is not None:
             return {"data": "ImageNet-A", "images": self._folder(root, source).ids_hash()}
@@ -51,9 +58,10 @@ class Natural:
         return 1
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        root = source.stored("imagenet-a")
-        if root is None:
-            yield from split_batches(hardest(source), batch_size=batch_size, shard=shard)
+        root, newer = source.stored("imagenet-a"), _cifar10_1(source)
+        if root is None or newer is not None:
+            split = newer or hardest(source)
+            yield from split_batches(split, batch_size=batch_size, shard=shard)
             return
         folder = self._folder(root, source)
         present = folder.labels_present()
@@ -89,6 +97,11 @@ class Natural:
         )
 
 
+def _cifar10_1(source: Data) -> Split | None:
+    root = source.stored("cifar10.1") if source.name == "cifar10" else None
+    return load_cifar10_1(root) if root else None
+
+
 @lru_cache(maxsize=4)
 def hardest(source: Data) -> Split:
     """Return the sixth of the held-out images with the least margin of their true class.
@@ -111,5 +124,11 @@ def hardest(source: Data) -> Split:
 
 
 def _grey_pixels(split: Split) -> np.ndarray:
-    pixels: np.ndarray = split.images.float().mean(dim=1).flatten(1).div(255).numpy()
-    return pixels
+    """Return each image's grey pixels_ND in [0, 1], at most 32 a side."""
+    parts = []
+    for first in range(0, len(split), READ_AT_ONCE):
+        grey_BHW = split.images[first : first + READ_AT_ONCE].float().mean(dim=1)
+        if grey_BHW.shape[-1] > REFERENCE_SIDE:
+            grey_BHW = F.adaptive_avg_pool2d(grey_BHW, REFERENCE_SIDE)
+        parts.append(grey_BHW.flatten(1).div(255))
+    return torch.cat(parts).numpy()

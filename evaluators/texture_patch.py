@@ -27,8 +27,8 @@ from evaluators.base import (
     survival_scores,
     verdicts,
 )
-from evaluators.textures import TextureDictionary, dictionary_for, own_identity
-from trainables.data import WHOLE, Data, Shard, Split, load_data
+from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
+from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded
 from trainables.scale import PatchBudget, Scale
 
@@ -377,7 +377,8 @@ class TexturePatchAttack:
     """Survival under up to N texture patches, by REINFORCE (tpa) and by random search beside it.
 
     Both have the same budget and, per image, the same textures: those of one random class, not
-    the true one; targeted, those of a random target. `dictionary`: the scale's own unless given.
+    the true one; targeted, those of a random target. `dictionary`: unless given, the one stored
+    with the data that `batches` is asked for, or else built from that data.
     Budgets (images x patches x steps x samples), of each of the two searches: imagenet
     5000 x 4 x 50 x 500, digits 50 x 4 x 8 x 25. An image draws from a generator of its own,
     seeded by its id, so its verdict does not depend on its batch.
@@ -405,23 +406,24 @@ class TexturePatchAttack:
         self.targeted, self.rule, self.seed = targeted, rule, seed
         self.forward_batch = forward_batch
         self.shard_images = scale.shard_images
-        self._dictionary = dictionary
+        self._given = self._dictionary = dictionary
 
     def identity(self, source: Data) -> dict[str, Any]:
-        given = self._dictionary
+        given = self._given
         return {
             "images": self._images(source).ids_hash(),
             "budget": asdict(self.budget),
             "targeted": self.targeted,
             "rule": self.rule,
             "seed": self.seed,
-            "dictionary": given.digest if given else own_identity(self.scale, source),
+            "dictionary": given.digest if given else dictionary_identity(self.scale, source),
         }
 
     def shards(self, source: Data) -> int:
         return shards_of(self._images(source), self.shard_images)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        self._dictionary = self._given or dictionary_for(self.scale, source)
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
     def judge(
@@ -445,7 +447,8 @@ class TexturePatchAttack:
         return pa.concat_tables(parts)
 
     def _task(self, batch: Batch) -> Task:
-        dictionary, device = self._textures(), batch.images.device
+        dictionary, device = self._dictionary, batch.images.device
+        assert dictionary is not None, "batches come first: they say whose textures"
         chosen = self._palettes(batch, dictionary)
         used = sorted(set(chosen))
         textures = torch.stack([dictionary.of_class(k) for k in used])
@@ -477,9 +480,6 @@ class TexturePatchAttack:
         key = f"{self.name}/{self.seed}/{purpose}/{image_id}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
-
-    def _textures(self) -> TextureDictionary:
-        return self._dictionary or dictionary_for(self.scale, load_data(self.scale))
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return survival of each question, after each number of patches, and mean queries."""

@@ -33,6 +33,8 @@ LAYOUT = (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLED_BYTES = 4096
+COLOUR_SAMPLE = 256  # of images in files: are they grey?
+FITTED_IMAGES = 2000  # by the scale's own feature network
 logger = logging.getLogger(__name__)
 _built: dict[str, StoredTextures] = {}
 
@@ -253,7 +255,8 @@ def _fit(network: FeatureNetwork, split: Split, *, seed: int, epochs: int) -> No
     model = nn.Sequential(network.features, network.head)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(seed)
-    images, batch_size = network.normalised(to_unit(split.images)), 50
+    split = split.subset(FITTED_IMAGES, seed=seed)
+    images, batch_size = network.normalised(to_unit(split.images[:])), 50
     for _ in range(epochs):
         order = torch.randperm(len(split), generator=generator)
         for chosen in torch.split(order, batch_size):
@@ -269,21 +272,39 @@ def build_dictionary(
 ) -> StoredTextures:
     """Build a dictionary: per class, cluster the Grams of its images and synthesise the centres.
 
-    ValueError when a class has fewer rightly classified images than clusters.
+    A class with fewer rightly classified images than clusters is left out; ValueError names the
+    first where fewer than two classes are left.
     """
     network.to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     labels = sorted(set(split.labels.tolist()))[: settings.classes]
     textures = []
+    kept: list[int] = []
+    lacking: list[_TooFewImagesError] = []
     for first in range(0, len(labels), settings.classes_at_once):
-        group = labels[first : first + settings.classes_at_once]
-        centres = [_gram_centres(network, split, k, settings, device) for k in group]
+        centres = []
+        for label in labels[first : first + settings.classes_at_once]:
+            try:
+                centres.append(_gram_centres(network, split, label, settings, device))
+                kept.append(label)
+            except _TooFewImagesError as error:
+                logger.warning("left out of the texture dictionary: %s", error)
+                lacking.append(error)
+        if not centres:
+            continue
         targets = [torch.cat(layer) for layer in zip(*centres, strict=True)]
-        size = (_channels(split.images), *split.images.shape[2:])
+        shown = split.images if isinstance(split.images, Tensor) else split.images[:COLOUR_SAMPLE]
+        size = (_channels(shown), *split.images.shape[2:])
         textures.append(_synthesise(network, targets, size, settings, generator))
+    if lacking and len(kept) < 2:
+        raise lacking[0]
     flat = torch.cat(textures).cpu()
-    stored = flat.view(len(labels), settings.clusters, *flat.shape[1:])
-    return StoredTextures(stored, tuple(labels), network.source)
+    stored = flat.view(len(kept), settings.clusters, *flat.shape[1:])
+    return StoredTextures(stored, tuple(kept), network.source)
+
+
+class _TooFewImagesError(ValueError):
+    """A class has fewer usable images than it is to have textures."""
 
 
 def _channels(images_NCHW: Tensor) -> int:
@@ -303,7 +324,7 @@ def _gram_centres(
 
     grams = _class_grams(network, split, label, settings, device)
     if len(grams[0]) < settings.clusters:
-        raise ValueError(
+        raise _TooFewImagesError(
             f"class {label}: the feature network gets {len(grams[0])} of its images right and "
             f"finds evidence for them, too few for {settings.clusters} textures"
         )
@@ -403,13 +424,41 @@ def own_settings(scale: Scale) -> TextureSettings:
     return TextureSettings(**small)
 
 
+def dictionary_identity(scale: Scale, data: Data) -> object:
+    """Return what names the dictionary of `dictionary_for`, without building it."""
+    stored = stored_dictionary(scale, data)
+    return stored.digest if stored else own_identity(scale, data)
+
+
+def stored_dictionary(scale: Scale, data: Data) -> PublishedTextures | None:
+    """Open the dictionary stored with the data, None where there is none."""
+    root = data.stored("textures")
+    return open_dictionary(root, scale) if root else None
+
+
+def open_dictionary(root: Path, scale: Scale) -> PublishedTextures:
+    """Open a stored dictionary of a scale's classes; ValueError says what it lacks.
+
+    All of the scale's textures of a class are there, or none: then the class is left out.
+    """
+    labels = range(scale.num_classes)
+    present = [k for k in labels if (root / LAYOUT.format(label=k, cluster=0)).is_file()]
+    if len(present) < 2:
+        raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
+    return read_published(root, classes=present, clusters=scale.patch.textures)
+
+
 def own_identity(scale: Scale, data: Data) -> dict[str, object]:
     """Return what a scale's own dictionary follows from, without building it."""
     return {"settings": asdict(own_settings(scale)), "train": data.train.ids_hash()}
 
 
-def dictionary_for(scale: Scale, data: Data) -> StoredTextures:
-    """Return a scale's own dictionary, built in this process on first use."""
+def dictionary_for(scale: Scale, data: Data) -> TextureDictionary:
+    """Return the dictionary stored with the data, or the scale's own, built on first use."""
+    return stored_dictionary(scale, data) or _own_dictionary(scale, data)
+
+
+def _own_dictionary(scale: Scale, data: Data) -> StoredTextures:
     key = _key(scale, data)
     if key not in _built:
         settings = own_settings(scale)
@@ -427,7 +476,7 @@ def load_or_build(scale: Scale, data: Data, cache_dir: Path) -> StoredTextures:
         pass
     except SafetensorError as error:
         logger.warning("%s is damaged (%s) and is built again", path, error)
-    dictionary = dictionary_for(scale, data)
+    dictionary = _own_dictionary(scale, data)
     write_atomically(path, _serialise(dictionary))
     return dictionary
 

@@ -18,6 +18,7 @@ from evaluators.actor import EvaluatorActor
 from evaluators.shards import ShardStore, from_parquet, to_parquet
 from trainables.data import Shard
 from trainables.scale import Scale
+from trainables.source import DataSource
 
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
@@ -54,6 +55,7 @@ class EvaluatorPool:
         size: int,
         tracking_uri: str,
         scale: Scale,
+        source: DataSource,
         folder: Path,
         *,
         threads: int,
@@ -63,7 +65,9 @@ class EvaluatorPool:
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
         device = "cuda" if gpus else "cpu"
         self._idle = [
-            actor.options(**options).remote(tracking_uri, scale, threads=threads, device=device)
+            actor.options(**options).remote(
+                tracking_uri, scale, source, threads=threads, device=device
+            )
             for _ in range(size)
         ]
         self._size, self._folder = size, folder

@@ -28,6 +28,7 @@ from grid.report.build import write_report
 from grid.studies import Study
 from trainables.data import load_data
 from trainables.scale import Scale
+from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial
 
@@ -39,10 +40,11 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The resources of one trial; they must not change its result."""
+    """The resources of one trial; they must not change its result, beyond rounding."""
 
     cpus: int = 1
     gpus: float = 0.0
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +109,18 @@ def run_study(
     results: Path,
     mlflow: str | None,
     placement: Placement,
+    source: DataSource = EMBEDDED,
+    manifest: str = "",
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone.
+    stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
+    doctor found it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
-    data = load_data(scale)
+    data = load_data(scale, source)
     _check_plan(plan, scale)
     with sole_run(results):
         line = ProgressLine()
@@ -126,6 +131,7 @@ def run_study(
                 lanes,
                 uri,
                 scale,
+                source,
                 results / SHARDS_FOLDER,
                 threads=placement.cpus,
                 gpus=placement.gpus / 4,
@@ -140,6 +146,7 @@ def run_study(
                 parent=parent,
                 scale=scale,
                 data=data,
+                manifest=manifest,
                 line=line,
             )
             todo = recorder.trials_to_train()
@@ -147,7 +154,7 @@ def run_study(
             recorder.start()
             try:
                 if todo:
-                    _train(todo, recorder, results, placement, lanes)
+                    _train(todo, recorder, results, placement, lanes, source)
                 recorder.finish()
             except KeyboardInterrupt:
                 recorder.abandon()
@@ -268,6 +275,7 @@ def _train(
     results: Path,
     placement: Placement,
     lanes: int,
+    source: DataSource,
 ) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
@@ -283,6 +291,8 @@ def _train(
             "storage": storage,
             "threads": placement.cpus,
             "device": "cuda" if placement.gpus else "cpu",
+            "source": source,
+            "compile": placement.compile,
         }
         for trial in todo
     ]

@@ -46,6 +46,7 @@ class Recorder(threading.Thread):
         parent: str,
         scale: Scale,
         data: Data,
+        manifest: str = "",
         line: ProgressLine,
     ) -> None:
         super().__init__(name="recorder", daemon=True)
@@ -53,6 +54,7 @@ class Recorder(threading.Thread):
         self.error: BaseException | None = None
         self._tracker, self._pool, self._line = tracker, pool, line
         self._study, self._parent, self._scale, self._data = study, parent, scale, data
+        self._manifest = manifest
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         names = {name for trial in plan for name in trial.evaluators}
@@ -281,7 +283,7 @@ class Recorder(threading.Thread):
     def _dataset(self) -> dict[str, str]:
         return {
             "name": self._data.name,
-            "digest": self._data.train.ids_hash(),
+            "digest": self._manifest or self._data.train.ids_hash(),
             "source_type": "code",
             "source": self._scale.title,
         }

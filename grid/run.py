@@ -18,7 +18,8 @@ from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
 from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
-from trainables.scale import SCALES, Scale, scale_named
+from trainables.scale import SCALE_NAMES, Scale
+from trainables.source import DataSource, add_data_options, scale_of, source_of
 
 if TYPE_CHECKING:
     from grid.launch import Finished
@@ -42,6 +43,7 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 INTERRUPTED = 130
+DECODED_FOLDER = "decoded"
 INDENT = " " * 16
 
 
@@ -49,34 +51,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        scale = scale_named(options.scale)
+        source = source_of(options, cache=options.results / DECODED_FOLDER)
         study = load_study(options.study)
-        only = _parse_only(options.only)
-        plan = build_plan(
-            study,
-            scale,
-            tables=options.tables,
-            only=only,
-            seeds=options.seeds,
-            evaluators=options.evaluators,
-        )
+        scale, plan = _planned(options, study, source)
         if options.plan:
             print_plan(study, plan, scale)
             return 0
-        return _run(options, study, plan, scale)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        manifest = ""
+        if options.check or source.root is not None:
+            source, manifest = _examined(options, plan, scale, source)
+        if options.check:
+            return 0
+        if source.skipped:
+            scale, plan = _planned(options, study, source)
+        return _run(options, study, plan, scale, source, manifest)
     except ValueError as error:
         _refuse(problem(error))
 
 
-def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def _planned(options: argparse.Namespace, study: Study, source: DataSource) -> tuple[Scale, Plan]:
+    scale = scale_of(options.scale, source, image_size=options.image_size)
+    plan = build_plan(
+        study,
+        scale,
+        tables=options.tables,
+        only=_parse_only(options.only),
+        seeds=options.seeds,
+        evaluators=options.evaluators,
+    )
+    return scale, plan
+
+
+def _examined(
+    options: argparse.Namespace, plan: Plan, scale: Scale, source: DataSource
+) -> tuple[DataSource, str]:
+    """Return the source without damaged images, and its manifest; ValueError on what is wrong."""
+    from rich.console import Console
+
+    from grid.doctor import examine, without_damaged
+
+    examination = examine(scale, source, plan, results=options.results)
+    if options.check:
+        examination.print(Console())
+    else:
+        for warning in examination.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if examination.problem:
+        raise ValueError(examination.problem)
+    return without_damaged(source, examination), examination.manifest
+
+
+def _run(
+    options: argparse.Namespace,
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    source: DataSource,
+    manifest: str,
+) -> int:
     began = time.monotonic()
     if options.report:
         return _report(options, study, plan, scale)
     from grid.launch import Placement, run_study
 
-    placement = Placement(cpus=options.cpus_per_trial, gpus=options.gpus_per_trial)
+    placement = Placement(
+        cpus=options.cpus_per_trial, gpus=options.gpus_per_trial, compile=options.compile
+    )
     try:
         finished = run_study(
             study,
@@ -85,6 +127,8 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
             results=options.results,
             mlflow=options.mlflow,
             placement=placement,
+            source=source,
+            manifest=manifest,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -153,9 +197,17 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=_positive, default=1, metavar="N", help="train each recipe N times"
     )
     parser.add_argument(
-        "--scale", default="digits", help=f"{', '.join(SCALES)} (default: digits, no download)"
+        "--scale",
+        default="digits",
+        help=f"{', '.join(SCALE_NAMES)} (default: digits, no download)",
     )
+    add_data_options(parser)
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at data, disk, memory and device, print what was found, and stop",
+    )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
         "--results",
@@ -172,6 +224,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-trial", type=_share, default=0.0, metavar="G", help="default: 0"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train through torch.compile: faster on a GPU, other bits than without",
     )
     return parser
 

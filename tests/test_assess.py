@@ -20,6 +20,7 @@ from trainables.checkpoint import save_weights
 from trainables.data import Shard, load_data
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
+from trainables.source import EMBEDDED
 
 SCALE = replace(DIGITS, attack_subset=12, shard_images=5)
 CPU = torch.device("cpu")
@@ -45,7 +46,13 @@ def trial(small, tmp_path):
 @pytest.fixture
 def pool(ray_session, tmp_path):
     return EvaluatorPool(
-        1, f"sqlite:///{tmp_path}/mlflow.db", SCALE, tmp_path / "shards", threads=1, gpus=0
+        1,
+        f"sqlite:///{tmp_path}/mlflow.db",
+        SCALE,
+        EMBEDDED,
+        tmp_path / "shards",
+        threads=1,
+        gpus=0,
     )
 
 

@@ -17,7 +17,6 @@ from trainables.augment import (
     randaugment,
     shift,
 )
-from trainables.data import Split
 from trainables.scale import DIGITS
 
 
@@ -112,7 +111,7 @@ def test_curriculum_sets_the_strength_of_an_epoch(few_digits):
     eased = with_axis(DIGITS.shrink(with_axis(deit(), "curriculum", "study")), "seed", 0)
     assert [eased.curriculum_row(e).randaug_magnitude for e in (0, 11)] == [0, 2]
     plain = eased.replace(curriculum=(), randaug_magnitude=0)
-    split = few_digits.train
+    split = few_digits.train.images
     assert torch.equal(augmented_epoch(eased, split, 0), augmented_epoch(plain, split, 0))
     assert not torch.equal(augmented_epoch(eased, split, 11), augmented_epoch(plain, split, 11))
 
@@ -120,7 +119,5 @@ def test_curriculum_sets_the_strength_of_an_epoch(few_digits):
 def test_equal_augmentation_is_made_once_for_many_trials(few_digits, small):
     one = small(augmentations=STRONG, epochs=3)
     other = small("deit", epochs=3)
-    split = Split(
-        images=few_digits.train.images, labels=few_digits.train.labels, ids=few_digits.train.ids
-    )
-    assert augmented_epoch(one, split, 0) is augmented_epoch(other, split, 0)
+    images = few_digits.train.images
+    assert augmented_epoch(one, images, 0) is augmented_epoch(other, images, 0)

@@ -30,6 +30,7 @@ def variants(small):
             "deit", epochs=3, adversary=ADVERSARY, curriculum=CURRICULA["study"]
         ),
         "distilled": small(epochs=3, distillation=Distillation(teacher=teacher)),
+        "half precision": small(epochs=3, precision="fp16"),
     }
 
 
@@ -49,6 +50,7 @@ def weights(classifier):
         "ghost, accumulation, adversarial",
         "adversarial with curriculum",
         "distilled",
+        "half precision",
     ],
 )
 def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_path, variant):
@@ -68,6 +70,30 @@ def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_p
     )
     assert [(r.metrics, r.outcome) for r in again] == reports[1:]
     assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_too(small, few_digits, precision):
+    recipe = small(epochs=6, precision=precision)
+    reports = list(train(recipe, build_classifier(recipe), few_digits, device=CPU))
+    # The first scaled steps overflow and are skipped: the scale halves until one does not.
+    assert reports[-1].metrics["train/loss"] < 0.9 * reports[0].metrics["train/loss"]
+    assert ("scaler" in reports[-1].state) == (precision == "fp16")
+
+
+def test_a_batch_too_large_for_the_memory_names_the_trial_and_what_helps(small, few_digits):
+    class Greedy(torch.nn.Module):
+        def forward(self, images):
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    recipe = small(batch_size=64, micro_batch=32)
+    classifier = build_classifier(recipe)
+    classifier.backbone.global_pool = Greedy()
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 32 images") as stopped:
+        next(train(recipe, classifier, few_digits, device=CPU))
+    said = str(stopped.value)
+    assert recipe.digest() in said
+    assert "set micro_batch = 16 in the study file, which keeps the total batch of 64" in said
 
 
 def test_training_learns(small, few_digits):

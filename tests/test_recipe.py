@@ -42,6 +42,13 @@ def test_settings_of_what_is_off_do_not_split_trials(change):
     assert "ghost_batch" in change or deit().replace(**change).digest() != deit().digest()
 
 
+def test_precision_is_part_of_the_identity_unless_it_is_float32():
+    assert "precision" not in resnet50().effective()
+    digests = {resnet50().replace(precision=p).digest() for p in ("float32", "bf16", "fp16")}
+    assert len(digests) == 3
+    assert resnet50().replace(precision="bf16").describe().split()[-3] == "bf16"
+
+
 def test_recipe_survives_json_with_everything_in_it():
     recipe = with_axis(
         with_axis(deit().replace(adversary=ADVERSARY), "curriculum", "study"), "teacher", "resnet50"

@@ -32,7 +32,10 @@ def refusal(capsys, *arguments):
         (["--only", "colour=red"], "unknown axis 'colour' in --only; one of model, family"),
         (["--only", "activation=tanh"], "activation=tanh; values there: gelu, relu"),
         (["--only", "activation"], "--only wants AXIS=VALUE, not 'activation'"),
-        (["--scale", "mnist"], "unknown scale 'mnist'; one of ['digits', 'imagenet']"),
+        (
+            ["--scale", "mnist"],
+            "unknown scale 'mnist'; one of ['cifar10', 'digits', 'folder', 'imagenet']",
+        ),
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),

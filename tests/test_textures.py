@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,6 +187,18 @@ def test_textures_of_grey_images_are_grey(data: Data, network: FeatureNetwork) -
 def test_too_few_images_for_the_clusters_are_refused(data: Data, network: FeatureNetwork) -> None:
     with pytest.raises(ValueError, match=r"class 0: .* too few for 99 textures"):
         build_dictionary(network, data.train, replace(QUICK, clusters=99), device=CPU)
+
+
+def test_a_class_with_too_few_images_is_left_out(
+    data: Data, network: FeatureNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = data.train.at(np.concatenate([np.arange(200), np.flatnonzero(data.train.labels == 7)]))
+    several = replace(QUICK, classes=None, clusters=18, images=100, steps=1)
+    built = build_dictionary(network, few, several, device=CPU)
+    assert 7 in built.classes
+    assert 2 <= len(built.classes) < 10
+    assert built.textures.shape[:2] == (len(built.classes), 18)
+    assert "left out of the texture dictionary: class" in caplog.text
 
 
 def test_own_dictionary_is_built_once_and_kept_in_a_file(

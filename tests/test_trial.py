@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from trainables.recipe import Distillation
+from trainables.source import EMBEDDED
 from trainables.trial import RecipeTrial, weights_path
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, few_digits):
     """Return a function that makes a trial actor for a recipe on few digits."""
-    monkeypatch.setattr("trainables.data.load_data", lambda scale: few_digits)
+    monkeypatch.setattr("trainables.data.load_data", lambda scale, source: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
 
     def config(recipe):
@@ -21,6 +22,8 @@ def start(tmp_path, monkeypatch, few_digits):
             "storage": str(tmp_path),
             "threads": 1,
             "device": "cpu",
+            "source": EMBEDDED,
+            "compile": False,
         }
         return {"trial": trial}
 

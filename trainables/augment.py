@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import cast
@@ -15,33 +15,39 @@ from timm.data import Mixup
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
-from trainables.data import Split
+from trainables.images import ImageFiles
 from trainables.recipe import Recipe
 from trainables.scale import scale_named
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
+CROP_SCALE = (0.08, 1.0)
 CACHED_EPOCHS = 128
+CACHED_BYTES = 2**24  # of an epoch's images; more are augmented batch by batch
 
 
 @contextmanager
 def library_randomness() -> Iterator[Callable[..., None]]:
-    """Yield a function that seeds `random` and `numpy.random`, which timm draws from.
+    """Yield a function that seeds what timm and torchvision draw from.
 
-    Both states are put back on leaving.
+    These are `random`, `numpy.random` and torch's generator; their states are put back on leaving.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.default_generator.get_state()
 
     def seed(*key: int) -> None:
         value = int(np.random.SeedSequence(key).generate_state(1)[0])
         random.seed(value)
         np.random.seed(value)
+        torch.default_generator.manual_seed(value)
 
     try:
         yield seed
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -50,45 +56,135 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(rng.permutation(count))
 
 
-def augmented_epoch(recipe: Recipe, split: Split, epoch: int) -> Tensor:
-    """Return every image of the split as this epoch shows it: shifted, then RandAugmented."""
+def augmented(recipe: Recipe, images: Tensor | ImageFiles, epoch: int, places: Tensor) -> Tensor:
+    """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
+
+    Images in memory are shifted and, where the scale says so, flipped; images in files are cropped
+    at random and flipped, as in the study. Then RandAugment. Each follows from (seed, epoch,
+    place) alone, whichever images are asked for beside it.
+    """
+    if isinstance(images, Tensor) and is_cached(images):
+        return augmented_epoch(recipe, images, epoch)[places]
+    fill, magnitude = _fill(recipe), _magnitude(recipe, epoch)
+    if isinstance(images, ImageFiles):
+        return _cropped(images, magnitude, fill, recipe.seed, epoch, places.tolist())
+    moved = _moved(images, recipe, epoch, places)
+    if magnitude is None:
+        return moved
+    rows = places.tolist()
+    return randaugment(
+        moved, magnitude=magnitude, fill=fill, seed=recipe.seed, epoch=epoch, places=rows
+    )
+
+
+def is_cached(images: Tensor | ImageFiles) -> bool:
+    """Tell whether the images are so few that whole augmented epochs are kept."""
+    return isinstance(images, Tensor) and images.nbytes <= CACHED_BYTES
+
+
+def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
+    """Return every image as this epoch shows it; made once for all trials that share it."""
+    flip = scale_named(recipe.scale).flip
+    settings = _magnitude(recipe, epoch), _fill(recipe), flip
+    return _augmented_epoch(_Identity(images), recipe.seed, epoch, *settings)
+
+
+def _magnitude(recipe: Recipe, epoch: int) -> int | None:
+    """Return RandAugment's magnitude in an epoch, None without it."""
     row = recipe.curriculum_row(epoch)
     strength = row.randaug_magnitude if row else recipe.randaug_magnitude
-    magnitude = strength if "randaug" in recipe.augmentations else None
-    mean = scale_named(recipe.scale).mean
-    fill = tuple(round(255 * channel) for channel in mean)
-    return _augmented_epoch(_Identity(split), recipe.seed, epoch, magnitude, fill)
+    return strength if "randaug" in recipe.augmentations else None
+
+
+def _fill(recipe: Recipe) -> tuple[int, ...]:
+    return tuple(round(255 * channel) for channel in scale_named(recipe.scale).mean)
 
 
 class _Identity:
-    """A split as a cache key: the same object is the same data."""
+    """Images as a cache key: the same tensor is the same data."""
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
 
     def __hash__(self) -> int:
-        return id(self.split)
+        return id(self.images)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.split is self.split
+        return isinstance(other, _Identity) and other.images is self.images
 
 
 @lru_cache(maxsize=CACHED_EPOCHS)
 def _augmented_epoch(
-    key: _Identity, seed: int, epoch: int, magnitude: int | None, fill: tuple[int, ...]
+    key: _Identity,
+    seed: int,
+    epoch: int,
+    magnitude: int | None,
+    fill: tuple[int, ...],
+    flip: bool,
 ) -> Tensor:
-    shifted = shift(key.split.images, seed=seed, epoch=epoch)
+    moved = shift(key.images, seed=seed, epoch=epoch)
+    if flip:
+        moved = flipped(moved, seed=seed, epoch=epoch)
     if magnitude is None:
-        return shifted
-    return randaugment(shifted, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
+        return moved
+    return randaugment(moved, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
 
 
-def shift(images_NCHW: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """Move each image by up to 1/16 of its side, filling with black."""
+def _cropped(
+    images: ImageFiles,
+    magnitude: int | None,
+    fill: tuple[int, ...],
+    seed: int,
+    epoch: int,
+    places: Sequence[int],
+) -> Tensor:
+    """Crop, flip and RandAugment images one by one: torchvision and timm draw for one."""
+    size = images.size
+    steps = [
+        v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(0.5),
+    ]
+    if magnitude is not None:
+        steps.append(_rand_augment(magnitude, size, fill))
+    augmented = torch.empty((len(places), size, size, 3), dtype=torch.uint8)
+    with library_randomness() as reseed:
+        for row, place in enumerate(places):
+            image = images.original(place)
+            reseed(seed, epoch, 5, place)
+            for step in steps:
+                image = step(image)
+            augmented[row] = torch.from_numpy(np.array(image))
+    return augmented.permute(0, 3, 1, 2)
+
+
+def _moved(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
+    moved = shift(images, seed=recipe.seed, epoch=epoch, places=places)
+    if not scale_named(recipe.scale).flip:
+        return moved
+    return flipped(moved, seed=recipe.seed, epoch=epoch, places=places, count=len(images))
+
+
+def flipped(
+    images_BCHW: Tensor, *, seed: int, epoch: int, places: Tensor | None = None, count: int = 0
+) -> Tensor:
+    """Mirror each image, or not, by an even chance; `places` are theirs among `count`."""
+    drawn = _flips(seed, epoch, count or len(images_BCHW))
+    chosen = drawn if places is None else drawn[places]
+    return torch.where(chosen[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+
+
+@lru_cache(maxsize=2)
+def _flips(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, epoch, 6)).integers(0, 2, count) == 1)
+
+
+def shift(images_NCHW: Tensor, *, seed: int, epoch: int, places: Tensor | None = None) -> Tensor:
+    """Move each image, or those at `places`, by up to 1/16 of its side, filling with black."""
     count, channels, height, width = images_NCHW.shape
     reach = height // SHIFT_FRACTION
-    rng = np.random.default_rng((seed, epoch, 1))
-    offsets = torch.from_numpy(rng.integers(0, 2 * reach + 1, size=(count, 2)))
+    offsets = _offsets(seed, epoch, count, reach)
+    if places is not None:
+        images_NCHW, offsets, count = images_NCHW[places], offsets[places], len(places)
     padded = F.pad(images_NCHW, (reach,) * 4)
     rows = (offsets[:, :1] + torch.arange(height))[:, None, :, None]
     columns = (offsets[:, 1:] + torch.arange(width))[:, None, None, :]
@@ -96,16 +192,32 @@ def shift(images_NCHW: Tensor, *, seed: int, epoch: int) -> Tensor:
     return padded[image, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
+@lru_cache(maxsize=2)
+def _offsets(seed: int, epoch: int, count: int, reach: int) -> Tensor:
+    rng = np.random.default_rng((seed, epoch, 1))
+    return torch.from_numpy(rng.integers(0, 2 * reach + 1, size=(count, 2)))
+
+
 def randaugment(
-    images_NCHW: Tensor, *, magnitude: int, fill: tuple[int, ...], seed: int, epoch: int
+    images_NCHW: Tensor,
+    *,
+    magnitude: int,
+    fill: tuple[int, ...],
+    seed: int,
+    epoch: int,
+    places: Sequence[int] | None = None,
 ) -> Tensor:
-    """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image, filling with a colour."""
+    """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image, filling with a colour.
+
+    `places`: where the images lie in their split, if they are not all of it.
+    """
+    indices = places or range(len(images_NCHW))
     transform = _rand_augment(magnitude, images_NCHW.shape[-1], fill)
     augmented = np.empty((len(images_NCHW), *images_NCHW.shape[2:], 3), dtype=np.uint8)
     with library_randomness() as reseed:
-        for index, pixels in enumerate(images_NCHW.permute(0, 2, 3, 1).numpy()):
-            reseed(seed, epoch, 2, index)
-            augmented[index] = np.asarray(transform(Image.fromarray(pixels)))
+        for row, pixels in enumerate(images_NCHW.permute(0, 2, 3, 1).numpy()):
+            reseed(seed, epoch, 2, indices[row])
+            augmented[row] = np.asarray(transform(Image.fromarray(pixels)))
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
 

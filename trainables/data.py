@@ -1,4 +1,4 @@
-"""Data sets as tensors: images, labels and the ids that verdicts are kept by."""
+"""Data sets: images in memory or in files, labels, and the ids that verdicts are kept by."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainables.images import ImageFiles
 from trainables.scale import Scale
+from trainables.source import EMBEDDED, DataSource
 
 HELD_OUT_DIGITS = 597
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images of one part of a data set: uint8 (N, 3, H, W), labels int64 (N,), one id each."""
+    """Images of one part of a data set: uint8 (N, 3, H, W), labels int64 (N,), one id each.
 
-    images: Tensor
+    Images in files are decoded when they are indexed, by a slice or a tensor of places.
+    """
+
+    images: Tensor | ImageFiles
     labels: Tensor
     ids: tuple[str, ...]
 
@@ -38,8 +43,9 @@ class Split:
     def at(self, places: np.ndarray) -> Split:
         """Return the images at some places, in that order."""
         index = torch.from_numpy(places)
+        images = self.images
         return Split(
-            images=self.images[index],
+            images=images[index] if isinstance(images, Tensor) else images.at(places),
             labels=self.labels[index],
             ids=tuple(self.ids[i] for i in places),
         )
@@ -69,8 +75,8 @@ WHOLE = Shard()
 class Data:
     """A data set: what is trained on, what is held out, and the classes by label.
 
-    `roots`: where stored out-of-distribution sets lie (imagenet-a, imagenet-c,
-    imagenet-stylized), if they do; `skip_damaged`: pass over their unreadable images. Equal is
+    `roots`: where stored sets lie (`source.STORED_SETS`), if they do; `skip_damaged`: pass over
+    their unreadable images; `workers`: processes that decode and augment for a training. Equal is
     only the same object, which so can key a cache.
     """
 
@@ -80,6 +86,7 @@ class Data:
     class_names: tuple[str, ...]
     roots: Mapping[str, Path] = field(default_factory=dict)
     skip_damaged: bool = False
+    workers: int = 0
 
     def stored(self, name: str) -> Path | None:
         """Return where a stored set lies, None where a counterpart is to be generated.
@@ -96,11 +103,37 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(memory_format=torch.channels_last).float().div_(255)
 
 
-def load_data(scale: Scale) -> Data:
-    """Load a scale's data, once per process; ValueError when it has no data here."""
-    if scale.name != "digits":
-        raise ValueError(f"scale {scale.name!r} has no embedded data; only 'digits' has")
-    return _digits(scale.image_size)
+def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
+    """Load a scale's data, once per process; ValueError when it has none here, or unfit."""
+    if scale.name == "digits":
+        return _digits(scale.image_size)
+    if source.root is None:
+        raise ValueError(
+            f"scale {scale.name!r} has no embedded data, only 'digits' has: give --data DIR"
+        )
+    return _stored(_Named(scale), source)
+
+
+class _Named:
+    """A scale as a cache key: its name and image size say which images it has."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+
+    def __hash__(self) -> int:
+        return hash((self.scale.name, self.scale.image_size))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and hash(self) == hash(other)
+
+
+@cache
+def _stored(named: _Named, source: DataSource) -> Data:
+    from trainables.cifar import load_cifar10
+    from trainables.folders import load_folders
+
+    load = load_cifar10 if named.scale.name == "cifar10" else load_folders
+    return load(named.scale, source)
 
 
 @cache

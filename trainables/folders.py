@@ -1,4 +1,7 @@
-"""Stored images by class: root/<class>/<image>, labelled by the class's name."""
+"""Stored images by class: root/<class>/<image>, labelled by the class's name.
+
+A data set's own train and held-out images, and the out-of-distribution sets beside them.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,70 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data import WHOLE, Shard, Split
+from trainables.data import WHOLE, Data, Shard, Split
+from trainables.images import (
+    UNREADABLE,
+    ImageFiles,
+    as_tensor,
+    keep_originals,
+    keep_validated,
+    read_rgb,
+    unreadable,
+    validated,
+)
+from trainables.scale import Scale
+from trainables.source import SUFFIXES, DataSource, ImageList, list_splits
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 logger = logging.getLogger(__name__)
+
+
+def load_folders(scale: Scale, source: DataSource) -> Data:
+    """Load train/ and val/ below the source's root; ValueError when they do not fit the scale.
+
+    What fits the source's memory is decoded once, the train images first.
+    """
+    train, held_out = list_splits(source)
+    classes = len(train.class_names)
+    if classes != scale.num_classes:
+        raise ValueError(
+            f"{source.root} has {classes} classes, and scale {scale.name!r} has "
+            f"{scale.num_classes}: --scale folder --image-size {scale.image_size} takes any number"
+        )
+    originals, seen = (
+        ImageFiles(part.root, part.paths, size=scale.image_size) for part in (train, held_out)
+    )
+    kept: Tensor | None = None
+    if source.cache:
+        budget = source.memory_bytes
+        decoded = keep_originals(originals, source.cache, budget) if len(train) else None
+        if decoded:
+            budget -= int(decoded.ends[-1])
+            originals = originals.out_of(decoded)
+        kept = keep_validated(seen, source.cache, budget)
+    return Data(
+        name=scale.name,
+        train=_split(train, originals),
+        held_out=_split(held_out, seen if kept is None else kept),
+        class_names=train.class_names,
+        roots=source.folders,
+        skip_damaged=source.skip_damaged,
+        workers=source.workers,
+    )
+
+
+def _split(listed: ImageList, images: Tensor | ImageFiles) -> Split:
+    labels = torch.tensor(listed.labels, dtype=torch.int64)
+    return Split(images=images, labels=labels, ids=listed.paths)
 
 
 @dataclass(kw_only=True)
 class ImageFolderByClass:
     """The images below root/<class>/, `size` px square, labelled by name, never by folder order.
 
-    `resize`: bring the shorter side to it (bicubic) and cut out the middle; None: images must be
+    `resize`: bring the shorter side to it and cut out the middle; None: images must be
     of the right size as stored. `complete`: every class must be there. An image that cannot be
     read is a ValueError, or with `skip_damaged` passed over and listed in `damaged`.
     """
@@ -86,33 +137,20 @@ class ImageFolderByClass:
 
     def _read(self, path: Path) -> Tensor | None:
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            image = read_rgb(path)
+        except UNREADABLE as error:
             if not self.skip_damaged:
-                raise ValueError(
-                    f"{path} (class {path.parent.name}) cannot be read: {error}; "
-                    "--skip-damaged goes on without it"
-                ) from error
+                raise unreadable(path, error) from error
             self.damaged.append(path)
             return None
         if self.resize is not None:
-            image = _middle(image, self.resize, self.size)
+            image = validated(image, resize=self.resize, size=self.size)
         elif image.size != (self.size, self.size):
             raise ValueError(
                 f"{path} is {image.width} x {image.height} px, not {self.size} x {self.size}"
             )
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return as_tensor(image)
 
 
 def _id(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
-
-
-def _middle(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """Bring the shorter side to `resize` and cut out the middle square."""
-    shorter = min(image.size)
-    scaled = [int(resize * side / shorter) for side in image.size]
-    left, top = (round((side - size) / 2) for side in scaled)
-    resized = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))

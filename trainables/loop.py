@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from trainables.adversary import attacked, pgd_iterates, training_attack
-from trainables.augment import augmented_epoch, epoch_order, mix
+from trainables.augment import mix
 from trainables.data import Data, Split, to_unit
 from trainables.folding import FoldedClassifier, folded
+from trainables.loader import TrainBatches
 from trainables.models import Classifier, use_set
 from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe
@@ -23,6 +26,7 @@ from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +46,17 @@ class EpochReport:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Training:
     recipe: Recipe
     classifier: Classifier
     teacher: Classifier | None
     optimizer: Optimizer
     data: Data
+    batches: TrainBatches
     device: torch.device
+    scaler: GradScaler
+    forward: Callable[[Tensor], Tensor]
     twin: FoldedClassifier | None
 
 
@@ -61,12 +68,14 @@ def train(
     device: torch.device,
     teacher: Classifier | None = None,
     start: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> Iterator[EpochReport]:
     """Train a classifier by its recipe and report after every epoch.
 
     `start` is the `state` of an earlier report: training goes on behind it with the same bits as
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
     A collapse ends the training: an outcome, not an error. A recipe with a teacher needs it here.
+    `compiled`: the weight steps go through torch.compile, and are no longer the same bits.
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
@@ -79,10 +88,24 @@ def train(
         history = list(start["history"])
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
+    scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
+    if start is not None and scaler.is_enabled():
+        scaler.load_state_dict(start["scaler"])
     twin = None
     if recipe.adversary:
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
-    training = _Training(recipe, classifier, teacher, optimizer, data, device, twin)
+    training = _Training(
+        recipe=recipe,
+        classifier=classifier,
+        teacher=teacher,
+        optimizer=optimizer,
+        data=data,
+        batches=TrainBatches(recipe, data.train, workers=data.workers, pin=device.type == "cuda"),
+        device=device,
+        scaler=scaler,
+        forward=torch.compile(classifier) if compiled else classifier,
+        twin=twin,
+    )
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
         report = _report(training, history)
@@ -108,7 +131,7 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
 
 
 def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport:
-    recipe, last = training.recipe, history[-1]
+    recipe, last, scaler = training.recipe, history[-1], training.scaler
     chance = {
         "num_classes": len(training.data.class_names),
         "n": min(scale_named(recipe.scale).probe_images, len(training.data.train)),
@@ -125,6 +148,7 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
             "history": list(history),
+            **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
         },
     )
 
@@ -132,27 +156,25 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
 def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     """Train one epoch; return its mean loss and its last rate."""
     recipe, optimizer = training.recipe, training.optimizer
-    images = augmented_epoch(recipe, training.data.train, epoch)
-    order = epoch_order(len(training.data.train), seed=recipe.seed, epoch=epoch)
-    steps = len(order) // recipe.batch_size
-    if steps == 0:
-        raise ValueError(f"batch_size {recipe.batch_size} exceeds the {len(order)} train images")
+    steps = training.batches.steps
     training.classifier.train()
     total = torch.zeros((), device=training.device)
     rate = 0.0
-    for step in range(steps):
-        rate = rate_at(recipe, epoch, step, steps)
-        set_rate(optimizer, rate)
-        optimizer.zero_grad()
-        for micro in range(recipe.accumulation):
-            forward = step * recipe.accumulation + micro
-            first = forward * recipe.forward_batch
-            chosen = order[first : first + recipe.forward_batch]
-            use_set(training.classifier, micro)
-            loss = _batch_loss(training, images[chosen], chosen, epoch, forward)
-            (loss / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        optimizer.step()
+    for forward, (images, chosen) in enumerate(training.batches.epoch(epoch)):
+        step, micro = divmod(forward, recipe.accumulation)
+        if micro == 0:
+            rate = rate_at(recipe, epoch, step, steps)
+            set_rate(optimizer, rate)
+            optimizer.zero_grad()
+        use_set(training.classifier, micro)
+        with _named_memory(training, len(chosen)):
+            loss = _batch_loss(training, images, chosen, epoch, forward)
+            scaled = training.scaler.scale(loss / recipe.accumulation)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        if micro + 1 == recipe.accumulation:
+            training.scaler.step(optimizer)
+            training.scaler.update()
     return {"train/loss": float(total) / (steps * recipe.accumulation), "train/rate": rate}
 
 
@@ -163,7 +185,7 @@ def _batch_loss(
     recipe, classifier = training.recipe, training.classifier
     inputs, targets = mix(
         recipe,
-        to_unit(images.to(training.device)),
+        to_unit(images.to(training.device, non_blocking=True)),
         training.data.train.labels[chosen].to(training.device),
         num_classes=len(training.data.class_names),
         epoch=epoch,
@@ -173,13 +195,30 @@ def _batch_loss(
         inputs = training_attack(
             recipe, classifier, inputs, targets, epoch=epoch, step=forward, twin=training.twin
         )
-    logits_BK = classifier(inputs)
+    half = PRECISIONS[recipe.precision]
+    with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
+        logits_BK = training.forward(inputs).float()
+        if recipe.distillation and training.teacher is not None:
+            with torch.no_grad():
+                taught_BK = training.teacher(inputs).float()
     loss = training_loss(recipe, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:
-        with torch.no_grad():
-            taught_BK = training.teacher(inputs)
         loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
     return loss
+
+
+@contextmanager
+def _named_memory(training: _Training, images: int) -> Iterator[None]:
+    """Say of a step that runs out of memory which trial and batch it was, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        recipe = training.recipe
+        raise torch.OutOfMemoryError(
+            f"{recipe.describe()} ({recipe.digest()}): a batch of {images} images does not fit the "
+            f"memory of {training.device}: set micro_batch = {max(1, images // 2)} in the study "
+            f"file, which keeps the total batch of {recipe.batch_size}, or precision = 'bf16'"
+        ) from error
 
 
 def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
@@ -217,7 +256,7 @@ def accuracy(classifier: Classifier, split: Split, *, device: torch.device) -> f
 def probe(recipe: Recipe, classifier: Classifier, split: Split, *, device: torch.device) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
     assert recipe.adversary is not None
-    images_BCHW, labels_B = to_unit(split.images.to(device)), split.labels.to(device)
+    images_BCHW, labels_B = to_unit(split.images[:].to(device)), split.labels.to(device)
     epsilon = recipe.adversary.epsilon
     with attacked(classifier):
         iterates = pgd_iterates(

@@ -30,6 +30,7 @@ DEITS: dict[str, tuple[int, int]] = {  # published width, depth
     "deit_base": (768, 12),
 }
 HALF = (0.5, 0.5, 0.5)
+FEW_TOKENS = 16
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -198,7 +199,7 @@ def _resnet(
     scale: Scale,
     norm_layer: Callable[[int], nn.Module],
     *,
-    stem_stride: int = 2,
+    stem_stride: int | None = None,
     **options: Any,
 ) -> nn.Module:
     block, layers = RESNETS[model]
@@ -215,7 +216,8 @@ def _resnet(
         **({"num_classes": scale.num_classes} | options),
     )
     if small:
-        network.conv1 = nn.Conv2d(3, channels[0], 3, stride=stem_stride, padding=1, bias=False)
+        stride = scale.stem_stride if stem_stride is None else stem_stride
+        network.conv1 = nn.Conv2d(3, channels[0], 3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     return cast(nn.Module, network)
@@ -235,6 +237,7 @@ def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
     )
     if scale.stem == "small":
         _rescale_init(network, scale)
+    if network.patch_embed.num_patches <= FEW_TOKENS:
         for block in network.blocks:
             # With a few tokens the fused kernel costs more than the attention it computes.
             block.attn.fused_attn = False

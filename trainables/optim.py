@@ -57,7 +57,9 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """Build SGD (Nesterov, momentum 0.9) or AdamW (eps 1e-8) for a recipe."""
     groups = parameter_groups(module, recipe.weight_decay)
     if recipe.optimizer == "sgd":
-        return SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        # torch's fused SGD leaves its momentum unset where the first scaled step is skipped.
+        fused = recipe.precision != "fp16"
+        return SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=fused)
     return AdamW(groups, lr=recipe.learning_rate, eps=1e-8, fused=True)
 
 

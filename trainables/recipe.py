@@ -16,6 +16,7 @@ Scheduler = Literal["step", "cosine"]
 Protocol = Literal["corrected", "as-published"]
 Norm = Literal["batch", "ghost"]
 PixelRange = Literal["data", "half"]
+Precision = Literal["float32", "bf16", "fp16"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
@@ -138,7 +139,8 @@ class Recipe(_Frozen):
     alphas count only where their augmentation is on. `micro_batch` images pass the model at once
     (None: the whole batch) and their gradients accumulate to the total batch. `curriculum` is
     written for a training of `curriculum_epochs` and stretched to this one. `pixel_range` half
-    normalises by mean and std 0.5. Source of the values: STUDY section 3.
+    normalises by mean and std 0.5. `precision` is that of the weight step's forward pass, fp16 with
+    a scaled loss; attacks are float32. Source of the values: STUDY section 3.
     """
 
     scale: str
@@ -166,6 +168,7 @@ class Recipe(_Frozen):
     ghost_batch: int = Field(default=64, gt=0)
     micro_batch: int | None = Field(default=None, gt=0)
     pixel_range: PixelRange = "data"
+    precision: Precision = "float32"
     adversary: Adversary | None = None
     distillation: Distillation | None = None
     protocol: Protocol = "corrected"
@@ -249,6 +252,8 @@ class Recipe(_Frozen):
             "floor_rate": self.scheduler != "cosine",
             "ghost_batch": self.norm != "ghost",
             "curriculum_epochs": not by_row,
+            # Recipes from before the field keep their digests.
+            "precision": self.precision == "float32",
         }
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
 
@@ -265,6 +270,7 @@ class Recipe(_Frozen):
             "ghost" if self.norm == "ghost" else "",
             f"teacher={self.teacher.model}" if self.teacher else "",
             "as-published" if self.protocol == "as-published" else "",
+            self.precision if self.precision != "float32" else "",
         ]
         return " ".join(
             [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -43,9 +44,10 @@ class Scale:
     The rule: depth / `depth_divisor` (rounded, at least 1), width / the family's divisor (DeiT's
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
     probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
-    few for the study's total batches, `batch_size` and `learning_rate` state the scale's own by
-    family and optimizer, and ghost batches shrink with them. Attacks are judged `shard_images`
-    at a time, the most that a killed run loses.
+    few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
+    scale's own by family and optimizer, and ghost batches shrink with them. `flip`: a mirrored
+    image is one of its class. Attacks are judged `shard_images` at a time, the most that a killed
+    run loses.
     """
 
     name: str
@@ -57,7 +59,9 @@ class Scale:
     std: tuple[float, float, float]
     epsilon: Fraction
     small_epsilon: Fraction
+    flip: bool = True
     stem: Literal["imagenet", "small"] = "imagenet"
+    stem_stride: int = 2
     patch_size: int = 16
     head_width: int = 64
     depth_divisor: int = 1
@@ -69,6 +73,7 @@ class Scale:
     strength_divisor: int = 1
     batch_size: dict[str, int] = field(default_factory=dict)
     learning_rate: dict[tuple[str, str], float] = field(default_factory=dict)
+    weight_decay: dict[tuple[str, str], float] = field(default_factory=dict)
     attack_subset: int = 5000
     probe_images: int = 500
     ghost_batch: int = 64
@@ -107,13 +112,15 @@ class Scale:
     def shrink(self, recipe: Recipe) -> Recipe:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
         epochs = self.epochs(recipe.epochs)
-        rate = self.learning_rate.get((recipe.family, recipe.optimizer), recipe.learning_rate)
+        kind = recipe.family, recipe.optimizer
+        rate = self.learning_rate.get(kind, recipe.learning_rate)
         changes: dict[str, Any] = {
             "scale": self.name,
             "epochs": epochs,
             "warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs,
             "warmup_rate": recipe.warmup_rate * rate / recipe.learning_rate,
             "learning_rate": rate,
+            "weight_decay": self.weight_decay.get(kind, recipe.weight_decay),
             "batch_size": self.batch_size.get(recipe.family, recipe.batch_size),
             "randaug_magnitude": round(recipe.randaug_magnitude / self.strength_divisor),
             "mix_probability": recipe.mix_probability / self.strength_divisor,
@@ -181,6 +188,7 @@ DIGITS = Scale(
     std=(0.35, 0.35, 0.35),
     epsilon=Fraction(16, 255),
     small_epsilon=Fraction(4, 255),
+    flip=False,
     stem="small",
     patch_size=4,
     head_width=16,
@@ -223,11 +231,104 @@ DIGITS = Scale(
     validate_every=4,
 )
 
-SCALES: dict[str, Scale] = {scale.name: scale for scale in (DIGITS, IMAGENET)}
+CIFAR10 = Scale(
+    name="cifar10",
+    title="CIFAR-10, 32 px",
+    image_size=32,
+    num_classes=10,
+    train_images=50_000,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    # The radius that the field judges CIFAR-10 by (RobustBench); the small one is a quarter.
+    epsilon=Fraction(8, 255),
+    small_epsilon=Fraction(2, 255),
+    stem="small",
+    stem_stride=1,
+    patch_size=4,
+    batch_size=dict.fromkeys(("resnet", "deit", "hybrid", "timm"), 128),
+    learning_rate={
+        ("resnet", "sgd"): 0.1,
+        ("resnet", "adamw"): 5e-4,
+        ("deit", "sgd"): 0.05,
+        ("deit", "adamw"): 5e-4,
+        ("hybrid", "sgd"): 0.05,
+        ("hybrid", "adamw"): 5e-4,
+        ("timm", "sgd"): 0.1,
+        ("timm", "adamw"): 5e-4,
+    },
+    weight_decay={("resnet", "sgd"): 5e-4},
+    patch=PatchBudget(images=1000, textures=10),
+    epoch_cost=IMAGENET.epoch_cost,
+)
+
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (DIGITS, IMAGENET, CIFAR10)}
+SCALE_NAMES = (*SCALES, "folder")
+_FOLDER_NAME = re.compile(
+    r"folder-(?P<size>\d+)px-(?P<classes>\d+)classes-(?P<train>\d+)train-(?P<content>[0-9a-f]{8})"
+)
+_FEW_STEPS = 16  # of an epoch: fewer leave a schedule by epochs without meaning
+_STUDYS_DEIT_BATCH = 2048
 
 
 def scale_named(name: str) -> Scale:
-    """Return a scale by name; ValueError lists the names."""
-    if name not in SCALES:
-        raise ValueError(f"unknown scale {name!r}; one of {sorted(SCALES)}")
-    return SCALES[name]
+    """Return a scale by name, a folder's from what its name says; ValueError lists the names."""
+    if name in SCALES:
+        return SCALES[name]
+    found = _FOLDER_NAME.fullmatch(name)
+    if not found:
+        raise ValueError(f"unknown scale {name!r}; one of {sorted(SCALE_NAMES)}")
+    return folder_scale(
+        image_size=int(found["size"]),
+        num_classes=int(found["classes"]),
+        train_images=int(found["train"]),
+        content=found["content"],
+    )
+
+
+def folder_scale(*, image_size: int, num_classes: int, train_images: int, content: str) -> Scale:
+    """Return the scale of a user's folders; `content` are 8 hex digits of what lies in them.
+
+    The study's models and recipes at another image size. At most 64 px: the small stem; patches
+    so that a side has at least 8. Where the study's batches would leave an epoch fewer than 16
+    steps: a power of two that does not, SGD's rate in proportion, AdamW's by the square root.
+    """
+    if not 16 <= image_size <= 1024 or image_size % 4:
+        raise ValueError(f"--image-size {image_size} is not a multiple of 4 from 16 to 1024")
+    if num_classes < 2:
+        raise ValueError(
+            f"a classifier needs at least two classes, and the folder has {num_classes}"
+        )
+    sides = (16, 8, 4, 2)
+    batch, rates = _batch_for(train_images)
+    return Scale(
+        name=f"folder-{image_size}px-{num_classes}classes-{train_images}train-{content}",
+        title=f"a folder of {num_classes} classes, {image_size} px ({train_images:,} to train)",
+        image_size=image_size,
+        num_classes=num_classes,
+        train_images=train_images,
+        mean=IMAGENET.mean,
+        std=IMAGENET.std,
+        epsilon=PUBLISHED_EPSILON,
+        small_epsilon=IMAGENET.small_epsilon,
+        stem="small" if image_size <= 64 else "imagenet",
+        stem_stride=1 if image_size <= 32 else 2,
+        patch_size=next(s for s in sides if image_size % s == 0 and image_size // s >= 8),
+        batch_size=dict.fromkeys(("resnet", "deit", "hybrid", "timm"), batch) if batch else {},
+        learning_rate=rates,
+        ghost_batch=min(64, batch or 64),
+        patch=PatchBudget(textures=5),
+        epoch_cost=IMAGENET.epoch_cost,
+    )
+
+
+def _batch_for(train_images: int) -> tuple[int | None, dict[tuple[str, str], float]]:
+    """Return the total batch for so many images and its rates; none: the study's own do."""
+    if train_images >= _FEW_STEPS * _STUDYS_DEIT_BATCH * 2:
+        return None, {}
+    fitting = max(8, min(256, train_images // _FEW_STEPS))
+    batch = 2 ** math.floor(math.log2(fitting))
+    sgd, adamw = batch / 256, math.sqrt(batch / _STUDYS_DEIT_BATCH)
+    rates = {("resnet", "sgd"): 0.1 * sgd, ("resnet", "adamw"): 5e-4 * math.sqrt(sgd)}
+    for family in ("deit", "hybrid", "timm"):
+        rates |= {(family, "sgd"): 0.1 * sgd, (family, "adamw"): 2e-3 * adamw}
+    return batch, rates

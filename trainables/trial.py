@@ -41,7 +41,8 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest sound checkpoint by its digest. An actor serves many trials one after another, and
     builds everything anew for each. config["trial"]: recipe (JSON fields), storage, threads,
-    device. torch and timm are imported by the first step, so that the driver need not have them.
+    device, source (a DataSource), compile. torch and timm are imported by the first step, so that
+    the driver need not have them.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -112,10 +113,11 @@ def _open(config: dict[str, Any]) -> _Running:
     running.reports = train(
         recipe,
         running.classifier,
-        load_data(scale_named(recipe.scale)),
+        load_data(scale_named(recipe.scale), config["source"]),
         device=torch.device(config["device"]),
         teacher=teacher,
         start=start,
+        compiled=config["compile"],
     )
     return running
 

@@ -1,0 +1,326 @@
+"""The doctor: looks at everything a run rests on before it starts, and says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from evaluators.corruption_kinds import SEVERITIES
+from evaluators.corruptions import stored_kinds
+from evaluators.natural import IMAGENET_A_CLASSES
+from evaluators.stored_cifar import CIFAR10C, load_cifar10_1
+from evaluators.stylized import IMAGENET_IMAGES
+from evaluators.textures import open_dictionary
+from grid.plan import Plan
+from trainables.cifar import archived, load_cifar10
+from trainables.models import classifier_named, count_parameters
+from trainables.scale import Scale
+from trainables.scan import Opened, Scan
+from trainables.source import (
+    GIBIBYTE,
+    DataSource,
+    ImageList,
+    class_folders,
+    list_images,
+    list_splits,
+)
+
+Level = Literal["ok", "warning", "error"]
+COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
+SCAN_FILE = "scan.parquet"
+WORDNET_ID = re.compile(r"n\d{8}")
+IMAGENET_A_IMAGES = 7500
+LEAST_FREE_BYTES = GIBIBYTE
+NAMED = 3
+CHECKPOINTS = 3  # the newest two and the newest sound one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look found, and where it is wrong what to do."""
+
+    subject: str
+    level: Level
+    text: str
+
+
+@dataclass
+class Examination:
+    """All findings; `manifest` names the data by every file's path and size.
+
+    `skipped`: the damaged images, as paths below the data, that the run does without.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    manifest: str = ""
+    skipped: frozenset[str] = frozenset()
+
+    @property
+    def problem(self) -> str:
+        """Return the first error, '' where there is none."""
+        return next((f.text for f in self.findings if f.level == "error"), "")
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return what is odd, and does not stop a run."""
+        return [f.text for f in self.findings if f.level == "warning"]
+
+    def print(self, console: Console) -> None:
+        """Print the findings as a table."""
+        table = Table("Looked at", "", "Found")
+        for finding in self.findings:
+            level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
+            table.add_row(finding.subject, level, finding.text)
+        console.print(table)
+        if self.manifest:
+            console.print(f"Manifest of the data: {self.manifest}")
+
+
+def examine(scale: Scale, source: DataSource, plan: Plan, *, results: Path) -> Examination:
+    """Look at the data, the disk, the memory and the device; nothing here raises ValueError."""
+    examination = Examination()
+    if source.root is not None:
+        _Data(scale, source, examination, Scan(results / SCAN_FILE)).examine()
+    examination.findings += [*_disk(scale, plan, results), *_device()]
+    return examination
+
+
+@dataclass
+class _Data:
+    """The part of an examination that opens files; `hashed` gathers the manifest."""
+
+    scale: Scale
+    source: DataSource
+    examination: Examination
+    scan: Scan
+    files: dict[str, int] = field(default_factory=dict)
+
+    def examine(self) -> None:
+        looks = {
+            "images": self._splits,
+            "imagenet-a": self._natural,
+            "imagenet-c": self._corruptions,
+            "imagenet-stylized": self._stylized,
+            "textures": self._textures,
+            "cifar10-c": self._cifar10_c,
+            "cifar10.1": self._cifar10_1,
+        }
+        for subject, look in looks.items():
+            root = self.source.root if subject == "images" else self.source.folders.get(subject)
+            if root is None:
+                continue
+            try:
+                for level, text in look(root):
+                    self._find(subject, level, text)
+            except ValueError as error:
+                self._find(subject, "error", str(error))
+            except OSError as error:
+                self._find(subject, "error", f"{root} cannot be read: {error.strerror or error}")
+        listed = "\n".join(f"{path} {size}" for path, size in sorted(self.files.items()))
+        self.examination.manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
+        try:
+            self.scan.save()
+        except OSError:
+            # The look at the disk says so; without the file the next scan opens all again.
+            return
+
+    def _find(self, subject: str, level: Level, text: str) -> None:
+        self.examination.findings.append(Finding(subject, level, text))
+
+    def _splits(self, root: Path) -> Iterator[tuple[Level, str]]:
+        if self.scale.name == "cifar10" and archived(root):
+            data = load_cifar10(self.scale, replace(self.source, cache=None))
+            # torchvision has compared the files with their published MD5.
+            self.files["CIFAR-10"] = len(data.train) + len(data.held_out)
+            yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"
+            return
+        train, held_out = list_splits(self.source)
+        names = train.class_names
+        yield "ok", f"{len(names)} classes, {len(train):,} to train, {len(held_out):,} held out"
+        if not len(train):
+            yield "error", f"{root} has no train/: there is nothing to train on"
+        if self.scale.name == "imagenet":
+            yield from _imagenet_classes(root, names, len(train), len(held_out))
+        lacking = set(range(len(names))) - set(held_out.labels)
+        if lacking:
+            first = [names[k] for k in sorted(lacking)[:NAMED]]
+            yield "warning", f"{len(lacking)} classes have no held-out images; first: {first}"
+        yield from self._opened(train, held_out)
+
+    def _opened(self, *splits: ImageList) -> Iterator[tuple[Level, str]]:
+        small: list[str] = []
+        damaged: list[str] = []
+        decoded = 0
+        for number, split in enumerate(splits):
+            for path, opened in zip(split.paths, self._open(split), strict=True):
+                if opened.problem:
+                    damaged.append(path)
+                elif min(opened.width, opened.height) < self.scale.image_size:
+                    small.append(f"{path} ({opened.width} x {opened.height})")
+                decoded += 3 * opened.width * opened.height if number == 0 else 0
+        if damaged:
+            yield self._damaged(splits[0].root, damaged)
+        if small:
+            yield self._small(splits[0].root, small)
+        decoded += 3 * self.scale.image_size**2 * len(splits[-1])
+        yield _memory(decoded, self.source)
+
+    def _damaged(self, root: Path, damaged: list[str]) -> tuple[Level, str]:
+        classes = Counter(path.split("/")[-2] for path in damaged)
+        named = f"{root / damaged[0]} (class {damaged[0].split('/')[-2]})"
+        many = f"{len(damaged)} unreadable images in {len(classes)} classes, the first {named}"
+        if self.source.skip_damaged:
+            self.examination.skipped = frozenset(damaged)
+            return "warning", f"{many}: skipped"
+        return "error", f"{many}: replace them, or --skip-damaged goes on without them"
+
+    def _small(self, root: Path, small: list[str]) -> tuple[Level, str]:
+        size = self.scale.image_size
+        many = f"{len(small)} images are smaller than {size} px, the first {root / small[0]}"
+        if self.scale.name == "imagenet":
+            return "warning", f"{many}: they are enlarged, as in the study"
+        return "error", f"{many}: give a smaller --image-size, or remove them"
+
+    def _natural(self, root: Path) -> Iterator[tuple[Level, str]]:
+        images = self._by_class(root)
+        present = len(set(images.labels))
+        level: Level = "ok"
+        if self.scale.name == "imagenet" and present != IMAGENET_A_CLASSES:
+            level = "error"
+        yield level, f"{len(images):,} images of {present} classes (as published: 7,500 of 200)"
+        yield from self._sound(images)
+
+    def _corruptions(self, root: Path) -> Iterator[tuple[Level, str]]:
+        kinds = stored_kinds(root)
+        counts: Counter[int] = Counter()
+        for kind in kinds:
+            for severity in SEVERITIES:
+                images = self._by_class(root / kind / str(severity), complete=True)
+                counts[len(images)] += 1
+                yield from self._sound(images, side=self.scale.image_size)
+        if len(counts) > 1:
+            yield "error", f"{root}: its kinds and severities hold {sorted(counts)} images"
+        else:
+            yield "ok", f"{len(kinds)} kinds, 5 severities, {min(counts):,} images each"
+
+    def _stylized(self, root: Path) -> Iterator[tuple[Level, str]]:
+        images = self._by_class(root / "val", complete=True)
+        wrong = self.scale.name == "imagenet" and len(images) != IMAGENET_IMAGES
+        yield ("error" if wrong else "ok"), f"{len(images):,} images (as published: 50,000)"
+        yield from self._sound(images, side=self.scale.image_size)
+
+    def _textures(self, root: Path) -> Iterator[tuple[Level, str]]:
+        dictionary = open_dictionary(root, self.scale)
+        self.files[str(root)] = int(dictionary.digest, 16)
+        classes = len(dictionary.classes)
+        yield "ok", f"{dictionary.clusters} textures of each of {classes} classes"
+
+    def _cifar10_c(self, root: Path) -> Iterator[tuple[Level, str]]:
+        stored = CIFAR10C.open(root)
+        self.files |= {name: (root / name).stat().st_size for name in stored.files()}
+        yield "ok", f"{len(stored.kinds)} kinds, 5 severities, {stored.per_severity:,} images each"
+
+    def _cifar10_1(self, root: Path) -> Iterator[tuple[Level, str]]:
+        yield "ok", f"{len(load_cifar10_1(root)):,} images"
+
+    def _by_class(self, root: Path, *, complete: bool = False) -> ImageList:
+        names = list_splits(self.source)[0].class_names
+        folders = class_folders(root)
+        if foreign := sorted(set(folders) - set(names)):
+            raise ValueError(f"{root / foreign[0]} is no class of the data: remove it")
+        if complete and (lacking := [name for name in names if name not in folders]):
+            raise ValueError(f"{root} lacks {len(lacking)} classes; first: {lacking[:NAMED]}")
+        return list_images(root, folders, names)
+
+    def _sound(self, images: ImageList, *, side: int | None = None) -> Iterator[tuple[Level, str]]:
+        """Open a stored set's images; say which are damaged, or not of the side it wants."""
+        found = list(zip(images.paths, self._open(images), strict=True))
+        damaged = [path for path, opened in found if opened.problem]
+        if damaged:
+            level: Level = "warning" if self.source.skip_damaged else "error"
+            named = f"the first {images.root / damaged[0]}"
+            yield level, f"{len(damaged)} unreadable images, {named}: replace, or --skip-damaged"
+        odd = [p for p, o in found if side and not o.problem and {o.width, o.height} != {side}]
+        if odd:
+            yield "error", f"{len(odd)} images are not {side} px, the first {images.root / odd[0]}"
+
+    def _open(self, images: ImageList) -> list[Opened]:
+        opened = self.scan.open(images.root, images.paths)
+        for path, found in zip(images.paths, opened, strict=True):
+            self.files[f"{images.root.name}/{path}"] = found.bytes
+        return opened
+
+
+def _imagenet_classes(
+    root: Path, names: tuple[str, ...], train: int, held_out: int
+) -> Iterator[tuple[Level, str]]:
+    odd = [name for name in names if not WORDNET_ID.fullmatch(name)]
+    if odd or len(names) != 1000:
+        text = f"{root} has {len(names)} classes" + (f", {odd[0]!r} among them" if odd else "")
+        yield "error", f"{text}; ImageNet has 1000, named by WordNet id: or --scale folder"
+    elif (train, held_out) != (1_281_167, IMAGENET_IMAGES):
+        yield "warning", f"{train:,} and {held_out:,} images; as published 1,281,167 and 50,000"
+
+
+def _memory(decoded: int, source: DataSource) -> tuple[Level, str]:
+    wanted = f"decoded the images take {decoded / GIBIBYTE:.2f} GiB"
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if decoded > source.memory_bytes:
+        return "ok", f"{wanted}, more than --data-memory: they are read from files"
+    if decoded > available:
+        return "warning", f"{wanted}, and {available / GIBIBYTE:.1f} are free: lower --data-memory"
+    return "ok", f"{wanted} and are kept in memory"
+
+
+def _disk(scale: Scale, plan: Plan, results: Path) -> Iterator[Finding]:
+    there = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        yield Finding("disk", "error", f"{there} is read-only: give --results another folder")
+        return
+    free = shutil.disk_usage(there).free
+    wanted = _checkpoint_bytes(scale, plan)
+    text = f"{free / GIBIBYTE:.1f} GiB free, checkpoints take up to {wanted / GIBIBYTE:.1f}"
+    if free < max(wanted, LEAST_FREE_BYTES):
+        text = f"{results}: {text}: make room, or give --results a folder on another disk"
+        yield Finding("disk", "error" if free < LEAST_FREE_BYTES else "warning", text)
+    else:
+        yield Finding("disk", "ok", text)
+
+
+def _checkpoint_bytes(scale: Scale, plan: Plan) -> int:
+    """Return what the plan's checkpoints take, with the optimizer's moments, beside the weights."""
+    sizes: dict[str, int] = {}
+    for model in {trial.recipe.model for trial in plan}:
+        with torch.device("meta"):
+            sizes[model] = 4 * count_parameters(classifier_named(model, scale))
+    moments = {"sgd": 1, "adamw": 2}
+    return sum(
+        sizes[t.recipe.model] * (CHECKPOINTS * (1 + moments[t.recipe.optimizer]) + 1) for t in plan
+    )
+
+
+def _device() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        yield Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; no GPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        memory = torch.cuda.get_device_properties(index).total_memory / GIBIBYTE
+        halves = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16, no bf16"
+        yield Finding("device", "ok", f"{name}, {memory:.0f} GiB, mixed precision by {halves}")
+
+
+def without_damaged(source: DataSource, examination: Examination) -> DataSource:
+    """Return the source that passes over the damaged images."""
+    return replace(source, skipped=examination.skipped) if examination.skipped else source

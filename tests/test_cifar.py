@@ -1,0 +1,192 @@
+"""CIFAR-10 as torchvision stores it or as class folders, CIFAR-10-C and CIFAR-10.1 as published."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10 as TORCHVISION
+
+from evaluators.base import cell_digest, evaluate
+from evaluators.corruption_kinds import KINDS
+from evaluators.corruptions import Corruptions
+from evaluators.natural import Natural
+from grid.studies import deit, resnet50
+from trainables.cifar import CLASSES
+from trainables.data import load_data
+from trainables.loop import train
+from trainables.models import build_classifier
+from trainables.scale import CIFAR10
+from trainables.source import DataSource
+
+CPU = torch.device("cpu")
+PER_BATCH = 20
+
+
+def write_archive(root, monkeypatch):
+    """Write files of torchvision's form, and have torchvision take them for the published."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()]
+
+    def batch(name):
+        labels = [k % 10 for k in range(PER_BATCH)]
+        pixels = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
+        return write(name, {"data": pixels, "labels": labels})
+
+    monkeypatch.setattr(TORCHVISION, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(TORCHVISION, "test_list", [batch("test_batch")])
+    name, md5 = write("batches.meta", {"label_names": list(CLASSES)})
+    monkeypatch.setattr(TORCHVISION, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return folder
+
+
+def write_classes(root, *, names=CLASSES, side=32):
+    for split, count in (("train", 3), ("val", 1)):
+        for label, name in enumerate(names):
+            for number in range(count):
+                path = root / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (side, side), (20 * label, number, 0)).save(path)
+
+
+def test_torchvisions_archive_is_read_and_shared(tmp_path, monkeypatch):
+    write_archive(tmp_path, monkeypatch)
+    data = load_data(CIFAR10, DataSource(root=tmp_path))
+    assert data.train.images.shape == (100, 3, 32, 32)
+    assert data.held_out.ids[:2] == ("cifar10/test/00000", "cifar10/test/00001")
+    expected = TORCHVISION(tmp_path, train=False).data[7]
+    assert np.array_equal(data.held_out.images[7].permute(1, 2, 0).numpy(), expected)
+    assert data.class_names == CLASSES
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        shared = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache))
+        assert torch.equal(shared.train.images, data.train.images)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_packed_archive_is_unpacked_without_a_network(tmp_path, monkeypatch):
+    folder = write_archive(tmp_path / "made", monkeypatch)
+    there = tmp_path / "there"
+    there.mkdir()
+    packed = there / "cifar-10-python.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    md5 = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(TORCHVISION, "tgz_md5", md5)
+    assert len(load_data(CIFAR10, DataSource(root=there)).train) == 100
+
+
+def test_an_archive_that_is_not_the_published_one_is_never_unpickled(tmp_path, monkeypatch):
+    folder = write_archive(tmp_path, monkeypatch)
+    (folder / "data_batch_3").write_bytes(b"not as published")
+    with pytest.raises(ValueError, match="not CIFAR-10 as published"):
+        load_data(CIFAR10, DataSource(root=tmp_path))
+
+
+def test_class_folders_do_as_well(tmp_path):
+    write_classes(tmp_path)
+    data = load_data(CIFAR10, DataSource(root=tmp_path))
+    assert (len(data.train), len(data.held_out)) == (30, 10)
+    assert data.train.images[-1, :, 0, 0].tolist() == [180, 2, 0]
+
+
+def test_what_is_no_cifar_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds neither cifar-10-batches-py/"):
+        load_data(CIFAR10, DataSource(root=tmp_path))
+    write_classes(tmp_path / "large", side=40)
+    with pytest.raises(ValueError, match="is 40 x 40 px, not 32 x 32: --scale folder"):
+        load_data(CIFAR10, DataSource(root=tmp_path / "large"))
+    write_classes(tmp_path / "other", names=[*CLASSES[:9], "van"])
+    with pytest.raises(ValueError, match="has the classes"):
+        load_data(CIFAR10, DataSource(root=tmp_path / "other"))
+
+
+def test_recipes_have_the_fields_usual_values():
+    recipe = CIFAR10.shrink(resnet50())
+    settings = (recipe.learning_rate, recipe.weight_decay, recipe.batch_size, recipe.epochs)
+    assert settings == (0.1, 5e-4, 128, 100)
+    network = build_classifier(recipe.replace(model="resnet18")).backbone
+    assert (network.conv1.kernel_size, network.conv1.stride) == ((3, 3), (1, 1))
+    assert build_classifier(CIFAR10.shrink(deit())).backbone.patch_embed.num_patches == 64
+    assert 11.1e6 < sum(p.numel() for p in network.parameters()) < 11.3e6
+
+
+def test_cifar_trains(tmp_path):
+    write_classes(tmp_path)
+    data = load_data(CIFAR10, DataSource(root=tmp_path))
+    recipe = CIFAR10.shrink(deit("small")).replace(epochs=1, warmup_epochs=0.0, batch_size=10)
+    (report,) = train(recipe, build_classifier(recipe), data, device=CPU)
+    assert report.outcome == "finished"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Data with CIFAR-10-C of two images and CIFAR-10.1 of three beside it."""
+    write_classes(tmp_path)
+    (tmp_path / "cifar10-c").mkdir()
+    (tmp_path / "cifar10.1").mkdir()
+    images = np.zeros((10, 32, 32, 3), dtype=np.uint8)
+    for kind in KINDS:
+        np.save(tmp_path / "cifar10-c" / f"{kind}.npy", images)
+    np.save(tmp_path / "cifar10-c" / "labels.npy", np.array([3, 5] * 5))
+    newer = np.full((3, 32, 32, 3), 9, dtype=np.uint8)
+    np.save(tmp_path / "cifar10.1" / "cifar10.1_v6_data.npy", newer)
+    np.save(tmp_path / "cifar10.1" / "cifar10.1_v6_labels.npy", np.array([5, 5, 1]))
+    return load_data(CIFAR10, DataSource(root=tmp_path))
+
+
+class Always5(torch.nn.Module):
+    def forward(self, images):
+        return torch.eye(10)[5].expand(len(images), -1)
+
+
+def test_stored_cifar_10_c_is_judged_by_kind_and_severity(stored):
+    evaluator = Corruptions(CIFAR10)
+    assert evaluator.identity(stored)["data"] == "CIFAR-10-C"
+    ledger = evaluate(evaluator, Always5(), stored, device=CPU)
+    assert ledger.num_rows == 15 * 5 * 2
+    assert {"fog-1", "fog-5"} <= set(ledger["question"].to_pylist())
+    scores = {score.name: score.value for score in evaluator.summarize(ledger)}
+    assert (scores["corruptions"], scores["corruptions/fog"]) == pytest.approx((0.5, 0.5))
+    assert "corruptions/mCE" not in scores
+
+
+def test_stored_cifar_10_1_is_the_natural_set(stored):
+    evaluator = Natural(CIFAR10)
+    assert evaluator.identity(stored)["data"] == "CIFAR-10.1"
+    ledger = evaluate(evaluator, Always5(), stored, device=CPU)
+    (score,) = evaluator.summarize(ledger)
+    assert (score.name, score.value, score.n) == ("natural", pytest.approx(2 / 3), 3)
+
+
+def test_without_stored_sets_the_counterparts_are_generated(stored):
+    bare = replace(stored, roots={})
+    assert Corruptions(CIFAR10).identity(bare)["data"] == "corruptions (cifar10)"
+    assert cell_digest(Natural(CIFAR10), bare) != cell_digest(Natural(CIFAR10), stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.npy", np.array([3, 5] * 4), "does not hold 10 labels"),
+        ("labels.npy", np.array([3, 50] * 5), "labels from 0 to 9"),
+        ("gaussian_noise.npy", np.zeros((10, 32, 32)), "not uint8"),
+        ("gaussian_noise.npy", np.zeros((9, 32, 32, 3), np.uint8), "not 5 times as many"),
+        ("labels.npy", np.array([{}]), "cannot be read"),
+    ],
+)
+def test_a_damaged_cifar_10_c_is_refused(stored, name, content, message):
+    np.save(stored.roots["cifar10-c"] / name, content)
+    with pytest.raises(ValueError, match=message):
+        Corruptions(CIFAR10).identity(stored)

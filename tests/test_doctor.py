@@ -1,0 +1,217 @@
+"""The doctor: what it finds on folders that are sound, and on folders that are not."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from grid import doctor
+from grid.doctor import examine, without_damaged
+from grid.plan import build_plan
+from grid.run import main
+from grid.studies import Study, resnet50
+from tests.pictures import write_folder, write_picture
+from trainables.images import ImageFiles, keep_validated
+from trainables.scale import CIFAR10, DIGITS, IMAGENET
+from trainables.scan import Scan
+from trainables.source import DataSource, scale_of
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_folder(tmp_path / "data", per_class=2, held_out=1)
+
+
+def look(root, tmp_path, *, scale=None, **options):
+    source = DataSource(root=root, **options)
+    scale = scale or scale_of("folder", source, image_size=32)
+    plan = build_plan(Study(name="one", base=resnet50()), scale)
+    return examine(scale, source, plan, results=tmp_path / "results")
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-300])
+    return path
+
+
+def test_a_sound_folder_is_found_sound_and_named_by_a_manifest(root, tmp_path):
+    found = look(root, tmp_path)
+    assert found.problem == ""
+    assert found.warnings == []
+    texts = [f.text for f in found.findings]
+    assert "12 classes, 24 to train, 12 held out" in texts
+    assert any("kept in memory" in text for text in texts)
+    assert {f.subject for f in found.findings} == {"images", "disk", "device"}
+    assert len(found.manifest) == 12
+    console = Console(record=True, width=100)
+    found.print(console)
+    assert found.manifest in console.export_text()
+
+
+def test_the_manifest_follows_the_files(root, tmp_path):
+    before = look(root, tmp_path).manifest
+    assert look(root, tmp_path).manifest == before
+    write_picture(root / "train" / "class-00", 1, 5, side=60)
+    assert look(root, tmp_path).manifest != before
+
+
+def test_every_damaged_image_is_counted_and_the_first_is_named_with_its_class(root, tmp_path):
+    damage(root / "train" / "class-05" / "picture 0.JPEG")
+    (root / "val" / "class-07" / "picture 0.JPEG").write_text("no image")
+    found = look(root, tmp_path)
+    assert "2 unreadable images in 2 classes, the first" in found.problem
+    assert "picture 0.JPEG (class class-05): replace them, or --skip-damaged" in found.problem
+    skipping = look(root, tmp_path, skip_damaged=True)
+    assert skipping.problem == ""
+    assert skipping.skipped == {
+        "train/class-05/picture 0.JPEG",
+        "val/class-07/picture 0.JPEG",
+    }
+    source = without_damaged(DataSource(root=root), skipping)
+    assert scale_of("folder", source, image_size=32).train_images == 23
+
+
+def test_a_scan_opens_only_what_has_changed(root, tmp_path, monkeypatch):
+    opened = []
+    real = Image.open
+    look(root, tmp_path)
+
+    def counted(path):
+        opened.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr("trainables.scan.Image.open", counted)
+    look(root, tmp_path)
+    assert opened == []
+    write_picture(root / "train" / "class-00", 1, 5, side=60)
+    look(root, tmp_path)
+    assert opened == ["picture 1.JPEG"]
+
+
+def test_a_scan_file_that_is_damaged_is_made_anew(root, tmp_path):
+    look(root, tmp_path)
+    kept = tmp_path / "results" / doctor.SCAN_FILE
+    kept.write_bytes(b"nothing")
+    assert look(root, tmp_path).problem == ""
+    assert len(Scan(kept)._known) == 36
+
+
+def test_images_smaller_than_the_crop_are_named(root, tmp_path):
+    Image.new("RGB", (20, 50)).save(root / "train" / "class-02" / "tiny.png")
+    problem = look(root, tmp_path).problem
+    assert "1 images are smaller than 32 px, the first" in problem
+    assert "tiny.png (20 x 50): give a smaller --image-size" in problem
+
+
+def test_a_class_without_held_out_images_is_a_warning(root, tmp_path):
+    shutil.rmtree(root / "val" / "class-04")
+    (warning,) = look(root, tmp_path).warnings
+    assert warning == "1 classes have no held-out images; first: ['class-04']"
+
+
+def test_folders_that_are_no_imagenet_are_told_so(root, tmp_path):
+    problem = look(root, tmp_path, scale=IMAGENET).problem
+    assert "has 12 classes, 'class-00' among them; ImageNet has 1000, named by WordNet" in problem
+
+
+def write_stored(root, name, classes, *, side=32):
+    for label in classes:
+        folder = root / name / f"class-{label:02d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(folder / "a.png")
+
+
+def test_stored_sets_are_looked_at(root, tmp_path):
+    write_stored(root, "imagenet-a", (0, 3))
+    write_stored(root, "imagenet-stylized/val", range(12))
+    texts = {f.subject: f.text for f in look(root, tmp_path).findings}
+    assert texts["imagenet-a"].startswith("2 images of 2 classes")
+    assert texts["imagenet-stylized"].startswith("12 images")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "side", "message"),
+    [
+        ("imagenet-a", (0, 99), 32, "class-99 is no class of the data: remove it"),
+        ("imagenet-stylized/val", range(11), 32, "lacks 1 classes; first: ['class-11']"),
+        ("imagenet-stylized/val", range(12), 30, "12 images are not 32 px, the first"),
+        ("imagenet-c/fog/1", range(12), 32, "imagenet-c lacks 74 folders"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_set_is_named(root, tmp_path, name, classes, side, message):
+    write_stored(root, name, classes, side=side)
+    assert message in look(root, tmp_path).problem
+
+
+def test_a_stored_dictionary_without_textures_is_an_error(root, tmp_path):
+    (root / "textures").mkdir()
+    assert "holds textures of 0 classes; first: attention-style" in look(root, tmp_path).problem
+
+
+def test_cifar_sets_are_looked_at(root, tmp_path):
+    (root / "cifar10-c").mkdir()
+    assert "lacks 15 kinds" in look(root, tmp_path).problem
+    shutil.rmtree(root / "cifar10-c")
+    (root / "cifar10.1").mkdir()
+    np.save(root / "cifar10.1" / "cifar10.1_v6_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(root / "cifar10.1" / "cifar10.1_v6_labels.npy", np.array([0, 9, 10]))
+    assert "does not hold 3 labels from 0 to 9" in look(root, tmp_path).problem
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(root, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(1, 1, 2**20))
+    assert "make room, or give --results a folder on another disk" in look(root, tmp_path).problem
+
+
+def test_a_read_only_disk_is_an_error_with_a_remedy(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert "is read-only: give --results another folder" in look(root, tmp_path).problem
+
+
+def test_a_disk_that_fills_while_images_are_decoded_is_named(root, tmp_path):
+    files = ImageFiles(root, ["train/class-00/picture 0.JPEG"], size=32)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(ValueError, match=r"GiB\) cannot be kept in .*--data-memory 0"):
+            keep_validated(files, tmp_path / "cache", 2**30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not list((tmp_path / "cache").glob("*u8*"))
+
+
+def test_without_data_the_machine_is_looked_at(tmp_path):
+    plan = build_plan(Study(name="one", base=resnet50()), DIGITS)
+    found = examine(DIGITS, DataSource(), plan, results=tmp_path)
+    assert [f.subject for f in found.findings] == ["disk", "device"]
+    assert found.manifest == ""
+
+
+def test_check_prints_the_findings_and_stops(root, tmp_path, capsys):
+    arguments = ["--scale", "folder", "--data", str(root), "--image-size", "32", "--check"]
+    arguments += ["--results", str(tmp_path / "r"), "--tables", "T6"]
+    assert main(arguments) == 0
+    assert "12 classes, 24 to train" in capsys.readouterr().out
+    damage(root / "train" / "class-05" / "picture 0.JPEG")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "error" in printed.out
+    assert printed.err.startswith("grid/run.py: 1 unreadable images in 1 classes, the first ")
+    assert not (tmp_path / "r" / "mlflow.db").exists()
+
+
+def test_a_cifar_archive_that_is_not_the_published_one_is_an_error(tmp_path):
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    assert (
+        "is not CIFAR-10 as published" in look(tmp_path / "data", tmp_path, scale=CIFAR10).problem
+    )

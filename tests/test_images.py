@@ -1,0 +1,164 @@
+"""Images in files: as torchvision's preset shows them, decoded once, damaged ones named."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from tests.pictures import write_folder, write_picture
+from trainables.data import load_data
+from trainables.images import ImageFiles, keep_originals, keep_validated
+from trainables.scale import IMAGENET
+from trainables.source import DataSource, list_splits, scale_of
+
+BUDGET = 2**30
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def files(root):
+    train, _ = list_splits(DataSource(root=root))
+    return ImageFiles(root, train.paths, size=32)
+
+
+def test_validation_equals_torchvisions_own_preset_on_the_same_files(tmp_path):
+    sizes = ((500, 375), (224, 224), (150, 301), (333, 999))
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        path = tmp_path / f"{number}.jpg"
+        image.save(path)
+        paths.append(path.name)
+    preset = ImageClassification(
+        crop_size=224,
+        resize_size=256,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        interpolation=InterpolationMode.BICUBIC,
+    )
+    expected = torch.stack([preset(pil_loader(str(tmp_path / path))) for path in paths])
+    found = ImageFiles(tmp_path, paths, size=IMAGENET.image_size)[:]
+    assert torch.equal(found.float().div(255), expected)
+
+
+def test_indexing_gives_uint8_batches_by_slice_and_by_places(files):
+    assert files.shape == (72, 3, 32, 32)
+    batch = files[4:9]
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (5, 3, 32, 32)
+    assert torch.equal(files[torch.tensor([8, 4])], batch[[4, 0]])
+    assert torch.equal(files.at(np.array([8, 4]))[:], batch[[4, 0]])
+
+
+def test_every_mode_of_image_comes_as_rgb_and_upright(files):
+    for place in range(6):
+        image = files.original(place)
+        assert image.mode == "RGB"
+        with Image.open(files.path(place)) as file:
+            assert image.size == ImageOps.exif_transpose(file).size
+
+
+def test_several_threads_read_what_one_reads(files):
+    expected = files[:]
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(files[:], expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_originals_kept_in_memory_are_those_in_the_files(files, tmp_path):
+    decoded = keep_originals(files, tmp_path, BUDGET)
+    assert decoded is not None
+    kept = files.out_of(decoded)
+    for place in (0, 3, 4, 71):
+        assert kept.original(place).tobytes() == files.original(place).tobytes()
+    few = kept.at(np.array([71, 4]))
+    assert few.original(1).tobytes() == files.original(4).tobytes()
+    again = pickle.loads(pickle.dumps(kept))
+    assert len(pickle.dumps(kept)) < 20_000
+    assert torch.equal(again[:3], files[:3])
+
+
+def test_decoded_files_are_written_once_and_anew_when_an_image_changes(tmp_path):
+    path = write_picture(tmp_path / "train" / "a", 0, 0, side=40)
+    files = ImageFiles(tmp_path, ["train/a/picture 0.JPEG"], size=32)
+    cache = tmp_path / "cache"
+    first = keep_validated(files, cache, BUDGET)
+    written = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.u8")}
+    assert torch.equal(first, keep_validated(files, cache, BUDGET))
+    assert written == {p.name: p.stat().st_mtime_ns for p in cache.glob("*.u8")}
+    Image.new("RGB", (50, 50)).save(path)
+    assert not keep_validated(files, cache, BUDGET).any()
+    assert len(list(cache.glob("*.u8"))) == 2
+
+
+def test_a_budget_that_is_too_small_leaves_images_in_their_files(files, tmp_path):
+    assert keep_originals(files, tmp_path, 100_000) is None
+    assert keep_originals(files, tmp_path, 300_000) is None
+    assert keep_validated(files, tmp_path, files.nbytes - 1) is None
+    assert not list(tmp_path.glob("*.u8"))
+
+
+def test_memory_that_is_mapped_is_not_written_back(files, tmp_path):
+    kept = keep_validated(files, tmp_path, BUDGET)
+    before = kept[0].clone()
+    kept[0] = 0
+    assert torch.equal(keep_validated(files, tmp_path, BUDGET)[0], before)
+
+
+def test_data_in_memory_and_in_files_are_the_same(root, tmp_path):
+    source = DataSource(root=root)
+    scale = scale_of("folder", source, image_size=32)
+    lazy = load_data(scale, source)
+    kept = load_data(scale, DataSource(root=root, cache=tmp_path / "cache"))
+    assert isinstance(kept.held_out.images, torch.Tensor)
+    assert isinstance(lazy.held_out.images, ImageFiles)
+    assert torch.equal(kept.held_out.images, lazy.held_out.images[:])
+    assert torch.equal(kept.train.images[:], lazy.train.images[:])
+    assert kept.held_out.ids_hash() == lazy.held_out.ids_hash()
+    assert load_data(scale, source) is lazy
+
+
+def test_a_subset_of_files_keeps_images_labels_and_ids_together(root):
+    source = DataSource(root=root)
+    data = load_data(scale_of("folder", source, image_size=32), source)
+    subset = data.train.subset(10, seed=0)
+    where = data.train.ids.index(subset.ids[7])
+    assert torch.equal(subset.images[7:8], data.train.images[where : where + 1])
+    assert subset.labels[7] == data.train.labels[where]
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be kept in .*--data-memory 0 does without"):
+        keep_validated(files, tmp_path / "file" / "cache", BUDGET)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_truncated_image_is_named_with_its_class(tmp_path, in_memory):
+    root = write_folder(tmp_path, per_class=1, held_out=1)
+    path = root / "train" / "class-05" / "picture 0.JPEG"
+    path.write_bytes(path.read_bytes()[:-300])
+    source = DataSource(root=root, cache=tmp_path / "cache" if in_memory else None)
+    scale = scale_of("folder", source, image_size=32)
+    with pytest.raises(ValueError, match=r"picture 0\.JPEG \(class class-05\) cannot be read"):
+        load_data(scale, source).train.images[:]
+
+
+def test_a_folder_of_other_classes_than_the_scales_is_refused(root):
+    with pytest.raises(ValueError, match="has 12 classes, and scale 'imagenet' has 1000"):
+        load_data(IMAGENET, DataSource(root=root))

@@ -1,0 +1,150 @@
+"""A user's own folder through the real commands: check, train, evaluate, and run again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluators.__main__ import main as evaluate
+from grid.run import main
+from tests.pictures import write_folder, write_picture
+from trainables.scale import scale_named
+from trainables.source import DataSource, scale_of
+from trainables.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+STUDY = """
+name = "pictures"
+base = "resnet50"
+evaluators = ["clean", "pgd"]
+[set]
+model = "timm:test_resnet"
+augmentation = "randaug"
+epochs = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = write_folder(tmp_path_factory.mktemp("pictures"))
+    path = write_picture(root / "train" / "class-05", 7, 5, side=40)
+    path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "pictures.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def arguments(root, study, results):
+    data = ["--scale", "folder", "--data", str(root), "--image-size", "32", "--data-workers", "1"]
+    return [*data, "--study", str(study), "--results", str(results)]
+
+
+def run(*options):
+    return subprocess.run(
+        [sys.executable, "grid/run.py", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, root, study):
+    results = tmp_path_factory.mktemp("own") / "results"
+    ended = run(*arguments(root, study, results), "--skip-damaged")
+    assert ended.returncode == 0, ended.stderr
+    return results, ended
+
+
+def test_a_damaged_image_stops_the_run_before_any_compute(capsys, root, study, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(root, study, tmp_path / "results"))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "picture 7.JPEG (class class-05): replace them, or --skip-damaged" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "results" / "mlflow.db").exists()
+
+
+def test_a_folder_is_trained_and_judged(finished, root):
+    results, ended = finished
+    assert "Trained 1 and judged 2 cells" in ended.stdout
+    assert "1 unreadable images in 1 classes" in ended.stderr
+    skipped = frozenset({"train/class-05/picture 7.JPEG"})
+    scale = scale_of("folder", DataSource(root=root, skipped=skipped), image_size=32)
+    tracker = Tracker(
+        f"sqlite:///{results}/mlflow.db",
+        experiment=f"robustness-{scale.name}",
+        artifacts=results / "artifacts",
+    )
+    (trial,) = tracker.trials().values()
+    assert trial.metrics["clean/n"] == trial.metrics["pgd-10/n"] == 24
+    assert scale_named(scale.name) == scale
+    assert "12 classes, 32 px" in (results / "report" / "tables.md").read_text()
+
+
+def test_the_manifest_is_logged_with_the_runs_data(finished, root):
+    from mlflow.tracking import MlflowClient
+
+    results, _ = finished
+    client = MlflowClient(f"sqlite:///{results}/mlflow.db")
+    experiments = [e for e in client.search_experiments() if e.name.startswith("robustness-")]
+    runs = client.search_runs([experiments[0].experiment_id], "tags.kind = 'trial'")
+    (dataset,) = [entry.dataset for entry in runs[0].inputs.dataset_inputs]
+    assert dataset.name.startswith("folder-32px-12classes-72train-")
+    assert len(dataset.digest) == 12
+
+
+def test_its_weights_can_be_judged_by_the_folder_again(finished, root, tmp_path, capsys):
+    results, _ = finished
+    (weights,) = results.glob("trials/*/weights.safetensors")
+    options = ["--weights", str(weights), "--data", str(root), "--skip-damaged"]
+    assert evaluate([*options, "--ledger", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "at scale folder-32px-12classes-72train-" in printed.out
+    assert "skipped: " in printed.err
+    assert "picture 7.JPEG cannot be read" in printed.err
+
+
+def test_any_checkpoint_can_be_judged_by_a_folder(finished, root, tmp_path, capsys):
+    results, _ = finished
+    (weights,) = results.glob("trials/*/weights.safetensors")
+    options = ["--model", "timm:test_resnet", "--weights", str(weights), "--data", str(root)]
+    options += ["--scale", "folder", "--image-size", "32", "--ledger", str(tmp_path)]
+    assert evaluate(options) == 0
+    assert "clean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scale", "folder"], "--scale folder needs --data DIR and --image-size N"),
+        (["--scale", "folder", "--data", "/absent", "--image-size", "32"], "is not there"),
+        (["--scale", "imagenet", "--textures", "/absent"], "--textures /absent is not a folder"),
+    ],
+)
+def test_wrong_data_options_are_refused(capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, "--plan"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_val_is_offered_to_be_parted(capsys, tmp_path):
+    root = write_folder(tmp_path, per_class=5, held_out=0)
+    options = ["--scale", "folder", "--data", str(root), "--image-size", "32", "--plan"]
+    with pytest.raises(SystemExit):
+        main(options)
+    assert "give --hold-out 0.2, which keeps 12 of the 60 train images" in capsys.readouterr().err
+    assert main([*options, "--hold-out", "0.2", "--tables", "T6"]) == 0
+    assert "folder-32px-12classes-48train-" in capsys.readouterr().out

@@ -1,0 +1,214 @@
+"""Where the images lie: listing, labels, held-out images, and what is refused with a remedy."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+
+import pytest
+
+from tests.pictures import CLASSES, write_folder, write_picture
+from trainables.scale import IMAGENET, folder_scale, scale_named
+from trainables.source import (
+    DataSource,
+    add_data_options,
+    list_splits,
+    scale_of,
+    source_of,
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pictures"))
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    add_data_options(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
+    train, held_out = list_splits(DataSource(root=root))
+    assert train.class_names == tuple(f"class-{k:02d}" for k in range(CLASSES))
+    assert (len(train), len(held_out)) == (CLASSES * 6, CLASSES * 2)
+    for path, label in zip(train.paths, train.labels, strict=True):
+        assert path.startswith(f"train/class-{label:02d}/picture ")
+    assert not set(train.paths) & set(held_out.paths)
+
+
+def test_a_folder_scale_is_rebuilt_from_its_name_alone(root):
+    scale = scale_of("folder", DataSource(root=root), image_size=32)
+    assert scale.name.startswith("folder-32px-12classes-72train-")
+    assert scale_named(scale.name) == scale
+    assert (scale.num_classes, scale.image_size, scale.patch_size) == (12, 32, 4)
+
+
+def test_folders_with_other_images_have_other_scales(tmp_path):
+    root = write_folder(tmp_path, per_class=2, held_out=1)
+    before = scale_of("folder", DataSource(root=root), image_size=32)
+    write_picture(root / "val" / "class-03", 9, 3, side=40)
+    after = scale_of("folder", DataSource(root=root), image_size=32)
+    assert before.name != after.name
+
+
+def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps():
+    large = folder_scale(image_size=224, num_classes=3, train_images=10**6, content="0" * 8)
+    assert large.batch_size == {}
+    assert (large.stem, large.patch_size) == (IMAGENET.stem, IMAGENET.patch_size)
+    small = folder_scale(image_size=64, num_classes=3, train_images=600, content="0" * 8)
+    assert small.batch_size["resnet"] == 32
+    assert small.learning_rate["resnet", "sgd"] == pytest.approx(0.1 * 32 / 256)
+    assert small.learning_rate["deit", "adamw"] == pytest.approx(2e-3 * (32 / 2048) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 33}, "--image-size 33 is not a multiple of 4 from 16 to 1024"),
+        ({"image_size": 8}, "--image-size 8"),
+        ({"num_classes": 1}, "at least two classes"),
+    ],
+)
+def test_folder_scales_that_cannot_be_are_refused(changes, message):
+    wanted = {"image_size": 32, "num_classes": 2, "train_images": 9, "content": "0" * 8}
+    with pytest.raises(ValueError, match=message):
+        folder_scale(**(wanted | changes))
+
+
+def test_held_out_images_are_a_share_of_each_class_chosen_by_name(tmp_path):
+    root = write_folder(tmp_path, per_class=5, held_out=0)
+    with pytest.raises(ValueError, match=r"no val/.* --hold-out 0\.2, which keeps 12 of the 60"):
+        list_splits(DataSource(root=root))
+    train, held_out = list_splits(DataSource(root=root, hold_out=0.4))
+    assert sorted(held_out.labels) == sorted([*range(CLASSES)] * 2)
+    assert len(train) == 36
+    assert not set(train.paths) & set(held_out.paths)
+    assert (train, held_out) == list_splits(DataSource(root=root, hold_out=0.4))
+
+
+def test_class_folders_without_train_and_val_are_train_images(tmp_path):
+    root = write_folder(tmp_path, per_class=5, held_out=0)
+    train, held_out = list_splits(DataSource(root=root / "train", hold_out=0.2))
+    assert (len(train), len(held_out)) == (48, 12)
+
+
+def test_val_alone_can_be_judged_by(tmp_path):
+    root = write_folder(tmp_path, per_class=0)
+    train, held_out = list_splits(DataSource(root=root))
+    assert (len(train), len(held_out)) == (0, 24)
+    assert train.class_names == held_out.class_names
+
+
+def test_skipped_images_are_left_out(root):
+    skipped = frozenset({"train/class-00/picture 0.JPEG"})
+    train, _ = list_splits(DataSource(root=root, skipped=skipped))
+    assert len(train) == CLASSES * 6 - 1
+    assert not skipped & set(train.paths)
+
+
+def two_spellings(root):
+    write_picture(root / "train" / "Class-03", 0, 3, side=40)
+    return "two classes of the same name, 'Class-03' and 'class-03': rename or merge one"
+
+
+def loop_to_itself(root):
+    (root / "train" / "again").symlink_to(root / "train" / "again")
+    return "train/again is a symbolic link loop: remove it"
+
+
+def loop_upwards(root):
+    (root / "train" / "up").symlink_to(root)
+    return "train/up is a symbolic link loop"
+
+
+def link_to_nothing(root):
+    (root / "val" / "gone").symlink_to(root / "nowhere")
+    return "val/gone is a symbolic link to nothing"
+
+
+def foreign_class(root):
+    write_picture(root / "val" / "class-99", 0, 3, side=40)
+    return "val/class-99 is no class of"
+
+
+def no_images(root):
+    for path in (root / "val").rglob("*.*"):
+        if path.is_file():
+            path.unlink()
+    return "val holds no image in its classes"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        two_spellings,
+        loop_to_itself,
+        loop_upwards,
+        link_to_nothing,
+        foreign_class,
+        no_images,
+    ],
+)
+def test_a_spoilt_folder_is_refused_with_what_to_do(tmp_path, spoil):
+    message = spoil(write_folder(tmp_path, per_class=1, held_out=1))
+    with pytest.raises(ValueError, match=message):
+        list_splits(DataSource(root=tmp_path))
+
+
+def test_an_absent_or_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not there; --data wants train/ and val/"):
+        list_splits(DataSource(root=tmp_path / "absent"))
+    with pytest.raises(ValueError, match="holds neither train/ nor val/"):
+        list_splits(DataSource(root=tmp_path))
+
+
+def test_a_folder_that_the_system_will_not_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        list_splits(DataSource(root=tmp_path / ("a" * 300)))
+    with pytest.raises(ValueError, match="is not a folder: it wants"):
+        source_of(options("--textures", tmp_path / ("a" * 300)))
+
+
+def test_hold_out_beside_a_val_folder_is_refused(root):
+    with pytest.raises(ValueError, match="--hold-out would put it aside"):
+        list_splits(DataSource(root=root, hold_out=0.2))
+
+
+def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path):
+    (tmp_path / "data" / "imagenet-a").mkdir(parents=True)
+    (tmp_path / "data" / "textures").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    given = options("--data", tmp_path / "data", "--textures", tmp_path / "elsewhere")
+    source = source_of(given, cache=tmp_path / "cache")
+    assert dict(source.folders) == {
+        "imagenet-a": tmp_path / "data" / "imagenet-a",
+        "textures": tmp_path / "elsewhere",
+    }
+    assert pickle.loads(pickle.dumps(source)) == source
+    with pytest.raises(ValueError, match=r"--cifar10\.1 .*absent is not a folder: it wants CIFAR"):
+        source_of(options("--cifar10.1", tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("folder", {}, "--scale folder needs --data DIR and --image-size N"),
+        ("imagenet", {"image_size": 64}, "--image-size belongs to --scale folder"),
+        ("digits", {"root": True}, "scale 'digits' is embedded"),
+        ("mnist", {}, "unknown scale 'mnist'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(root, name, arguments, message):
+    source = DataSource(root=root if arguments.get("root") else None)
+    with pytest.raises(ValueError, match=message):
+        scale_of(name, source, image_size=arguments.get("image_size"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--hold-out", "1.5"], ["--data-memory", "lots"], ["--data-workers", "-1"]]
+)
+def test_numbers_out_of_range_are_refused(arguments):
+    with pytest.raises(SystemExit):
+        options(*arguments)

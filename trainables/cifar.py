@@ -1,0 +1,103 @@
+"""CIFAR-10 at 32 px: torchvision's archive or class folders, and the stored sets beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from trainables.checkpoint import write_atomically
+from trainables.data import Data, Split
+from trainables.images import ImageFiles, as_tensor
+from trainables.scale import Scale
+from trainables.source import DataSource, ImageList, list_splits
+
+ARCHIVE = "cifar-10-python.tar.gz"
+BATCHES = "cifar-10-batches-py"
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+Content = dict[str, Tensor]  # images uint8 (N, 3, 32, 32) and labels int64 (N,)
+
+
+def load_cifar10(scale: Scale, source: DataSource) -> Data:
+    """Load CIFAR-10 as tensors, shared by the processes of a machine where there is a cache."""
+    assert source.root is not None
+    if archived(source.root):
+        train, held_out = (_archived(source, train=train) for train in (True, False))
+    elif any((source.root / name).is_dir() for name in ("train", "val")):
+        train, held_out = (_from_files(part, scale) for part in list_splits(source))
+    else:
+        raise ValueError(
+            f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
+            "folders; torchvision.datasets.CIFAR10(DIR, download=True) fetches the archive"
+        )
+    return Data(
+        name=scale.name,
+        train=train,
+        held_out=held_out,
+        class_names=CLASSES,
+        roots=source.folders,
+        skip_damaged=source.skip_damaged,
+        workers=source.workers,
+    )
+
+
+def archived(root: Path) -> bool:
+    """Tell whether torchvision's archive is there, packed or not."""
+    return (root / BATCHES).is_dir() or (root / ARCHIVE).is_file()
+
+
+def _archived(source: DataSource, *, train: bool) -> Split:
+    """Read one split of torchvision's archive, whose files it knows by their MD5."""
+    assert source.root is not None
+    name = "train" if train else "test"
+    read = partial(_read_archive, source.root, train=train)
+    content = _kept(source.cache / f"cifar10-{name}.safetensors", read) if source.cache else read()
+    ids = tuple(f"cifar10/{name}/{i:05d}" for i in range(len(content["labels"])))
+    return Split(images=content["images"], labels=content["labels"], ids=ids)
+
+
+def _read_archive(root: Path, *, train: bool) -> Content:
+    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+
+    try:
+        # With the archive there, "download" only extracts it.
+        there = (root / ARCHIVE).is_file()
+        stored = CIFAR10(root, train=train, download=there and not (root / BATCHES).is_dir())
+    except RuntimeError:
+        raise ValueError(
+            f"{root / BATCHES} is not CIFAR-10 as published (another MD5): fetch it again"
+        ) from None
+    images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
+    return {"images": images, "labels": torch.tensor(stored.targets)}
+
+
+def _kept(file: Path, read: Callable[[], Content]) -> Content:
+    """Return what a file holds, written on first use; it is mapped, so that processes share it."""
+    if not file.exists():
+        write_atomically(file, save(read()))
+    found: Content = load_file(file)
+    return found
+
+
+def _from_files(listed: ImageList, scale: Scale) -> Split:
+    if listed.class_names != CLASSES:
+        raise ValueError(f"{listed.root} has the classes {listed.class_names}, CIFAR-10 {CLASSES}")
+    files = ImageFiles(listed.root, listed.paths, size=scale.image_size)
+    images = torch.empty(files.shape, dtype=torch.uint8)
+    for place in range(len(files)):
+        image = files.original(place)
+        if image.size != (scale.image_size, scale.image_size):
+            raise ValueError(
+                f"{files.path(place)} is {image.width} x {image.height} px, not 32 x 32: "
+                "--scale folder --image-size 32 takes images of any size"
+            )
+        images[place] = as_tensor(image)
+    labels = torch.tensor(listed.labels, dtype=torch.int64)
+    return Split(images=images, labels=labels, ids=listed.paths)

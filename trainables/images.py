@@ -1,0 +1,288 @@
+"""Images in files, decoded when they are asked for, or once into memory that processes share."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
+
+from trainables.checkpoint import write_atomically
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+CHANNELS = 3
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
+SIDEWAYS = 5
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Read an image as RGB, turned as its camera says; raises one of UNREADABLE."""
+    with Image.open(path) as file:
+        ImageOps.exif_transpose(file, in_place=True)
+        if file.mode != "RGB":
+            return file.convert("RGB")
+        # convert() would copy an image that is RGB already.
+        file.load()
+        return file
+
+
+def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
+    """Bring the shorter side to `resize` (bicubic) and cut out the middle square of `size`."""
+    resized = T.resize(image, [resize], interpolation=InterpolationMode.BICUBIC)
+    cropped: Image.Image = T.center_crop(resized, [size, size])
+    return cropped
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def resize_for(size: int) -> int:
+    """Return the shorter side that the study resizes to before it crops to `size`: 256 for 224."""
+    return round(size * 256 / 224)
+
+
+class ImageFiles:
+    """Images below a folder; indexing gives them as validated: uint8 (B, 3, size, size).
+
+    `original` gives one as it is stored, for the random crops of training. Paths are kept as one
+    array of bytes: workers that were forked would copy a million Python strings by merely
+    counting references to them.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], *, size: int) -> None:
+        self.root, self.size = root, size
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self._decoded: DecodedImages | None = None
+        self._rows = np.arange(len(paths))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self), CHANNELS, self.size, self.size
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        places = np.arange(len(self))[index.numpy() if isinstance(index, Tensor) else index]
+        images = torch.empty((len(places), *self.shape[1:]), dtype=torch.uint8)
+
+        def fill(row: int) -> None:
+            image = self.original(int(places[row]))
+            images[row] = as_tensor(validated(image, resize=resize_for(self.size), size=self.size))
+
+        in_threads(fill, range(len(places)))
+        return images
+
+    def at(self, places: np.ndarray) -> ImageFiles:
+        """Return the images at some places, still undecoded."""
+        chosen = copy.copy(self)
+        chosen._paths, chosen._rows = self._paths[places], self._rows[places]
+        return chosen
+
+    def out_of(self, decoded: DecodedImages) -> ImageFiles:
+        """Return the same images, taken out of memory."""
+        kept = copy.copy(self)
+        kept._decoded = decoded
+        return kept
+
+    def path(self, place: int) -> Path:
+        """Return the file of the image at a place."""
+        return self.root / os.fsdecode(bytes(self._paths[place]))
+
+    def original(self, place: int) -> Image.Image:
+        """Return the image at a place, whole; ValueError names it when it cannot be read."""
+        if self._decoded is not None:
+            return self._decoded.image(int(self._rows[place]))
+        path = self.path(place)
+        try:
+            return read_rgb(path)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error that names an unreadable image, its class and what to do."""
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(
+        f"{path} (class {path.parent.name}) cannot be read: {reason}; "
+        "--skip-damaged goes on without it"
+    )
+
+
+class DecodedImages:
+    """Images of any sizes, whole, one behind another in a file that is mapped into memory.
+
+    The pages are the machine's, so every process that maps the file shares them.
+    """
+
+    def __init__(self, file: Path, sizes_N2: np.ndarray) -> None:
+        self.file, self.sizes = file, sizes_N2
+        self.ends = np.cumsum(sizes_N2.prod(axis=1, dtype=np.int64) * CHANNELS)
+
+    @cached_property
+    def _pixels(self) -> np.ndarray:
+        return np.memmap(self.file, dtype=np.uint8, mode="r")
+
+    def __getstate__(self) -> dict[str, object]:
+        # A mapped array would be pickled as its content; the other process maps it itself.
+        return {name: value for name, value in vars(self).items() if name != "_pixels"}
+
+    def image(self, row: int) -> Image.Image:
+        """Return one image."""
+        width, height = (int(side) for side in self.sizes[row])
+        end = int(self.ends[row])
+        pixels = self._pixels[end - CHANNELS * width * height : end]
+        return Image.fromarray(np.asarray(pixels).reshape(height, width, CHANNELS))
+
+
+def in_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
+    """Do the work on every item with as many threads as torch may use here.
+
+    Pillow lets go of Python's lock while it decodes and resizes.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, items):
+            pass
+
+
+def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImages | None:
+    """Decode the images once into the cache, or find them there; None beyond the budget (bytes)."""
+    stamps = _stamps(images, budget)
+    if stamps is None:
+        return None
+    known = cache / f"sizes-{stamps}.npy"
+    sizes = np.load(known) if known.exists() else _sizes(images)
+    decoded = DecodedImages(cache / f"originals-{stamps}.u8", sizes)
+    total = int(decoded.ends[-1])
+    if total > budget:
+        return None
+
+    def write(pixels: np.ndarray) -> None:
+        def fill(place: int) -> None:
+            flat = np.asarray(images.original(place)).reshape(-1)
+            end = int(decoded.ends[place])
+            pixels[end - len(flat) : end] = flat
+
+        in_threads(fill, range(len(images)))
+
+    write_once(decoded.file, total, write)
+    if not known.exists():
+        buffer = io.BytesIO()
+        np.save(buffer, sizes)
+        write_atomically(known, buffer.getvalue())
+    return decoded
+
+
+def _sizes(images: ImageFiles) -> np.ndarray:
+    """Return each image's width and height, upright, from its file's header."""
+    sizes = np.empty((len(images), 2), dtype=np.int64)
+
+    def measure(place: int) -> None:
+        path = images.path(place)
+        try:
+            with Image.open(path) as file:
+                turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
+                sizes[place] = file.size[::-1] if turned else file.size
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+
+    in_threads(measure, range(len(images)))
+    return sizes
+
+
+def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
+    """Decode and crop the images once into the cache, or find them there; None beyond budget."""
+    if images.nbytes > budget or (stamps := _stamps(images, None)) is None:
+        return None
+    file = cache / f"validated-{images.size}px-{stamps}.u8"
+
+    def write(pixels: np.ndarray) -> None:
+        whole = pixels.reshape(images.shape)
+        for first in range(0, len(images), 512):
+            part = slice(first, first + 512)
+            whole[part] = images[part].numpy()
+
+    write_once(file, images.nbytes, write)
+    return map_tensor(file, images.shape)
+
+
+def map_tensor(file: Path, shape: Sequence[int]) -> Tensor:
+    """Map a file of bytes into memory as a uint8 tensor; writing to it leaves the file alone."""
+    count = int(np.prod(shape))
+    return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(*shape)
+
+
+def _stamps(images: ImageFiles, budget: int | None) -> str | None:
+    """Return 16 hex digits of every file's name, size and time; None where they exceed a budget.
+
+    A decoded image is not smaller than its file.
+    """
+    found, total = hashlib.sha256(str(images.root).encode()), 0
+    for place in range(len(images)):
+        path = images.path(place)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise unreadable(path, error) from error
+        total += stat.st_size
+        if budget is not None and total > budget:
+            return None
+        found.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> None:
+    """Write a file of `size` bytes unless it is there; one process does, the others wait."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file.parent / ".lock"):
+            if file.exists() and file.stat().st_size == size:
+                return
+            aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+            try:
+                # Space is claimed first: a full disk is an error here and not a crash later.
+                with aside.open("wb") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, size)
+                pixels = np.memmap(aside, dtype=np.uint8, mode="r+", shape=(size,))
+                write(pixels)
+                pixels.flush()
+                aside.replace(file)
+            finally:
+                aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"decoded images ({size / 2**30:.2f} GiB) cannot be kept in {file.parent}: "
+            f"{error.strerror}; --data-memory 0 does without"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

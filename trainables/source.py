@@ -1,0 +1,317 @@
+"""Where a study's images lie: the options that say so, and the images listed by class.
+
+Nothing here opens an image or imports torch, so that `--plan` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainables.scale import Scale, folder_scale, scale_named
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+# Each stored set, by its option and its folder below the data.
+STORED_SETS = {
+    "imagenet-a": "ImageNet-A: <WordNet id>/<image>",
+    "imagenet-c": "ImageNet-C: <kind>/<severity>/<WordNet id>/<image>",
+    "imagenet-stylized": "Stylized-ImageNet: val/<WordNet id>/<image>",
+    "textures": "a texture dictionary in the layout published with PatchAttack",
+    "cifar10-c": "CIFAR-10-C: <kind>.npy and labels.npy",
+    "cifar10.1": "CIFAR-10.1: cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy",
+}
+GIBIBYTE = 2**30
+FOLDER = "folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where the data of a scale lies and how it is read; it travels to every process.
+
+    `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
+    train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
+    shared by the processes of a machine in `cache`. `skipped`: damaged images to do without, as
+    paths below the root.
+    """
+
+    root: Path | None = None
+    stored: tuple[tuple[str, Path], ...] = ()
+    hold_out: float = 0.0
+    skip_damaged: bool = False
+    skipped: frozenset[str] = frozenset()
+    memory_bytes: int = 2 * GIBIBYTE
+    workers: int = 0
+    cache: Path | None = None
+
+    @property
+    def folders(self) -> Mapping[str, Path]:
+        """Return where each stored set lies: as it was given, or below the root."""
+        found = {name: self.root / name for name in STORED_SETS} if self.root else {}
+        return {name: path for name, path in found.items() if path.is_dir()} | dict(self.stored)
+
+
+EMBEDDED = DataSource()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageList:
+    """The images of one split, by class and name: paths below `root`, a label each."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def only(self, kept: Iterable[bool]) -> ImageList:
+        """Return the list without the images that are not kept."""
+        pairs = [(p, k) for p, k, keep in zip(self.paths, self.labels, kept, strict=True) if keep]
+        paths, labels = zip(*pairs, strict=True) if pairs else ((), ())
+        return ImageList(root=self.root, class_names=self.class_names, paths=paths, labels=labels)
+
+
+def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
+    """Return the train and the held-out images; ValueError says what the folders lack.
+
+    Labels follow the classes' sorted names. Without train/ the list of train images is empty, so
+    that a checkpoint can be judged by val/ alone.
+    """
+    assert source.root is not None
+    try:
+        return _listed(source, source.root)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
+    if not root.is_dir():
+        raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ below it")
+    train_folder, val_folder = _split_folders(root)
+    if train_folder is None and val_folder is None:
+        raise ValueError(f"{root} holds neither train/ nor val/ nor folders of images by class")
+    both = train_folder, val_folder
+    classes = class_folders(next(folder for folder in both if folder is not None))
+    names = tuple(classes)
+    nothing = ImageList(root=root, class_names=names, paths=(), labels=())
+    train = list_images(root, classes, names) if train_folder else nothing
+    train = train.only(path not in source.skipped for path in train.paths)
+    if val_folder is None:
+        return _hold_out(train, source.hold_out)
+    if source.hold_out:
+        raise ValueError(f"{val_folder} is there: --hold-out would put it aside; leave one out")
+    folders = class_folders(val_folder)
+    if foreign := sorted(set(folders) - set(names)):
+        raise ValueError(f"{val_folder / foreign[0]} is no class of {train_folder}: remove it")
+    held_out = list_images(root, folders, names)
+    return train, held_out.only(path not in source.skipped for path in held_out.paths)
+
+
+def _split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    train, val = root / "train", root / "val"
+    if train.is_dir() or val.is_dir():
+        return (train if train.is_dir() else None), (val if val.is_dir() else None)
+    return (root if any(entry.is_dir() for entry in root.iterdir()) else None), None
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of a split by class name, sorted.
+
+    ValueError on a symbolic link loop, and on names that some file systems hold for the same.
+    """
+    found: dict[str, Path] = {}
+    alike: dict[str, str] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if entry.is_symlink():
+            _check_link(path, folder)
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        same = unicodedata.normalize("NFC", entry.name).casefold().strip()
+        if same in alike:
+            raise ValueError(
+                f"{folder} has two classes of the same name, {alike[same]!r} and {entry.name!r}: "
+                "rename or merge one"
+            )
+        alike[same] = entry.name
+        found[entry.name] = path
+    if not found:
+        raise ValueError(f"{folder} holds no class folders; expected <class>/<image>")
+    return found
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    try:
+        path.stat()
+        looped = folder.resolve().is_relative_to(path.resolve())
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise ValueError(f"{path} is a symbolic link to nothing: remove it") from None
+        looped = True
+    if looped:
+        raise ValueError(f"{path} is a symbolic link loop: remove it")
+
+
+def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...]) -> ImageList:
+    """List the images of class folders below a root; ValueError where there is none."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        if name not in folders:
+            continue
+        below = folders[name].relative_to(root).as_posix()
+        found = sorted(
+            entry.name
+            for entry in os.scandir(folders[name])
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+        )
+        paths += [f"{below}/{file}" for file in found]
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"{next(iter(folders.values())).parent} holds no image in its classes")
+    return ImageList(root=root, class_names=names, paths=tuple(paths), labels=tuple(labels))
+
+
+def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
+    """Part the images of each class by the hash of their names; ValueError without a share."""
+    counts = dict.fromkeys(range(len(images.class_names)), 0)
+    for label in images.labels:
+        counts[label] += 1
+    wanted = {label: max(1, round(count * (share or 0.2))) for label, count in counts.items()}
+    if not share:
+        raise ValueError(
+            f"{images.root} has no val/: add it, or give --hold-out 0.2, which keeps "
+            f"{sum(wanted.values())} of the {len(images)} train images, a fifth of each class "
+            "chosen by their names' hash, from training and judges by them"
+        )
+    order = sorted(
+        range(len(images)), key=lambda i: hashlib.sha256(images.paths[i].encode()).digest()
+    )
+    held = set()
+    for place in order:
+        label = images.labels[place]
+        if wanted[label]:
+            wanted[label] -= 1
+            held.add(place)
+    train = images.only(place not in held for place in range(len(images)))
+    return train, images.only(place in held for place in range(len(images)))
+
+
+def content_digest(train: ImageList, held_out: ImageList) -> str:
+    """Return 8 hex digits of the classes and of both splits' image ids."""
+    parts = ("\n".join(part) for part in (train.class_names, train.paths, held_out.paths))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
+    """Return the scale that the options name; a folder's own says what lies in the folder."""
+    if name != FOLDER:
+        if image_size is not None:
+            raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
+        if name == "digits" and source.root is not None:
+            raise ValueError("scale 'digits' is embedded: --data goes with another --scale")
+        return scale_named(name)
+    if source.root is None or image_size is None:
+        raise ValueError("--scale folder needs --data DIR and --image-size N")
+    train, held_out = list_splits(source)
+    return folder_scale(
+        image_size=image_size,
+        num_classes=len(train.class_names),
+        train_images=len(train),
+        content=content_digest(train, held_out),
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where the data lies and how it is read."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", type=Path, metavar="DIR", help="train/ and val/ in class folders below it"
+    )
+    group.add_argument(
+        "--image-size", type=_count, metavar="N", help="side in pixels, for --scale folder"
+    )
+    group.add_argument(
+        "--hold-out",
+        type=_share,
+        default=0.0,
+        metavar="F",
+        help="judge by this share of each class's train images where there is no val/",
+    )
+    for name, what in STORED_SETS.items():
+        group.add_argument(
+            f"--{name}",
+            type=Path,
+            dest=f"stored {name}",
+            metavar="DIR",
+            help=f"{what} (default: {name}/ below the data)",
+        )
+    group.add_argument(
+        "--skip-damaged", action="store_true", help="go on without unreadable images"
+    )
+    group.add_argument(
+        "--data-workers",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="processes that decode and augment for each trial (default: 0, its own)",
+    )
+    group.add_argument(
+        "--data-memory",
+        type=_gibibytes,
+        default=2 * GIBIBYTE,
+        metavar="GIB",
+        help="what decoded images may take, once per machine (default: 2)",
+    )
+
+
+def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> DataSource:
+    """Return the data source that the options name; ValueError on a folder that is not there."""
+    given = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
+    stored = tuple((name, path.absolute()) for name, path in given.items() if path is not None)
+    for name, path in stored:
+        if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
+            raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name]}")
+    return DataSource(
+        root=options.data.absolute() if options.data else None,
+        stored=stored,
+        hold_out=options.hold_out,
+        skip_damaged=options.skip_damaged,
+        memory_bytes=options.data_memory,
+        workers=options.data_workers,
+        cache=cache.absolute() if cache else None,
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, like 0.2")
+    return value
+
+
+def _gibibytes(text: str) -> int:
+    value = _number(text)
+    if not 0 <= value < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gibibytes")
+    return int(value * GIBIBYTE)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
