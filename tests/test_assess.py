@@ -43,17 +43,29 @@ def trial(small, tmp_path):
     return recipe.digest(), classifier.eval(), (tmp_path / "run").as_uri()
 
 
-@pytest.fixture
-def pool(ray_session, tmp_path):
+def new_pool(folder):
     return EvaluatorPool(
         1,
-        f"sqlite:///{tmp_path}/mlflow.db",
+        f"sqlite:///{folder}/mlflow.db",
         SCALE,
         EMBEDDED,
-        tmp_path / "shards",
+        folder / "shards",
         threads=1,
         gpus=0,
     )
+
+
+@pytest.fixture(scope="module")
+def shared(ray_session, tmp_path_factory):
+    """One pool for all: an actor's imports take longer than what is asked of it."""
+    return new_pool(tmp_path_factory.mktemp("pool"))
+
+
+@pytest.fixture
+def pool(shared):
+    yield shared
+    for cell in list(shared._unfinished):
+        shared.settle(cell)
 
 
 def cell_of(trial, evaluator):
@@ -70,7 +82,7 @@ def judged(pool, count=1):
     return found
 
 
-def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial, tmp_path):
+def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial):
     _, classifier, _ = trial
     pgd = evaluator_named("pgd", SCALE)
     cell = cell_of(trial, "pgd")
@@ -85,17 +97,17 @@ def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial, tmp_path):
     ]
     assert ledger.equals(pa.concat_tables(parts))
     assert {s.name: s.n for s in pgd.summarize(ledger)}["pgd-100"] == 12
-    assert len(list((tmp_path / "shards").rglob("*.parquet"))) == 3
+    assert len(list(pool._folder.rglob("*.parquet"))) == 3
     pool.settle(cell)
     assert len(pool) == 0
-    assert not (tmp_path / "shards").exists()
+    assert not pool._folder.exists()
     assert pool.seconds_left(Counter(pgd=2)) > 0
 
 
-def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial, tmp_path):
+def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
     _, classifier, _ = trial
     cell = cell_of(trial, "pgd")
-    store = ShardStore(tmp_path / "shards" / f"{cell.trial}-{cell.question}", 3)
+    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 3)
     pgd = evaluator_named("pgd", SCALE)
     for shard in store.missing()[:2]:
         ledger = evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
@@ -105,9 +117,9 @@ def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial, tmp_pa
     assert 2000 < seconds < 2900
 
 
-def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial, tmp_path):
+def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial):
     cell = cell_of(trial, "clean")
-    store = ShardStore(tmp_path / "shards" / f"{cell.trial}-{cell.question}", 1)
+    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 1)
     ledger = evaluate(evaluator_named("clean", SCALE), trial[1], load_data(SCALE), device=CPU)
     store.add(Shard(), to_parquet(ledger, seconds=5.0))
     pool.submit(cell, 1)
@@ -128,7 +140,8 @@ def test_a_damaged_shard_is_judged_again(tmp_path):
     assert not path.exists()
 
 
-def test_the_cheapest_evaluators_are_asked_first(pool, trial):
+def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
+    pool = new_pool(tmp_path)
     for name in ("autoattack-small", "pgd", "natural", "clean"):
         pool.submit(cell_of(trial, name), 1)
     # The first one asked was handed out before the others came.
