@@ -6,6 +6,7 @@ Source: Yang et al., "PatchAttack" (ECCV 2020), as set down in STUDY section 5.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -122,9 +123,14 @@ def write_published(dictionary: TextureDictionary, root: Path) -> None:
     mean, std = _column(IMAGENET_MEAN), _column(IMAGENET_STD)
     for label in dictionary.classes:
         for cluster, texture_CHW in enumerate(dictionary.of_class(label)):
-            path = root / LAYOUT.format(label=label, cluster=cluster)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save((texture_CHW - mean) / std, path)
+            buffer = io.BytesIO()
+            torch.save(((texture_CHW - mean) / std).clone(), buffer)
+            write_atomically(root / LAYOUT.format(label=label, cluster=cluster), buffer.getvalue())
+
+
+def has_class(root: Path, label: int, clusters: int) -> bool:
+    """Say whether all of a class's textures are stored."""
+    return all((root / name).is_file() for name in _layout((label,), clusters))
 
 
 def _read_texture(path: Path) -> Tensor:
@@ -206,12 +212,12 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
     if weights.suffix == ".safetensors":
         state = load_file(weights)
     else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_pickle(weights)
     with torch.device("meta"):
         network = vgg19(weights=None)
     try:
         network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{weights} does not fit VGG-19: {str(error)[:300]}") from None
     network.eval().requires_grad_(False)
     return FeatureNetwork(
@@ -280,14 +286,14 @@ def build_dictionary(
     labels = sorted(set(split.labels.tolist()))[: settings.classes]
     textures = []
     kept: list[int] = []
-    lacking: list[_TooFewImagesError] = []
+    lacking: list[TooFewImagesError] = []
     for first in range(0, len(labels), settings.classes_at_once):
         centres = []
         for label in labels[first : first + settings.classes_at_once]:
             try:
                 centres.append(_gram_centres(network, split, label, settings, device))
                 kept.append(label)
-            except _TooFewImagesError as error:
+            except TooFewImagesError as error:
                 logger.warning("left out of the texture dictionary: %s", error)
                 lacking.append(error)
         if not centres:
@@ -303,7 +309,7 @@ def build_dictionary(
     return StoredTextures(stored, tuple(kept), network.source)
 
 
-class _TooFewImagesError(ValueError):
+class TooFewImagesError(ValueError):
     """A class has fewer usable images than it is to have textures."""
 
 
@@ -324,7 +330,7 @@ def _gram_centres(
 
     grams = _class_grams(network, split, label, settings, device)
     if len(grams[0]) < settings.clusters:
-        raise _TooFewImagesError(
+        raise TooFewImagesError(
             f"class {label}: the feature network gets {len(grams[0])} of its images right and "
             f"finds evidence for them, too few for {settings.clusters} textures"
         )

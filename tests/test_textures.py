@@ -22,6 +22,7 @@ from evaluators.textures import (
     grad_cam,
     gram,
     load_or_build,
+    open_dictionary,
     own_settings,
     read_published,
     small_network,
@@ -258,3 +259,30 @@ def test_weights_that_do_not_fit_vgg19_are_refused(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"other.pth does not fit VGG-19"):
         vgg19_network(path)
+
+
+def test_the_command_builds_a_dictionary_that_is_read_again_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evaluators.build_textures import main
+
+    assert main(["--out", str(tmp_path)]) == 0
+    assert "features: " in capsys.readouterr().out
+    built = open_dictionary(tmp_path, DIGITS)
+    assert built.classes == tuple(range(10))
+    assert built.of_class(3).shape == (DIGITS.patch.textures, 3, 16, 16)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    gone = sorted(files)[0]
+    gone.unlink()
+    assert main(["--out", str(tmp_path)]) == 0
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    changed = {path for path in files if again[path] != files[path]}
+    assert changed == {path for path in files if path.parents[3] == gone.parents[3]}
+
+
+def test_weights_that_are_no_vgg19_are_refused(tmp_path: Path) -> None:
+    from evaluators.build_textures import main
+
+    (tmp_path / "vgg19.pth").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path), "--weights", str(tmp_path / "vgg19.pth")])

@@ -1,0 +1,112 @@
+"""The command line that builds a texture dictionary: `python -m evaluators.build_textures`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from trainables.scale import Scale
+from trainables.source import add_data_options, scale_of, source_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from evaluators.textures import FeatureNetwork, TextureSettings
+    from trainables.data import Data
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 asked wrongly, 130 interrupted. Again, it goes on."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ValueError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from evaluators.textures import FULL, LITE, own_settings
+    from trainables.data import load_data
+
+    source = source_of(options)
+    scale = scale_of(options.scale, source, image_size=options.image_size)
+    data = load_data(scale, source)
+    settings = (LITE if options.lite else FULL) if options.weights else own_settings(scale)
+    settings = replace(settings, clusters=scale.patch.textures, classes_at_once=1)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = _network(options.weights, scale, data, settings)
+    print(f"features: {network.source}; {settings}")
+    build(network, data, settings, options.out, device)
+    return 0
+
+
+def build(
+    network: FeatureNetwork,
+    data: Data,
+    settings: TextureSettings,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Build class after class into a folder in the published layout; what is there is kept."""
+    from rich.progress import track
+
+    from evaluators.textures import TooFewImagesError, build_dictionary, has_class, write_published
+
+    for label in track(range(len(data.class_names))[: settings.classes], "classes"):
+        if has_class(folder, label, settings.clusters):
+            continue
+        of_class = data.train.at((data.train.labels == label).nonzero().flatten().numpy())
+        try:
+            dictionary = build_dictionary(network, of_class, settings, device=device)
+        except TooFewImagesError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        write_published(dictionary, folder)
+
+
+def _network(
+    weights: Path | None, scale: Scale, data: Data, settings: TextureSettings
+) -> FeatureNetwork:
+    from evaluators.textures import small_network, vgg19_network
+
+    if weights:
+        return vgg19_network(weights)
+    return small_network(scale, data, seed=settings.seed, epochs=settings.network_epochs)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluators.build_textures",
+        description="Build the texture patch attack's dictionary from a data set's train images.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="VGG-19's, .safetensors or .pth (default: a small network trained on the data)",
+    )
+    parser.add_argument(
+        "--lite", action="store_true", help="50 classes, 500 steps instead of 10,000"
+    )
+    parser.add_argument("--scale", default="digits", help="as for grid/run.py (default: digits)")
+    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
+    add_data_options(parser)
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"python -m evaluators.build_textures: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
