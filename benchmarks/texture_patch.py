@@ -26,6 +26,7 @@ from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
 from trainables.data import load_data, to_unit
+from trainables.folding import folded
 from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.scale import PatchBudget, Scale, scale_named
@@ -131,7 +132,7 @@ def plain_search(
 def batched_search(model: Classifier, task: Task, budget: PatchBudget) -> tuple[int, int]:
     """Attack all images at once by the evaluator's own search."""
     generators = tuple(torch.Generator().manual_seed(i) for i in range(len(task.goal)))
-    search = PatchSearch(classifier=model, budget=budget)
+    search = PatchSearch(classifier=folded(model, task.images) or model, budget=budget)
     outcome = search.run(replace(task, generators=generators), task.goal, LSTMPolicy)
     return int(outcome.queries.sum()), int(outcome.success.sum())
 

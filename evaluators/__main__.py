@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-    from evaluators.base import Score
+    from evaluators.base import Evaluator, Score
     from trainables.data import Data
     from trainables.models import Classifier
     from trainables.recipe import Recipe
@@ -41,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from evaluators import evaluator_named
+    from evaluators.base import cell_digest
     from evaluators.health import red_flags
     from trainables.data import load_data
 
@@ -52,14 +58,19 @@ def _run(options: argparse.Namespace) -> int:
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
     ledgers, scores = {}, []
+    weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
     for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
-        ledgers[name], found = _ask(name, scale, classifier, data, device)
+        evaluator = evaluator_named(name, scale)
+        kept = folder / "shards" / f"{weights}-{cell_digest(evaluator, data)}"
+        ledgers[name] = _ask(evaluator, classifier, data, device, kept)
+        found = evaluator.summarize(ledgers[name])
         scores += [score for score in found if _is_asked(score, name, options.evaluators)]
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
     _print_table(scores)
     for flag in red_flags(ledgers.values()):
         print(f"red flag: {flag}")
     paths = _write(ledgers, folder)
+    shutil.rmtree(folder / "shards", ignore_errors=True)
     print(f"Ledgers: {folder}")
     if tracker:
         from trainables.tracking import scores_as_metrics
@@ -129,14 +140,26 @@ def _device(name: str | None) -> torch.device:
 
 
 def _ask(
-    name: str, scale: Scale, classifier: Classifier, data: Data, device: torch.device
-) -> tuple[pa.Table, list[Score]]:
-    from evaluators import evaluator_named
-    from evaluators.base import evaluate
+    evaluator: Evaluator, classifier: Classifier, data: Data, device: torch.device, kept: Path
+) -> pa.Table:
+    """Judge the shards that are not kept yet, showing the time left, and return all of them."""
+    from rich.console import Console
+    from rich.progress import track
 
-    evaluator = evaluator_named(name, scale)
-    ledger = evaluate(evaluator, classifier, data, device=device)
-    return ledger, evaluator.summarize(ledger)
+    from evaluators.base import evaluate
+    from evaluators.shards import ShardStore, to_parquet
+
+    print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
+    count = evaluator.shards(data)
+    store = ShardStore(kept, count)
+    missing = store.missing()
+    console = Console(stderr=True)
+    quiet = count == 1 or not console.is_terminal
+    for shard in track(missing, evaluator.name, console=console, disable=quiet):
+        began = time.monotonic()
+        ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
+        store.add(shard, to_parquet(ledger, seconds=time.monotonic() - began))
+    return store.merged()[0]
 
 
 def _is_asked(score: Score, evaluator: str, asked: Sequence[str]) -> bool:

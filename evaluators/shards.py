@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,8 +54,10 @@ class ShardStore:
         return pa.concat_tables(ledger for ledger, _ in found), sum(s for _, s in found)
 
     def clear(self) -> None:
-        """Remove the cell's folder."""
+        """Remove the cell's folder, and the one above it with the last of them."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._folder.parent.rmdir()
 
     def _path(self, shard: Shard) -> Path:
         return self._folder / f"{shard.index}-of-{shard.count}.parquet"

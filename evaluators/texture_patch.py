@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluators.base import (
     CONFIDENCE,
@@ -29,6 +29,7 @@ from evaluators.base import (
 )
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
 from trainables.data import WHOLE, Data, Shard, Split
+from trainables.folding import folded
 from trainables.scale import PatchBudget, Scale
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ TINY = torch.finfo(torch.float32).eps  # 1.19e-7
 FLAT = 1e-4
 FIRST_STOP = 3
 BONUS = 100.0  # more than any two rewards differ: they lie between log(1.19e-7) and 0
-FORWARD_BATCH = 800
+FORWARD_BATCH = 256
 RULES = get_args(Rule)
 SUBSET_SEED = 0
 
@@ -275,7 +276,7 @@ class PatchSearch:
     so that a success seen in a batch may be lost. fixed: a successful one before any other.
     """
 
-    classifier: Classifier
+    classifier: nn.Module
     budget: PatchBudget
     targeted: bool = False
     rule: Rule = "fixed"
@@ -344,7 +345,7 @@ class PatchSearch:
             return Answers((score + TINY).log(), predicted, reached)
         return Answers((1 - score + TINY).log(), predicted, ~reached)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _forward(
         self, task: Task, actions_NA: Tensor, owner_N: Tensor, side: int
     ) -> tuple[Tensor, Tensor]:
@@ -431,7 +432,7 @@ class TexturePatchAttack:
         with torch.no_grad():
             clean_B = classifier(batch.images).argmax(dim=1)
         search = PatchSearch(
-            classifier=classifier,
+            classifier=folded(classifier, batch.images) or classifier,
             budget=self.budget,
             targeted=self.targeted,
             rule=self.rule,

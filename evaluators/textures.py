@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluators.weights import read_pickle
 from trainables.checkpoint import write_atomically
 from trainables.data import Data, Split, to_unit
 from trainables.scale import Scale
@@ -128,11 +128,7 @@ def write_published(dictionary: TextureDictionary, root: Path) -> None:
 
 
 def _read_texture(path: Path) -> Tensor:
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"texture {path} is refused, it holds no plain tensor: {reason}") from None
+    stored = read_pickle(path)
     if not isinstance(stored, Tensor) or stored.squeeze(0).ndim != 3 or stored.shape[-3] != 3:
         raise ValueError(f"texture {path} is not one tensor of shape (3, H, W)")
     texture_CHW = stored.squeeze(0).float()

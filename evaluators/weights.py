@@ -50,15 +50,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
     try:
-        loaded = load_file(path) if path.suffix == SUFFIXES[0] else _unpickled(path)
+        loaded = load_file(path) if path.suffix == SUFFIXES[0] else read_pickle(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        raise ValueError(
-            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     for entry in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
@@ -102,7 +97,19 @@ def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:
     return value[: len(wanted)] if ghosts else value
 
 
-def _unpickled(path: Path) -> object:
-    # Training scripts keep their parsed options beside the weights: a bag of plain values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def read_pickle(path: Path) -> object:
+    """Unpickle tensors and plain values, nothing that could run code; ValueError for the rest."""
+    try:
+        # Training scripts keep their parsed options beside the weights: a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        raise ValueError(
+            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
+        ) from None
+    except Exception as error:  # what bytes that are no pickle make an unpickler raise is anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged: {reason}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -213,6 +214,7 @@ class Recorder(threading.Thread):
             self._runs[cell.trial],
             evaluator=cell.evaluator,
             cell=cell.question,
+            asked=json.dumps(self._evaluators[cell.evaluator].identity(self._data)),
             ledger=judged.ledger,
             metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import shlex
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
@@ -268,11 +270,31 @@ def print_plan(study: Study, plan: Plan, scale: Scale) -> None:
         print(f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
     for refused in plan.refused:
         print(f"  refused: {refused.combination}: {refused.reason}")
+    for name, images in _subsets(plan, scale).items():
+        print(f"  {name}: {images} images, an interval of at most ±{_reach(images):.0f} points")
     shared = plan.asked - len(plan.trials)
     print(
         f"{plan.asked} rows asked for, {len(plan.trials)} trainings ({shared} shared), "
         f"{len(plan.refused)} combinations refused"
     )
+
+
+def _subsets(plan: Plan, scale: Scale) -> dict[str, int]:
+    """Return how many images the costly evaluators ask about."""
+    sizes = {
+        "pgd": scale.attack_subset,
+        "autoattack-small": scale.autoattack_subset,
+        "autoattack": scale.autoattack_subset,
+        "tpa": scale.patch.images,
+    }
+    asked = {name for trial in plan for name in trial.evaluators}
+    return {name: images for name, images in sizes.items() if name in asked}
+
+
+def _reach(images: int) -> float:
+    """Return half the width, in points, of the widest 95 % Wilson interval of n images."""
+    z = NormalDist().inv_cdf(0.975)
+    return 50 * z / math.sqrt(images + z**2)
 
 
 def _hyperparameters(recipe: Recipe) -> str:

@@ -106,6 +106,8 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     adversary, batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows;
     teacher names a base. Any other axis is a field of the recipe.
     """
+    if axis in _NAMED and not isinstance(value, str):
+        raise ValueError(f"{axis} is a name, not {value!r}")
     if axis in _SETTERS:
         return _SETTERS[axis](recipe, value)
     if axis not in Recipe.model_fields:
@@ -193,6 +195,7 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "curriculum": _with_curriculum,
     "teacher": _with_teacher,
 }
+_NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 
 
@@ -305,7 +308,7 @@ class Study:
     base: Recipe | None = None
     axes: Axes | None = None
     mode: Mode = "product"
-    evaluators: tuple[str, ...] = ("clean", "pgd")
+    evaluators: tuple[str, ...] = ("clean", "pgd", "health")
 
 
 CLEAN = Column("Clean", "clean", "clean")
@@ -340,99 +343,93 @@ def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
 def _paper_tables() -> tuple[Table, ...]:
     own, cosine = resnet50(), resnet50().replace(scheduler="cosine")
     pair = (Row("ResNet-50", own), Row("DeiT-S", deit()))
+    attacks = (CLEAN, *PGD, AUTOATTACK_SMALL, AUTOATTACK)
+    adversarial = (CLEAN, *PGD, *AUTOATTACK_STAGES, AUTOATTACK)
+    patches, ood = (CLEAN, *PATCHES), OUT_OF_DISTRIBUTION
+    helps = "Which augmentation helps ResNet-50 against patches"
     return (
-        Table(
-            "T1", "Vanilla models under attack", pair, (CLEAN, *PGD, AUTOATTACK_SMALL, AUTOATTACK)
+        Table("T1", "Vanilla models under attack", pair, attacks),
+        Table("T2", "Adversarial training", _adversarial_rows(), adversarial),
+        Table("T3", "Patch attacks on vanilla models", pair, patches),
+        Table("T4", helps, _augmentation_rows(own), patches),
+        Table("T5", "Out of distribution, first look", _first_look_rows(), ood),
+        Table("T6", "Align the schedule, then the optimizer", _alignment_rows(own, cosine), ood),
+        Table("T7", "Align the augmentation", _augmentation_rows(cosine), ood),
+        Table("T8", "Model size", _size_rows(), ood),
+        Table("T9", "Distillation", _distillation_rows(), ood),
+        Table("T10", "A hybrid of both families", _hybrid_rows(), ood),
+        Table("T11", "300 epochs", _long_rows(), ood),
+    )
+
+
+def _adversarial_rows() -> tuple[Row, ...]:
+    cnn_recipe = _with_optimizer(_adversarial(deit()), "sgd").replace(scheduler="step")
+    resnet = adversarial_resnet50()
+    return (
+        Row("ResNet-50 ReLU", resnet),
+        Row("ResNet-50 GELU", adversarial_resnet50("gelu")),
+        Row("DeiT-S", adversarial_deit()),
+        Row(
+            "DeiT-S, CNN recipe (M-SGD, no strong augmentation)",
+            _with_augmentation(cnn_recipe, "none"),
         ),
-        Table(
-            "T2",
-            "Adversarial training",
-            (
-                Row("ResNet-50 ReLU", adversarial_resnet50()),
-                Row("ResNet-50 GELU", adversarial_resnet50("gelu")),
-                Row("DeiT-S", adversarial_deit()),
-                Row(
-                    "DeiT-S, CNN recipe (M-SGD, no strong augmentation)",
-                    _with_augmentation(
-                        _with_optimizer(_adversarial(deit()), "sgd").replace(scheduler="step"),
-                        "none",
-                    ),
-                ),
-                Row("DeiT-S without curriculum", _adversarial(deit())),
-                Row("ResNet-50 with AdamW", _with_optimizer(adversarial_resnet50(), "adamw")),
-                Row(
-                    "ResNet-50 with strong augmentation",
-                    _with_augmentation(adversarial_resnet50(), STRONG),
-                ),
-            ),
-            (CLEAN, *PGD, *AUTOATTACK_STAGES, AUTOATTACK),
-        ),
-        Table("T3", "Patch attacks on vanilla models", pair, (CLEAN, *PATCHES)),
-        Table(
-            "T4",
-            "Which augmentation helps ResNet-50 against patches",
-            _augmentation_rows(own),
-            (CLEAN, *PATCHES),
-        ),
-        Table(
-            "T5",
-            "Out of distribution, first look",
-            (Row("ResNet-50", own), Row("ResNet-50*", resnet_aligned()), Row("DeiT-S", deit())),
-            OUT_OF_DISTRIBUTION,
-        ),
-        Table(
-            "T6",
-            "Align the schedule, then the optimizer",
-            (
-                Row("step, SGD", own),
-                Row("cosine, SGD", cosine),
-                Row("cosine, AdamW", _with_optimizer(cosine, "adamw")),
-            ),
-            OUT_OF_DISTRIBUTION,
-        ),
-        Table("T7", "Align the augmentation", _augmentation_rows(cosine), OUT_OF_DISTRIBUTION),
-        Table(
-            "T8",
-            "Model size",
-            (
-                Row("ResNet-18*", resnet_aligned("small")),
-                Row("ResNet-50*", resnet_aligned()),
-                Row("ResNet-101*", resnet_aligned("large")),
-                Row("ResNet-18-Best", resnet_best("small")),
-                Row("ResNet-50-Best", resnet_best()),
-                Row("ResNet-101-Best", resnet_best("large")),
-                Row("DeiT-Mini", deit("small")),
-                Row("DeiT-S", deit()),
-                Row("DeiT-B", deit("large")),
-            ),
-            OUT_OF_DISTRIBUTION,
-        ),
-        Table(
-            "T9",
-            "Distillation",
-            (
-                Row("ResNet-50*, teacher DeiT-S", _with_teacher(resnet_aligned(), "deit_small")),
-                Row("DeiT-S, teacher ResNet-50*", _with_teacher(deit(), "resnet50_aligned")),
-            ),
-            OUT_OF_DISTRIBUTION,
-        ),
-        Table(
-            "T10",
-            "A hybrid of both families",
-            (Row("ResNet-50", own), Row("Hybrid-DeiT", hybrid_deit()), Row("DeiT-S", deit())),
-            OUT_OF_DISTRIBUTION,
-        ),
-        Table(
-            "T11",
-            "300 epochs",
-            (
-                Row("ResNet-50-Best, 300 epochs", resnet_best(epochs=300)),
-                Row("ResNet-101-Best, 300 epochs", resnet_best("large", epochs=300)),
-                Row("ResNet-200-Best, 300 epochs", resnet_best("huge", epochs=300)),
-                Row("DeiT-S, 300 epochs", deit(epochs=300)),
-            ),
-            OUT_OF_DISTRIBUTION,
-        ),
+        Row("DeiT-S without curriculum", _adversarial(deit())),
+        Row("ResNet-50 with AdamW", _with_optimizer(resnet, "adamw")),
+        Row("ResNet-50 with strong augmentation", _with_augmentation(resnet, STRONG)),
+    )
+
+
+def _first_look_rows() -> tuple[Row, ...]:
+    return (
+        Row("ResNet-50", resnet50()),
+        Row("ResNet-50*", resnet_aligned()),
+        Row("DeiT-S", deit()),
+    )
+
+
+def _alignment_rows(own: Recipe, cosine: Recipe) -> tuple[Row, ...]:
+    return (
+        Row("step, SGD", own),
+        Row("cosine, SGD", cosine),
+        Row("cosine, AdamW", _with_optimizer(cosine, "adamw")),
+    )
+
+
+def _size_rows() -> tuple[Row, ...]:
+    return (
+        Row("ResNet-18*", resnet_aligned("small")),
+        Row("ResNet-50*", resnet_aligned()),
+        Row("ResNet-101*", resnet_aligned("large")),
+        Row("ResNet-18-Best", resnet_best("small")),
+        Row("ResNet-50-Best", resnet_best()),
+        Row("ResNet-101-Best", resnet_best("large")),
+        Row("DeiT-Mini", deit("small")),
+        Row("DeiT-S", deit()),
+        Row("DeiT-B", deit("large")),
+    )
+
+
+def _distillation_rows() -> tuple[Row, ...]:
+    return (
+        Row("ResNet-50*, teacher DeiT-S", _with_teacher(resnet_aligned(), "deit_small")),
+        Row("DeiT-S, teacher ResNet-50*", _with_teacher(deit(), "resnet50_aligned")),
+    )
+
+
+def _hybrid_rows() -> tuple[Row, ...]:
+    return (
+        Row("ResNet-50", resnet50()),
+        Row("Hybrid-DeiT", hybrid_deit()),
+        Row("DeiT-S", deit()),
+    )
+
+
+def _long_rows() -> tuple[Row, ...]:
+    return (
+        Row("ResNet-50-Best, 300 epochs", resnet_best(epochs=300)),
+        Row("ResNet-101-Best, 300 epochs", resnet_best("large", epochs=300)),
+        Row("ResNet-200-Best, 300 epochs", resnet_best("huge", epochs=300)),
+        Row("DeiT-S, 300 epochs", deit(epochs=300)),
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
+import imagecorruptions
 import numpy as np
 import pytest
 import torch
@@ -250,14 +251,15 @@ DETERMINISTIC = (
 @pytest.mark.filterwarnings("ignore")
 def test_at_224_px_the_corruptions_are_those_of_imagecorruptions():
     """Prints, with -s, the difference per kind and severity; the reference truncates to 8 bits."""
-    reference = pytest.importorskip("imagecorruptions", reason="imagecorruptions-imaug is absent")
     images = photographs(224)
     np.random.seed(0)
     for kind in KINDS:
         for severity in SEVERITIES:
             ours = corrupt(images, IDS, kind=kind, severity=severity)
             pixels = (images * 255).byte().permute(0, 2, 3, 1).numpy()
-            other = [reference.corrupt(p, corruption_name=kind, severity=severity) for p in pixels]
+            other = [
+                imagecorruptions.corrupt(p, corruption_name=kind, severity=severity) for p in pixels
+            ]
             theirs = torch.from_numpy(np.stack(other)).permute(0, 3, 1, 2).float() / 255
             difference = 255 * float((ours - theirs).abs().mean())
             strength = [255 * float((c - images).abs().mean()) for c in (ours, theirs)]
@@ -274,11 +276,10 @@ def test_at_224_px_the_corruptions_are_those_of_imagecorruptions():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_smear_in_a_given_direction_is_that_of_imagecorruptions():
-    reference = pytest.importorskip("imagecorruptions", reason="imagecorruptions-imaug is absent")
     images = photographs(224)[:1]
     for angle in (-40.0, 17.0):
         ours = smear(images, 20, 15, torch.tensor([angle]))[0].permute(1, 2, 0).numpy()
-        theirs = reference.corruptions._motion_blur(
+        theirs = imagecorruptions.corruptions._motion_blur(
             images[0].permute(1, 2, 0).numpy(), 20, 15, angle
         )
         assert np.abs(ours - theirs).max() < 1e-3

@@ -101,7 +101,9 @@ def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, 
     arguments = ["--weights", own_file, "--evaluators", "clean", "pgd-10", "--ledger", tmp_path]
     assert main([str(a) for a in arguments]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["score", "clean", "pgd-10"]
+    lines = [line.split()[0] for line in out.splitlines()]
+    assert lines[:2] == ["clean:", "pgd:"]
+    assert lines[3:6] == ["score", "clean", "pgd-10"]
     assert "pgd-100" not in out
     assert pq.read_table(tmp_path / "clean.parquet").num_rows == 597
     assert set(pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist()) == {
@@ -159,7 +161,7 @@ def test_at_most_three_problems_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, pgd, autoattack"),
+        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, natural"),
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
         (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
         (["--scale", "huge"], "unknown scale 'huge'"),

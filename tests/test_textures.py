@@ -100,7 +100,7 @@ def test_pickle_with_code_is_refused(published: tuple[StoredTextures, Path]) -> 
     _, root = published
     marker, path = root / "ran", root / LAYOUT.format(label=0, cluster=1)
     torch.save(Trap(marker), path)
-    with pytest.raises(ValueError, match=r"cluster_1/iter_9999.pt is refused"):
+    with pytest.raises(ValueError, match=r"cluster_1/iter_9999.pt holds more than weights"):
         read_published(root, classes=(0, 7), clusters=3).of_class(0)
     assert not marker.exists()
 
@@ -118,7 +118,7 @@ def test_truncated_texture_is_named(published: tuple[StoredTextures, Path]) -> N
     _, root = published
     path = root / LAYOUT.format(label=0, cluster=1)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cluster_1/iter_9999.pt is refused"):
+    with pytest.raises(ValueError, match=r"cluster_1/iter_9999.pt is damaged"):
         read_published(root, classes=(0, 7), clusters=3).of_class(0)
 
 

@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 CELL_TAG = "cell."
+ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 1000
 LONGEST_TAG = 5000
@@ -160,19 +161,35 @@ class Tracker:
         *,
         evaluator: str,
         cell: str,
+        asked: str,
         ledger: bytes,
         metrics: Mapping[str, float],
     ) -> None:
-        """Store a cell's ledger and scores; the tag that marks it done is written last."""
+        """Store a cell's ledger, its scores and what was asked.
+
+        The tag that marks it done is written last.
+        """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{evaluator}.parquet"
             path.write_bytes(ledger)
             self._client.log_artifact(run.run_id, str(path), "ledgers")
         values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
         self._client.log_batch(run.run_id, metrics=values)
+        self._client.set_tag(run.run_id, ASKED_TAG + evaluator, asked)
         self._client.set_tag(run.run_id, CELL_TAG + evaluator, cell)
         run.metrics |= metrics
         run.cells[evaluator] = cell
+
+    def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
+        """Return a metric's values by step."""
+        found = self._client.get_metric_history(run.run_id, metric)
+        return sorted((entry.step, entry.value) for entry in found)
+
+    def ledger(self, run: TrialRun, evaluator: str) -> bytes:
+        """Return a cell's ledger as it was stored."""
+        return fetch_artifact(
+            self.uri, run.artifact_uri, f"ledgers/{evaluator}.parquet"
+        ).read_bytes()
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""

@@ -1,16 +1,19 @@
-"""Write the report: one self-contained page and the same tables as Markdown."""
+"""Write the report: one self-contained page, and its tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from grid.plan import Plan
-from grid.report.tables import FilledTable, fill_tables
+from grid.report.claims import VERDICTS
+from grid.report.export import difference_text, markdown, write_exports
+from grid.report.findings import Findings, find
+from grid.report.plots import claims_plot
 from grid.studies import Study
 from trainables.checkpoint import write_atomically
 from trainables.scale import Scale
@@ -20,48 +23,42 @@ TITLE = "Are Transformers More Robust Than CNNs? Re-run"
 
 
 def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folder: Path) -> Path:
-    """Write index.html and tables.md from what MLflow holds; return the page's path."""
-    tables = fill_tables(study, plan, tracker.trials())
+    """Write the page and the tables from what MLflow holds; return the page's path."""
+    findings = find(tracker, study, plan, scale)
     page = folder / "index.html"
-    write_atomically(page, _html(tables, study, plan, scale).encode())
-    write_atomically(folder / "tables.md", _markdown(tables, scale).encode())
+    write_atomically(page, _html(findings).encode())
+    write_atomically(folder / "tables.md", markdown(findings, TITLE, _versions()).encode())
+    write_exports(findings.tables, folder)
     return page
 
 
-def _html(tables: Sequence[FilledTable], study: Study, plan: Plan, scale: Scale) -> str:
+def _html(findings: Findings) -> str:
     environment = Environment(
         loader=PackageLoader("grid.report", "."), autoescape=select_autoescape(), trim_blocks=True
     )
-    cells = [cell for table in tables for row in table.rows for cell in row.cells]
+    plan, scale = findings.plan, findings.scale
+    cells = [cell for table in findings.tables for row in table.rows for cell in row.cells]
     return environment.get_template("page.html.j2").render(
         title=TITLE,
-        subtitle=f"Study {study.name} on {scale.title}: {len(plan.trials)} trainings.",
+        subtitle=f"Study {findings.study.name} on {scale.title}: {len(plan.trials)} trainings.",
         scale_title=scale.title,
         same_data=scale.name == "imagenet",
         interval="Wilson" if plan.seeds == 1 else f"Student's t over {plan.seeds} seeds",
         done=sum(cell.value is not None for cell in cells),
         total=len(cells),
-        tables=tables,
+        found=findings,
+        answer=_answer(findings),
+        claims=claims_plot(findings.judgements),
+        difference=difference_text,
         footer=_versions(),
     )
 
 
-def _markdown(tables: Sequence[FilledTable], scale: Scale) -> str:
-    lines = [f"# {TITLE}", "", f"{scale.title}. Percent [95 % interval]; paper: published figure."]
-    for table in tables:
-        lines += ["", f"## {table.name}: {table.question}", ""]
-        header = ["Model"]
-        for column in table.columns:
-            header += [column, "paper"]
-        lines += [_markdown_row(header), _markdown_row(["---"] * len(header))]
-        for row in table.rows:
-            texts = [text for c in row.cells for text in (c.text(), c.published_text())]
-            lines.append(_markdown_row([row.label, *texts]))
-    return "\n".join([*lines, "", _versions(), ""])
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _answer(findings: Findings) -> str:
+    """Say in one sentence how the paper's claims fare here."""
+    counts = Counter(judgement.verdict for judgement in findings.judgements)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"Of {len(findings.judgements)} claims of the paper: {told}."
 
 
 def _versions() -> str:

@@ -58,10 +58,19 @@ class FilledTable:
     rows: tuple[FilledRow, ...]
 
 
+def tables_of(study: Study, plan: Plan) -> tuple[Table, ...]:
+    """Return a plan's tables; a study without tables gets one of all its trials."""
+    return plan.tables or (_table_of_all(study, plan),)
+
+
+def digests_of(recipe: Recipe, seeds: int) -> list[str]:
+    """Return the digests of a row's trials, one per seed."""
+    return [recipe.with_seed(seed).digest() for seed in range(seeds)]
+
+
 def fill_tables(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[FilledTable]:
-    """Fill every table of a plan; a study without tables gets one of all its trials."""
-    tables = plan.tables or (_table_of_all(study, plan),)
-    return [_fill(table, runs, plan.seeds) for table in tables]
+    """Fill every table of a plan."""
+    return [_fill(table, runs, plan.seeds) for table in tables_of(study, plan)]
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
@@ -74,8 +83,7 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
-        digests = [row.recipe.with_seed(seed).digest() for seed in range(seeds)]
-        found = [runs.get(digest) for digest in digests]
+        found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
         cells = tuple(_cell(table, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")
         rows.append(FilledRow(row.label, row.recipe, run_id, cells))

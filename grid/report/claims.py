@@ -1,0 +1,196 @@
+"""The paper's claims as data, each with the paired test that decides it here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from evaluators.paired import Paired
+from grid.plan import Plan
+from grid.published import published
+from grid.report.tables import digests_of
+from grid.report.verdicts import Verdicts
+from grid.studies import Column, Row
+from trainables.tracking import TrialRun
+
+Kind = Literal["ahead", "behind", "level", "no gain", "collapses"]
+Verdict = Literal["reproduced", "not reproduced", "too little data to say", "not judged yet"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+MARGIN = 0.05  # two models within five points are level
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: a row minus a reference row, by `table/label`, in a column of the row's table.
+
+    ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
+    not more than five points above it. collapses: the row's training does. `published`: the
+    paper's difference in points, where it is stated as one.
+    """
+
+    statement: str
+    kind: Kind
+    row: tuple[str, str]
+    reference: tuple[str, str] = ("", "")
+    column: str = ""
+    published: float | None = None
+
+
+CLAIMS = (
+    Claim(
+        "Under adversarial training with GELU a CNN is as robust as a transformer",
+        "level",
+        ("T2", "ResNet-50 GELU"),
+        ("T2", "DeiT-S"),
+        "AutoAttack 4/255",
+    ),
+    Claim(
+        "GELU in place of ReLU makes an adversarially trained CNN more robust",
+        "ahead",
+        ("T2", "ResNet-50 GELU"),
+        ("T2", "ResNet-50 ReLU"),
+        "AutoAttack 4/255",
+    ),
+    Claim(
+        "AdamW does not help an adversarially trained CNN",
+        "no gain",
+        ("T2", "ResNet-50 with AdamW"),
+        ("T2", "ResNet-50 ReLU"),
+        "PGD-100",
+    ),
+    Claim(
+        "Without an eased-in curriculum adversarial training of DeiT-S collapses",
+        "collapses",
+        ("T2", "DeiT-S without curriculum"),
+    ),
+    Claim(
+        "With strong augmentation adversarial training of a CNN collapses",
+        "collapses",
+        ("T2", "ResNet-50 with strong augmentation"),
+    ),
+    Claim(
+        "Against texture patches DeiT-S is ahead of ResNet-50 under its own recipe",
+        "ahead",
+        ("T3", "DeiT-S"),
+        ("T3", "ResNet-50"),
+        "TPA",
+        28.0,
+    ),
+    Claim(
+        "Under one recipe the transformer is ahead on natural adversarial images",
+        "ahead",
+        ("T5", "DeiT-S"),
+        ("T5", "ResNet-50*"),
+        "ImageNet-A",
+    ),
+    Claim(
+        "Under one recipe the transformer errs less on corrupted images",
+        "behind",
+        ("T5", "DeiT-S"),
+        ("T5", "ResNet-50*"),
+        "ImageNet-C error",
+    ),
+    Claim(
+        "Under one recipe the transformer is ahead on stylized images",
+        "ahead",
+        ("T5", "DeiT-S"),
+        ("T5", "ResNet-50*"),
+        "Stylized",
+    ),
+    Claim(
+        "The CNN's best augmentation does not close the gap on natural adversarial images",
+        "ahead",
+        ("T8", "DeiT-S"),
+        ("T8", "ResNet-50-Best"),
+        "ImageNet-A",
+    ),
+    Claim(
+        "Distillation from the transformer does not close the gap either",
+        "behind",
+        ("T9", "ResNet-50*, teacher DeiT-S"),
+        ("T5", "DeiT-S"),
+        "ImageNet-A",
+    ),
+    Claim(
+        "Nor does three times the training",
+        "behind",
+        ("T11", "ResNet-50-Best, 300 epochs"),
+        ("T11", "DeiT-S, 300 epochs"),
+        "ImageNet-A",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A claim, the paired difference in shares that was found, and what follows."""
+
+    claim: Claim
+    verdict: Verdict
+    test: str
+    paired: Paired | None = None
+    published: float | None = None
+
+
+def judge_claims(plan: Plan, verdicts: Verdicts, runs: Mapping[str, TrialRun]) -> list[Judgement]:
+    """Judge every claim whose rows are in the plan."""
+    rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
+    columns = {(table.name, c.label): c for table in plan.tables for c in table.columns}
+    found = []
+    for claim in CLAIMS:
+        row = rows.get(claim.row)
+        if row is None:
+            continue
+        if claim.kind == "collapses":
+            outcomes = [runs.get(digest) for digest in digests_of(row.recipe, plan.seeds)]
+            found.append(_judge_collapse(claim, outcomes))
+        elif claim.reference in rows:
+            column = columns[claim.row[0], claim.column]
+            found.append(_judge(claim, row, rows[claim.reference], column, verdicts, plan.seeds))
+    return found
+
+
+def _judge_collapse(claim: Claim, runs: Sequence[TrialRun | None]) -> Judgement:
+    test = f"{claim.row[1]} ({claim.row[0]}): the outcome of its training"
+    ended = [run.outcome for run in runs if run and run.outcome in ("finished", "collapsed")]
+    if len(ended) < len(runs):
+        return Judgement(claim, "not judged yet", test)
+    share = ended.count("collapsed") / len(ended)
+    verdict: Verdict = "too little data to say"
+    if share in (0, 1):
+        verdict = "reproduced" if share else "not reproduced"
+    return Judgement(claim, verdict, test)
+
+
+def _judge(
+    claim: Claim, row: Row, reference: Row, column: Column, verdicts: Verdicts, seeds: int
+) -> Judgement:
+    label = column.label_at(row.recipe.scale)
+    test = f"{row.label} minus {reference.label} under {label}, paired, 95 % interval"
+    paired = verdicts.compare(row, reference, column, seeds)
+    theirs = _published_difference(claim)
+    if paired is None:
+        return Judgement(claim, "not judged yet", test, published=theirs)
+    return Judgement(claim, decide(claim.kind, paired.low, paired.high), test, paired, theirs)
+
+
+def decide(kind: Kind, low: float, high: float) -> Verdict:
+    """Decide a claim by the interval of its difference, in shares."""
+    holds, fails = {
+        "ahead": (low > 0, high < 0),
+        "behind": (high < 0, low > 0),
+        "level": (low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN),
+        "no gain": (high < MARGIN, low > MARGIN),
+    }[kind]
+    if holds:
+        return "reproduced"
+    return "not reproduced" if fails else "too little data to say"
+
+
+def _published_difference(claim: Claim) -> float | None:
+    if claim.published is not None:
+        return claim.published
+    ours = published(*claim.row, claim.column)
+    theirs = published(*claim.reference, claim.column)
+    return ours.value - theirs.value if ours and theirs else None

@@ -1,0 +1,133 @@
+"""Which choice matters: the effect of each axis of a grid on each score."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import ttest_1samp
+
+from evaluators.base import CONFIDENCE
+from grid.plan import Plan, axis_value
+from trainables.tracking import TrialRun
+
+SCORES = ("clean", "pgd-100", "autoattack", "tpa", "natural", "corruptions", "stylized")
+FEWEST_TRIALS = 8
+SPARE_TRIALS = 4  # interactions are fitted where the trials outnumber the terms by this many
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a score's variance an axis, or an interaction 'a x b', explains; p of its F."""
+
+    axis: str
+    share: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A value of an axis minus its first one, over pairs of trials alike in all else.
+
+    In shares, with the 95 % interval of Student's t over the pairs.
+    """
+
+    axis: str
+    value: str
+    reference: str
+    difference: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The effects of a grid's axes on one score over `trials` trials."""
+
+    score: str
+    trials: int
+    shares: tuple[Share, ...]
+    contrasts: tuple[Contrast, ...]
+
+
+def grid_effects(plan: Plan, axes: Sequence[str], runs: Mapping[str, TrialRun]) -> list[Effects]:
+    """Return the effects on every score that at least eight trials of the grid have."""
+    found = []
+    for score in SCORES:
+        rows = [
+            {axis: axis_value(trial.recipe, axis) for axis in axes}
+            | {"seed": str(trial.recipe.seed), "score": runs[trial.digest].metrics[score]}
+            for trial in plan
+            if trial.digest in runs and score in runs[trial.digest].metrics
+        ]
+        frame = pd.DataFrame(rows)
+        varied = [axis for axis in axes if len(rows) and frame[axis].nunique() > 1]
+        if len(rows) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
+            shares = tuple(variance_shares(frame, varied))
+            found.append(Effects(score, len(rows), shares, tuple(contrasts(frame, varied))))
+    return found
+
+
+def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
+    """Return the largest shares first: an analysis of variance, type II sums of squares.
+
+    Pairwise interactions are part of it where there are trials enough to tell them apart.
+    """
+    from statsmodels.formula.api import ols
+    from statsmodels.stats.anova import anova_lm
+
+    terms = [f"C({axis})" for axis in axes]
+    pairs = [f"{a}:{b}" for a, b in combinations(terms, 2)]
+    levels = {axis: frame[axis].nunique() - 1 for axis in axes}
+    needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in combinations(axes, 2))
+    formula = terms + (pairs if len(frame) >= needed + SPARE_TRIALS else [])
+    with warnings.catch_warnings():
+        # Combinations that were refused leave empty cells.
+        warnings.simplefilter("ignore")
+        table = anova_lm(ols("score ~ " + " + ".join(formula), data=frame).fit(), typ=2)
+    total = float(((frame["score"] - frame["score"].mean()) ** 2).sum())
+    shares = [
+        Share(_readable(str(term)), float(row["sum_sq"]) / total, float(row["PR(>F)"]))
+        for term, row in table.iterrows()
+        if term != "Residual"
+    ]
+    return sorted(shares, key=lambda share: -share.share)
+
+
+def _readable(term: str) -> str:
+    return term.replace("C(", "").replace(")", "").replace(":", " x ")
+
+
+def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> list[Contrast]:
+    """Return each value of each axis against the axis's first, over pairs alike in all else."""
+    found = []
+    for axis in axes:
+        others = [column for column in (*axes, "seed") if column != axis]
+        scores: defaultdict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+        for row in frame.to_dict("records"):
+            scores[tuple(row[other] for other in others)][row[axis]] = row["score"]
+        reference, *values = frame[axis].unique()
+        for value in values:
+            differences = [
+                alike[value] - alike[reference]
+                for alike in scores.values()
+                if value in alike and reference in alike
+            ]
+            if len(differences) > 1:
+                found.append(_contrast(axis, value, reference, differences))
+    return found
+
+
+def _contrast(axis: str, value: str, reference: str, differences: list[float]) -> Contrast:
+    mean = float(np.mean(differences))
+    if np.ptp(differences) == 0:
+        low = high = mean
+    else:
+        low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
+    return Contrast(axis, value, reference, mean, float(low), float(high), len(differences))

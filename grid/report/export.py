@@ -1,0 +1,106 @@
+"""The tables for other programs and for reading: Markdown, one long CSV, and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from evaluators.paired import Paired
+from grid.report.findings import Findings
+from grid.report.tables import FilledCell, FilledTable
+from grid.report.verdicts import Comparison
+from trainables.checkpoint import write_atomically
+
+
+def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
+    """Write tables.csv, a line per cell, and tables.tex, a tabular per table."""
+    write_atomically(folder / "tables.csv", _long(tables).to_csv(index=False).encode())
+    latex = "\n".join(_latex(table) for table in tables)
+    write_atomically(folder / "tables.tex", latex.encode())
+
+
+def markdown(findings: Findings, title: str, versions: str) -> str:
+    """Return every table, its comparisons and the red flags as Markdown."""
+    units = "Percent [95 % interval]; paper: published figure."
+    lines = [f"# {title}", "", f"{findings.scale.title}. {units}"]
+    for table in findings.tables:
+        lines += ["", f"## {table.name}: {table.question}", "", *_values(table)]
+        lines += _differences(table, findings.comparisons[table.name])
+    lines += ["", f"Attack health: {findings.attacked} models looked at."]
+    lines += [f"- red flag: {model}: {flag}" for model, flag in findings.flags]
+    return "\n".join([*lines, "", versions, ""])
+
+
+def difference_text(paired: Paired | None) -> str:
+    """Write a difference in points: '+1.2 [-0.3, +2.7] p 0.12'; '' where there is none."""
+    if paired is None:
+        return ""
+    points = [100 * value for value in (paired.difference, paired.low, paired.high)]
+    text = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
+    return text if paired.p is None else f"{text} p {paired.p:.2g}"
+
+
+def _values(table: FilledTable) -> list[str]:
+    header = ["Model", *[text for column in table.columns for text in (column, "paper")]]
+    rows = [
+        [row.label, *[text for c in row.cells for text in (c.text(), c.published_text())]]
+        for row in table.rows
+    ]
+    return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+
+
+def _differences(table: FilledTable, found: Sequence[Comparison]) -> list[str]:
+    """Return the rows against the first one; nothing before two rows share a judged column."""
+    if not found:
+        return []
+    return [
+        "",
+        f"Minus {table.rows[0].label}, in points, on the same images (p: exact McNemar test):",
+        "",
+        _line(["Model", *table.columns]),
+        _line(["---"] * (len(table.columns) + 1)),
+        *[_line([row.label, *map(difference_text, row.cells)]) for row in found],
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "table": table.name,
+            "model": row.label,
+            "digest": row.recipe.digest(),
+            "score": column,
+            "state": cell.state,
+            "value": cell.value,
+            "low": cell.low,
+            "high": cell.high,
+            "n": cell.n or None,
+            "published": cell.published,
+            "source": cell.source,
+        }
+        for table in tables
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells, strict=True)
+    )
+
+
+def _latex(table: FilledTable) -> str:
+    texts = {
+        column: [_with_paper(row.cells[place]) for row in table.rows]
+        for place, column in enumerate(table.columns)
+    }
+    frame = pd.DataFrame(texts, index=[row.label for row in table.rows])
+    caption = f"{table.name}: {table.question} (percent, 95\\% interval; published figure)"
+    found: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
+    return found
+
+
+def _with_paper(cell: FilledCell) -> str:
+    paper = cell.published_text()
+    return f"{cell.text()}; {paper}" if paper else cell.text()

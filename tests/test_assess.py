@@ -1,0 +1,147 @@
+"""The pool on the real Ray: shards, their order, a run cut short, an actor that dies."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from evaluators import evaluator_named
+from evaluators.base import cell_digest, evaluate
+from evaluators.shards import ShardStore, from_parquet, to_parquet
+from grid.assess import Cell, EvaluatorPool
+from trainables.checkpoint import save_weights
+from trainables.data import Shard, load_data
+from trainables.models import build_classifier
+from trainables.scale import DIGITS
+
+SCALE = replace(DIGITS, attack_subset=12, shard_images=5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="pool"
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def trial(small, tmp_path):
+    recipe = small()
+    classifier = build_classifier(recipe)
+    save_weights(tmp_path / "run" / "weights.safetensors", classifier, recipe.model_dump_json())
+    return recipe.digest(), classifier.eval(), (tmp_path / "run").as_uri()
+
+
+@pytest.fixture
+def pool(ray_session, tmp_path):
+    return EvaluatorPool(
+        1, f"sqlite:///{tmp_path}/mlflow.db", SCALE, tmp_path / "shards", threads=1, gpus=0
+    )
+
+
+def cell_of(trial, evaluator):
+    digest, _, uri = trial
+    question = cell_digest(evaluator_named(evaluator, SCALE), load_data(SCALE))
+    return Cell(digest, uri, evaluator, question)
+
+
+def judged(pool, count=1):
+    found, deadline = [], time.monotonic() + 120
+    while len(found) < count:
+        found += pool.poll(1)
+        assert time.monotonic() < deadline
+    return found
+
+
+def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial, tmp_path):
+    _, classifier, _ = trial
+    pgd = evaluator_named("pgd", SCALE)
+    cell = cell_of(trial, "pgd")
+    assert pgd.shards(load_data(SCALE)) == 3
+    pool.submit(cell, 3)
+    assert pool.seconds_left(Counter()) is None
+    (found,) = judged(pool)
+    ledger, seconds = from_parquet(found.ledger)
+    assert seconds > 0
+    parts = [
+        evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=Shard(i, 3)) for i in range(3)
+    ]
+    assert ledger.equals(pa.concat_tables(parts))
+    assert {s.name: s.n for s in pgd.summarize(ledger)}["pgd-100"] == 12
+    assert len(list((tmp_path / "shards").rglob("*.parquet"))) == 3
+    pool.settle(cell)
+    assert len(pool) == 0
+    assert not (tmp_path / "shards").exists()
+    assert pool.seconds_left(Counter(pgd=2)) > 0
+
+
+def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial, tmp_path):
+    _, classifier, _ = trial
+    cell = cell_of(trial, "pgd")
+    store = ShardStore(tmp_path / "shards" / f"{cell.trial}-{cell.question}", 3)
+    pgd = evaluator_named("pgd", SCALE)
+    for shard in store.missing()[:2]:
+        ledger = evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
+        store.add(shard, to_parquet(ledger, seconds=1000.0))
+    pool.submit(cell, 3)
+    _, seconds = from_parquet(judged(pool)[0].ledger)
+    assert 2000 < seconds < 2900
+
+
+def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial, tmp_path):
+    cell = cell_of(trial, "clean")
+    store = ShardStore(tmp_path / "shards" / f"{cell.trial}-{cell.question}", 1)
+    ledger = evaluate(evaluator_named("clean", SCALE), trial[1], load_data(SCALE), device=CPU)
+    store.add(Shard(), to_parquet(ledger, seconds=5.0))
+    pool.submit(cell, 1)
+    (found,) = pool.poll(0)
+    assert from_parquet(found.ledger)[0].equals(ledger)
+
+
+def test_a_damaged_shard_is_judged_again(tmp_path):
+    store = ShardStore(tmp_path, 2)
+    table = pa.table({"image_id": ["a"] * 1000})
+    for shard in store.missing():
+        store.add(shard, to_parquet(table, seconds=1.0))
+    path = tmp_path / "1-of-2.parquet"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 0xFF
+    path.write_bytes(content)
+    assert store.missing() == [Shard(1, 2)]
+    assert not path.exists()
+
+
+def test_the_cheapest_evaluators_are_asked_first(pool, trial):
+    for name in ("autoattack-small", "pgd", "natural", "clean"):
+        pool.submit(cell_of(trial, name), 1)
+    # The first one asked was handed out before the others came.
+    waiting = [pool._waiting[0][2].evaluator, *sorted(e[2].evaluator for e in pool._waiting)]
+    assert waiting == ["clean", "clean", "natural", "pgd"]
+
+
+def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
+    digest, _, uri = trial
+    pool.submit(Cell(digest, uri + "-gone", "pgd", "q"), 3)
+    (found,) = judged(pool)
+    assert "No such" in found.error or "not exist" in found.error or "OSError" in found.error
+    assert len(pool) == 0
+
+
+def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
+    actor = pool._idle[0]
+    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    pool.submit(cell_of(trial, "pgd"), 3)
+    os.kill(pid, 9)
+    (found,) = judged(pool)
+    assert not found.error
+    assert from_parquet(found.ledger)[0].num_rows == 4 * 12

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import f_oneway, ttest_rel
+
+from grid.plan import build_plan
+from grid.report.effects import contrasts, grid_effects, variance_shares
+from grid.studies import load_study
+from tests.test_report import trial_run
+from trainables.scale import DIGITS
+
+
+def frame_of(effect, *, noise=0.01, replicates=4):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": a, "b": b, "seed": str(s), "score": effect(a, b) + noise * rng.standard_normal()}
+        for a, b, s in product(("x", "y"), ("u", "v"), range(replicates))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_one_axis_alone_is_the_one_way_analysis_of_variance():
+    frame = frame_of(lambda a, b: 0.1 * (a == "y"), noise=0.05)
+    (share,) = variance_shares(frame, ["a"])
+    groups = [frame["score"][frame["a"] == value] for value in ("x", "y")]
+    between = sum(len(g) * (g.mean() - frame["score"].mean()) ** 2 for g in groups)
+    total = ((frame["score"] - frame["score"].mean()) ** 2).sum()
+    assert share.share == pytest.approx(between / total)
+    assert share.p == pytest.approx(f_oneway(*groups).pvalue)
+
+
+def test_an_interaction_is_told_from_main_effects():
+    frame = frame_of(lambda a, b: 0.2 * ((a == "y") ^ (b == "v")))
+    first, *others = variance_shares(frame, ["a", "b"])
+    assert first.axis == "a x b"
+    assert first.share > 0.95
+    assert all(share.share < 0.05 for share in others)
+
+
+def test_a_contrast_is_a_paired_t_test():
+    frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.3 * (b == "v"), noise=0.02)
+    found = next(c for c in contrasts(frame, ["a", "b"]) if c.axis == "a")
+    sides = [frame[frame["a"] == v].sort_values(["b", "seed"])["score"] for v in ("y", "x")]
+    expected = ttest_rel(*sides).confidence_interval(0.95)
+    assert (found.value, found.reference, found.pairs) == ("y", "x", 8)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_grids_effects_are_read_from_its_runs(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        'name="grid"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n'
+        'optimizer=["sgd","adamw"]\naugmentation=["none","cutmix"]\n'
+    )
+    study = load_study(str(path))
+    plan = build_plan(study, DIGITS)
+    runs = {
+        trial.digest: trial_run(trial.digest, clean=0.8 + 0.1 * (trial.recipe.activation == "gelu"))
+        for trial in plan
+    }
+    (effects,) = grid_effects(plan, list(study.axes), runs)
+    assert (effects.score, effects.trials) == ("clean", 8)
+    assert effects.shares[0].axis == "activation"
+    assert effects.shares[0].share == pytest.approx(1)
+    gelu = next(c for c in effects.contrasts if c.axis == "activation")
+    assert abs(gelu.difference) == pytest.approx(0.1)
+    assert gelu.pairs == 4
+
+
+def test_too_few_trials_have_no_effects(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="pair"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
+    study = load_study(str(path))
+    plan = build_plan(study, DIGITS)
+    runs = {t.digest: trial_run(t.digest, clean=0.5) for t in plan}
+    assert grid_effects(plan, list(study.axes), runs) == []
