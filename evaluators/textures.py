@@ -209,10 +209,7 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
     """
     from torchvision.models import vgg19  # type: ignore[import-untyped]
 
-    if weights.suffix == ".safetensors":
-        state = load_file(weights)
-    else:
-        state = read_pickle(weights)
+    state = load_file(weights) if weights.suffix == ".safetensors" else read_pickle(weights)
     with torch.device("meta"):
         network = vgg19(weights=None)
     try:

@@ -127,15 +127,7 @@ def run_study(
         try:
             lanes = _start_ray(placement)
             uri = tracking_uri(results, mlflow)
-            pool = EvaluatorPool(
-                lanes,
-                uri,
-                scale,
-                source,
-                results / SHARDS_FOLDER,
-                threads=placement.cpus,
-                gpus=placement.gpus / 4,
-            )
+            pool = _pool(lanes, uri, scale, source, results, placement)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(
@@ -170,6 +162,14 @@ def run_study(
         failures=tuple(recorder.failures),
         report=report,
     )
+
+
+def _pool(
+    lanes: int, uri: str, scale: Scale, source: DataSource, results: Path, placement: Placement
+) -> EvaluatorPool:
+    folder = results / SHARDS_FOLDER
+    threads, gpus = placement.cpus, placement.gpus / 4
+    return EvaluatorPool(lanes, uri, scale, source, folder, threads=threads, gpus=gpus)
 
 
 def _check_plan(plan: Plan, scale: Scale) -> None:

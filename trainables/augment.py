@@ -37,7 +37,7 @@ def library_randomness() -> Iterator[Callable[..., None]]:
     torch_state = torch.default_generator.get_state()
 
     def seed(*key: int) -> None:
-        value = int(np.random.SeedSequence(key).generate_state(1)[0])
+        value = _seed_of(*key)
         random.seed(value)
         np.random.seed(value)
         torch.default_generator.manual_seed(value)
@@ -48,6 +48,10 @@ def library_randomness() -> Iterator[Callable[..., None]]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.default_generator.set_state(torch_state)
+
+
+def _seed_of(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -146,15 +150,19 @@ def _cropped(
     ]
     if magnitude is not None:
         steps.append(_rand_augment(magnitude, size, fill))
-    augmented = torch.empty((len(places), size, size, 3), dtype=torch.uint8)
+    augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for row, place in enumerate(places):
             image = images.original(place)
-            reseed(seed, epoch, 5, place)
+            if magnitude is None:
+                # torchvision draws from torch alone; timm's two generators are slow to seed.
+                torch.default_generator.manual_seed(_seed_of(seed, epoch, 5, place))
+            else:
+                reseed(seed, epoch, 5, place)
             for step in steps:
                 image = step(image)
-            augmented[row] = torch.from_numpy(np.array(image))
-    return augmented.permute(0, 3, 1, 2)
+            augmented[row] = np.asarray(image)
+    return torch.from_numpy(augmented).permute(0, 3, 1, 2)
 
 
 def _moved(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
