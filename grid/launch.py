@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
-import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
+from grid.cluster import Placement, check_nodes, connect, trials_at_once
 from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
@@ -27,6 +26,7 @@ from grid.record import Recorder
 from grid.report.build import write_report
 from grid.studies import Study
 from trainables.data import load_data
+from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
 from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial
@@ -34,15 +34,7 @@ from trainables.trial import RecipeTrial
 MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
-OBJECT_STORE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """The resources of one trial; they must not change its result."""
-
-    cpus: int = 1
-    gpus: float = 0.0
+EVALUATOR_GPUS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,29 +91,25 @@ def run_study(
     results: Path,
     mlflow: str | None,
     placement: Placement,
+    address: str | None = None,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone.
+    stop. What is done already is found in MLflow and left alone. address: of the Ray cluster, None
+    to start Ray here.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
     data = load_data(scale)
-    _check_plan(plan, scale)
+    _check_plan(plan, scale, placement.workers)
     with sole_run(results):
         line = ProgressLine()
         try:
-            lanes = _start_ray(placement)
-            uri = tracking_uri(results, mlflow)
-            pool = EvaluatorPool(
-                lanes,
-                uri,
-                scale,
-                results / SHARDS_FOLDER,
-                threads=placement.cpus,
-                gpus=placement.gpus / 4,
-            )
+            connect(address)
+            if ill := check_nodes(results.resolve()):
+                raise ValueError("; ".join(ill))
+            pool, lanes = _share_out(placement, results, tracking_uri(results, mlflow), scale)
             tracker = open_tracker(results, mlflow, scale)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(
@@ -157,8 +145,32 @@ def run_study(
     )
 
 
-def _check_plan(plan: Plan, scale: Scale) -> None:
-    """Build what only a name stands for so far: evaluators and timm's models."""
+def _share_out(
+    placement: Placement, results: Path, uri: str, scale: Scale
+) -> tuple[EvaluatorPool, int]:
+    """Give the evaluators their share, and return how many trials fit at once beside them.
+
+    On GPUs they have a quarter each of one GPU in eight, or of the only one.
+    """
+    lanes = trials_at_once(placement)
+    gpus = EVALUATOR_GPUS if placement.gpus else 0.0
+    size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if gpus else lanes
+    pool = EvaluatorPool(
+        size, uri, scale, results / SHARDS_FOLDER, threads=placement.cpus, gpus=gpus
+    )
+    return pool, trials_at_once(placement) if gpus else lanes
+
+
+def _check_plan(plan: Plan, scale: Scale, workers: int) -> None:
+    """Build what only a name stands for so far: evaluators and timm's models.
+
+    ValueError also where a recipe cannot be trained by that many workers.
+    """
+    if workers > 1:
+        from trainables.team import check_team
+
+        for trial in plan:
+            check_team(trial.recipe, workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
@@ -169,38 +181,17 @@ def _check_plan(plan: Plan, scale: Scale) -> None:
             check_model(recipe)
 
 
-def _start_ray(placement: Placement) -> int:
-    """Start Ray; return how many trials run at once. ValueError if not even one can."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
-    there = ray.cluster_resources()
-    lanes = math.floor(there.get("CPU", 0) / placement.cpus)
-    if placement.gpus:
-        lanes = min(lanes, math.floor(there.get("GPU", 0) / placement.gpus))
-    if lanes < 1:
-        raise ValueError(
-            f"a trial needs {placement.cpus} CPUs and {placement.gpus:g} GPUs, but Ray has "
-            f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; "
-            "lower --cpus-per-trial or --gpus-per-trial"
-        )
-    return int(lanes)
-
-
 class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     """Start trials in the plan's order, and a student only when its teacher has ended.
 
     Tune starts whatever is pending, in no order, so trials wait as paused. As many as run at
-    once are let go ahead of time: Tune only keeps an actor for reuse if one is.
+    once are let go ahead of time: Tune only keeps an actor for reuse if one is. But not `strict`ly
+    limited trials, whose resources Tune does not know: they are let go only to run.
     """
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, *, strict: bool) -> None:
         super().__init__()
-        self._lanes = lanes
+        self._lanes, self._strict = lanes, strict
         self._known: set[str] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -211,7 +202,8 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         trials = tune_controller.get_trials()
         pending = [trial for trial in trials if trial.status == Trial.PENDING]
-        if len(pending) < self._lanes:
+        running = [trial for trial in trials if trial.status == Trial.RUNNING]
+        if len(pending) + len(running) * self._strict < self._lanes:
             unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
             for trial in trials:
                 if trial.status == Trial.PAUSED and trial.config["trial"]["teacher"] not in unended:
@@ -274,17 +266,21 @@ def _train(
             "recipe": trial.recipe.model_dump(mode="json"),
             "storage": storage,
             "threads": placement.cpus,
+            "workers": placement.workers,
+            "gpus": placement.gpus,
+            "max_failures": MAX_FAILURES,
             "device": "cuda" if placement.gpus else "cpu",
         }
         for trial in todo
     ]
-    resources = {"cpu": placement.cpus, "gpu": placement.gpus}
+    alone = placement.workers == 1
+    resources = {"cpu": placement.cpus, "gpu": placement.gpus} if alone else CONTROLLER
     tuner = tune.Tuner(
-        tune.with_resources(RecipeTrial, resources),
+        tune.with_resources(RecipeTrial if alone else train_together, resources),
         param_space={"trial": tune.grid_search(configs)},
         tune_config=tune.TuneConfig(
-            reuse_actors=True,
-            scheduler=_PlanOrder(lanes),
+            reuse_actors=alone,
+            scheduler=_PlanOrder(lanes, strict=not alone),
             trial_name_creator=_digest_of,
             trial_dirname_creator=_digest_of,
         ),
@@ -293,7 +289,8 @@ def _train(
             storage_path=storage,
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            # A team that loses a worker is put together again by Ray Train.
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES if alone else 0),
             callbacks=[_Events(recorder)],
             verbose=0,
         ),

@@ -166,7 +166,7 @@ class Recorder(threading.Thread):
         self.progress.running[digest] = (
             f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{seen}"
         )
-        if result["done"]:
+        if result["outcome"] != "training":
             self._on_done(run, result)
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shlex
 import sys
 import time
@@ -21,8 +20,7 @@ from trainables.scale import SCALES, Scale, scale_named
 if TYPE_CHECKING:
     from grid.launch import Finished
 
-# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs. Ray
-# listens on every interface, so a token of this run's own keeps others out.
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -30,7 +28,6 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -72,9 +69,12 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
     began = time.monotonic()
     if options.report:
         return _report(options, study, plan, scale)
-    from grid.launch import Placement, run_study
+    from grid.cluster import Placement, found_address
+    from grid.launch import run_study
 
-    placement = Placement(cpus=options.cpus_per_trial, gpus=options.gpus_per_trial)
+    placement = Placement(
+        workers=options.workers, cpus=options.cpus_per_worker, gpus=options.gpus_per_worker
+    )
     try:
         finished = run_study(
             study,
@@ -83,6 +83,7 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
             results=options.results,
             mlflow=options.mlflow,
             placement=placement,
+            address=found_address(options.address),
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -166,10 +167,29 @@ def _parser() -> argparse.ArgumentParser:
         "--mlflow", metavar="URI", help="an MLflow server (default: a database in the results)"
     )
     parser.add_argument(
-        "--cpus-per-trial", type=_positive, default=1, metavar="N", help="default: 1"
+        "--address",
+        metavar="HOST:PORT",
+        help="a Ray cluster, or `local` (default: RAY_ADDRESS, the one `ray start` joined here, "
+        "or this machine alone)",
     )
     parser.add_argument(
-        "--gpus-per-trial", type=_share, default=0.0, metavar="G", help="default: 0"
+        "--workers", type=_positive, default=1, metavar="N", help="of each trial (default: 1)"
+    )
+    parser.add_argument(
+        "--cpus-per-worker",
+        "--cpus-per-trial",
+        type=_positive,
+        default=1,
+        metavar="C",
+        help="default: 1",
+    )
+    parser.add_argument(
+        "--gpus-per-worker",
+        "--gpus-per-trial",
+        type=_share,
+        default=0.0,
+        metavar="G",
+        help="default: 0",
     )
     return parser
 

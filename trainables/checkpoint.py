@@ -83,7 +83,11 @@ def save_weights(path: Path, module: nn.Module, recipe_json: str) -> str:
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """Load safetensors weights into a model; ValueError names the first keys that do not fit."""
-    tensors = load_file(path)
+    fit_weights(load_file(path), module, path)
+
+
+def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: Path) -> None:
+    """Give a model the weights of a file; ValueError names the first keys that do not fit."""
     wanted = module.state_dict()
     odd = sorted(set(tensors) ^ set(wanted))
     odd += [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
