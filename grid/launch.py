@@ -24,11 +24,12 @@ from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.report.build import write_report
+from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
-from trainables.tracking import Tracker, check_address
+from trainables.tracking import check_address
 from trainables.trial import RecipeTrial
 
 MAX_FAILURES = 2
@@ -45,20 +46,6 @@ class Finished:
     judged: int
     failures: tuple[str, ...]
     report: Path
-
-
-def tracking_uri(results: Path, mlflow: str | None) -> str:
-    """Return the MLflow address: the one given, or the database in the results folder."""
-    return mlflow or f"sqlite:///{results.resolve()}/mlflow.db"
-
-
-def open_tracker(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
-    """Open the experiment of a scale; its database is made on first use."""
-    check_address(mlflow or "")
-    artifacts = None if mlflow else results.resolve() / "artifacts"
-    return Tracker(
-        tracking_uri(results, mlflow), experiment=f"robustness-{scale.name}", artifacts=artifacts
-    )
 
 
 @contextmanager

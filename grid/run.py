@@ -42,7 +42,9 @@ INDENT = " " * 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given)
+    options.sent = _without_on(given)
     try:
         scale = scale_named(options.scale)
         study = load_study(options.study)
@@ -69,6 +71,13 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
     began = time.monotonic()
     if options.report:
         return _report(options, study, plan, scale)
+    if options.status:
+        from grid.status import print_status
+
+        print_status(options.results, options.mlflow, scale, plan)
+        return 0
+    if options.on:
+        return _run_on(options)
     from grid.cluster import Placement, found_address
     from grid.launch import run_study
 
@@ -93,14 +102,24 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
 
 
 def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
-    from grid.launch import open_tracker
     from grid.report.build import write_report
+    from grid.status import open_existing
 
-    if not options.mlflow and not (options.results / "mlflow.db").exists():
-        raise ValueError(f"{options.results} holds no mlflow.db: run the study first, or --mlflow")
-    tracker = open_tracker(options.results, options.mlflow, scale)
+    tracker = open_existing(options.results, options.mlflow, scale)
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
+
+
+def _run_on(options: argparse.Namespace) -> int:
+    from grid.remote import run_on
+
+    if Path(options.study).suffix and Path(options.study).is_absolute():
+        raise ValueError(f"--on sends this project: keep {options.study} in it, named from here")
+    try:
+        return run_on(options.on, options.sent)
+    except KeyboardInterrupt:
+        print(f"\nIt goes on without you. Return with: {_command()}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _say_finished(finished: Finished, options: argparse.Namespace, seconds: float) -> None:
@@ -123,6 +142,13 @@ def _ui_command(options: argparse.Namespace) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
 
 
+def _without_on(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as the head of a cluster gets them: without --on and its value."""
+    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    taker.add_argument("--on")
+    return taker.parse_known_args(arguments)[1]
+
+
 def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
@@ -130,6 +156,7 @@ def _command() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python grid/run.py",
+        allow_abbrev=False,
         description="Re-run and extend the study 'Are Transformers More Robust Than CNNs?'. "
         "The same command again continues: what is done is left alone.",
     )
@@ -157,14 +184,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="where everything a run makes lies (default: results)",
+        "--status", action="store_true", help="say where the study stands, from MLflow, and stop"
     )
     parser.add_argument(
-        "--mlflow", metavar="URI", help="an MLflow server (default: a database in the results)"
+        "--results",
+        type=Path,
+        default=Path(os.environ.get("GRID_RESULTS", "results")),
+        metavar="DIR",
+        help="where everything a run makes lies; on a cluster a folder that all nodes share "
+        "(default: GRID_RESULTS, or results)",
+    )
+    parser.add_argument(
+        "--mlflow",
+        metavar="URI",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
+    )
+    parser.add_argument(
+        "--on",
+        type=Path,
+        metavar="CLUSTER.yaml",
+        help="run on a cluster that `ray up` started: send this project, follow the log",
     )
     parser.add_argument(
         "--address",
