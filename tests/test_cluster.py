@@ -23,7 +23,7 @@ base = "resnet50"
 evaluators = ["clean"]
 [axes]
 size = ["small"]
-epochs = [24]
+epochs = [160]
 """
 
 
@@ -112,7 +112,7 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     said = ended(driver)
     assert "Trained 1 and judged 1 cells" in said
     assert weights(results) == weights(undisturbed)
-    assert only_trial(results).metrics["epoch"] == 24
+    assert only_trial(results).metrics["epoch"] == 16
 
 
 def test_a_team_too_big_for_the_cluster_is_refused_before_any_compute(study, tmp_path, cluster):
