@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.run import main
+from grid.run import _without_on, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +36,8 @@ def refusal(capsys, *arguments):
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
+        (["--workers", "0"], "'0' is not a whole number of at least 1"),
+        (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
         (["--sceale", "digits"], "unrecognized arguments"),
     ],
 )
@@ -71,9 +73,30 @@ def test_an_mlflow_server_that_does_not_answer_is_refused(capsys, tmp_path):
     assert not results.exists()
 
 
-def test_a_report_without_a_study_is_refused(capsys, tmp_path):
-    message = refusal(capsys, "--report", "--results", str(tmp_path / "none"))
+@pytest.mark.parametrize("asked", ["--report", "--status"])
+def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
+    message = refusal(capsys, asked, "--results", str(tmp_path / "none"))
     assert "holds no mlflow.db" in message
+
+
+def test_workers_that_do_not_divide_a_recipes_batch_are_refused(capsys, tmp_path):
+    arguments = ["--workers", "3", "--tables", "T1", "--results", str(tmp_path / "r")]
+    message = refusal(capsys, *arguments)
+    assert "cannot be shared by 3 workers; --workers must be one of 1, 2, 4, 8, 16, 32" in message
+    assert "resnet50 relu" in message or "deit_small" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(capsys, tmp_path):
+    message = refusal(capsys, "--address", "127.0.0.1:9", "--results", str(tmp_path / "r"))
+    assert "no Ray cluster answers at 127.0.0.1:9" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_cluster_gets_the_command_without_where_it_was_sent():
+    sent = ["--study", "s.toml", "--workers", "2"]
+    assert _without_on([*sent[:2], "--on", "c.yaml", *sent[2:]]) == sent
+    assert _without_on(["--on=c.yaml", *sent]) == sent
 
 
 def test_a_scale_without_data_is_refused(capsys, tmp_path):

@@ -187,9 +187,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
         "a raylet on every machine", lambda: all(m.processes("raylet/raylet") for m in raylets)
     )
     command = [sys.executable, "grid/run.py", "--study", STUDY, "--workers", "2"]
-    driver = subprocess.Popen(
-        [*command, "--on", str(cluster)], cwd=ROOT, env=environment
-    )
+    driver = subprocess.Popen([*command, "--on", str(cluster)], cwd=ROOT, env=environment)
     results = folder / "shared" / "results"
     wait_for("a checkpoint", lambda: driver.poll() or list(results.glob("trials/*/epoch-*.pt")))
     doomed = next(nodes[n] for n in NODES[1:] if nodes[n].processes("TrainWorker"))
