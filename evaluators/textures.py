@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.checkpoint import write_atomically
 from trainables.data import Data, Split, to_unit
 from trainables.scale import Scale
+from trainables.storage import write_atomically
 
 LAYOUT = (
     "attention-style_t-label_{label}/conv_5_cam-thred_0.8_n-clusters_30/cls-w_0_scale_1"

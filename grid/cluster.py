@@ -16,6 +16,8 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainables.storage import folder_at
+
 OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
@@ -117,24 +119,27 @@ def trials_at_once(placement: Placement) -> int:
     return lanes
 
 
-def check_nodes(folder: Path) -> list[str]:
+def check_nodes(where: str) -> list[str]:
     """Say what is wrong with which node: each must read and write where this one does.
 
-    Empty when all is well.
+    where: a path or URI. Empty when all is well; ValueError when this machine cannot write there.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    written = folder / f".check-{uuid.uuid4().hex}"
-    written.write_text(written.name)
+    folder, mark = folder_at(where), f".check-{uuid.uuid4().hex}"
+    try:
+        folder.write(mark, mark.encode())
+    except OSError as error:
+        raise ValueError(f"storage {where} cannot be written: {error}") from None
     probe = ray.remote(_probe)
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = probe.options(num_cpus=0, scheduling_strategy=there)
-        asked[node["NodeManagerAddress"]] = options.remote(str(written))
+        asked[node["NodeManagerAddress"]] = options.remote(where, mark)
     try:
         found = {name: _answer(reference) for name, reference in asked.items()}
     finally:
-        written.unlink()
+        folder.remove(mark)
     return [f"node {name}: {problem}" for name, problem in found.items() if problem]
 
 
@@ -145,15 +150,14 @@ def _answer(reference: Any) -> str:
         return f"does not run tasks: {str(error).splitlines()[0]}"
 
 
-def _probe(written: str) -> str:
-    """Return what keeps this node from using the folder of a file, '' if nothing does."""
-    path = Path(written)
-    if not path.exists() or path.read_text() != path.name:
-        return f"does not see {path.parent}: it must be storage that all nodes share"
-    back = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
+def _probe(where: str, mark: str) -> str:
+    """Return what keeps this node from using a folder, '' if nothing does."""
+    folder, own = folder_at(where), f"{mark}-{uuid.uuid4().hex}"
     try:
-        back.write_text("")
-        back.unlink()
+        if mark not in folder.names():
+            return f"does not see {where}: it must be storage that all nodes share"
+        folder.write(own, b"")
+        folder.remove(own)
     except OSError as error:
-        return f"cannot write to {path.parent}: {error.strerror}"
+        return f"cannot write to {where}: {error}"
     return ""

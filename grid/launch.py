@@ -79,12 +79,13 @@ def run_study(
     mlflow: str | None,
     placement: Placement,
     address: str | None = None,
+    storage: str | None = None,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. What is done already is found in MLflow and left alone. address: of the Ray cluster, None
-    to start Ray here.
+    to start Ray here. storage: a path or URI for what trials keep, None for the results folder.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
@@ -94,8 +95,12 @@ def run_study(
         line = ProgressLine()
         try:
             connect(address)
-            if ill := check_nodes(results.resolve()):
-                raise ValueError("; ".join(ill))
+            shared = str(results.resolve())
+            storage = storage or shared
+            # Without a server the artifacts, which evaluators read, lie in the results.
+            for where in {storage} if mlflow else {storage, shared}:
+                if ill := check_nodes(where):
+                    raise ValueError("; ".join(ill))
             pool, lanes = _share_out(placement, results, tracking_uri(results, mlflow), scale)
             tracker = open_tracker(results, mlflow, scale)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
@@ -114,7 +119,7 @@ def run_study(
             recorder.start()
             try:
                 if todo:
-                    _train(todo, recorder, results, placement, lanes)
+                    _train(todo, recorder, results, storage, placement, lanes)
                 recorder.finish()
             except KeyboardInterrupt:
                 recorder.abandon()
@@ -227,16 +232,18 @@ def _digest_of(trial: Trial) -> str:
     return str(trial.config["trial"]["digest"])
 
 
-def _last_line(trial: Any) -> str:
-    error = trial.get_error()
-    lines = [line for line in str(error).splitlines() if line.strip()] if error else []
-    return lines[-1].strip() if lines else "unknown error"
+def _last_line(trial: Trial) -> str:
+    # The file on this machine: Tune's own answer is read from the storage, where it may lack yet.
+    path = Path(trial.error_file or "")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "unknown error")
 
 
 def _train(
     todo: list[PlannedTrial],
     recorder: Recorder,
     results: Path,
+    storage: str,
     placement: Placement,
     lanes: int,
 ) -> None:
@@ -244,7 +251,6 @@ def _train(
 
     `lanes` run at once, as their resources allow, on actors that are reused.
     """
-    storage = str(results.resolve())
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
     configs = [
         {
@@ -273,7 +279,7 @@ def _train(
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=storage,
+            storage_path=str(results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             # A team that loses a worker is put together again by Ray Train.

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from evaluators import evaluator_named
@@ -19,6 +18,7 @@ from grid.progress import Progress, ProgressLine
 from trainables.data import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
+from trainables.storage import fetched
 from trainables.tracking import Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
@@ -172,7 +172,8 @@ class Recorder(threading.Thread):
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
         if result["outcome"] == "finished":
-            self._tracker.store_weights(run, Path(result["weights"]), result["sha256"])
+            with fetched(result["weights"]) as weights:
+                self._tracker.store_weights(run, weights, result["sha256"])
         self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import socket
@@ -20,7 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 ROOT = Path(__file__).parents[1]
 TUNNEL_SECONDS = 60
 # Beside what .gitignore names.
-LEFT_HERE = [".git", ".venv", "results", "__pycache__"]
+LEFT_HERE = [".venv", "results", "__pycache__"]
 
 
 def run_on(cluster: Path, arguments: Sequence[str]) -> int:
@@ -31,6 +32,7 @@ def run_on(cluster: Path, arguments: Sequence[str]) -> int:
     """
     if not cluster.is_file():
         raise ValueError(f"--on wants a cluster file, and {cluster} is none")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with _tunnel(cluster) as address:
         client = _client(address, cluster)
         job = _running(client, arguments) or _submit(client, arguments)

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "RAY_AUTH_MODE": "token",
@@ -93,6 +94,7 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
             mlflow=options.mlflow,
             placement=placement,
             address=found_address(options.address),
+            storage=_absolute(options.storage),
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -108,6 +110,10 @@ def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale)
     tracker = open_existing(options.results, options.mlflow, scale)
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
+
+
+def _absolute(storage: str | None) -> str | None:
+    return storage if storage is None or "://" in storage else str(Path(storage).resolve())
 
 
 def _run_on(options: argparse.Namespace) -> int:
@@ -193,6 +199,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where everything a run makes lies; on a cluster a folder that all nodes share "
         "(default: GRID_RESULTS, or results)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="DIR|URI",
+        help="where trials keep checkpoints and weights: a folder, s3://, gs:// (default: results)",
     )
     parser.add_argument(
         "--mlflow",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from trainables.recipe import Recipe
+from trainables.storage import below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import Tensor
 
     from trainables.loop import EpochReport
     from trainables.models import Classifier
@@ -30,7 +28,7 @@ class RunningTrial:
     """A trial in a process that trains it, alone or as a worker of a team."""
 
     recipe: Recipe
-    folder: Path
+    folder: str
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
@@ -71,9 +69,9 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
         self._running = None
 
 
-def weights_path(storage: Path, recipe: Recipe) -> Path:
+def weights_path(storage: str, recipe: Recipe) -> str:
     """Return where a trial's trained weights lie, once it has finished."""
-    return storage / "trials" / recipe.digest() / WEIGHTS
+    return below(storage, "trials", recipe.digest(), WEIGHTS)
 
 
 def next_result(running: RunningTrial) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     """
     import torch
 
-    from trainables.checkpoint import fit_weights, load_newest_checkpoint
+    from trainables.checkpoint import fit_weights, load_newest_checkpoint, stored_weights
     from trainables.data import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
@@ -110,12 +108,13 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     team = team or ALONE
     torch.set_num_threads(config["threads"])
     recipe = Recipe.model_validate(config["recipe"])
-    storage = Path(config["storage"])
-    running = RunningTrial(recipe, storage / "trials" / recipe.digest(), leads=team.rank == 0)
+    storage = config["storage"]
+    folder = below(storage, "trials", recipe.digest())
+    running = RunningTrial(recipe, folder, leads=team.rank == 0)
     teacher = None
     if recipe.teacher:
         taught_by = weights_path(storage, recipe.teacher)
-        weights = team.shared(_weights_at(taught_by) if running.leads else None)
+        weights = team.shared(stored_weights(taught_by) if running.leads else None)
         if weights is None:
             running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
             return running
@@ -137,12 +136,6 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
         team=team,
     )
     return running
-
-
-def _weights_at(path: Path) -> dict[str, Tensor] | None:
-    from safetensors.torch import load_file
-
-    return load_file(path) if path.exists() else None
 
 
 def _advance(running: RunningTrial) -> None:
@@ -167,6 +160,6 @@ def _store_weights(running: RunningTrial) -> dict[str, str]:
     from trainables.checkpoint import save_weights
 
     assert running.classifier is not None
-    path = running.folder / WEIGHTS
+    path = below(running.folder, WEIGHTS)
     sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
-    return {"weights": str(path), "sha256": sha256}
+    return {"weights": path, "sha256": sha256}

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from grid.plan import Plan
 from grid.report.tables import FilledTable, fill_tables
 from grid.studies import Study
-from trainables.checkpoint import write_atomically
 from trainables.scale import Scale
+from trainables.storage import write_atomically
 from trainables.tracking import Tracker
 
 TITLE = "Are Transformers More Robust Than CNNs? Re-run"

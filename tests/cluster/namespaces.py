@@ -25,7 +25,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 STUDY = "tests/cluster/study.toml"
-BRIDGE, NETWORK = "grid-br", "10.199.7"
+NAME, BRIDGE, NETWORK = "grid-drill", "grid-br", "10.199.7"
 NODES = ("head", "worker1", "worker2")
 PATIENCE = 420
 SSHD = """
@@ -134,13 +134,14 @@ def machines(folder: Path) -> Iterator[dict[str, Machine]]:
     finally:
         for machine in made.values():
             machine.remove()
-        sh(f"ip link del {BRIDGE}")
+        sh(f"ip link del {BRIDGE}; rm -f /tmp/ray/cluster-{NAME}.*")
 
 
 def write_cluster_file(folder: Path, nodes: dict[str, Machine]) -> Path:
     """Fill cluster-local.yaml in: these machines, this environment instead of a new one."""
     config = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
     workers = [nodes[name].address for name in NODES[1:]]
+    config["cluster_name"] = NAME
     config["provider"] |= {"head_ip": nodes["head"].address, "worker_ips": workers}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": f"{folder}/key"}
     config["file_mounts"] = {
