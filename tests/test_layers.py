@@ -23,7 +23,14 @@ MAY_IMPORT = {
     },
     "mlflow": {"trainables/tracking.py"},
 }
-LIGHT = ("grid/run.py", "grid/studies.py", "grid/plan.py", "grid/published.py", "grid/progress.py")
+LIGHT = (
+    "grid/run.py",
+    "grid/studies.py",
+    "grid/plan.py",
+    "grid/schedule.py",
+    "grid/published.py",
+    "grid/progress.py",
+)
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "sklearn", "scipy", "pyarrow", "numpy"}
 
 

@@ -37,6 +37,7 @@ def refusal(capsys, *arguments):
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
         (["--workers", "0"], "'0' is not a whole number of at least 1"),
+        (["--nodes", "8"], "--nodes, --gpus-per-node and --seconds-per-unit go together"),
         (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
         (["--sceale", "digits"], "unrecognized arguments"),
     ],
@@ -110,6 +111,13 @@ def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     printed = capsys.readouterr().out
     assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 512" in printed
     assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
+
+
+def test_plan_simulates_the_schedule_on_nodes(capsys):
+    cluster = ["--nodes", "8", "--gpus-per-node", "8", "--workers", "8"]
+    assert main(["--plan", "--scale", "imagenet", *cluster, "--seconds-per-unit", "600"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Training on 8 nodes of 8 GPUs, 8 trials at once, 8 workers of 1 GPUs")
 
 
 def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):
