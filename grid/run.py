@@ -322,11 +322,11 @@ def print_schedule(options: argparse.Namespace, plan: Plan) -> None:
         workers=options.workers,
         seconds_per_unit=options.seconds_per_unit,
     )
+    over = found.makespan / found.lower_bound - 1
     print(
-        f"Training on {options.nodes} nodes of {options.gpus_per_node} GPUs, {lanes} trials at once, "
-        f"{options.workers} workers of {gpus:g} GPUs each: {format_seconds(found.makespan)}; no "
-        f"order is done before {format_seconds(found.lower_bound)} "
-        f"({found.makespan / found.lower_bound - 1:.0%} over); {found.utilisation:.0%} in use"
+        f"Training on {options.nodes} nodes of {options.gpus_per_node} GPUs, {lanes} trials at "
+        f"once, of {options.workers} workers of {gpus:g} GPUs: {format_seconds(found.makespan)}, "
+        f"{over:.0%} over the least possible; {found.utilisation:.0%} of the workers in use"
     )
 
 

@@ -117,7 +117,9 @@ def test_plan_simulates_the_schedule_on_nodes(capsys):
     cluster = ["--nodes", "8", "--gpus-per-node", "8", "--workers", "8"]
     assert main(["--plan", "--scale", "imagenet", *cluster, "--seconds-per-unit", "600"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("Training on 8 nodes of 8 GPUs, 8 trials at once, 8 workers of 1 GPUs")
+    assert last.startswith(
+        "Training on 8 nodes of 8 GPUs, 8 trials at once, of 8 workers of 1 GPUs"
+    )
 
 
 def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):
