@@ -95,12 +95,7 @@ def run_study(
         line = ProgressLine()
         try:
             connect(address)
-            shared = str(results.resolve())
-            storage = storage or shared
-            # Without a server the artifacts, which evaluators read, lie in the results.
-            for where in {storage} if mlflow else {storage, shared}:
-                if ill := check_nodes(where):
-                    raise ValueError("; ".join(ill))
+            storage = _checked_storage(storage, results, mlflow)
             pool, lanes = _share_out(placement, results, tracking_uri(results, mlflow), scale)
             tracker = open_tracker(results, mlflow, scale)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
@@ -135,6 +130,17 @@ def run_study(
         failures=tuple(recorder.failures),
         report=report,
     )
+
+
+def _checked_storage(storage: str | None, results: Path, mlflow: str | None) -> str:
+    """Return where trials keep their files; ValueError where a node cannot use it."""
+    shared = str(results.resolve())
+    storage = storage or shared
+    # Without a server the artifacts, which evaluators read, lie in the results.
+    for where in {storage} if mlflow else {storage, shared}:
+        if ill := check_nodes(where):
+            raise ValueError("; ".join(ill))
+    return storage
 
 
 def _share_out(

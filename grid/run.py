@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
+    if options.on:
+        return _run_on(options)
     if options.report:
         return _report(options, study, plan, scale)
     if options.status:
@@ -81,8 +83,6 @@ def _run(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) ->
 
         print_status(options.results, options.mlflow, scale, plan)
         return 0
-    if options.on:
-        return _run_on(options)
     from grid.cluster import Placement, found_address
     from grid.launch import run_study
 
@@ -191,6 +191,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scale", default="digits", help=f"{', '.join(SCALES)} (default: digits, no download)"
     )
+    _add_other_answers(parser)
+    _add_places(parser)
+    _add_placement(parser)
+    return parser
+
+
+def _add_other_answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
     parser.add_argument(
         "--nodes", type=_positive, metavar="N", help="with --plan: simulate the training on N nodes"
@@ -207,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--status", action="store_true", help="say where the study stands, from MLflow, and stop"
     )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         type=Path,
@@ -226,6 +236,9 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
     )
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on",
         type=Path,
@@ -257,7 +270,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="default: 0",
     )
-    return parser
 
 
 def _positive(text: str) -> int:

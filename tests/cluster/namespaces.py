@@ -92,7 +92,10 @@ class Machine:
             return []
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            line = " ".join(process.cmdline())
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.Error:  # it ended meanwhile
+                continue
             if part in line and ("ray" in line or "mlflow" in line) and "sshd" not in line:
                 found.append(process)
         return found
@@ -110,13 +113,14 @@ class Machine:
 
 
 def _kept_of_root(home: Path) -> list[str]:
-    """Have a new home at /root keep the Python behind this one, if that lies there."""
-    base = Path(sys.base_prefix)
-    if not base.is_relative_to("/root"):
-        return []
-    kept = home / base.relative_to("/root")
-    kept.mkdir(parents=True)
-    return [f"mount --rbind {base} {kept}"]
+    """Have a new home at /root keep this Python and the one behind it, if they lie there."""
+    mounts = []
+    for path in map(Path, (sys.base_prefix, sys.prefix)):
+        if path.is_relative_to("/root"):
+            kept = home / path.relative_to("/root")
+            kept.mkdir(parents=True)
+            mounts.append(f"mount --rbind {path} {kept}")
+    return mounts
 
 
 @contextmanager
