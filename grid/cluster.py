@@ -97,7 +97,10 @@ def connect(address: str | None) -> None:
         ray.init(address=address, **quiet)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         cause = str(error).strip().splitlines()[0]
-        raise ValueError(f"the Ray cluster at {address} refuses this run: {cause}") from None
+        raise ValueError(
+            f"the Ray cluster at {address} refuses this run: {cause} (its token, if it has one, "
+            "must be that of ~/.ray/auth_token or RAY_AUTH_TOKEN here)"
+        ) from None
 
 
 def trials_at_once(placement: Placement) -> int:

@@ -151,12 +151,17 @@ def _share_out(
     On GPUs they have a quarter each of one GPU in eight, or of the only one.
     """
     lanes = trials_at_once(placement)
-    gpus = EVALUATOR_GPUS if placement.gpus else 0.0
-    size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if gpus else lanes
-    pool = EvaluatorPool(
-        size, uri, scale, results / SHARDS_FOLDER, threads=placement.cpus, gpus=gpus
-    )
-    return pool, trials_at_once(placement) if gpus else lanes
+    folder = results / SHARDS_FOLDER
+    if not placement.gpus:
+        pool = EvaluatorPool(lanes, uri, scale, folder, threads=placement.cpus, gpus=0.0)
+        return pool, lanes
+    size = max(1, int(ray.cluster_resources()["GPU"] // 2))
+    pool = EvaluatorPool(size, uri, scale, folder, threads=placement.cpus, gpus=EVALUATOR_GPUS)
+    pool.wait_until_placed()
+    try:
+        return pool, trials_at_once(placement)
+    except ValueError as error:
+        raise ValueError(f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs)") from None
 
 
 def _check_plan(plan: Plan, scale: Scale, workers: int) -> None:

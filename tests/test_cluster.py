@@ -11,8 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
+from grid.cluster import Placement, check_nodes
+from grid.launch import _share_out
+from trainables.distributed import interface_of
+from trainables.scale import DIGITS
 from trainables.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +128,44 @@ def test_a_team_too_big_for_the_cluster_is_refused_before_any_compute(study, tmp
     assert driver.returncode == 2, said
     assert "a trial needs 2 workers of 1 CPUs and 0 GPUs each, but Ray has free" in said
     assert not (results / "mlflow.db").exists()
+
+
+@pytest.fixture
+def joined(cluster):
+    """A cluster that says it has GPUs: nothing here computes on one."""
+    cluster.add_node(num_cpus=4, num_gpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+
+
+def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
+    whole = Placement(gpus=1.0)
+    with pytest.raises(ValueError, match=r"0\.75 GPUs; .* \(evaluators hold 0\.25 GPUs\)"):
+        _share_out(whole, tmp_path, "sqlite:///none", DIGITS)
+    ray.shutdown()
+    ray.init(address=joined.address, log_to_driver=False)
+    _, lanes = _share_out(Placement(gpus=0.75), tmp_path, "sqlite:///none", DIGITS)
+    assert lanes == 1
+
+
+def test_storage_is_tried_from_every_node(joined, tmp_path):
+    assert check_nodes(str(tmp_path)) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_nodes(str(tmp_path / "file"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_wrong_token_is_refused_before_any_compute(cluster, study, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    driver = start(study, tmp_path / "results", "--address", cluster.address)
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == 2, said
+    assert "refuses this run: Token authentication is enabled but no" in said
+
+
+def test_gloo_gets_the_interface_of_a_nodes_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.99") == ""
