@@ -121,10 +121,10 @@ def _absolute(storage: str | None) -> str | None:
 
 
 def _run_on(options: argparse.Namespace) -> int:
-    from grid.remote import run_on
+    from grid.remote import ROOT, run_on
 
-    if Path(options.study).suffix and Path(options.study).is_absolute():
-        raise ValueError(f"--on sends this project: keep {options.study} in it, named from here")
+    if Path(options.study).suffix and not (ROOT / options.study).resolve().is_relative_to(ROOT):
+        raise ValueError(f"--on sends this project, and {options.study} is not in it")
     try:
         return run_on(options.on, options.sent)
     except KeyboardInterrupt:

@@ -94,6 +94,13 @@ def test_a_cluster_that_does_not_answer_is_refused(capsys, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_study_file_that_is_not_sent_with_the_project_is_refused(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\nevaluators=["clean"]\n')
+    message = refusal(capsys, "--study", str(path), "--on", "cluster.yaml")
+    assert "--on sends this project, and" in message
+
+
 def test_a_cluster_gets_the_command_without_where_it_was_sent():
     sent = ["--study", "s.toml", "--workers", "2"]
     assert _without_on([*sent[:2], "--on", "c.yaml", *sent[2:]]) == sent

@@ -10,6 +10,7 @@ namespaces are missing it says so and ends with 0. Some three minutes on two cor
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -66,8 +67,8 @@ class Machine:
         home = folder / name
         home.mkdir()
         sh(f"ip netns add {self.name}")
-        sh(f"ip link add {name}-v type veth peer name eth0 netns {self.name}")
-        sh(f"ip link set {name}-v master {BRIDGE} up")
+        sh(f"ip link add {self.name} type veth peer name eth0 netns {self.name}")
+        sh(f"ip link set {self.name} master {BRIDGE} up")
         sh(f"ip -n {self.name} addr add {self.address}/24 dev eth0")
         sh(f"ip -n {self.name} link set eth0 up; ip -n {self.name} link set lo up")
         # Without a way out Ray takes 127.0.0.1 for the node's address.
@@ -106,11 +107,6 @@ class Machine:
         self.process.kill()
         self.process.wait()
 
-    def remove(self) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        sh(f"ip netns del {self.name}")
-
 
 def _kept_of_root(home: Path) -> list[str]:
     """Have a new home at /root keep this Python and the one behind it, if they lie there."""
@@ -137,7 +133,11 @@ def machines(folder: Path) -> Iterator[dict[str, Machine]]:
         yield made
     finally:
         for machine in made.values():
-            machine.remove()
+            if machine.process.poll() is None:
+                machine.kill()
+        for name in NODES:
+            # The link first: it would outlive its namespace by seconds.
+            sh(f"ip link del grid-{name}; ip netns del grid-{name}; true")
         sh(f"ip link del {BRIDGE}; rm -f /tmp/ray/cluster-{NAME}.*")
 
 
@@ -201,8 +201,8 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     code = driver.wait(timeout=PATIENCE)
     assert code == 0, f"the study ended with {code}"
     assert len(list(results.glob("trials/*/weights.safetensors"))) == 2
-    asked = f"cd ~/robustness-grid && python grid/run.py --status --study {STUDY}"
-    said = sh(f"ray exec --no-config-cache {cluster} '{asked}'", env=environment, cwd=ROOT)
+    asked = [sys.executable, "grid/run.py", "--study", STUDY, "--status", "--on", str(cluster)]
+    said = sh(shlex.join(asked), env=environment, cwd=ROOT)
     print(said)
     assert "2 trials: 2 finished" in said
     assert "2 of 2 cells judged" in said
