@@ -206,7 +206,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     print(said)
     assert "2 trials: 2 finished" in said
     assert "2 of 2 cells judged" in said
-    print(sh(f"ray down -y --no-config-cache {cluster}", env=environment, cwd=ROOT)[-200:])
+    print(sh(f"ray down -y {cluster}", env=environment, cwd=ROOT)[-200:])
     left = [nodes[name] for name in NODES]
     wait_for("raylets to end", lambda: not any(m.processes("raylet/raylet") for m in left), 120)
 
