@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainables.checkpoint import write_atomically
 from trainables.data import Shard
+from trainables.storage import write_atomically
 
 SECONDS = b"seconds"
 

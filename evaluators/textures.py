@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluators.weights import read_pickle
-from trainables.checkpoint import write_atomically
 from trainables.data import Data, Split, to_unit
 from trainables.scale import Scale
+from trainables.storage import write_atomically
 
 LAYOUT = (
     "attention-style_t-label_{label}/conv_5_cam-thred_0.8_n-clusters_30/cls-w_0_scale_1"

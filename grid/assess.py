@@ -46,8 +46,9 @@ class EvaluatorPool:
     """Long-lived actors, one shard of a cell at a time each, the cheapest evaluators first.
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
-    waits for the other. An actor that dies is restarted and its shard is asked again. Shards that
-    are done lie in `folder` until their cell is: a run that was stopped goes on behind them.
+    waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
+    dies is restarted and its shard is asked again. Shards that are done lie in `folder` until their
+    cell is: a run that was stopped goes on behind them.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class EvaluatorPool:
 
     def __len__(self) -> int:
         return len(self._unfinished)
+
+    def wait_until_placed(self) -> None:
+        """Wait until every actor holds its resources."""
+        ray.get([actor.__ray_ready__.remote() for actor in self._idle])
 
     def submit(self, cell: Cell, shards: int) -> None:
         """Ask for the shards of a cell that are not done yet; they wait their turn."""

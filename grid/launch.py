@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import logging
-import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +18,25 @@ from ray.tune.schedulers import FIFOScheduler
 
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
+from grid.cluster import Placement, check_nodes, connect, trials_at_once
 from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.report.build import write_report
+from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
+from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
-from trainables.tracking import Tracker, check_address
+from trainables.tracking import check_address
 from trainables.trial import RecipeTrial
 
 MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
-OBJECT_STORE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """The resources of one trial; they must not change its result, beyond rounding."""
-
-    cpus: int = 1
-    gpus: float = 0.0
-    compile: bool = False
+EVALUATOR_GPUS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,28 +47,6 @@ class Finished:
     judged: int
     failures: tuple[str, ...]
     report: Path
-
-
-def tracking_uri(results: Path, mlflow: str | None) -> str:
-    """Return the MLflow address: the one given, or the database in the results folder."""
-    return mlflow or f"sqlite:///{results.resolve()}/mlflow.db"
-
-
-def open_tracker(
-    results: Path, mlflow: str | None, scale: Scale, say: Callable[[str], None] = print
-) -> Tracker:
-    """Open the experiment of a scale; its database is made on first use.
-
-    `say` is told when the server is away.
-    """
-    check_address(mlflow or "")
-    artifacts = None if mlflow else results.resolve() / "artifacts"
-    return Tracker(
-        tracking_uri(results, mlflow),
-        experiment=f"robustness-{scale.name}",
-        artifacts=artifacts,
-        say=say,
-    )
 
 
 @contextmanager
@@ -111,23 +81,27 @@ def run_study(
     placement: Placement,
     source: DataSource = EMBEDDED,
     manifest: str = "",
+    address: str | None = None,
+    storage: str | None = None,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
-    doctor found it.
+    doctor found it. address: of the Ray cluster, None to start Ray here. storage: a path or URI
+    for what trials keep, None for the results folder.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
     data = load_data(scale, source)
-    _check_plan(plan, scale)
+    _check_plan(plan, scale, placement.workers)
     with sole_run(results):
         line = ProgressLine()
         try:
-            lanes = _start_ray(placement)
+            connect(address)
+            storage = _checked_storage(storage, results, mlflow)
             uri = tracking_uri(results, mlflow)
-            pool = _pool(lanes, uri, scale, source, results, placement)
+            pool, lanes = _share_out(placement, results, uri, scale, source)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(
@@ -146,7 +120,7 @@ def run_study(
             recorder.start()
             try:
                 if todo:
-                    _train(todo, recorder, results, placement, lanes, source)
+                    _train(todo, recorder, results, storage, placement, lanes, source)
                 recorder.finish()
             except KeyboardInterrupt:
                 recorder.abandon()
@@ -164,16 +138,48 @@ def run_study(
     )
 
 
-def _pool(
-    lanes: int, uri: str, scale: Scale, source: DataSource, results: Path, placement: Placement
-) -> EvaluatorPool:
+def _checked_storage(storage: str | None, results: Path, mlflow: str | None) -> str:
+    """Return where trials keep their files; ValueError where a node cannot use it."""
+    shared = str(results.resolve())
+    storage = storage or shared
+    # Without a server the artifacts, which evaluators read, lie in the results.
+    for where in {storage} if mlflow else {storage, shared}:
+        if ill := check_nodes(where):
+            raise ValueError("; ".join(ill))
+    return storage
+
+
+def _share_out(
+    placement: Placement, results: Path, uri: str, scale: Scale, source: DataSource
+) -> tuple[EvaluatorPool, int]:
+    """Give the evaluators their share, and return how many trials fit at once beside them.
+
+    On GPUs they have a quarter each of one GPU in eight, or of the only one.
+    """
+    lanes = trials_at_once(placement)
+    size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if placement.gpus else lanes
+    gpus = EVALUATOR_GPUS if placement.gpus else 0.0
     folder = results / SHARDS_FOLDER
-    threads, gpus = placement.cpus, placement.gpus / 4
-    return EvaluatorPool(lanes, uri, scale, source, folder, threads=threads, gpus=gpus)
+    pool = EvaluatorPool(size, uri, scale, source, folder, threads=placement.cpus, gpus=gpus)
+    if not placement.gpus:
+        return pool, lanes
+    pool.wait_until_placed()
+    try:
+        return pool, trials_at_once(placement)
+    except ValueError as error:
+        raise ValueError(f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs)") from None
 
 
-def _check_plan(plan: Plan, scale: Scale) -> None:
-    """Build what only a name stands for so far: evaluators and timm's models."""
+def _check_plan(plan: Plan, scale: Scale, workers: int) -> None:
+    """Build what only a name stands for so far: evaluators and timm's models.
+
+    ValueError also where a recipe cannot be trained by that many workers.
+    """
+    if workers > 1:
+        from trainables.team import check_team
+
+        for trial in plan:
+            check_team(trial.recipe, workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
@@ -184,38 +190,17 @@ def _check_plan(plan: Plan, scale: Scale) -> None:
             check_model(recipe)
 
 
-def _start_ray(placement: Placement) -> int:
-    """Start Ray; return how many trials run at once. ValueError if not even one can."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
-    there = ray.cluster_resources()
-    lanes = math.floor(there.get("CPU", 0) / placement.cpus)
-    if placement.gpus:
-        lanes = min(lanes, math.floor(there.get("GPU", 0) / placement.gpus))
-    if lanes < 1:
-        raise ValueError(
-            f"a trial needs {placement.cpus} CPUs and {placement.gpus:g} GPUs, but Ray has "
-            f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; "
-            "lower --cpus-per-trial or --gpus-per-trial"
-        )
-    return int(lanes)
-
-
 class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     """Start trials in the plan's order, and a student only when its teacher has ended.
 
     Tune starts whatever is pending, in no order, so trials wait as paused. As many as run at
-    once are let go ahead of time: Tune only keeps an actor for reuse if one is.
+    once are let go ahead of time: Tune only keeps an actor for reuse if one is. But not `strict`ly
+    limited trials, whose resources Tune does not know: they are let go only to run.
     """
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, *, strict: bool) -> None:
         super().__init__()
-        self._lanes = lanes
+        self._lanes, self._strict = lanes, strict
         self._known: set[str] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -226,7 +211,8 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         trials = tune_controller.get_trials()
         pending = [trial for trial in trials if trial.status == Trial.PENDING]
-        if len(pending) < self._lanes:
+        running = [trial for trial in trials if trial.status == Trial.RUNNING]
+        if len(pending) + len(running) * self._strict < self._lanes:
             unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
             for trial in trials:
                 if trial.status == Trial.PAUSED and trial.config["trial"]["teacher"] not in unended:
@@ -263,16 +249,18 @@ def _digest_of(trial: Trial) -> str:
     return str(trial.config["trial"]["digest"])
 
 
-def _last_line(trial: Any) -> str:
-    error = trial.get_error()
-    lines = [line for line in str(error).splitlines() if line.strip()] if error else []
-    return lines[-1].strip() if lines else "unknown error"
+def _last_line(trial: Trial) -> str:
+    # The file on this machine: Tune's own answer is read from the storage, where it may lack yet.
+    path = Path(trial.error_file or "")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "unknown error")
 
 
 def _train(
     todo: list[PlannedTrial],
     recorder: Recorder,
     results: Path,
+    storage: str,
     placement: Placement,
     lanes: int,
     source: DataSource,
@@ -281,7 +269,6 @@ def _train(
 
     `lanes` run at once, as their resources allow, on actors that are reused.
     """
-    storage = str(results.resolve())
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
     configs = [
         {
@@ -290,28 +277,33 @@ def _train(
             "recipe": trial.recipe.model_dump(mode="json"),
             "storage": storage,
             "threads": placement.cpus,
+            "workers": placement.workers,
+            "gpus": placement.gpus,
+            "max_failures": MAX_FAILURES,
             "device": "cuda" if placement.gpus else "cpu",
             "source": source,
             "compile": placement.compile,
         }
         for trial in todo
     ]
-    resources = {"cpu": placement.cpus, "gpu": placement.gpus}
+    alone = placement.workers == 1
+    resources = {"cpu": placement.cpus, "gpu": placement.gpus} if alone else CONTROLLER
     tuner = tune.Tuner(
-        tune.with_resources(RecipeTrial, resources),
+        tune.with_resources(RecipeTrial if alone else train_together, resources),
         param_space={"trial": tune.grid_search(configs)},
         tune_config=tune.TuneConfig(
-            reuse_actors=True,
-            scheduler=_PlanOrder(lanes),
+            reuse_actors=alone,
+            scheduler=_PlanOrder(lanes, strict=not alone),
             trial_name_creator=_digest_of,
             trial_dirname_creator=_digest_of,
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=storage,
+            storage_path=str(results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            # A team that loses a worker is put together again by Ray Train.
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES if alone else 0),
             callbacks=[_Events(recorder)],
             verbose=0,
         ),

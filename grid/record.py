@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from evaluators import evaluator_named
@@ -22,6 +21,7 @@ from trainables.data import Data
 from trainables.patience import RunDeletedError
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
+from trainables.storage import fetched
 from trainables.tracking import Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
@@ -191,13 +191,14 @@ class Recorder(threading.Thread):
         self.progress.running[digest] = (
             f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{seen}"
         )
-        if result["done"]:
+        if result["outcome"] != "training":
             self._on_done(run, result)
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
         if result["outcome"] == "finished":
-            self._tracker.store_weights(run, Path(result["weights"]), result["sha256"])
+            with fetched(result["weights"]) as weights:
+                self._tracker.store_weights(run, weights, result["sha256"])
         self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import secrets
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
+from grid.schedule import lanes_of, simulate
 from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
 from trainables.scale import SCALE_NAMES, Scale
@@ -24,16 +24,15 @@ from trainables.source import DataSource, add_data_options, scale_of, source_of
 if TYPE_CHECKING:
     from grid.launch import Finished
 
-# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs. Ray
-# listens on every interface, so a token of this run's own keeps others out.
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -49,13 +48,18 @@ INDENT = " " * 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given)
+    options.sent = _without_on(given)
     try:
         source = source_of(options, cache=options.results / DECODED_FOLDER)
         study = load_study(options.study)
         scale, plan = _planned(options, study, source)
+        _check_schedule(options)
         if options.plan:
             print_plan(study, plan, scale)
+            if options.nodes:
+                print_schedule(options, plan)
             return 0
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -112,12 +116,23 @@ def _run(
     manifest: str,
 ) -> int:
     began = time.monotonic()
+    if options.on:
+        return _run_on(options)
     if options.report:
         return _report(options, study, plan, scale)
-    from grid.launch import Placement, run_study
+    if options.status:
+        from grid.status import print_status
+
+        print_status(options.results, options.mlflow, scale, plan)
+        return 0
+    from grid.cluster import Placement, found_address
+    from grid.launch import run_study
 
     placement = Placement(
-        cpus=options.cpus_per_trial, gpus=options.gpus_per_trial, compile=options.compile
+        workers=options.workers,
+        cpus=options.cpus_per_worker,
+        gpus=options.gpus_per_worker,
+        compile=options.compile,
     )
     try:
         finished = run_study(
@@ -129,6 +144,8 @@ def _run(
             placement=placement,
             source=source,
             manifest=manifest,
+            address=found_address(options.address),
+            storage=_absolute(options.storage),
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -138,14 +155,28 @@ def _run(
 
 
 def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
-    from grid.launch import open_tracker
     from grid.report.build import write_report
+    from grid.status import open_existing
 
-    if not options.mlflow and not (options.results / "mlflow.db").exists():
-        raise ValueError(f"{options.results} holds no mlflow.db: run the study first, or --mlflow")
-    tracker = open_tracker(options.results, options.mlflow, scale)
+    tracker = open_existing(options.results, options.mlflow, scale)
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
+
+
+def _absolute(storage: str | None) -> str | None:
+    return storage if storage is None or "://" in storage else str(Path(storage).resolve())
+
+
+def _run_on(options: argparse.Namespace) -> int:
+    from grid.remote import ROOT, run_on
+
+    if Path(options.study).suffix and not (ROOT / options.study).resolve().is_relative_to(ROOT):
+        raise ValueError(f"--on sends this project, and {options.study} is not in it")
+    try:
+        return run_on(options.on, options.sent)
+    except KeyboardInterrupt:
+        print(f"\nIt goes on without you. Return with: {_command()}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _say_finished(finished: Finished, options: argparse.Namespace, seconds: float) -> None:
@@ -168,6 +199,13 @@ def _ui_command(options: argparse.Namespace) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
 
 
+def _without_on(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as the head of a cluster gets them: without --on and its value."""
+    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    taker.add_argument("--on")
+    return taker.parse_known_args(arguments)[1]
+
+
 def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
@@ -175,6 +213,7 @@ def _command() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python grid/run.py",
+        allow_abbrev=False,
         description="Re-run and extend the study 'Are Transformers More Robust Than CNNs?'. "
         "The same command again continues: what is done is left alone.",
     )
@@ -202,35 +241,95 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(SCALE_NAMES)} (default: digits, no download)",
     )
     add_data_options(parser)
+    _add_other_answers(parser)
+    _add_places(parser)
+    _add_placement(parser)
+    return parser
+
+
+def _add_other_answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print the trials and stop")
     parser.add_argument(
         "--check",
         action="store_true",
         help="look at data, disk, memory and device, print what was found, and stop",
     )
+    parser.add_argument(
+        "--nodes", type=_positive, metavar="N", help="with --plan: simulate the training on N nodes"
+    )
+    parser.add_argument("--gpus-per-node", type=_positive, metavar="G", help="of these nodes")
+    parser.add_argument(
+        "--seconds-per-unit",
+        type=_share,
+        metavar="X",
+        help="seconds of one worker for a unit of cost: at digits a second of one core, at "
+        "imagenet an epoch of 10^9 multiply-accumulates an image",
+    )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
+    parser.add_argument(
+        "--status", action="store_true", help="say where the study stands, from MLflow, and stop"
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        default=Path("results"),
+        default=Path(os.environ.get("GRID_RESULTS", "results")),
         metavar="DIR",
-        help="where everything a run makes lies (default: results)",
+        help="where everything a run makes lies; on a cluster a folder that all nodes share "
+        "(default: GRID_RESULTS, or results)",
     )
     parser.add_argument(
-        "--mlflow", metavar="URI", help="an MLflow server (default: a database in the results)"
+        "--storage",
+        metavar="DIR|URI",
+        help="where trials keep checkpoints and weights: a folder, s3://, gs:// (default: results)",
     )
     parser.add_argument(
-        "--cpus-per-trial", type=_positive, default=1, metavar="N", help="default: 1"
+        "--mlflow",
+        metavar="URI",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
+    )
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on",
+        type=Path,
+        metavar="CLUSTER.yaml",
+        help="run on a cluster that `ray up` started: send this project, follow the log",
     )
     parser.add_argument(
-        "--gpus-per-trial", type=_share, default=0.0, metavar="G", help="default: 0"
+        "--address",
+        metavar="HOST:PORT",
+        help="a Ray cluster, or `local` (default: RAY_ADDRESS, the one `ray start` joined here, "
+        "or this machine alone)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="of each trial (default: 1)"
+    )
+    parser.add_argument(
+        "--cpus-per-worker",
+        "--cpus-per-trial",
+        type=_positive,
+        default=1,
+        metavar="C",
+        help="default: 1",
+    )
+    parser.add_argument(
+        "--gpus-per-worker",
+        "--gpus-per-trial",
+        type=_share,
+        default=0.0,
+        metavar="G",
+        help="default: 0",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
         help="train through torch.compile: faster on a GPU, other bits than without",
     )
-    return parser
 
 
 def _positive(text: str) -> int:
@@ -295,6 +394,32 @@ def _reach(images: int) -> float:
     """Return half the width, in points, of the widest 95 % Wilson interval of n images."""
     z = NormalDist().inv_cdf(0.975)
     return 50 * z / math.sqrt(images + z**2)
+
+
+def _check_schedule(options: argparse.Namespace) -> None:
+    asked = [options.nodes, options.gpus_per_node, options.seconds_per_unit]
+    if any(asked) and not (all(asked) and options.plan):
+        raise ValueError("--nodes, --gpus-per-node and --seconds-per-unit go together, with --plan")
+
+
+def print_schedule(options: argparse.Namespace, plan: Plan) -> None:
+    """Print how long the trials would train on some nodes, by simulation."""
+    gpus = options.gpus_per_worker or 1.0
+    lanes = lanes_of(
+        options.nodes, options.gpus_per_node, workers=options.workers, gpus_per_worker=gpus
+    )
+    found = simulate(
+        plan.trials,
+        lanes=lanes,
+        workers=options.workers,
+        seconds_per_unit=options.seconds_per_unit,
+    )
+    over = found.makespan / found.lower_bound - 1
+    print(
+        f"Training on {options.nodes} nodes of {options.gpus_per_node} GPUs, {lanes} trials at "
+        f"once, of {options.workers} workers of {gpus:g} GPUs: {format_seconds(found.makespan)}, "
+        f"{over:.0%} over the least possible; {found.utilisation:.0%} of the workers in use"
+    )
 
 
 def _hyperparameters(recipe: Recipe) -> str:

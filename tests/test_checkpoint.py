@@ -11,9 +11,9 @@ from trainables.checkpoint import (
     recipe_json_of,
     save_checkpoint,
     save_weights,
-    write_atomically,
 )
 from trainables.models import build_classifier
+from trainables.storage import write_atomically
 
 
 def state(value):
@@ -39,7 +39,7 @@ def test_newest_sound_checkpoint_outlives_doubtful_ones(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
     save_checkpoint(tmp_path, 1, state(1))
-    newest = save_checkpoint(tmp_path, 2, state(2))
+    newest = tmp_path / save_checkpoint(tmp_path, 2, state(2))
     content = newest.read_bytes()
     flipped = content[:50] + bytes([content[50] ^ 1]) + content[51:]
     newest.write_bytes({"truncated": content[:-9], "flipped": flipped, "emptied": b""}[damage])

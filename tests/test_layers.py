@@ -12,10 +12,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("grid", "evaluators", "trainables")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAY_IMPORT = {
-    "ray": {"grid/launch.py", "grid/assess.py", "trainables/trial.py", "evaluators/actor.py"},
+    "ray": {
+        "grid/cluster.py",
+        "grid/launch.py",
+        "grid/remote.py",
+        "grid/assess.py",
+        "trainables/trial.py",
+        "trainables/distributed.py",
+        "evaluators/actor.py",
+    },
     "mlflow": {"trainables/tracking.py", "trainables/patience.py"},
 }
-LIGHT = ("grid/run.py", "grid/studies.py", "grid/plan.py", "grid/published.py", "grid/progress.py")
+LIGHT = (
+    "grid/run.py",
+    "grid/studies.py",
+    "grid/plan.py",
+    "grid/schedule.py",
+    "grid/published.py",
+    "grid/progress.py",
+)
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "sklearn", "scipy", "pyarrow", "numpy"}
 
 

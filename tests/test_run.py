@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.run import main
+from grid.run import _without_on, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +39,9 @@ def refusal(capsys, *arguments):
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
+        (["--workers", "0"], "'0' is not a whole number of at least 1"),
+        (["--nodes", "8"], "--nodes, --gpus-per-node and --seconds-per-unit go together"),
+        (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
         (["--sceale", "digits"], "unrecognized arguments"),
     ],
 )
@@ -74,9 +77,37 @@ def test_an_mlflow_server_that_does_not_answer_is_refused(capsys, tmp_path):
     assert not results.exists()
 
 
-def test_a_report_without_a_study_is_refused(capsys, tmp_path):
-    message = refusal(capsys, "--report", "--results", str(tmp_path / "none"))
+@pytest.mark.parametrize("asked", ["--report", "--status"])
+def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
+    message = refusal(capsys, asked, "--results", str(tmp_path / "none"))
     assert "holds no mlflow.db" in message
+
+
+def test_workers_that_do_not_divide_a_recipes_batch_are_refused(capsys, tmp_path):
+    arguments = ["--workers", "3", "--tables", "T1", "--results", str(tmp_path / "r")]
+    message = refusal(capsys, *arguments)
+    assert "cannot be shared by 3 workers; --workers must be one of 1, 2, 4, 8, 16, 32" in message
+    assert "resnet50 relu" in message or "deit_small" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(capsys, tmp_path):
+    message = refusal(capsys, "--address", "127.0.0.1:9", "--results", str(tmp_path / "r"))
+    assert "no Ray cluster answers at 127.0.0.1:9" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_study_file_that_is_not_sent_with_the_project_is_refused(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\nevaluators=["clean"]\n')
+    message = refusal(capsys, "--study", str(path), "--on", "cluster.yaml")
+    assert "--on sends this project, and" in message
+
+
+def test_a_cluster_gets_the_command_without_where_it_was_sent():
+    sent = ["--study", "s.toml", "--workers", "2"]
+    assert _without_on([*sent[:2], "--on", "c.yaml", *sent[2:]]) == sent
+    assert _without_on(["--on=c.yaml", *sent]) == sent
 
 
 def test_a_scale_without_data_is_refused(capsys, tmp_path):
@@ -90,6 +121,15 @@ def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     printed = capsys.readouterr().out
     assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 512" in printed
     assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
+
+
+def test_plan_simulates_the_schedule_on_nodes(capsys):
+    cluster = ["--nodes", "8", "--gpus-per-node", "8", "--workers", "8"]
+    assert main(["--plan", "--scale", "imagenet", *cluster, "--seconds-per-unit", "600"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(
+        "Training on 8 nodes of 8 GPUs, 8 trials at once, of 8 workers of 1 GPUs"
+    )
 
 
 def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trainables.recipe import Distillation
@@ -48,7 +50,7 @@ def test_a_trial_reports_every_epoch_once_and_stores_its_weights(start, small, t
     results = run(start(recipe))
     assert [e["epoch"] for result in results for e in result["epochs"]] == [1, 2, 3]
     assert results[-1]["outcome"] == "finished"
-    assert results[-1]["weights"] == str(weights_path(tmp_path, recipe))
+    assert results[-1]["weights"] == weights_path(str(tmp_path), recipe)
 
 
 def test_a_reused_actor_trains_the_same_weights_as_a_fresh_one(start, small, tmp_path):
@@ -88,7 +90,7 @@ def test_a_collapse_ends_the_trial_with_its_reason_and_stays_an_outcome(start, s
     assert results[-1]["outcome"] == "collapsed"
     assert "the training loss became" in results[-1]["reason"]
     assert "weights" not in results[-1]
-    assert not weights_path(tmp_path, recipe).exists()
+    assert not Path(weights_path(str(tmp_path), recipe)).exists()
     again = run(start(recipe))
     assert len(again) == 1
     assert again[0]["reason"] == results[-1]["reason"]

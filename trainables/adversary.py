@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trainables.folding import FoldedClassifier
 from trainables.recipe import Adversary, Recipe
+from trainables.team import ALONE, Team
 
 
 @contextmanager
@@ -33,10 +34,16 @@ def attacked(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def random_start(images_BCHW: Tensor, *, epsilon: float, generator: torch.Generator) -> Tensor:
-    """Return a uniform draw from each image's max-norm ball, cut to [0, 1]."""
+def random_start(
+    images_BCHW: Tensor, *, epsilon: float, generator: torch.Generator, team: Team = ALONE
+) -> Tensor:
+    """Return a uniform draw from each image's max-norm ball, cut to [0, 1].
+
+    The images are the team member's part of a batch.
+    """
     # Drawn on the generator's own device, so that a GPU starts where a CPU does.
-    noise = torch.rand(images_BCHW.shape, generator=generator, device=generator.device)
+    shape = (len(images_BCHW) * team.size, *images_BCHW.shape[1:])
+    noise = torch.rand(shape, generator=generator, device=generator.device)[team.own]
     offset = (noise.to(images_BCHW.device) * 2 - 1) * epsilon
     return (images_BCHW + offset).clamp_(0, 1)
 
@@ -79,17 +86,18 @@ def training_attack(
     epoch: int,
     step: int,
     twin: FoldedClassifier | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Attack a training batch by the recipe's adversary, on its labels_B or soft targets_BK.
 
-    The model is in eval mode meanwhile; its folded `twin` is asked in its place where there is
-    one. as-published: gradients in half precision.
+    The batch may be a team member's part of one. The model is in eval mode meanwhile; its folded
+    `twin` is asked in its place where there is one. as-published: gradients in half precision.
     """
     adversary = recipe.adversary
     assert adversary is not None
     seed = np.random.SeedSequence((recipe.seed, epoch, 4, step)).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
-    start_BCHW = training_start(recipe, adversary, images_BCHW, generator=generator)
+    start_BCHW = training_start(recipe, adversary, images_BCHW, generator=generator, team=team)
     half = torch.float16 if images_BCHW.is_cuda else torch.bfloat16
     as_published = recipe.protocol == "as-published"
     with attacked(classifier), torch.autocast(images_BCHW.device.type, half, as_published):
@@ -109,17 +117,23 @@ def training_attack(
 
 
 def training_start(
-    recipe: Recipe, adversary: Adversary, images_BCHW: Tensor, *, generator: torch.Generator
+    recipe: Recipe,
+    adversary: Adversary,
+    images_BCHW: Tensor,
+    *,
+    generator: torch.Generator,
+    team: Team = ALONE,
 ) -> Tensor:
     """Return where a training attack starts.
 
     corrected: each image at random in its ball with chance 1 - plain_start, else at itself.
     as-published: the whole batch at random if a normal draw exceeds plain_start.
     """
-    started_BCHW = random_start(images_BCHW, epsilon=adversary.epsilon, generator=generator)
+    epsilon = adversary.epsilon
+    started_BCHW = random_start(images_BCHW, epsilon=epsilon, generator=generator, team=team)
     if recipe.protocol == "as-published":
         drawn = float(torch.randn((), generator=generator))
         return started_BCHW if drawn > adversary.plain_start else images_BCHW
-    draws_B = torch.rand(len(images_BCHW), generator=generator)
+    draws_B = torch.rand(len(images_BCHW) * team.size, generator=generator)[team.own]
     plain_B = (draws_B < adversary.plain_start).to(images_BCHW.device)
     return torch.where(plain_B.view(-1, 1, 1, 1), images_BCHW, started_BCHW)

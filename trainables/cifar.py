@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trainables.checkpoint import write_atomically
 from trainables.data import Data, Split
 from trainables.images import ImageFiles, as_tensor
 from trainables.scale import Scale
 from trainables.source import DataSource, ImageList, list_splits
+from trainables.storage import write_atomically
 
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = "cifar-10-batches-py"

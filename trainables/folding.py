@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from trainables.models import Classifier, GhostBatchNorm2d
+from trainables.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 
 TOLERANCE = 1e-4
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
+OURS = (GhostBatchNorm2d, SharedBatchNorm2d, SharedGhostBatchNorm2d)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class _Pair:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, GhostBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, OURS) or super().is_leaf_module(m, module_qualified_name)
 
 
 class FoldedClassifier(nn.Module):
@@ -61,7 +63,7 @@ class FoldedClassifier(nn.Module):
     def _is_foldable(self, node: fx.Node) -> bool:
         norm, before = self._module_of(node), node.args[0] if node.args else None
         return (
-            type(norm) in (nn.BatchNorm2d, GhostBatchNorm2d)
+            type(norm) in (nn.BatchNorm2d, *OURS)
             and isinstance(before, fx.Node)
             and type(self._module_of(before)) is nn.Conv2d
             and len(before.users) == 1

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
-from trainables.checkpoint import write_atomically
+from trainables.storage import write_atomically
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 CHANNELS = 3

@@ -13,6 +13,7 @@ from trainables.augment import augmented, epoch_order, is_cached
 from trainables.data import Split
 from trainables.images import ImageFiles
 from trainables.recipe import Recipe
+from trainables.team import ALONE, Team
 
 Key = tuple[int, int]  # epoch, place
 
@@ -29,10 +30,11 @@ class _Augmented(Dataset[Tensor]):
 
 
 class _Order(Sampler[list[Key]]):
-    """The batches of the epoch that comes next."""
+    """The batches of the epoch that comes next, as far as one worker of a team sees them."""
 
-    def __init__(self, recipe: Recipe, count: int) -> None:
+    def __init__(self, recipe: Recipe, count: int, team: Team) -> None:
         self._recipe, self._count = recipe, count
+        self._rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
         self.epoch = 0
 
     def batches(self) -> list[list[int]]:
@@ -40,7 +42,8 @@ class _Order(Sampler[list[Key]]):
         recipe = self._recipe
         order = epoch_order(self._count, seed=recipe.seed, epoch=self.epoch)
         whole = len(order) // recipe.batch_size * recipe.batch_size
-        return [part.tolist() for part in torch.split(order[:whole], recipe.forward_batch)]
+        parts = torch.split(order[:whole], recipe.forward_batch)
+        return [part[self._rows].tolist() for part in parts]
 
     def __iter__(self) -> Iterator[list[Key]]:
         for places in self.batches():
@@ -53,8 +56,16 @@ class TrainBatches:
     Few images are kept augmented, and need none.
     """
 
-    def __init__(self, recipe: Recipe, split: Split, *, workers: int, pin: bool = False) -> None:
-        self._order = _Order(recipe, len(split))
+    def __init__(
+        self,
+        recipe: Recipe,
+        split: Split,
+        *,
+        workers: int,
+        pin: bool = False,
+        team: Team = ALONE,
+    ) -> None:
+        self._order = _Order(recipe, len(split), team)
         self._dataset = _Augmented(recipe, split.images)
         self.steps = len(split) // recipe.batch_size
         if not self.steps:
@@ -73,7 +84,10 @@ class TrainBatches:
             )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each forward batch of an epoch: images uint8 (B, 3, H, W), their places."""
+        """Yield each forward batch of an epoch: images uint8 (B, 3, H, W), their places.
+
+        A worker of a team gets the rows that it has to see.
+        """
         self._order.epoch = epoch
         places = self._order.batches()
         alone = map(self._dataset.__getitems__, self._order)

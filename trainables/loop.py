@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainables.adversary import attacked, pgd_iterates, training_attack
@@ -23,6 +24,7 @@ from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
 from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
+from trainables.team import ALONE, Team, gathered
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
@@ -58,6 +60,8 @@ class _Training:
     scaler: GradScaler
     forward: Callable[[Tensor], Tensor]
     twin: FoldedClassifier | None
+    team: Team
+    network: nn.Module  # the classifier, or DDP around it
 
 
 def train(
@@ -69,6 +73,7 @@ def train(
     teacher: Classifier | None = None,
     start: dict[str, Any] | None = None,
     compiled: bool = False,
+    team: Team = ALONE,
 ) -> Iterator[EpochReport]:
     """Train a classifier by its recipe and report after every epoch.
 
@@ -76,10 +81,12 @@ def train(
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
     A collapse ends the training: an outcome, not an error. A recipe with a teacher needs it here.
     `compiled`: the weight steps go through torch.compile, and are no longer the same bits.
+    Every worker of a team calls this with the same arguments and gets the same metrics.
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
     classifier.to(device)
+    network = gathered(classifier, team)
     optimizer = build_optimizer(recipe, classifier)
     history: list[dict[str, float]] = []
     if start is not None:
@@ -100,11 +107,15 @@ def train(
         teacher=teacher,
         optimizer=optimizer,
         data=data,
-        batches=TrainBatches(recipe, data.train, workers=data.workers, pin=device.type == "cuda"),
+        batches=TrainBatches(
+            recipe, data.train, workers=data.workers, pin=device.type == "cuda", team=team
+        ),
         device=device,
         scaler=scaler,
-        forward=torch.compile(classifier) if compiled else classifier,
         twin=twin,
+        team=team,
+        network=network,
+        forward=torch.compile(network) if compiled else network,
     )
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
@@ -124,9 +135,13 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
         metrics |= {f"curriculum/{name}": float(value) for name, value in fields.items()}
     if recipe.adversary:
         probed = data.train.subset(scale.probe_images, seed=0)
-        metrics[PROBE] = probe(recipe, classifier, probed, device=training.device)
+        metrics[PROBE] = probe(
+            recipe, classifier, probed, device=training.device, team=training.team
+        )
     if (epoch + 1) % scale.validate_every == 0 or epoch + 1 == recipe.epochs:
-        metrics["held_out/accuracy"] = accuracy(classifier, data.held_out, device=training.device)
+        metrics["held_out/accuracy"] = accuracy(
+            classifier, data.held_out, device=training.device, team=training.team
+        )
     return metrics
 
 
@@ -160,40 +175,62 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     training.classifier.train()
     total = torch.zeros((), device=training.device)
     rate = 0.0
-    for forward, (images, chosen) in enumerate(training.batches.epoch(epoch)):
+    for forward, (images, seen) in enumerate(training.batches.epoch(epoch)):
         step, micro = divmod(forward, recipe.accumulation)
         if micro == 0:
             rate = rate_at(recipe, epoch, step, steps)
             set_rate(optimizer, rate)
             optimizer.zero_grad()
         use_set(training.classifier, micro)
-        with _named_memory(training, len(chosen)):
-            loss = _batch_loss(training, images, chosen, epoch, forward)
+        with _named_memory(training, len(seen)), _gathering(training, micro):
+            loss = _batch_loss(training, images, seen, epoch, forward)
             scaled = training.scaler.scale(loss / recipe.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         if micro + 1 == recipe.accumulation:
             training.scaler.step(optimizer)
             training.scaler.update()
-    return {"train/loss": float(total) / (steps * recipe.accumulation), "train/rate": rate}
+    mean = float(training.team.total(total)) / training.team.size
+    return {"train/loss": mean / (steps * recipe.accumulation), "train/rate": rate}
+
+
+def _gathering(training: _Training, micro: int) -> AbstractContextManager[None]:
+    """Have a team's gradients gathered with the last forward batch of a step only."""
+    network = training.network
+    if isinstance(network, DistributedDataParallel) and micro + 1 < training.recipe.accumulation:
+        return network.no_sync()
+    return nullcontext()
 
 
 def _batch_loss(
-    training: _Training, images: Tensor, chosen: Tensor, epoch: int, forward: int
+    training: _Training, images: Tensor, seen: Tensor, epoch: int, forward: int
 ) -> Tensor:
-    """Return the loss of one forward batch: mixed, attacked and taught as the recipe says."""
-    recipe, classifier = training.recipe, training.classifier
+    """Return the loss of one forward batch: mixed, attacked and taught as the recipe says.
+
+    images: those of the batch that this worker has to see; seen: their places. A team's member
+    returns its part's loss.
+    """
+    recipe, classifier, team = training.recipe, training.classifier, training.team
+    rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
     inputs, targets = mix(
         recipe,
         to_unit(images.to(training.device, non_blocking=True)),
-        training.data.train.labels[chosen].to(training.device),
+        training.data.train.labels[seen].to(training.device),
         num_classes=len(training.data.class_names),
         epoch=epoch,
         step=forward,
     )
+    inputs, targets = team.own_of(rows, inputs), team.own_of(rows, targets)
     if recipe.adversary:
         inputs = training_attack(
-            recipe, classifier, inputs, targets, epoch=epoch, step=forward, twin=training.twin
+            recipe,
+            classifier,
+            inputs,
+            targets,
+            epoch=epoch,
+            step=forward,
+            twin=training.twin,
+            team=team,
         )
     half = PRECISIONS[recipe.precision]
     with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
@@ -203,7 +240,9 @@ def _batch_loss(
                 taught_BK = training.teacher(inputs).float()
     loss = training_loss(recipe, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:
-        loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
+        loss = distillation_loss(
+            recipe.distillation, loss, logits_BK, taught_BK, parts=training.team.size
+        )
     return loss
 
 
@@ -228,9 +267,17 @@ def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    distillation: Distillation, loss: Tensor, logits_BK: Tensor, taught_BK: Tensor
+    distillation: Distillation,
+    loss: Tensor,
+    logits_BK: Tensor,
+    taught_BK: Tensor,
+    *,
+    parts: int = 1,
 ) -> Tensor:
-    """Blend a loss on the labels with the soft divergence from the teacher's plain logits."""
+    """Blend a loss on the labels with the soft divergence from the teacher's plain logits.
+
+    The logits are one of `parts` equal parts of a batch, whose losses are averaged.
+    """
     tau = distillation.tau
     divergence = F.kl_div(
         F.log_softmax(logits_BK / tau, dim=1),
@@ -238,25 +285,38 @@ def distillation_loss(
         log_target=True,
         reduction=distillation.reduction,
     )
+    if distillation.reduction == "sum":
+        divergence = divergence * parts
     return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 
 @torch.inference_mode()
-def accuracy(classifier: Classifier, split: Split, *, device: torch.device) -> float:
+def accuracy(
+    classifier: Classifier, split: Split, *, device: torch.device, team: Team = ALONE
+) -> float:
     """Return the share of a split's images that the classifier, in eval mode, gets right."""
     classifier.eval()
-    right = 0
-    for first in range(0, len(split), EVALUATION_BATCH):
+    right = torch.zeros((), dtype=torch.long, device=device)
+    stride = EVALUATION_BATCH * team.size
+    for first in range(EVALUATION_BATCH * team.rank, len(split), stride):
         part = slice(first, first + EVALUATION_BATCH)
         predicted = classifier(to_unit(split.images[part].to(device))).argmax(dim=1)
-        right += int((predicted == split.labels[part].to(device)).sum())
-    return right / len(split)
+        right += (predicted == split.labels[part].to(device)).sum()
+    return int(team.total(right)) / len(split)
 
 
-def probe(recipe: Recipe, classifier: Classifier, split: Split, *, device: torch.device) -> float:
+def probe(
+    recipe: Recipe,
+    classifier: Classifier,
+    split: Split,
+    *,
+    device: torch.device,
+    team: Team = ALONE,
+) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
     assert recipe.adversary is not None
-    images_BCHW, labels_B = to_unit(split.images[:].to(device)), split.labels.to(device)
+    own = split.images[:][team.own]
+    images_BCHW, labels_B = to_unit(own.to(device)), split.labels[team.own].to(device)
     epsilon = recipe.adversary.epsilon
     with attacked(classifier):
         iterates = pgd_iterates(
@@ -270,4 +330,5 @@ def probe(recipe: Recipe, classifier: Classifier, split: Split, *, device: torch
         )
         _, final_BCHW = next(iterates)
         with torch.no_grad():
-            return float((classifier(final_BCHW).argmax(dim=1) == labels_B).float().mean())
+            right = (classifier(final_BCHW).argmax(dim=1) == labels_B).float().sum()
+    return float(team.total(right) / len(split))

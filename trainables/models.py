@@ -104,19 +104,21 @@ class GhostBatchNorm2d(nn.Module):
             count // self.ghosts, self.ghosts, height, width, self.features
         )
         side_by_side = split.permute(0, 2, 3, 1, 4).flatten(3)
-        normalised = F.batch_norm(
-            side_by_side.permute(0, 3, 1, 2),
-            self.running_mean[self.active_set],
-            self.running_var[self.active_set],
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        normalised = self._normalised(side_by_side.permute(0, 3, 1, 2))
         parted = normalised.permute(0, 2, 3, 1).reshape(
             count // self.ghosts, height, width, self.ghosts, self.features
         )
         together: Tensor = parted.permute(0, 3, 1, 2, 4).flatten(0, 1)
         return together.permute(0, 3, 1, 2) * self.weight + self.bias
+
+    def _normalised(self, side_by_side: Tensor) -> Tensor:
+        mean, var = self.running_mean[self.active_set], self.running_var[self.active_set]
+        return self._by_batch(side_by_side, mean, var)
+
+    def _by_batch(self, images_BCHW: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise by the batch's statistics and move the running ones towards them."""
+        momentum = self.momentum
+        return F.batch_norm(images_BCHW, mean, var, training=True, momentum=momentum, eps=self.eps)
 
 
 def use_set(module: nn.Module, index: int) -> None:

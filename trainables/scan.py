@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from trainables.checkpoint import write_atomically
 from trainables.images import UNREADABLE
 from trainables.source import DataSource, list_splits
+from trainables.storage import write_atomically
 
 SCHEMA = pa.schema(
     [

@@ -214,7 +214,7 @@ class Tracker:
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
         epochs = self._client.get_metric_history(run.run_id, "train/seconds")
-        judged = (v for key, v in run.metrics.items() if key.removesuffix("/seconds") in run.cells)
+        judged = (run.metrics.get(f"{evaluator}/seconds", 0.0) for evaluator in run.cells)
         return float(sum(metric.value for metric in epochs) + sum(judged))
 
     def log_evaluation(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from trainables.recipe import Recipe
+from trainables.storage import below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from trainables.loop import EpochReport
     from trainables.models import Classifier
+    from trainables.team import Team
 
 CHECKPOINT_SECONDS = 5.0
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
@@ -23,9 +24,11 @@ WEIGHTS = "weights.safetensors"
 
 
 @dataclass
-class _Running:
+class RunningTrial:
+    """A trial in a process that trains it, alone or as a worker of a team."""
+
     recipe: Recipe
-    folder: Path
+    folder: str
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
@@ -33,6 +36,7 @@ class _Running:
     unsent: list[dict[str, float]] = field(default_factory=list)
     epoch: int = 0
     saved_at: float = field(default_factory=time.monotonic)
+    leads: bool = True
 
 
 class RecipeTrial(tune.Trainable):  # type: ignore[misc]
@@ -55,57 +59,70 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
         self._trial_config: dict[str, Any] = config["trial"]
-        self._running: _Running | None = None
+        self._running: RunningTrial | None = None
 
     def step(self) -> dict[str, Any]:
-        running = self._running
-        if running is None:
-            running = self._running = _open(self._trial_config)
-        if running.outcome == "training":
-            _advance(running)
-        result = {
-            "digest": running.recipe.digest(),
-            "epoch": running.epoch,
-            "epochs": running.unsent,
-            "outcome": running.outcome,
-            "reason": running.reason,
-            "done": running.outcome != "training",
-        }
-        running.unsent = []
-        return result | (_store_weights(running) if running.outcome == "finished" else {})
+        if self._running is None:
+            self._running = open_trial(self._trial_config)
+        return next_result(self._running)
 
     def cleanup(self) -> None:
         self._running = None
 
 
-def weights_path(storage: Path, recipe: Recipe) -> Path:
+def weights_path(storage: str, recipe: Recipe) -> str:
     """Return where a trial's trained weights lie, once it has finished."""
-    return storage / "trials" / recipe.digest() / WEIGHTS
+    return below(storage, "trials", recipe.digest(), WEIGHTS)
 
 
-def _open(config: dict[str, Any]) -> _Running:
+def next_result(running: RunningTrial) -> dict[str, Any]:
+    """Train a trial's next epoch, unless it is over, and return what the recorder is told."""
+    if running.outcome == "training":
+        _advance(running)
+    result = {
+        "digest": running.recipe.digest(),
+        "epoch": running.epoch,
+        "epochs": running.unsent,
+        "outcome": running.outcome,
+        "reason": running.reason,
+        "done": running.outcome != "training",
+    }
+    running.unsent = []
+    stored = running.outcome == "finished" and running.leads
+    return result | (_store_weights(running) if stored else {})
+
+
+def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial:
+    """Build a trial anew, as far as its newest sound checkpoint has it.
+
+    Of a team only the first worker reads and writes the storage. config: as of `RecipeTrial`.
+    """
     import torch
 
-    from trainables.checkpoint import load_newest_checkpoint, load_weights
+    from trainables.checkpoint import fit_weights, load_newest_checkpoint, stored_weights
     from trainables.data import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.scale import scale_named
+    from trainables.team import ALONE
 
+    team = team or ALONE
     torch.set_num_threads(config["threads"])
     recipe = Recipe.model_validate(config["recipe"])
-    storage = Path(config["storage"])
-    running = _Running(recipe, storage / "trials" / recipe.digest())
+    storage = config["storage"]
+    folder = below(storage, "trials", recipe.digest())
+    running = RunningTrial(recipe, folder, leads=team.rank == 0)
     teacher = None
     if recipe.teacher:
         taught_by = weights_path(storage, recipe.teacher)
-        if not taught_by.exists():
+        weights = team.shared(stored_weights(taught_by) if running.leads else None)
+        if weights is None:
             running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
             return running
         teacher = build_classifier(recipe.teacher)
-        load_weights(taught_by, teacher)
+        fit_weights(weights, teacher, taught_by)
     running.classifier = build_classifier(recipe)
-    start = load_newest_checkpoint(running.folder)
+    start = team.shared(load_newest_checkpoint(running.folder) if running.leads else None)
     if start:
         running.unsent, running.epoch = list(start["history"]), len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
@@ -118,11 +135,12 @@ def _open(config: dict[str, Any]) -> _Running:
         teacher=teacher,
         start=start,
         compiled=config["compile"],
+        team=team,
     )
     return running
 
 
-def _advance(running: _Running) -> None:
+def _advance(running: RunningTrial) -> None:
     from trainables.checkpoint import save_checkpoint
 
     assert running.reports is not None
@@ -132,17 +150,18 @@ def _advance(running: _Running) -> None:
     running.epoch = report.epoch
     running.unsent.append(report.metrics | {SECONDS: now - began})
     running.outcome, running.reason = report.outcome, report.reason
-    if report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS:
+    early = report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS
+    if early or not running.leads:
         return
     running.saved_at = now
     state = report.state | {"outcome": report.outcome, "reason": report.reason}
     save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
 
 
-def _store_weights(running: _Running) -> dict[str, str]:
+def _store_weights(running: RunningTrial) -> dict[str, str]:
     from trainables.checkpoint import save_weights
 
     assert running.classifier is not None
-    path = running.folder / WEIGHTS
+    path = below(running.folder, WEIGHTS)
     sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
-    return {"weights": str(path), "sha256": sha256}
+    return {"weights": path, "sha256": sha256}

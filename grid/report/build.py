@@ -15,8 +15,8 @@ from grid.report.export import difference_text, markdown, write_exports
 from grid.report.findings import Findings, find
 from grid.report.plots import claims_plot
 from grid.studies import Study
-from trainables.checkpoint import write_atomically
 from trainables.scale import Scale
+from trainables.storage import write_atomically
 from trainables.tracking import Tracker
 
 TITLE = "Are Transformers More Robust Than CNNs? Re-run"

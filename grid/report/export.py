@@ -11,7 +11,7 @@ from evaluators.paired import Paired
 from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable
 from grid.report.verdicts import Comparison
-from trainables.checkpoint import write_atomically
+from trainables.storage import write_atomically
 
 
 def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:

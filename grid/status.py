@@ -1,0 +1,74 @@
+"""Where a study stands, read from MLflow alone: no Ray, no torch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from grid.plan import Plan
+from grid.progress import format_seconds
+from trainables.scale import Scale
+from trainables.tracking import Tracker, check_address
+
+
+def tracking_uri(results: Path, mlflow: str | None) -> str:
+    """Return the MLflow address: the one given, or the database in the results folder."""
+    return mlflow or f"sqlite:///{results.resolve()}/mlflow.db"
+
+
+def open_tracker(
+    results: Path, mlflow: str | None, scale: Scale, say: Callable[[str], None] = print
+) -> Tracker:
+    """Open the experiment of a scale; its database is made on first use.
+
+    `say` is told when the server is away.
+    """
+    check_address(mlflow or "")
+    artifacts = None if mlflow else results.resolve() / "artifacts"
+    return Tracker(
+        tracking_uri(results, mlflow),
+        experiment=f"robustness-{scale.name}",
+        artifacts=artifacts,
+        say=say,
+    )
+
+
+def open_existing(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
+    """Open the experiment of a study that was run; ValueError when there is no database."""
+    if not mlflow and not (results / "mlflow.db").exists():
+        raise ValueError(f"{results} holds no mlflow.db: run the study first, or --mlflow")
+    return open_tracker(results, mlflow, scale)
+
+
+def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
+    """Say which outcomes a plan's trials have, cells judged, time spent, and what is under way.
+
+    now: seconds since the epoch. A run that was killed leaves its trials as in training.
+    """
+    runs = tracker.trials()
+    outcomes = Counter(runs[t.digest].outcome if t.digest in runs else "waiting" for t in plan)
+    there = [(trial, runs[trial.digest]) for trial in plan if trial.digest in runs]
+    judgeable = [t for t in plan if t.digest not in runs or runs[t.digest].outcome != "collapsed"]
+    cells = sum(len(trial.evaluators) for trial in judgeable)
+    judged = sum(len(set(trial.evaluators) & set(run.cells)) for trial, run in there)
+    spent = sum(tracker.seconds(run) for _, run in there)
+    lines = [
+        f"{len(plan.trials)} trials: "
+        + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())),
+        f"{judged} of {cells} cells judged; {format_seconds(spent)} of training and judging",
+    ]
+    for trial, run in there:
+        if run.outcome == "training":
+            began = format_seconds(now - run.start_time / 1000)
+            epochs = f"epoch {run.logged_epochs}/{trial.recipe.epochs}"
+            lines.append(f"training: {trial.recipe.describe()}: {epochs}, begun {began} ago")
+        elif run.outcome in ("failed", "blocked", "collapsed"):
+            lines.append(f"{run.outcome}: {trial.recipe.describe()}: {run.reason}")
+    return "\n".join(lines)
+
+
+def print_status(results: Path, mlflow: str | None, scale: Scale, plan: Plan) -> None:
+    """Print where a study stands."""
+    print(describe_status(open_existing(results, mlflow, scale), plan, now=time.time()))

@@ -1,0 +1,97 @@
+"""Trainings by a team of real processes over gloo, for the tests of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from trainables.data import Data, Split, load_data
+from trainables.loop import train
+from trainables.models import GhostBatchNorm2d, build_classifier, use_set
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS
+from trainables.team import ALONE, Team, gathered
+
+Job = Callable[[Team], Any]
+
+
+def few_digits() -> Data:
+    digits = load_data(DIGITS)
+
+    def head(split: Split, count: int) -> Split:
+        parts = {"images": split.images[:count], "labels": split.labels[:count]}
+        return Split(**parts, ids=split.ids[:count])
+
+    return Data(
+        name="digits",
+        train=head(digits.train, 192),
+        held_out=head(digits.held_out, 60),
+        class_names=digits.class_names,
+    )
+
+
+def in_a_team(folder: Path, size: int, jobs: Sequence[Job]) -> list[list[Any]]:
+    """Return what each worker of a team got from each job: answers[worker][job]."""
+    multiprocessing.spawn(_work, (str(folder), size, jobs), nprocs=size)
+    return [torch.load(folder / f"worker-{rank}.pt") for rank in range(size)]
+
+
+def _work(rank: int, folder: str, size: int, jobs: Sequence[Job]) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=size)
+    torch.save([job(Team(rank, size)) for job in jobs], f"{folder}/worker-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def trained(recipe: Recipe, team: Team = ALONE, *, stop: int | None = None) -> tuple[Any, Any]:
+    """Return weights and metrics; with `stop`, of a training cut short there and resumed."""
+    data, start = few_digits(), None
+    for end in (stop, recipe.epochs):
+        if end is None:
+            continue
+        classifier = build_classifier(recipe)
+        teacher = build_classifier(recipe.teacher) if recipe.teacher else None
+        device = torch.device("cpu")
+        reports = train(
+            recipe, classifier, data, device=device, teacher=teacher, start=start, team=team
+        )
+        for report in reports:
+            if report.epoch == end:
+                break
+        start = report.state
+    assert start is not None
+    return {name: value.clone() for name, value in start["model"].items()}, start["history"]
+
+
+class Norms(nn.Module):
+    """Both batch normalisations, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.BatchNorm2d(3)
+        self.ghost = GhostBatchNorm2d(3, ghosts=4, sets=2)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.ghost(self.plain(images_BCHW))
+
+
+def through_norms(team: Team = ALONE) -> dict[str, Tensor]:
+    """Return outputs, gradients and statistics after two batches, each in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    images, weights = torch.randn(2, 2, 8, 3, 4, 4, dtype=torch.double, generator=generator)
+    norms = Norms().double()
+    network = gathered(norms, team)
+    found: dict[str, Tensor] = {}
+    for index in (0, 1):
+        use_set(norms, index)
+        own = images[index][team.own].clone().requires_grad_()
+        outputs = network(own)
+        (outputs.square() * weights[index][team.own]).mean().backward()
+        found |= {f"outputs {index}": outputs.detach(), f"inputs {index}": own.grad / team.size}
+    found |= {f"gradient {name}": p.grad.clone() for name, p in norms.named_parameters()}
+    return found | {name: value.clone() for name, value in norms.named_buffers()}

@@ -1,0 +1,110 @@
+"""Both cluster files: valid by Ray's own schema, and the AWS one brought up on a mock of EC2."""
+
+from __future__ import annotations
+
+import re
+import stat
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private import commands
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+FILES = ("cluster.yaml", "cluster-local.yaml")
+
+
+def read(name):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cluster_file_is_valid_by_rays_schema(name):
+    validate_config(prepare_config(read(name)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_but_ray_itself_listens_beyond_the_head(name):
+    config = read(name)
+    start = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "mlflow server --host 127.0.0.1" in start
+    assert "0.0.0.0" not in (ROOT / name).read_text()  # noqa: S104
+    assert "~/.ray/auth_token" in config["file_mounts"]
+    assert "RAY_AUTH_MODE=token" in (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_node_installs_this_project_at_pinned_versions(name):
+    setup = " ".join(read(name)["setup_commands"])
+    assert re.search(r"constraints\.txt.* '\.\[cluster\]'", setup)
+    pins = (ROOT / "constraints.txt").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^a-z0-9-]", entry)[0] for entry in project["dependencies"]}
+    assert names <= set(re.findall(r"^([a-z0-9-]+)==", pins, re.MULTILINE))
+
+
+def test_the_workers_are_spot_instances_between_a_minimum_and_a_maximum():
+    config = read("cluster.yaml")
+    gpu = config["available_node_types"]["gpu"]
+    assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert 0 < gpu["min_workers"] <= gpu["max_workers"] <= config["max_workers"]
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+
+
+class Commands:
+    """Stands for ssh and rsync to machines that only the mock has: notes what they would run."""
+
+    def __init__(self):
+        self.run = []
+
+    def __getattr__(self, name):
+        def note(command, *args, **options):
+            self.run.append(" ".join(command) if isinstance(command, list) else command)
+            return b"up 1 min" if name == "check_output" else 0
+
+        return note
+
+
+def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path, monkeypatch):
+    pytest.importorskip("moto", reason="needs moto: pip install 'moto[ec2,iam]'")
+    import boto3
+    import ray.autoscaler._private.aws.config as aws
+    from moto import mock_aws
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)
+    done = Commands()
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        ec2 = boto3.client("ec2", "us-west-2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        config = read("cluster.yaml")
+        for node_type in config["available_node_types"].values():
+            assert node_type["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/")
+            node_type["node_config"]["ImageId"] = image
+        bootstrapped = commands._bootstrap_config(config, no_config_cache=True)
+        commands.get_or_create_head_node(
+            bootstrapped,
+            str(ROOT / "cluster.yaml"),
+            no_restart=False,
+            restart_only=False,
+            yes=True,
+            override_cluster_name=None,
+            _runner=done,
+        )
+        (reservation,) = ec2.describe_instances()["Reservations"]
+    (instance,) = reservation["Instances"]
+    assert instance["InstanceType"] == "m6i.2xlarge"
+    assert {"Key": "ray-node-type", "Value": "head"} in instance["Tags"]
+    (key,) = (tmp_path / ".ssh").glob("*.pem")
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    said = "\n".join(done.run)
+    for piece in ("uv pip install", "nfs-kernel-server", "mlflow server", "ray start --head"):
+        assert piece in said

@@ -1,0 +1,44 @@
+"""Where a study stands, from a real MLflow database."""
+
+from __future__ import annotations
+
+from grid.plan import build_plan
+from grid.status import describe_status
+from grid.studies import load_study
+from trainables.scale import DIGITS
+from trainables.tracking import Tracker
+
+
+def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
+    plan = build_plan(load_study("paper"), DIGITS, tables=["T1"], evaluators=["clean", "pgd"])
+    first, second, *rest = plan.trials
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = Tracker(uri, experiment="status", artifacts=tmp_path / "artifacts")
+    parent = tracker.open_study("paper", "a study")
+
+    def start(trial):
+        return tracker.start_trial(
+            digest=trial.digest,
+            name=trial.recipe.describe(),
+            parent=parent,
+            study="paper",
+            tables="T1",
+            recipe_json=trial.recipe.model_dump_json(),
+            params={},
+            dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
+        )
+
+    done, going = start(first), start(second)
+    tracker.log_epochs(done, [{"epoch": 1.0, "train/seconds": 60.0}])
+    tracker.end_trial(done, outcome="finished", reason="")
+    tracker.record_cell(
+        done, evaluator="clean", cell="q", ledger=b"", metrics={"clean": 0.9, "clean/seconds": 10.0}
+    )
+    tracker.log_epochs(going, [{"epoch": 3.0, "train/seconds": 10.0}])
+    said = describe_status(tracker, plan, now=going.start_time / 1000 + 600).splitlines()
+    waiting = f", {len(rest)} waiting" if rest else ""
+    assert said[0] == f"{len(plan.trials)} trials: 1 finished, 1 training{waiting}"
+    assert said[1] == f"1 of {2 * len(plan.trials)} cells judged; 80 s of training and judging"
+    described = second.recipe.describe()
+    expected = f"training: {described}: epoch 3/{second.recipe.epochs}, begun 10 min ago"
+    assert said[2] == expected

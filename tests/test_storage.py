@@ -1,0 +1,96 @@
+"""Checkpoints and weights in a folder and on a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainables.checkpoint import (
+    load_newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+    stored_weights,
+)
+from trainables.models import build_classifier
+from trainables.storage import below, fetched, folder_at, parted
+from trainables.trial import RecipeTrial
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """Return the URI of a bucket on a server that speaks S3."""
+    moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="grid")
+        yield f"s3://grid?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def where(request, tmp_path):
+    if request.param == "folder":
+        return str(tmp_path)
+    return below(request.getfixturevalue("bucket"), request.node.originalname)
+
+
+def test_names_go_before_a_uris_query():
+    assert below("/a/b/", "c", "d") == "/a/b/c/d"
+    assert below("s3://grid?scheme=http", "c", "d") == "s3://grid/c/d?scheme=http"
+    assert parted("s3://grid/c/d?scheme=http") == ("s3://grid/c?scheme=http", "d")
+    assert parted("/a/b") == ("/a", "b")
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(where):
+    place = below(where, "trial")
+    assert load_newest_checkpoint(place) is None
+    for epoch in (1, 2, 10):
+        newest = save_checkpoint(place, epoch, {"epoch": epoch})
+    folder = folder_at(place)
+    assert sorted(name[:11] for name in folder.names()) == ["epoch-00002", "epoch-00010"]
+    folder.write(newest, folder.read(newest)[:-9])
+    assert load_newest_checkpoint(place) == {"epoch": 2}
+    assert newest.replace(".pt", ".damaged") in folder.names()
+
+
+def test_weights_are_stored_found_and_lent(where, small):
+    path = below(where, "trial", "weights.safetensors")
+    assert stored_weights(path) is None
+    classifier = build_classifier(small())
+    save_weights(path, classifier, "{}")
+    stored = stored_weights(path)
+    assert all(torch.equal(stored[k], v) for k, v in classifier.state_dict().items())
+    with fetched(path) as here:
+        assert here.name == "weights.safetensors"
+        assert here.is_file()
+
+
+def test_a_trial_goes_on_from_its_checkpoint_on_s3(
+    bucket, small, few_digits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("trainables.data.load_data", lambda scale: few_digits)
+    monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
+    recipe = small("deit", epochs=2)
+
+    def actor(storage):
+        trial = {"recipe": recipe.model_dump(mode="json"), "threads": 1, "device": "cpu"}
+        return RecipeTrial({"trial": trial | {"storage": storage}})
+
+    actor(bucket).step()
+    resumed = actor(bucket).step()
+    assert (resumed["epoch"], resumed["outcome"]) == (2, "finished")
+    undisturbed = actor(str(tmp_path))
+    undisturbed.step()
+    assert undisturbed.step()["sha256"] == resumed["sha256"]
+
+
+def test_storage_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="storage 'ftps://there' cannot be used"):
+        folder_at("ftps://there")

@@ -1,0 +1,98 @@
+"""A trial trained by several workers: what each takes, and that the result is that of one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.teams import in_a_team, through_norms, trained
+from trainables.recipe import Adversary, Distillation
+from trainables.team import Team, check_team
+
+# Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
+# amplify that: the largest difference of a weight after two epochs.
+TOLERANCE = {
+    "deit sgd": 1e-6,
+    "deit adamw": 1e-3,
+    "deit attacked as published": 1e-3,
+    "student of a summed divergence": 1e-3,
+    "resnet": 5e-3,
+    "resnet attacked": 5e-2,
+    "resnet with ghosts, accumulated": 1e-3,
+    "resnet with ghosts, attacked": 5e-2,
+}
+
+
+@pytest.fixture
+def recipes(small):
+    adversary = Adversary(epsilon=16 / 255, step_size=16 / 255, plain_start=0.2)
+    deit, resnet = small("deit"), small()
+    sgd = deit.replace(optimizer="sgd", learning_rate=0.1)
+    mixed = deit.replace(augmentations="mixup+cutmix")
+    summed = Distillation(teacher=resnet, reduction="sum")
+    return {
+        "deit sgd": sgd,
+        "deit adamw": mixed,
+        "deit attacked as published": sgd.replace(adversary=adversary, protocol="as-published"),
+        "student of a summed divergence": deit.replace(distillation=summed),
+        "resnet": resnet,
+        "resnet attacked": resnet.replace(adversary=adversary),
+        "resnet with ghosts, accumulated": resnet.replace(
+            norm="ghost", ghost_batch=8, micro_batch=32
+        ),
+        "resnet with ghosts, attacked": resnet.replace(
+            norm="ghost", ghost_batch=16, adversary=adversary
+        ),
+    }
+
+
+def test_two_workers_train_what_one_does(recipes, tmp_path):
+    jobs = [partial(trained, recipe) for recipe in recipes.values()]
+    first, second = in_a_team(tmp_path, 2, jobs)
+    for index, (name, recipe) in enumerate(recipes.items()):
+        alone, metrics = trained(recipe)
+        weights, metrics_of_two = first[index]
+        assert metrics_of_two == second[index][1], name
+        assert all(torch.equal(weights[k], second[index][0][k]) for k in weights), name
+        assert weights.keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE[name], msg=name)
+        for own, of_two in zip(metrics, metrics_of_two, strict=True):
+            assert of_two == pytest.approx(own, rel=1e-2), name
+
+
+def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
+    whole = through_norms()
+    for rank, (found,) in enumerate(in_a_team(tmp_path, 2, [through_norms])):
+        assert found.keys() == whole.keys()
+        for name, value in found.items():
+            per_image = name.startswith(("outputs", "inputs"))
+            expected = whole[name][rank::2] if per_image else whole[name]
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_team_of_three_that_is_cut_short_ends_with_the_same_bits(small, tmp_path):
+    recipe = small(epochs=3, batch_size=48)
+    jobs = [partial(trained, recipe), partial(trained, recipe, stop=1)]
+    for (whole, history), (resumed, resumed_history) in in_a_team(tmp_path, 3, jobs):
+        assert resumed_history == history
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():
+    team = Team(1, 4)
+    assert team.rows(8, paired=False).tolist() == [1, 5]
+    rows = team.rows(8, paired=True)
+    assert rows.tolist() == [1, 2, 5, 6]
+    assert team.own_of(rows, torch.tensor([10, 20, 50, 60])).tolist() == [10, 50]
+
+
+def test_batches_that_do_not_divide_are_refused_with_what_does(small):
+    check_team(small(batch_size=64), 4)
+    with pytest.raises(ValueError, match=r"forward batch of 64 .* 3 workers; .* 1, 2, 4, 8, 16"):
+        check_team(small(batch_size=64), 3)
+    ghosts = small(batch_size=64, norm="ghost", ghost_batch=32)
+    with pytest.raises(ValueError, match="2 ghost batches of 32 cannot be shared by 4 workers"):
+        check_team(ghosts, 4)

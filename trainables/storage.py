@@ -1,0 +1,122 @@
+"""Where trials keep their files: a folder, or a URI that pyarrow reaches (s3://, gs://)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from pyarrow.fs import FileSelector, FileSystem
+
+
+def below(where: str, *names: str) -> str:
+    """Return the place of some names below a folder or URI; a URI's query stays at its end."""
+    base, mark, query = where.partition("?") if "://" in where else (where, "", "")
+    return "/".join((base.rstrip("/"), *names)) + mark + query
+
+
+def parted(where: str) -> tuple[str, str]:
+    """Return the folder and the name of a file at a path or URI."""
+    base, mark, query = where.partition("?") if "://" in where else (where, "", "")
+    folder, _, name = base.rpartition("/")
+    return (folder or ".") + mark + query, name
+
+
+class Folder(Protocol):
+    """A flat set of named files; `write` leaves a file whole or absent."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def rename(self, name: str, new: str) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+
+def folder_at(where: str | Path) -> Folder:
+    """Return the folder at a path or URI, made by its first write; ValueError for a strange URI."""
+    return RemoteFolder(where) if isinstance(where, str) and "://" in where else LocalFolder(where)
+
+
+class LocalFolder:
+    """A folder of a file system: a file is written aside, synced and renamed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def names(self) -> list[str]:
+        return [path.name for path in self._path.iterdir()] if self._path.is_dir() else []
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        write_atomically(self._path / name, content)
+
+    def rename(self, name: str, new: str) -> None:
+        (self._path / name).rename(self._path / new)
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+
+class RemoteFolder:
+    """A prefix of an object store, whose objects appear when they are complete."""
+
+    def __init__(self, uri: str) -> None:
+        try:
+            self._files, self._path = FileSystem.from_uri(uri)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"storage {uri!r} cannot be used: {error}") from None
+
+    def names(self) -> list[str]:
+        found = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
+        return [entry.base_name for entry in found if entry.is_file]
+
+    def read(self, name: str) -> bytes:
+        with self._files.open_input_file(f"{self._path}/{name}") as file:
+            return bytes(file.read())
+
+    def write(self, name: str, content: bytes) -> None:
+        with self._files.open_output_stream(f"{self._path}/{name}") as file:
+            file.write(content)
+
+    def rename(self, name: str, new: str) -> None:
+        self._files.move(f"{self._path}/{name}", f"{self._path}/{new}")
+
+    def remove(self, name: str) -> None:
+        self._files.delete_file(f"{self._path}/{name}")
+
+
+@contextmanager
+def fetched(where: str) -> Iterator[Path]:
+    """Lend a file at a path or URI as one of this machine."""
+    if "://" not in where:
+        yield Path(where)
+        return
+    folder, name = parted(where)
+    with tempfile.TemporaryDirectory() as here:
+        path = Path(here) / name
+        path.write_bytes(folder_at(folder).read(name))
+        yield path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that, whenever the machine stops, it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""The workers that train one trial together: who takes which image, what they sum and share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainables.models import Classifier, GhostBatchNorm2d
+from trainables.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Team:
+    """Worker `rank` of `size`; of a forward batch it takes the images whose index = rank mod size.
+
+    Every draw is made for the whole batch and then parted, so that it does not depend on `size`.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def own(self) -> slice:
+        """This worker's part of a batch."""
+        return slice(self.rank, None, self.size)
+
+    def rows(self, count: int, *, paired: bool) -> Tensor:
+        """Return which images of a batch this worker has to see, in order.
+
+        paired: images are mixed with their mirror image in the batch, which it then needs too.
+        """
+        own = torch.arange(count)[self.own]
+        return cast(Tensor, torch.unique(torch.cat((own, count - 1 - own)))) if paired else own
+
+    def own_of(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Return what is this worker's own of the values of some rows of a batch."""
+        if self.size == 1:
+            return values
+        own = values[rows % self.size == self.rank]
+        return own.contiguous(memory_format=torch.channels_last) if own.ndim == 4 else own
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of the workers' values; no gradient flows through it."""
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        distributed.all_reduce(total)
+        return total
+
+    def shared(self, value: Any) -> Any:
+        """Return the first worker's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+ALONE = Team()
+
+
+def check_team(recipe: Recipe, size: int) -> None:
+    """Raise ValueError where a recipe's batches do not divide among `size` workers."""
+    forward = recipe.forward_batch
+    parts, what = forward, f"forward batch of {forward}"
+    if recipe.norm == "ghost":
+        parts = forward // recipe.ghost_batch
+        what = f"{parts} ghost batches of {recipe.ghost_batch}"
+    if parts % size:
+        allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        raise ValueError(
+            f"{recipe.describe()}: its {what} cannot be shared by {size} workers; "
+            f"--workers must be one of {allowed}"
+        )
+
+
+def gathered(classifier: Classifier, team: Team) -> nn.Module:
+    """Return the classifier as the team trains it: its gradients are means over the workers.
+
+    Its batch normalisations are replaced by ones that see the whole batch; names stay.
+    """
+    if team.size == 1:
+        return classifier
+    _share_norms(classifier, team)
+    # Without the search for unused parameters DDP re-makes its buckets after the first step, and
+    # a resumed training would sum in another order than one never stopped.
+    return DistributedDataParallel(classifier, find_unused_parameters=True)
+
+
+def _share_norms(module: nn.Module, team: Team) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            setattr(module, name, _replaced(child, SharedBatchNorm2d(child, team)))
+        elif type(child) is GhostBatchNorm2d:
+            setattr(module, name, _replaced(child, SharedGhostBatchNorm2d(child, team)))
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{type(child).__name__} ({name}) normalises by the batch in a way that workers "
+                "cannot share; train it with --workers 1"
+            )
+        else:
+            _share_norms(child, team)
+
+
+def _replaced(old: nn.Module, new: nn.Module) -> nn.Module:
+    # The very parameters and buffers: an optimizer may hold them already.
+    new._parameters, new._buffers = old._parameters, old._buffers
+    return new.train(old.training)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the workers; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all workers' images, on CPUs and GPUs alike.
+
+    torch's own SyncBatchNorm takes GPUs only.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, team: Team) -> None:
+        assert norm.momentum is not None
+        super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
+        self._size = team.size
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        count = input.numel() // input.shape[1] * self._size
+        mean_C = _sum(input.sum((0, 2, 3))) / count
+        centred = input - mean_C.view(-1, 1, 1)
+        variance_C = _sum(centred.square().sum((0, 2, 3))) / count
+        self._follow(mean_C.detach(), variance_C.detach() * (count / (count - 1)))
+        gain_C = self.weight * (variance_C + self.eps).rsqrt()
+        return centred * gain_C.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+    def _follow(self, mean_C: Tensor, variance_C: Tensor) -> None:
+        """Move the running statistics towards a batch's."""
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        assert running[0] is not None
+        assert running[1] is not None
+        assert running[2] is not None
+        assert self.momentum is not None
+        running[0].lerp_(mean_C, self.momentum)
+        running[1].lerp_(variance_C, self.momentum)
+        running[2].add_(1)
+
+
+def _sum(value: Tensor) -> Tensor:
+    return cast(Tensor, _Sum.apply(value))
+
+
+class SharedGhostBatchNorm2d(GhostBatchNorm2d):
+    """Ghost batch normalisation whose ghosts are dealt to the workers, each ghost whole.
+
+    Worker r of n holds the ghosts j = r mod n, which are those of its part of the batch.
+    """
+
+    def __init__(self, norm: GhostBatchNorm2d, team: Team) -> None:
+        super().__init__(
+            norm.features,
+            ghosts=norm.ghosts // team.size,
+            sets=len(norm.running_mean),
+            momentum=norm.momentum,
+            eps=norm.eps,
+            device=torch.device("meta"),
+        )
+        self._team = team
+
+    def _normalised(self, side_by_side: Tensor) -> Tensor:
+        # [ghost of a worker, worker, channel]: ghost j = worker + size * its place there.
+        dealt = (self.ghosts, self._team.size, self.features)
+        means = self.running_mean[self.active_set].view(dealt)
+        variances = self.running_var[self.active_set].view(dealt)
+        mean, variance = (held[:, self._team.rank].flatten() for held in (means, variances))
+        normalised = self._by_batch(side_by_side, mean, variance)
+        for held, own in ((means, mean), (variances, variance)):
+            parts = [torch.empty_like(own) for _ in range(self._team.size)]
+            distributed.all_gather(parts, own)
+            held.copy_(torch.stack([part.view(self.ghosts, -1) for part in parts], dim=1))
+        return normalised
