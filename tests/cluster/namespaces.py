@@ -4,7 +4,7 @@
 
 `ray up`, a study of two-worker trials sent by `--on`, one machine killed in the middle of it,
 `--status`, `ray down`, and nothing left running. Needs root, sshd, rsync and ip; where these or
-namespaces are missing it says so and ends with 0. Some three minutes on two cores.
+namespaces are missing it says so and ends with 0. Six minutes on two busy cores.
 """
 
 from __future__ import annotations
