@@ -18,8 +18,10 @@ from grid.cluster import Placement, check_nodes
 from grid.launch import _share_out
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
+from trainables.source import EMBEDDED
 from trainables.tracking import Tracker
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SECONDS = 400
 STUDY = """
@@ -142,10 +144,10 @@ def joined(cluster):
 def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
     whole = Placement(gpus=1.0)
     with pytest.raises(ValueError, match=r"0\.75 GPUs; .* \(evaluators hold 0\.25 GPUs\)"):
-        _share_out(whole, tmp_path, "sqlite:///none", DIGITS)
+        _share_out(whole, tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
     ray.shutdown()
     ray.init(address=joined.address, log_to_driver=False)
-    _, lanes = _share_out(Placement(gpus=0.75), tmp_path, "sqlite:///none", DIGITS)
+    _, lanes = _share_out(Placement(gpus=0.75), tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
     assert lanes == 1
 
 
