@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tarfile
+import threading
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -85,6 +88,37 @@ def test_a_packed_archive_is_unpacked_without_a_network(tmp_path, monkeypatch):
     md5 = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setattr(TORCHVISION, "tgz_md5", md5)
     assert len(load_data(CIFAR10, DataSource(root=there)).train) == 100
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """An archive behind a web server on loopback, which torchvision takes for the published."""
+    folder = write_archive(tmp_path / "made", monkeypatch)
+    packed = tmp_path / "served" / "cifar-10-python.tar.gz"
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    md5 = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(TORCHVISION, "tgz_md5", md5)
+    handler = partial(SimpleHTTPRequestHandler, directory=packed.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{packed.name}"
+        monkeypatch.setattr(TORCHVISION, "url", url)
+        yield
+        server.shutdown()
+
+
+def test_the_archive_is_fetched_where_it_is_asked_for(served, tmp_path):
+    root = tmp_path / "fetched"
+    assert len(load_data(CIFAR10, DataSource(root=root, download=True)).train) == 100
+    assert (root / "cifar-10-python.tar.gz").is_file()
+
+
+def test_an_archive_that_cannot_be_fetched_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(TORCHVISION, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(ValueError, match="CIFAR-10 cannot be fetched into"):
+        load_data(CIFAR10, DataSource(root=tmp_path / "none", download=True))
 
 
 def test_an_archive_that_is_not_the_published_one_is_never_unpickled(tmp_path, monkeypatch):

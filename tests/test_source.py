@@ -198,10 +198,13 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path):
         ("imagenet", {"image_size": 64}, "--image-size belongs to --scale folder"),
         ("digits", {"root": True}, "scale 'digits' is embedded"),
         ("mnist", {}, "unknown scale 'mnist'"),
+        ("imagenet", {"download": True}, "--download fetches CIFAR-10"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(root, name, arguments, message):
-    source = DataSource(root=root if arguments.get("root") else None)
+    source = DataSource(
+        root=root if arguments.get("root") else None, download="download" in arguments
+    )
     with pytest.raises(ValueError, match=message):
         scale_of(name, source, image_size=arguments.get("image_size"))
 

@@ -28,6 +28,7 @@ Content = dict[str, Tensor]  # images uint8 (N, 3, 32, 32) and labels int64 (N,)
 def load_cifar10(scale: Scale, source: DataSource) -> Data:
     """Load CIFAR-10 as tensors, shared by the processes of a machine where there is a cache."""
     assert source.root is not None
+    _fetch(source)
     if archived(source.root):
         train, held_out = (_archived(source, train=train) for train in (True, False))
     elif any((source.root / name).is_dir() for name in ("train", "val")):
@@ -35,7 +36,7 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
     else:
         raise ValueError(
             f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
-            "folders; torchvision.datasets.CIFAR10(DIR, download=True) fetches the archive"
+            "folders; --download fetches the archive"
         )
     return Data(
         name=scale.name,
@@ -46,6 +47,22 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
         skip_damaged=source.skip_damaged,
         workers=source.workers,
     )
+
+
+def _fetch(source: DataSource) -> None:
+    """Fetch torchvision's archive where it is asked for and not there.
+
+    ValueError where it cannot be had.
+    """
+    assert source.root is not None
+    if archived(source.root) or not source.download:
+        return
+    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+
+    try:
+        CIFAR10(source.root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"CIFAR-10 cannot be fetched into {source.root}: {error}") from None
 
 
 def archived(root: Path) -> bool:
@@ -64,7 +81,7 @@ def _archived(source: DataSource, *, train: bool) -> Split:
 
 
 def _read_archive(root: Path, *, train: bool) -> Content:
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+    from torchvision.datasets import CIFAR10
 
     try:
         # With the archive there, "download" only extracts it.

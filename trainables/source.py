@@ -37,7 +37,7 @@ class DataSource:
     `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `skipped`: damaged images to do without, as
-    paths below the root.
+    paths below the root. `download`: fetch what is not there and may be had (CIFAR-10).
     """
 
     root: Path | None = None
@@ -48,6 +48,7 @@ class DataSource:
     memory_bytes: int = 2 * GIBIBYTE
     workers: int = 0
     cache: Path | None = None
+    download: bool = False
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -212,6 +213,8 @@ def content_digest(train: ImageList, held_out: ImageList) -> str:
 
 def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
     """Return the scale that the options name; a folder's own says what lies in the folder."""
+    if source.download and (name != "cifar10" or source.root is None):
+        raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
     if name != FOLDER:
         if image_size is not None:
             raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
@@ -254,6 +257,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
             help=f"{what} (default: {name}/ below the data)",
         )
     group.add_argument(
+        "--download", action="store_true", help="fetch CIFAR-10's archive where it is not there"
+    )
+    group.add_argument(
         "--skip-damaged", action="store_true", help="go on without unreadable images"
     )
     group.add_argument(
@@ -286,6 +292,7 @@ def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> Data
         skip_damaged=options.skip_damaged,
         memory_bytes=options.data_memory,
         workers=options.data_workers,
+        download=options.download,
         cache=cache.absolute() if cache else None,
     )
 

@@ -37,7 +37,7 @@ STYLE = {
     "axes.prop_cycle": cycler(color=COLOURS),
     "legend.frameon": False,
 }
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
