@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -113,6 +114,8 @@ def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Class
         scale = dataclasses.replace(scale, mean=(options.mean,) * 3)
     if options.std is not None:
         scale = dataclasses.replace(scale, std=(options.std,) * 3)
+    if options.epsilon is not None:
+        scale = dataclasses.replace(scale, epsilon=options.epsilon)
     classifier = classifier_named(model, scale, activation=activation)
     load_any_weights(options.weights, classifier)
     return scale, classifier
@@ -243,6 +246,13 @@ def _parser() -> argparse.ArgumentParser:
     normalisation = "of the normalisation, all channels, pixels in [0, 1] (default: the scale's)"
     parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
     parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")
+    parser.add_argument(
+        "--epsilon",
+        type=_radius,
+        metavar="E",
+        help="radius of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 "
+        "(default: the scale's)",
+    )
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
     parser.add_argument(
         "--ledger",
@@ -252,6 +262,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mlflow", metavar="URI", help="log scores and ledgers there as well")
     return parser
+
+
+def _radius(text: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no radius for pixels in [0, 1]: above 0 and at most 1, like 4/255"
+        )
+    return value
 
 
 def _refuse(message: str) -> NoReturn:

@@ -117,14 +117,9 @@ def run_study(
             )
             todo = recorder.trials_to_train()
             line.say(_opening(plan, todo, recorder, lanes))
-            recorder.start()
-            try:
+            with _recording(recorder):
                 if todo:
                     _train(todo, recorder, results, storage, placement, lanes, source)
-                recorder.finish()
-            except KeyboardInterrupt:
-                recorder.abandon()
-                raise
             report = write_report(tracker, study, plan, scale, results / "report")
             tracker.close_study(parent, report.parent, complete=not recorder.failures)
         finally:
@@ -136,6 +131,18 @@ def run_study(
         failures=tuple(recorder.failures),
         report=report,
     )
+
+
+@contextmanager
+def _recording(recorder: Recorder) -> Iterator[None]:
+    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C."""
+    recorder.start()
+    try:
+        yield
+        recorder.finish()
+    except KeyboardInterrupt:
+        recorder.abandon()
+        raise
 
 
 def _checked_storage(storage: str | None, results: Path, mlflow: str | None) -> str:

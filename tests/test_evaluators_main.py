@@ -198,3 +198,22 @@ def test_help_is_quick():
         subprocess.run(command, check=True, capture_output=True)
         took.append(time.monotonic() - began)
     assert min(took) < 1.5
+
+
+def test_a_radius_can_be_given_and_larger_ones_break_more(own_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SCALES, "digits", dataclasses.replace(DIGITS, attack_subset=40))
+    survived = []
+    for radius in ("1/255", "60/255"):
+        arguments = ["--weights", own_file, "--evaluators", "pgd", "--epsilon", radius]
+        assert main([str(a) for a in (*arguments, "--ledger", tmp_path)]) == 0
+        assert f'"epsilon": {float(Fraction(radius))}' in capsys.readouterr().out
+        table = pq.read_table(tmp_path / "pgd.parquet")
+        survived.append(sum(table["survived"].to_pylist()))
+    assert survived[0] > survived[1]
+
+
+@pytest.mark.parametrize("radius", ["4", "-1/255", "0", "four", "1/0"])
+def test_a_radius_out_of_bounds_is_refused_with_the_unit(own_file, radius, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--weights", str(own_file), f"--epsilon={radius}"])
+    assert "above 0 and at most 1, like 4/255" in capsys.readouterr().err
