@@ -68,6 +68,7 @@ class Commands:
         return note
 
 
+@pytest.mark.slow
 def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path, monkeypatch):
     pytest.importorskip("moto", reason="needs moto: pip install 'moto[ec2,iam]'")
     import boto3

@@ -248,6 +248,7 @@ DETERMINISTIC = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_at_224_px_the_corruptions_are_those_of_imagecorruptions():
     """Prints, with -s, the difference per kind and severity; the reference truncates to 8 bits."""

@@ -145,7 +145,7 @@ def test_a_mutated_pickle_of_weights_is_refused(small, tmp_path, seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_a_mutated_checkpoint_gives_way_to_the_one_before(tmp_path, seed):
     save_checkpoint(tmp_path, 1, {"epoch": torch.tensor(1)})
-    newest = save_checkpoint(tmp_path, 2, {"epoch": torch.tensor(2)})
+    newest = tmp_path / save_checkpoint(tmp_path, 2, {"epoch": torch.tensor(2)})
     content = newest.read_bytes()
     changed = mutated(content, seed)
     newest.write_bytes(changed)

@@ -24,6 +24,8 @@ from grid.studies import Study, resnet50
 from trainables.recipe import Distillation
 from trainables.scale import DIGITS
 
+pytestmark = pytest.mark.slow
+
 teacher = resnet50().replace(model="resnet18", weight_decay=1e30)
 student = resnet50().replace(model="resnet18", distillation=Distillation(teacher=teacher))
 study = Study("outcomes", base=student, axes={})

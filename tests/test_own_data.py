@@ -15,6 +15,8 @@ from trainables.scale import scale_named
 from trainables.source import DataSource, scale_of
 from trainables.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STUDY = """
 name = "pictures"

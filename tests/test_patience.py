@@ -46,6 +46,7 @@ def rows(database):
         return opened.execute(ROWS).fetchall()
 
 
+@pytest.mark.slow
 def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
     study = tmp_path / "study.toml"
     study.write_text(STUDY)

@@ -32,7 +32,12 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
     tracker.log_epochs(done, [{"epoch": 1.0, "train/seconds": 60.0}])
     tracker.end_trial(done, outcome="finished", reason="")
     tracker.record_cell(
-        done, evaluator="clean", cell="q", ledger=b"", metrics={"clean": 0.9, "clean/seconds": 10.0}
+        done,
+        evaluator="clean",
+        cell="q",
+        asked="{}",
+        ledger=b"",
+        metrics={"clean": 0.9, "clean/seconds": 10.0},
     )
     tracker.log_epochs(going, [{"epoch": 3.0, "train/seconds": 10.0}])
     said = describe_status(tracker, plan, now=going.start_time / 1000 + 600).splitlines()

@@ -12,6 +12,7 @@ from trainables.checkpoint import (
     stored_weights,
 )
 from trainables.models import build_classifier
+from trainables.source import EMBEDDED
 from trainables.storage import below, fetched, folder_at, parted
 from trainables.trial import RecipeTrial
 
@@ -75,13 +76,20 @@ def test_weights_are_stored_found_and_lent(where, small):
 def test_a_trial_goes_on_from_its_checkpoint_on_s3(
     bucket, small, few_digits, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("trainables.data.load_data", lambda scale: few_digits)
+    monkeypatch.setattr("trainables.data.load_data", lambda *_: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
     recipe = small("deit", epochs=2)
 
     def actor(storage):
-        trial = {"recipe": recipe.model_dump(mode="json"), "threads": 1, "device": "cpu"}
-        return RecipeTrial({"trial": trial | {"storage": storage}})
+        trial = {
+            "recipe": recipe.model_dump(mode="json"),
+            "threads": 1,
+            "device": "cpu",
+            "source": EMBEDDED,
+            "compile": False,
+            "storage": storage,
+        }
+        return RecipeTrial({"trial": trial})
 
     actor(bucket).step()
     resumed = actor(bucket).step()

@@ -11,6 +11,8 @@ from tests.teams import in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
 from trainables.team import Team, check_team
 
+pytestmark = pytest.mark.slow
+
 # Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
 # amplify that: the largest difference of a weight after two epochs.
 TOLERANCE = {
