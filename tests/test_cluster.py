@@ -21,7 +21,7 @@ from trainables.scale import DIGITS
 from trainables.source import EMBEDDED
 from trainables.tracking import Tracker
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
 SECONDS = 400
 STUDY = """
