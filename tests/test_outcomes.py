@@ -12,6 +12,7 @@ import pytest
 from grid.run import ENVIRONMENT
 from trainables.tracking import Tracker
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # A decay that overflows float32 in the first step; the study file's axes do not reach a teacher.
 DRIVER = """
@@ -23,8 +24,6 @@ from grid.plan import build_plan
 from grid.studies import Study, resnet50
 from trainables.recipe import Distillation
 from trainables.scale import DIGITS
-
-pytestmark = pytest.mark.slow
 
 teacher = resnet50().replace(model="resnet18", weight_decay=1e30)
 student = resnet50().replace(model="resnet18", distillation=Distillation(teacher=teacher))
