@@ -127,11 +127,12 @@ def trials_at_once(placement: Placement) -> int:
 
 
 def check_nodes(where: str) -> list[str]:
-    """Say what is wrong with which node: each must read and write where this one does.
+    """Say what is wrong with which other node: each must read and write where this one does.
 
     where: a path or URI. Empty when all is well; ValueError when this machine cannot write there.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     folder, mark = folder_at(where), f".check-{uuid.uuid4().hex}"
     try:
         folder.write(mark, mark.encode())

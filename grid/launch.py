@@ -23,7 +23,6 @@ from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.report.build import write_report
 from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
@@ -120,6 +119,9 @@ def run_study(
             with _recording(recorder):
                 if todo:
                     _train(todo, recorder, results, storage, placement, lanes, source)
+            # What draws and tests is imported when there is something to tell.
+            from grid.report.build import write_report
+
             report = write_report(tracker, study, plan, scale, results / "report")
             tracker.close_study(parent, report.parent, complete=not recorder.failures)
         finally:

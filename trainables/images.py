@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
-from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
 from trainables.storage import write_atomically
 
@@ -42,6 +40,10 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
     """Bring the shorter side to `resize` (bicubic) and cut out the middle square of `size`."""
+    # Two seconds of imports that a study of images in memory, and its driver, need not pay.
+    from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+    from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
+
     resized = T.resize(image, [resize], interpolation=InterpolationMode.BICUBIC)
     cropped: Image.Image = T.center_crop(resized, [size, size])
     return cropped
