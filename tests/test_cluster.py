@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from grid.cluster import Placement, check_nodes
 from grid.launch import _share_out
+from tests.driver import SECONDS, wait_for_checkpoint
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
 from trainables.source import EMBEDDED
@@ -23,7 +23,6 @@ from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
-SECONDS = 400
 STUDY = """
 name = "single"
 base = "resnet50"
@@ -56,14 +55,6 @@ def ended(driver):
     said = driver.communicate(timeout=SECONDS)[0]
     assert driver.returncode == 0, said
     return said
-
-
-def wait_for_checkpoint(results, driver):
-    deadline = time.monotonic() + SECONDS
-    while not list(results.glob("trials/*/epoch-*.pt")):
-        assert driver.poll() is None, driver.stdout.read()
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.1)
 
 
 def only_trial(results):

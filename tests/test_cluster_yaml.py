@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -21,8 +22,12 @@ def read(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_cluster_file_is_valid_by_rays_schema(name):
-    validate_config(prepare_config(read(name)))
+def test_a_cluster_file_is_valid_by_rays_schema_and_a_key_too_many_is_not(name):
+    prepared = prepare_config(read(name))
+    assert prepared["cluster_name"] == read(name)["cluster_name"]
+    validate_config(prepared)
+    with pytest.raises(ValidationError, match="spot_fleet"):
+        validate_config(prepared | {"spot_fleet": True})
 
 
 @pytest.mark.parametrize("name", FILES)

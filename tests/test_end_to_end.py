@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.driver import SECONDS, wait_for_checkpoint
 from trainables.checkpoint import recipe_json_of
 from trainables.recipe import Recipe
 from trainables.tracking import Tracker
@@ -27,7 +28,6 @@ size = ["small", "base"]
 augmentation = ["randaug+cutmix"]
 """
 TRIALS = 2
-SECONDS = 300
 
 
 def command(results, study, *arguments):
@@ -55,14 +55,6 @@ def start(results, study):
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for_checkpoint(results, driver):
-    deadline = time.monotonic() + SECONDS
-    while not list(results.glob("trials/*/epoch-*.pt")):
-        assert driver.poll() is None, driver.stdout.read()
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.1)
 
 
 def tracker(results):

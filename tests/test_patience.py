@@ -14,6 +14,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from tests.driver import SECONDS, wait_for_checkpoint
 from tests.servers import MlflowServer
 from trainables.patience import PatientClient, RunDeletedError, patiently
 from trainables.tracking import Tracker
@@ -26,7 +27,6 @@ evaluators = ["clean"]
 [set]
 size = "small"
 """
-SECONDS = 400
 ROWS = (
     "select t.value, m.key, m.step from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key = 'train/loss' order by 1, 2, 3"
@@ -59,10 +59,7 @@ def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
         text=True,
     )
     deadline = time.monotonic() + SECONDS
-    while not list(tmp_path.glob("results/trials/*/epoch-*.pt")):
-        assert driver.poll() is None, driver.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_checkpoint(tmp_path / "results", driver)
     server.kill()
     while not list(tmp_path.glob("results/trials/*/weights.safetensors")):
         assert driver.poll() is None, driver.stdout.read()
