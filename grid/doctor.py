@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +107,11 @@ class _Data:
     scan: Scan
     files: dict[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def splits(self) -> tuple[ImageList, ImageList]:
+        """The train and the held-out images, listed once for all that is looked at."""
+        return list_splits(self.source)
+
     def examine(self) -> None:
         looks = {
             "images": self._splits,
@@ -145,7 +151,7 @@ class _Data:
             self.files["CIFAR-10"] = len(data.train) + len(data.held_out)
             yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"
             return
-        train, held_out = list_splits(self.source)
+        train, held_out = self.splits
         names = train.class_names
         yield "ok", f"{len(names)} classes, {len(train):,} to train, {len(held_out):,} held out"
         if not len(train):
@@ -235,7 +241,7 @@ class _Data:
         yield "ok", f"{len(load_cifar10_1(root)):,} images"
 
     def _by_class(self, root: Path, *, complete: bool = False) -> ImageList:
-        names = list_splits(self.source)[0].class_names
+        names = self.splits[0].class_names
         folders = class_folders(root)
         if foreign := sorted(set(folders) - set(names)):
             raise ValueError(f"{root / foreign[0]} is no class of the data: remove it")
