@@ -60,6 +60,8 @@ class Recorder(threading.Thread):
         names = {name for trial in plan for name in trial.evaluators}
         self._evaluators = {name: evaluator_named(name, scale) for name in names}
         self._questions = {n: cell_digest(e, data) for n, e in self._evaluators.items()}
+        # Once: to say what is asked, an evaluator may have to list a stored set's images.
+        self._asked = {n: json.dumps(e.identity(data)) for n, e in self._evaluators.items()}
         self._shards = {n: e.shards(data) for n, e in self._evaluators.items()}
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
@@ -153,6 +155,8 @@ class Recorder(threading.Thread):
         try:
             yield
         except RunDeletedError:
+            if digest in self._deleted:
+                return
             self._deleted.add(digest)
             self._unlogged.pop(digest, None)
             self.progress.running.pop(digest, None)
@@ -238,7 +242,7 @@ class Recorder(threading.Thread):
                 self._runs[cell.trial],
                 evaluator=cell.evaluator,
                 cell=cell.question,
-                asked=json.dumps(self._evaluators[cell.evaluator].identity(self._data)),
+                asked=self._asked[cell.evaluator],
                 ledger=judged.ledger,
                 metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
             )
