@@ -23,6 +23,7 @@ from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
+from grid.schedule import EVALUATOR_GPUS, evaluators_beside
 from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
@@ -35,7 +36,6 @@ from trainables.trial import RecipeTrial
 MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
-EVALUATOR_GPUS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def _share_out(
     On GPUs they have a quarter each of one GPU in eight, or of the only one.
     """
     lanes = trials_at_once(placement)
-    size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if placement.gpus else lanes
+    size = evaluators_beside(ray.cluster_resources()["GPU"]) if placement.gpus else lanes
     gpus = EVALUATOR_GPUS if placement.gpus else 0.0
     folder = results / SHARDS_FOLDER
     pool = EvaluatorPool(size, uri, scale, source, folder, threads=placement.cpus, gpus=gpus)
