@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -53,21 +53,21 @@ class Measured:
 def calibrate(
     plan: Plan, scale: Scale, source: DataSource, *, threads: int, lanes: int, device: str
 ) -> Calibration:
-    """Measure each kind of training of a plan, with as many at once as a study would run.
+    """Measure each kind of training of a plan, on as many lanes at once as a study would.
 
-    A study of next to nothing is run besides, for what the command costs by itself.
+    All lanes measure the same kind, and their mean counts: lanes slow each other. A study of next
+    to nothing is run besides, for what the command costs by itself.
     """
     kinds: dict[str, Recipe] = {}
     for trial in plan:
         kinds.setdefault(kind_of(trial.recipe), trial.recipe)
     at_once = 1 if device == "cuda" else lanes
     measure = partial(measure_kind, source=source, threads=threads, device=device)
+    each_lane = [recipe for recipe in kinds.values() for _ in range(at_once)]
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip(kinds, pool.map(measure, kinds.values()), strict=True))
-    units = [
-        measured.epoch * kinds[kind].epochs / scale.cost(kinds[kind])
-        for kind, measured in found.items()
-    ]
+        measured = iter(pool.map(measure, each_lane))
+        found = {kind: _mean([next(measured) for _ in range(at_once)]) for kind in kinds}
+    units = [one.epoch * kinds[k].epochs / scale.cost(kinds[k]) for k, one in found.items()]
     return Calibration(
         scale=scale.name,
         machine=_machine(device, at_once, threads),
@@ -75,11 +75,16 @@ def calibrate(
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         throughput=Throughput(
             seconds_per_unit=sum(units) / len(units),
-            epochs={kind: measured.epoch for kind, measured in found.items()},
+            epochs={kind: one.epoch for kind, one in found.items()},
             passes={kind: (one.forward, one.gradient) for kind, one in found.items()},
             start_up=start_up_seconds(lanes, threads),
         ),
     )
+
+
+def _mean(lanes: list[Measured]) -> Measured:
+    columns = zip(*(astuple(lane) for lane in lanes), strict=True)
+    return Measured(*(sum(column) / len(lanes) for column in columns))
 
 
 def measure_kind(recipe: Recipe, source: DataSource, *, threads: int, device: str) -> Measured:
