@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,11 @@ class EvaluatorPool:
         self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._whole: list[Cell] = []
         self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[str, float] = defaultdict(
+            float
+        )  # of the shards judged, by evaluator
+        self._judged: Counter[str] = Counter()
+        self._queued: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._unfinished)
@@ -94,6 +97,7 @@ class EvaluatorPool:
         for shard in missing:
             entry = (EXPENSE[cell.evaluator], next(self._order), cell, shard)
             heapq.heappush(self._waiting, entry)
+        self._queued[cell.evaluator] += len(missing)
         if not missing:
             self._whole.append(cell)
         self._hand_out()
@@ -118,11 +122,11 @@ class EvaluatorPool:
 
         None until a shard of each evaluator has been timed.
         """
-        shards = coming + Counter(cell.evaluator for _, _, cell, _ in self._waiting)
+        shards = coming + self._queued
         shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
-        if any(name not in self._seconds for name in shards):
+        if any(name not in self._judged for name in shards):
             return None
-        each = {name: statistics.fmean(self._seconds[name]) for name in shards}
+        each = {name: self._seconds[name] / self._judged[name] for name in shards}
         return sum(count * each[name] for name, count in shards.items()) / self._size
 
     def _collect(self, reference: Any) -> Judged | None:
@@ -137,7 +141,8 @@ class EvaluatorPool:
             self._drop(cell)
             cause = getattr(error, "cause", None) or error
             return Judged(cell, error=f"{type(cause).__name__}: {cause}".splitlines()[0])
-        self._seconds[cell.evaluator].append(from_parquet(content)[1])
+        self._seconds[cell.evaluator] += from_parquet(content)[1]
+        self._judged[cell.evaluator] += 1
         store, missing = self._unfinished[cell]
         store.add(shard, content)
         missing.discard(shard)
@@ -152,12 +157,15 @@ class EvaluatorPool:
 
     def _drop(self, cell: Cell) -> None:
         del self._unfinished[cell]
-        self._waiting = [entry for entry in self._waiting if entry[2] != cell]
+        kept = [entry for entry in self._waiting if entry[2] != cell]
+        self._queued[cell.evaluator] -= len(self._waiting) - len(kept)
+        self._waiting = kept
         heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
             _, _, cell, shard = heapq.heappop(self._waiting)
+            self._queued[cell.evaluator] -= 1
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import heapq
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import check_address
-from trainables.trial import RecipeTrial
+from trainables.trial import RecipeTrial, trial_config
 
 MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
@@ -210,22 +212,34 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, lanes: int, *, strict: bool) -> None:
         super().__init__()
         self._lanes, self._strict = lanes, strict
-        self._known: set[str] = set()
+        self._known: dict[str, Trial] = {}  # by digest, in the plan's order
+        self._ready: list[tuple[int, str]] = []
+        self._students: dict[str, list[tuple[int, str]]] = {}
+        self._let_go: list[Trial] = []
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.trial_id not in self._known:
-            self._known.add(trial.trial_id)
-            trial.set_status(Trial.PAUSED)
+        told = trial_config(trial.config)
+        if told["digest"] in self._known:
+            return
+        entry = (len(self._known), told["digest"])
+        self._known[told["digest"]] = trial
+        trial.set_status(Trial.PAUSED)
+        if told["teacher"] in self._known:
+            self._students.setdefault(told["teacher"], []).append(entry)
+        else:
+            heapq.heappush(self._ready, entry)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        trials = tune_controller.get_trials()
-        pending = [trial for trial in trials if trial.status == Trial.PENDING]
-        running = [trial for trial in trials if trial.status == Trial.RUNNING]
-        if len(pending) + len(running) * self._strict < self._lanes:
-            unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
-            for trial in trials:
-                if trial.status == Trial.PAUSED and trial.config["trial"]["teacher"] not in unended:
-                    return trial
+        for teacher in [t for t in self._students if self._known[t].is_finished()]:
+            for entry in self._students.pop(teacher):
+                heapq.heappush(self._ready, entry)
+        self._let_go = [trial for trial in self._let_go if not trial.is_finished()]
+        pending = [trial for trial in self._let_go if trial.status == Trial.PENDING]
+        running = [trial for trial in self._let_go if trial.status == Trial.RUNNING]
+        if self._ready and len(pending) + len(running) * self._strict < self._lanes:
+            chosen = self._known[heapq.heappop(self._ready)[1]]
+            self._let_go.append(chosen)
+            return chosen
         return pending[0] if pending else None
 
 
@@ -255,7 +269,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
 
 
 def _digest_of(trial: Trial) -> str:
-    return str(trial.config["trial"]["digest"])
+    return str(trial_config(trial.config)["digest"])
 
 
 def _last_line(trial: Trial) -> str:
@@ -279,7 +293,7 @@ def _train(
     `lanes` run at once, as their resources allow, on actors that are reused.
     """
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
-    configs = [
+    told = [
         {
             "digest": trial.digest,
             "teacher": trial.recipe.teacher.digest() if trial.recipe.teacher else None,
@@ -290,7 +304,6 @@ def _train(
             "gpus": placement.gpus,
             "max_failures": MAX_FAILURES,
             "device": "cuda" if placement.gpus else "cpu",
-            "source": source,
             "compile": placement.compile,
         }
         for trial in todo
@@ -299,7 +312,7 @@ def _train(
     resources = {"cpu": placement.cpus, "gpu": placement.gpus} if alone else CONTROLLER
     tuner = tune.Tuner(
         tune.with_resources(RecipeTrial if alone else train_together, resources),
-        param_space={"trial": tune.grid_search(configs)},
+        param_space={"trial": tune.grid_search([json.dumps(t) for t in told]), "source": source},
         tune_config=tune.TuneConfig(
             reuse_actors=alone,
             scheduler=_PlanOrder(lanes, strict=not alone),

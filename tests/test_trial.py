@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,9 @@ def start(tmp_path, monkeypatch, few_digits):
             "storage": str(tmp_path),
             "threads": 1,
             "device": "cpu",
-            "source": EMBEDDED,
             "compile": False,
         }
-        return {"trial": trial}
+        return {"trial": json.dumps(trial), "source": EMBEDDED}
 
     def make(recipe, actor=None):
         if actor is None:

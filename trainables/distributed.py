@@ -9,6 +9,7 @@ import struct
 from typing import Any
 
 from trainables.storage import below
+from trainables.trial import trial_config
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
 # It takes none of what workers need, so that no trial can wait for another's workers.
@@ -26,7 +27,7 @@ SIOCGIFADDR = 0x8915
 
 
 def train_together(config: dict[str, Any]) -> None:
-    """Train one recipe with config["trial"]["workers"] workers; report each epoch to Tune.
+    """Train one recipe with its config's number of workers; report each epoch to Tune.
 
     A worker or a node that dies has the team start again, from the trial's own checkpoint.
     config["trial"]: as of `RecipeTrial`, and workers, gpus (of a worker), max_failures.
@@ -37,7 +38,7 @@ def train_together(config: dict[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    trial = config["trial"]
+    trial = trial_config(config)
     resources = {"CPU": trial["threads"]} | ({"GPU": trial["gpus"]} if trial["gpus"] else {})
     TorchTrainer(
         _work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,8 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest sound checkpoint by its digest. An actor serves many trials one after another, and
-    builds everything anew for each. config["trial"]: recipe (JSON fields), storage, threads,
-    device, source (a DataSource), compile. torch and timm are imported by the first step, so that
+    builds everything anew for each. config["trial"], as JSON: recipe, storage, threads, device,
+    compile. config["source"]: a DataSource. torch and timm are imported by the first step, so that
     the driver need not have them.
     """
 
@@ -58,7 +59,7 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
-        self._trial_config: dict[str, Any] = config["trial"]
+        self._trial_config = trial_config(config)
         self._running: RunningTrial | None = None
 
     def step(self) -> dict[str, Any]:
@@ -68,6 +69,12 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._running = None
+
+
+def trial_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a trial is told. It travels as text: Tune copies a grid's dicts n times n."""
+    told: dict[str, Any] = json.loads(config["trial"])
+    return told | {"source": config["source"]}
 
 
 def weights_path(storage: str, recipe: Recipe) -> str:
