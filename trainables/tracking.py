@@ -33,6 +33,7 @@ ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 1000
 LONGEST_TAG = 5000
+SECONDS_SO_FAR = "train/so_far/seconds"
 
 
 @dataclass
@@ -150,9 +151,13 @@ class Tracker:
 
     def log_epochs(self, run: TrialRun, epochs: Iterable[Mapping[str, float]]) -> None:
         """Log each epoch's metrics at step = epoch; epochs already there are passed over."""
-        new = [entry for entry in epochs if entry["epoch"] > run.logged_epochs]
+        new = [dict(entry) for entry in epochs if entry["epoch"] > run.logged_epochs]
         if not new:
             return
+        spent = run.metrics.get(SECONDS_SO_FAR, 0.0)
+        for entry in new:
+            spent += entry.get("train/seconds", 0.0)
+            entry[SECONDS_SO_FAR] = spent
         metrics = [
             Metric(key, value, run.start_time + int(entry["epoch"]), int(entry["epoch"]))
             for entry in new
@@ -213,9 +218,8 @@ class Tracker:
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
-        epochs = self._client.get_metric_history(run.run_id, "train/seconds")
         judged = (run.metrics.get(f"{evaluator}/seconds", 0.0) for evaluator in run.cells)
-        return float(sum(metric.value for metric in epochs) + sum(judged))
+        return run.metrics.get(SECONDS_SO_FAR, 0.0) + sum(judged)
 
     def log_evaluation(
         self, name: str, *, metrics: Mapping[str, float], ledgers: Iterable[Path]
