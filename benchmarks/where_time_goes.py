@@ -99,7 +99,7 @@ def watch(driver: subprocess.Popen[bytes]) -> tuple[Counter[str], Counter[str]]:
             last[key] = (known if known in ARITHMETIC else role, spent.user + spent.system)
         time.sleep(LOOK_SECONDS)
     if driver.returncode:
-        raise SystemExit(driver.returncode)
+        raise SystemExit(f"the command ended with {driver.returncode}")
     seconds, processes = Counter[str](), Counter[str]()
     for role, spent in last.values():
         seconds[role] += spent  # type: ignore[assignment]
