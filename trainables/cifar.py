@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainables.data import Data, Split
-from trainables.images import ImageFiles, as_tensor
+from trainables.images import ImageFiles, as_tensor, remove_unused, stamps_of
 from trainables.scale import Scale
 from trainables.source import DataSource, ImageList, list_splits
 from trainables.storage import write_atomically
@@ -32,7 +32,7 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
     if archived(source.root):
         train, held_out = (_archived(source, train=train) for train in (True, False))
     elif any((source.root / name).is_dir() for name in ("train", "val")):
-        train, held_out = (_from_files(part, scale) for part in list_splits(source))
+        train, held_out = (_from_files(part, scale, source.cache) for part in list_splits(source))
     else:
         raise ValueError(
             f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
@@ -75,7 +75,7 @@ def _archived(source: DataSource, *, train: bool) -> Split:
     assert source.root is not None
     name = "train" if train else "test"
     read = partial(_read_archive, source.root, train=train)
-    content = _kept(source.cache / f"cifar10-{name}.safetensors", read) if source.cache else read()
+    content = _kept(source.cache, name, read)
     ids = tuple(f"cifar10/{name}/{i:05d}" for i in range(len(content["labels"])))
     return Split(images=content["images"], labels=content["labels"], ids=ids)
 
@@ -95,26 +95,40 @@ def _read_archive(root: Path, *, train: bool) -> Content:
     return {"images": images, "labels": torch.tensor(stored.targets)}
 
 
-def _kept(file: Path, read: Callable[[], Content]) -> Content:
-    """Return what a file holds, written on first use; it is mapped, so that processes share it."""
-    if not file.exists():
-        write_atomically(file, save(read()))
+def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content:
+    """Return what the cache holds by a name, written on first use; processes share its pages."""
+    if cache is None:
+        return read()
+    file = cache / f"cifar10-{name}.safetensors"
+    try:
+        if file.exists():
+            file.touch()
+        else:
+            cache.mkdir(parents=True, exist_ok=True)
+            remove_unused(cache)
+            write_atomically(file, save(read()))
+    except OSError as error:
+        raise ValueError(f"{cache} cannot keep the decoded images: {error.strerror}") from error
     found: Content = load_file(file)
     return found
 
 
-def _from_files(listed: ImageList, scale: Scale) -> Split:
+def _from_files(listed: ImageList, scale: Scale, cache: Path | None) -> Split:
     if listed.class_names != CLASSES:
         raise ValueError(f"{listed.root} has the classes {listed.class_names}, CIFAR-10 {CLASSES}")
     files = ImageFiles(listed.root, listed.paths, size=scale.image_size)
+    content = _kept(cache, str(stamps_of(files)), partial(_read_files, files, listed))
+    return Split(images=content["images"], labels=content["labels"], ids=listed.paths)
+
+
+def _read_files(files: ImageFiles, listed: ImageList) -> Content:
     images = torch.empty(files.shape, dtype=torch.uint8)
     for place in range(len(files)):
         image = files.original(place)
-        if image.size != (scale.image_size, scale.image_size):
+        if image.size != (files.size, files.size):
             raise ValueError(
                 f"{files.path(place)} is {image.width} x {image.height} px, not 32 x 32: "
                 "--scale folder --image-size 32 takes images of any size"
             )
         images[place] = as_tensor(image)
-    labels = torch.tensor(listed.labels, dtype=torch.int64)
-    return Split(images=images, labels=labels, ids=listed.paths)
+    return {"images": images, "labels": torch.tensor(listed.labels, dtype=torch.int64)}

@@ -7,10 +7,11 @@ import fcntl
 import hashlib
 import io
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 CHANNELS = 3
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
 SIDEWAYS = 5
+UNUSED_SECONDS = 30 * 86400
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -174,7 +176,7 @@ def in_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
 
 def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImages | None:
     """Decode the images once into the cache, or find them there; None beyond the budget (bytes)."""
-    stamps = _stamps(images, budget)
+    stamps = stamps_of(images, budget)
     if stamps is None:
         return None
     known = cache / f"sizes-{stamps}.npy"
@@ -219,7 +221,7 @@ def _sizes(images: ImageFiles) -> np.ndarray:
 
 def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
     """Decode and crop the images once into the cache, or find them there; None beyond budget."""
-    if images.nbytes > budget or (stamps := _stamps(images, None)) is None:
+    if images.nbytes > budget or (stamps := stamps_of(images)) is None:
         return None
     file = cache / f"validated-{images.size}px-{stamps}.u8"
 
@@ -239,7 +241,7 @@ def map_tensor(file: Path, shape: Sequence[int]) -> Tensor:
     return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(*shape)
 
 
-def _stamps(images: ImageFiles, budget: int | None) -> str | None:
+def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
     """Return 16 hex digits of every file's name, size and time; None where they exceed a budget.
 
     A decoded image is not smaller than its file.
@@ -264,7 +266,9 @@ def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> No
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.parent / ".lock"):
             if file.exists() and file.stat().st_size == size:
+                file.touch()
                 return
+            remove_unused(file.parent)
             aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
             try:
                 # Space is claimed first: a full disk is an error here and not a crash later.
@@ -281,6 +285,14 @@ def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> No
             f"decoded images ({size / 2**30:.2f} GiB) cannot be kept in {file.parent}: "
             f"{error.strerror}; --data-memory 0 does without"
         ) from error
+
+
+def remove_unused(cache: Path) -> None:
+    """Remove what was decoded and not asked for in a month; who has it mapped keeps it."""
+    for file in cache.iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+                file.unlink()
 
 
 @contextmanager

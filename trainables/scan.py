@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +30,7 @@ AT_ONCE = 4096
 SMALLEST = (1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opened:
     """One file as it was found: its bytes and time of change, its size in pixels or a problem."""
 
@@ -69,7 +69,7 @@ class Scan:
         """Keep what was found for the next scan."""
         if self._kept is None or not self._new:
             return
-        rows = [(path, *vars(opened).values()) for path, opened in self._known.items()]
+        rows = [(path, *astuple(opened)) for path, opened in self._known.items()]
         columns = zip(*rows, strict=True)
         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
         sink = pa.BufferOutputStream()
