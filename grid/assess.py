@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
@@ -90,6 +90,7 @@ class EvaluatorPool:
         self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._whole: list[Cell] = []
         self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
+        self._restarting: dict[Any, Any] = {}
         self._failures: Counter[tuple[Cell, Shard]] = Counter()
         self._resting: list[tuple[float, Cell, Shard]] = []
         self._say = say
@@ -117,8 +118,8 @@ class EvaluatorPool:
         """Return the cells judged by now, waiting up to `timeout` seconds for a shard."""
         failed = []
         self._wake()
-        if self._asked:
-            ready, _ = ray.wait(list(self._asked), timeout=0 if self._whole else timeout)
+        if under_way := [*self._asked, *self._restarting]:
+            ready, _ = ray.wait(under_way, timeout=0 if self._whole else timeout)
             failed = [judged for reference in ready if (judged := self._collect(reference))]
             self._hand_out()
         elif self._resting:
@@ -146,14 +147,20 @@ class EvaluatorPool:
 
     def _collect(self, reference: Any) -> Judged | None:
         """Keep a shard; return its cell where that has failed."""
+        if actor := self._restarting.pop(reference, None):
+            self._idle.append(actor)
+            return None
         cell, shard, actor = self._asked.pop(reference)
-        self._idle.append(actor)
+        content, error = _answer(reference)
+        if isinstance(error, RayError):
+            until_there = actor.__ray_ready__.options(max_task_retries=-1)
+            self._restarting[until_there.remote()] = actor
+        else:
+            self._idle.append(actor)
         if cell not in self._unfinished:
             return None
-        try:
-            content = ray.get(reference)
-        except RayError as error:
-            return self._failed(cell, shard, getattr(error, "cause", None) or error)
+        if error:
+            return self._failed(cell, shard, error)
         self._seconds[cell.evaluator].append(from_parquet(content)[1])
         store, missing = self._unfinished[cell]
         patiently(lambda: store.add(shard, content), say=self._say)
@@ -202,3 +209,13 @@ class EvaluatorPool:
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)
+
+
+def _answer(reference: Any) -> tuple[bytes, Exception | None]:
+    """Return a shard's ledger, or what the evaluator raised, or a RayError where it died."""
+    try:
+        return ray.get(reference), None
+    except RayTaskError as error:
+        return b"", error.cause
+    except RayError as error:
+        return b"", error
