@@ -189,7 +189,7 @@ class Recorder(threading.Thread):
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
-        for note in result["notes"]:
+        for note in result.get("notes", ()):
             self._line.say(f"{self._described(digest)}: {note}")
         self._unlogged.setdefault(digest, []).extend(result["epochs"])
         share = trial.cost / trial.recipe.epochs
