@@ -5,20 +5,25 @@ from __future__ import annotations
 import heapq
 import itertools
 import statistics
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
 from evaluators.shards import ShardStore, from_parquet, to_parquet
 from trainables.data import Shard
+from trainables.patience import patiently
+from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.scale import Scale
 from trainables.source import DataSource
+from trainables.watchdog import HUNG_SECONDS
 
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
@@ -47,8 +52,9 @@ class EvaluatorPool:
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
-    dies is restarted and its shard is asked again. Shards that are done lie in `folder` until their
-    cell is: a run that was stopped goes on behind them.
+    dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
+    ran out of memory. Shards that are done lie in `folder` until their cell is: a run that was
+    stopped goes on behind them. `say` is told what is tried again, and of a full disk.
     """
 
     def __init__(
@@ -61,13 +67,20 @@ class EvaluatorPool:
         *,
         threads: int,
         gpus: float,
+        hung_after: float = HUNG_SECONDS,
+        say: Callable[[str], None] = print,
     ) -> None:
         actor = ray.remote(EvaluatorActor)
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
         device = "cuda" if gpus else "cpu"
         self._idle = [
             actor.options(**options).remote(
-                tracking_uri, scale, source, threads=threads, device=device
+                tracking_uri,
+                scale,
+                source,
+                threads=threads,
+                device=device,
+                hung_after=hung_after,
             )
             for _ in range(size)
         ]
@@ -77,6 +90,10 @@ class EvaluatorPool:
         self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._whole: list[Cell] = []
         self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
+        self._restarting: dict[Any, Any] = {}
+        self._failures: Counter[tuple[Cell, Shard]] = Counter()
+        self._resting: list[tuple[float, Cell, Shard]] = []
+        self._say = say
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def __len__(self) -> int:
@@ -92,8 +109,7 @@ class EvaluatorPool:
         missing = store.missing()
         self._unfinished[cell] = (store, set(missing))
         for shard in missing:
-            entry = (EXPENSE[cell.evaluator], next(self._order), cell, shard)
-            heapq.heappush(self._waiting, entry)
+            self._await_turn(cell, shard)
         if not missing:
             self._whole.append(cell)
         self._hand_out()
@@ -101,10 +117,13 @@ class EvaluatorPool:
     def poll(self, timeout: float) -> list[Judged]:
         """Return the cells judged by now, waiting up to `timeout` seconds for a shard."""
         failed = []
-        if self._asked:
-            ready, _ = ray.wait(list(self._asked), timeout=0 if self._whole else timeout)
+        self._wake()
+        if under_way := [*self._asked, *self._restarting]:
+            ready, _ = ray.wait(under_way, timeout=0 if self._whole else timeout)
             failed = [judged for reference in ready if (judged := self._collect(reference))]
             self._hand_out()
+        elif self._resting:
+            time.sleep(timeout)
         whole, self._whole = self._whole, []
         return failed + [self._merge(cell) for cell in whole]
 
@@ -120,6 +139,7 @@ class EvaluatorPool:
         """
         shards = coming + Counter(cell.evaluator for _, _, cell, _ in self._waiting)
         shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
+        shards += Counter(cell.evaluator for _, cell, _ in self._resting)
         if any(name not in self._seconds for name in shards):
             return None
         each = {name: statistics.fmean(self._seconds[name]) for name in shards}
@@ -127,23 +147,50 @@ class EvaluatorPool:
 
     def _collect(self, reference: Any) -> Judged | None:
         """Keep a shard; return its cell where that has failed."""
+        if actor := self._restarting.pop(reference, None):
+            self._idle.append(actor)
+            return None
         cell, shard, actor = self._asked.pop(reference)
-        self._idle.append(actor)
+        content, error = _answer(reference)
+        if isinstance(error, RayError):
+            until_there = actor.__ray_ready__.options(max_task_retries=-1)
+            self._restarting[until_there.remote()] = actor
+        else:
+            self._idle.append(actor)
         if cell not in self._unfinished:
             return None
-        try:
-            content = ray.get(reference)
-        except RayError as error:
-            self._drop(cell)
-            cause = getattr(error, "cause", None) or error
-            return Judged(cell, error=f"{type(cause).__name__}: {cause}".splitlines()[0])
+        if error:
+            return self._failed(cell, shard, error)
         self._seconds[cell.evaluator].append(from_parquet(content)[1])
         store, missing = self._unfinished[cell]
-        store.add(shard, content)
+        patiently(lambda: store.add(shard, content), say=self._say)
         missing.discard(shard)
         if not missing:
             self._whole.append(cell)
         return None
+
+    def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> Judged | None:
+        """Have a shard wait to be asked again; return its cell where that is of no use."""
+        why = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        self._failures[cell, shard] += 1
+        failures = self._failures[cell, shard]
+        if isinstance(cause, OWN_FAULTS) or failures > MAX_FAILURES:
+            self._drop(cell)
+            return Judged(cell, error=why)
+        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {why}")
+        self._resting.append((time.monotonic() + wait_after(failures), cell, shard))
+        return None
+
+    def _wake(self) -> None:
+        """Have the shards that have waited long enough take their turn again."""
+        now = time.monotonic()
+        for entry in [entry for entry in self._resting if entry[0] <= now]:
+            self._resting.remove(entry)
+            self._await_turn(*entry[1:])
+        self._hand_out()
+
+    def _await_turn(self, cell: Cell, shard: Shard) -> None:
+        heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell, shard))
 
     def _merge(self, cell: Cell) -> Judged:
         store, _ = self._unfinished[cell]
@@ -153,6 +200,7 @@ class EvaluatorPool:
     def _drop(self, cell: Cell) -> None:
         del self._unfinished[cell]
         self._waiting = [entry for entry in self._waiting if entry[2] != cell]
+        self._resting = [entry for entry in self._resting if entry[1] != cell]
         heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
@@ -161,3 +209,13 @@ class EvaluatorPool:
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)
+
+
+def _answer(reference: Any) -> tuple[bytes, Exception | None]:
+    """Return a shard's ledger, or what the evaluator raised, or a RayError where it died."""
+    try:
+        return ray.get(reference), None
+    except RayTaskError as error:
+        return b"", error.cause
+    except RayError as error:
+        return b"", error

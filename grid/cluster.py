@@ -17,6 +17,7 @@ from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainables.storage import folder_at
+from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL = "local"
@@ -27,7 +28,7 @@ CHECK_SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The workers of one trial and the resources of each.
+    """The workers of one trial, the resources of each, and the seconds one may stand still.
 
     They must not change its result, beyond rounding.
     """
@@ -36,6 +37,7 @@ class Placement:
     cpus: int = 1
     gpus: float = 0.0
     compile: bool = False
+    hung_after: float = HUNG_SECONDS
 
     def slots(self, resources: dict[str, float]) -> int:
         """Return how many workers fit into a node's resources."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,12 @@ from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
+from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import check_address
 from trainables.trial import RecipeTrial
 
-MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
 EVALUATOR_GPUS = 0.25
@@ -100,7 +101,7 @@ def run_study(
             connect(address)
             storage = _checked_storage(storage, results, mlflow)
             uri = tracking_uri(results, mlflow)
-            pool, lanes = _share_out(placement, results, uri, scale, source)
+            pool, lanes = _share_out(placement, results, uri, scale, source, line.say)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
             parent = tracker.open_study(study.name, _describe(study, plan, scale))
             recorder = Recorder(
@@ -159,7 +160,12 @@ def _checked_storage(storage: str | None, results: Path, mlflow: str | None) -> 
 
 
 def _share_out(
-    placement: Placement, results: Path, uri: str, scale: Scale, source: DataSource
+    placement: Placement,
+    results: Path,
+    uri: str,
+    scale: Scale,
+    source: DataSource,
+    say: Callable[[str], None] = print,
 ) -> tuple[EvaluatorPool, int]:
     """Give the evaluators their share, and return how many trials fit at once beside them.
 
@@ -169,7 +175,17 @@ def _share_out(
     size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if placement.gpus else lanes
     gpus = EVALUATOR_GPUS if placement.gpus else 0.0
     folder = results / SHARDS_FOLDER
-    pool = EvaluatorPool(size, uri, scale, source, folder, threads=placement.cpus, gpus=gpus)
+    pool = EvaluatorPool(
+        size,
+        uri,
+        scale,
+        source,
+        folder,
+        threads=placement.cpus,
+        gpus=gpus,
+        hung_after=placement.hung_after,
+        say=say,
+    )
     if not placement.gpus:
         return pool, lanes
     pool.wait_until_placed()
@@ -204,18 +220,30 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
 
     Tune starts whatever is pending, in no order, so trials wait as paused. As many as run at
     once are let go ahead of time: Tune only keeps an actor for reuse if one is. But not `strict`ly
-    limited trials, whose resources Tune does not know: they are let go only to run.
+    limited trials, whose resources Tune does not know: they are let go only to run. A trial whose
+    process has died waits before it is tried again; a new epoch makes good its earlier failures.
     """
 
     def __init__(self, lanes: int, *, strict: bool) -> None:
         super().__init__()
         self._lanes, self._strict = lanes, strict
-        self._known: set[str] = set()
+        self._retry_at: dict[str, float] = {}
+        self._furthest: dict[str, int] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.trial_id not in self._known:
-            self._known.add(trial.trial_id)
+        if trial.trial_id not in self._furthest:
+            self._furthest[trial.trial_id] = 0
             trial.set_status(Trial.PAUSED)
+        else:
+            wait = wait_after(max(1, trial.run_metadata.num_failures))
+            self._retry_at[trial.trial_id] = time.monotonic() + wait
+            tune_controller._set_trial_status(trial, Trial.PAUSED)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if result.get("epoch", 0) > self._furthest[trial.trial_id]:
+            self._furthest[trial.trial_id] = result["epoch"]
+            trial.run_metadata.num_failures = 0
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         trials = tune_controller.get_trials()
@@ -223,8 +251,12 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
         running = [trial for trial in trials if trial.status == Trial.RUNNING]
         if len(pending) + len(running) * self._strict < self._lanes:
             unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
-            for trial in trials:
-                if trial.status == Trial.PAUSED and trial.config["trial"]["teacher"] not in unended:
+            now = time.monotonic()
+            # Those that are tried again have had their turn.
+            for trial in sorted(trials, key=lambda trial: trial.trial_id not in self._retry_at):
+                due = self._retry_at.get(trial.trial_id, now) <= now
+                free = trial.config["trial"]["teacher"] not in unended
+                if trial.status == Trial.PAUSED and due and free:
                     return trial
         return pending[0] if pending else None
 
@@ -249,20 +281,28 @@ class _Events(tune.Callback):  # type: ignore[misc]
         if self._recorder:
             self._recorder.reported(result)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._recorder:
+            self._recorder.retried(_digest_of(trial), _last_line(trial))
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._recorder:
-            self._recorder.failed(_digest_of(trial), _last_line(trial))
+            self._recorder.failed(_digest_of(trial), _last_line(trial), _trace(trial))
 
 
 def _digest_of(trial: Trial) -> str:
     return str(trial.config["trial"]["digest"])
 
 
-def _last_line(trial: Trial) -> str:
+def _trace(trial: Trial) -> str:
     # The file on this machine: Tune's own answer is read from the storage, where it may lack yet.
     path = Path(trial.error_file or "")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "unknown error")
+    return path.read_text() if path.is_file() else ""
+
+
+def _last_line(trial: Trial) -> str:
+    lines = [line.strip() for line in _trace(trial).splitlines()]
+    return next((line for line in reversed(lines) if line), "unknown error")
 
 
 def _train(
@@ -288,7 +328,7 @@ def _train(
             "threads": placement.cpus,
             "workers": placement.workers,
             "gpus": placement.gpus,
-            "max_failures": MAX_FAILURES,
+            "hung_after": placement.hung_after,
             "device": "cuda" if placement.gpus else "cpu",
             "source": source,
             "compile": placement.compile,

@@ -92,9 +92,13 @@ class Recorder(threading.Thread):
             raise RuntimeError("the recorder has stopped") from self.error
         self._events.put(("reported", str(result["digest"]), result))
 
-    def failed(self, digest: str, reason: str) -> None:
+    def retried(self, digest: str, reason: str) -> None:
+        """Note that a trial failed and will be tried again."""
+        self._line.say(f"{self._described(digest)} is tried again: {reason}")
+
+    def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""
-        self._events.put(("failed", digest, reason))
+        self._events.put(("failed", digest, {"reason": reason, "trace": trace}))
 
     def finish(self) -> None:
         """Wait until every event is written and every cell is judged."""
@@ -142,10 +146,10 @@ class Recorder(threading.Thread):
             with self._noticing_deletion(digest):
                 if kind == "started":
                     self._on_started(digest)
-                elif kind == "reported":
+                elif kind == "reported" and payload["outcome"] != "failed":
                     self._on_reported(digest, payload)
                 else:
-                    self._on_failed(digest, payload)
+                    self._on_failed(digest, payload["reason"], payload["trace"])
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
 
@@ -185,6 +189,8 @@ class Recorder(threading.Thread):
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
+        for note in result.get("notes", ()):
+            self._line.say(f"{self._described(digest)}: {note}")
         self._unlogged.setdefault(digest, []).extend(result["epochs"])
         share = trial.cost / trial.recipe.epochs
         self.progress.epochs_done += len(result["epochs"])
@@ -211,12 +217,13 @@ class Recorder(threading.Thread):
             self._line.say(f"{result['outcome']}: {described}: {result['reason']}")
         self._submit_missing_cells(run)
 
-    def _on_failed(self, digest: str, reason: str) -> None:
+    def _on_failed(self, digest: str, reason: str, trace: str) -> None:
         self.failures.append(f"{self._described(digest)}: {reason}")
         self.progress.running.pop(digest, None)
         if digest not in self._runs:
             self._on_started(digest)
-        self._tracker.end_trial(self._runs[digest], outcome="failed", reason=reason)
+        run = self._runs[digest]
+        self._tracker.end_trial(run, outcome="failed", reason=reason, trace=trace)
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         missing = self._missing(run.digest)

@@ -20,6 +20,7 @@ from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
 from trainables.scale import SCALE_NAMES, Scale
 from trainables.source import DataSource, add_data_options, scale_of, source_of
+from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:
     from grid.launch import Finished
@@ -133,6 +134,7 @@ def _run(
         cpus=options.cpus_per_worker,
         gpus=options.gpus_per_worker,
         compile=options.compile,
+        hung_after=options.hung_after,
     )
     try:
         finished = run_study(
@@ -330,6 +332,14 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train through torch.compile: faster on a GPU, other bits than without",
     )
+    parser.add_argument(
+        "--hung-after",
+        type=_seconds,
+        default=HUNG_SECONDS,
+        metavar="SECONDS",
+        help="kill and restart a worker or evaluator that does no step for so long "
+        f"(default: {HUNG_SECONDS:.0f})",
+    )
 
 
 def _positive(text: str) -> int:
@@ -346,6 +356,13 @@ def _share(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def _seconds(text: str) -> float:
+    seconds = _share(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError("a step takes more than 0 seconds")
+    return seconds
 
 
 def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from dataclasses import replace
@@ -52,6 +53,7 @@ def new_pool(folder):
         folder / "shards",
         threads=1,
         gpus=0,
+        hung_after=8.0,
     )
 
 
@@ -62,7 +64,8 @@ def shared(ray_session, tmp_path_factory):
 
 
 @pytest.fixture
-def pool(shared):
+def pool(shared, monkeypatch):
+    monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
     yield shared
     for cell in list(shared._unfinished):
         shared.settle(cell)
@@ -157,11 +160,23 @@ def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     assert len(pool) == 0
 
 
+def pid_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
 def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
-    actor = pool._idle[0]
-    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    pid = pid_of(pool._idle[0])
     pool.submit(cell_of(trial, "pgd"), 3)
     os.kill(pid, 9)
     (found,) = judged(pool)
     assert not found.error
     assert from_parquet(found.ledger)[0].num_rows == 4 * 12
+
+
+def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
+    pid = pid_of(pool._idle[0])
+    pool.submit(cell_of(trial, "pgd"), 3)
+    os.kill(pid, signal.SIGSTOP)
+    (found,) = judged(pool)
+    assert not found.error
+    assert pid_of(pool._idle[0]) != pid

@@ -87,6 +87,7 @@ def test_a_trial_goes_on_from_its_checkpoint_on_s3(
             "device": "cpu",
             "source": EMBEDDED,
             "compile": False,
+            "hung_after": 60.0,
             "storage": storage,
         }
         return RecipeTrial({"trial": trial})

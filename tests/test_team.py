@@ -76,11 +76,17 @@ def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
 
 
 def test_a_team_of_three_that_is_cut_short_ends_with_the_same_bits(small, tmp_path):
-    recipe = small(epochs=3, batch_size=48)
-    jobs = [partial(trained, recipe), partial(trained, recipe, stop=1)]
-    for (whole, history), (resumed, resumed_history) in in_a_team(tmp_path, 3, jobs):
-        assert resumed_history == history
-        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    adversary = Adversary(epsilon=16 / 255, step_size=16 / 255, plain_start=0.2)
+    recipes = [
+        small(batch_size=48),
+        small("deit", batch_size=48, precision="fp16"),
+        small(batch_size=96, micro_batch=48, norm="ghost", ghost_batch=8, adversary=adversary),
+    ]
+    jobs = [partial(trained, recipe, stop=stop) for recipe in recipes for stop in (None, 1)]
+    for answers in in_a_team(tmp_path, 3, jobs):
+        for whole, resumed in zip(answers[::2], answers[1::2], strict=True):
+            assert resumed[1] == whole[1]
+            assert all(torch.equal(resumed[0][name], value) for name, value in whole[0].items())
 
 
 def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from trainables.storage import Folder, folder_at, parted
+from trainables.storage import ASIDE, Folder, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
@@ -43,12 +44,18 @@ def save_checkpoint(
     return name
 
 
-def load_newest_checkpoint(where: str | Path) -> dict[str, Any] | None:
+def load_newest_checkpoint(
+    where: str | Path, *, say: Callable[[str], None] = logger.warning
+) -> dict[str, Any] | None:
     """Load the newest whole checkpoint, or None; a damaged one is reported and kept aside.
 
-    Nothing is unpickled but tensors and plain values (`weights_only`).
+    Nothing is unpickled but tensors and plain values (`weights_only`). What a writer that was
+    killed left half written is removed.
     """
     folder = folder_at(where)
+    for name in folder.names():
+        if name.startswith(ASIDE):
+            folder.remove(name)
     for name in _newest_first(folder):
         content = folder.read(name)
         if name.removesuffix(".pt").rsplit("-", 1)[-1] == _short_hash(content):
@@ -58,9 +65,7 @@ def load_newest_checkpoint(where: str | Path) -> dict[str, Any] | None:
             return state
         kept = name.removesuffix(".pt") + ".damaged"
         folder.rename(name, kept)
-        logger.warning(
-            "%s in %s is damaged; it is kept as %s and the one before is used", name, where, kept
-        )
+        say(f"{name} in {where} is damaged; it is kept as {kept} and the one before is used")
     return None
 
 

@@ -6,9 +6,11 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from typing import Any
 
-from trainables.storage import below
+from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
+from trainables.storage import below, folder_at
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
 # It takes none of what workers need, so that no trial can wait for another's workers.
@@ -28,16 +30,42 @@ SIOCGIFADDR = 0x8915
 def train_together(config: dict[str, Any]) -> None:
     """Train one recipe with config["trial"]["workers"] workers; report each epoch to Tune.
 
-    A worker or a node that dies has the team start again, from the trial's own checkpoint.
-    config["trial"]: as of `RecipeTrial`, and workers, gpus (of a worker), max_failures.
+    A worker or a node that dies has the team start again, from the trial's own checkpoint, unless
+    that is the program's own fault. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
+    worker).
     """
+    from ray import tune
+    from ray.train import WorkerGroupError
+
+    from trainables.trial import failed_result
+
+    trial = config["trial"]
+    kept = folder_at(below(trial["storage"], "trials", trial["digest"]))
+    failures, furthest = 0, ""
+    while True:
+        try:
+            _train_as_team(trial)
+        except WorkerGroupError as error:
+            for cause in error.worker_failures.values():
+                if isinstance(cause, OWN_FAULTS):
+                    tune.report(failed_result(trial["digest"], cause, str(error)))
+                    return
+            newest = max((n for n in kept.names() if n.endswith(".pt")), default="")
+            failures, furthest = 1 if newest > furthest else failures + 1, newest
+            if failures > MAX_FAILURES:
+                raise
+            time.sleep(wait_after(failures))
+        else:
+            return
+
+
+def _train_as_team(trial: dict[str, Any]) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from ray import train
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    trial = config["trial"]
     resources = {"CPU": trial["threads"]} | ({"GPU": trial["gpus"]} if trial["gpus"] else {})
     TorchTrainer(
         _work,
@@ -54,7 +82,6 @@ def train_together(config: dict[str, Any]) -> None:
             storage_path=below(trial["storage"], TRAIN_FOLDER),
             callbacks=[TuneReportCallback()],
             failure_config=train.FailureConfig(
-                max_failures=trial["max_failures"],
                 controller_failure_limit=STARTS_TRIED,
             ),
         ),
@@ -110,13 +137,17 @@ def _work(trial: dict[str, Any]) -> None:
 
     from trainables.team import Team
     from trainables.trial import next_result, open_trial
+    from trainables.watchdog import counting_steps, start_watchdog
+
+    start_watchdog(trial["hung_after"])
 
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     device = get_device() if trial["gpus"] else "cpu"
     running = open_trial(trial | {"device": str(device)}, team)
     while True:
-        result = next_result(running)
+        with counting_steps():
+            result = next_result(running)
         # Tune must not take the trial for over while its workers are being put away.
         over = result.pop("done")
         train.report(result)

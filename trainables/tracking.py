@@ -168,8 +168,13 @@ class Tracker:
         self._client.log_text(run.run_id, run.recipe, "recipe.json")
         self._tag(run, weights_sha256=sha256)
 
-    def end_trial(self, run: TrialRun, *, outcome: str, reason: str) -> None:
-        """End a trial's run with its outcome; failed and blocked ones are tried again."""
+    def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
+        """End a trial's run with its outcome; failed and blocked ones are tried again.
+
+        trace: the traceback to keep with it, if any.
+        """
+        if trace:
+            self._client.log_text(run.run_id, trace, "error.txt")
         self._tag(run, outcome=outcome, reason=reason[:LONGEST_TAG])
         over = outcome in ("finished", "collapsed")
         self._client.set_terminated(run.run_id, "FINISHED" if over else "FAILED")
