@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     device = device_named(options.device)
     source = _readable(source_of(options))
     scale, classifier = _load(options, source)
-    folder = options.ledger or Path("results/ledgers") / options.weights.stem
+    folder = options.ledger or Path("results/ledgers") / (options.weights.stem.strip(".") or "-")
     _make(folder)
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
