@@ -448,11 +448,15 @@ def open_dictionary(root: Path, scale: Scale) -> PublishedTextures:
 
     All of the scale's textures of a class are there, or none: then the class is left out.
     """
-    labels = range(scale.num_classes)
-    present = [k for k in labels if (root / LAYOUT.format(label=k, cluster=0)).is_file()]
+    clusters = scale.patch.textures
+    present = [
+        label
+        for label in range(scale.num_classes)
+        if any((root / name).is_file() for name in _layout((label,), clusters))
+    ]
     if len(present) < 2:
         raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
-    return read_published(root, classes=present, clusters=scale.patch.textures)
+    return read_published(root, classes=present, clusters=clusters)
 
 
 def own_identity(scale: Scale, data: Data) -> dict[str, object]:

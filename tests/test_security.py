@@ -408,11 +408,15 @@ def test_the_hashed_set_has_what_the_project_asks_for_at_the_tested_versions():
         r"^([a-z0-9-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE
     )
     assert {name: PINS[name] for name, _ in tested} == dict(tested)
+    assert {Requirement(entry).name for entry in project["project"]["dependencies"]} <= {
+        name for name, _ in tested
+    }
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "cluster-local.yaml"])
 def test_a_cluster_installs_nothing_whose_hash_is_not_known(name):
     setup = " ".join(yaml.safe_load((ROOT / name).read_text())["setup_commands"])
+    assert "--require-hashes -r requirements-cluster.txt" in setup
     installs = re.findall(r"pip install .*?(?=&&|\) |$)", setup)
     assert installs
     for install in installs:
@@ -454,11 +458,11 @@ def listeners(process):
     return found
 
 
-def asked_gcs(port, environment, **token):
-    environment = {k: v for k, v in environment.items() if k != "RAY_AUTH_TOKEN"} | token
+def asked_gcs(port, environment, token):
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or ""}
     return subprocess.run(
         [sys.executable, "-c", ASK_GCS, f"127.0.0.1:{port}"],
-        env=environment,
+        env=environment | (own if token else {"RAY_AUTH_MODE": "disabled"}),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -476,9 +480,11 @@ def folder():
 @pytest.fixture(scope="module")
 def server(folder):
     server = MlflowServer(folder / "server")
-    server.start()
-    yield server
-    server.kill()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -496,38 +502,38 @@ def command(folder, server, *arguments):
     return [sys.executable, "grid/run.py", *fixed, "--mlflow", server.uri, *arguments]
 
 
+def looked_into(driver, folder, environment):
+    """Return where a run listens, and what Ray answers to whom; it is held still meanwhile."""
+    wait_for_checkpoint(folder / "results", driver)
+    process = psutil.Process(driver.pid)
+    process.suspend()
+    found = listeners(process)
+    (port,) = [port for (name, port) in found if name.endswith("gcs_server")]
+    tokens = {"none": None, "another": "0" * 64, "its own": SECRETS["RAY_AUTH_TOKEN"]}
+    asked = {name: asked_gcs(port, environment, token) for name, token in tokens.items()}
+    process.resume()
+    return found, asked
+
+
 @pytest.fixture(scope="module")
 def ran(folder, server, environment):
     """A run of the command: where it listened, who got an answer, and what it said."""
     marker = folder / "was-run"
     for name in ("tuner.pkl", "trainable.pkl", "error.pkl", "x/error.pkl", "x/.tune_metadata"):
         put(folder / "results" / "tune" / name, pickle.dumps(Planted(marker)))
-    driver = subprocess.Popen(
+    with subprocess.Popen(
         command(folder, server),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    process = psutil.Process(driver.pid)
-    try:
-        wait_for_checkpoint(folder / "results", driver)
-        process.suspend()
-        found = listeners(process)
-        (port,) = [port for (name, port) in found if name.endswith("gcs_server")]
-        mode = {"RAY_AUTH_MODE": "token"}
-        asked = {
-            "none": asked_gcs(port, environment, RAY_AUTH_MODE="disabled"),
-            "another": asked_gcs(port, environment, **mode, RAY_AUTH_TOKEN="0" * 64),
-            "its own": asked_gcs(
-                port, environment, **mode, RAY_AUTH_TOKEN=SECRETS["RAY_AUTH_TOKEN"]
-            ),
-        }
-        process.resume()
-        said = driver.communicate(timeout=SECONDS)[0]
-    finally:
-        driver.kill()
+    ) as driver:
+        try:
+            found, asked = looked_into(driver, folder, environment)
+            said = driver.communicate(timeout=SECONDS)[0]
+        finally:
+            driver.kill()
     assert driver.returncode == 0, said
     return found, asked, said
 
