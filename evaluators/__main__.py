@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING, NoReturn
 from evaluators import EVALUATORS
 from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
 from trainables.scale import SCALE_NAMES, Scale, scale_named
-from trainables.source import DataSource, add_data_options, scale_of, source_of
+from trainables.source import (
+    DataSource,
+    add_data_options,
+    scale_of,
+    source_of,
+    uri_without_password,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from evaluators.base import cell_digest
+    from evaluators.base import cell_digest, device_named
     from evaluators.health import red_flags
     from trainables.data import load_data
 
-    device = _device(options.device)
+    device = device_named(options.device)
     source = _readable(source_of(options))
     scale, classifier = _load(options, source)
-    folder = options.ledger or Path("results/ledgers") / options.weights.stem
+    folder = options.ledger or Path("results/ledgers") / (options.weights.stem.strip(".") or "-")
     _make(folder)
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
@@ -162,18 +169,9 @@ def _recipe_of(weights: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(recipe_json_of(weights))
     except OSError as error:
-        raise ValueError(f"{weights} cannot be read: {error.strerror}") from None
-    except (KeyError, ValueError, OverflowError, MemoryError):
+        raise ValueError(f"{weights} cannot be read: {error.strerror or error}") from None
+    except ValueError:
         raise ValueError(f"{weights} names no recipe of this project: give --model") from None
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _ask(
@@ -219,11 +217,16 @@ def _make(folder: Path) -> None:
 
 
 def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from trainables.storage import write_atomically
 
     paths = [folder / f"{name}.parquet" for name in ledgers]
     for path, ledger in zip(paths, ledgers.values(), strict=True):
-        pq.write_table(ledger, path, compression="zstd")
+        sink = pa.BufferOutputStream()
+        pq.write_table(ledger, sink, compression="zstd")
+        write_atomically(path, sink.getvalue().to_pybytes())
     return paths
 
 
@@ -246,8 +249,10 @@ def _check_names(options: argparse.Namespace) -> None:
         raise ValueError(f"unknown model {model!r}; one of {', '.join(MODELS)} or timm:NAME")
     if options.scale not in (None, *SCALE_NAMES):
         scale_named(options.scale)
-    if options.std is not None and options.std <= 0:
+    if options.std is not None and not 0 < options.std < math.inf:
         raise ValueError(f"--std {options.std:g} is not above 0")
+    if options.mean is not None and not math.isfinite(options.mean):
+        raise ValueError(f"--mean {options.mean:g} is no number")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -288,7 +293,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the ledgers go (default: results/ledgers/NAME-OF-THE-WEIGHTS)",
     )
-    parser.add_argument("--mlflow", metavar="URI", help="log scores and ledgers there as well")
+    parser.add_argument(
+        "--mlflow",
+        type=uri_without_password,
+        metavar="URI",
+        help="log scores and ledgers there as well",
+    )
     return parser
 
 
@@ -340,8 +350,9 @@ def _area(text: str) -> float:
 
 def _fraction(text: str, what: str, example: str) -> Fraction:
     try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        # A fraction of 1e-999999999 would take hours.
+        value = Fraction(text) if "e" not in text.lower() else Fraction(float(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
         value = Fraction(0)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(

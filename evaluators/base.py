@@ -103,6 +103,16 @@ class Evaluator(Protocol):
     def summarize(self, verdicts: pa.Table) -> list[Score]: ...
 
 
+def device_named(name: str | None) -> torch.device:
+    """Return a device that computes: the one named, or the first GPU, or the CPU; ValueError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device says in its own way that it is not there
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def cell_digest(evaluator: Evaluator, source: Data) -> str:
     """Return 12 hex digits that name an evaluator's question on a data set."""
     identity = {"name": evaluator.name, **evaluator.identity(source)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -90,7 +91,9 @@ def connect(address: str | None) -> None:
     """Join the cluster at an address, or start Ray on this machine; ValueError when refused."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        # Ray listens on every interface: a token of this run's own keeps others out.
+        # On one machine as on a Mac: Ray listens on the loopback alone, where a token of this
+        # run's own keeps other users out.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address=LOCAL,

@@ -19,7 +19,13 @@ from grid.schedule import lanes_of, simulate
 from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.recipe import Recipe
 from trainables.scale import SCALE_NAMES, Scale
-from trainables.source import DataSource, add_data_options, scale_of, source_of
+from trainables.source import (
+    DataSource,
+    add_data_options,
+    scale_of,
+    source_of,
+    uri_without_password,
+)
 from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:
@@ -284,11 +290,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--storage",
+        type=uri_without_password,
         metavar="DIR|URI",
         help="where trials keep checkpoints and weights: a folder, s3://, gs:// (default: results)",
     )
     parser.add_argument(
         "--mlflow",
+        type=uri_without_password,
         metavar="URI",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",

@@ -487,10 +487,10 @@ def load_study(name_or_file: str) -> Study:
         parsed = StudyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"study file {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"study file {path} is not TOML: {error}") from None
     except ValidationError as error:
         raise ValueError(f"study file {path}: {first_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"study file {path} is not TOML: {error}") from None
     return _study_from(parsed, path)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -83,16 +85,31 @@ def _archived(source: DataSource, *, train: bool) -> Split:
 def _read_archive(root: Path, *, train: bool) -> Content:
     from torchvision.datasets import CIFAR10
 
+    if not (root / BATCHES).is_dir():
+        _unpack(root / ARCHIVE, CIFAR10.tgz_md5)
     try:
-        # With the archive there, "download" only extracts it.
-        there = (root / ARCHIVE).is_file()
-        stored = CIFAR10(root, train=train, download=there and not (root / BATCHES).is_dir())
+        stored = CIFAR10(root, train=train)
     except RuntimeError:
         raise ValueError(
             f"{root / BATCHES} is not CIFAR-10 as published (another MD5): fetch it again"
         ) from None
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
     return {"images": images, "labels": torch.tensor(stored.targets)}
+
+
+def _unpack(archive: Path, md5: str) -> None:
+    """Unpack the published archive, and no other, beside itself; ValueError where it cannot be."""
+    from torchvision.datasets.utils import (  # type: ignore[import-untyped]
+        check_integrity,
+        extract_archive,
+    )
+
+    if not check_integrity(archive, md5):
+        raise ValueError(f"{archive} is not CIFAR-10 as published (another MD5): fetch it again")
+    try:
+        extract_archive(archive, archive.parent)
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"{archive} cannot be unpacked: {error}") from None
 
 
 def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content:
@@ -107,9 +124,13 @@ def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content
             cache.mkdir(parents=True, exist_ok=True)
             remove_unused(cache)
             write_atomically(file, save(read()))
+        found: Content = load_file(file)
     except OSError as error:
         raise ValueError(f"{cache} cannot keep the decoded images: {error.strerror}") from error
-    found: Content = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, remove it: {error}") from None
+    if set(found) != {"images", "labels"}:
+        raise ValueError(f"{file} is damaged, remove it: it holds {sorted(found)}")
     return found
 
 

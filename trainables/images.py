@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
-import io
 import os
 import time
 import uuid
@@ -22,7 +21,10 @@ from torch import Tensor
 
 from trainables.storage import write_atomically
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What bytes that are no image make a decoder raise is anything.
+UNREADABLE = Exception
+# Pillow knows more formats, and hands one of them (EPS) to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
 SIDEWAYS = 5
@@ -30,14 +32,26 @@ UNUSED_SECONDS = 30 * 86400
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as RGB, turned as its camera says; raises one of UNREADABLE."""
-    with Image.open(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        if file.mode != "RGB":
-            return file.convert("RGB")
-        # convert() would copy an image that is RGB already.
-        file.load()
-        return file
+    """Read an image as RGB, turned as its camera says; raises UNREADABLE."""
+    with opened(path) as file:
+        return as_rgb(file)
+
+
+def opened(path: str | Path) -> Image.Image:
+    """Open an image by its header; raises UNREADABLE, also where it is a pipe or a device."""
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - per image
+        raise OSError("it is not a file")
+    return Image.open(path, formats=FORMATS)
+
+
+def as_rgb(file: Image.Image) -> Image.Image:
+    """Decode an opened image as RGB, turned as its camera says; raises UNREADABLE."""
+    ImageOps.exif_transpose(file, in_place=True)
+    if file.mode != "RGB":
+        return file.convert("RGB")
+    # convert() would copy an image that is RGB already.
+    file.load()
+    return file
 
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
@@ -126,7 +140,7 @@ class ImageFiles:
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """Return the error that names an unreadable image, its class and what to do."""
-    reason = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ValueError(
         f"{path} (class {path.parent.name}) cannot be read: {reason}; "
         "--skip-damaged goes on without it"
@@ -179,8 +193,8 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
     stamps = stamps_of(images, budget)
     if stamps is None:
         return None
-    known = cache / f"sizes-{stamps}.npy"
-    sizes = np.load(known) if known.exists() else _sizes(images)
+    known = cache / f"sizes-{stamps}"
+    sizes = _kept_sizes(known, images)
     decoded = DecodedImages(cache / f"originals-{stamps}.u8", sizes)
     total = int(decoded.ends[-1])
     if total > budget:
@@ -196,10 +210,19 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
 
     write_once(decoded.file, total, write)
     if not known.exists():
-        buffer = io.BytesIO()
-        np.save(buffer, sizes)
-        write_atomically(known, buffer.getvalue())
+        content = sizes.tobytes()
+        write_atomically(known, hashlib.sha256(content).digest() + content)
     return decoded
+
+
+def _kept_sizes(known: Path, images: ImageFiles) -> np.ndarray:
+    """Return the sizes that an earlier process kept, or measure them; a damaged file goes."""
+    if known.exists():
+        digest, content = known.read_bytes()[:32], known.read_bytes()[32:]
+        if hashlib.sha256(content).digest() == digest:
+            return np.frombuffer(content, dtype=np.int64).reshape(-1, 2)
+        known.unlink(missing_ok=True)
+    return _sizes(images)
 
 
 def _sizes(images: ImageFiles) -> np.ndarray:
@@ -209,7 +232,7 @@ def _sizes(images: ImageFiles) -> np.ndarray:
     def measure(place: int) -> None:
         path = images.path(place)
         try:
-            with Image.open(path) as file:
+            with opened(path) as file:
                 turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
                 sizes[place] = file.size[::-1] if turned else file.size
         except UNREADABLE as error:

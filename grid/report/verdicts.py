@@ -81,4 +81,8 @@ class Verdicts:
         run = self._runs.get(digest)
         if run is None or evaluator not in run.cells:
             return None
-        return from_parquet(self._tracker.ledger(run, evaluator))[0]
+        try:
+            return from_parquet(self._tracker.ledger(run, evaluator))[0]
+        except ValueError as error:
+            where = f"{run.artifact_uri}/ledgers/{evaluator}.parquet"
+            raise ValueError(f"{where}: {error}; restore it, or delete run {run.run_id}") from None
