@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -94,7 +93,10 @@ class EvaluatorPool:
         self._failures: Counter[tuple[Cell, Shard]] = Counter()
         self._resting: list[tuple[float, Cell, Shard]] = []
         self._say = say
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        # Of each evaluator: the seconds of the shards judged, their number, and how many wait.
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._judged: Counter[str] = Counter()
+        self._queued: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._unfinished)
@@ -137,12 +139,12 @@ class EvaluatorPool:
 
         None until a shard of each evaluator has been timed.
         """
-        shards = coming + Counter(cell.evaluator for _, _, cell, _ in self._waiting)
+        shards = coming + self._queued
         shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
         shards += Counter(cell.evaluator for _, cell, _ in self._resting)
-        if any(name not in self._seconds for name in shards):
+        if any(name not in self._judged for name in shards):
             return None
-        each = {name: statistics.fmean(self._seconds[name]) for name in shards}
+        each = {name: self._seconds[name] / self._judged[name] for name in shards}
         return sum(count * each[name] for name, count in shards.items()) / self._size
 
     def _collect(self, reference: Any) -> Judged | None:
@@ -161,7 +163,8 @@ class EvaluatorPool:
             return None
         if error:
             return self._failed(cell, shard, error)
-        self._seconds[cell.evaluator].append(from_parquet(content)[1])
+        self._seconds[cell.evaluator] += from_parquet(content)[1]
+        self._judged[cell.evaluator] += 1
         store, missing = self._unfinished[cell]
         patiently(lambda: store.add(shard, content), say=self._say)
         missing.discard(shard)
@@ -190,6 +193,7 @@ class EvaluatorPool:
         self._hand_out()
 
     def _await_turn(self, cell: Cell, shard: Shard) -> None:
+        self._queued[cell.evaluator] += 1
         heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell, shard))
 
     def _merge(self, cell: Cell) -> Judged:
@@ -199,13 +203,16 @@ class EvaluatorPool:
 
     def _drop(self, cell: Cell) -> None:
         del self._unfinished[cell]
-        self._waiting = [entry for entry in self._waiting if entry[2] != cell]
+        kept = [entry for entry in self._waiting if entry[2] != cell]
+        self._queued[cell.evaluator] -= len(self._waiting) - len(kept)
+        self._waiting = kept
         self._resting = [entry for entry in self._resting if entry[1] != cell]
         heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
             _, _, cell, shard = heapq.heappop(self._waiting)
+            self._queued[cell.evaluator] -= 1
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)

@@ -24,6 +24,7 @@ from evaluators.natural import IMAGENET_A_CLASSES
 from evaluators.stored_cifar import CIFAR10C, load_cifar10_1
 from evaluators.stylized import IMAGENET_IMAGES
 from evaluators.textures import open_dictionary
+from grid.forecast import checkpoint_bytes
 from grid.plan import Plan
 from trainables.cifar import archived, load_cifar10
 from trainables.models import classifier_named, count_parameters
@@ -45,7 +46,6 @@ WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_A_IMAGES = 7500
 LEAST_FREE_BYTES = GIBIBYTE
 NAMED = 3
-CHECKPOINTS = 3  # the newest two and the newest sound one
 
 
 @dataclass(frozen=True)
@@ -312,10 +312,7 @@ def _checkpoint_bytes(scale: Scale, plan: Plan) -> int:
     for model in {trial.recipe.model for trial in plan}:
         with torch.device("meta"):
             sizes[model] = 4 * count_parameters(classifier_named(model, scale))
-    moments = {"sgd": 1, "adamw": 2}
-    return sum(
-        sizes[t.recipe.model] * (CHECKPOINTS * (1 + moments[t.recipe.optimizer]) + 1) for t in plan
-    )
+    return sum(checkpoint_bytes(trial.recipe, sizes[trial.recipe.model]) for trial in plan)
 
 
 def _device() -> Iterator[Finding]:

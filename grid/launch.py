@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import heapq
+import json
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
+from grid.schedule import EVALUATOR_GPUS, evaluators_beside
 from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
@@ -32,11 +36,10 @@ from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import check_address
-from trainables.trial import RecipeTrial
+from trainables.trial import RecipeTrial, trial_config
 
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
-EVALUATOR_GPUS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ def _share_out(
     On GPUs they have a quarter each of one GPU in eight, or of the only one.
     """
     lanes = trials_at_once(placement)
-    size = max(1, int(ray.cluster_resources()["GPU"] // 2)) if placement.gpus else lanes
+    size = evaluators_beside(ray.cluster_resources()["GPU"]) if placement.gpus else lanes
     gpus = EVALUATOR_GPUS if placement.gpus else 0.0
     folder = results / SHARDS_FOLDER
     pool = EvaluatorPool(
@@ -227,17 +230,30 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, lanes: int, *, strict: bool) -> None:
         super().__init__()
         self._lanes, self._strict = lanes, strict
-        self._retry_at: dict[str, float] = {}
-        self._furthest: dict[str, int] = {}
+        self._known: dict[str, Trial] = {}  # by digest, in the plan's order
+        self._places: dict[str, int] = {}
+        self._ready: list[tuple[int, str]] = []
+        self._students: dict[str, list[str]] = {}
+        self._resting: list[tuple[float, str]] = []  # until when
+        self._let_go: list[Trial] = []
+        self._furthest: Counter[str] = Counter()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.trial_id not in self._furthest:
-            self._furthest[trial.trial_id] = 0
-            trial.set_status(Trial.PAUSED)
-        else:
-            wait = wait_after(max(1, trial.run_metadata.num_failures))
-            self._retry_at[trial.trial_id] = time.monotonic() + wait
+        told = trial_config(trial.config)
+        digest, teacher = told["digest"], told["teacher"]
+        if digest in self._known:
+            until = time.monotonic() + wait_after(max(1, trial.run_metadata.num_failures))
+            heapq.heappush(self._resting, (until, digest))
+            self._let_go = [other for other in self._let_go if other is not trial]
             tune_controller._set_trial_status(trial, Trial.PAUSED)
+            return
+        self._places[digest] = len(self._known)
+        self._known[digest] = trial
+        trial.set_status(Trial.PAUSED)
+        if teacher in self._known:
+            self._students.setdefault(teacher, []).append(digest)
+        else:
+            self._make_ready(digest)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if result.get("epoch", 0) > self._furthest[trial.trial_id]:
@@ -246,19 +262,22 @@ class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        trials = tune_controller.get_trials()
-        pending = [trial for trial in trials if trial.status == Trial.PENDING]
-        running = [trial for trial in trials if trial.status == Trial.RUNNING]
-        if len(pending) + len(running) * self._strict < self._lanes:
-            unended = {_digest_of(trial) for trial in trials if not trial.is_finished()}
-            now = time.monotonic()
-            # Those that are tried again have had their turn.
-            for trial in sorted(trials, key=lambda trial: trial.trial_id not in self._retry_at):
-                due = self._retry_at.get(trial.trial_id, now) <= now
-                free = trial.config["trial"]["teacher"] not in unended
-                if trial.status == Trial.PAUSED and due and free:
-                    return trial
+        for teacher in [t for t in self._students if self._known[t].is_finished()]:
+            for digest in self._students.pop(teacher):
+                self._make_ready(digest)
+        while self._resting and self._resting[0][0] <= time.monotonic():
+            self._make_ready(heapq.heappop(self._resting)[1])
+        self._let_go = [trial for trial in self._let_go if not trial.is_finished()]
+        pending = [trial for trial in self._let_go if trial.status == Trial.PENDING]
+        running = [trial for trial in self._let_go if trial.status == Trial.RUNNING]
+        if self._ready and len(pending) + len(running) * self._strict < self._lanes:
+            chosen = self._known[heapq.heappop(self._ready)[1]]
+            self._let_go.append(chosen)
+            return chosen
         return pending[0] if pending else None
+
+    def _make_ready(self, digest: str) -> None:
+        heapq.heappush(self._ready, (self._places[digest], digest))
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
@@ -291,7 +310,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
 
 
 def _digest_of(trial: Trial) -> str:
-    return str(trial.config["trial"]["digest"])
+    return str(trial_config(trial.config)["digest"])
 
 
 def _trace(trial: Trial) -> str:
@@ -319,7 +338,7 @@ def _train(
     `lanes` run at once, as their resources allow, on actors that are reused.
     """
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
-    configs = [
+    told = [
         {
             "digest": trial.digest,
             "teacher": trial.recipe.teacher.digest() if trial.recipe.teacher else None,
@@ -330,7 +349,6 @@ def _train(
             "gpus": placement.gpus,
             "hung_after": placement.hung_after,
             "device": "cuda" if placement.gpus else "cpu",
-            "source": source,
             "compile": placement.compile,
         }
         for trial in todo
@@ -339,7 +357,7 @@ def _train(
     resources = {"cpu": placement.cpus, "gpu": placement.gpus} if alone else CONTROLLER
     tuner = tune.Tuner(
         tune.with_resources(RecipeTrial if alone else train_together, resources),
-        param_space={"trial": tune.grid_search(configs)},
+        param_space={"trial": tune.grid_search([json.dumps(t) for t in told]), "source": source},
         tune_config=tune.TuneConfig(
             reuse_actors=alone,
             scheduler=_PlanOrder(lanes, strict=not alone),

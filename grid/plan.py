@@ -171,12 +171,12 @@ def _choose_evaluators(drafts: Mapping[str, _Draft], names: Iterable[str] | None
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     """Return each trial's cost with the longest chain of students behind it."""
-    chains = {trial.digest: trial.cost for trial in trials}
+    own = {trial.digest: trial.cost for trial in trials}
+    chains = dict(own)
     for trial in sorted(trials, key=_depth, reverse=True):
         if trial.recipe.teacher is not None:
             teacher = trial.recipe.teacher.digest()
-            own = next(t.cost for t in trials if t.digest == teacher)
-            chains[teacher] = max(chains[teacher], own + chains[trial.digest])
+            chains[teacher] = max(chains[teacher], own[teacher] + chains[trial.digest])
     return chains
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
+from grid.planner import add_plan_options, amount, check_plan_options, count, print_plan
 from grid.progress import format_seconds
-from grid.schedule import lanes_of, simulate
 from grid.studies import AXES, STUDIES, Study, load_study, problem
-from trainables.recipe import Recipe
 from trainables.scale import SCALE_NAMES, Scale
 from trainables.source import (
     DataSource,
@@ -50,7 +47,6 @@ ENVIRONMENT = {
 }
 INTERRUPTED = 130
 DECODED_FOLDER = "decoded"
-INDENT = " " * 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,11 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = source_of(options, cache=options.results / DECODED_FOLDER)
         study = load_study(options.study)
         scale, plan = _planned(options, study, source)
-        _check_schedule(options)
-        if options.plan:
-            print_plan(study, plan, scale)
-            if options.nodes:
-                print_schedule(options, plan)
+        check_plan_options(options)
+        if options.plan or options.calibrate:
+            print_plan(options, study, plan, scale, source)
             return 0
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -241,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "--evaluators", nargs="+", metavar="E", help="ask only these, e.g. clean pgd"
     )
     parser.add_argument(
-        "--seeds", type=_positive, default=1, metavar="N", help="train each recipe N times"
+        "--seeds", type=count, default=1, metavar="N", help="train each recipe N times"
     )
     parser.add_argument(
         "--scale",
@@ -256,22 +250,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_other_answers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", action="store_true", help="print the trials and stop")
+    add_plan_options(parser)
     parser.add_argument(
         "--check",
         action="store_true",
         help="look at data, disk, memory and device, print what was found, and stop",
-    )
-    parser.add_argument(
-        "--nodes", type=_positive, metavar="N", help="with --plan: simulate the training on N nodes"
-    )
-    parser.add_argument("--gpus-per-node", type=_positive, metavar="G", help="of these nodes")
-    parser.add_argument(
-        "--seconds-per-unit",
-        type=_share,
-        metavar="X",
-        help="seconds of one worker for a unit of cost: at digits a second of one core, at "
-        "imagenet an epoch of 10^9 multiply-accumulates an image",
     )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
@@ -317,12 +300,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         "or this machine alone)",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="of each trial (default: 1)"
+        "--workers", type=count, default=1, metavar="N", help="of each trial (default: 1)"
     )
     parser.add_argument(
         "--cpus-per-worker",
         "--cpus-per-trial",
-        type=_positive,
+        type=count,
         default=1,
         metavar="C",
         help="default: 1",
@@ -330,7 +313,7 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus-per-worker",
         "--gpus-per-trial",
-        type=_share,
+        type=amount,
         default=0.0,
         metavar="G",
         help="default: 0",
@@ -350,24 +333,8 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
 def _seconds(text: str) -> float:
-    seconds = _share(text)
+    seconds = amount(text)
     if seconds == 0:
         raise argparse.ArgumentTypeError("a step takes more than 0 seconds")
     return seconds
@@ -383,82 +350,6 @@ def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"unknown axis {axis!r} in --only; one of {', '.join(AXES)}")
         only[axis] = tuple(values.split(","))
     return only
-
-
-def print_plan(study: Study, plan: Plan, scale: Scale) -> None:
-    """Print the trials, what they share, and what was refused."""
-    print(f"Study {study.name} at scale {scale.name}: {scale.title}")
-    for trial in plan:
-        print(f"  {trial.digest}  {trial.recipe.describe()}")
-        print(f"{INDENT}{_hyperparameters(trial.recipe)}")
-        print(f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
-    for refused in plan.refused:
-        print(f"  refused: {refused.combination}: {refused.reason}")
-    for name, images in _subsets(plan, scale).items():
-        print(f"  {name}: {images} images, an interval of at most ±{_reach(images):.0f} points")
-    shared = plan.asked - len(plan.trials)
-    print(
-        f"{plan.asked} rows asked for, {len(plan.trials)} trainings ({shared} shared), "
-        f"{len(plan.refused)} combinations refused"
-    )
-
-
-def _subsets(plan: Plan, scale: Scale) -> dict[str, int]:
-    """Return how many images the costly evaluators ask about."""
-    sizes = {
-        "pgd": scale.attack_subset,
-        "autoattack-small": scale.autoattack_subset,
-        "autoattack": scale.autoattack_subset,
-        "tpa": scale.patch.images,
-    }
-    asked = {name for trial in plan for name in trial.evaluators}
-    return {name: images for name, images in sizes.items() if name in asked}
-
-
-def _reach(images: int) -> float:
-    """Return half the width, in points, of the widest 95 % Wilson interval of n images."""
-    z = NormalDist().inv_cdf(0.975)
-    return 50 * z / math.sqrt(images + z**2)
-
-
-def _check_schedule(options: argparse.Namespace) -> None:
-    asked = [options.nodes, options.gpus_per_node, options.seconds_per_unit]
-    if any(asked) and not (all(asked) and options.plan):
-        raise ValueError("--nodes, --gpus-per-node and --seconds-per-unit go together, with --plan")
-
-
-def print_schedule(options: argparse.Namespace, plan: Plan) -> None:
-    """Print how long the trials would train on some nodes, by simulation."""
-    gpus = options.gpus_per_worker or 1.0
-    lanes = lanes_of(
-        options.nodes, options.gpus_per_node, workers=options.workers, gpus_per_worker=gpus
-    )
-    found = simulate(
-        plan.trials,
-        lanes=lanes,
-        workers=options.workers,
-        seconds_per_unit=options.seconds_per_unit,
-    )
-    over = found.makespan / found.lower_bound - 1
-    print(
-        f"Training on {options.nodes} nodes of {options.gpus_per_node} GPUs, {lanes} trials at "
-        f"once, of {options.workers} workers of {gpus:g} GPUs: {format_seconds(found.makespan)}, "
-        f"{over:.0%} over the least possible; {found.utilisation:.0%} of the workers in use"
-    )
-
-
-def _hyperparameters(recipe: Recipe) -> str:
-    parts = [
-        f"rate {recipe.learning_rate:g}",
-        f"decay {recipe.weight_decay:g}",
-        f"batch {recipe.batch_size}",
-        f"warm-up {recipe.warmup_epochs:g}",
-    ]
-    if recipe.norm == "ghost":
-        parts.append(f"ghost batch {recipe.ghost_batch} of {recipe.forward_batch}")
-    if recipe.adversary:
-        parts.append(f"epsilon {recipe.adversary.epsilon * 255:g}/255")
-    return ", ".join(parts)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -40,7 +40,16 @@ def refusal(capsys, *arguments):
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
         (["--workers", "0"], "'0' is not a whole number of at least 1"),
-        (["--nodes", "8"], "--nodes, --gpus-per-node and --seconds-per-unit go together"),
+        (["--plan", "--nodes", "8"], "--nodes and --gpus-per-node go together"),
+        (["--budget-hours", "8"], "--budget-gpu-hours goes with --plan"),
+        (
+            ["--plan", "--budget-hours", "8", "--results", "none"],
+            "hours are unknown: --calibrate first, or give --seconds-per-unit",
+        ),
+        (
+            ["--plan", "--interruptions-per-node-day", "1"],
+            "--interruptions-per-node-day goes with --nodes",
+        ),
         (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
         (["--sceale", "digits"], "unrecognized arguments"),
     ],
@@ -123,13 +132,28 @@ def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
 
 
-def test_plan_simulates_the_schedule_on_nodes(capsys):
+def test_plan_tells_hours_wall_clock_cost_and_what_a_budget_buys(capsys):
     cluster = ["--nodes", "8", "--gpus-per-node", "8", "--workers", "8"]
-    assert main(["--plan", "--scale", "imagenet", *cluster, "--seconds-per-unit", "600"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(
-        "Training on 8 nodes of 8 GPUs, 8 trials at once, of 8 workers of 1 GPUs"
-    )
+    money = ["--dollars-per-gpu-hour", "2", "--budget-gpu-hours", "40"]
+    spot = ["--interruptions-per-node-day", "3"]
+    arguments = ["--plan", "--scale", "imagenet", "--tables", "T5", "T6", "T11"]
+    assert main([*arguments, *cluster, *money, *spot, "--seconds-per-unit", "60"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 rows asked for, 9 trainings (1 shared)" in printed
+    assert "Disk: at most 9.4 GiB" in printed
+    assert "194 GPU-hours, 193 to train and 1.1 to judge" in printed
+    assert "T5 alone: 3 trainings, 22 GPU-hours" in printed
+    assert "On 8 nodes of 8 GPUs, 7 trials at once of 8 workers: " in printed
+    assert "Taken away 3 times a node and day, for 10 min: " in printed
+    assert "Cost: $" in printed
+    assert "For 40 GPU-hours: 2 of 3 tables, T5 T6, for " in printed
+
+
+def test_plan_asks_for_a_calibration_or_a_unit(capsys, tmp_path):
+    assert main(["--plan", "--tables", "T6", "--results", str(tmp_path)]) == 0
+    assert "Hours: unknown; --calibrate measures them" in capsys.readouterr().out
+    assert main(["--plan", "--tables", "T6", "--seconds-per-unit", "1"]) == 0
+    assert "core-hours" in capsys.readouterr().out
 
 
 def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -85,12 +87,11 @@ def test_a_trial_goes_on_from_its_checkpoint_on_s3(
             "recipe": recipe.model_dump(mode="json"),
             "threads": 1,
             "device": "cpu",
-            "source": EMBEDDED,
             "compile": False,
             "hung_after": 60.0,
             "storage": storage,
         }
-        return RecipeTrial({"trial": trial})
+        return RecipeTrial({"trial": json.dumps(trial), "source": EMBEDDED})
 
     actor(bucket).step()
     resumed = actor(bucket).step()

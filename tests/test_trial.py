@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -28,11 +29,10 @@ def start(tmp_path, monkeypatch, few_digits):
             "storage": str(tmp_path),
             "threads": 1,
             "device": "cpu",
-            "source": EMBEDDED,
             "compile": False,
             "hung_after": 60.0,
         }
-        return {"trial": trial}
+        return {"trial": json.dumps(trial), "source": EMBEDDED}
 
     def make(recipe, actor=None):
         if actor is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.storage import below, folder_at
+from trainables.trial import trial_config
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
 # It takes none of what workers need, so that no trial can wait for another's workers.
@@ -28,7 +29,7 @@ SIOCGIFADDR = 0x8915
 
 
 def train_together(config: dict[str, Any]) -> None:
-    """Train one recipe with config["trial"]["workers"] workers; report each epoch to Tune.
+    """Train one recipe with its config's number of workers; report each epoch to Tune.
 
     A worker or a node that dies has the team start again, from the trial's own checkpoint, unless
     that is the program's own fault. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
@@ -39,7 +40,7 @@ def train_together(config: dict[str, Any]) -> None:
 
     from trainables.trial import failed_result
 
-    trial = config["trial"]
+    trial = trial_config(config)
     kept = folder_at(below(trial["storage"], "trials", trial["digest"]))
     failures, furthest = 0, ""
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -55,10 +56,11 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest sound checkpoint by its digest. An actor serves many trials one after another, and
-    builds everything anew for each. config["trial"]: recipe (JSON fields), storage, threads,
-    device, source (a DataSource), compile, hung_after (seconds without a step, after which the
-    process is killed). torch and timm are imported by the first step, so that the driver need not
-    have them. What is the program's own fault fails the trial, and Tune does not try it again.
+    builds everything anew for each. config["trial"], as JSON: recipe, storage, threads, device,
+    compile, hung_after (seconds without a step, after which the process is killed).
+    config["source"]: a DataSource. torch and timm are imported by the first step, so that the
+    driver need not have them. What is the program's own fault fails the trial, and Tune does not
+    try it again.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
-        self._trial_config: dict[str, Any] = config["trial"]
+        self._trial_config = trial_config(config)
         start_watchdog(self._trial_config["hung_after"])
         self._running: RunningTrial | None = None
 
@@ -85,6 +87,12 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._running = None
+
+
+def trial_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a trial is told. It travels as text: Tune copies a grid's dicts n times n."""
+    told: dict[str, Any] = json.loads(config["trial"])
+    return told | {"source": config["source"]}
 
 
 def weights_path(storage: str, recipe: Recipe) -> str:

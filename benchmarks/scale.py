@@ -1,0 +1,182 @@
+"""What a trial costs the grid as trials grow in number: time and memory of each must not grow.
+
+    python -m benchmarks.scale                      # 100 and 1,000 trials through Ray
+    python -m benchmarks.scale --trials 100 1000 10000
+    python -m benchmarks.scale --trials 10000 --without-ray
+
+The trainable is a stub that trains nothing and keeps a kilobyte of weights; all else is the real
+path: enumerate, look up what is done, schedule through Ray Tune, record to MLflow, find all of it
+done, report. Each number of trials has a process of its own. Without Ray the recorder's writes are
+made in its place. Times are in milliseconds a trial, but for the resume, which is in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grid.plan import Plan, build_plan
+from grid.run import ENVIRONMENT
+from grid.studies import Study, resnet50
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS
+from trainables.storage import below
+from trainables.trial import RecipeTrial
+
+DECAYS = tuple(1e-5 * (place + 1) for place in range(10))
+STUDY = Study(name="scale", base=resnet50(), axes={"weight_decay": DECAYS}, evaluators=())
+EPOCH = {"epoch": 1.0, "train/loss": 0.5, "train/rate": 0.1, "train/seconds": 0.0}
+COLUMNS = ("enumerate", "train", "look up", "report", "MiB", "resume s", "Ray up s")
+
+
+class StubTrial(RecipeTrial):
+    """A trial that is over at once."""
+
+    def step(self) -> dict[str, Any]:
+        config = self._trial_config
+        weights = Path(below(config["storage"], "trials", config["digest"], "weights.safetensors"))
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_bytes(bytes(1024))
+        return {
+            "digest": config["digest"],
+            "epoch": 1,
+            "epochs": [EPOCH],
+            "outcome": "finished",
+            "reason": "",
+            "done": True,
+            "weights": str(weights),
+            "sha256": "0",
+        }
+
+
+def main() -> None:
+    """Measure each number of trials and print a line for it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(" ".join(measure(options.trials[0], options.child, ray=not options.without_ray)))
+        return
+    print(f"{'trials':>8}" + "".join(f"{column:>12}" for column in COLUMNS), flush=True)
+    for trials in options.trials:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "benchmarks.scale", "--child", folder]
+            command += ["--trials", str(trials), *(["--without-ray"] * options.without_ray)]
+            ended = subprocess.run(  # noqa: S603
+                command,
+                env=os.environ | ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+        figures = ended.stdout.splitlines()[-1].split()
+        print(f"{trials:>8}" + "".join(f"{figure:>12}" for figure in figures), flush=True)
+
+
+def measure(trials: int, results: Path, *, ray: bool) -> list[str]:
+    """Return the figures of one number of trials, as they are printed."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "enumerate"):
+        plan = build_plan(STUDY, DIGITS, seeds=trials // len(DECAYS))
+    assert len(plan.trials) == trials
+    before = peak_mib()
+    if ray:
+        through_ray(plan, results, seconds)
+    else:
+        recorded(plan, results, seconds)
+    from grid.report.build import write_report
+    from grid.status import open_existing
+
+    with timed(seconds, "look up"):
+        tracker = open_existing(results, None, DIGITS)
+        assert len(tracker.trials()) == trials
+    with timed(seconds, "report"):
+        write_report(tracker, STUDY, plan, DIGITS, results / "report")
+    each = [f"{1000 * seconds[name] / trials:.1f}" for name in COLUMNS[:4]]
+    rest = [f"{seconds[name]:.1f}" if name in seconds else "-" for name in COLUMNS[5:]]
+    return [*each, f"{peak_mib() - before:.0f}", *rest]
+
+
+def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
+    """Run the study, and again when all is done; what starting Ray takes stands apart."""
+    from grid import launch
+    from grid.cluster import Placement, connect
+
+    launch.RecipeTrial = StubTrial  # type: ignore[misc]
+
+    def starting(address: str | None) -> None:
+        with timed(seconds, "Ray up s"):
+            connect(address)
+
+    launch.connect = starting
+    options: dict[str, Any] = {"results": results, "mlflow": None, "placement": Placement()}
+    training, train = seconds, launch._train
+
+    def training_alone(*arguments: Any) -> None:
+        with timed(training, "train"):
+            train(*arguments)
+
+    launch._train = training_alone
+    finished = launch.run_study(STUDY, plan, DIGITS, **options)
+    assert finished.trained == len(plan.trials), finished.failures
+    with timed(seconds, "resume s"):
+        assert launch.run_study(STUDY, plan, DIGITS, **options).trained == 0
+    seconds["resume s"] -= seconds["Ray up s"]
+
+
+def recorded(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
+    """Write what the recorder would of every trial."""
+    from grid.status import open_tracker
+
+    tracker = open_tracker(results, None, DIGITS)
+    parent = tracker.open_study(STUDY.name, "")
+    weights = results / "weights.safetensors"
+    weights.write_bytes(bytes(1024))
+    with timed(seconds, "train"):
+        for trial in plan:
+            record_one(tracker, parent, trial.digest, trial.recipe, weights)
+
+
+def record_one(tracker: Any, parent: str, digest: str, recipe: Recipe, weights: Path) -> None:
+    """Write one trained trial to MLflow."""
+    run = tracker.start_trial(
+        digest=digest,
+        name=recipe.describe(),
+        parent=parent,
+        study=STUDY.name,
+        tables=STUDY.name,
+        recipe_json=recipe.model_dump_json(),
+        params=recipe.effective(),
+        dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
+    )
+    tracker.log_epochs(run, [EPOCH])
+    tracker.store_weights(run, weights, "0")
+    tracker.end_trial(run, outcome="finished", reason="")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Keep how long a block takes."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
