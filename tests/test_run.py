@@ -86,7 +86,9 @@ def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
 def test_workers_that_do_not_divide_a_recipes_batch_are_refused(capsys, tmp_path):
     arguments = ["--workers", "3", "--tables", "T1", "--results", str(tmp_path / "r")]
     message = refusal(capsys, *arguments)
-    assert "cannot be shared by 3 workers; --workers must be one of 1, 2, 4, 8, 16, 32" in message
+    assert (
+        "cannot be shared by 3 workers; their number must be one of 1, 2, 4, 8, 16, 32" in message
+    )
     assert "resnet50 relu" in message or "deit_small" in message
     assert not (tmp_path / "r").exists()
 

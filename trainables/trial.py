@@ -37,6 +37,7 @@ class RunningTrial:
     epoch: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     leads: bool = True
+    save_now: bool = False
 
 
 class RecipeTrial(tune.Trainable):  # type: ignore[misc]
@@ -150,7 +151,8 @@ def _advance(running: RunningTrial) -> None:
     running.epoch = report.epoch
     running.unsent.append(report.metrics | {SECONDS: now - began})
     running.outcome, running.reason = report.outcome, report.reason
-    early = report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS
+    recent = now - running.saved_at < CHECKPOINT_SECONDS and not running.save_now
+    early = report.outcome == "training" and recent
     if early or not running.leads:
         return
     running.saved_at = now
