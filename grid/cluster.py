@@ -24,6 +24,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
 BOOTSTRAPPED = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves the cluster file on the head
+TYPE_LABEL = "ray.io/node-group"
 HEAD_RESOURCE = "node:__internal_head__"
 CONNECT_SECONDS = 5
 LOOK_SECONDS = 2.0
@@ -186,7 +187,7 @@ class Room:
         if time.monotonic() - self._looked_at > LOOK_SECONDS:
             alive = [node for node in ray.nodes() if node["Alive"]]
             there = [self._free.get(node["NodeID"], node["Resources"]) for node in alive]
-            self._nodes = there + self._to_come(Counter(node_type(node) for node in alive))
+            self._nodes = there + self._to_come(node_types(alive, self._cluster))
             self._looked_at = time.monotonic()
         return self._nodes
 
@@ -223,6 +224,16 @@ def cluster_file() -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text()))
 
 
-def node_type(node: dict[str, Any]) -> str:
-    """Return the node type that the autoscaler started a node as, '' where it did not."""
-    return str(node["Labels"].get("ray.io/node-group", ""))
+def node_types(nodes: Iterable[dict[str, Any]], cluster: dict[str, Any]) -> Counter[str]:
+    """Count nodes by the type that the autoscaler started them as, by label or by resources."""
+    kinds = cluster.get("available_node_types", {})
+    found: Counter[str] = Counter()
+    for node in nodes:
+        alike = (name for name, kind in kinds.items() if _alike(node, kind))
+        found[node["Labels"].get(TYPE_LABEL) or next(alike, "")] += 1
+    return found
+
+
+def _alike(node: dict[str, Any], kind: dict[str, Any]) -> bool:
+    both = node["Resources"], kind["resources"]
+    return all(both[0].get(name, 0) == both[1].get(name, 0) for name in ("CPU", "GPU"))

@@ -17,7 +17,7 @@ import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grid.cluster import cluster_file, node_type
+from grid.cluster import cluster_file, node_types
 from trainables.storage import Folder, folder_at
 from trainables.tracking import Credentials, check_address
 
@@ -60,11 +60,11 @@ def missing_nodes() -> list[str]:
     cluster = cluster_file()
     alive = [node for node in ray.nodes() if node["Alive"]]
     if addresses := cluster.get("provider", {}).get("worker_ips"):
-        there = {node["NodeManagerAddress"] for node in alive}
-        return [f"node {a}: {_why_silent(a)}" for a in addresses if a not in there]
-    missing = []
+        answering = {node["NodeManagerAddress"] for node in alive}
+        return [f"node {a}: {_why_silent(a)}" for a in addresses if a not in answering]
+    missing, there = [], node_types(alive, cluster)
     for name, kind in cluster.get("available_node_types", {}).items():
-        lacking = kind.get("min_workers", 0) - sum(node_type(node) == name for node in alive)
+        lacking = kind.get("min_workers", 0) - there[name]
         if lacking > 0 and name != cluster["head_node_type"]:
             missing.append(f"{lacking} of {kind['min_workers']} nodes of type {name}: {_why(name)}")
     return missing
