@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
     from trainables.scale import Scale
     from trainables.source import DataSource
+    from trainables.tracking import Credentials
 
 WEIGHTS = "weights.safetensors"
 
@@ -21,10 +22,18 @@ class EvaluatorActor:
     """
 
     def __init__(
-        self, tracking_uri: str, scale: Scale, source: DataSource, *, threads: int, device: str
+        self,
+        tracking_uri: str,
+        scale: Scale,
+        source: DataSource,
+        *,
+        threads: int,
+        device: str,
+        credentials: Credentials,
     ) -> None:
         import torch
 
+        credentials.use()
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device = torch.device(device)

@@ -19,6 +19,7 @@ from evaluators.shards import ShardStore, from_parquet, to_parquet
 from trainables.data import Shard
 from trainables.scale import Scale
 from trainables.source import DataSource
+from trainables.tracking import Credentials
 
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
@@ -64,11 +65,13 @@ class EvaluatorPool:
     ) -> None:
         actor = ray.remote(EvaluatorActor)
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-        device = "cuda" if gpus else "cpu"
+        given = {
+            "threads": threads,
+            "device": "cuda" if gpus else "cpu",
+            "credentials": Credentials.of_environment(),
+        }
         self._idle = [
-            actor.options(**options).remote(
-                tracking_uri, scale, source, threads=threads, device=device
-            )
+            actor.options(**options).remote(tracking_uri, scale, source, **given)
             for _ in range(size)
         ]
         self._size, self._folder = size, folder

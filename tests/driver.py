@@ -8,10 +8,11 @@ SECONDS = 400
 
 
 def wait_until(process, condition):
-    """Wait for something that a started process is to bring about."""
+    """Wait for something that a started process, if one is named, is to bring about."""
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        ended = process is not None and process.poll() is not None
+        assert not ended, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.1)
 

@@ -20,10 +20,11 @@ from grid.cluster import Placement
 from grid.launch import _share_out
 from grid.nodes import Needs, check_nodes
 from tests.driver import SECONDS, wait_for_checkpoint, wait_until
-from tests.servers import free_port
+from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
 from trainables.source import EMBEDDED
+from trainables.storage import below, folder_at
 from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
@@ -36,6 +37,12 @@ evaluators = ["clean"]
 size = ["small"]
 epochs = [160]
 """
+
+
+@pytest.fixture
+def bucket():
+    with s3_bucket() as uri:
+        yield uri
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +69,10 @@ def ended(driver):
     return said
 
 
-def only_trial(results):
+def trials(results):
     uri = f"sqlite:///{results}/mlflow.db"
     tracker = Tracker(uri, experiment="robustness-digits", artifacts=results / "artifacts")
-    (trial,) = tracker.trials().values()
-    return trial
+    return list(tracker.trials().values())
 
 
 def weights(results):
@@ -123,7 +129,8 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     said = ended(driver)
     assert "Trained 1 and judged 1 cells" in said
     assert weights(results) == weights(undisturbed)
-    assert only_trial(results).metrics["epoch"] == 16
+    (trial,) = trials(results)
+    assert trial.metrics["epoch"] == 16
 
 
 def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(study, tmp_path, elastic):
@@ -138,7 +145,7 @@ def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(study, tmp_path,
     heard += said_until(driver, "goes on with 2 instead of 1 workers")
     heard += ended(driver)
     assert "Trained 1 and judged 1 cells" in heard
-    trial = only_trial(results)
+    (trial,) = trials(results)
     assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 16)
 
 
@@ -157,6 +164,48 @@ def elastic(monkeypatch, request):
     # The nodes inherit it: how long a team waits for its workers before it goes on with fewer.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return request.getfixturevalue("cluster")
+
+
+PAIR = """
+name = "pair"
+base = "resnet50"
+evaluators = ["clean", "pgd"]
+[axes]
+family = ["resnet", "deit"]
+size = ["small"]
+epochs = [20]
+[placement.deit]
+workers = 1
+"""
+
+
+def test_the_table_of_two_workers_is_that_of_one(tmp_path):
+    path, scores = tmp_path / "pair.toml", []
+    for workers, study in (("1", PAIR), ("2", PAIR.replace("workers = 1", ""))):
+        path.write_text(study)
+        results = tmp_path / workers
+        ended(start(path, results, "--address", "local", "--workers", workers))
+        scores.append({trial.digest: trial.metrics for trial in trials(results)})
+    alone, shared = scores
+    assert alone.keys() == shared.keys()
+    for digest, metrics in alone.items():
+        for name in ("clean", "pgd-5", "pgd-100"):
+            # Rounding may turn an image or two of hundreds, but no more.
+            assert shared[digest][name] == pytest.approx(metrics[name], abs=0.035), (digest, name)
+
+
+def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
+    path, results = tmp_path / "pair.toml", tmp_path / "results"
+    path.write_text(PAIR)
+    kept = below(bucket, "study")
+    arguments = ("--address", "local", "--storage", kept)
+    assert "Trained 2 and judged 4 cells" in ended(start(path, results, *arguments))
+    for trial in trials(results):
+        names = folder_at(below(kept, "trials", trial.digest)).names()
+        assert "weights.safetensors" in names
+        assert any(name.startswith("epoch-00002") for name in names)
+    assert not list(results.glob("trials/*"))
+    assert "0 to train" in ended(start(path, results, *arguments))
 
 
 def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
