@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
     from trainables.scale import Scale
     from trainables.source import DataSource
+    from trainables.tracking import Credentials
 
 WEIGHTS = "weights.safetensors"
 
@@ -31,12 +32,14 @@ class EvaluatorActor:
         threads: int,
         device: str,
         hung_after: float,
+        credentials: Credentials,
     ) -> None:
         import torch
 
         from trainables.watchdog import start_watchdog
 
         start_watchdog(hung_after)
+        credentials.use()
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device = torch.device(device)

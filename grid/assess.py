@@ -22,6 +22,7 @@ from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.scale import Scale
 from trainables.source import DataSource
+from trainables.tracking import Credentials
 from trainables.watchdog import HUNG_SECONDS
 
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
@@ -71,16 +72,14 @@ class EvaluatorPool:
     ) -> None:
         actor = ray.remote(EvaluatorActor)
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
-        device = "cuda" if gpus else "cpu"
+        given = {
+            "threads": threads,
+            "device": "cuda" if gpus else "cpu",
+            "hung_after": hung_after,
+            "credentials": Credentials.of_environment(),
+        }
         self._idle = [
-            actor.options(**options).remote(
-                tracking_uri,
-                scale,
-                source,
-                threads=threads,
-                device=device,
-                hung_after=hung_after,
-            )
+            actor.options(**options).remote(tracking_uri, scale, source, **given)
             for _ in range(size)
         ]
         self._size, self._folder = size, folder

@@ -26,6 +26,7 @@ from trainables.source import (
 from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:
+    from grid.cluster import Placement
     from grid.launch import Finished
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     options.sent = _without_on(given)
     try:
-        source = source_of(options, cache=options.results / DECODED_FOLDER)
         study = load_study(options.study)
+        if options.on and options.data:
+            # What lies there, only the cluster can say.
+            return _run_on(options)
+        source = source_of(options, cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         check_plan_options(options)
         if options.plan or options.calibrate:
@@ -64,10 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if options.on:
+            return _run_on(options)
         manifest = ""
         if options.check or source.root is not None:
             source, manifest = _examined(options, plan, scale, source)
         if options.check:
+            _check_cluster(options, study, plan, scale, source)
             return 0
         if source.skipped:
             scale, plan = _planned(options, study, source)
@@ -117,8 +124,6 @@ def _run(
     manifest: str,
 ) -> int:
     began = time.monotonic()
-    if options.on:
-        return _run_on(options)
     if options.report:
         return _report(options, study, plan, scale)
     if options.status:
@@ -126,16 +131,10 @@ def _run(
 
         print_status(options.results, options.mlflow, scale, plan)
         return 0
-    from grid.cluster import Placement, found_address
+    from grid.cluster import found_address
     from grid.launch import run_study
 
-    placement = Placement(
-        workers=options.workers,
-        cpus=options.cpus_per_worker,
-        gpus=options.gpus_per_worker,
-        compile=options.compile,
-        hung_after=options.hung_after,
-    )
+    placement = _placement(options)
     try:
         finished = run_study(
             study,
@@ -154,6 +153,52 @@ def _run(
         return INTERRUPTED
     _say_finished(finished, options, time.monotonic() - began)
     return 1 if finished.failures else 0
+
+
+def _placement(options: argparse.Namespace) -> Placement:
+    from grid.cluster import Placement
+
+    return Placement(
+        workers=options.workers,
+        min_workers=options.min_workers,
+        cpus=options.cpus_per_worker,
+        gpus=options.gpus_per_worker,
+        compile=options.compile,
+        hung_after=options.hung_after,
+    )
+
+
+def _check_cluster(
+    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
+) -> None:
+    """Look at the running Ray, if any, and print what was found; ValueError on what is wrong."""
+    from rich.console import Console
+
+    from grid.cluster import found_address
+
+    address = found_address(options.address)
+    if address is None:
+        return
+    from grid.doctor import Examination, Finding
+    from grid.launch import check_cluster
+
+    found = check_cluster(
+        study,
+        plan,
+        scale,
+        results=options.results,
+        mlflow=options.mlflow,
+        placement=_placement(options),
+        source=source,
+        address=address,
+        storage=_absolute(options.storage),
+        seconds=options.check,
+    )
+    findings = [Finding(k, "ok" if well else "error", text) for k, (well, text) in found.items()]
+    examination = Examination(findings)
+    examination.print(Console())
+    if examination.problem:
+        raise ValueError(examination.problem)
 
 
 def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
@@ -253,8 +298,12 @@ def _add_other_answers(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser)
     parser.add_argument(
         "--check",
-        action="store_true",
-        help="look at data, disk, memory and device, print what was found, and stop",
+        nargs="?",
+        type=count,
+        const=600,
+        metavar="SECONDS",
+        help="look at data, disk, memory and device, print what was found, and stop; on a cluster "
+        "look at every node, and wait for those that its file promises (default: 600 s)",
     )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
@@ -301,6 +350,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="of each trial (default: 1)"
+    )
+    parser.add_argument(
+        "--min-workers",
+        type=count,
+        metavar="M",
+        help="go on with as few where the cluster has no more for a minute (default: N)",
     )
     parser.add_argument(
         "--cpus-per-worker",

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.teams import in_a_team, through_norms, trained
+from tests.teams import begun, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
-from trainables.team import Team, check_team
+from trainables.team import Team, check_team, team_sizes
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,18 @@ def test_two_workers_train_what_one_does(recipes, tmp_path):
             assert of_two == pytest.approx(own, rel=1e-2), name
 
 
+def test_a_training_that_goes_on_with_fewer_workers_ends_as_with_one(recipes, tmp_path):
+    chosen = ("deit sgd", "deit adamw", "resnet", "resnet with ghosts, accumulated")
+    jobs = [partial(begun, recipes[name]) for name in chosen]
+    states, _ = in_a_team(tmp_path, 2, jobs)
+    for name, state in zip(chosen, states, strict=True):
+        alone, _ = trained(recipes[name])
+        weights, history = ended(begun(recipes[name], start=state, end=2))
+        assert [entry["epoch"] for entry in history] == [1, 2]
+        for key, value in alone.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE[name], msg=name)
+
+
 def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
     whole = through_norms()
     for rank, (found,) in enumerate(in_a_team(tmp_path, 2, [through_norms])):
@@ -99,6 +111,7 @@ def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():
 
 def test_batches_that_do_not_divide_are_refused_with_what_does(small):
     check_team(small(batch_size=64), 4)
+    assert team_sizes(small(batch_size=48), 2, 8) == [8, 6, 4, 3, 2]
     with pytest.raises(ValueError, match=r"forward batch of 64 .* 3 workers; .* 1, 2, 4, 8, 16"):
         check_team(small(batch_size=64), 3)
     ghosts = small(batch_size=64, norm="ghost", ghost_batch=32)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
 from mlflow.entities import (
@@ -24,6 +27,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from packaging.specifiers import SpecifierSet
 
 from trainables.patience import PatientClient, patiently
 
@@ -33,6 +37,8 @@ ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 1000
 LONGEST_TAG = 5000
+SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 @dataclass
@@ -86,6 +92,7 @@ class Tracker:
                     tags={"mlflow.experimentKind": EXPERIMENT_KIND},
                 )
             )
+            self.artifacts: str = client.get_experiment(self.experiment_id).artifact_location
         except MlflowException as error:
             raise ValueError(f"MLflow at {uri} cannot be used: {error.message}") from None
 
@@ -303,18 +310,55 @@ def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
     return Path(patiently(fetch, say=logger.warning))
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """What an MLflow server asks of its clients, taken to other nodes.
+
+    It travels as an argument, which Ray shows nowhere: a runtime environment is on the dashboard.
+    """
+
+    values: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def of_environment(cls) -> Credentials:
+        """Take them from MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN."""
+        return cls({name: os.environ[name] for name in CREDENTIALS if name in os.environ})
+
+    def use(self) -> None:
+        """Have this process's MLflow clients send them."""
+        os.environ.update(self.values)
+
+
 def check_address(uri: str) -> None:
-    """Ask an MLflow server whether it is there; ValueError says what answered instead."""
+    """Ask an MLflow server whether it is there, of a version that will do, and lets this user in.
+
+    ValueError says what answered instead. Any other tracking URI is let through.
+    """
     if not uri.startswith(("http://", "https://")):
         return
     import requests
 
+    if urlsplit(uri).password:
+        raise ValueError(
+            "an MLflow address is printed and logged: give its user and password as "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
     try:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+        version = requests.get(f"{uri.rstrip('/')}/version", timeout=5).text.strip()
     except requests.RequestException as error:
         raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
     if answer.text.strip() != "OK":
         raise ValueError(f"{uri} answers {answer.status_code}, but not as an MLflow server does")
+    if not re.match(r"\d+\.\d+", version) or version not in SERVERS:
+        raise ValueError(f"the MLflow server at {uri} is of version {version[:20]}, not {SERVERS}")
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ValueError(
+            f"the MLflow server at {uri} refuses this user: {error.message} (user and password are "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+        ) from None
 
 
 def scores_as_metrics(scores: Sequence[Any]) -> dict[str, float]:

@@ -45,6 +45,7 @@ class RunningTrial:
     paused: bool = False
     epoch: int = 0
     saved_at: float = field(default_factory=time.monotonic)
+    save_now: bool = False
 
     @property
     def leads(self) -> bool:
@@ -193,7 +194,8 @@ def _advance(running: RunningTrial) -> None:
     running.epoch = report.epoch
     running.unsent.append(report.metrics | {SECONDS: now - began})
     running.outcome, running.reason = report.outcome, report.reason
-    if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
+    due = now - running.saved_at >= CHECKPOINT_SECONDS or running.save_now
+    if report.outcome != "training" or due:
         running.saved_at, running.unkept = now, report
 
 
