@@ -90,7 +90,7 @@ class Health:
 
 def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
     """Return why one model's attacks are not to be believed; each check needs its questions."""
-    ledger = pa.concat_tables(list(ledgers))
+    ledger = pa.concat_tables(list(ledgers), promote_options="default")
     return [
         *_more_steps_help_the_model(ledger),
         *_huge_epsilon_survived(ledger),

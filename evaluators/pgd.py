@@ -66,7 +66,8 @@ class PGD:
             for steps, images_BCHW in iterates:
                 with torch.no_grad():
                     predicted = classifier(images_BCHW).argmax(dim=1)
-                rows.append(verdicts(batch, f"pgd-{steps}", predicted))
+                shown = images_BCHW if steps == STEPS[-1] else None
+                rows.append(verdicts(batch, f"pgd-{steps}", predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:

@@ -62,6 +62,7 @@ def hand_made(question, survived, stage=None):
         survived,
         stage or [None] * n,
         [None] * n,
+        [None] * n,
     ]
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
     return pa.Table.from_arrays(arrays, schema=LEDGER)
