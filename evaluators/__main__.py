@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from evaluators import evaluator_named
     from evaluators.base import cell_digest
-    from evaluators.health import red_flags
+    from evaluators.red_flags import red_flags
     from trainables.data import load_data
 
     device = _device(options.device)

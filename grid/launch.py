@@ -6,7 +6,7 @@ import fcntl
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -82,13 +82,15 @@ def run_study(
     manifest: str = "",
     address: str | None = None,
     storage: str | None = None,
+    system_metrics: bool = False,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
     doctor found it. address: of the Ray cluster, None to start Ray here. storage: a path or URI
-    for what trials keep, None for the results folder.
+    for what trials keep, None for the results folder. system_metrics: log this machine's load
+    with the study's run.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
@@ -116,7 +118,8 @@ def run_study(
             )
             todo = recorder.trials_to_train()
             line.say(_opening(plan, todo, recorder, lanes))
-            with _recording(recorder):
+            measuring = tracker.measuring(parent) if system_metrics else nullcontext()
+            with measuring, _recording(recorder):
                 if todo:
                     _train(todo, recorder, results, storage, placement, lanes, source)
             # What draws and tests is imported when there is something to tell.

@@ -146,6 +146,7 @@ def _run(
             manifest=manifest,
             address=found_address(options.address),
             storage=_absolute(options.storage),
+            system_metrics=options.system_metrics,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -290,6 +291,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
+    )
+    parser.add_argument(
+        "--system-metrics",
+        action="store_true",
+        help="log the CPU, memory, disk, network and GPUs of this machine with the study's run",
     )
 
 

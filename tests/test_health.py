@@ -9,8 +9,9 @@ from torch import nn
 
 from evaluators.autoattack import AutoAttack
 from evaluators.base import LEDGER, evaluate
-from evaluators.health import Health, red_flags
+from evaluators.health import Health
 from evaluators.pgd import PGD
+from evaluators.red_flags import red_flags
 from tests.tiny import trained_classifier
 from trainables.data import load_data
 from trainables.models import Classifier
