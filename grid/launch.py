@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from evaluators import evaluator_named
+from evaluators import EVALUATORS, evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import Placement, check_nodes, connect, trials_at_once
 from grid.plan import Plan
@@ -24,7 +24,7 @@ from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker, tracking_uri
-from grid.studies import Study
+from grid.studies import PGD, Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
@@ -40,12 +40,13 @@ EVALUATOR_GPUS = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """How a run of the command ended."""
+    """How a run of the command ended; `comparison` is where the MLflow UI shows its trials."""
 
     trained: int
     judged: int
     failures: tuple[str, ...]
     report: Path
+    comparison: str
 
 
 @contextmanager
@@ -104,7 +105,7 @@ def run_study(
             uri = tracking_uri(results, mlflow)
             pool, lanes = _share_out(placement, results, uri, scale, source)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
-            parent = tracker.open_study(study.name, _describe(study, plan, scale))
+            parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
             recorder = Recorder(
                 tracker,
                 plan,
@@ -135,6 +136,7 @@ def run_study(
         judged=recorder.progress.cells_done,
         failures=tuple(recorder.failures),
         report=report,
+        comparison=tracker.page(study=study.name),
     )
 
 
@@ -323,7 +325,14 @@ def _train(
     tuner.fit()
 
 
-def _describe(study: Study, plan: Plan, scale: Scale) -> str:
+def scores_of(plan: Plan) -> list[str]:
+    """Return the score that stands for each evaluator of a plan, the cheapest first."""
+    asked = {name for trial in plan for name in trial.evaluators}
+    return [PGD[-1].score if n == "pgd" else n for n in EVALUATORS if n in asked - {"health"}]
+
+
+def describe(study: Study, plan: Plan, scale: Scale) -> str:
+    """Say in a sentence what a study is, for its run in MLflow."""
     tables = ", ".join(table.name for table in plan.tables) or "no tables"
     return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
 

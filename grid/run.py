@@ -185,7 +185,8 @@ def _say_finished(finished: Finished, options: argparse.Namespace, seconds: floa
         f"Trained {finished.trained} and judged {finished.judged} cells "
         f"in {format_seconds(seconds)}.\n"
         f"Report:    {finished.report}\n"
-        f"MLflow UI: {_ui_command(options)}"
+        f"MLflow UI: {_ui_command(options)}\n"
+        f"           {finished.comparison}"
     )
     for failure in finished.failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -197,7 +198,7 @@ def _ui_command(options: argparse.Namespace) -> str:
     if options.mlflow:
         return str(options.mlflow)
     database = f"sqlite:///{options.results.resolve()}/mlflow.db"
-    return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
+    return f"mlflow ui --backend-store-uri {shlex.quote(database)}, then"
 
 
 def _without_on(arguments: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from evaluators.corruption_kinds import KINDS, SEVERITIES
 from evaluators.pgd import STEPS
 from evaluators.shards import to_parquet
 from grid.assess import Cell, Judged
-from grid.launch import _describe
+from grid.launch import describe, scores_of
 from grid.plan import Plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
@@ -110,7 +110,7 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
     """Record every trial of a plan of scale digits; the last `collapsed` of them as collapsed."""
     results.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(results, None, DIGITS)
-    parent = tracker.open_study(study.name, _describe(study, plan, DIGITS))
+    parent = tracker.open_study(study.name, describe(study, plan, DIGITS), scores_of(plan))
     recorder = Recorder(
         tracker,
         plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import uuid
@@ -36,6 +37,8 @@ ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 1000
 LONGEST_TAG = 5000
+VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
+VIEW_COLUMNS = ("params.`family`", "tags.`tables`", "tags.`outcome`")
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
 
 
@@ -93,8 +96,17 @@ class Tracker:
         except MlflowException as error:
             raise ValueError(f"MLflow at {uri} cannot be used: {error.message}") from None
 
-    def open_study(self, name: str, description: str) -> str:
-        """Return the id of a study's parent run, marked as running."""
+    def open_study(self, name: str, description: str, scores: Sequence[str] = ()) -> str:
+        """Return the id of a study's parent run, marked as running.
+
+        `scores` are the columns of the view in which the UI compares the study's trials.
+        """
+        view = {
+            "searchFilter": f"tags.kind = 'trial' and tags.study = '{name}'",
+            "selectedColumns": [*VIEW_COLUMNS, *(f"metrics.`{score}`" for score in scores)],
+        }
+        key = VIEW_TAG + name
+        self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
         query = f"tags.kind = 'study' AND tags.study = '{name}'"
         runs = self._search(query)
         if runs:
@@ -125,14 +137,15 @@ class Tracker:
         finally:
             monitor.finish()
 
-    def page(self, run_id: str = "") -> str:
-        """Return where the MLflow UI shows a run, or the experiment; never a password."""
+    def page(self, *, run_id: str = "", study: str = "") -> str:
+        """Return where the MLflow UI shows a run, or compares a study's; never a password."""
         parts = urlsplit(self.uri)
         host = parts.netloc.rpartition("@")[2]
         place = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
         address = place if parts.scheme in ("http", "https") else LOCAL_UI
-        runs = f"runs/{run_id}" if run_id else "runs"
-        return f"{address}/#/experiments/{self.experiment_id}/{runs}"
+        what = run_id and f"/{run_id}"
+        view = study and f"?viewStateShareKey={study}&workflowType=machine_learning"
+        return f"{address}/#/experiments/{self.experiment_id}/runs{what}{view}"
 
     def trials(self) -> dict[str, TrialRun]:
         """Return every trial of the experiment by digest."""

@@ -127,7 +127,7 @@ def steps_plot(table: FilledTable) -> Plot | None:
     """Draw robust accuracy against the number of PGD steps."""
     columns = {c.label: float(c.label.removeprefix("PGD-")) for c in PGD}
     caption = f"Accuracy under PGD against its steps, {table.name}."
-    return _lines(table, columns, "steps", caption, "PGD steps")
+    return _lines(table, columns, "steps", caption, "PGD steps, number")
 
 
 def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
@@ -143,15 +143,21 @@ def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
 
 def stages_plot(table: FilledTable) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
-    labels = ["Clean", *[column.label for column in AUTOATTACK_STAGES]]
-    columns = {label: float(place) for place, label in enumerate(labels)}
     last = next((c for c in table.columns if c.startswith("AutoAttack")), "")
-    caption = f"Survivors after each of AutoAttack's stages, {table.name}; the last is Square."
-    return _lines(table, columns | {last: 4.0}, "stages", caption, "stage")
+    labels = ["Clean", *[column.label for column in AUTOATTACK_STAGES], last]
+    columns = {label: float(place) for place, label in enumerate(labels)}
+    caption = f"Survivors after each of AutoAttack's stages, {table.name}."
+    ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
+    return _lines(table, columns, "stages", caption, "after stage, in their order", ticks)
 
 
 def _lines(
-    table: FilledTable, columns: Mapping[str, float], name: str, caption: str, x_label: str
+    table: FilledTable,
+    columns: Mapping[str, float],
+    name: str,
+    caption: str,
+    x_label: str,
+    ticks: Sequence[str] = (),
 ) -> Plot | None:
     """Draw a line per row of a table through the columns given, at their places on the x axis.
 
@@ -176,9 +182,8 @@ def _lines(
             axes.errorbar(xs, values, yerr=np.maximum(spread, 0), marker=marker, label=row.label,
                           capsize=2, linewidth=1.2, markersize=4)  # fmt: skip
         axes.set(xlabel=x_label, ylabel="survived, %", ylim=(-2, 102))
-        if x_label == "stage":
-            axes.set_xticks(xs, [label.removeprefix("after ") for label in columns])
-        axes.legend(fontsize=7)
+        axes.set_xticks(xs, ticks or [f"{x:g}" for x in xs])
+        canvas.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     return Plot(f"{name}-{table.name}", caption, canvas.svg, table.name)
 
 
@@ -241,7 +246,7 @@ def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
         by_queries.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
         by_patches.set(xlabel="patches, number", ylabel="survived, %", ylim=(-2, 102))
         by_patches.set_xticks(patches)
-        by_queries.legend(fontsize=7)
+        canvas.figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     caption = f"Survival of the texture patch attack against queries and patches, {table.name}."
     return Plot(f"patches-{table.name}", caption, canvas.svg, table.name)
 
@@ -263,7 +268,7 @@ def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) 
                 loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)
         loss.set(xlabel="time, epochs", ylabel="training loss, nats")
         accuracy.set(xlabel="time, epochs", ylabel="held-out accuracy, %", ylim=(-2, 102))
-        loss.legend(fontsize=6)
+        canvas.figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     caption = f"Training of {table.name}'s models; a cross marks a collapse."
     return Plot(f"training-{table.name}", caption, canvas.svg, table.name)
 
@@ -308,7 +313,8 @@ def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
                     axes.plot(count, 100 * metrics[score], marker, label=row.label)
         for axes, label in zip(canvas.figure.axes, scores.values(), strict=True):
             axes.set(xlabel="parameters, number", ylabel=f"{label}, %", xscale="log")
-        canvas.figure.axes[0].legend(fontsize=6)
+        handles, labels = canvas.axes.get_legend_handles_labels()
+        canvas.figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
     return Plot("size", "Accuracy and error against model size.", canvas.svg, table.name)
 
 
