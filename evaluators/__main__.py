@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import cell_digest, device_named
-    from evaluators.health import red_flags
+    from evaluators.red_flags import red_flags
     from trainables.data import load_data
 
     device = device_named(options.device)

@@ -76,7 +76,9 @@ class PGD:
                 for steps, images_BCHW in iterates:
                     with torch.no_grad():
                         predicted = classifier(images_BCHW).argmax(dim=1)
-                    rows.append(verdicts(batch, f"pgd-{steps}{suffix}", predicted))
+                    shown = images_BCHW if steps == STEPS[-1] else None
+                    question = f"pgd-{steps}{suffix}"
+                    rows.append(verdicts(batch, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:

@@ -61,7 +61,8 @@ class ShardStore:
         read = [self._read(shard) for shard in self._shards]
         found = [entry for entry in read if entry is not None]
         assert len(found) == len(read)
-        return pa.concat_tables(ledger for ledger, _ in found), sum(s for _, s in found)
+        ledger = pa.concat_tables([part for part, _ in found], promote_options="default")
+        return ledger, sum(s for _, s in found)
 
     def clear(self) -> None:
         """Remove the cell's folder, and the one above it with the last of them."""

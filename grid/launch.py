@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from evaluators import evaluator_named
+from evaluators import EVALUATORS, evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import Placement, Placements, Room, connect
 from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
@@ -30,7 +30,7 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, evaluators_beside
 from grid.status import open_tracker
-from grid.studies import Study
+from grid.studies import PGD, Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.retries import MAX_FAILURES, wait_after
@@ -45,12 +45,13 @@ SHARDS_FOLDER = "shards"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """How a run of the command ended."""
+    """How a run of the command ended; `comparison` is where the MLflow UI shows its trials."""
 
     trained: int
     judged: int
     failures: tuple[str, ...]
     report: Path
+    comparison: str
 
 
 @contextmanager
@@ -87,13 +88,15 @@ def run_study(
     manifest: str = "",
     address: str | None = None,
     storage: str | None = None,
+    system_metrics: bool = False,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
     doctor found it. address: of the Ray cluster, None to start Ray here. storage: a path or URI
-    for what trials keep, None for the results folder.
+    for what trials keep, None for the results folder. system_metrics: log this machine's load
+    with the study's run.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
@@ -113,7 +116,7 @@ def run_study(
             if ill:
                 raise ValueError("; ".join(ill))
             pool, room = _share_out(distinct, results, tracker.uri, scale, source, line.say)
-            parent = tracker.open_study(study.name, _describe(study, plan, scale))
+            parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
             recorder = Recorder(
                 tracker,
                 plan,
@@ -127,7 +130,8 @@ def run_study(
             )
             todo = recorder.trials_to_train()
             line.say(_opening(plan, todo, recorder, room.lanes(placement)))
-            with _recording(recorder):
+            measuring = tracker.measuring(parent) if system_metrics else nullcontext()
+            with measuring, _recording(recorder):
                 if todo:
                     _train(todo, recorder, results, needs.storage[0], placements, room, source)
             # What draws and tests is imported when there is something to tell.
@@ -143,6 +147,7 @@ def run_study(
         judged=recorder.progress.cells_done,
         failures=tuple(recorder.failures),
         report=report,
+        comparison=tracker.page(study=study.name),
     )
 
 
@@ -455,11 +460,18 @@ def _train(
 
 
 def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    trial = config["trial"]
-    return tune.PlacementGroupFactory([{"CPU": trial["threads"], "GPU": trial["gpus"]}])
+    told = trial_config(config)
+    return tune.PlacementGroupFactory([{"CPU": told["threads"], "GPU": told["gpus"]}])
 
 
-def _describe(study: Study, plan: Plan, scale: Scale) -> str:
+def scores_of(plan: Plan) -> list[str]:
+    """Return the score that stands for each evaluator of a plan, the cheapest first."""
+    asked = {name for trial in plan for name in trial.evaluators}
+    return [PGD[-1].score if n == "pgd" else n for n in EVALUATORS if n in asked - {"health"}]
+
+
+def describe(study: Study, plan: Plan, scale: Scale) -> str:
+    """Say in a sentence what a study is, for its run in MLflow."""
     tables = ", ".join(table.name for table in plan.tables) or "no tables"
     return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
 

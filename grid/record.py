@@ -218,7 +218,13 @@ class Recorder(threading.Thread):
         self._flush()
         if result["outcome"] == "finished":
             with fetched(result["weights"]) as weights:
-                self._tracker.store_weights(run, weights, result["sha256"])
+                self._tracker.store_weights(
+                    run,
+                    weights,
+                    result["sha256"],
+                    image_size=self._scale.image_size,
+                    classes=self._scale.num_classes,
+                )
         self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)

@@ -147,6 +147,7 @@ def _run(
             manifest=manifest,
             address=found_address(options.address),
             storage=_absolute(options.storage),
+            system_metrics=options.system_metrics,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
@@ -231,7 +232,8 @@ def _say_finished(finished: Finished, options: argparse.Namespace, seconds: floa
         f"Trained {finished.trained} and judged {finished.judged} cells "
         f"in {format_seconds(seconds)}.\n"
         f"Report:    {finished.report}\n"
-        f"MLflow UI: {_ui_command(options)}"
+        f"MLflow UI: {_ui_command(options)}\n"
+        f"           {finished.comparison}"
     )
     for failure in finished.failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -243,7 +245,7 @@ def _ui_command(options: argparse.Namespace) -> str:
     if options.mlflow:
         return str(options.mlflow)
     database = f"sqlite:///{options.results.resolve()}/mlflow.db"
-    return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
+    return f"mlflow ui --backend-store-uri {shlex.quote(database)}, then"
 
 
 def _without_on(arguments: Sequence[str]) -> list[str]:
@@ -332,6 +334,11 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
+    )
+    parser.add_argument(
+        "--system-metrics",
+        action="store_true",
+        help="log the CPU, memory, disk, network and GPUs of this machine with the study's run",
     )
 
 
