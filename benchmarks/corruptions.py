@@ -1,17 +1,13 @@
-"""Time the fifteen corruptions against the package imagecorruptions-imaug, at 224 px.
+"""The fifteen corruptions against the package imagecorruptions-imaug, at 224 px.
 
-    python benchmarks/corruptions.py
-
-Both sides corrupt the same eight pieces of scikit-learn's two photographs, one thread each, in
-interleaved repeats; the median repeat counts. Each prints milliseconds per image.
+Both sides corrupt the same eight pieces of scikit-learn's two photographs, one thread each.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import cv2
 import imagecorruptions
@@ -19,10 +15,11 @@ import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 
+from benchmarks.measure import Figure, in_turns, require
 from evaluators.corruption_kinds import KINDS, SEVERITIES, corrupt
 
-REPEATS = 5
 SIDE = 224
+ALIKE = ("brightness", "contrast")  # neither draws nor compresses, so they can be held together
 
 
 def photographs() -> np.ndarray:
@@ -37,46 +34,46 @@ def photographs() -> np.ndarray:
     )
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long the work takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    """Print milliseconds per image and the ratio, per kind and in all."""
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield the ratio of the CPU times of all kinds and severities together."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    pixels = photographs()
+    pixels = photographs()[: 1 if quick else None]
     images_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     ids = [f"photograph/{i}" for i in range(len(pixels))]
-    totals = np.zeros(2)
-    print(f"{'ms per image':18s} {'ours':>7s} {'theirs':>7s}")
-    for kind in KINDS:
+    kinds = ALIKE if quick else KINDS
 
-        def ours(kind: str = kind) -> None:
-            for severity in SEVERITIES:
-                corrupt(images_BCHW, ids, kind=kind, severity=severity)
+    def ours(*kinds: str) -> list[torch.Tensor]:
+        return [
+            corrupt(images_BCHW, ids, kind=kind, severity=severity)
+            for kind in kinds
+            for severity in SEVERITIES
+        ]
 
-        def theirs(kind: str = kind) -> None:
-            for severity in SEVERITIES:
-                for image in pixels:
-                    imagecorruptions.corrupt(image, corruption_name=kind, severity=severity)
+    def theirs(*kinds: str) -> list[np.ndarray]:
+        return [
+            np.stack(
+                [imagecorruptions.corrupt(x, corruption_name=kind, severity=s) for x in pixels]
+            )
+            for kind in kinds
+            for s in SEVERITIES
+        ]
 
-        ours(), theirs()
-        pairs = [(seconds(ours), seconds(theirs)) for _ in range(REPEATS)]
-        per_image = [1e3 * statistics.median(p) / len(ids) / 5 for p in zip(*pairs, strict=True)]
-        totals += per_image
-        print(row(kind, *per_image))
-    print(row("all fifteen", *totals))
-
-
-def row(name: str, ours: float, theirs: float) -> str:
-    """Write both sides' milliseconds and their ratio."""
-    return f"{name:18s} {ours:7.2f} {theirs:7.2f}  x{theirs / ours:.1f}"
-
-
-if __name__ == "__main__":
-    main()
+    furthest = max(
+        float((255 * found.permute(0, 2, 3, 1) - torch.from_numpy(expected)).abs().max())
+        for found, expected in zip(ours(*ALIKE), theirs(*ALIKE), strict=True)
+    )
+    told = f"{' and '.join(ALIKE)} differ by at most {furthest:.1f}/255"
+    require(furthest <= 2, told)
+    pairs = in_turns(
+        lambda: ours(*kinds),
+        lambda: theirs(*kinds),
+        repeats=1 if quick else 5,
+        clock=time.process_time,
+    )
+    yield Figure(
+        name=f"{len(kinds)} corruptions at 5 severities, imagecorruptions-imaug / ours",
+        values=tuple(theirs_s / ours_s for ours_s, theirs_s in pairs),
+        target=3,
+        same=told,
+    )

@@ -1,23 +1,20 @@
 """Images per second that reach a training, beside timm's loader with the same transforms.
 
-    python -m benchmarks.loader                    # from files at 224 px: at least 1.0x
-    python -m benchmarks.loader --memory           # from memory at 32 px: at least 5x
-    python -m benchmarks.loader --epochs 20        # and the workers' memory after each epoch
-
 Both sides read the same JPEGs (500 x 375 px, made here), with RandomResizedCrop 0.08-1, flip,
-bicubic, and the same number of workers; sides take turns, the best of three rounds counts. With
---workers 0 the clock is the process's own, which other work on the machine does not move. timm's
-loader is asked for uint8 batches too (its prefetcher converts on the GPU and is left out).
+bicubic, in one process, whose CPU time other work on the machine does not move. timm's loader is
+asked for uint8 batches too (its prefetcher converts on the GPU and is left out). At 32 px ours has
+the images in memory, as CIFAR-10's, and timm's reads them from files.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import fast_collate
 
+from benchmarks.measure import Figure, in_turns, require
 from grid.studies import resnet50
 from trainables.data import Data, Split, load_data
 from trainables.loader import TrainBatches
@@ -34,8 +32,58 @@ from trainables.source import DataSource, scale_of
 
 CLASSES = 4
 BATCH = 32
-ROUNDS = 3
 IN_MEMORY = 10_000
+
+
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield the ratios at 224 px and 32 px, and how the workers' memory grows over 20 epochs."""
+    repeats, epochs = (1, 2) if quick else (5, 20)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "large"
+        write_images(root, 64 if quick else 256, (500, 375))
+        recipe, data = from_files(root)
+        yield beside_timm("from files at 224 px", recipe, data, root, target=1.0, repeats=repeats)
+        batches = TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=2)
+        megabytes = [memory_after(batches, epoch) for epoch in range(epochs)]
+        yield Figure(
+            name=f"memory of 2 loader workers after {epochs} epochs / after the first",
+            values=(megabytes[-1] / megabytes[0],),
+            target=1.05,
+            better="less",
+            same=f"{megabytes[0]:.0f} and {megabytes[-1]:.0f} MB",
+        )
+        root = Path(folder) / "small"
+        write_images(root, 64 if quick else IN_MEMORY // 5, (32, 32))
+        recipe, data = from_memory(64 if quick else IN_MEMORY)
+        yield beside_timm("from memory at 32 px", recipe, data, root, target=5.0, repeats=repeats)
+
+
+def beside_timm(
+    name: str, recipe: Recipe, data: Data, root: Path, *, target: float, repeats: int
+) -> Figure:
+    """Time an epoch of each side in turns; both must deliver batches of the same form."""
+    side = data.train.images.shape[-1]
+    ours = TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=0)
+    other = theirs(root, side)
+    forms = {(i.dtype, i.shape[1:]) for i in (next(iter(other))[0], next(ours.epoch(0))[0])}
+    require(forms == {(torch.uint8, (3, side, side))}, f"batches are {forms}")
+    epochs = itertools.count()
+    delivered: dict[str, int] = {}
+
+    def mine() -> None:
+        delivered["ours"] = sum(len(images) for images, _ in ours.epoch(next(epochs)))
+
+    def their() -> None:
+        delivered["timm"] = sum(len(images) for images, _ in other)
+
+    pairs = in_turns(mine, their, repeats=repeats, clock=time.process_time)
+    share = delivered["ours"] / delivered["timm"]
+    return Figure(
+        name=f"loader {name}, ours / timm",
+        values=tuple(share * their_s / our_s for our_s, their_s in pairs),
+        target=target,
+        same=f"batches of {BATCH} at {side} px",
+    )
 
 
 def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
@@ -51,31 +99,25 @@ def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
                 image.save(folder / f"{number}.jpg", quality=90)
 
 
-def theirs(root: Path, side: int, workers: int) -> Callable[[], Iterable[object]]:
-    """Return a function that starts an epoch of timm's data set and transforms, as uint8."""
+def theirs(root: Path, side: int) -> torch.utils.data.DataLoader[Any]:
+    """Return timm's data set, transforms and collation, as uint8."""
     transform = create_transform(
         side, is_training=True, use_prefetcher=True, color_jitter=None, interpolation="bicubic"
     )
-    loader = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         ImageDataset(str(root / "train"), transform=transform),
         batch_size=BATCH,
         shuffle=True,
         drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
         collate_fn=fast_collate,
     )
-    return lambda: loader
 
 
-def images_per_second(
-    epoch: Callable[[], Iterable[object]], count: int, clock: Callable[[], float]
-) -> float:
-    """Return the images per second of one epoch by a clock."""
-    began = clock()
-    for _ in epoch():
+def memory_after(batches: TrainBatches, epoch: int) -> float:
+    """Go through an epoch; return the megabytes of this process and its workers then."""
+    for _ in batches.epoch(epoch):
         pass
-    return count // BATCH * BATCH / (clock() - began)
+    return resident_megabytes()
 
 
 def resident_megabytes() -> float:
@@ -94,68 +136,18 @@ def resident_megabytes() -> float:
     return total / 1024
 
 
-def from_files(images: int, workers: int, root: Path) -> tuple[Recipe, Data, int]:
+def from_files(root: Path) -> tuple[Recipe, Data]:
     """Return a recipe and its data, read from files at 224 px."""
-    write_images(root, images, (500, 375))
-    source = DataSource(root=root, workers=workers)
+    source = DataSource(root=root)
     scale = scale_of("folder", source, image_size=224)
-    return scale.shrink(resnet50()), load_data(scale, source), images
+    return scale.shrink(resnet50()), load_data(scale, source)
 
 
-def from_memory(root: Path) -> tuple[Recipe, Data, int]:
-    """Return a recipe of CIFAR-10's and images in memory at 32 px; timm reads them as files."""
-    write_images(root, IN_MEMORY // 5, (32, 32))
+def from_memory(count: int) -> tuple[Recipe, Data]:
+    """Return a recipe of CIFAR-10's and images in memory at 32 px."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (IN_MEMORY, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.zeros(IN_MEMORY, dtype=torch.int64)
-    split = Split(images=pixels, labels=labels, ids=tuple(map(str, range(IN_MEMORY))))
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.zeros(count, dtype=torch.int64)
+    split = Split(images=pixels, labels=labels, ids=tuple(map(str, range(count))))
     data = Data(name="cifar10", train=split, held_out=split, class_names=("a",))
-    return CIFAR10.shrink(resnet50()), data, IN_MEMORY
-
-
-def main() -> None:
-    """Measure both sides and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        made = (
-            from_memory(root)
-            if options.memory
-            else from_files(options.images, options.workers, root)
-        )
-        compare(*made, root=root, workers=options.workers, epochs=options.epochs)
-
-
-def compare(
-    recipe: Recipe, data: Data, count: int, *, root: Path, workers: int, epochs: int
-) -> None:
-    """Time both sides in turns, then follow the memory of ours over the epochs."""
-    side, ours = (
-        data.train.images.shape[-1],
-        TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=data.workers),
-    )
-    other = theirs(root, side, workers)
-    their_count = sum(1 for _ in (root / "train").rglob("*.jpg"))
-    clock = time.perf_counter if workers else time.process_time
-    best_ours = best_theirs = 0.0
-    for number in range(ROUNDS + 1):  # the first round starts the workers
-        mine = images_per_second(lambda number=number: ours.epoch(number), count, clock)  # type: ignore[misc]
-        their = images_per_second(other, their_count, clock)
-        if number:
-            best_ours, best_theirs = max(best_ours, mine), max(best_theirs, their)
-    print(f"{side} px, ours:  {best_ours:9.0f} images/s")
-    print(f"{side} px, timm:  {best_theirs:9.0f} images/s")
-    print(f"ratio: {best_ours / best_theirs:.2f}")
-    for epoch in range(epochs):
-        images_per_second(lambda epoch=epoch: ours.epoch(epoch), count, clock)  # type: ignore[misc]
-        print(f"epoch {epoch + 1:2}: {resident_megabytes():7.0f} MB", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return CIFAR10.shrink(resnet50()), data

@@ -1,50 +1,103 @@
-"""What a trial costs beyond its own training, once the actors are up.
+"""What a trial costs beyond its own training, beside a TorchTrainer inside a Tune function.
 
-    python -m benchmarks.overhead [--trials N]
-
-Runs N small trials through the real command's path and prints (wall x lanes - work) / trials.
-No cells are asked, so that evaluators do not share the cores; the wall starts when the first
-trial after the two that pay for imports does.
+Ours is the real command on a study of small trials, with no cells, so that evaluators do not share
+the cores: (wall x lanes - work) / trials, from when the first trial after the two that pay for
+imports starts. The other is the way that Ray's guide shows, with nothing to train, one trial at a
+time: what further trials add to a run of one.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from benchmarks.measure import Figure, require, seconds
 from trainables.tracking import Tracker
 
 STUDY = 'name = "overhead"\nbase = "resnet50"\nevaluators = []\n[set]\nsize = "small"\n'
 LANES = 2
 
 
-def main() -> None:
-    """Measure and print the overhead per trial."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=20)
-    trials = parser.parse_args().trials
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield our seconds a trial, and how many times as many the nested way takes."""
+    trials, repeats, nested = (3, 1, 1) if quick else (14, 3, 3)
+    ours = tuple(overhead(trials, epochs=1 if quick else 17) for _ in range(repeats))
+    told = f"{trials} trials finished"
+    yield Figure(
+        name="a trial beyond its training",
+        values=ours,
+        target=0.5,
+        better="less",
+        unit="s",
+        same=told,
+    )
+    theirs = nested_overhead(nested)
+    yield Figure(
+        name="a trial beyond its training, TorchTrainer in a Tune function / ours",
+        values=tuple(theirs / mine for mine in ours),
+        target=20,
+        same=f"{told}, nested {nested}",
+    )
+
+
+def overhead(trials: int, *, epochs: int) -> float:
+    """Return the seconds that a trial of the real command costs beyond its training."""
     with tempfile.TemporaryDirectory() as folder:
         study, results = Path(folder) / "study.toml", Path(folder) / "results"
-        study.write_text(STUDY + "epochs = 17\n")
+        study.write_text(f"{STUDY}epochs = {epochs}\n")
         command = [sys.executable, "grid/run.py", "--study", str(study), "--seeds", str(trials)]
-        subprocess.run([*command, "--results", str(results)], check=True)  # noqa: S603
+        subprocess.run([*command, "--results", str(results)], check=True, capture_output=True)  # noqa: S603
         tracker = Tracker(
             f"sqlite:///{results}/mlflow.db",
             experiment="robustness-digits",
             artifacts=results / "artifacts",
         )
         runs = sorted(tracker.trials().values(), key=lambda run: run.start_time)
+        require(len(runs) == trials, f"{len(runs)} of {trials} trials finished")
         # The first trial of each lane pays for its actor's imports.
         counted = runs[LANES:]
         wall = (max(run.end_time for run in counted) - counted[0].start_time) / 1000
         work = sum(tracker.seconds(run) for run in counted)
-        overhead = (wall * LANES - work) / len(counted)
-        print(f"{len(counted)} trials, {wall:.1f} s wall on {LANES} lanes, {work:.1f} s of work")
-        print(f"overhead: {overhead:.2f} s a trial (target 0.5)")
+    return (wall * LANES - work) / len(counted)
 
 
-if __name__ == "__main__":
-    main()
+def nested_overhead(trials: int) -> float:
+    """Return the seconds that a further trial takes, one worker each and nothing to train."""
+    import ray
+
+    ray.init(num_cpus=LANES, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            alone, all_of_them = (
+                seconds(lambda n=n: fit_nested(n, Path(folder) / str(n))) for n in (1, 1 + trials)
+            )
+    finally:
+        ray.shutdown()
+    return (all_of_them - alone) / trials
+
+
+def fit_nested(trials: int, storage: Path) -> None:
+    """Run trials, one after another, each of which starts a TorchTrainer of one worker."""
+    from ray import tune
+
+    def trial(config: dict[str, Any]) -> None:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        TorchTrainer(
+            lambda: None,
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(storage_path=str(storage), name=f"nested-{config['number']}"),
+        ).fit()
+
+    found = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 0}),
+        param_space={"number": tune.grid_search(list(range(trials)))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1),
+        run_config=tune.RunConfig(storage_path=str(storage), name="tune", verbose=0),
+    ).fit()
+    require(not found.errors, str(found.errors))

@@ -1,23 +1,18 @@
 """PGD-5, -10, -50 and -100 in one trajectory against torchattacks' PGD called four times.
 
-    python -m benchmarks.pgd [--repeats N]
-
-Same model, images, step size and start (none, so that both start at the images); float32. The
-sides are interleaved; printed are the median ratio of the times with its quartiles, and on how
-many images the two sides' verdicts differ.
+Same model, images, step size and start (none, so that both start at the images); float32.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 import torchattacks
 from torch import Tensor
 
+from benchmarks.measure import Figure, in_turns, require
 from evaluators.pgd import STEPS
 from grid.studies import deit, resnet50
 from trainables.adversary import attacked, pgd_iterates
@@ -31,36 +26,28 @@ from trainables.scale import DIGITS
 EPSILON = float(DIGITS.epsilon)
 
 
-def main() -> None:
-    """Measure and print the ratio for both families."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread")
-    held_out = load_data(DIGITS).held_out.subset(DIGITS.attack_subset, seed=0)
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield the ratio of the times for both families."""
+    held_out = load_data(DIGITS).held_out.subset(8 if quick else DIGITS.attack_subset, seed=0)
     images, labels = to_unit(held_out.images), held_out.labels
     for recipe in (resnet50(), deit()):
-        compare(recipe, images, labels, repeats)
-
-
-def compare(recipe: Recipe, images: Tensor, labels: Tensor, repeats: int) -> None:
-    """Print one model's ratio."""
-    classifier = trained(DIGITS.shrink(recipe).replace(epochs=4, warmup_epochs=0.0))
-    ratios, differing = [], 0
-    for _ in range(repeats):
-        began = time.perf_counter()
-        ours = one_trajectory(classifier, images, labels)
-        middle = time.perf_counter()
-        theirs = four_calls(classifier, images, labels)
-        ratios.append((time.perf_counter() - middle) / (middle - began))
-        differing = int((ours != theirs).sum())
-    low, median, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"{recipe.model}: {median:.2f}x [{low:.2f}, {high:.2f}] over {repeats} repeats (target 2); "
-        f"{differing} of {ours.numel()} verdicts differ",
-        flush=True,
-    )
+        epochs = 1 if quick else 4
+        classifier = trained(DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0))
+        ours, theirs = (side(classifier, images, labels) for side in (one_trajectory, four_calls))
+        differing, all_verdicts = int((ours != theirs).sum()), ours.numel()
+        require(differing <= all_verdicts // 100, f"{differing} of {all_verdicts} verdicts")
+        pairs = in_turns(
+            lambda model=classifier: one_trajectory(model, images, labels),
+            lambda model=classifier: four_calls(model, images, labels),
+            repeats=1 if quick else 7,
+            clock=time.process_time,
+        )
+        yield Figure(
+            name=f"PGD-5, 10, 50 and 100 of {recipe.model}, torchattacks / ours",
+            values=tuple(theirs_s / ours_s for ours_s, theirs_s in pairs),
+            target=2,
+            same=f"{differing} of {all_verdicts} verdicts differ",
+        )
 
 
 def trained(recipe: Recipe) -> Classifier:
@@ -99,7 +86,3 @@ def four_calls(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor
         with torch.no_grad():
             found.append(classifier(attacked_images).argmax(dim=1) == labels)
     return torch.stack(found)
-
-
-if __name__ == "__main__":
-    main()

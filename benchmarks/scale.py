@@ -164,7 +164,7 @@ def record_one(tracker: Any, parent: str, digest: str, recipe: Recipe, weights: 
         dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
     )
     tracker.log_epochs(run, [EPOCH])
-    tracker.store_weights(run, weights, "0")
+    tracker.store_weights(run, weights, "0", image_size=16, classes=10)
     tracker.end_trial(run, outcome="finished", reason="")
 
 

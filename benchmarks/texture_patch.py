@@ -5,23 +5,18 @@ loop that pastes one patch after another, one forward pass of that image's sampl
 The second reference puts each pasted sample to the model as it is made, a batch of one. Both
 sides: same model, images, textures, budget and stopping rules, float32, fixed success rule;
 the draws differ, so queries do, and the ratio is of queries per second.
-
-    python benchmarks/texture_patch.py --model resnet50 --repeats 3
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import Figure, require, seconds
 from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
@@ -29,10 +24,11 @@ from trainables.data import load_data, to_unit
 from trainables.folding import folded
 from trainables.loop import train
 from trainables.models import Classifier, build_classifier
-from trainables.scale import PatchBudget, Scale, scale_named
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS, PatchBudget
 
-RECIPES = {"resnet50": resnet50, "deit_small": deit}
 TINY = torch.finfo(torch.float32).eps
+ALIKE = 0.15  # of the images: what two searches with other draws may differ by
 
 
 class PlainPolicy(nn.Module):
@@ -137,22 +133,22 @@ def batched_search(model: Classifier, task: Task, budget: PatchBudget) -> tuple[
     return int(outcome.queries.sum()), int(outcome.success.sum())
 
 
-def trained(name: str, scale: Scale) -> Classifier:
+def trained(recipe: Recipe, *, epochs: int) -> Classifier:
     """Train the scale's model by its recipe for a few epochs: enough to be worth attacking."""
-    recipe = scale.shrink(RECIPES[name]()).replace(epochs=6, warmup_epochs=0.0)
+    recipe = DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0)
     model = build_classifier(recipe)
-    for _ in train(recipe, model, load_data(scale), device=torch.device("cpu")):
+    for _ in train(recipe, model, load_data(DIGITS), device=torch.device("cpu")):
         pass
     return model.eval().requires_grad_(False)
 
 
-def task_for(model: Classifier, scale: Scale, count: int) -> Task:
+def task_for(model: Classifier, count: int) -> Task:
     """Return held-out images that the model gets right, with random grey textures."""
-    split = load_data(scale).held_out
+    split = load_data(DIGITS).held_out
     images = to_unit(split.images)
     right = (model(images).argmax(dim=1) == split.labels).nonzero().flatten()[:count]
     draw = torch.Generator().manual_seed(0)
-    shape = (10, scale.patch.textures, 1, scale.image_size, scale.image_size)
+    shape = (10, DIGITS.patch.textures, 1, DIGITS.image_size, DIGITS.image_size)
     stored = StoredTextures(
         torch.rand(shape, generator=draw).repeat(1, 1, 3, 1, 1), tuple(range(10)), "noise"
     )
@@ -165,48 +161,38 @@ def task_for(model: Classifier, scale: Scale, count: int) -> Task:
     )
 
 
-def measure(run: Callable[[], tuple[int, int]]) -> tuple[float, int, int]:
-    """Return queries a second, queries, and images broken."""
-    start = time.perf_counter()
-    queries, broken = run()
-    return queries / (time.perf_counter() - start), queries, broken
-
-
-def main() -> None:
-    """Interleave the sides, print every repeat, and the ratio of the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(RECIPES), default="resnet50")
-    parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    scale = scale_named("digits")
-    model = trained(arguments.model, scale)
-    task = task_for(model, scale, arguments.images)
-    sides: dict[str, Callable[[], tuple[int, int]]] = {
-        "ours": lambda: batched_search(model, task, scale.patch),
-        "image at a time": lambda: plain_search(model, task, scale.patch, singly=False),
-        "paste at a time": lambda: plain_search(model, task, scale.patch, singly=True),
-    }
-    print(
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, "
-        f"{arguments.threads} thread(s), load {os.getloadavg()[0]:.1f}; {arguments.model} at "
-        f"{scale.title}; {len(task.goal)} images, {scale.patch}"
-    )
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(arguments.repeats):
-        for name, run in sides.items():
-            rate, queries, broken = measure(run)
-            rates[name].append(rate)
-            print(
-                f"{repeat}  {name:16} {rate:8.0f} queries/s  ({queries} queries, {broken} broken)"
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield the ratio of queries a CPU second for both families and both references."""
+    budget = replace(DIGITS.patch, patches=1, steps=3, samples=4) if quick else DIGITS.patch
+    for recipe in (resnet50(), deit()):
+        model = trained(recipe, epochs=1 if quick else 6)
+        task = task_for(model, 2 if quick else 50)
+        sides: dict[str, Callable[[], tuple[int, int]]] = {
+            "ours": lambda m=model, t=task: batched_search(m, t, budget),
+            "one image": lambda m=model, t=task: plain_search(m, t, budget, singly=False),
+            "one paste": lambda m=model, t=task: plain_search(m, t, budget, singly=True),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        broken: dict[str, int] = {}
+        for _ in range(1 if quick else 5):
+            for name, search in sides.items():
+                rate, broken[name] = queries_a_second(search)
+                rates[name].append(rate)
+        told = f"{list(broken.values())} of {len(task.goal)} images broken"
+        few = max(2.0, ALIKE * len(task.goal))
+        require(max(broken.values()) - min(broken.values()) <= few, told)
+        for name in ("one image", "one paste"):
+            yield Figure(
+                name=f"texture patch attack of {recipe.model}, ours / {name} at a time",
+                values=tuple(a / b for a, b in zip(rates["ours"], rates[name], strict=True)),
+                target=10,
+                same=told,
             )
-    ours = statistics.median(rates.pop("ours"))
-    for name, found in rates.items():
-        print(f"ours / {name}: {ours / statistics.median(found):.1f}x")
 
 
-if __name__ == "__main__":
-    main()
+def queries_a_second(search: Callable[[], tuple[int, int]]) -> tuple[float, int]:
+    """Return the queries of a CPU second, and the images broken."""
+    found: list[tuple[int, int]] = []
+    took = seconds(lambda: found.append(search()), time.process_time)
+    ((queries, broken),) = found
+    return queries / took, broken

@@ -1,63 +1,145 @@
-"""Training images per second of the real loop beside a bare PyTorch loop.
-
-    python -m benchmarks.training                  # ResNet-18 at 32 px (CIFAR-10's): at least 0.97x
-    python -m benchmarks.training --size 224       # ResNet-50 at 224 px, from files
+"""Training images per second of the real loop, beside a bare PyTorch loop and timm's pieces.
 
 The bare loop is the limit: the same model, loss and optimizer on one batch that is a tensor in
-memory already, with no augmentation. Ours is `train()` as a trial runs it: order, augmentation,
-decoding, schedule. Sides take turns; printed is the median of the ratios with its quartiles.
+memory already, with no augmentation. timm has no loop of its own in the package, so its data set,
+transforms, Mixup, optimizer and scheduler are put together as its training script does, for DeiT's
+recipe on the digits as files. Ours is `train()` as a trial runs it: order, augmentation, decoding,
+schedule.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
+from timm.data import ImageDataset, Mixup, create_transform
+from timm.data.loader import fast_collate
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.loader import write_images
-from grid.studies import resnet50
+from benchmarks.measure import Figure, in_turns, require
+from grid.studies import deit, resnet50
 from trainables.data import Data, Split, load_data, to_unit
-from trainables.loop import train
-from trainables.models import build_classifier
+from trainables.loop import accuracy, train
+from trainables.models import Classifier, build_classifier
 from trainables.optim import build_optimizer
 from trainables.recipe import Recipe
-from trainables.scale import CIFAR10
+from trainables.scale import CIFAR10, DIGITS
 from trainables.source import DataSource, scale_of
+from trainables.team import ALONE
 
-BATCH = {32: 32, 224: 8}
-IMAGES = {32: 256, 224: 32}
+CPU = torch.device("cpu")
+EPOCHS = 10
+ALIKE = 0.1  # of held-out accuracy: the sides draw otherwise
 
 
-def main() -> None:
-    """Measure and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, choices=sorted(BATCH), default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def compare(*, quick: bool) -> Iterator[Figure]:
+    """Yield the ratios to the bare loop at 32 px and 224 px, and to timm's at 16 px."""
+    repeats = 1 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
-        recipe, data = small() if options.size == 32 else large(Path(folder))
-        recipe = recipe.replace(
-            batch_size=BATCH[options.size], epochs=options.repeats + 1, warmup_epochs=0.0
-        )
-        ratios = compare(recipe, data, options.repeats)
-    low, median, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"{recipe.model} at {options.size} px, batch {recipe.batch_size}: {median:.3f} "
-        f"[{low:.3f}, {high:.3f}] of the bare loop over {len(ratios)} epochs (target 0.97)"
+        root = Path(folder)
+        yield beside_bare(*small(64 if quick else 256), batch=32, repeats=repeats)
+        yield beside_bare(*large(root / "large", 4 if quick else 32), batch=4, repeats=repeats)
+        yield beside_timm(root / "digits", 1 if quick else EPOCHS - 1)
+
+
+def beside_bare(recipe: Recipe, data: Data, *, batch: int, repeats: int) -> Figure:
+    """Time an epoch of each side in turns; an epoch's judging is cut down to one image."""
+    recipe = recipe.replace(batch_size=batch, epochs=repeats + 1, warmup_epochs=0.0)
+    judged_by_one = replace(data, held_out=few(data.held_out))
+    ours = train(recipe, build_classifier(recipe), judged_by_one, device=CPU)
+    bare = bare_epochs(recipe, data)
+    pairs = in_turns(
+        lambda: next(ours), lambda: next(bare), repeats=repeats, clock=time.process_time
+    )
+    return Figure(
+        name=f"training {recipe.model} at {data.train.images.shape[-1]} px, ours / bare loop",
+        values=tuple(bare_s / our_s for our_s, bare_s in pairs),
+        target=0.97,
+        same=f"{len(data.train) // batch} steps of {batch} images an epoch",
     )
 
 
-def small() -> tuple[Recipe, Data]:
+def beside_timm(root: Path, repeats: int) -> Figure:
+    """Time epochs of DeiT's recipe on the digits; both sides must learn alike."""
+    recipe = DIGITS.shrink(deit()).replace(epochs=repeats + 1)
+    data = load_data(DIGITS)
+    models = [build_classifier(recipe) for _ in range(2)]
+    ours = train(recipe, models[0], replace(data, held_out=few(data.held_out)), device=CPU)
+    theirs = timm_epochs(recipe, models[1], data, root)
+    pairs = in_turns(
+        lambda: next(ours), lambda: next(theirs), repeats=repeats, clock=time.process_time
+    )
+    found = [accuracy(model, data.held_out, device=CPU, team=ALONE) for model in models]
+    told = f"held-out accuracy {found[0]:.2f} and {found[1]:.2f}"
+    require(repeats + 1 < EPOCHS or abs(found[0] - found[1]) <= ALIKE, told)
+    return Figure(
+        name=f"training {recipe.model} on the digits, ours / timm's pieces",
+        values=tuple(their_s / our_s for our_s, their_s in pairs),
+        target=1.5,
+        same=told,
+    )
+
+
+def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) -> Iterator[None]:
+    """Train by timm's data set, transforms, Mixup, loss, optimizer and schedule."""
+    for place, (image, label) in enumerate(zip(data.train.images, data.train.labels, strict=True)):
+        folder = root / str(int(label))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place:04d}.png")
+    side = data.train.images.shape[-1]
+    transform = create_transform(
+        side,
+        is_training=True,
+        use_prefetcher=True,
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        hflip=0.0,
+        auto_augment=f"rand-m{recipe.randaug_magnitude}-mstd0.5-inc1",
+        interpolation="bicubic",
+    )
+    loader = torch.utils.data.DataLoader(
+        ImageDataset(str(root), transform=transform),
+        batch_size=recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=fast_collate,
+    )
+    mixup = Mixup(
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+        prob=recipe.mix_probability,
+        switch_prob=recipe.switch_probability,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=len(data.class_names),
+    )
+    optimizer = create_optimizer_v2(
+        classifier, opt="adamw", lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = CosineLRScheduler(optimizer, t_initial=recipe.epochs, lr_min=recipe.floor_rate)
+    loss_of = SoftTargetCrossEntropy()
+    for epoch in range(recipe.epochs):
+        schedule.step(epoch)
+        classifier.train()
+        for images, labels in loader:
+            mixed, targets = mixup(to_unit(images), labels)
+            optimizer.zero_grad()
+            loss_of(classifier(mixed), targets).backward()
+            optimizer.step()
+        yield
+
+
+def small(count: int) -> tuple[Recipe, Data]:
     """Return ResNet-18's recipe at CIFAR-10's scale, and noise in memory at 32 px."""
-    count = IMAGES[32]
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     split = Split(images=pixels, labels=torch.arange(count) % 10, ids=tuple(map(str, range(count))))
     names = tuple(map(str, range(10)))
@@ -65,9 +147,9 @@ def small() -> tuple[Recipe, Data]:
     return CIFAR10.shrink(resnet50()).replace(model="resnet18"), data
 
 
-def large(root: Path) -> tuple[Recipe, Data]:
+def large(root: Path, count: int) -> tuple[Recipe, Data]:
     """Return ResNet-50's recipe at 224 px, and JPEGs in class folders."""
-    write_images(root, IMAGES[224], (500, 375))
+    write_images(root, count, (500, 375))
     source = DataSource(root=root)
     scale = scale_of("folder", source, image_size=224)
     data = load_data(scale, source)
@@ -77,28 +159,6 @@ def large(root: Path) -> tuple[Recipe, Data]:
 def few(split: Split) -> Split:
     """Return one image, so that judging after an epoch costs next to nothing."""
     return split.subset(1, seed=0)
-
-
-def compare(recipe: Recipe, data: Data, repeats: int) -> list[float]:
-    """Return ours / bare, in images per second, epoch by epoch; the first is warm-up."""
-    judged_by_one = Data(
-        name=data.name,
-        train=data.train,
-        held_out=few(data.held_out),
-        class_names=data.class_names,
-    )
-    classifier = build_classifier(recipe)
-    ours = train(recipe, classifier, judged_by_one, device=torch.device("cpu"))
-    bare = bare_epochs(recipe, data)
-    seconds = [(timed(ours), timed(bare)) for _ in range(repeats + 1)]
-    return [theirs / mine for mine, theirs in seconds[1:]]
-
-
-def timed(epochs: Iterator[object]) -> float:
-    """Return the seconds that the next epoch takes."""
-    began = time.perf_counter()
-    next(epochs)
-    return time.perf_counter() - began
 
 
 def bare_epochs(recipe: Recipe, data: Data) -> Iterator[None]:
@@ -113,7 +173,3 @@ def bare_epochs(recipe: Recipe, data: Data) -> Iterator[None]:
             F.cross_entropy(classifier(images), labels).backward()
             optimizer.step()
         yield
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING, NoReturn
 from evaluators import EVALUATORS
 from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
 from trainables.scale import SCALE_NAMES, Scale, scale_named
-from trainables.source import DataSource, add_data_options, scale_of, source_of
+from trainables.source import (
+    DataSource,
+    add_data_options,
+    scale_of,
+    source_of,
+    uri_without_password,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,22 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from evaluators import evaluator_named
-    from evaluators.base import cell_digest
-    from evaluators.health import red_flags
+    from evaluators.base import cell_digest, device_named
+    from evaluators.red_flags import red_flags
     from trainables.data import load_data
 
-    device = _device(options.device)
+    device = device_named(options.device)
     source = _readable(source_of(options))
     scale, classifier = _load(options, source)
-    folder = options.ledger or Path("results/ledgers") / options.weights.stem
+    folder = options.ledger or Path("results/ledgers") / (options.weights.stem.strip(".") or "-")
     _make(folder)
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
     ledgers, scores = {}, []
     weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
     for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
-        evaluator = evaluator_named(name, scale)
+        evaluator = _evaluator(name, scale, options)
         kept = folder / "shards" / f"{weights}-{cell_digest(evaluator, data)}"
         ledgers[name] = _ask(evaluator, classifier, data, device, kept)
         found = evaluator.summarize(ledgers[name])
@@ -114,11 +120,46 @@ def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Class
         scale = dataclasses.replace(scale, mean=(options.mean,) * 3)
     if options.std is not None:
         scale = dataclasses.replace(scale, std=(options.std,) * 3)
-    if options.epsilon is not None:
-        scale = dataclasses.replace(scale, epsilon=options.epsilon)
+    scale = _with_budgets(scale, options)
     classifier = classifier_named(model, scale, activation=activation)
     load_any_weights(options.weights, classifier)
     return scale, classifier
+
+
+def _with_budgets(scale: Scale, options: argparse.Namespace) -> Scale:
+    """Return the scale with the radius, images and patches that the options ask for."""
+    asked = {
+        "images": options.attack_images,
+        "patches": options.patches,
+        "area": options.patch_area,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    patch = dataclasses.replace(scale.patch, **given)
+    patch.side(scale.image_size)
+    subsets = dict.fromkeys(("attack_subset", "autoattack_subset"), options.attack_images)
+    return dataclasses.replace(
+        scale,
+        patch=patch,
+        epsilon=options.epsilon[0] if options.epsilon else scale.epsilon,
+        **(subsets if options.attack_images else {}),
+    )
+
+
+def _evaluator(name: str, scale: Scale, options: argparse.Namespace) -> Evaluator:
+    """Set up an evaluator as the options ask."""
+    from evaluators import evaluator_named
+    from evaluators.autoattack import AutoAttack
+    from evaluators.pgd import PGD, at_radius
+    from evaluators.texture_patch import TexturePatchAttack
+
+    several = dict.fromkeys(options.epsilon or ())
+    if name == "tpa":
+        return TexturePatchAttack(scale, targeted=options.targeted, rule=options.success_rule)
+    if name == "pgd" and len(several) > 1:
+        return PGD(scale, radii=list(several))
+    if name == "autoattack" and len(several) > 1:
+        return AutoAttack(scale, radii={name + at_radius(r): float(r) for r in several})
+    return evaluator_named(name, scale)
 
 
 def _recipe_of(weights: Path) -> Recipe:
@@ -128,18 +169,9 @@ def _recipe_of(weights: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(recipe_json_of(weights))
     except OSError as error:
-        raise ValueError(f"{weights} cannot be read: {error.strerror}") from None
-    except (KeyError, ValueError, OverflowError, MemoryError):
+        raise ValueError(f"{weights} cannot be read: {error.strerror or error}") from None
+    except ValueError:
         raise ValueError(f"{weights} names no recipe of this project: give --model") from None
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _ask(
@@ -166,7 +198,7 @@ def _ask(
 
 
 def _is_asked(score: Score, evaluator: str, asked: Sequence[str]) -> bool:
-    return evaluator in asked or score.name in asked
+    return evaluator in asked or score.name.partition("@")[0] in asked
 
 
 def _print_table(scores: Sequence[Score]) -> None:
@@ -185,11 +217,16 @@ def _make(folder: Path) -> None:
 
 
 def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from trainables.storage import write_atomically
 
     paths = [folder / f"{name}.parquet" for name in ledgers]
     for path, ledger in zip(paths, ledgers.values(), strict=True):
-        pq.write_table(ledger, path, compression="zstd")
+        sink = pa.BufferOutputStream()
+        pq.write_table(ledger, sink, compression="zstd")
+        write_atomically(path, sink.getvalue().to_pybytes())
     return paths
 
 
@@ -212,8 +249,10 @@ def _check_names(options: argparse.Namespace) -> None:
         raise ValueError(f"unknown model {model!r}; one of {', '.join(MODELS)} or timm:NAME")
     if options.scale not in (None, *SCALE_NAMES):
         scale_named(options.scale)
-    if options.std is not None and options.std <= 0:
+    if options.std is not None and not 0 < options.std < math.inf:
         raise ValueError(f"--std {options.std:g} is not above 0")
+    if options.mean is not None and not math.isfinite(options.mean):
+        raise ValueError(f"--mean {options.mean:g} is no number")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,13 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     normalisation = "of the normalisation, all channels, pixels in [0, 1] (default: the scale's)"
     parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
     parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")
-    parser.add_argument(
-        "--epsilon",
-        type=_radius,
-        metavar="E",
-        help="radius of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 "
-        "(default: the scale's)",
-    )
+    _add_attack_options(parser)
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
     parser.add_argument(
         "--ledger",
@@ -260,18 +293,70 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the ledgers go (default: results/ledgers/NAME-OF-THE-WEIGHTS)",
     )
-    parser.add_argument("--mlflow", metavar="URI", help="log scores and ledgers there as well")
+    parser.add_argument(
+        "--mlflow",
+        type=uri_without_password,
+        metavar="URI",
+        help="log scores and ledgers there as well",
+    )
     return parser
 
 
+def _add_attack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--epsilon",
+        type=_radius,
+        nargs="+",
+        metavar="E",
+        help="radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 "
+        "(default: the scale's)",
+    )
+    parser.add_argument(
+        "--attack-images",
+        type=_count,
+        metavar="N",
+        help="images that pgd, autoattack and tpa attack, drawn by a fixed seed "
+        "(default: the scale's)",
+    )
+    parser.add_argument("--patches", type=_count, metavar="N", help="of tpa, at most, per image")
+    parser.add_argument(
+        "--patch-area", type=_area, metavar="A", help="share of the image that one patch covers"
+    )
+    parser.add_argument(
+        "--targeted", action="store_true", help="tpa: towards a random wrong class, not just away"
+    )
+    parser.add_argument(
+        "--success-rule",
+        choices=("fixed", "faithful"),
+        default="fixed",
+        help="tpa: keep a successful sample before any other, or, as published, the one of the "
+        "best reward (default: fixed)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _radius(text: str) -> Fraction:
+    return _fraction(text, "radius for pixels in [0, 1]", "4/255")
+
+
+def _area(text: str) -> float:
+    return float(_fraction(text, "share of an image", "0.025"))
+
+
+def _fraction(text: str, what: str, example: str) -> Fraction:
     try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        # A fraction of 1e-999999999 would take hours.
+        value = Fraction(text) if "e" not in text.lower() else Fraction(float(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
         value = Fraction(0)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no radius for pixels in [0, 1]: above 0 and at most 1, like 4/255"
+            f"{text!r} is no {what}: above 0 and at most 1, like {example}"
         )
     return value
 

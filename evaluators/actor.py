@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
     from trainables.scale import Scale
     from trainables.source import DataSource
+    from trainables.tracking import Credentials
 
 WEIGHTS = "weights.safetensors"
 
@@ -17,14 +18,28 @@ WEIGHTS = "weights.safetensors"
 class EvaluatorActor:
     """One long-lived process of the pool; it keeps the model it judged last.
 
+    Each time a model is asked counts as a step; without one for `hung_after` seconds it is killed.
+
     Heavy imports are made here and not on top, so that the driver need not have them.
     """
 
     def __init__(
-        self, tracking_uri: str, scale: Scale, source: DataSource, *, threads: int, device: str
+        self,
+        tracking_uri: str,
+        scale: Scale,
+        source: DataSource,
+        *,
+        threads: int,
+        device: str,
+        hung_after: float,
+        credentials: Credentials,
     ) -> None:
         import torch
 
+        from trainables.watchdog import start_watchdog
+
+        start_watchdog(hung_after)
+        credentials.use()
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device = torch.device(device)
@@ -36,12 +51,14 @@ class EvaluatorActor:
         from evaluators.base import evaluate
         from evaluators.shards import to_parquet
         from trainables.data import load_data
+        from trainables.watchdog import counting_steps
 
         began = time.monotonic()
         classifier = self._load(artifact_uri)
         data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
-        ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
+        with counting_steps():
+            ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
         return to_parquet(ledger, seconds=time.monotonic() - began)
 
     def _load(self, artifact_uri: str) -> Classifier:
@@ -49,10 +66,12 @@ class EvaluatorActor:
         from trainables.models import build_classifier
         from trainables.recipe import Recipe
         from trainables.tracking import fetch_artifact
+        from trainables.watchdog import beat
 
         if self._loaded is None or self._loaded[0] != artifact_uri:
             path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
             classifier = build_classifier(Recipe.model_validate_json(recipe_json_of(path)))
             load_weights(path, classifier)
+            classifier.register_forward_pre_hook(lambda *_: beat())
             self._loaded = (artifact_uri, classifier)
         return self._loaded[1]

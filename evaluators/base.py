@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 # One row per image and question. `survived`: the model's answer is still the true label (for a
 # targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
-# of this image that a black-box attack asked for.
+# of this image that a black-box attack asked for. `image`: what was judged, as PNG, for a few
+# example images of some questions.
 LEDGER = pa.schema(
     [
         ("image_id", pa.string()),
@@ -31,9 +33,11 @@ LEDGER = pa.schema(
         ("survived", pa.bool_()),
         ("stage", pa.string()),
         ("queries", pa.int64()),
+        ("image", pa.binary()),
     ]
 )
 CONFIDENCE = 0.95
+EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Batch:
     """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids.
 
     Of use to some evaluators: the question that the images stand for, a remark on each image for
-    the ledger's `stage`, and the labels that an answer may be chosen from.
+    the ledger's `stage`, and the labels that an answer may be chosen from. `examples` are the ids
+    of images that the ledger keeps as they were judged.
     """
 
     images: Tensor
@@ -50,6 +55,7 @@ class Batch:
     question: str = ""
     stage: tuple[str, ...] | None = None
     candidates: tuple[int, ...] | None = None
+    examples: frozenset[str] = frozenset()
 
     def halves(self) -> tuple[Batch, Batch]:
         """Split the batch in two, in order."""
@@ -103,6 +109,16 @@ class Evaluator(Protocol):
     def summarize(self, verdicts: pa.Table) -> list[Score]: ...
 
 
+def device_named(name: str | None) -> torch.device:
+    """Return a device that computes: the one named, or the first GPU, or the CPU; ValueError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device says in its own way that it is not there
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def cell_digest(evaluator: Evaluator, source: Data) -> str:
     """Return 12 hex digits that name an evaluator's question on a data set."""
     identity = {"name": evaluator.name, **evaluator.identity(source)}
@@ -136,9 +152,11 @@ def evaluate(
     Out of memory halves the batch and goes on at the same image.
     """
     classifier.to(device).eval()
+    examples = frozenset(source.held_out.subset(EXAMPLES, seed=0).ids)
     parts: list[pa.Table] = []
     for batch in evaluator.batches(source, batch_size=batch_size, shard=shard):
-        parts += _judge_in_memory(evaluator, classifier, batch, device)
+        kept = replace(batch, examples=examples & set(batch.ids))
+        parts += _judge_in_memory(evaluator, classifier, kept, device)
     return pa.concat_tables(parts)
 
 
@@ -170,10 +188,12 @@ def verdicts(
     survived_B: Tensor | None = None,
     stage: Sequence[str | None] | None = None,
     queries: Sequence[int | None] | None = None,
+    judged_BCHW: Tensor | None = None,
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
 
     An image survives when it is predicted as its label, unless `survived_B` says otherwise.
+    Of `judged_BCHW`, the images as the classifier saw them, the batch's examples are kept.
     """
     count = len(batch.ids)
     labels, predicted = batch.labels.cpu(), predicted_B.cpu()
@@ -186,9 +206,26 @@ def verdicts(
         survived.numpy(),
         stage or [None] * count,
         queries or [None] * count,
+        _examples(batch, judged_BCHW),
     )
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
     return pa.Table.from_arrays(arrays, schema=LEDGER)
+
+
+def _examples(batch: Batch, judged_BCHW: Tensor | None) -> list[bytes | None]:
+    if judged_BCHW is None:
+        return [None] * len(batch.ids)
+    kept = zip(batch.ids, judged_BCHW, strict=True)
+    return [_png(image) if image_id in batch.examples else None for image_id, image in kept]
+
+
+def _png(image_3HW: Tensor) -> bytes:
+    from PIL import Image
+
+    pixels = image_3HW.detach().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def survival_scores(ledger: pa.Table) -> list[Score]:

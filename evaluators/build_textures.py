@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
+    from evaluators.base import device_named
     from evaluators.textures import FULL, LITE, own_settings
     from trainables.data import load_data
 
@@ -41,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     data = load_data(scale, source)
     settings = (LITE if options.lite else FULL) if options.weights else own_settings(scale)
     settings = replace(settings, clusters=scale.patch.textures, classes_at_once=1)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(options.device)
     network = _network(options.weights, scale, data, settings)
     print(f"features: {network.source}; {settings}")
     build(network, data, settings, options.out, device)

@@ -37,7 +37,8 @@ class Clean:
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
-        return verdicts(batch, self.name, classifier(batch.images).argmax(dim=1))
+        predicted = classifier(batch.images).argmax(dim=1)
+        return verdicts(batch, self.name, predicted, judged_BCHW=batch.images)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         return survival_scores(ledger)

@@ -31,6 +31,7 @@ GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 1  # raise it when generated images change: it is part of a cell's identity
 KEPT_BYTES = 2**28
 RESAMPLES = 1000
+SHOWN = ("gaussian_noise-3", "defocus_blur-3", "fog-3")  # of which the ledger keeps examples
 # AlexNet's errors, by which Hendrycks and Dietterich (2019) normalise. Source: google-research/
 # augmix, imagenet.py ("Raw AlexNet errors taken from github.com/hendrycks/robustness"); equal to
 # those in bethgelab/game-of-noise, evaluation_utils.py.
@@ -103,7 +104,9 @@ class Corruptions:
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
-        return verdicts(batch, batch.question, classifier(batch.images).argmax(dim=1))
+        predicted = classifier(batch.images).argmax(dim=1)
+        shown = batch.images if batch.question in SHOWN else None
+        return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return errors, not accuracies; n counts images, the unit that is resampled."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,24 +22,32 @@ STEPS = (5, 10, 50, 100)
 SUBSET_SEED = 0
 
 
+def at_radius(radius: Fraction) -> str:
+    """Return what a question's name says of its radius: @4/255."""
+    return f"@{float(255 * radius):g}/255"
+
+
 class PGD:
     """PGD-5, -10, -50 and -100 as one trajectory with step epsilon/4 and a random start.
 
     The final iterate of each length is scored, in float32. Step max(epsilon/4, epsilon/n) is
-    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. Source: STUDY section 3.
+    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. `radii`: the scale's unless given; of
+    several, each is a question of its own, pgd-100@8/255. Source: STUDY section 3.
     """
 
     name = "pgd"
 
-    def __init__(self, scale: Scale) -> None:
-        self.epsilon = float(scale.epsilon)
+    def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
+        radii = radii or [scale.epsilon]
+        self.radii = {at_radius(r) if len(radii) > 1 else "": float(r) for r in radii}
         self.subset_size = scale.attack_subset
         self.shard_images = scale.shard_images
 
     def identity(self, source: Data) -> dict[str, Any]:
+        epsilons = list(self.radii.values())
         return {
             "images": self._images(source).ids_hash(),
-            "epsilon": self.epsilon,
+            "epsilon": epsilons[0] if len(epsilons) == 1 else epsilons,
             "steps": STEPS,
         }
 
@@ -51,22 +60,25 @@ class PGD:
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
-        start = random_start(batch.images, epsilon=self.epsilon, generator=generator)
         rows = []
         with attacked(classifier):
-            iterates = pgd_iterates(
-                folded(classifier, batch.images) or classifier,
-                batch.images,
-                batch.labels,
-                epsilon=self.epsilon,
-                step_size=self.epsilon / 4,
-                stops=STEPS,
-                start_BCHW=start,
-            )
-            for steps, images_BCHW in iterates:
-                with torch.no_grad():
-                    predicted = classifier(images_BCHW).argmax(dim=1)
-                rows.append(verdicts(batch, f"pgd-{steps}", predicted))
+            victim = folded(classifier, batch.images) or classifier
+            for suffix, epsilon in self.radii.items():
+                iterates = pgd_iterates(
+                    victim,
+                    batch.images,
+                    batch.labels,
+                    epsilon=epsilon,
+                    step_size=epsilon / 4,
+                    stops=STEPS,
+                    start_BCHW=random_start(batch.images, epsilon=epsilon, generator=generator),
+                )
+                for steps, images_BCHW in iterates:
+                    with torch.no_grad():
+                        predicted = classifier(images_BCHW).argmax(dim=1)
+                    shown = images_BCHW if steps == STEPS[-1] else None
+                    question = f"pgd-{steps}{suffix}"
+                    rows.append(verdicts(batch, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from evaluators.base import LEDGER
 from trainables.data import Shard
 from trainables.storage import write_atomically
 
@@ -25,10 +27,17 @@ def to_parquet(ledger: pa.Table, *, seconds: float) -> bytes:
 
 
 def from_parquet(content: bytes) -> tuple[pa.Table, float]:
-    """Read what `to_parquet` wrote; ArrowException or OSError where it is damaged."""
-    ledger = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-    seconds = float(ledger.schema.metadata[SECONDS])
-    return ledger.replace_schema_metadata(None), seconds
+    """Read what `to_parquet` wrote; ValueError where it is damaged."""
+    try:
+        ledger = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        ledger.validate(full=True)
+        seconds = float(ledger.schema.metadata[SECONDS])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"it is no whole ledger: {error}") from None
+    ledger = ledger.replace_schema_metadata(None)
+    if not ledger.schema.equals(LEDGER):
+        raise ValueError(f"it is no ledger: its columns are {ledger.schema.names}")
+    return ledger, seconds
 
 
 class ShardStore:
@@ -44,14 +53,16 @@ class ShardStore:
 
     def add(self, shard: Shard, content: bytes) -> None:
         """Keep a shard's ledger, as `to_parquet` made it."""
-        write_atomically(self._path(shard), content)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        write_atomically(self._folder / f"{_name(shard)}-{digest}.parquet", content)
 
     def merged(self) -> tuple[pa.Table, float]:
         """Return the whole cell's ledger and seconds; all shards must be there."""
         read = [self._read(shard) for shard in self._shards]
         found = [entry for entry in read if entry is not None]
         assert len(found) == len(read)
-        return pa.concat_tables(ledger for ledger, _ in found), sum(s for _, s in found)
+        ledger = pa.concat_tables([part for part, _ in found], promote_options="default")
+        return ledger, sum(s for _, s in found)
 
     def clear(self) -> None:
         """Remove the cell's folder, and the one above it with the last of them."""
@@ -59,15 +70,18 @@ class ShardStore:
         with suppress(OSError):
             self._folder.parent.rmdir()
 
-    def _path(self, shard: Shard) -> Path:
-        return self._folder / f"{shard.index}-of-{shard.count}.parquet"
-
     def _read(self, shard: Shard) -> tuple[pa.Table, float] | None:
-        path = self._path(shard)
-        try:
-            return from_parquet(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        for path in sorted(self._folder.glob(f"{_name(shard)}-*.parquet")):
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            try:
+                if path.stem.endswith(digest):
+                    return from_parquet(content)
+            except ValueError:
+                pass  # whole, but of another version of the ledger
             path.unlink()
-            return None
+        return None
+
+
+def _name(shard: Shard) -> str:
+    return f"{shard.index}-of-{shard.count}"

@@ -76,7 +76,9 @@ class Stylized:
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
-        return verdicts(batch, batch.question, predicted, stage=batch.stage)
+        return verdicts(
+            batch, batch.question, predicted, stage=batch.stage, judged_BCHW=batch.images
+        )
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         textured = ledger.filter(pc.is_valid(ledger["stage"]))

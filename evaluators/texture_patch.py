@@ -502,6 +502,7 @@ def _rows(batch: Batch, question: str, outcome: Outcome) -> pa.Table:
         survived_B=~outcome.success,
         stage=outcome.stages(),
         queries=outcome.queries.tolist(),
+        judged_BCHW=outcome.images if question == "tpa" else None,
     )
 
 

@@ -18,11 +18,12 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluators.weights import read_pickle
+from evaluators.weights import is_plain, read_tensors
+from trainables.checkpoint import unpickled
 from trainables.data import Data, Split, to_unit
 from trainables.scale import Scale
 from trainables.storage import write_atomically
@@ -134,8 +135,11 @@ def has_class(root: Path, label: int, clusters: int) -> bool:
 
 
 def _read_texture(path: Path) -> Tensor:
-    stored = read_pickle(path)
-    if not isinstance(stored, Tensor) or stored.squeeze(0).ndim != 3 or stored.shape[-3] != 3:
+    try:
+        stored = unpickled(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"texture {path} cannot be read: {error.strerror}") from None
+    if not is_plain(stored) or stored.squeeze(0).ndim != 3 or stored.shape[-3] != 3:
         raise ValueError(f"texture {path} is not one tensor of shape (3, H, W)")
     texture_CHW = stored.squeeze(0).float()
     return (texture_CHW * _column(IMAGENET_STD) + _column(IMAGENET_MEAN)).clamp_(0, 1)
@@ -209,12 +213,12 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
     """
     from torchvision.models import vgg19  # type: ignore[import-untyped]
 
-    state = load_file(weights) if weights.suffix == ".safetensors" else read_pickle(weights)
+    state = read_tensors(weights)
     with torch.device("meta"):
         network = vgg19(weights=None)
     try:
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{weights} does not fit VGG-19: {str(error)[:300]}") from None
     network.eval().requires_grad_(False)
     return FeatureNetwork(
@@ -444,11 +448,15 @@ def open_dictionary(root: Path, scale: Scale) -> PublishedTextures:
 
     All of the scale's textures of a class are there, or none: then the class is left out.
     """
-    labels = range(scale.num_classes)
-    present = [k for k in labels if (root / LAYOUT.format(label=k, cluster=0)).is_file()]
+    clusters = scale.patch.textures
+    present = [
+        label
+        for label in range(scale.num_classes)
+        if any((root / name).is_file() for name in _layout((label,), clusters))
+    ]
     if len(present) < 2:
         raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
-    return read_published(root, classes=present, clusters=scale.patch.textures)
+    return read_published(root, classes=present, clusters=clusters)
 
 
 def own_identity(scale: Scale, data: Data) -> dict[str, object]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from trainables.checkpoint import read_safetensors, unpickled
 from trainables.models import Classifier
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -43,24 +41,34 @@ def load_any_weights(path: Path, classifier: Classifier) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors, .pth or .pt file; nothing but tensors and plain values is unpickled.
+    """Read a .safetensors, .pth or .pt file of dense tensors of real numbers.
 
     Of a training checkpoint the entry `model` or `state_dict` is taken. Raises ValueError.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
     try:
-        loaded = load_file(path) if path.suffix == SUFFIXES[0] else read_pickle(path)
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    read = read_safetensors if path.suffix == SUFFIXES[0] else unpickled
+    loaded = read(content, path)
     for entry in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
             loaded = loaded[entry]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} is no dictionary of tensors")
-    return loaded
+    if not isinstance(loaded, dict) or not all(map(is_plain, loaded.values())):
+        raise ValueError(f"{path} is no dictionary of dense tensors of real numbers")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Tell a dense tensor of real numbers in memory from all else that a file may hold."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+    )
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,21 +103,3 @@ def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:
         return value.reshape(wanted.shape)
     ghosts = name.endswith(STATISTICS) and value.numel() % wanted.numel() == 0
     return value[: len(wanted)] if ghosts else value
-
-
-def read_pickle(path: Path) -> object:
-    """Unpickle tensors and plain values, nothing that could run code; ValueError for the rest."""
-    try:
-        # Training scripts keep their parsed options beside the weights: a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        cause = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        raise ValueError(
-            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
-        ) from None
-    except Exception as error:  # what bytes that are no pickle make an unpickler raise is anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged: {reason}") from None

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
 from evaluators.shards import ShardStore, from_parquet, to_parquet
 from trainables.data import Shard
+from trainables.patience import patiently
+from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.scale import Scale
 from trainables.source import DataSource
+from trainables.tracking import Credentials
+from trainables.watchdog import HUNG_SECONDS
 
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
@@ -46,8 +52,9 @@ class EvaluatorPool:
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
-    dies is restarted and its shard is asked again. Shards that are done lie in `folder` until their
-    cell is: a run that was stopped goes on behind them.
+    dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
+    ran out of memory. Shards that are done lie in `folder` until their cell is: a run that was
+    stopped goes on behind them. `say` is told what is tried again, and of a full disk.
     """
 
     def __init__(
@@ -60,14 +67,19 @@ class EvaluatorPool:
         *,
         threads: int,
         gpus: float,
+        hung_after: float = HUNG_SECONDS,
+        say: Callable[[str], None] = print,
     ) -> None:
         actor = ray.remote(EvaluatorActor)
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-        device = "cuda" if gpus else "cpu"
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
+        given = {
+            "threads": threads,
+            "device": "cuda" if gpus else "cpu",
+            "hung_after": hung_after,
+            "credentials": Credentials.of_environment(),
+        }
         self._idle = [
-            actor.options(**options).remote(
-                tracking_uri, scale, source, threads=threads, device=device
-            )
+            actor.options(**options).remote(tracking_uri, scale, source, **given)
             for _ in range(size)
         ]
         self._size, self._folder = size, folder
@@ -76,9 +88,12 @@ class EvaluatorPool:
         self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._whole: list[Cell] = []
         self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
-        self._seconds: defaultdict[str, float] = defaultdict(
-            float
-        )  # of the shards judged, by evaluator
+        self._restarting: dict[Any, Any] = {}
+        self._failures: Counter[tuple[Cell, Shard]] = Counter()
+        self._resting: list[tuple[float, Cell, Shard]] = []
+        self._say = say
+        # Of each evaluator: the seconds of the shards judged, their number, and how many wait.
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._judged: Counter[str] = Counter()
         self._queued: Counter[str] = Counter()
 
@@ -95,9 +110,7 @@ class EvaluatorPool:
         missing = store.missing()
         self._unfinished[cell] = (store, set(missing))
         for shard in missing:
-            entry = (EXPENSE[cell.evaluator], next(self._order), cell, shard)
-            heapq.heappush(self._waiting, entry)
-        self._queued[cell.evaluator] += len(missing)
+            self._await_turn(cell, shard)
         if not missing:
             self._whole.append(cell)
         self._hand_out()
@@ -105,10 +118,13 @@ class EvaluatorPool:
     def poll(self, timeout: float) -> list[Judged]:
         """Return the cells judged by now, waiting up to `timeout` seconds for a shard."""
         failed = []
-        if self._asked:
-            ready, _ = ray.wait(list(self._asked), timeout=0 if self._whole else timeout)
+        self._wake()
+        if under_way := [*self._asked, *self._restarting]:
+            ready, _ = ray.wait(under_way, timeout=0 if self._whole else timeout)
             failed = [judged for reference in ready if (judged := self._collect(reference))]
             self._hand_out()
+        elif self._resting:
+            time.sleep(timeout)
         whole, self._whole = self._whole, []
         return failed + [self._merge(cell) for cell in whole]
 
@@ -124,6 +140,7 @@ class EvaluatorPool:
         """
         shards = coming + self._queued
         shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
+        shards += Counter(cell.evaluator for _, cell, _ in self._resting)
         if any(name not in self._judged for name in shards):
             return None
         each = {name: self._seconds[name] / self._judged[name] for name in shards}
@@ -131,24 +148,52 @@ class EvaluatorPool:
 
     def _collect(self, reference: Any) -> Judged | None:
         """Keep a shard; return its cell where that has failed."""
+        if actor := self._restarting.pop(reference, None):
+            self._idle.append(actor)
+            return None
         cell, shard, actor = self._asked.pop(reference)
-        self._idle.append(actor)
+        content, error = _answer(reference)
+        if isinstance(error, RayError):
+            until_there = actor.__ray_ready__.options(max_task_retries=-1)
+            self._restarting[until_there.remote()] = actor
+        else:
+            self._idle.append(actor)
         if cell not in self._unfinished:
             return None
-        try:
-            content = ray.get(reference)
-        except RayError as error:
-            self._drop(cell)
-            cause = getattr(error, "cause", None) or error
-            return Judged(cell, error=f"{type(cause).__name__}: {cause}".splitlines()[0])
+        if error:
+            return self._failed(cell, shard, error)
         self._seconds[cell.evaluator] += from_parquet(content)[1]
         self._judged[cell.evaluator] += 1
         store, missing = self._unfinished[cell]
-        store.add(shard, content)
+        patiently(lambda: store.add(shard, content), say=self._say)
         missing.discard(shard)
         if not missing:
             self._whole.append(cell)
         return None
+
+    def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> Judged | None:
+        """Have a shard wait to be asked again; return its cell where that is of no use."""
+        why = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        self._failures[cell, shard] += 1
+        failures = self._failures[cell, shard]
+        if isinstance(cause, OWN_FAULTS) or failures > MAX_FAILURES:
+            self._drop(cell)
+            return Judged(cell, error=why)
+        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {why}")
+        self._resting.append((time.monotonic() + wait_after(failures), cell, shard))
+        return None
+
+    def _wake(self) -> None:
+        """Have the shards that have waited long enough take their turn again."""
+        now = time.monotonic()
+        for entry in [entry for entry in self._resting if entry[0] <= now]:
+            self._resting.remove(entry)
+            self._await_turn(*entry[1:])
+        self._hand_out()
+
+    def _await_turn(self, cell: Cell, shard: Shard) -> None:
+        self._queued[cell.evaluator] += 1
+        heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell, shard))
 
     def _merge(self, cell: Cell) -> Judged:
         store, _ = self._unfinished[cell]
@@ -160,6 +205,7 @@ class EvaluatorPool:
         kept = [entry for entry in self._waiting if entry[2] != cell]
         self._queued[cell.evaluator] -= len(self._waiting) - len(kept)
         self._waiting = kept
+        self._resting = [entry for entry in self._resting if entry[1] != cell]
         heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
@@ -169,3 +215,13 @@ class EvaluatorPool:
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)
+
+
+def _answer(reference: Any) -> tuple[bytes, Exception | None]:
+    """Return a shard's ledger, or what the evaluator raised, or a RayError where it died."""
+    try:
+        return ray.get(reference), None
+    except RayTaskError as error:
+        return b"", error.cause
+    except RayError as error:
+        return b"", error

@@ -1,4 +1,4 @@
-"""Ray itself: find the cluster or start one here, count what fits, see that every node is well."""
+"""Ray itself: find the cluster or start one here, and count what fits."""
 
 from __future__ import annotations
 
@@ -7,44 +7,84 @@ import math
 import os
 import secrets
 import socket
-import uuid
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
+from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainables.storage import folder_at
+from grid.plan import Plan
+from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
 LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
+BOOTSTRAPPED = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves the cluster file on the head
+TYPE_LABEL = "ray.io/node-group"
+HEAD_RESOURCE = "node:__internal_head__"
 CONNECT_SECONDS = 5
-CHECK_SECONDS = 60
+LOOK_SECONDS = 2.0
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The workers of one trial and the resources of each.
+    """The workers of one trial, the resources of each, and the seconds one may stand still.
 
-    They must not change its result, beyond rounding.
+    They must not change its result, beyond rounding. min_workers: how many it goes on with where
+    the cluster has no more; None for `workers`.
     """
 
     workers: int = 1
+    min_workers: int | None = None
     cpus: int = 1
     gpus: float = 0.0
     compile: bool = False
+    hung_after: float = HUNG_SECONDS
+
+    def __post_init__(self) -> None:
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"a trial of {self.workers} workers cannot have {self.min_workers} at least"
+            )
+
+    @property
+    def least(self) -> Placement:
+        """The placement with the fewest workers it may come down to."""
+        return replace(self, workers=self.min_workers or self.workers)
 
     def slots(self, resources: dict[str, float]) -> int:
         """Return how many workers fit into a node's resources."""
         slots = math.floor(resources.get("CPU", 0) / self.cpus)
-        return min(slots, math.floor(resources.get("GPU", 0) / self.gpus)) if self.gpus else slots
+        if not self.gpus:
+            return slots
+        return min(slots, math.floor(resources.get("GPU", 0) / self.gpus + ROUNDING))
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
         return each if self.workers == 1 else f"{self.workers} workers of {each} each"
+
+
+@dataclass(frozen=True)
+class Placements:
+    """The placement of each family's trials: the usual one, or a study's own for the family."""
+
+    usual: Placement
+    by_family: Mapping[str, Placement] = field(default_factory=dict)
+
+    def of(self, family: str) -> Placement:
+        return self.by_family.get(family, self.usual)
+
+    def of_all(self, plan: Plan) -> list[Placement]:
+        """Return the usual placement, then the others that a plan's trials have."""
+        theirs = {self.of(trial.recipe.family): None for trial in plan}
+        return list({self.usual: None} | theirs)
 
 
 def found_address(asked: str | None) -> str | None:
@@ -88,7 +128,9 @@ def connect(address: str | None) -> None:
     """Join the cluster at an address, or start Ray on this machine; ValueError when refused."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        # Ray listens on every interface: a token of this run's own keeps others out.
+        # On one machine as on a Mac: Ray listens on the loopback alone, where a token of this
+        # run's own keeps other users out.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address=LOCAL,
@@ -107,65 +149,96 @@ def connect(address: str | None) -> None:
         ) from None
 
 
-def trials_at_once(placement: Placement) -> int:
-    """Return how many trials fit into what is free; ValueError if not even one.
+class Room:
+    """What trials may take of the cluster: of the nodes there, and of those it may still start.
 
-    A worker never spans nodes, so each node is counted for itself.
+    Of nodes that are there when it is made that is what they have free, of others all.
     """
-    free = available_resources_per_node()
-    lanes = sum(placement.slots(node) for node in free.values()) // placement.workers
-    if lanes < 1:
-        there = [
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in free.values()
-        ]
-        raise ValueError(
-            f"a trial needs {placement}, but Ray has free {'; '.join(there)}; "
-            f"lower {'--workers, ' if placement.workers > 1 else ''}--cpus-per-trial or "
-            "--gpus-per-trial"
-        )
-    return lanes
+
+    def __init__(self) -> None:
+        self._free = available_resources_per_node()
+        self._cluster = cluster_file()
+        self._nodes: list[dict[str, float]] = []
+        self._looked_at = -math.inf
+
+    def lanes(self, placement: Placement) -> int:
+        """Return how many trials of a placement fit side by side."""
+        return sum(placement.slots(node) for node in self._look()) // placement.workers
+
+    def holds(self, placements: Iterable[Placement]) -> bool:
+        """Return whether trials fit side by side. A worker never spans nodes."""
+        left = [dict(node) for node in self._look()]
+        return all(_take(left, placement) for placement in placements)
+
+    def check(self, placements: Iterable[Placement]) -> None:
+        """Raise ValueError where not even one trial fits, with the fewest workers it may have."""
+        for least in (placement.least for placement in placements):
+            if self.holds([least]):
+                continue
+            there = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes]
+            raise ValueError(
+                f"a trial needs {least}, but Ray has free {'; '.join(there)}; "
+                f"lower {'--workers, ' if least.workers > 1 else ''}--cpus-per-trial or "
+                "--gpus-per-trial"
+            )
+
+    @property
+    def gpus(self) -> int:
+        """The GPUs of the nodes there now, or where there is none of a node that may be started."""
+        there = int(ray.cluster_resources().get("GPU", 0))
+        return there or int(max(node.get("GPU", 0) for node in self._look()))
+
+    def _look(self) -> list[dict[str, float]]:
+        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            there = [self._free.get(node["NodeID"], node["Resources"]) for node in alive]
+            self._nodes = there + self._to_come(node_types(alive, self._cluster))
+            self._looked_at = time.monotonic()
+        return self._nodes
+
+    def _to_come(self, present: Counter[str]) -> list[dict[str, float]]:
+        """Return the resources of the nodes that the autoscaler has leave to start."""
+        coming: list[dict[str, float]] = []
+        head, left = self._cluster.get("head_node_type"), self._cluster.get("max_workers", 0)
+        left -= present.total() - 1
+        for name, kind in self._cluster.get("available_node_types", {}).items():
+            if name != head:
+                allowed = kind.get("max_workers", 0) - present[name]
+                coming += [kind["resources"]] * min(allowed, left - len(coming))
+        return coming
 
 
-def check_nodes(where: str) -> list[str]:
-    """Say what is wrong with which other node: each must read and write where this one does.
+def _take(left: list[dict[str, float]], placement: Placement) -> bool:
+    """Take a trial's workers from what nodes have left; False where they do not fit."""
+    wanted = placement.workers
+    for node in left:
+        taken = min(wanted, placement.slots(node))
+        node["CPU"] = node.get("CPU", 0) - taken * placement.cpus
+        node["GPU"] = node.get("GPU", 0) - taken * placement.gpus
+        wanted -= taken
+    return wanted == 0
 
-    where: a path or URI. Empty when all is well; ValueError when this machine cannot write there.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    folder, mark = folder_at(where), f".check-{uuid.uuid4().hex}"
-    try:
-        folder.write(mark, mark.encode())
-    except OSError as error:
-        raise ValueError(f"storage {where} cannot be written: {error}") from None
-    probe = ray.remote(_probe)
-    asked = {}
+
+def cluster_file() -> dict[str, Any]:
+    """Return what `ray up` left of its cluster file on the head, nothing where this is not it."""
+    path = Path(BOOTSTRAPPED).expanduser()
+    here = ray.util.get_node_ip_address()
+    heads = [n["NodeManagerAddress"] for n in ray.nodes() if HEAD_RESOURCE in n["Resources"]]
+    if here not in heads or not path.is_file():
+        return {}
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def node_types(nodes: Iterable[dict[str, Any]], cluster: dict[str, Any]) -> Counter[str]:
+    """Count nodes by the type that the autoscaler started them as, by label or by resources."""
+    kinds = cluster.get("available_node_types", {})
+    found: Counter[str] = Counter()
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        options = probe.options(num_cpus=0, scheduling_strategy=there)
-        asked[node["NodeManagerAddress"]] = options.remote(where, mark)
-    try:
-        found = {name: _answer(reference) for name, reference in asked.items()}
-    finally:
-        folder.remove(mark)
-    return [f"node {name}: {problem}" for name, problem in found.items() if problem]
+        alike = (name for name, kind in kinds.items() if _alike(node, kind))
+        found[node["Labels"].get(TYPE_LABEL) or next(alike, "")] += 1
+    return found
 
 
-def _answer(reference: Any) -> str:
-    try:
-        return str(ray.get(reference, timeout=CHECK_SECONDS))
-    except ray.exceptions.RayError as error:
-        return f"does not run tasks: {str(error).splitlines()[0]}"
-
-
-def _probe(where: str, mark: str) -> str:
-    """Return what keeps this node from using a folder, '' if nothing does."""
-    folder, own = folder_at(where), f"{mark}-{uuid.uuid4().hex}"
-    try:
-        if mark not in folder.names():
-            return f"does not see {where}: it must be storage that all nodes share"
-        folder.write(own, b"")
-        folder.remove(own)
-    except OSError as error:
-        return f"cannot write to {where}: {error}"
-    return ""
+def _alike(node: dict[str, Any], kind: dict[str, Any]) -> bool:
+    both = node["Resources"], kind["resources"]
+    return all(both[0].get(name, 0) == both[1].get(name, 0) for name in ("CPU", "GPU"))

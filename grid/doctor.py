@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evaluators.corruption_kinds import SEVERITIES
@@ -82,7 +83,8 @@ class Examination:
         table = Table("Looked at", "", "Found")
         for finding in self.findings:
             level = f"[{COLOURS[finding.level]}]{finding.level}[/]"
-            table.add_row(finding.subject, level, finding.text)
+            # A folder's name may read as markup.
+            table.add_row(finding.subject, level, escape(finding.text))
         console.print(table)
         if self.manifest:
             console.print(f"Manifest of the data: {self.manifest}")

@@ -7,9 +7,11 @@ import heapq
 import json
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,36 +20,38 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from evaluators import evaluator_named
+from evaluators import EVALUATORS, evaluator_named
 from grid.assess import EvaluatorPool
-from grid.cluster import Placement, check_nodes, connect, trials_at_once
+from grid.cluster import Placement, Placements, Room, connect
+from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
 from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, evaluators_beside
-from grid.status import open_tracker, tracking_uri
-from grid.studies import Study
+from grid.status import open_tracker
+from grid.studies import PGD, Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
+from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
-from trainables.tracking import check_address
+from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 
-MAX_FAILURES = 2
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """How a run of the command ended."""
+    """How a run of the command ended; `comparison` is where the MLflow UI shows its trials."""
 
     trained: int
     judged: int
     failures: tuple[str, ...]
     report: Path
+    comparison: str
 
 
 @contextmanager
@@ -84,27 +88,35 @@ def run_study(
     manifest: str = "",
     address: str | None = None,
     storage: str | None = None,
+    system_metrics: bool = False,
 ) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
     doctor found it. address: of the Ray cluster, None to start Ray here. storage: a path or URI
-    for what trials keep, None for the results folder.
+    for what trials keep, None for the results folder. system_metrics: log this machine's load
+    with the study's run.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(mlflow or "")
     data = load_data(scale, source)
-    _check_plan(plan, scale, placement.workers)
+    placements = study_placements(study, placement)
+    _check_plan(plan, scale, placements)
     with sole_run(results):
         line = ProgressLine()
         try:
             connect(address)
-            storage = _checked_storage(storage, results, mlflow)
-            uri = tracking_uri(results, mlflow)
-            pool, lanes = _share_out(placement, results, uri, scale, source)
+            distinct = placements.of_all(plan)
+            Room().check(distinct)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
-            parent = tracker.open_study(study.name, _describe(study, plan, scale))
+            gpus = any(placement.gpus for placement in distinct)
+            needs = _node_needs(tracker, storage, results, mlflow, source, gpus=gpus)
+            ill = [f"node {name}: {p}" for name, p in check_nodes(needs).items() if p.problem]
+            if ill:
+                raise ValueError("; ".join(ill))
+            pool, room = _share_out(distinct, results, tracker.uri, scale, source, line.say)
+            parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
             recorder = Recorder(
                 tracker,
                 plan,
@@ -117,10 +129,11 @@ def run_study(
                 line=line,
             )
             todo = recorder.trials_to_train()
-            line.say(_opening(plan, todo, recorder, lanes))
-            with _recording(recorder):
+            line.say(_opening(plan, todo, recorder, room.lanes(placement)))
+            measuring = tracker.measuring(parent) if system_metrics else nullcontext()
+            with measuring, _recording(recorder):
                 if todo:
-                    _train(todo, recorder, results, storage, placement, lanes, source)
+                    _train(todo, recorder, results, needs.storage[0], placements, room, source)
             # What draws and tests is imported when there is something to tell.
             from grid.report.build import write_report
 
@@ -134,6 +147,7 @@ def run_study(
         judged=recorder.progress.cells_done,
         failures=tuple(recorder.failures),
         report=report,
+        comparison=tracker.page(study=study.name),
     )
 
 
@@ -149,48 +163,123 @@ def _recording(recorder: Recorder) -> Iterator[None]:
         raise
 
 
-def _checked_storage(storage: str | None, results: Path, mlflow: str | None) -> str:
-    """Return where trials keep their files; ValueError where a node cannot use it."""
+def study_placements(study: Study, usual: Placement) -> Placements:
+    """Return how a study's trials are placed: as usual but for what its file says of a family."""
+    own = {family: replace(usual, **given) for family, given in study.placement.items()}
+    return Placements(usual, own)
+
+
+def check_cluster(
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    *,
+    results: Path,
+    mlflow: str | None,
+    placement: Placement,
+    source: DataSource,
+    address: str,
+    storage: str | None,
+    seconds: float,
+) -> dict[str, tuple[bool, str]]:
+    """Look at a cluster as a run would need it: what was looked at, whether it is well, and why.
+
+    Waits `seconds` for the nodes that the cluster file promises.
+    """
+    check_address(mlflow or "")
+    connect(address)
+    try:
+        missing = wait_for_nodes(seconds, print)
+        found = {"nodes": (not missing, "; ".join(missing) or describe_nodes())}
+        placements = study_placements(study, placement)
+        try:
+            Room().check(placements.of_all(plan))
+        except ValueError as error:
+            found["room"] = (False, str(error))
+        tracker = open_tracker(results, mlflow, scale)
+        needs = _node_needs(tracker, storage, results, mlflow, source, placement.gpus > 0)
+        probed = check_nodes(needs)
+    finally:
+        ray.shutdown()
+    return found | {f"node {name}": (not p.problem, str(p)) for name, p in probed.items()}
+
+
+def _node_needs(
+    tracker: Tracker,
+    storage: str | None,
+    results: Path,
+    mlflow: str | None,
+    source: DataSource,
+    gpus: bool,
+) -> Needs:
+    """Return what a run needs of every node."""
     shared = str(results.resolve())
-    storage = storage or shared
-    # Without a server the artifacts, which evaluators read, lie in the results.
-    for where in {storage} if mlflow else {storage, shared}:
-        if ill := check_nodes(where):
-            raise ValueError("; ".join(ill))
-    return storage
+    if mlflow:
+        shared = tracker.artifacts.removeprefix("file://")
+    through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
+    places = [
+        storage or str(results.resolve()),
+        *([] if "://" in shared or through_server else [shared]),
+    ]
+    return Needs(
+        storage=tuple(dict.fromkeys(places)),
+        data=() if source.root is None else (source.root, *source.folders.values()),
+        mlflow=mlflow if through_server else None,
+        gpus=gpus,
+    )
 
 
 def _share_out(
-    placement: Placement, results: Path, uri: str, scale: Scale, source: DataSource
-) -> tuple[EvaluatorPool, int]:
-    """Give the evaluators their share, and return how many trials fit at once beside them.
+    placements: Sequence[Placement],
+    results: Path,
+    uri: str,
+    scale: Scale,
+    source: DataSource,
+    say: Callable[[str], None] = print,
+) -> tuple[EvaluatorPool, Room]:
+    """Give the evaluators their share, and return what trials may take beside them.
 
-    On GPUs they have a quarter each of one GPU in eight, or of the only one.
+    placements: all there are, the usual one first. On GPUs evaluators have a quarter each of one
+    GPU in eight, or of the only one.
     """
-    lanes = trials_at_once(placement)
-    size = evaluators_beside(ray.cluster_resources()["GPU"]) if placement.gpus else lanes
-    gpus = EVALUATOR_GPUS if placement.gpus else 0.0
-    folder = results / SHARDS_FOLDER
-    pool = EvaluatorPool(size, uri, scale, source, folder, threads=placement.cpus, gpus=gpus)
-    if not placement.gpus:
-        return pool, lanes
+    room, usual = Room(), placements[0]
+    room.check(placements)
+    on_gpus = any(placement.gpus for placement in placements)
+    size = evaluators_beside(room.gpus) if on_gpus else room.lanes(usual)
+    pool = EvaluatorPool(
+        size,
+        uri,
+        scale,
+        source,
+        results / SHARDS_FOLDER,
+        threads=usual.cpus,
+        gpus=EVALUATOR_GPUS if on_gpus else 0.0,
+        hung_after=usual.hung_after,
+        say=say,
+    )
+    if not on_gpus:
+        return pool, room
     pool.wait_until_placed()
+    room = Room()
     try:
-        return pool, trials_at_once(placement)
+        room.check(placements)
     except ValueError as error:
         raise ValueError(f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs)") from None
+    return pool, room
 
 
-def _check_plan(plan: Plan, scale: Scale, workers: int) -> None:
+def _check_plan(plan: Plan, scale: Scale, placements: Placements) -> None:
     """Build what only a name stands for so far: evaluators and timm's models.
 
-    ValueError also where a recipe cannot be trained by that many workers.
+    ValueError also where a recipe cannot be trained by as many workers as it is to have.
     """
-    if workers > 1:
-        from trainables.team import check_team
+    for trial in plan:
+        placement = placements.of(trial.recipe.family)
+        if placement.workers > 1:
+            from trainables.team import check_team
 
-        for trial in plan:
-            check_team(trial.recipe, workers)
+            check_team(trial.recipe, placement.workers)
+            check_team(trial.recipe, placement.least.workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
@@ -204,43 +293,68 @@ def _check_plan(plan: Plan, scale: Scale, workers: int) -> None:
 class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
     """Start trials in the plan's order, and a student only when its teacher has ended.
 
-    Tune starts whatever is pending, in no order, so trials wait as paused. As many as run at
-    once are let go ahead of time: Tune only keeps an actor for reuse if one is. But not `strict`ly
-    limited trials, whose resources Tune does not know: they are let go only to run.
+    Tune starts whatever is pending, in no order, so trials wait as paused. As many as fit at
+    once are let go ahead of time: Tune only keeps an actor for reuse if one is, and an autoscaler
+    only starts nodes for trials that wait for them. But not trials of `teams`, whose resources
+    Tune does not know: they are let go only to run. A trial whose process has died waits before it
+    is tried again; a new epoch makes good its earlier failures.
     """
 
-    def __init__(self, lanes: int, *, strict: bool) -> None:
+    def __init__(self, room: Room, placements: dict[str, Placement], *, teams: bool) -> None:
         super().__init__()
-        self._lanes, self._strict = lanes, strict
+        self._room, self._placements, self._teams = room, placements, teams
         self._known: dict[str, Trial] = {}  # by digest, in the plan's order
+        self._places: dict[str, int] = {}
         self._ready: list[tuple[int, str]] = []
-        self._students: dict[str, list[tuple[int, str]]] = {}
-        self._let_go: list[Trial] = []
+        self._students: dict[str, list[str]] = {}
+        self._resting: list[tuple[float, str]] = []  # until when
+        self._let_go: dict[str, Trial] = {}
+        self._furthest: Counter[str] = Counter()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         told = trial_config(trial.config)
-        if told["digest"] in self._known:
+        digest, teacher = told["digest"], told["teacher"]
+        if digest in self._known:
+            until = time.monotonic() + wait_after(max(1, trial.run_metadata.num_failures))
+            heapq.heappush(self._resting, (until, digest))
+            self._let_go.pop(digest, None)
+            tune_controller._set_trial_status(trial, Trial.PAUSED)
             return
-        entry = (len(self._known), told["digest"])
-        self._known[told["digest"]] = trial
+        self._places[digest] = len(self._known)
+        self._known[digest] = trial
         trial.set_status(Trial.PAUSED)
-        if told["teacher"] in self._known:
-            self._students.setdefault(told["teacher"], []).append(entry)
+        if teacher in self._known:
+            self._students.setdefault(teacher, []).append(digest)
         else:
-            heapq.heappush(self._ready, entry)
+            self._make_ready(digest)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if result.get("epoch", 0) > self._furthest[trial.trial_id]:
+            self._furthest[trial.trial_id] = result["epoch"]
+            trial.run_metadata.num_failures = 0
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         for teacher in [t for t in self._students if self._known[t].is_finished()]:
-            for entry in self._students.pop(teacher):
-                heapq.heappush(self._ready, entry)
-        self._let_go = [trial for trial in self._let_go if not trial.is_finished()]
-        pending = [trial for trial in self._let_go if trial.status == Trial.PENDING]
-        running = [trial for trial in self._let_go if trial.status == Trial.RUNNING]
-        if self._ready and len(pending) + len(running) * self._strict < self._lanes:
-            chosen = self._known[heapq.heappop(self._ready)[1]]
-            self._let_go.append(chosen)
-            return chosen
-        return pending[0] if pending else None
+            for digest in self._students.pop(teacher):
+                self._make_ready(digest)
+        while self._resting and self._resting[0][0] <= time.monotonic():
+            self._make_ready(heapq.heappop(self._resting)[1])
+        self._let_go = {d: trial for d, trial in self._let_go.items() if not trial.is_finished()}
+        pending = [d for d, trial in self._let_go.items() if trial.status == Trial.PENDING]
+        # A trial may have come down to fewer workers than it is counted with here.
+        counted = list(self._let_go) if self._teams else pending
+        beside = [self._placements[digest] for digest in counted]
+        if self._ready:
+            _, digest = self._ready[0]
+            if not beside or self._room.holds([*beside, self._placements[digest]]):
+                heapq.heappop(self._ready)
+                self._let_go[digest] = self._known[digest]
+                return self._known[digest]
+        return self._known[pending[0]] if pending else None
+
+    def _make_ready(self, digest: str) -> None:
+        heapq.heappush(self._ready, (self._places[digest], digest))
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
@@ -263,20 +377,28 @@ class _Events(tune.Callback):  # type: ignore[misc]
         if self._recorder:
             self._recorder.reported(result)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._recorder:
+            self._recorder.retried(_digest_of(trial), _last_line(trial))
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._recorder:
-            self._recorder.failed(_digest_of(trial), _last_line(trial))
+            self._recorder.failed(_digest_of(trial), _last_line(trial), _trace(trial))
 
 
 def _digest_of(trial: Trial) -> str:
     return str(trial_config(trial.config)["digest"])
 
 
-def _last_line(trial: Trial) -> str:
+def _trace(trial: Trial) -> str:
     # The file on this machine: Tune's own answer is read from the storage, where it may lack yet.
     path = Path(trial.error_file or "")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "unknown error")
+    return path.read_text() if path.is_file() else ""
+
+
+def _last_line(trial: Trial) -> str:
+    lines = [line.strip() for line in _trace(trial).splitlines()]
+    return next((line for line in reversed(lines) if line), "unknown error")
 
 
 def _train(
@@ -284,38 +406,42 @@ def _train(
     recorder: Recorder,
     results: Path,
     storage: str,
-    placement: Placement,
-    lanes: int,
+    placements: Placements,
+    room: Room,
     source: DataSource,
 ) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
-    `lanes` run at once, as their resources allow, on actors that are reused.
+    As many run at once as there is room for, on actors that are reused; where some have several
+    workers, each in processes of its own.
     """
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
+    placed = {trial.digest: placements.of(trial.recipe.family) for trial in todo}
     told = [
         {
             "digest": trial.digest,
             "teacher": trial.recipe.teacher.digest() if trial.recipe.teacher else None,
             "recipe": trial.recipe.model_dump(mode="json"),
             "storage": storage,
-            "threads": placement.cpus,
-            "workers": placement.workers,
-            "gpus": placement.gpus,
-            "max_failures": MAX_FAILURES,
-            "device": "cuda" if placement.gpus else "cpu",
-            "compile": placement.compile,
+            "threads": placed[trial.digest].cpus,
+            "workers": placed[trial.digest].workers,
+            "min_workers": placed[trial.digest].least.workers,
+            "gpus": placed[trial.digest].gpus,
+            "hung_after": placed[trial.digest].hung_after,
+            "device": "cuda" if placed[trial.digest].gpus else "cpu",
+            "compile": placed[trial.digest].compile,
         }
         for trial in todo
     ]
-    alone = placement.workers == 1
-    resources = {"cpu": placement.cpus, "gpu": placement.gpus} if alone else CONTROLLER
+    alone = all(placement.workers == 1 for placement in placed.values())
     tuner = tune.Tuner(
-        tune.with_resources(RecipeTrial if alone else train_together, resources),
+        tune.with_resources(RecipeTrial, _resources)
+        if alone
+        else tune.with_resources(train_together, CONTROLLER),
         param_space={"trial": tune.grid_search([json.dumps(t) for t in told]), "source": source},
         tune_config=tune.TuneConfig(
             reuse_actors=alone,
-            scheduler=_PlanOrder(lanes, strict=not alone),
+            scheduler=_PlanOrder(room, placed, teams=not alone),
             trial_name_creator=_digest_of,
             trial_dirname_creator=_digest_of,
         ),
@@ -333,7 +459,19 @@ def _train(
     tuner.fit()
 
 
-def _describe(study: Study, plan: Plan, scale: Scale) -> str:
+def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    told = trial_config(config)
+    return tune.PlacementGroupFactory([{"CPU": told["threads"], "GPU": told["gpus"]}])
+
+
+def scores_of(plan: Plan) -> list[str]:
+    """Return the score that stands for each evaluator of a plan, the cheapest first."""
+    asked = {name for trial in plan for name in trial.evaluators}
+    return [PGD[-1].score if n == "pgd" else n for n in EVALUATORS if n in asked - {"health"}]
+
+
+def describe(study: Study, plan: Plan, scale: Scale) -> str:
+    """Say in a sentence what a study is, for its run in MLflow."""
     tables = ", ".join(table.name for table in plan.tables) or "no tables"
     return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -10,6 +11,8 @@ from typing import Any
 from grid.studies import Axes, Mode, Study, Table, problem, with_axis
 from trainables.recipe import Recipe, format_augmentations
 from trainables.scale import Scale
+
+MOST_RECIPES = 100_000
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ def build_plan(
     `evaluators` are the only ones asked, of those that the study asks.
     """
     chosen = [_shrunk(table, scale) for table in _choose_tables(study, tables)]
+    spanned = math.prod(len(values) for values in (study.axes or {}).values())
+    if spanned * seeds > MOST_RECIPES:
+        raise ValueError(
+            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
+            f"{MOST_RECIPES:,} recipes that a study can have"
+        )
     asked = [
         (row.recipe, f"{table.name} {row.label}", [c.evaluator for c in table.columns])
         for table in chosen

@@ -66,6 +66,7 @@ class Recorder(threading.Thread):
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
+        self._workers: dict[str, int | None] = {}
         self._deleted: set[str] = set()
         self._training_over = threading.Event()
         self._abandon = threading.Event()
@@ -92,9 +93,13 @@ class Recorder(threading.Thread):
             raise RuntimeError("the recorder has stopped") from self.error
         self._events.put(("reported", str(result["digest"]), result))
 
-    def failed(self, digest: str, reason: str) -> None:
+    def retried(self, digest: str, reason: str) -> None:
+        """Note that a trial failed and will be tried again."""
+        self._line.say(f"{self._described(digest)} is tried again: {reason}")
+
+    def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""
-        self._events.put(("failed", digest, reason))
+        self._events.put(("failed", digest, {"reason": reason, "trace": trace}))
 
     def finish(self) -> None:
         """Wait until every event is written and every cell is judged."""
@@ -142,10 +147,10 @@ class Recorder(threading.Thread):
             with self._noticing_deletion(digest):
                 if kind == "started":
                     self._on_started(digest)
-                elif kind == "reported":
+                elif kind == "reported" and payload["outcome"] != "failed":
                     self._on_reported(digest, payload)
                 else:
-                    self._on_failed(digest, payload)
+                    self._on_failed(digest, payload["reason"], payload["trace"])
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
 
@@ -185,7 +190,10 @@ class Recorder(threading.Thread):
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
+        for note in result.get("notes", ()):
+            self._line.say(f"{self._described(digest)}: {note}")
         self._unlogged.setdefault(digest, []).extend(result["epochs"])
+        self._say_workers(digest, result.get("workers"))
         share = trial.cost / trial.recipe.epochs
         self.progress.epochs_done += len(result["epochs"])
         self.progress.cost_done += share * len(result["epochs"])
@@ -198,11 +206,25 @@ class Recorder(threading.Thread):
         if result["outcome"] != "training":
             self._on_done(run, result)
 
+    def _say_workers(self, digest: str, workers: int | None) -> None:
+        """Say where a trial goes on with more or fewer workers than before."""
+        before, self._workers[digest] = self._workers.get(digest), workers
+        if before is not None and before != workers:
+            self._line.say(
+                f"{self._described(digest)}: goes on with {workers} instead of {before} workers"
+            )
+
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
         if result["outcome"] == "finished":
             with fetched(result["weights"]) as weights:
-                self._tracker.store_weights(run, weights, result["sha256"])
+                self._tracker.store_weights(
+                    run,
+                    weights,
+                    result["sha256"],
+                    image_size=self._scale.image_size,
+                    classes=self._scale.num_classes,
+                )
         self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)
@@ -211,12 +233,13 @@ class Recorder(threading.Thread):
             self._line.say(f"{result['outcome']}: {described}: {result['reason']}")
         self._submit_missing_cells(run)
 
-    def _on_failed(self, digest: str, reason: str) -> None:
+    def _on_failed(self, digest: str, reason: str, trace: str) -> None:
         self.failures.append(f"{self._described(digest)}: {reason}")
         self.progress.running.pop(digest, None)
         if digest not in self._runs:
             self._on_started(digest)
-        self._tracker.end_trial(self._runs[digest], outcome="failed", reason=reason)
+        run = self._runs[digest]
+        self._tracker.end_trial(run, outcome="failed", reason=reason, trace=trace)
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         missing = self._missing(run.digest)

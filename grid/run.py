@@ -16,9 +16,17 @@ from grid.planner import add_plan_options, amount, check_plan_options, count, pr
 from grid.progress import format_seconds
 from grid.studies import AXES, STUDIES, Study, load_study, problem
 from trainables.scale import SCALE_NAMES, Scale
-from trainables.source import DataSource, add_data_options, scale_of, source_of
+from trainables.source import (
+    DataSource,
+    add_data_options,
+    scale_of,
+    source_of,
+    uri_without_password,
+)
+from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:
+    from grid.cluster import Placement
     from grid.launch import Finished
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
@@ -48,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     options.sent = _without_on(given)
     try:
-        source = source_of(options, cache=options.results / DECODED_FOLDER)
         study = load_study(options.study)
+        if options.on and options.data:
+            # What lies there, only the cluster can say.
+            return _run_on(options)
+        source = source_of(options, cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         check_plan_options(options)
         if options.plan or options.calibrate:
@@ -57,10 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if options.on:
+            return _run_on(options)
         manifest = ""
         if options.check or source.root is not None:
             source, manifest = _examined(options, plan, scale, source)
         if options.check:
+            _check_cluster(options, study, plan, scale, source)
             return 0
         if source.skipped:
             scale, plan = _planned(options, study, source)
@@ -110,8 +124,6 @@ def _run(
     manifest: str,
 ) -> int:
     began = time.monotonic()
-    if options.on:
-        return _run_on(options)
     if options.report:
         return _report(options, study, plan, scale)
     if options.status:
@@ -119,15 +131,10 @@ def _run(
 
         print_status(options.results, options.mlflow, scale, plan)
         return 0
-    from grid.cluster import Placement, found_address
+    from grid.cluster import found_address
     from grid.launch import run_study
 
-    placement = Placement(
-        workers=options.workers,
-        cpus=options.cpus_per_worker,
-        gpus=options.gpus_per_worker,
-        compile=options.compile,
-    )
+    placement = _placement(options)
     try:
         finished = run_study(
             study,
@@ -140,12 +147,59 @@ def _run(
             manifest=manifest,
             address=found_address(options.address),
             storage=_absolute(options.storage),
+            system_metrics=options.system_metrics,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
         return INTERRUPTED
     _say_finished(finished, options, time.monotonic() - began)
     return 1 if finished.failures else 0
+
+
+def _placement(options: argparse.Namespace) -> Placement:
+    from grid.cluster import Placement
+
+    return Placement(
+        workers=options.workers,
+        min_workers=options.min_workers,
+        cpus=options.cpus_per_worker,
+        gpus=options.gpus_per_worker,
+        compile=options.compile,
+        hung_after=options.hung_after,
+    )
+
+
+def _check_cluster(
+    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
+) -> None:
+    """Look at the running Ray, if any, and print what was found; ValueError on what is wrong."""
+    from rich.console import Console
+
+    from grid.cluster import found_address
+
+    address = found_address(options.address)
+    if address is None:
+        return
+    from grid.doctor import Examination, Finding
+    from grid.launch import check_cluster
+
+    found = check_cluster(
+        study,
+        plan,
+        scale,
+        results=options.results,
+        mlflow=options.mlflow,
+        placement=_placement(options),
+        source=source,
+        address=address,
+        storage=_absolute(options.storage),
+        seconds=options.check,
+    )
+    findings = [Finding(k, "ok" if well else "error", text) for k, (well, text) in found.items()]
+    examination = Examination(findings)
+    examination.print(Console())
+    if examination.problem:
+        raise ValueError(examination.problem)
 
 
 def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
@@ -178,7 +232,8 @@ def _say_finished(finished: Finished, options: argparse.Namespace, seconds: floa
         f"Trained {finished.trained} and judged {finished.judged} cells "
         f"in {format_seconds(seconds)}.\n"
         f"Report:    {finished.report}\n"
-        f"MLflow UI: {_ui_command(options)}"
+        f"MLflow UI: {_ui_command(options)}\n"
+        f"           {finished.comparison}"
     )
     for failure in finished.failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -190,7 +245,7 @@ def _ui_command(options: argparse.Namespace) -> str:
     if options.mlflow:
         return str(options.mlflow)
     database = f"sqlite:///{options.results.resolve()}/mlflow.db"
-    return f"mlflow ui --backend-store-uri {shlex.quote(database)}  (http://127.0.0.1:5000)"
+    return f"mlflow ui --backend-store-uri {shlex.quote(database)}, then"
 
 
 def _without_on(arguments: Sequence[str]) -> list[str]:
@@ -245,8 +300,12 @@ def _add_other_answers(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser)
     parser.add_argument(
         "--check",
-        action="store_true",
-        help="look at data, disk, memory and device, print what was found, and stop",
+        nargs="?",
+        type=count,
+        const=600,
+        metavar="SECONDS",
+        help="look at data, disk, memory and device, print what was found, and stop; on a cluster "
+        "look at every node, and wait for those that its file promises (default: 600 s)",
     )
     parser.add_argument("--report", action="store_true", help="rebuild the report and stop")
     parser.add_argument(
@@ -265,14 +324,21 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--storage",
+        type=uri_without_password,
         metavar="DIR|URI",
         help="where trials keep checkpoints and weights: a folder, s3://, gs:// (default: results)",
     )
     parser.add_argument(
         "--mlflow",
+        type=uri_without_password,
         metavar="URI",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
+    )
+    parser.add_argument(
+        "--system-metrics",
+        action="store_true",
+        help="log the CPU, memory, disk, network and GPUs of this machine with the study's run",
     )
 
 
@@ -291,6 +357,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="of each trial (default: 1)"
+    )
+    parser.add_argument(
+        "--min-workers",
+        type=count,
+        metavar="M",
+        help="go on with as few where the cluster has no more for a minute (default: N)",
     )
     parser.add_argument(
         "--cpus-per-worker",
@@ -313,6 +385,21 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train through torch.compile: faster on a GPU, other bits than without",
     )
+    parser.add_argument(
+        "--hung-after",
+        type=_seconds,
+        default=HUNG_SECONDS,
+        metavar="SECONDS",
+        help="kill and restart a worker or evaluator that does no step for so long "
+        f"(default: {HUNG_SECONDS:.0f})",
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = amount(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError("a step takes more than 0 seconds")
+    return seconds
 
 
 def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:

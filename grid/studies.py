@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,7 +300,8 @@ class Table:
 class Study:
     """A named set of recipes with the tables they serve.
 
-    `evaluators` run on every trial, beside those that the tables' columns ask for.
+    `evaluators` run on every trial, beside those that the tables' columns ask for. `placement` maps
+    a family to what of its trials' placement is not as usual.
     """
 
     name: str
@@ -309,6 +310,7 @@ class Study:
     axes: Axes | None = None
     mode: Mode = "product"
     evaluators: tuple[str, ...] = ("clean", "pgd", "health")
+    placement: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 CLEAN = Column("Clean", "clean", "clean")
@@ -461,6 +463,17 @@ STUDIES = {"paper": paper, "full": full}
 AxisValue = str | int | float | list[dict[str, int | float]] | dict[str, int | float | str]
 
 
+class PlacementOfFamily(BaseModel):
+    """How the trials of one family are placed; what is not given is as the command has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    workers: int | None = Field(None, ge=1)
+    min_workers: int | None = Field(None, ge=1)
+    cpus: int | None = Field(None, ge=1)
+    gpus: float | None = Field(None, ge=0)
+
+
 class StudyFile(BaseModel):
     """A user's study: a base recipe, axes over it, and the evaluators to ask."""
 
@@ -472,6 +485,7 @@ class StudyFile(BaseModel):
     axes: dict[str, list[AxisValue]] = {}
     mode: Mode = "product"
     evaluators: list[str] = ["clean", "pgd"]
+    placement: dict[Literal["resnet", "deit", "hybrid", "timm"], PlacementOfFamily] = {}
 
 
 def load_study(name_or_file: str) -> Study:
@@ -487,10 +501,10 @@ def load_study(name_or_file: str) -> Study:
         parsed = StudyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"study file {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"study file {path} is not TOML: {error}") from None
     except ValidationError as error:
         raise ValueError(f"study file {path}: {first_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"study file {path} is not TOML: {error}") from None
     return _study_from(parsed, path)
 
 
@@ -514,6 +528,7 @@ def _study_from(parsed: StudyFile, path: Path) -> Study:
         axes={axis: tuple(values) for axis, values in parsed.axes.items()},
         mode=parsed.mode,
         evaluators=tuple(parsed.evaluators),
+        placement={k: v.model_dump(exclude_none=True) for k, v in parsed.placement.items()},
     )
 
 
@@ -525,7 +540,8 @@ def first_problem(error: ValidationError) -> str:
     if found["type"] in ("value_error", "missing"):
         return f"{key}: {message}" if key else message
     if found["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; known keys: {', '.join(StudyFile.model_fields)}"
+        model = PlacementOfFamily if found["loc"][0] == "placement" else StudyFile
+        return f"unknown key {key!r}; known keys: {', '.join(model.model_fields)}"
     return f"{key}: {message}, not {found['input']!r}"
 
 

@@ -15,11 +15,22 @@ os.environ |= {
 }
 
 import torch
+from hypothesis import HealthCheck, settings
 
 from grid.studies import deit, resnet50
 from trainables.data import Data, Split, load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
+
+# pytest --hypothesis-profile=long tests/test_fuzz.py
+CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile(
+    "few", max_examples=30, deadline=None, derandomize=True, suppress_health_check=CHECKS
+)
+settings.register_profile(
+    "long", max_examples=3000, deadline=None, database=None, suppress_health_check=CHECKS
+)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,10 +7,16 @@ import time
 SECONDS = 400
 
 
+def wait_until(process, condition):
+    """Wait for something that a started process, if one is named, is to bring about."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        ended = process is not None and process.poll() is not None
+        assert not ended, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.1)
+
+
 def wait_for_checkpoint(results, driver):
     """Wait until a trial of a started command has kept its first checkpoint."""
-    deadline = time.monotonic() + SECONDS
-    while not list(results.glob("trials/*/epoch-*.pt")):
-        assert driver.poll() is None, driver.stdout.read()
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.1)
+    wait_until(driver, lambda: list(results.glob("trials/*/epoch-*.pt")))

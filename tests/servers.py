@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback, which tests may kill and start again."""
+"""Real servers on loopback: MLflow, which tests may kill and start again, and S3."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import requests
+
+# Its jobs, which nobody asks for here, are ten processes more.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class MlflowServer:
@@ -18,9 +33,7 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -35,9 +48,9 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+                env=os.environ | ENVIRONMENT,
             )  # fmt: skip
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < deadline, "the MLflow server did not come up"
@@ -53,3 +66,21 @@ class MlflowServer:
             return requests.get(f"{self.uri}/health", timeout=2).text == "OK"
         except requests.RequestException:
             return False
+
+
+@contextmanager
+def s3_bucket() -> Iterator[str]:
+    """Return the URI of a bucket on a server that speaks S3."""
+    moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="grid")
+        yield f"s3://grid?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()

@@ -48,24 +48,27 @@ def _work(rank: int, folder: str, size: int, jobs: Sequence[Job]) -> None:
     distributed.destroy_process_group()
 
 
+def begun(recipe: Recipe, team: Team = ALONE, *, start: Any = None, end: int = 1) -> Any:
+    """Return the state of a training after `end` epochs, which `start` may have begun."""
+    data = few_digits()
+    classifier = build_classifier(recipe)
+    teacher = build_classifier(recipe.teacher) if recipe.teacher else None
+    device = torch.device("cpu")
+    reports = train(
+        recipe, classifier, data, device=device, teacher=teacher, start=start, team=team
+    )
+    return next(report.state for report in reports if report.epoch == end)
+
+
 def trained(recipe: Recipe, team: Team = ALONE, *, stop: int | None = None) -> tuple[Any, Any]:
     """Return weights and metrics; with `stop`, of a training cut short there and resumed."""
-    data, start = few_digits(), None
-    for end in (stop, recipe.epochs):
-        if end is None:
-            continue
-        classifier = build_classifier(recipe)
-        teacher = build_classifier(recipe.teacher) if recipe.teacher else None
-        device = torch.device("cpu")
-        reports = train(
-            recipe, classifier, data, device=device, teacher=teacher, start=start, team=team
-        )
-        for report in reports:
-            if report.epoch == end:
-                break
-        start = report.state
-    assert start is not None
-    return {name: value.clone() for name, value in start["model"].items()}, start["history"]
+    start = begun(recipe, team, end=stop) if stop else None
+    return ended(begun(recipe, team, start=start, end=recipe.epochs))
+
+
+def ended(state: Any) -> tuple[Any, Any]:
+    """Return the weights and metrics of a training's state."""
+    return {name: value.clone() for name, value in state["model"].items()}, state["history"]
 
 
 class Norms(nn.Module):

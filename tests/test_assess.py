@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ import ray
 import torch
 
 from evaluators import evaluator_named
-from evaluators.base import cell_digest, evaluate
+from evaluators.base import LEDGER, cell_digest, evaluate
 from evaluators.shards import ShardStore, from_parquet, to_parquet
 from grid.assess import Cell, EvaluatorPool
 from trainables.checkpoint import save_weights
@@ -52,6 +53,7 @@ def new_pool(folder):
         folder / "shards",
         threads=1,
         gpus=0,
+        hung_after=8.0,
     )
 
 
@@ -62,7 +64,8 @@ def shared(ray_session, tmp_path_factory):
 
 
 @pytest.fixture
-def pool(shared):
+def pool(shared, monkeypatch):
+    monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
     yield shared
     for cell in list(shared._unfinished):
         shared.settle(cell)
@@ -129,10 +132,10 @@ def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial):
 
 def test_a_damaged_shard_is_judged_again(tmp_path):
     store = ShardStore(tmp_path, 2)
-    table = pa.table({"image_id": ["a"] * 1000})
+    table = LEDGER.empty_table()
     for shard in store.missing():
         store.add(shard, to_parquet(table, seconds=1.0))
-    path = tmp_path / "1-of-2.parquet"
+    (path,) = tmp_path.glob("1-of-2-*.parquet")
     content = bytearray(path.read_bytes())
     content[20] ^= 0xFF
     path.write_bytes(content)
@@ -157,11 +160,23 @@ def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     assert len(pool) == 0
 
 
+def pid_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
 def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
-    actor = pool._idle[0]
-    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    pid = pid_of(pool._idle[0])
     pool.submit(cell_of(trial, "pgd"), 3)
     os.kill(pid, 9)
     (found,) = judged(pool)
     assert not found.error
     assert from_parquet(found.ledger)[0].num_rows == 4 * 12
+
+
+def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
+    pid = pid_of(pool._idle[0])
+    pool.submit(cell_of(trial, "pgd"), 3)
+    os.kill(pid, signal.SIGSTOP)
+    (found,) = judged(pool)
+    assert not found.error
+    assert pid_of(pool._idle[0]) != pid

@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,17 @@ def test_class_folders_do_as_well(tmp_path):
     data = load_data(CIFAR10, DataSource(root=tmp_path))
     assert (len(data.train), len(data.held_out)) == (30, 10)
     assert data.train.images[-1, :, 0, 0].tolist() == [180, 2, 0]
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        shared = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache))
+        assert torch.equal(shared.train.images, data.train.images)
+        assert torch.equal(shared.held_out.labels, data.held_out.labels)
+        assert len(list(cache.iterdir())) == 2
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "val" / CLASSES[0] / "0.png")
+    renewed = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache, workers=1))
+    assert renewed.held_out.images[0, :, 0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="cannot keep the decoded images"):
+        load_data(CIFAR10, DataSource(root=tmp_path, cache=Path("/proc/none")))
 
 
 def test_what_is_no_cifar_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Two-worker trials on a real Ray cluster of several nodes, undisturbed, and with deaths in it."""
+"""Studies on a real Ray cluster of several nodes: undisturbed, disturbed, grown and refused."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
-from grid.cluster import Placement, check_nodes
+from grid.cluster import Placement
 from grid.launch import _share_out
-from tests.driver import SECONDS, wait_for_checkpoint
+from grid.nodes import Needs, check_nodes
+from tests.driver import SECONDS, wait_for_checkpoint, wait_until
+from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
 from trainables.source import EMBEDDED
+from trainables.storage import below, folder_at
 from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
@@ -31,6 +37,12 @@ evaluators = ["clean"]
 size = ["small"]
 epochs = [160]
 """
+
+
+@pytest.fixture
+def bucket():
+    with s3_bucket() as uri:
+        yield uri
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +69,10 @@ def ended(driver):
     return said
 
 
-def only_trial(results):
+def trials(results):
     uri = f"sqlite:///{results}/mlflow.db"
     tracker = Tracker(uri, experiment="robustness-digits", artifacts=results / "artifacts")
-    (trial,) = tracker.trials().values()
-    return trial
+    return list(tracker.trials().values())
 
 
 def weights(results):
@@ -90,13 +101,21 @@ def test_a_trial_whose_worker_is_killed_ends_as_if_undisturbed(undisturbed, stud
     assert weights(results) == weights(undisturbed)
 
 
-@pytest.fixture
-def cluster():
+@contextmanager
+def several_nodes():
     nodes = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
-    yield nodes
-    nodes.shutdown()
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+@pytest.fixture
+def cluster():
+    with several_nodes() as nodes:
+        yield nodes
 
 
 def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tmp_path, cluster):
@@ -110,44 +129,263 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     said = ended(driver)
     assert "Trained 1 and judged 1 cells" in said
     assert weights(results) == weights(undisturbed)
-    assert only_trial(results).metrics["epoch"] == 16
+    (trial,) = trials(results)
+    assert trial.metrics["epoch"] == 16
 
 
-def test_a_team_too_big_for_the_cluster_is_refused_before_any_compute(study, tmp_path, cluster):
-    cluster.add_node(num_cpus=1)
+def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(study, tmp_path, elastic):
     results = tmp_path / "results"
-    driver = start(study, results, "--address", cluster.address)
-    said = driver.communicate(timeout=SECONDS)[0]
-    assert driver.returncode == 2, said
-    assert "a trial needs 2 workers of 1 CPUs and 0 GPUs each, but Ray has free" in said
-    assert not (results / "mlflow.db").exists()
+    elastic.add_node(num_cpus=1)
+    doomed = elastic.add_node(num_cpus=1)
+    driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
+    wait_for_checkpoint(results, driver)
+    elastic.remove_node(doomed, allow_graceful=False)
+    heard = said_until(driver, "goes on with 1 instead of 2 workers")
+    elastic.add_node(num_cpus=1)
+    heard += said_until(driver, "goes on with 2 instead of 1 workers")
+    heard += ended(driver)
+    assert "Trained 1 and judged 1 cells" in heard
+    (trial,) = trials(results)
+    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 16)
+
+
+def said_until(driver, sentence):
+    """Return what a driver prints up to a sentence."""
+    heard = ""
+    while sentence not in heard:
+        line = driver.stdout.readline()
+        assert line, heard
+        heard += line
+    return heard
 
 
 @pytest.fixture
-def joined(cluster):
-    """A cluster that says it has GPUs: nothing here computes on one."""
-    cluster.add_node(num_cpus=4, num_gpus=1)
+def elastic(monkeypatch, request):
+    # The nodes inherit it: how long a team waits for its workers before it goes on with fewer.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    return request.getfixturevalue("cluster")
+
+
+PAIR = """
+name = "pair"
+base = "resnet50"
+evaluators = ["clean", "pgd"]
+[axes]
+family = ["resnet", "deit"]
+size = ["small"]
+epochs = [20]
+[placement.deit]
+workers = 1
+"""
+
+
+def test_the_table_of_two_workers_is_that_of_one(tmp_path):
+    path, scores = tmp_path / "pair.toml", []
+    for workers, study in (("1", PAIR), ("2", PAIR.replace("workers = 1", ""))):
+        path.write_text(study)
+        results = tmp_path / workers
+        ended(start(path, results, "--address", "local", "--workers", workers))
+        scores.append({trial.digest: trial.metrics for trial in trials(results)})
+    alone, shared = scores
+    assert alone.keys() == shared.keys()
+    for digest, metrics in alone.items():
+        for name in ("clean", "pgd-5", "pgd-100"):
+            # Rounding may turn an image or two of hundreds, but no more.
+            assert shared[digest][name] == pytest.approx(metrics[name], abs=0.035), (digest, name)
+
+
+def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
+    path, results = tmp_path / "pair.toml", tmp_path / "results"
+    path.write_text(PAIR)
+    kept = below(bucket, "study")
+    arguments = ("--address", "local", "--storage", kept)
+    assert "Trained 2 and judged 4 cells" in ended(start(path, results, *arguments))
+    for trial in trials(results):
+        names = folder_at(below(kept, "trials", trial.digest)).names()
+        assert "weights.safetensors" in names
+        assert any(name.startswith("epoch-00002") for name in names)
+    assert not list(results.glob("trials/*"))
+    assert "0 to train" in ended(start(path, results, *arguments))
+
+
+def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
+    path = tmp_path / "four.toml"
+    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("160", "80"))
+    results = tmp_path / "results"
+    cluster.add_node(num_cpus=2)
+    driver = start(path, results, "--address", cluster.address)
+    heard = said_until(driver, "(1 at once)")
+    wait_for_checkpoint(results, driver)
+    cluster.add_node(num_cpus=2)
+    wait_until(driver, lambda: len(set(results.glob("trials/*/epoch-*.pt"))) > 1)
+    both = {path.parent for path in results.glob("trials/*/epoch-*.pt")}
+    assert len(both) == 2, heard + ended(driver)
+    ended(driver)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_autoscaler_starts_the_nodes_that_a_study_has_use_for(workers, tmp_path, autoscaled):
+    path = tmp_path / "two.toml"
+    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("160", "10"))
+    results = tmp_path / "results"
+    driver = start(path, results, "--address", autoscaled, "--workers", workers)
+    said = ended(driver)
+    assert f"({4 // int(workers)} at once)" in said
+    assert "Trained 2 and judged 2 cells" in said
+
+
+FAKE = """
+cluster_name: autoscaled
+max_workers: 4
+provider: {type: fake_multinode, use_node_id_as_ip: true, disable_node_updaters: true,
+    disable_launch_config_check: true, gcs_address: "%s"}
+auth: {}
+upscaling_speed: 100.0
+idle_timeout_minutes: 5
+head_node_type: ray.head.default
+available_node_types:
+  ray.head.default: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
+  pair: {resources: {CPU: 2, object_store_memory: 100000000}, node_config: {}, min_workers: 0,
+    max_workers: 2}
+file_mounts: {}
+cluster_synced_files: []
+file_mounts_sync_continuously: false
+rsync_exclude: []
+rsync_filter: []
+initialization_commands: []
+setup_commands: []
+head_setup_commands: []
+worker_setup_commands: []
+head_start_ray_commands: []
+worker_start_ray_commands: []
+"""
+
+
+@pytest.fixture
+def autoscaled(tmp_path, monkeypatch):
+    """A head without CPUs, and Ray's autoscaler with a provider whose nodes are processes here."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, value in {
+        "HOME": str(home),
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
+    config = home / "ray_bootstrap_config.yaml"
+    config.write_text(FAKE % address)
+    command = f"ray start --head --block --port={address.rsplit(':')[1]} --num-cpus=0"
+    options = "--include-dashboard=false --object-store-memory=100000000 --temp-dir"
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, (home / "log").open("w") as log:
+        head = subprocess.Popen(
+            [*command.split(), f"--autoscaling-config={config}", *options.split(), folder],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            wait_until(head, lambda: "runtime started" in (home / "log").read_text())
+            yield address
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def test_what_a_cluster_cannot_hold_is_refused_before_any_compute(study, tmp_path, cluster):
+    cluster.add_node(num_cpus=1)
+    results = tmp_path / "results"
+    small = ("--address", cluster.address)
+    said = refused(study, results, *small)
+    assert "a trial needs 2 workers of 1 CPUs and 0 GPUs each, but Ray has free" in said
+    said = refused(study, results, *small, "--workers", "1", "--gpus-per-worker", "1")
+    assert "a trial needs 1 CPUs and 1 GPUs, but Ray has free" in said
+    assert not (results / "mlflow.db").exists()
+
+
+def refused(study, results, *arguments):
+    driver = start(study, results, *arguments)
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == 2, said
+    return said
+
+
+@pytest.fixture
+def blind(cluster, tmp_path):
+    """A node that sees an empty folder where the others see `data`, and may not write `kept`."""
+    hidden, kept = tmp_path / "data", tmp_path / "kept"
+    for folder in (hidden / "train", kept):
+        folder.mkdir(parents=True)
+    joined = f"ray start --address={cluster.address} --num-cpus=1 --block --disable-usage-stats"
+    lines = f"mount -t tmpfs tmpfs {hidden} && mount --bind -o ro {kept} {kept} && exec {joined}"
+    spaces = "unshare --mount --fork --kill-child"
+    allowed = subprocess.run([*spaces.split(), "true"], check=False, capture_output=True)
+    if allowed.returncode:
+        pytest.skip("needs leave to make mount namespaces")
+    with (tmp_path / "node.log").open("w") as log:
+        node = subprocess.Popen(
+            [*spaces.split(), "bash", "-c", lines], stdout=log, stderr=log, start_new_session=True
+        )
     ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
+    try:
+        wait_until(node, lambda: sum(n["Alive"] for n in ray.nodes()) == 2)
+        yield tmp_path
+    finally:
+        ray.shutdown()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+def test_a_node_that_lacks_the_data_or_leave_to_write_is_named(blind):
+    (well,) = check_nodes(Needs(storage=[str(blind)])).values()
+    assert str(well).startswith(f"writes {blind} (")
+    (found,) = check_nodes(Needs(storage=[], data=[blind / "data"])).values()
+    assert found.problem.startswith(f"sees 0 entries (e3b0c4) at {blind}/data, where the driver's")
+    (found,) = check_nodes(Needs(storage=[str(blind / "kept")])).values()
+    assert found.problem.startswith(f"cannot write to {blind}/kept: [Errno 30] Read-only")
+
+
+@pytest.fixture(scope="module")
+def with_gpu():
+    with several_nodes() as nodes:
+        nodes.add_node(num_cpus=4, num_gpus=1)
+        yield nodes
+
+
+@pytest.fixture
+def joined(with_gpu):
+    """A cluster that says it has GPUs: nothing here computes on one."""
+    ray.init(address=with_gpu.address, log_to_driver=False)
+    yield with_gpu
     ray.shutdown()
 
 
 def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
     whole = Placement(gpus=1.0)
     with pytest.raises(ValueError, match=r"0\.75 GPUs; .* \(evaluators hold 0\.25 GPUs\)"):
-        _share_out(whole, tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
+        _share_out([whole], tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
     ray.shutdown()
     ray.init(address=joined.address, log_to_driver=False)
-    _, lanes = _share_out(Placement(gpus=0.75), tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
-    assert lanes == 1
+    part = Placement(gpus=0.75)
+    _, room = _share_out([part], tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
+    assert room.lanes(part) == 1
 
 
 def test_storage_is_tried_from_every_node(joined, tmp_path):
-    assert check_nodes(str(tmp_path)) == []
+    (found,) = check_nodes(Needs(storage=[str(tmp_path)])).values()
+    assert not found.problem
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        check_nodes(str(tmp_path / "file"))
+        check_nodes(Needs(storage=[str(tmp_path / "file")]))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_gpu_that_only_ray_counts_is_found_out(joined):
+    (found,) = check_nodes(Needs(storage=[], gpus=True)).values()
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "torch finds none" in found.problem
 
 
 def test_a_wrong_token_is_refused_before_any_compute(cluster, study, tmp_path, monkeypatch):

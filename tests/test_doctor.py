@@ -83,11 +83,11 @@ def test_a_scan_opens_only_what_has_changed(root, tmp_path, monkeypatch):
     real = Image.open
     look(root, tmp_path)
 
-    def counted(path):
+    def counted(path, **options):
         opened.append(Path(path).name)
-        return real(path)
+        return real(path, **options)
 
-    monkeypatch.setattr("trainables.scan.Image.open", counted)
+    monkeypatch.setattr("trainables.images.Image.open", counted)
     look(root, tmp_path)
     assert opened == []
     write_picture(root / "train" / "class-00", 1, 5, side=60)

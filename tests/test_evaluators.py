@@ -98,7 +98,7 @@ def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits)
 
 
 def test_pgd_at_the_studys_scale_steps_by_one_of_255():
-    assert PGD(IMAGENET).epsilon == pytest.approx(4 / 255)
+    assert list(PGD(IMAGENET).radii.values()) == pytest.approx([4 / 255])
     assert PGD(IMAGENET).subset_size == 5000
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -206,6 +207,48 @@ def test_a_radius_can_be_given(own_file, tmp_path, capsys, monkeypatch):
     arguments = ["--weights", own_file, "--evaluators", "pgd", "--epsilon", "60/255"]
     assert main([str(a) for a in (*arguments, "--ledger", tmp_path)]) == 0
     assert f'"epsilon": {float(Fraction(60, 255))}' in capsys.readouterr().out
+
+
+def test_several_radii_are_asked_in_one_run(own_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SCALES, "digits", dataclasses.replace(DIGITS, square_queries=5))
+    asked = ["pgd-10", "autoattack", "--epsilon", "1/255", "96/255", "--attack-images", "8"]
+    arguments = ["--weights", own_file, "--evaluators", *asked, "--ledger", tmp_path]
+    assert main([str(a) for a in arguments]) == 0
+    found = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if "@" in line)
+    assert {"pgd-10@1/255", "pgd-10@96/255", "autoattack@1/255", "autoattack@96/255"} <= set(found)
+    assert float(found["autoattack@96/255"]) <= float(found["autoattack@1/255"])
+    ledger = pq.read_table(tmp_path / "autoattack.parquet")
+    assert ledger.num_rows == 2 * 8
+
+
+def test_the_patch_attack_takes_its_budget_and_rules(own_file, tmp_path, capsys):
+    asked = ["--patches", "2", "--patch-area", "0.1", "--attack-images", "4"]
+    rules = ["--targeted", "--success-rule", "faithful"]
+    arguments = ["--weights", own_file, "--evaluators", "tpa", *asked, *rules]
+    assert main([str(a) for a in (*arguments, "--ledger", tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpa: "))
+    identity = json.loads(line.removeprefix("tpa: "))
+    assert (identity["targeted"], identity["rule"]) == (True, "faithful")
+    assert identity["budget"] == {
+        **dataclasses.asdict(DIGITS.patch),
+        **{"images": 4, "patches": 2, "area": 0.1},
+    }
+    stages = set(pq.read_table(tmp_path / "tpa.parquet")["stage"].to_pylist())
+    assert stages <= {None, "clean", "patch-1", "patch-2"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--patches", "0", "at least 1"),
+        ("--attack-images", "1.5", "at least 1"),
+        ("--patch-area", "0", "above 0 and at most 1, like 0.025"),
+        ("--patch-area", "1", "does not fit 16 px"),
+        ("--success-rule", "lucky", "invalid choice"),
+    ],
+)
+def test_an_attack_option_out_of_bounds_is_refused(own_file, option, value, said, capsys):
+    assert said in refused(["--weights", own_file, option, value], capsys)
 
 
 @pytest.mark.parametrize("radius", ["4", "-1/255", "0", "four", "1/0"])

@@ -1,32 +1,75 @@
-"""Whatever is read from a user, a store or a data folder works, or is refused with a message."""
+"""Whatever is read from a user, a store or a data folder works, or is refused with a message.
+
+    pytest tests/test_fuzz.py --hypothesis-profile=long
+
+The last line counts the inputs that were tried.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import random
+import shutil
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save
 
-from evaluators.shards import ShardStore, to_parquet
-from evaluators.textures import read_published
+from evaluators import __main__ as evaluators_main
+from evaluators import build_textures
+from evaluators.base import LEDGER, survival_scores
+from evaluators.shards import ShardStore, from_parquet, to_parquet
+from evaluators.stored_cifar import stored_images, stored_labels
+from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights
+from grid import run
 from grid.plan import build_plan
-from grid.run import main
-from grid.studies import AXES, BASES, load_study
-from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
-from trainables.data import Shard
-from trainables.models import build_classifier
-from trainables.scale import DIGITS
-
-FEW = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+from grid.studies import AXES, BASES, deit, load_study, resnet50
+from tests.pictures import write_folder
+from trainables.checkpoint import (
+    load_newest_checkpoint,
+    load_weights,
+    recipe_json_of,
+    save_checkpoint,
+    unpickled,
 )
+from trainables.data import Shard, load_data
+from trainables.images import ImageFiles, keep_originals
+from trainables.models import build_classifier
+from trainables.recipe import Recipe
+from trainables.scale import CIFAR10, DIGITS
+from trainables.scan import Scan
+from trainables.source import DataSource
+from trainables.storage import folder_at
+
+tried = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count(request):
+    yield
+    request.config.get_terminal_writer().line(f"\nbad inputs tried: {tried:,}")
+
+
+def counted(test):
+    """Count how often a test's body runs."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        global tried  # noqa: PLW0603 - pytest makes no object that outlives a test's runs
+        tried += 1
+        return test(*args, **kwargs)
+
+    return wrapped
+
+
 SCALARS = st.one_of(
     st.integers(-(10**20), 10**20),
     st.floats(allow_nan=True, allow_infinity=True),
@@ -50,12 +93,12 @@ def toml_value(value):
     return repr(value)
 
 
-@FEW
 @given(
     base=st.sampled_from([*BASES, "resnet5"]),
     fixed=st.dictionaries(st.sampled_from([*AXES, "colour"]), VALUES, max_size=3),
     axes=st.dictionaries(st.sampled_from(AXES), st.lists(SCALARS, max_size=2), max_size=2),
 )
+@counted
 def test_a_study_file_is_planned_or_refused(tmp_path, base, fixed, axes):
     lines = ['name = "fuzz"', f'base = "{base}"', "[set]"]
     lines += [f"{key} = {toml_value(value)}" for key, value in fixed.items()]
@@ -70,8 +113,8 @@ def test_a_study_file_is_planned_or_refused(tmp_path, base, fixed, axes):
         assert all(trial.digest == trial.recipe.digest() for trial in plan)
 
 
-@FEW
 @given(content=st.binary(max_size=300))
+@counted
 def test_any_bytes_are_a_study_file_or_refused(tmp_path, content):
     path = tmp_path / "study.toml"
     path.write_bytes(content)
@@ -79,20 +122,73 @@ def test_any_bytes_are_a_study_file_or_refused(tmp_path, content):
         load_study(str(path))
 
 
-WORDS = st.one_of(
-    st.sampled_from(
-        ["--plan", "--study", "full", "--tables", "T5", "T99", "--only", "family=resnet", "--seeds",
-         "0", "2", "--scale", "digits", "--evaluators", "clean", "--cpus-per-trial", "x"]
-    ),
-    st.text(min_size=1, max_size=8),
-)  # fmt: skip
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 10_000], ids=["deep", "long"])
+@counted
+def test_a_study_file_that_no_parser_takes_is_refused(tmp_path, value):
+    path = tmp_path / "study.toml"
+    path.write_text(f"name = {value}")
+    with pytest.raises(ValueError, match=r"study file .* is not TOML"):
+        load_study(str(path))
 
 
-@FEW
-@given(words=st.lists(WORDS, max_size=5))
-def test_any_words_after_plan_end_in_0_or_2(words, capsys):
+@counted
+def test_a_study_of_a_billion_trials_is_refused_and_not_enumerated(tmp_path):
+    rates = ", ".join(f"{rate / 1000}" for rate in range(1, 1001))
+    axes = [f"{axis} = [{rates}]" for axis in ("learning_rate", "weight_decay", "mixup_alpha")]
+    path = tmp_path / "study.toml"
+    path.write_text('name = "x"\nbase = "resnet50"\n[axes]\n' + "\n".join(axes))
+    with pytest.raises(ValueError, match="1,000,000,000 combinations with 1 seeds each are more"):
+        build_plan(load_study(str(path)), DIGITS)
+
+
+FIELDS = st.dictionaries(st.sampled_from([*Recipe.model_fields, "colour"]), VALUES, max_size=4)
+
+
+@given(base=st.sampled_from([resnet50(), deit()]), changes=FIELDS)
+@counted
+def test_a_recipe_is_refused_or_survives_its_own_json(base, changes):
+    fields = {name: getattr(base, name) for name in Recipe.model_fields}
     try:
-        code = main(["--plan", *words])
+        recipe = Recipe.model_validate(fields | changes)
+    except ValidationError:
+        return
+    again = Recipe.model_validate_json(recipe.model_dump_json())
+    assert again.digest() == recipe.digest()
+    assert recipe.describe()
+
+
+def options_of(parser):
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+NUMBERS = [
+    "0",
+    "-1",
+    "2",
+    "0.5",
+    "nan",
+    "inf",
+    "1e999",
+    "1e-999999999",
+    "9" * 30,
+    "9" * 5000,
+    "1/0",
+]
+PLACES = ["", ".", "/dev/null", "/dev/null/x", "\0", "a" * 300, "s3://", "file:///nowhere", "x://y"]
+NAMES = ["digits", "cifar10", "imagenet", "folder", "full", "T5", "T99", "family=resnet", "clean"]
+VALUE = st.one_of(st.sampled_from([*NUMBERS, *PLACES, *NAMES, "meta", "cuda:99"]), st.text())
+
+
+def words(parser):
+    pair = st.tuples(st.sampled_from(options_of(parser)), VALUE)
+    return st.lists(st.one_of(pair, VALUE.map(lambda value: (value,))), max_size=4).map(
+        lambda pairs: [word for pair in pairs for word in pair]
+    )
+
+
+def ended(main, arguments, capsys):
+    try:
+        code = main(arguments)
     except SystemExit as refused:
         code = refused.code
     said = capsys.readouterr()
@@ -100,13 +196,57 @@ def test_any_words_after_plan_end_in_0_or_2(words, capsys):
     assert said.err or code == 0
 
 
+@given(arguments=words(run._parser()))
+@counted
+def test_any_words_after_plan_end_in_0_or_2(arguments, capsys):
+    ended(run.main, ["--plan", *arguments], capsys)
+
+
+@pytest.fixture(scope="module")
+def no_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "damaged.pth"
+    path.write_bytes(b"nothing")
+    return str(path)
+
+
+@given(arguments=words(evaluators_main._parser()))
+@counted
+def test_any_words_to_the_evaluators_end_in_0_or_2(arguments, no_weights, capsys):
+    ended(
+        evaluators_main.main, ["--model", "resnet18", *arguments, "--weights", no_weights], capsys
+    )
+
+
+@given(arguments=words(build_textures._parser()))
+@counted
+def test_any_words_to_the_texture_builder_end_in_0_or_2(arguments, no_weights, tmp_path, capsys):
+    fixed = ["--weights", no_weights, "--out", str(tmp_path / "out")]
+    ended(build_textures.main, [*arguments, *fixed], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@given(scheme=st.sampled_from(["ftp", "hdfs", "file", "mock", "", "s3"]), rest=st.text(max_size=20))
+@counted
+def test_any_storage_uri_is_a_folder_or_refused(scheme, rest):
+    region = "?region=us-east-1" if scheme == "s3" else ""
+    try:
+        assert folder_at(f"{scheme}://{rest}{region}")
+    except ValueError as error:
+        assert "cannot be used" in str(error)
+
+
+SEEDS = st.integers(0, 10**9)
+
+
 def mutated(content, seed):
-    """Flip, cut out or insert bytes."""
+    """Flip, cut out or insert bytes, or put random bytes in their place."""
     draw = random.Random(seed)
+    if seed % 10 == 0:
+        return draw.randbytes(draw.randint(0, 300))
     found = bytearray(content)
     for _ in range(draw.randint(1, 4)):
         place = draw.randrange(max(len(found), 1))
-        kind = draw.choice(("flip", "cut", "insert", "end"))
+        kind = draw.choice(("flip", "flip", "cut", "insert", "end"))
         if kind == "flip" and found:
             found[place] ^= 1 << draw.randrange(8)
         elif kind == "cut":
@@ -118,62 +258,226 @@ def mutated(content, seed):
     return bytes(found)
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_a_mutated_weights_file_loads_or_is_refused(small, tmp_path, seed):
-    classifier = build_classifier(small())
-    tensors = {k: v.contiguous() for k, v in classifier.state_dict().items()}
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def works_or_names(path, read):
+    """Read a file; a ValueError must name it."""
+    try:
+        read()
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return build_classifier(DIGITS.shrink(resnet50()).replace(model="resnet18"))
+
+
+@pytest.fixture(scope="module")
+def tensors(classifier):
+    return {name: value.contiguous() for name, value in classifier.state_dict().items()}
+
+
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_weights_file_loads_or_is_refused(classifier, tensors, tmp_path, seed):
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(mutated(save(tensors), seed))
-    try:
-        load_any_weights(path, classifier)
-    except ValueError as error:
-        assert str(path) in str(error)
+    path.write_bytes(mutated(save(tensors, metadata={"recipe": "{}"}), seed))
+    works_or_names(path, lambda: load_any_weights(path, classifier))
+    works_or_names(path, lambda: load_weights(path, classifier))
+    works_or_names(path, lambda: recipe_json_of(path))
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_a_mutated_pickle_of_weights_is_refused(small, tmp_path, seed):
-    classifier = build_classifier(small())
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_pickle_of_weights_loads_or_is_refused(classifier, tensors, tmp_path, seed):
     path = tmp_path / "weights.pth"
-    torch.save(classifier.state_dict(), path)
-    path.write_bytes(mutated(path.read_bytes(), seed))
-    try:
-        load_any_weights(path, classifier)
-    except ValueError as error:
-        assert str(path) in str(error)
+    path.write_bytes(mutated(pickled(tensors), seed))
+    works_or_names(path, lambda: load_any_weights(path, classifier))
 
 
-@pytest.mark.parametrize("seed", range(10))
+ODD = {
+    "sparse": torch.eye(3).to_sparse(),
+    "complex": torch.ones(3, dtype=torch.complex64),
+    "meta": torch.empty(3, device="meta"),
+    "no tensor": 3,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@counted
+def test_tensors_of_a_strange_kind_are_refused(classifier, tensors, tmp_path, name):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickled(tensors | {"backbone.fc.bias": ODD[name]}))
+    for read in (lambda: load_any_weights(path, classifier), lambda: vgg19_network(path)):
+        with pytest.raises(ValueError, match="no dictionary of dense tensors of real numbers"):
+            read()
+
+
+@given(seed=SEEDS)
+@counted
 def test_a_mutated_checkpoint_gives_way_to_the_one_before(tmp_path, seed):
-    save_checkpoint(tmp_path, 1, {"epoch": torch.tensor(1)})
-    newest = tmp_path / save_checkpoint(tmp_path, 2, {"epoch": torch.tensor(2)})
+    folder = tmp_path / str(seed)
+    save_checkpoint(folder, 1, {"epoch": torch.tensor(1)})
+    newest = folder / save_checkpoint(folder, 2, {"epoch": torch.tensor(2)})
     content = newest.read_bytes()
     changed = mutated(content, seed)
     newest.write_bytes(changed)
-    found = load_newest_checkpoint(tmp_path)
+    found = load_newest_checkpoint(folder)
     assert int(found["epoch"]) == (2 if changed == content else 1)
+    shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_checkpoint_of_the_right_hash_is_read_or_refused(seed):
+    state = {"epoch": torch.arange(9), "history": [{"epoch": 1.0}], "generator": (1, "a", None)}
+    works_or_names("some/place", lambda: unpickled(mutated(pickled(state), seed), "some/place"))
+
+
+TABLE = pa.table(
+    [[str(i) for i in range(90)], ["clean"] * 90, [1] * 90, [2] * 90, [False] * 90, [None] * 90,
+     [3] * 90],
+    schema=LEDGER,
+)  # fmt: skip
+
+
+@given(seed=SEEDS)
+@counted
 def test_a_mutated_shard_is_read_as_it_was_or_judged_again(tmp_path, seed):
-    import pyarrow as pa
-
-    table = pa.table({"image_id": [str(i) for i in range(500)]})
-    store = ShardStore(tmp_path, 1)
-    store.add(Shard(), to_parquet(table, seconds=1.5))
-    (path,) = tmp_path.iterdir()
+    folder = tmp_path / str(seed)
+    store = ShardStore(folder, 1)
+    store.add(Shard(), to_parquet(TABLE, seconds=1.5))
+    (path,) = folder.iterdir()
     path.write_bytes(mutated(path.read_bytes(), seed))
     if not store.missing():
-        assert store.merged()[0].equals(table)
+        assert store.merged()[0].equals(TABLE)
+    assert len(list(folder.iterdir())) == 1 - len(store.missing())
+    store.clear()
 
 
-@FEW
-@given(content=st.binary(max_size=200))
-def test_any_bytes_as_a_texture_are_refused(tmp_path, content):
-    path = tmp_path / (
-        "attention-style_t-label_0/conv_5_cam-thred_0.8_n-clusters_30/cls-w_0_scale_1"
-        "/cluster_0/iter_9999.pt"
-    )
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_ledger_is_a_ledger_or_refused(seed):
+    try:
+        ledger, _ = from_parquet(mutated(to_parquet(TABLE, seconds=1.5), seed))
+    except ValueError as error:
+        assert "it is no" in str(error)
+    else:
+        assert all(score.n for score in survival_scores(ledger))
+
+
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_texture_is_read_or_refused(tmp_path, seed):
+    path = tmp_path / LAYOUT.format(label=0, cluster=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"iter_9999\.pt"):
-        read_published(tmp_path, classes=(0,), clusters=1).of_class(0)
+    path.write_bytes(mutated(pickled(torch.zeros(3, 8, 8)), seed))
+    dictionary = read_published(tmp_path, classes=(0,), clusters=1)
+    works_or_names(path, lambda: dictionary.of_class(0))
+
+
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_array_is_read_or_refused(tmp_path, seed):
+    path = tmp_path / "fog.npy"
+    draw = random.Random(seed)
+    array = draw.choice(
+        [np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64), np.zeros(4, complex), "npz"]
+    )
+    if isinstance(array, str):
+        np.savez(path.with_suffix(".npz"), a=np.zeros(3))
+        path.with_suffix(".npz").replace(path)
+    else:
+        np.save(path, array)
+    path.write_bytes(mutated(path.read_bytes(), seed))
+    works_or_names(path, lambda: stored_images(path))
+    works_or_names(path, lambda: stored_labels(path, 4))
+
+
+def encoded(form, **options):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 23, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(options.pop("mode", "RGB")).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+IMAGES = [
+    encoded("JPEG", exif=TURNED),
+    encoded("JPEG", progressive=True),
+    encoded("JPEG", mode="CMYK"),
+    encoded("PNG", mode="P"),
+    encoded("PNG", mode="RGBA", exif=TURNED),
+    encoded("PNG").replace(b"\0\0\0\x17\0\0\0\x14", b"\x7f\xff\xff\xff\0\0\0\x14"),  # its width
+    encoded("WEBP"),
+    encoded("BMP"),
+    encoded("PPM"),
+    encoded("TIFF", compression="tiff_lzw"),
+    encoded("GIF"),
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+]
+
+
+@given(content=st.sampled_from(IMAGES), seed=SEEDS)
+@counted
+def test_the_scan_and_the_loader_agree_on_which_image_is_damaged(tmp_path, content, seed):
+    path = tmp_path / "train" / "class" / "picture.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(mutated(content, seed))
+    (opened,) = Scan(None).open(tmp_path, ["train/class/picture.jpg"])
+    files = ImageFiles(tmp_path, ["train/class/picture.jpg"], size=16)
+    if opened.problem:
+        with pytest.raises(ValueError, match=r"picture\.jpg \(class class\) cannot be read: "):
+            files.original(0)
+    else:
+        assert set(files.original(0).size) == {opened.width, opened.height}
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory):
+    """A scan's own file, and the images that it knows."""
+    root = write_folder(tmp_path_factory.mktemp("scanned"), per_class=1, held_out=0)
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
+    scan = Scan(root / "scan.parquet")
+    found = scan.open(root, paths)
+    scan.save()
+    return root, paths, found, (root / "scan.parquet").read_bytes()
+
+
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_file_of_scans_is_as_it_was_or_made_anew(looked_at, tmp_path, seed):
+    root, paths, found, content = looked_at
+    (tmp_path / "scan.parquet").write_bytes(mutated(content, seed))
+    known = Scan(tmp_path / "scan.parquet")._known
+    assert {len(known)} <= {0, len(paths)}
+    assert all(known.get(f"{root}/{p}", f) == f for p, f in zip(paths, found, strict=True))
+
+
+@given(seed=SEEDS)
+@counted
+def test_mutated_sizes_of_decoded_images_are_measured_again(looked_at, tmp_path, seed):
+    root, paths, *_ = looked_at
+    files = ImageFiles(root, paths[:2], size=16)
+    wanted = keep_originals(files, tmp_path, 2**30).sizes
+    (kept,) = tmp_path.glob("sizes-*")
+    kept.write_bytes(mutated(kept.read_bytes(), seed))
+    assert np.array_equal(keep_originals(files, tmp_path, 2**30).sizes, wanted)
+
+
+@given(seed=SEEDS)
+@counted
+def test_a_mutated_cache_of_cifar_is_read_or_refused(tmp_path, seed):
+    content = {"images": torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "labels": torch.zeros(4)}
+    path = tmp_path / "cifar10-train.safetensors"
+    path.write_bytes(mutated(save(content), seed))
+    (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=r"cifar10-train\.safetensors|another MD5"):
+        load_data(CIFAR10, DataSource(root=tmp_path, cache=tmp_path))

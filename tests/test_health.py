@@ -9,8 +9,9 @@ from torch import nn
 
 from evaluators.autoattack import AutoAttack
 from evaluators.base import LEDGER, evaluate
-from evaluators.health import Health, red_flags
+from evaluators.health import Health
 from evaluators.pgd import PGD
+from evaluators.red_flags import red_flags
 from tests.tiny import trained_classifier
 from trainables.data import load_data
 from trainables.models import Classifier
@@ -61,6 +62,7 @@ def hand_made(question, survived, stage=None):
         [0 if s else 1 for s in survived],
         survived,
         stage or [None] * n,
+        [None] * n,
         [None] * n,
     ]
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]

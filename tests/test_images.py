@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -98,12 +100,21 @@ def test_decoded_files_are_written_once_and_anew_when_an_image_changes(tmp_path)
     files = ImageFiles(tmp_path, ["train/a/picture 0.JPEG"], size=32)
     cache = tmp_path / "cache"
     first = keep_validated(files, cache, BUDGET)
-    written = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.u8")}
+    written = {p.name: p.stat().st_ino for p in cache.glob("*.u8")}
     assert torch.equal(first, keep_validated(files, cache, BUDGET))
-    assert written == {p.name: p.stat().st_mtime_ns for p in cache.glob("*.u8")}
+    assert written == {p.name: p.stat().st_ino for p in cache.glob("*.u8")}
     Image.new("RGB", (50, 50)).save(path)
     assert not keep_validated(files, cache, BUDGET).any()
     assert len(list(cache.glob("*.u8"))) == 2
+
+
+def test_what_nobody_asked_for_in_a_month_leaves_the_cache(files, tmp_path):
+    stale, fresh = tmp_path / "originals-0.u8", tmp_path / "originals-1.u8"
+    for file, days in ((stale, 31), (fresh, 29)):
+        file.touch()
+        os.utime(file, (time.time() - days * 86400,) * 2)
+    assert keep_validated(files, tmp_path, BUDGET) is not None
+    assert (stale.exists(), fresh.exists()) == (False, True)
 
 
 def test_a_budget_that_is_too_small_leaves_images_in_their_files(files, tmp_path):

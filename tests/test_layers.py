@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "ray": {
         "grid/cluster.py",
         "grid/launch.py",
+        "grid/nodes.py",
         "grid/remote.py",
         "grid/assess.py",
         "trainables/trial.py",

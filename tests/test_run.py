@@ -86,6 +86,40 @@ def test_an_mlflow_server_that_does_not_answer_is_refused(capsys, tmp_path):
     assert not results.exists()
 
 
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ("deit.workers = 3", "cannot be shared by 3 workers; their number must be one of 1, 2, 4"),
+        ("deit.worker = 2", "unknown key 'placement.deit.worker'; known keys: workers, min_wor"),
+        ("vit.workers = 2", "placement.vit.[key]: Input should be 'resnet', 'deit', 'hybrid' or"),
+        ("deit.min_workers = 2", "a trial of 1 workers cannot have 2 at least"),
+        ("deit = {workers = 4, min_workers = 3}", "cannot be shared by 3 workers"),
+    ],
+)
+def test_a_placement_in_a_study_that_cannot_be_is_refused(capsys, tmp_path, placement, message):
+    path = tmp_path / "s.toml"
+    study = 'name="s"\nbase="resnet50"\n[axes]\nfamily=["resnet", "deit"]\n[placement]\n'
+    path.write_text(study + placement)
+    results = tmp_path / "results"
+    assert message in refusal(capsys, "--study", str(path), "--results", str(results))
+    assert not results.exists()
+
+
+def test_a_placement_changes_no_digest(capsys, tmp_path):
+    plans = []
+    for placement in ("", "[placement.resnet]\nworkers = 2\ngpus = 1.0"):
+        path = tmp_path / "s.toml"
+        path.write_text(f'name="s"\nbase="resnet50"\n{placement}')
+        assert main(["--study", str(path), "--plan"]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+
+
+def test_data_that_only_the_cluster_has_is_not_looked_for_here(capsys):
+    arguments = ["--scale", "imagenet", "--data", "/not/here", "--on", "none.yaml"]
+    assert "--on wants a cluster file, and none.yaml is none" in refusal(capsys, *arguments)
+
+
 @pytest.mark.parametrize("asked", ["--report", "--status"])
 def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
     message = refusal(capsys, asked, "--results", str(tmp_path / "none"))
@@ -95,7 +129,9 @@ def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
 def test_workers_that_do_not_divide_a_recipes_batch_are_refused(capsys, tmp_path):
     arguments = ["--workers", "3", "--tables", "T1", "--results", str(tmp_path / "r")]
     message = refusal(capsys, *arguments)
-    assert "cannot be shared by 3 workers; --workers must be one of 1, 2, 4, 8, 16, 32" in message
+    assert (
+        "cannot be shared by 3 workers; their number must be one of 1, 2, 4, 8, 16, 32" in message
+    )
     assert "resnet50 relu" in message or "deit_small" in message
     assert not (tmp_path / "r").exists()
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from tests.servers import s3_bucket
 from trainables.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
@@ -21,20 +22,8 @@ from trainables.trial import RecipeTrial
 
 @pytest.fixture(scope="module")
 def bucket():
-    """Return the URI of a bucket on a server that speaks S3."""
-    moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        import boto3
-
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="grid")
-        yield f"s3://grid?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
+    with s3_bucket() as uri:
+        yield uri
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -88,6 +77,7 @@ def test_a_trial_goes_on_from_its_checkpoint_on_s3(
             "threads": 1,
             "device": "cpu",
             "compile": False,
+            "hung_after": 60.0,
             "storage": storage,
         }
         return RecipeTrial({"trial": json.dumps(trial), "source": EMBEDDED})

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from tests.teams import in_a_team, through_norms, trained
+from tests.teams import begun, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
-from trainables.team import Team, check_team
+from trainables.team import Team, check_team, team_sizes
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +65,18 @@ def test_two_workers_train_what_one_does(recipes, tmp_path):
             assert of_two == pytest.approx(own, rel=1e-2), name
 
 
+def test_a_training_that_goes_on_with_fewer_workers_ends_as_with_one(recipes, tmp_path):
+    chosen = ("deit sgd", "deit adamw", "resnet", "resnet with ghosts, accumulated")
+    jobs = [partial(begun, recipes[name]) for name in chosen]
+    states, _ = in_a_team(tmp_path, 2, jobs)
+    for name, state in zip(chosen, states, strict=True):
+        alone, _ = trained(recipes[name])
+        weights, history = ended(begun(recipes[name], start=state, end=2))
+        assert [entry["epoch"] for entry in history] == [1, 2]
+        for key, value in alone.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE[name], msg=name)
+
+
 def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
     whole = through_norms()
     for rank, (found,) in enumerate(in_a_team(tmp_path, 2, [through_norms])):
@@ -76,11 +88,17 @@ def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
 
 
 def test_a_team_of_three_that_is_cut_short_ends_with_the_same_bits(small, tmp_path):
-    recipe = small(epochs=3, batch_size=48)
-    jobs = [partial(trained, recipe), partial(trained, recipe, stop=1)]
-    for (whole, history), (resumed, resumed_history) in in_a_team(tmp_path, 3, jobs):
-        assert resumed_history == history
-        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    adversary = Adversary(epsilon=16 / 255, step_size=16 / 255, plain_start=0.2)
+    recipes = [
+        small(batch_size=48),
+        small("deit", batch_size=48, precision="fp16"),
+        small(batch_size=96, micro_batch=48, norm="ghost", ghost_batch=8, adversary=adversary),
+    ]
+    jobs = [partial(trained, recipe, stop=stop) for recipe in recipes for stop in (None, 1)]
+    for answers in in_a_team(tmp_path, 3, jobs):
+        for whole, resumed in zip(answers[::2], answers[1::2], strict=True):
+            assert resumed[1] == whole[1]
+            assert all(torch.equal(resumed[0][name], value) for name, value in whole[0].items())
 
 
 def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():
@@ -93,6 +111,7 @@ def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():
 
 def test_batches_that_do_not_divide_are_refused_with_what_does(small):
     check_team(small(batch_size=64), 4)
+    assert team_sizes(small(batch_size=48), 2, 8) == [8, 6, 4, 3, 2]
     with pytest.raises(ValueError, match=r"forward batch of 64 .* 3 workers; .* 1, 2, 4, 8, 16"):
         check_team(small(batch_size=64), 3)
     ghosts = small(batch_size=64, norm="ghost", ghost_batch=32)

@@ -71,6 +71,15 @@ def test_published_textures_are_imagenet_normalised(tmp_path: Path) -> None:
     assert float(stored[0, 0, 0]) == pytest.approx((0.5 - 0.485) / 0.229)
 
 
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_a_class_with_some_of_its_textures_is_not_left_out_unsaid(published, cluster) -> None:
+    _, root = published
+    (root / LAYOUT.format(label=7, cluster=cluster)).unlink()
+    scale = replace(DIGITS, patch=replace(DIGITS.patch, textures=3))
+    with pytest.raises(ValueError, match=rf"lacks 1 of 6 textures; .*_7.*cluster_{cluster}/"):
+        open_dictionary(root, scale)
+
+
 def test_holes_in_a_dictionary_are_named(published: tuple[StoredTextures, Path]) -> None:
     _, root = published
     hole = LAYOUT.format(label=7, cluster=1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.disks import fill, small_disk
 from trainables.recipe import Distillation
 from trainables.source import EMBEDDED
 from trainables.trial import RecipeTrial, weights_path
@@ -26,6 +30,7 @@ def start(tmp_path, monkeypatch, few_digits):
             "threads": 1,
             "device": "cpu",
             "compile": False,
+            "hung_after": 60.0,
         }
         return {"trial": json.dumps(trial), "source": EMBEDDED}
 
@@ -111,3 +116,69 @@ def test_a_student_whose_teacher_did_not_finish_is_blocked(start, small):
     assert result["outcome"] == "blocked"
     assert result["reason"] == f"blocked by {teacher.describe()}"
     assert result["epoch"] == 0
+
+
+@pytest.fixture
+def trials(tmp_path):
+    """The folder of the trials, a small disk of its own."""
+    try:
+        with small_disk(tmp_path / "trials", 64) as disk:
+            yield disk
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"a small disk cannot be mounted here: {error.stderr!r}")
+
+
+def test_a_full_disk_pauses_the_trial_and_nothing_that_is_there_is_lost(
+    start, small, trials, monkeypatch
+):
+    monkeypatch.setattr("trainables.trial.FULL_SECONDS", 0.0)
+    recipe = small("deit", epochs=3)
+    whole = run(start(recipe))[-1]["sha256"]
+    own = trials / recipe.digest()
+    shutil.rmtree(own)
+    actor = start(recipe)
+    actor.step()
+    kept = contents(own)
+    filler = fill(trials)
+    paused, still = actor.step(), actor.step()
+    assert (paused["outcome"], paused["done"], paused["epoch"]) == ("training", False, 2)
+    (note,) = paused["notes"]
+    said = rf"paused: no room for {own}/\S+\.pt: it takes \d\.\d MB, and 0\.0 MB are free"
+    assert re.fullmatch(said, note)
+    assert (still["notes"], still["epochs"], still["epoch"]) == ([], [], 2)
+    assert contents(own) == kept
+    filler.unlink()
+    assert actor.step()["notes"] == ["there is room again, it goes on"]
+    filler = fill(trials)
+    last = actor.step()
+    assert (last["outcome"], last["done"], last["epoch"]) == ("training", False, 3)
+    filler.unlink()
+    last = actor.step()
+    assert (last["outcome"], last["sha256"]) == ("finished", whole)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_the_program_is_at_fault_for_fails_the_trial_with_its_traceback(start, small):
+    actor = start(small())
+    actor._trial_config["recipe"]["epochs"] = -1
+    result = actor.step()
+    assert (result["outcome"], result["done"], result["epochs"]) == ("failed", True, [])
+    assert result["reason"]
+    assert "in open_trial" in result["trace"]
+
+
+def test_a_trial_says_that_its_checkpoint_was_damaged(start, small, tmp_path):
+    recipe = small(epochs=3)
+    cut = start(recipe)
+    cut.step()
+    cut.step()
+    newest = max((tmp_path / "trials" / recipe.digest()).glob("epoch-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    result = start(recipe).step()
+    (note,) = result["notes"]
+    assert f"{newest.name} in" in note
+    assert "is damaged; it is kept as" in note
+    assert result["epoch"] == 2

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trainables.folding import FoldedClassifier
 from trainables.recipe import Adversary, Recipe
 from trainables.team import ALONE, Team
+from trainables.watchdog import beat
 
 
 @contextmanager
@@ -68,6 +69,7 @@ def pgd_iterates(
     high = (images_BCHW + epsilon).clamp_(max=1)
     current = start_BCHW.detach()
     for step in range(1, max(stops) + 1):
+        beat()
         current = current.detach().requires_grad_(True)
         loss = F.cross_entropy(classifier(current), targets, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, current)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
-import json
 import logging
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from trainables.storage import Folder, folder_at, parted
+from trainables.storage import ASIDE, Folder, below, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
@@ -43,24 +46,26 @@ def save_checkpoint(
     return name
 
 
-def load_newest_checkpoint(where: str | Path) -> dict[str, Any] | None:
+def load_newest_checkpoint(
+    where: str | Path, *, say: Callable[[str], None] = logger.warning
+) -> dict[str, Any] | None:
     """Load the newest whole checkpoint, or None; a damaged one is reported and kept aside.
 
-    Nothing is unpickled but tensors and plain values (`weights_only`).
+    What a writer that was killed left half written is removed. ValueError where a checkpoint holds
+    more than tensors and plain values.
     """
     folder = folder_at(where)
+    for name in folder.names():
+        if name.startswith(ASIDE):
+            folder.remove(name)
     for name in _newest_first(folder):
         content = folder.read(name)
         if name.removesuffix(".pt").rsplit("-", 1)[-1] == _short_hash(content):
-            state: dict[str, Any] = torch.load(
-                io.BytesIO(content), map_location="cpu", weights_only=True
-            )
+            state: dict[str, Any] = unpickled(content, below(str(where), name))
             return state
         kept = name.removesuffix(".pt") + ".damaged"
         folder.rename(name, kept)
-        logger.warning(
-            "%s in %s is damaged; it is kept as %s and the one before is used", name, where, kept
-        )
+        say(f"{name} in {where} is damaged; it is kept as {kept} and the one before is used")
     return None
 
 
@@ -80,14 +85,44 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """Load safetensors weights into a model; ValueError names the first keys that do not fit."""
-    fit_weights(load_file(path), module, path)
+    fit_weights(read_safetensors(path.read_bytes(), path), module, path)
 
 
 def stored_weights(where: str) -> dict[str, Tensor] | None:
     """Return the weights that `save_weights` left at a path or URI, None where it did not."""
     parent, name = parted(where)
     folder = folder_at(parent)
-    return load(folder.read(name)) if name in folder.names() else None
+    return read_safetensors(folder.read(name), where) if name in folder.names() else None
+
+
+def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; ValueError names its path where it is damaged."""
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except Exception as error:  # SafetensorError, or what torch says of a strange type or shape
+        raise ValueError(f"{path} is damaged: {_reason(error)}") from None
+    return tensors
+
+
+def unpickled(content: bytes, path: str | Path) -> Any:
+    """Unpickle tensors and plain values, nothing that could run code; ValueError for the rest."""
+    try:
+        # Training scripts keep their parsed options beside the weights: a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        cause = str(error).partition("WeightsUnpickler error: ")[2]
+        # What follows is how to have it run all the same.
+        cause = cause.partition("\n")[0].partition(" Please use")[0]
+        raise ValueError(
+            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
+        ) from None
+    except Exception as error:  # what bytes that are no pickle make an unpickler raise is anything
+        raise ValueError(f"{path} is damaged: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path) -> None:
@@ -101,10 +136,12 @@ def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path)
 
 
 def recipe_json_of(path: Path) -> str:
-    """Return the recipe stored in a weights file's header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return str(header["__metadata__"]["recipe"])
+    """Return the recipe stored in a weights file's header; ValueError where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {})["recipe"])
+    except (SafetensorError, KeyError):
+        raise ValueError(f"{path} names no recipe of this project") from None
 
 
 def _newest_first(folder: Folder) -> list[str]:

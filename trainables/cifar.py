@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainables.data import Data, Split
-from trainables.images import ImageFiles, as_tensor
+from trainables.images import ImageFiles, as_tensor, remove_unused, stamps_of
 from trainables.scale import Scale
 from trainables.source import DataSource, ImageList, list_splits
 from trainables.storage import write_atomically
@@ -32,7 +34,7 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
     if archived(source.root):
         train, held_out = (_archived(source, train=train) for train in (True, False))
     elif any((source.root / name).is_dir() for name in ("train", "val")):
-        train, held_out = (_from_files(part, scale) for part in list_splits(source))
+        train, held_out = (_from_files(part, scale, source.cache) for part in list_splits(source))
     else:
         raise ValueError(
             f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
@@ -75,7 +77,7 @@ def _archived(source: DataSource, *, train: bool) -> Split:
     assert source.root is not None
     name = "train" if train else "test"
     read = partial(_read_archive, source.root, train=train)
-    content = _kept(source.cache / f"cifar10-{name}.safetensors", read) if source.cache else read()
+    content = _kept(source.cache, name, read)
     ids = tuple(f"cifar10/{name}/{i:05d}" for i in range(len(content["labels"])))
     return Split(images=content["images"], labels=content["labels"], ids=ids)
 
@@ -83,10 +85,10 @@ def _archived(source: DataSource, *, train: bool) -> Split:
 def _read_archive(root: Path, *, train: bool) -> Content:
     from torchvision.datasets import CIFAR10
 
+    if not (root / BATCHES).is_dir():
+        _unpack(root / ARCHIVE, CIFAR10.tgz_md5)
     try:
-        # With the archive there, "download" only extracts it.
-        there = (root / ARCHIVE).is_file()
-        stored = CIFAR10(root, train=train, download=there and not (root / BATCHES).is_dir())
+        stored = CIFAR10(root, train=train)
     except RuntimeError:
         raise ValueError(
             f"{root / BATCHES} is not CIFAR-10 as published (another MD5): fetch it again"
@@ -95,26 +97,59 @@ def _read_archive(root: Path, *, train: bool) -> Content:
     return {"images": images, "labels": torch.tensor(stored.targets)}
 
 
-def _kept(file: Path, read: Callable[[], Content]) -> Content:
-    """Return what a file holds, written on first use; it is mapped, so that processes share it."""
-    if not file.exists():
-        write_atomically(file, save(read()))
-    found: Content = load_file(file)
+def _unpack(archive: Path, md5: str) -> None:
+    """Unpack the published archive, and no other, beside itself; ValueError where it cannot be."""
+    from torchvision.datasets.utils import (  # type: ignore[import-untyped]
+        check_integrity,
+        extract_archive,
+    )
+
+    if not check_integrity(archive, md5):
+        raise ValueError(f"{archive} is not CIFAR-10 as published (another MD5): fetch it again")
+    try:
+        extract_archive(archive, archive.parent)
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"{archive} cannot be unpacked: {error}") from None
+
+
+def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content:
+    """Return what the cache holds by a name, written on first use; processes share its pages."""
+    if cache is None:
+        return read()
+    file = cache / f"cifar10-{name}.safetensors"
+    try:
+        if file.exists():
+            file.touch()
+        else:
+            cache.mkdir(parents=True, exist_ok=True)
+            remove_unused(cache)
+            write_atomically(file, save(read()))
+        found: Content = load_file(file)
+    except OSError as error:
+        raise ValueError(f"{cache} cannot keep the decoded images: {error.strerror}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, remove it: {error}") from None
+    if set(found) != {"images", "labels"}:
+        raise ValueError(f"{file} is damaged, remove it: it holds {sorted(found)}")
     return found
 
 
-def _from_files(listed: ImageList, scale: Scale) -> Split:
+def _from_files(listed: ImageList, scale: Scale, cache: Path | None) -> Split:
     if listed.class_names != CLASSES:
         raise ValueError(f"{listed.root} has the classes {listed.class_names}, CIFAR-10 {CLASSES}")
     files = ImageFiles(listed.root, listed.paths, size=scale.image_size)
+    content = _kept(cache, str(stamps_of(files)), partial(_read_files, files, listed))
+    return Split(images=content["images"], labels=content["labels"], ids=listed.paths)
+
+
+def _read_files(files: ImageFiles, listed: ImageList) -> Content:
     images = torch.empty(files.shape, dtype=torch.uint8)
     for place in range(len(files)):
         image = files.original(place)
-        if image.size != (scale.image_size, scale.image_size):
+        if image.size != (files.size, files.size):
             raise ValueError(
                 f"{files.path(place)} is {image.width} x {image.height} px, not 32 x 32: "
                 "--scale folder --image-size 32 takes images of any size"
             )
         images[place] = as_tensor(image)
-    labels = torch.tensor(listed.labels, dtype=torch.int64)
-    return Split(images=images, labels=labels, ids=listed.paths)
+    return {"images": images, "labels": torch.tensor(listed.labels, dtype=torch.int64)}

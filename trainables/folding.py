@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from trainables.models import Classifier, GhostBatchNorm2d
 from trainables.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
+from trainables.watchdog import beat
 
 TOLERANCE = 1e-4
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
@@ -58,6 +59,7 @@ class FoldedClassifier(nn.Module):
             pair.folded.bias.copy_(shift if bias is None else shift + gain * bias)  # type: ignore[union-attr]
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        beat()
         return cast(Tensor, self._network(images_BCHW))
 
     def _is_foldable(self, node: fx.Node) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
-import io
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -21,21 +21,37 @@ from torch import Tensor
 
 from trainables.storage import write_atomically
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What bytes that are no image make a decoder raise is anything.
+UNREADABLE = Exception
+# Pillow knows more formats, and hands one of them (EPS) to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
 SIDEWAYS = 5
+UNUSED_SECONDS = 30 * 86400
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as RGB, turned as its camera says; raises one of UNREADABLE."""
-    with Image.open(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        if file.mode != "RGB":
-            return file.convert("RGB")
-        # convert() would copy an image that is RGB already.
-        file.load()
-        return file
+    """Read an image as RGB, turned as its camera says; raises UNREADABLE."""
+    with opened(path) as file:
+        return as_rgb(file)
+
+
+def opened(path: str | Path) -> Image.Image:
+    """Open an image by its header; raises UNREADABLE, also where it is a pipe or a device."""
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - per image
+        raise OSError("it is not a file")
+    return Image.open(path, formats=FORMATS)
+
+
+def as_rgb(file: Image.Image) -> Image.Image:
+    """Decode an opened image as RGB, turned as its camera says; raises UNREADABLE."""
+    ImageOps.exif_transpose(file, in_place=True)
+    if file.mode != "RGB":
+        return file.convert("RGB")
+    # convert() would copy an image that is RGB already.
+    file.load()
+    return file
 
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
@@ -124,7 +140,7 @@ class ImageFiles:
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """Return the error that names an unreadable image, its class and what to do."""
-    reason = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ValueError(
         f"{path} (class {path.parent.name}) cannot be read: {reason}; "
         "--skip-damaged goes on without it"
@@ -174,11 +190,11 @@ def in_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
 
 def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImages | None:
     """Decode the images once into the cache, or find them there; None beyond the budget (bytes)."""
-    stamps = _stamps(images, budget)
+    stamps = stamps_of(images, budget)
     if stamps is None:
         return None
-    known = cache / f"sizes-{stamps}.npy"
-    sizes = np.load(known) if known.exists() else _sizes(images)
+    known = cache / f"sizes-{stamps}"
+    sizes = _kept_sizes(known, images)
     decoded = DecodedImages(cache / f"originals-{stamps}.u8", sizes)
     total = int(decoded.ends[-1])
     if total > budget:
@@ -194,10 +210,19 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
 
     write_once(decoded.file, total, write)
     if not known.exists():
-        buffer = io.BytesIO()
-        np.save(buffer, sizes)
-        write_atomically(known, buffer.getvalue())
+        content = sizes.tobytes()
+        write_atomically(known, hashlib.sha256(content).digest() + content)
     return decoded
+
+
+def _kept_sizes(known: Path, images: ImageFiles) -> np.ndarray:
+    """Return the sizes that an earlier process kept, or measure them; a damaged file goes."""
+    if known.exists():
+        digest, content = known.read_bytes()[:32], known.read_bytes()[32:]
+        if hashlib.sha256(content).digest() == digest:
+            return np.frombuffer(content, dtype=np.int64).reshape(-1, 2)
+        known.unlink(missing_ok=True)
+    return _sizes(images)
 
 
 def _sizes(images: ImageFiles) -> np.ndarray:
@@ -207,7 +232,7 @@ def _sizes(images: ImageFiles) -> np.ndarray:
     def measure(place: int) -> None:
         path = images.path(place)
         try:
-            with Image.open(path) as file:
+            with opened(path) as file:
                 turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
                 sizes[place] = file.size[::-1] if turned else file.size
         except UNREADABLE as error:
@@ -219,7 +244,7 @@ def _sizes(images: ImageFiles) -> np.ndarray:
 
 def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
     """Decode and crop the images once into the cache, or find them there; None beyond budget."""
-    if images.nbytes > budget or (stamps := _stamps(images, None)) is None:
+    if images.nbytes > budget or (stamps := stamps_of(images)) is None:
         return None
     file = cache / f"validated-{images.size}px-{stamps}.u8"
 
@@ -239,7 +264,7 @@ def map_tensor(file: Path, shape: Sequence[int]) -> Tensor:
     return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(*shape)
 
 
-def _stamps(images: ImageFiles, budget: int | None) -> str | None:
+def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
     """Return 16 hex digits of every file's name, size and time; None where they exceed a budget.
 
     A decoded image is not smaller than its file.
@@ -264,7 +289,9 @@ def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> No
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.parent / ".lock"):
             if file.exists() and file.stat().st_size == size:
+                file.touch()
                 return
+            remove_unused(file.parent)
             aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
             try:
                 # Space is claimed first: a full disk is an error here and not a crash later.
@@ -281,6 +308,14 @@ def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> No
             f"decoded images ({size / 2**30:.2f} GiB) cannot be kept in {file.parent}: "
             f"{error.strerror}; --data-memory 0 does without"
         ) from error
+
+
+def remove_unused(cache: Path) -> None:
+    """Remove what was decoded and not asked for in a month; who has it mapped keeps it."""
+    for file in cache.iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+                file.unlink()
 
 
 @contextmanager

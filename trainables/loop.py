@@ -25,6 +25,7 @@ from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
 from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
 from trainables.team import ALONE, Team, gathered
+from trainables.watchdog import beat
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
@@ -176,6 +177,7 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     total = torch.zeros((), device=training.device)
     rate = 0.0
     for forward, (images, seen) in enumerate(training.batches.epoch(epoch)):
+        beat()
         step, micro = divmod(forward, recipe.accumulation)
         if micro == 0:
             rate = rate_at(recipe, epoch, step, steps)
@@ -299,6 +301,7 @@ def accuracy(
     right = torch.zeros((), dtype=torch.long, device=device)
     stride = EVALUATION_BATCH * team.size
     for first in range(EVALUATION_BATCH * team.rank, len(split), stride):
+        beat()
         part = slice(first, first + EVALUATION_BATCH)
         predicted = classifier(to_unit(split.images[part].to(device))).argmax(dim=1)
         right += (predicted == split.labels[part].to(device)).sum()

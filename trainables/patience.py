@@ -11,10 +11,17 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from trainables.storage import FULL, NoRoomError
+
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 15.0
-AWAY = re.compile(r"failed with exception|error code 5\d\d|too many 5\d\d|database is locked")
+AWAY = re.compile(
+    r"failed with exception|error code 5\d\d|too many 5\d\d|5\d\d Server Error|database is locked"
+)
+CUT_OFF = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+NO_ROOM = re.compile(r"disk is full|No space left|quota exceeded", re.IGNORECASE)
 DELETED = "Current state is deleted"
+SILENT = "MLflow does not answer"
 Answer = TypeVar("Answer")
 
 
@@ -28,33 +35,39 @@ def patiently(
     say: Callable[[str], None],
     given_up: threading.Event | None = None,
 ) -> Answer:
-    """Ask until the server answers, or until `given_up` is set.
+    """Ask until the server answers and its disk has room, or until `given_up` is set.
 
-    `say` is told once that the server is away, and once that it is back. RunDeletedError where a
+    `say` is told once what is waited for, and once that it is over. RunDeletedError where a
     run is there no more; any other answer that is an error is raised as it is.
     """
-    stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, False
+    stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, ""
     while True:
         try:
             answer = ask()
-        except (MlflowException, requests.ConnectionError, requests.Timeout) as error:
+        except (MlflowException, OSError) as error:
             if DELETED in str(error):
                 raise RunDeletedError(str(error)) from error
-            if not _is_away(error) or stop.is_set():
+            awaited = _awaited(error)
+            if not awaited or stop.is_set():
                 raise
             if not told:
-                say("MLflow does not answer: training goes on, what is to be written waits")
-            told = True
+                say(f"{awaited}: training goes on, what is to be written waits")
+            told = told or awaited
             stop.wait(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
         else:
             if told:
-                say("MLflow answers again")
+                say("MLflow answers again" if told == SILENT else "there is room again")
             return answer
 
 
-def _is_away(error: Exception) -> bool:
-    return not isinstance(error, MlflowException) or bool(AWAY.search(str(error)))
+def _awaited(error: MlflowException | OSError) -> str:
+    """Say what has to change before it is worth to ask again, '' where nothing will."""
+    if isinstance(error, NoRoomError):
+        return str(error)
+    if getattr(error, "errno", None) in FULL or NO_ROOM.search(str(error)):
+        return "no room where MLflow keeps what it is told"
+    return SILENT if isinstance(error, CUT_OFF) or AWAY.search(str(error)) else ""
 
 
 class PatientClient:

@@ -94,7 +94,7 @@ Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Adversary(_Frozen):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from trainables.images import UNREADABLE
+from trainables.images import UNREADABLE, as_rgb, opened
 from trainables.source import DataSource, list_splits
 from trainables.storage import write_atomically
 
@@ -30,7 +29,7 @@ AT_ONCE = 4096
 SMALLEST = (1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opened:
     """One file as it was found: its bytes and time of change, its size in pixels or a problem."""
 
@@ -69,11 +68,12 @@ class Scan:
         """Keep what was found for the next scan."""
         if self._kept is None or not self._new:
             return
-        rows = [(path, *vars(opened).values()) for path, opened in self._known.items()]
+        rows = [(path, *astuple(opened)) for path, opened in self._known.items()]
         columns = zip(*rows, strict=True)
         arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), sink, compression="zstd")
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         write_atomically(self._kept, sink.getvalue().to_pybytes())
 
     def _opened(self, path: str) -> Opened:
@@ -85,11 +85,11 @@ class Scan:
         if known and (known.bytes, known.changed_ns) == (stat.st_size, stat.st_mtime_ns):
             return known
         try:
-            with Image.open(path) as file:
+            with opened(path) as file:
                 width, height = file.size
                 # An eighth of a JPEG's size: every byte is read, few pixels are made.
                 file.draft("RGB", SMALLEST)
-                file.load()
+                as_rgb(file)
         except UNREADABLE as error:
             return Opened(
                 stat.st_size, stat.st_mtime_ns, problem=str(error) or type(error).__name__
@@ -111,8 +111,11 @@ def damaged_images(source: DataSource) -> frozenset[str]:
 def _read(kept: Path) -> dict[str, Opened]:
     """Return what an earlier scan kept; a file that cannot be read holds nothing."""
     try:
-        columns: Mapping[str, list[object]] = pq.read_table(kept, schema=SCHEMA).to_pydict()
-    except (OSError, pa.ArrowException):
+        table = pq.read_table(kept, page_checksum_verification=True)
+        if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+            return {}
+        columns: Mapping[str, list[object]] = table.to_pydict()
+    except (OSError, ValueError, pa.ArrowException):
         return {}
     paths, *rest = columns.values()
     rows: Iterable[tuple[object, ...]] = zip(*rest, strict=True)

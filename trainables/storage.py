@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -11,6 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from pyarrow.fs import FileSelector, FileSystem
+
+ASIDE = "."  # begins the name of a file that is being written
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoomError(OSError):
+    """A disk is full, or a quota used up: nothing was written, and what was there is there."""
 
 
 def below(where: str, *names: str) -> str:
@@ -109,14 +118,28 @@ def fetched(where: str) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that, whenever the machine stops, it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write a file so that, whenever the machine stops, it is there whole or not at all.
+
+    NoRoomError where the disk is full.
+    """
+    aside = path.with_name(f"{ASIDE}{path.name}.{uuid.uuid4().hex}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        aside.unlink(missing_ok=True)
+        raise NoRoomError(_without_room(path, len(content))) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _without_room(path: Path, needed: int) -> str:
+    there = next(folder for folder in path.parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    return f"no room for {path}: it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"

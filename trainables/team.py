@@ -63,19 +63,30 @@ class Team:
 ALONE = Team()
 
 
+def team_sizes(recipe: Recipe, fewest: int, most: int) -> list[int]:
+    """Return the numbers of workers, the largest first, among whom a recipe's batches divide."""
+    parts, _ = _parts(recipe)
+    return [size for size in range(most, fewest - 1, -1) if parts % size == 0]
+
+
 def check_team(recipe: Recipe, size: int) -> None:
     """Raise ValueError where a recipe's batches do not divide among `size` workers."""
-    forward = recipe.forward_batch
-    parts, what = forward, f"forward batch of {forward}"
-    if recipe.norm == "ghost":
-        parts = forward // recipe.ghost_batch
-        what = f"{parts} ghost batches of {recipe.ghost_batch}"
+    parts, what = _parts(recipe)
     if parts % size:
-        allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        allowed = ", ".join(str(n) for n in reversed(team_sizes(recipe, 1, parts)))
         raise ValueError(
             f"{recipe.describe()}: its {what} cannot be shared by {size} workers; "
-            f"--workers must be one of {allowed}"
+            f"their number must be one of {allowed}"
         )
+
+
+def _parts(recipe: Recipe) -> tuple[int, str]:
+    """Return how many parts of a forward batch can be dealt to workers, and what they are."""
+    forward = recipe.forward_batch
+    if recipe.norm != "ghost":
+        return forward, f"forward batch of {forward}"
+    ghosts = forward // recipe.ghost_batch
+    return ghosts, f"{ghosts} ghost batches of {recipe.ghost_batch}"
 
 
 def gathered(classifier: Classifier, team: Team) -> nn.Module:

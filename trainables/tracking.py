@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
+import numpy as np
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -24,6 +30,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from packaging.specifiers import SpecifierSet
 
 from trainables.patience import PatientClient, patiently
 
@@ -34,6 +41,11 @@ EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of 
 PAGE = 1000
 LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
+SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
+VIEW_COLUMNS = ("params.`family`", "tags.`tables`", "tags.`outcome`")
+LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
 
 
 @dataclass
@@ -87,11 +99,21 @@ class Tracker:
                     tags={"mlflow.experimentKind": EXPERIMENT_KIND},
                 )
             )
+            self.artifacts: str = client.get_experiment(self.experiment_id).artifact_location
         except MlflowException as error:
             raise ValueError(f"MLflow at {uri} cannot be used: {error.message}") from None
 
-    def open_study(self, name: str, description: str) -> str:
-        """Return the id of a study's parent run, marked as running."""
+    def open_study(self, name: str, description: str, scores: Sequence[str] = ()) -> str:
+        """Return the id of a study's parent run, marked as running.
+
+        `scores` are the columns of the view in which the UI compares the study's trials.
+        """
+        view = {
+            "searchFilter": f"tags.kind = 'trial' and tags.study = '{name}'",
+            "selectedColumns": [*VIEW_COLUMNS, *(f"metrics.`{score}`" for score in scores)],
+        }
+        key = VIEW_TAG + name
+        self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
         query = f"tags.kind = 'study' AND tags.study = '{name}'"
         runs = self._search(query)
         if runs:
@@ -109,6 +131,28 @@ class Tracker:
         """Keep the report with the parent run and end it."""
         self._client.log_artifacts(run_id, str(report), "report")
         self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
+
+    @contextmanager
+    def measuring(self, run_id: str) -> Iterator[None]:
+        """Log this machine's CPU, memory, disk, network and GPUs to a run meanwhile."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run_id, tracking_uri=self.uri, resume_logging=True)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def page(self, *, run_id: str = "", study: str = "") -> str:
+        """Return where the MLflow UI shows a run, or compares a study's; never a password."""
+        parts = urlsplit(self.uri)
+        host = parts.netloc.rpartition("@")[2]
+        place = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
+        address = place if parts.scheme in ("http", "https") else LOCAL_UI
+        what = run_id and f"/{run_id}"
+        view = study and f"?viewStateShareKey={study}&workflowType=machine_learning"
+        return f"{address}/#/experiments/{self.experiment_id}/runs{what}{view}"
 
     def trials(self) -> dict[str, TrialRun]:
         """Return every trial of the experiment by digest."""
@@ -167,14 +211,24 @@ class Tracker:
         for entry in new:
             run.metrics |= entry
 
-    def store_weights(self, run: TrialRun, weights: Path, sha256: str) -> None:
-        """Store a trial's trained weights and its recipe."""
+    def store_weights(
+        self, run: TrialRun, weights: Path, sha256: str, *, image_size: int, classes: int
+    ) -> None:
+        """Store a trial's trained weights and its recipe: a model that MLflow can load."""
+        with tempfile.TemporaryDirectory() as folder:
+            _describe_model(Path(folder) / "model", image_size=image_size, classes=classes)
+            self._client.log_artifacts(run.run_id, f"{folder}/model")
         self._client.log_artifact(run.run_id, str(weights))
         self._client.log_text(run.run_id, run.recipe, "recipe.json")
         self._tag(run, weights_sha256=sha256)
 
-    def end_trial(self, run: TrialRun, *, outcome: str, reason: str) -> None:
-        """End a trial's run with its outcome; failed and blocked ones are tried again."""
+    def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
+        """End a trial's run with its outcome; failed and blocked ones are tried again.
+
+        trace: the traceback to keep with it, if any.
+        """
+        if trace:
+            self._client.log_text(run.run_id, trace, "error.txt")
         self._tag(run, outcome=outcome, reason=reason[:LONGEST_TAG])
         over = outcome in ("finished", "collapsed")
         self._client.set_terminated(run.run_id, "FINISHED" if over else "FAILED")
@@ -286,6 +340,24 @@ def _trial_run(run: Run) -> TrialRun:
     )
 
 
+def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
+    """Write what MLflow needs beside the weights to load them: loader, signature, an example."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    number, shape = np.dtype("float32"), (3, image_size, image_size)
+    mlflow.pyfunc.save_model(
+        folder,
+        loader_module="trainables.packaged",
+        pip_requirements=["robustness-grid"],
+        signature=ModelSignature(
+            Schema([TensorSpec(number, (-1, *shape))]), Schema([TensorSpec(number, (-1, classes))])
+        ),
+        input_example=np.full((1, *shape), 0.5, number),
+    )
+
+
 def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
     """Return a local path to one artifact of a run, fetched if it is elsewhere.
 
@@ -302,18 +374,55 @@ def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
     return Path(patiently(fetch, say=logger.warning))
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """What an MLflow server asks of its clients, taken to other nodes.
+
+    It travels as an argument, which Ray shows nowhere: a runtime environment is on the dashboard.
+    """
+
+    values: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def of_environment(cls) -> Credentials:
+        """Take them from MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN."""
+        return cls({name: os.environ[name] for name in CREDENTIALS if name in os.environ})
+
+    def use(self) -> None:
+        """Have this process's MLflow clients send them."""
+        os.environ.update(self.values)
+
+
 def check_address(uri: str) -> None:
-    """Ask an MLflow server whether it is there; ValueError says what answered instead."""
+    """Ask an MLflow server whether it is there, of a version that will do, and lets this user in.
+
+    ValueError says what answered instead. Any other tracking URI is let through.
+    """
     if not uri.startswith(("http://", "https://")):
         return
     import requests
 
+    if urlsplit(uri).password:
+        raise ValueError(
+            "an MLflow address is printed and logged: give its user and password as "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
     try:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+        version = requests.get(f"{uri.rstrip('/')}/version", timeout=5).text.strip()
     except requests.RequestException as error:
         raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
     if answer.text.strip() != "OK":
         raise ValueError(f"{uri} answers {answer.status_code}, but not as an MLflow server does")
+    if not re.match(r"\d+\.\d+", version) or version not in SERVERS:
+        raise ValueError(f"the MLflow server at {uri} is of version {version[:20]}, not {SERVERS}")
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ValueError(
+            f"the MLflow server at {uri} refuses this user: {error.message} (user and password are "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+        ) from None
 
 
 def scores_as_metrics(scores: Sequence[Any]) -> dict[str, float]:

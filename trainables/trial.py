@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from trainables.recipe import Recipe
-from trainables.storage import below
+from trainables.retries import OWN_FAULTS
+from trainables.storage import NoRoomError, below
+from trainables.watchdog import counting_steps, start_watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from trainables.team import Team
 
 CHECKPOINT_SECONDS = 5.0
+FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 WEIGHTS = "weights.safetensors"
 
@@ -30,14 +34,22 @@ class RunningTrial:
 
     recipe: Recipe
     folder: str
+    team: Team
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
     reports: Iterator[EpochReport] | None = None
     unsent: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unkept: EpochReport | None = None
+    paused: bool = False
     epoch: int = 0
     saved_at: float = field(default_factory=time.monotonic)
-    leads: bool = True
+    save_now: bool = False
+
+    @property
+    def leads(self) -> bool:
+        return self.team.rank == 0
 
 
 class RecipeTrial(tune.Trainable):  # type: ignore[misc]
@@ -46,8 +58,10 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest sound checkpoint by its digest. An actor serves many trials one after another, and
     builds everything anew for each. config["trial"], as JSON: recipe, storage, threads, device,
-    compile. config["source"]: a DataSource. torch and timm are imported by the first step, so that
-    the driver need not have them.
+    compile, hung_after (seconds without a step, after which the process is killed).
+    config["source"]: a DataSource. torch and timm are imported by the first step, so that the
+    driver need not have them. What is the program's own fault fails the trial, and Tune does not
+    try it again.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -60,12 +74,17 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
         self._trial_config = trial_config(config)
+        start_watchdog(self._trial_config["hung_after"])
         self._running: RunningTrial | None = None
 
     def step(self) -> dict[str, Any]:
-        if self._running is None:
-            self._running = open_trial(self._trial_config)
-        return next_result(self._running)
+        try:
+            if self._running is None:
+                self._running = open_trial(self._trial_config)
+            with counting_steps():
+                return next_result(self._running)
+        except OWN_FAULTS as error:
+            return failed_result(self._trial_config["digest"], error)
 
     def cleanup(self) -> None:
         self._running = None
@@ -83,20 +102,39 @@ def weights_path(storage: str, recipe: Recipe) -> str:
 
 
 def next_result(running: RunningTrial) -> dict[str, Any]:
-    """Train a trial's next epoch, unless it is over, and return what the recorder is told."""
-    if running.outcome == "training":
+    """Train a trial's next epoch, unless it is over, and return what the recorder is told.
+
+    A trial that could not write what it has to keep tries that again instead.
+    """
+    if running.paused:
+        time.sleep(FULL_SECONDS)
+    elif running.outcome == "training":
         _advance(running)
+    stored = _keep(running)
+    outcome = "training" if running.paused else running.outcome
     result = {
         "digest": running.recipe.digest(),
         "epoch": running.epoch,
         "epochs": running.unsent,
-        "outcome": running.outcome,
+        "notes": running.notes,
+        "outcome": outcome,
         "reason": running.reason,
-        "done": running.outcome != "training",
+        "done": outcome != "training",
     }
-    running.unsent = []
-    stored = running.outcome == "finished" and running.leads
-    return result | (_store_weights(running) if stored else {})
+    running.unsent, running.notes = [], []
+    return result | stored
+
+
+def failed_result(digest: str, error: BaseException, trace: str = "") -> dict[str, Any]:
+    """Return what the recorder is told of a trial whose program is at fault."""
+    return {
+        "digest": digest,
+        "epochs": [],
+        "outcome": "failed",
+        "reason": traceback.format_exception_only(error)[-1].strip(),
+        "trace": trace or "".join(traceback.format_exception(error)),
+        "done": True,
+    }
 
 
 def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial:
@@ -118,7 +156,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     recipe = Recipe.model_validate(config["recipe"])
     storage = config["storage"]
     folder = below(storage, "trials", recipe.digest())
-    running = RunningTrial(recipe, folder, leads=team.rank == 0)
+    running = RunningTrial(recipe, folder, team)
     teacher = None
     if recipe.teacher:
         taught_by = weights_path(storage, recipe.teacher)
@@ -129,7 +167,8 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
         teacher = build_classifier(recipe.teacher)
         fit_weights(weights, teacher, taught_by)
     running.classifier = build_classifier(recipe)
-    start = team.shared(load_newest_checkpoint(running.folder) if running.leads else None)
+    found = load_newest_checkpoint(folder, say=running.notes.append) if running.leads else None
+    start = team.shared(found)
     if start:
         running.unsent, running.epoch = list(start["history"]), len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
@@ -148,8 +187,6 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
 
 
 def _advance(running: RunningTrial) -> None:
-    from trainables.checkpoint import save_checkpoint
-
     assert running.reports is not None
     began = time.monotonic()
     report = next(running.reports)
@@ -157,12 +194,34 @@ def _advance(running: RunningTrial) -> None:
     running.epoch = report.epoch
     running.unsent.append(report.metrics | {SECONDS: now - began})
     running.outcome, running.reason = report.outcome, report.reason
-    early = report.outcome == "training" and now - running.saved_at < CHECKPOINT_SECONDS
-    if early or not running.leads:
-        return
-    running.saved_at = now
-    state = report.state | {"outcome": report.outcome, "reason": report.reason}
-    save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
+    due = now - running.saved_at >= CHECKPOINT_SECONDS or running.save_now
+    if report.outcome != "training" or due:
+        running.saved_at, running.unkept = now, report
+
+
+def _keep(running: RunningTrial) -> dict[str, str]:
+    """Write what is due, and return where weights lie; without room for it the trial is paused."""
+    stored, problem = {}, ""
+    if running.leads:
+        try:
+            _save_checkpoint(running)
+            stored = _store_weights(running) if running.outcome == "finished" else {}
+        except NoRoomError as error:
+            problem = str(error)
+    problem = running.team.shared(problem)
+    if running.paused != bool(problem):
+        running.paused = bool(problem)
+        running.notes.append(f"paused: {problem}" if problem else "there is room again, it goes on")
+    return stored
+
+
+def _save_checkpoint(running: RunningTrial) -> None:
+    from trainables.checkpoint import save_checkpoint
+
+    if report := running.unkept:
+        state = report.state | {"outcome": report.outcome, "reason": report.reason}
+        save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
+    running.unkept = None
 
 
 def _store_weights(running: RunningTrial) -> dict[str, str]:

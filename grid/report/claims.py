@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -26,7 +27,9 @@ class Claim:
 
     ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
     not more than five points above it. collapses: the row's training does. `published`: the
-    paper's difference in points, where it is stated as one.
+    paper's difference in points, where it is stated as one. `headline`: where the transformer is
+    compared with the CNN, for the answer to the study's question; `sign`: -1 where a difference
+    above 0 speaks for the CNN.
     """
 
     statement: str
@@ -35,6 +38,8 @@ class Claim:
     reference: tuple[str, str] = ("", "")
     column: str = ""
     published: float | None = None
+    headline: str = ""
+    sign: int = 1
 
 
 CLAIMS = (
@@ -44,6 +49,8 @@ CLAIMS = (
         ("T2", "ResNet-50 GELU"),
         ("T2", "DeiT-S"),
         "AutoAttack 4/255",
+        headline="under AutoAttack after adversarial training",
+        sign=-1,
     ),
     Claim(
         "GELU in place of ReLU makes an adversarially trained CNN more robust",
@@ -76,6 +83,7 @@ CLAIMS = (
         ("T3", "ResNet-50"),
         "TPA",
         28.0,
+        headline="under texture patches",
     ),
     Claim(
         "Under one recipe the transformer is ahead on natural adversarial images",
@@ -83,6 +91,7 @@ CLAIMS = (
         ("T5", "DeiT-S"),
         ("T5", "ResNet-50*"),
         "ImageNet-A",
+        headline="on natural adversarial images",
     ),
     Claim(
         "Under one recipe the transformer errs less on corrupted images",
@@ -90,6 +99,8 @@ CLAIMS = (
         ("T5", "DeiT-S"),
         ("T5", "ResNet-50*"),
         "ImageNet-C error",
+        headline="on corrupted images",
+        sign=-1,
     ),
     Claim(
         "Under one recipe the transformer is ahead on stylized images",
@@ -97,6 +108,7 @@ CLAIMS = (
         ("T5", "DeiT-S"),
         ("T5", "ResNet-50*"),
         "Stylized",
+        headline="on stylized images",
     ),
     Claim(
         "The CNN's best augmentation does not close the gap on natural adversarial images",
@@ -194,3 +206,27 @@ def _published_difference(claim: Claim) -> float | None:
     ours = published(*claim.row, claim.column)
     theirs = published(*claim.reference, claim.column)
     return ours.value - theirs.value if ours and theirs else None
+
+
+def answer(judgements: Sequence[Judgement]) -> str:
+    """Answer the study's question in a paragraph: where the transformer is ahead, and where not."""
+    found: dict[str, list[str]] = {"ahead": [], "behind": [], "not to be told apart": []}
+    for judgement in judgements:
+        if judgement.claim.headline and judgement.paired:
+            standing, text = _standing(judgement.claim, judgement.paired)
+            found[standing].append(text)
+    parts = [f"{standing} {' and '.join(texts)}" for standing, texts in found.items() if texts]
+    here = f"Here the transformer is {'; '.join(parts)}. " if parts else ""
+    counts = Counter(judgement.verdict for judgement in judgements)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"{here}Of {len(judgements)} claims of the paper: {told}."
+
+
+def _standing(claim: Claim, paired: Paired) -> tuple[str, str]:
+    """Say how the transformer stands to the CNN by the interval of their difference."""
+    ends = [100 * claim.sign * value for value in (paired.difference, paired.low, paired.high)]
+    value, low, high = ends[0], min(ends), max(ends)
+    text = f"{claim.headline} ({value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {paired.n})"
+    if low > 0:
+        return "ahead", text
+    return ("behind" if high < 0 else "not to be told apart"), text

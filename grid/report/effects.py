@@ -47,13 +47,25 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """Two axes 'a x b' whose effects do not add up: the mean score by the values of both."""
+
+    axis: str
+    means: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
 class Effects:
-    """The effects of a grid's axes on one score over `trials` trials."""
+    """The effects of a grid's axes on one score over `trials` trials.
+
+    interaction: the significant one that explains the most, if there is one.
+    """
 
     score: str
     trials: int
     shares: tuple[Share, ...]
     contrasts: tuple[Contrast, ...]
+    interaction: Interaction | None = None
 
 
 def grid_effects(plan: Plan, axes: Sequence[str], runs: Mapping[str, TrialRun]) -> list[Effects]:
@@ -70,7 +82,15 @@ def grid_effects(plan: Plan, axes: Sequence[str], runs: Mapping[str, TrialRun]) 
         varied = [axis for axis in axes if len(rows) and frame[axis].nunique() > 1]
         if len(rows) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
             shares = tuple(variance_shares(frame, varied))
-            found.append(Effects(score, len(rows), shares, tuple(contrasts(frame, varied))))
+            found.append(
+                Effects(
+                    score,
+                    len(rows),
+                    shares,
+                    tuple(contrasts(frame, varied)),
+                    strongest_interaction(frame, shares),
+                )
+            )
     return found
 
 
@@ -98,6 +118,15 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
         if term != "Residual"
     ]
     return sorted(shares, key=lambda share: -share.share)
+
+
+def strongest_interaction(frame: pd.DataFrame, shares: Sequence[Share]) -> Interaction | None:
+    """Return the first interaction of `shares`, the largest first, whose p is below 0.05."""
+    for share in shares:
+        if " x " in share.axis and share.p < 1 - CONFIDENCE:
+            means = frame.groupby(share.axis.split(" x "), sort=False)["score"].mean()
+            return Interaction(share.axis, {pair: float(mean) for pair, mean in means.items()})
+    return None
 
 
 def _readable(term: str) -> str:

@@ -75,6 +75,7 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "table": table.name,
             "model": row.label,
             "digest": row.recipe.digest(),
+            "run_id": row.run_id,
             "score": column,
             "state": cell.state,
             "value": cell.value,
@@ -82,6 +83,7 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "high": cell.high,
             "n": cell.n or None,
             "published": cell.published,
+            "difference": cell.difference,
             "source": cell.source,
         }
         for table in tables

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.plan import Plan
 from grid.report.claims import Judgement, judge_claims
 from grid.report.effects import Effects, grid_effects
+from grid.report.gallery import Example, gallery
 from grid.report.plots import (
     Plot,
     corruptions_plot,
+    effects_plot,
     patches_plot,
     radii_plot,
     scatter_plot,
@@ -22,7 +24,7 @@ from grid.report.plots import (
 )
 from grid.report.tables import FilledTable, fill_tables, tables_of
 from grid.report.verdicts import Comparison, Verdicts
-from grid.studies import Study
+from grid.studies import Study, Table
 from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun
 
@@ -41,6 +43,7 @@ class Findings:
     judgements: tuple[Judgement, ...]
     effects: tuple[Effects, ...]
     plots: tuple[Plot, ...]
+    gallery: tuple[Example, ...]
 
 
 def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
@@ -50,6 +53,12 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     tables = tuple(fill_tables(study, plan, runs))
     flags = verdicts.red_flags(trial.digest for trial in plan)
     described = {trial.digest: trial.recipe.describe() for trial in plan}
+    effects = tuple(grid_effects(plan, list(study.axes or {}), runs))
+    plots = [
+        scatter_plot(plan, runs),
+        *_plots(tables_of(study, plan), tables, scale, tracker, runs, verdicts),
+        *map(effects_plot, effects),
+    ]
     return Findings(
         study=study,
         plan=plan,
@@ -61,32 +70,38 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         flags=tuple((described[digest], flag) for digest in flags for flag in flags[digest]),
         attacked=len(flags),
         judgements=tuple(judge_claims(plan, verdicts, runs)),
-        effects=tuple(grid_effects(plan, list(study.axes or {}), runs)),
-        plots=tuple(_plots(tables, plan, scale, tracker, runs, verdicts)),
+        effects=effects,
+        plots=tuple(plot for plot in plots if plot),
+        gallery=tuple(gallery(plan, verdicts)),
     )
 
 
 def _plots(
-    tables: tuple[FilledTable, ...],
-    plan: Plan,
+    asked: Sequence[Table],
+    filled: Sequence[FilledTable],
     scale: Scale,
     tracker: Tracker,
     runs: Mapping[str, TrialRun],
     verdicts: Verdicts,
-) -> list[Plot]:
-    """Draw every figure for which there is something to draw."""
-    filled = {table.name: table for table in tables}
-    asked = {table.name: table for table in plan.tables}
-    drawn: list[Plot | None] = [scatter_plot(plan, runs)]
-    if "T1" in filled:
-        drawn += [radii_plot(filled["T1"], scale), steps_plot(filled["T1"])]
-    if "T2" in filled:
-        drawn += [steps_plot(filled["T2"]), stages_plot(filled["T2"])]
-        drawn.append(training_plot(asked["T2"], tracker, runs))
-    if "T3" in filled:
-        drawn.append(patches_plot(asked["T3"], verdicts))
-    if "T5" in filled:
-        drawn += [corruptions_plot(asked["T5"], verdicts), shape_bias_plot(asked["T5"], runs)]
-    if "T8" in filled:
-        drawn.append(size_plot(asked["T8"], runs, scale))
-    return [plot for plot in drawn if plot]
+) -> list[Plot | None]:
+    """Draw every table's figures, for which there is something to draw."""
+    drawn: list[Plot | None] = [shape_bias_plot(asked, runs)]
+    for table, values in zip(asked, filled, strict=True):
+        asks = {column.evaluator for column in table.columns}
+        drawn += [steps_plot(values), radii_plot(values, scale), stages_plot(values)]
+        if "tpa" in asks:
+            drawn.append(patches_plot(table, verdicts, scale))
+        if "corruptions" in asks:
+            drawn.append(corruptions_plot(table, verdicts))
+        if table.name == "T8":
+            drawn.append(size_plot(table, runs))
+        if len(asked) == 1 or _is_about_training(table, runs):
+            drawn.append(training_plot(table, tracker, runs))
+    return drawn
+
+
+def _is_about_training(table: Table, runs: Mapping[str, TrialRun]) -> bool:
+    """Say whether a table trains adversarially or lost a training."""
+    digests = [row.recipe.digest() for row in table.rows]
+    fell = any(runs[digest].outcome == "collapsed" for digest in digests if digest in runs)
+    return fell or any(row.recipe.adversary for row in table.rows)

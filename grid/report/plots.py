@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluators.corruption_kinds import SEVERITIES
-from evaluators.pgd import STEPS
 from grid.plan import Plan
 from grid.report.claims import Judgement
+from grid.report.effects import Effects, Interaction
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.studies import AUTOATTACK, AUTOATTACK_SMALL, AUTOATTACK_STAGES, Row, Table
+from grid.studies import AUTOATTACK, AUTOATTACK_SMALL, AUTOATTACK_STAGES, PGD, Row, Table
 from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun
 
@@ -31,6 +31,7 @@ VERDICT_COLOURS = {"reproduced": COLOURS[2], "not reproduced": COLOURS[1]}
 UNDECIDED = "#777777"
 STYLE = {
     "svg.hashsalt": "report",
+    "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,15 +39,23 @@ STYLE = {
     "legend.frameon": False,
 }
 MARKERS = "osD^vPX*"
+MOST_LINES = 12  # more models than these no eye tells apart
+PANELS_IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the page: what it shows, and the picture as SVG."""
+    """A figure of the page: what it shows, the picture as SVG, and the table it goes with."""
 
     name: str
     caption: str
     svg: str
+    table: str = ""
+
+    def file(self) -> str:
+        """Return the picture as a file of its own."""
+        space = 'xmlns="http://www.w3.org/2000/svg"'
+        return self.svg.replace("<svg ", f"<svg {space} ", 1)
 
 
 class _Canvas:
@@ -62,10 +71,10 @@ class _Canvas:
 
 
 @contextmanager
-def _canvas(width: float, height: float, *, panels: int = 1) -> Iterator[_Canvas]:
+def _canvas(width: float, height: float, *, panels: int = 1, rows: int = 1) -> Iterator[_Canvas]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        figure.subplots(1, panels, squeeze=False)
+        figure.subplots(rows, panels, squeeze=False)
         canvas = _Canvas(figure)
         yield canvas
         buffer = io.StringIO()
@@ -116,42 +125,55 @@ def _wrapped(text: str, width: int = 52) -> str:
 
 def steps_plot(table: FilledTable) -> Plot | None:
     """Draw robust accuracy against the number of PGD steps."""
-    columns = {f"PGD-{steps}": float(steps) for steps in STEPS}
+    columns = {c.label: float(c.label.removeprefix("PGD-")) for c in PGD}
     caption = f"Accuracy under PGD against its steps, {table.name}."
-    return _lines(table, columns, f"steps-{table.name}", caption, "PGD steps")
+    return _lines(table, columns, "steps", caption, "PGD steps, number")
 
 
 def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
-    """Draw accuracy against the radius: clean, and under AutoAttack at two radii."""
-    radii = {"AutoAttack 0.001": scale.small_epsilon, "AutoAttack 4/255": scale.epsilon}
-    labels = {c.label: c.label_at(scale.name) for c in (AUTOATTACK_SMALL, AUTOATTACK)}
-    columns = {"Clean": 0.0} | {labels[name]: 255 * float(e) for name, e in radii.items()}
-    caption = f"Accuracy against the attack's radius, AutoAttack, {table.name}."
-    return _lines(table, columns, "radii", caption, "epsilon, 1/255")
+    """Draw accuracy against the radius: clean, and under AutoAttack at the radii asked."""
+    radii = {AUTOATTACK_SMALL: scale.small_epsilon, AUTOATTACK: scale.epsilon}
+    columns = {c.label_at(scale.name): 255 * float(e) for c, e in radii.items()}
+    caption = (
+        f"Accuracy under AutoAttack against epsilon, {table.name}; more radii for a model: "
+        "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
+    )
+    return _lines(table, {"Clean": 0.0} | columns, "epsilon", caption, "epsilon, 1/255")
 
 
 def stages_plot(table: FilledTable) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
-    columns = {column.label: float(i) for i, column in enumerate(AUTOATTACK_STAGES, 1)}
-    caption = "Survivors after each of AutoAttack's stages: " + ", ".join(
-        f"{place:.0f} {label.removeprefix('after ')}" for label, place in columns.items()
-    )
-    return _lines(table, {"Clean": 0.0} | columns, "stages", caption + ".", "stages")
+    last = next((c for c in table.columns if c.startswith("AutoAttack")), "")
+    labels = ["Clean", *[column.label for column in AUTOATTACK_STAGES], last]
+    columns = {label: float(place) for place, label in enumerate(labels)}
+    caption = f"Survivors after each of AutoAttack's stages, {table.name}."
+    ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
+    return _lines(table, columns, "stages", caption, "after stage, in their order", ticks)
 
 
 def _lines(
-    table: FilledTable, columns: Mapping[str, float], name: str, caption: str, x_label: str
+    table: FilledTable,
+    columns: Mapping[str, float],
+    name: str,
+    caption: str,
+    x_label: str,
+    ticks: Sequence[str] = (),
 ) -> Plot | None:
-    """Draw a line per row of a table through the columns given, at their places on the x axis."""
-    places = [(table.columns.index(c), x) for c, x in columns.items() if c in table.columns]
-    rows = [r for r in table.rows if all(r.cells[i].value is not None for i, _ in places)]
-    if not rows or len(places) < 2:
+    """Draw a line per row of a table through the columns given, at their places on the x axis.
+
+    Nothing where a column lacks, or where the lines are more than can be told apart.
+    """
+    if not set(columns) <= set(table.columns):
         return None
-    with _canvas(5.5, 3.4) as canvas:
+    places = [table.columns.index(column) for column in columns]
+    rows = [row for row in table.rows if all(row.cells[i].value is not None for i in places)]
+    if not 0 < len(rows) <= MOST_LINES:
+        return None
+    xs = list(columns.values())
+    with _canvas(6.5, 3.6) as canvas:
         axes = canvas.axes
-        for row, marker in zip(rows, MARKERS * 9, strict=False):
-            cells = [row.cells[i] for i, _ in places]
-            xs = [x for _, x in places]
+        for row, marker in zip(rows, MARKERS * 2, strict=False):
+            cells = [row.cells[i] for i in places]
             values = [c.value or 0.0 for c in cells]
             spread = [
                 [v - (c.low or 0.0) for v, c in zip(values, cells, strict=True)],
@@ -160,28 +182,35 @@ def _lines(
             axes.errorbar(xs, values, yerr=np.maximum(spread, 0), marker=marker, label=row.label,
                           capsize=2, linewidth=1.2, markersize=4)  # fmt: skip
         axes.set(xlabel=x_label, ylabel="survived, %", ylim=(-2, 102))
-        axes.legend(fontsize=7)
-    return Plot(name, caption, canvas.svg)
+        axes.set_xticks(xs, ticks or [f"{x:g}" for x in xs])
+        canvas.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+    return Plot(f"{name}-{table.name}", caption, canvas.svg, table.name)
 
 
 def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw the error by kind and severity, a panel per row of a table."""
-    grids = {row.label: _errors_by_kind(row, verdicts) for row in table.rows}
+    grids = {row.label: _errors_by_kind(row, verdicts) for row in table.rows[:MOST_LINES]}
     found = {label: grid for label, grid in grids.items() if grid}
     if not found:
         return None
     kinds = list(next(iter(found.values())))
-    with _canvas(2.2 + 1.9 * len(found), 4.2, panels=len(found)) as canvas:
-        for axes, (label, errors) in zip(canvas.figure.axes, found.items(), strict=True):
+    across = min(len(found), PANELS_IN_A_ROW)
+    down = -(-len(found) // across)
+    with _canvas(2.2 + 1.6 * across, 0.6 + 3.2 * down, panels=across, rows=down) as canvas:
+        panels = canvas.figure.axes
+        for axes, (label, errors) in zip(panels, found.items(), strict=False):
             values = [errors[kind] for kind in kinds]
             image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            axes.set_title(label, fontsize=9)
+            axes.set_title(label, fontsize=8)
             axes.set_xticks(range(len(SEVERITIES)), [str(s) for s in SEVERITIES])
             axes.set_yticks(range(len(kinds)), [k.replace("_", " ") for k in kinds], fontsize=7)
-            axes.set_xlabel("severity")
+            axes.set_xlabel("severity, level")
             axes.label_outer()
+        for unused in panels[len(found) :]:
+            unused.remove()
         canvas.figure.colorbar(image, ax=canvas.figure.axes, label="error, %")
-    return Plot("corruptions", "Error on corrupted images by kind and severity.", canvas.svg)
+    caption = f"Error on corrupted images by kind and severity, {table.name}."
+    return Plot(f"corruptions-{table.name}", caption, canvas.svg, table.name)
 
 
 def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
@@ -195,33 +224,39 @@ def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
     return {kind: [errors[f"{kind}-{severity}"] for severity in SEVERITIES] for kind in kinds}
 
 
-def patches_plot(table: Table, verdicts: Verdicts) -> Plot | None:
-    """Draw the share of images that survive the texture patch attack against queries spent."""
+def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
+    """Draw the share of images that survive texture patches against queries and patches spent."""
     ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "tpa") for row in table.rows}
     found = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
     if not found:
         return None
-    with _canvas(5.5, 3.4) as canvas:
-        for label, ledger in found.items():
+    patches = range(scale.patch.patches + 1)
+    with _canvas(8.5, 3.4, panels=2) as canvas:
+        by_queries, by_patches = canvas.figure.axes
+        for (label, ledger), marker in zip(found.items(), MARKERS * 2, strict=False):
             rows = ledger.filter(pc.equal(ledger["question"], "tpa"))
             survived = np.array(rows["survived"].to_pylist())
             queries = np.where(survived, np.inf, np.array(rows["queries"].to_pylist(), dtype=float))
             spent = np.concatenate([[0], np.sort(queries[np.isfinite(queries)])])
             left = [100 * float(np.mean(queries > q)) for q in spent]
-            canvas.axes.step(spent, left, where="post", label=label)
-        canvas.axes.set(xlabel="queries", ylabel="survived, %", ylim=(-2, 102))
-        canvas.axes.legend(fontsize=7)
-    return Plot(
-        "patches", "Survival of the texture patch attack against the queries spent.", canvas.svg
-    )
+            by_queries.step(spent, left, where="post", label=label)
+            stages = rows["stage"].to_pylist()
+            broken = np.cumsum([stages.count(f"patch-{n}" if n else "clean") for n in patches])
+            by_patches.plot(patches, 100 * (1 - broken / len(stages)), marker=marker, markersize=4)
+        by_queries.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
+        by_patches.set(xlabel="patches, number", ylabel="survived, %", ylim=(-2, 102))
+        by_patches.set_xticks(patches)
+        canvas.figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    caption = f"Survival of the texture patch attack against queries and patches, {table.name}."
+    return Plot(f"patches-{table.name}", caption, canvas.svg, table.name)
 
 
 def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw training loss and held-out accuracy by epoch; a cross marks a collapse."""
     found = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
-    if not found:
+    if not 0 < len(found) <= MOST_LINES:
         return None
-    with _canvas(8.5, 3.4, panels=2) as canvas:
+    with _canvas(8.5, 3.6, panels=2) as canvas:
         loss, accuracy = canvas.figure.axes
         for label, run in found.items():
             losses = tracker.history(run, "train/loss")
@@ -231,11 +266,11 @@ def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) 
             accuracy.plot(epochs, [100 * s for s in shares], ".-", color=line.get_color())
             if run.outcome == "collapsed" and losses:
                 loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)
-        loss.set(xlabel="epoch", ylabel="training loss, nats")
-        accuracy.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(-2, 102))
-        loss.legend(fontsize=6)
+        loss.set(xlabel="time, epochs", ylabel="training loss, nats")
+        accuracy.set(xlabel="time, epochs", ylabel="held-out accuracy, %", ylim=(-2, 102))
+        canvas.figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     caption = f"Training of {table.name}'s models; a cross marks a collapse."
-    return Plot("training", caption, canvas.svg)
+    return Plot(f"training-{table.name}", caption, canvas.svg, table.name)
 
 
 def _xy(history: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -261,45 +296,85 @@ def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
     return Plot("scatter", "Clean against robust accuracy, every trial of the study.", canvas.svg)
 
 
-def size_plot(table: Table, runs: Mapping[str, TrialRun], scale: Scale) -> Plot | None:
+def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw clean accuracy and corruption error against the number of parameters."""
     from trainables.models import build_classifier, count_parameters
 
     scores = {"clean": "clean accuracy", "corruptions": "corruption error"}
-    with _canvas(8.0, 3.4, panels=2) as canvas:
-        drawn = 0
-        for axes, (score, label) in zip(canvas.figure.axes, scores.items(), strict=True):
-            for row, marker in zip(table.rows, MARKERS * 9, strict=False):
-                run = runs.get(row.recipe.digest())
-                if run is None or score not in run.metrics:
-                    continue
-                count = count_parameters(build_classifier(row.recipe))
-                axes.plot(count, 100 * run.metrics[score], marker, label=row.label)
-                drawn += 1
-            axes.set(xlabel="parameters", ylabel=f"{label}, %", xscale="log")
-        if drawn:
-            canvas.figure.axes[0].legend(fontsize=6)
-    if not drawn:
+    judged = [row for row in table.rows if (d := row.recipe.digest()) in runs and runs[d].metrics]
+    if not judged:
         return None
-    return Plot("size", f"Accuracy against model size at scale {scale.name}.", canvas.svg)
+    with _canvas(8.5, 3.6, panels=2) as canvas:
+        for row, marker in zip(judged, MARKERS * 9, strict=False):
+            count = count_parameters(build_classifier(row.recipe))
+            metrics = runs[row.recipe.digest()].metrics
+            for axes, score in zip(canvas.figure.axes, scores, strict=True):
+                if score in metrics:
+                    axes.plot(count, 100 * metrics[score], marker, label=row.label)
+        for axes, label in zip(canvas.figure.axes, scores.values(), strict=True):
+            axes.set(xlabel="parameters, number", ylabel=f"{label}, %", xscale="log")
+        handles, labels = canvas.axes.get_legend_handles_labels()
+        canvas.figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
+    return Plot("size", "Accuracy and error against model size.", canvas.svg, table.name)
 
 
-def shape_bias_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
-    """Draw each row's shape bias: shape's share of the answers that are shape's or texture's."""
+def shape_bias_plot(tables: Sequence[Table], runs: Mapping[str, TrialRun]) -> Plot | None:
+    """Draw each model's shape bias: shape's share of the answers that are shape's or texture's."""
     score = "stylized/shape-bias"
+    rows = {row.recipe.digest(): row.label for table in tables for row in table.rows}
     found = {
-        row.label: runs[digest].metrics
-        for row in table.rows
-        if (digest := row.recipe.digest()) in runs and score in runs[digest].metrics
+        label: runs[digest].metrics
+        for digest, label in rows.items()
+        if digest in runs and score in runs[digest].metrics
     }
     if not found:
         return None
-    with _canvas(5.5, 0.9 + 0.4 * len(found)) as canvas:
+    found = dict(sorted(found.items(), key=lambda item: item[1][score])[-3 * MOST_LINES :])
+    with _canvas(6.5, 0.9 + 0.25 * len(found)) as canvas:
         for place, metrics in enumerate(found.values()):
             value, low, high = (100 * metrics[score + end] for end in ("", "/low", "/high"))
             canvas.axes.errorbar(
-                value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=2
-            )
-        canvas.axes.set_yticks(range(len(found)), list(found))
+                value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=2,
+                color=COLOURS[0],
+            )  # fmt: skip
+        canvas.axes.set_yticks(range(len(found)), list(found), fontsize=7)
         canvas.axes.set(xlabel="shape bias, %", xlim=(0, 100))
-    return Plot("shape-bias", "Shape bias on cue conflicts.", canvas.svg)
+    caption = "Shape bias on cue conflicts with its 95 % interval, every model asked."
+    return Plot("shape-bias", caption, canvas.svg)
+
+
+def effects_plot(effects: Effects) -> Plot:
+    """Draw each choice's main effect, and beside it the interaction that explains the most."""
+    contrasts, interaction = effects.contrasts[::-1], effects.interaction
+    panels = 2 if interaction else 1
+    width, height = 4.5 + 3.5 * (panels - 1), 1.2 + 0.26 * len(contrasts)
+    with _canvas(width, max(height, 2.8), panels=panels) as canvas:
+        axes = canvas.axes
+        for place, c in enumerate(contrasts):
+            colour = COLOURS[0] if c.low > 0 or c.high < 0 else UNDECIDED
+            axes.plot([100 * c.low, 100 * c.high], [place, place], color=colour)
+            axes.plot(100 * c.difference, place, "o", color=colour, markersize=4)
+        axes.axvline(0, color="#999999", linewidth=0.8)
+        names = [f"{c.axis}: {c.value} - {c.reference}" for c in contrasts]
+        axes.set_yticks(range(len(contrasts)), names, fontsize=7)
+        axes.set_xlabel(f"{effects.score}: difference, points")
+        if interaction:
+            _draw_interaction(canvas.figure.axes[1], effects.score, interaction)
+    caption = (
+        f"Main effects on {effects.score} with 95 % intervals"
+        + (f", and the strongest interaction, {interaction.axis}" if interaction else "")
+        + "; grey: the interval holds 0."
+    )
+    return Plot(f"effects-{effects.score}", caption, canvas.svg, "effects")
+
+
+def _draw_interaction(axes: Axes, score: str, interaction: Interaction) -> None:
+    means = interaction.means
+    places = {value: place for place, value in enumerate(dict.fromkeys(a for a, _ in means))}
+    for value, marker in zip(dict.fromkeys(b for _, b in means), MARKERS * 9, strict=False):
+        points = [(places[a], 100 * mean) for (a, b), mean in means.items() if b == value]
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=value)
+    axes.set_xticks(list(places.values()), list(places), fontsize=7)
+    first, second = interaction.axis.split(" x ")
+    axes.set(xlabel=f"{first}, value", ylabel=f"mean {score}, %")
+    axes.legend(fontsize=6, title=second, title_fontsize=7)

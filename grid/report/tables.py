@@ -37,6 +37,18 @@ class FilledCell:
         """Write the paper's side of the cell, empty where no figure is verified."""
         return "" if self.published is None else f"{self.published:g}"
 
+    @property
+    def difference(self) -> float | None:
+        """Return ours minus the paper's, in points."""
+        if self.value is None or self.published is None:
+            return None
+        return self.value - self.published
+
+    @property
+    def kind(self) -> str:
+        """Return the state in a word: done, collapsed, failed, blocked, training or not."""
+        return self.state.partition(":")[0].split()[0]
+
 
 @dataclass(frozen=True)
 class FilledRow:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import pyarrow as pa
 
-from evaluators.health import red_flags
 from evaluators.paired import Paired, compare, image_scores
+from evaluators.red_flags import red_flags
 from evaluators.shards import from_parquet
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
 from trainables.tracking import Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
+KEPT_LEDGERS = 256
+MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Verdicts:
 
     def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun]) -> None:
         self._tracker, self._runs = tracker, runs
-        self._read = cache(self._fetch)
+        self._read = lru_cache(KEPT_LEDGERS)(self._fetch)
 
     def comparisons(self, table: Table, seeds: int) -> tuple[Comparison, ...]:
         """Compare each row with the first, on the images that both were asked about.
 
-        Rows that share no judged column with it are left out.
+        Rows that share no judged column with it are left out, and tables of very many rows.
         """
-        reference, *others = table.rows
+        reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
         found = (
             Comparison(
                 row.label,
@@ -66,6 +68,10 @@ class Verdicts:
         other = self._scores(digests_of(reference.recipe, seeds), column)
         return compare(ours, other) if ours and other else None
 
+    def is_judged(self, digest: str, evaluator: str) -> bool:
+        """Say whether a cell has a ledger."""
+        return digest in self._runs and evaluator in self._runs[digest].cells
+
     def ledger(self, digest: str, evaluator: str) -> pa.Table | None:
         """Return a cell's ledger; None where it is not judged."""
         return self._read(digest, evaluator)
@@ -78,7 +84,11 @@ class Verdicts:
         return known if len(known) == len(digests) else []
 
     def _fetch(self, digest: str, evaluator: str) -> pa.Table | None:
-        run = self._runs.get(digest)
-        if run is None or evaluator not in run.cells:
+        if not self.is_judged(digest, evaluator):
             return None
-        return from_parquet(self._tracker.ledger(run, evaluator))[0]
+        run = self._runs[digest]
+        try:
+            return from_parquet(self._tracker.ledger(run, evaluator))[0]
+        except ValueError as error:
+            where = f"{run.artifact_uri}/ledgers/{evaluator}.parquet"
+            raise ValueError(f"{where}: {error}; restore it, or delete run {run.run_id}") from None

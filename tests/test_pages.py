@@ -1,0 +1,166 @@
+"""The report and the MLflow UI in a real browser, as a person opens them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from grid.plan import build_plan
+from grid.report.build import write_report
+from grid.studies import load_study
+from tests import browser as chromium
+from tests.made_up import record
+from tests.servers import MlflowServer
+from trainables.recipe import Recipe
+from trainables.scale import DIGITS
+from trainables.tracking import Tracker
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not chromium.installed(), reason="no Chromium: apt-get install chromium"),
+]
+TABLES = ("T1", "T2", "T3", "T5", "T8")
+FIGURES = {
+    "claims",
+    "scatter",
+    "shape-bias",
+    "size",
+    *("steps-T1", "epsilon-T1", "steps-T2", "stages-T2", "training-T2", "patches-T3"),
+    *("corruptions-T5", "corruptions-T8"),
+}
+DARK = {"color_scheme": "dark"}
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+WIDE = {"width": 1800, "height": 1000}
+# Elements that show over each other: text in one box that reaches into its next sibling's.
+OVERLAPS = """() =>
+  [...document.querySelectorAll('main > section, section > *, tr > *')].filter(e => {
+    const next = e.nextElementSibling;
+    if (!next) return false;
+    const a = e.getBoundingClientRect(), b = next.getBoundingClientRect();
+    return Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+}).map(e => e.outerHTML.slice(0, 80))"""
+CUT_OFF = """() => [...document.querySelectorAll('h1, h2, h3, p, figure, figcaption, li')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    .map(e => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A recorded study under a running MLflow server, and its report's page."""
+    results = tmp_path_factory.mktemp("pages")
+    paper = load_study("paper")
+    plan = build_plan(paper, DIGITS, tables=TABLES)
+    record(results, paper, plan, collapsed=1)
+    server = MlflowServer(results)
+    server.start()
+    tracker = Tracker(server.uri, experiment="robustness-digits", artifacts=None)
+    page = write_report(tracker, paper, plan, DIGITS, results / "report")
+    yield page, tracker
+    server.kill()
+    shutil.rmtree(results)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium.browser() as opened:
+        yield opened
+
+
+def opened(browser, address, said, **options):
+    page = browser.new_page(**{"viewport": DESK} | options)
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else 0)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    return page
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"viewport": PHONE},
+        {"color_scheme": "dark"},
+        {"viewport": PHONE, "color_scheme": "dark"},
+    ],
+    ids=["desk", "phone", "dark", "phone in the dark"],
+)
+def test_the_report_is_whole_and_nothing_overlaps(study, browser, options):
+    said = []
+    page = opened(browser, study[0].as_uri(), said, **options)
+    assert said == []
+    assert {f"{t}" for t in TABLES} <= set(
+        page.eval_on_selector_all("section", "s => s.map(e => e.id)")
+    )
+    figures = page.eval_on_selector_all("figure[id]", "f => f.map(e => e.id)")
+    assert set(figures) == FIGURES
+    sizes = page.eval_on_selector_all(
+        "figure[id] svg", "f => f.map(e => e.getBoundingClientRect().height)"
+    )
+    assert len(sizes) == len(FIGURES)
+    assert min(sizes) > 50
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(OVERLAPS) == []
+    assert page.evaluate(CUT_OFF) == []
+    pictures = page.eval_on_selector_all("#gallery img", "i => i.map(e => e.naturalWidth)")
+    assert pictures
+    assert set(pictures) == {16}
+    page.close()
+
+
+def test_dark_is_dark_and_print_is_not_cut(study, browser):
+    page = opened(browser, study[0].as_uri(), [], color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(18, 21, 25)"
+    page.emulate_media(media="print", color_scheme="light")
+    page.set_viewport_size({"width": 794, "height": 1123})  # A4 at 96 dots an inch
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()
+
+
+def test_every_link_of_the_report_leads_somewhere(study, browser):
+    path, tracker = study
+    page = opened(browser, path.as_uri(), [])
+    links = page.eval_on_selector_all("a", "a => a.map(e => e.getAttribute('href'))")
+    inside = [link[1:] for link in links if link.startswith("#")]
+    assert all(page.query_selector(f"[id='{name}']") for name in inside)
+    outside = {link for link in links if not link.startswith("#")}
+    runs = {run.run_id for run in tracker.trials().values()}
+    assert {link for link in outside if "/runs/" in link} == {
+        tracker.page(run_id=run) for run in runs
+    }
+    assert outside == {tracker.page(run_id=run) for run in runs} | {tracker.page(study="paper")}
+    page.close()
+
+
+def test_the_mlflow_ui_compares_runs_named_by_what_they_are(study, browser):
+    _, tracker = study
+    said = []
+    page = opened(
+        browser, tracker.page(study="paper"), said, viewport={"width": 1600, "height": 1000}
+    )
+    run = max(tracker.trials().values(), key=lambda run: run.metrics.get("clean", 0.0))
+    page.get_by_text(Recipe.model_validate_json(run.recipe).describe()).first.wait_for()
+    headers = page.eval_on_selector_all("[role=columnheader]", "h => h.map(e => e.innerText)")
+    assert {"clean", "pgd-100", "autoattack", "natural"} <= set(headers)
+    # MLflow itself asks for a user that a server without accounts does not know.
+    assert [text for text in said if "404" not in text] == []
+    page.close()
+
+
+def test_a_link_of_the_report_opens_its_run_with_ledgers_and_model(study, browser):
+    _, tracker = study
+    run = next(r for r in tracker.trials().values() if r.outcome == "finished")
+    page = opened(
+        browser, tracker.page(run_id=run.run_id), [], viewport={"width": 1600, "height": 1000}
+    )
+    page.get_by_text(run.run_id).first.wait_for()
+    page.goto(tracker.page(run_id=run.run_id) + "/artifacts")
+    page.get_by_text("ledgers").first.wait_for()
+    assert re.search("MLmodel", page.inner_text("body"))
+    page.close()

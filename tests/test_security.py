@@ -1,0 +1,583 @@
+"""Nothing that is read can run code or leave its folder, and what is secret stays so."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from torchvision.datasets import CIFAR10 as TORCHVISION
+
+from evaluators.__main__ import main as evaluators_main
+from evaluators.shards import ShardStore
+from evaluators.stored_cifar import stored_images, stored_labels
+from evaluators.textures import LAYOUT, read_published, vgg19_network
+from evaluators.weights import load_any_weights
+from grid import run
+from grid.studies import load_study
+from tests.driver import SECONDS, wait_for_checkpoint
+from tests.pictures import write_folder
+from tests.servers import MlflowServer
+from tests.test_cifar import write_archive
+from trainables.checkpoint import (
+    load_newest_checkpoint,
+    load_weights,
+    recipe_json_of,
+    save_weights,
+    stored_weights,
+)
+from trainables.data import load_data
+from trainables.images import ImageFiles, keep_originals
+from trainables.models import build_classifier
+from trainables.scale import CIFAR10
+from trainables.scan import Scan
+from trainables.source import EMBEDDED, DataSource
+from trainables.trial import RecipeTrial
+
+ROOT = Path(__file__).parents[1]
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def as_torch(value):
+    buffer = io.BytesIO()
+    torch.save({"model": value, "history": []}, buffer)
+    return buffer.getvalue()
+
+
+def as_array(value):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([value], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def as_extension(value):
+    """A column whose type is a pickle: pyarrow has read such ones (CVE-2023-47248)."""
+    kind = {"ARROW:extension:name": "arrow.py_extension_type"}
+    kind["ARROW:extension:metadata"] = pickle.dumps(value)
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([pa.field("image_id", pa.string(), metadata=kind)])
+    pq.write_table(pa.table([["a"]], schema=schema), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FORMS = {"pickle": pickle.dumps, "torch": as_torch, "npy": as_array, "parquet": as_extension}
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "was-run"
+
+
+CARELESS = {
+    "pickle": pickle.loads,
+    "torch": lambda content: torch.load(io.BytesIO(content), weights_only=False),
+    "npy": lambda content: np.load(io.BytesIO(content), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize("form", CARELESS)
+def test_what_is_planted_does_run_where_it_is_read_carelessly(marker, form):
+    CARELESS[form](FORMS[form](Planted(marker)))
+    assert marker.exists()
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+# Where a pickle could be read: each puts one there, and returns its path and who reads it.
+
+
+def checkpoint(root, content, small):
+    path = put(root / f"epoch-00001-sound-{digest(content)}.pt", content)
+    return path, lambda: load_newest_checkpoint(root)
+
+
+def resumed_trial(root, content, small):
+    recipe = small()
+    folder = root / "trials" / recipe.digest()
+    path = put(folder / f"epoch-00001-sound-{digest(content)}.pt", content)
+    trial = {"recipe": recipe.model_dump(mode="json"), "threads": 1, "device": "cpu"}
+    trial |= {"source": EMBEDDED, "compile": False, "storage": str(root)}
+    return path, RecipeTrial({"trial": trial}).step
+
+
+def weights(suffix):
+    def place(root, content, small):
+        path = put(root / f"weights{suffix}", content)
+        return path, lambda: load_any_weights(path, build_classifier(small()))
+
+    place.__name__ = f"weights{suffix}"
+    return place
+
+
+def mlflow_artifact(root, content, small):
+    path = put(root / "weights.safetensors", content)
+    return path, lambda: load_weights(path, build_classifier(small()))
+
+
+def header_of_weights(root, content, small):
+    path = put(root / "weights.safetensors", content)
+    return path, lambda: recipe_json_of(path)
+
+
+def teachers_weights(root, content, small):
+    path = put(root / "weights.safetensors", content)
+    return path, lambda: stored_weights(str(path))
+
+
+def vgg19(root, content, small):
+    path = put(root / "vgg19.pth", content)
+    return path, lambda: vgg19_network(path)
+
+
+def texture(root, content, small):
+    path = put(root / LAYOUT.format(label=0, cluster=0), content)
+    return path, lambda: read_published(root, classes=(0,), clusters=1).of_class(0)
+
+
+def shard(root, content, small):
+    path = put(root / f"0-of-1-{digest(content)}.parquet", content)
+    return path, lambda: ShardStore(root, 1).missing()
+
+
+def cifar_10_c(root, content, small):
+    path = put(root / "fog.npy", content)
+    return path, lambda: stored_images(path)
+
+
+def cifar_10_1_labels(root, content, small):
+    path = put(root / "cifar10.1_v6_labels.npy", content)
+    return path, lambda: stored_labels(path, 1)
+
+
+def cifar_batch(name):
+    def place(root, content, small):
+        folder = write_archive(root, pytest.MonkeyPatch())
+        put(folder / name, content)
+        return folder, lambda: load_data(CIFAR10, DataSource(root=root))
+
+    place.__name__ = name
+    return place
+
+
+def cifar_archive(root, content, small):
+    path = put(root / "cifar-10-python.tar.gz", content)
+    return path, lambda: load_data(CIFAR10, DataSource(root=root))
+
+
+def decoded_cifar(root, content, small):
+    path = put(root / "decoded" / "cifar10-train.safetensors", content)
+    (root / "cifar-10-batches-py").mkdir()
+    return path, lambda: load_data(CIFAR10, DataSource(root=root, cache=root / "decoded"))
+
+
+def decoded_sizes(root, content, small):
+    data = write_folder(root / "data", per_class=1, held_out=0)
+    images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
+    keep_originals(images, root / "decoded", 2**30)
+    (path,) = (root / "decoded").glob("sizes-*")
+    return put(path, content), lambda: keep_originals(images, root / "decoded", 2**30)
+
+
+def scan_file(root, content, small):
+    path = put(root / "scan.parquet", content)
+    return path, lambda: Scan(path)
+
+
+def image(root, content, small):
+    path = put(root / "train" / "class" / "picture.jpg", content)
+    images = ImageFiles(root, ["train/class/picture.jpg"], size=16)
+    return path, lambda: images.original(0)
+
+
+def study_file(root, content, small):
+    path = put(root / "study.toml", content)
+    return path, lambda: load_study(str(path))
+
+
+REFUSING = [
+    *(checkpoint, resumed_trial, weights(".pth"), weights(".pt"), weights(".safetensors")),
+    *(mlflow_artifact, header_of_weights, teachers_weights, vgg19, texture),
+    *(cifar_10_c, cifar_10_1_labels, decoded_cifar, cifar_archive, image, study_file),
+    *(cifar_batch("data_batch_3"), cifar_batch("test_batch"), cifar_batch("batches.meta")),
+]
+MAKING_ANEW = [shard, decoded_sizes, scan_file]
+
+
+@pytest.fixture
+def torchvision_as_it_was(monkeypatch):
+    """Have what `write_archive` changes put back."""
+    for name in ("train_list", "test_list", "meta"):
+        monkeypatch.setattr(TORCHVISION, name, getattr(TORCHVISION, name))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", REFUSING, ids=lambda place: place.__name__)
+def test_a_planted_pickle_is_refused_by_its_path(
+    place, form, marker, tmp_path, small, torchvision_as_it_was
+):
+    path, read = place(tmp_path / "root", FORMS[form](Planted(marker)), small)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", MAKING_ANEW, ids=lambda place: place.__name__)
+def test_a_planted_pickle_among_what_can_be_made_anew_counts_as_nothing(
+    place, form, marker, tmp_path, small
+):
+    content = FORMS[form](Planted(marker))
+    path, read = place(tmp_path / "root", content, small)
+    read()
+    assert not marker.exists()
+    assert place is scan_file or not path.exists() or path.read_bytes() != content
+
+
+def member(name, kind=tarfile.REGTYPE, link=""):
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, link
+    return found
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("../climbed")],
+        [member("/tmp/climbed")],  # noqa: S108 - which is not to be made
+        [member("out", tarfile.SYMTYPE, ".."), member("out/climbed")],
+        [member("out", tarfile.LNKTYPE, "../../climbed")],
+    ],
+    ids=["above", "absolute", "symbolic link", "hard link"],
+)
+def test_an_archive_cannot_climb_out_of_its_folder(tmp_path, monkeypatch, members):
+    root = tmp_path / "root"
+    root.mkdir()
+    packed = root / "cifar-10-python.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        for found in members:
+            archive.addfile(found)
+    md5 = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(TORCHVISION, "tgz_md5", md5)
+    with pytest.raises(ValueError, match=r"cannot be unpacked|is not CIFAR-10 as published"):
+        load_data(CIFAR10, DataSource(root=root))
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    assert not Path("/tmp/climbed").exists()  # noqa: S108
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".", "", "a\\u0000b", "x" * 65])
+def test_a_studys_name_cannot_be_a_path(tmp_path, name):
+    path = tmp_path / "study.toml"
+    path.write_text(f'name = "{name}"\nbase = "resnet50"')
+    with pytest.raises(ValueError, match="name: String should match"):
+        load_study(str(path))
+
+
+def test_weights_named_like_the_folder_above_keep_their_ledgers_below(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    kept = put(tmp_path / "results" / "shards" / "of-the-study", b"")
+    recipe = small()
+    save_weights("./...safetensors", build_classifier(recipe), recipe.model_dump_json())
+    assert evaluators_main(["--weights", "...safetensors"]) == 0
+    assert kept.exists()
+    assert [p.name for p in tmp_path.rglob("clean.parquet")] == ["clean.parquet"]
+    assert not (tmp_path / "results" / "clean.parquet").exists()
+
+
+def test_what_is_written_over_a_link_leaves_its_target_alone(tmp_path, small):
+    target = put(tmp_path / "outside" / "file", b"mine")
+    link = tmp_path / "trials" / "weights.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(target)
+    save_weights(link, build_classifier(small()), "{}")
+    assert target.read_bytes() == b"mine"
+    assert not link.is_symlink()
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    root = write_folder(tmp_path, per_class=1, held_out=1)
+    os.mkfifo(root / "train" / "class-00" / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe\.jpg \(class class-00\) .* it is not a file"):
+        ImageFiles(root, ["train/class-00/pipe.jpg"], size=16).original(0)
+    (opened,) = Scan(None).open(root, ["train/class-00/pipe.jpg"])
+    assert opened.problem == "it is not a file"
+
+
+@pytest.mark.parametrize("name", ["[", "<script>", "a\nb", "\x1b[31m"])
+def test_a_class_of_any_name_can_be_looked_at(tmp_path, capsys, name):
+    root = write_folder(tmp_path / "data", per_class=1, held_out=1)
+    put(root / "train" / name / "b].jpg", b"")
+    arguments = ["--scale", "folder", "--data", str(root), "--image-size", "32", "--check"]
+    with pytest.raises(SystemExit) as stopped:
+        run.main([*arguments, "--results", str(tmp_path / "results"), "--tables", "T6"])
+    assert stopped.value.code == 2
+    assert "unreadable images" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path):
+    root = write_folder(tmp_path, per_class=1, held_out=1)
+    put(root / "train" / "class-00" / os.fsdecode(b"\xff.jpg"), b"")
+    with pytest.raises(ValueError, match="'train/class-00' or an image in it has a name"):
+        load_study_of(root)
+
+
+def load_study_of(root):
+    from trainables.source import list_splits
+
+    return list_splits(DataSource(root=root))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:hunter2@127.0.0.1:5000",
+        "s3://KEY:hunter2@bucket/place",
+        "s3://KEY:hun/ter2+x@bucket/place",
+        "postgresql://user:hunter2@host/mlflow",
+    ],
+)
+@pytest.mark.parametrize("option", ["--mlflow", "--storage", "environment", "evaluators"])
+def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, monkeypatch):
+    arguments = [option, uri]
+    if option == "environment":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        arguments = []
+    main, fixed = run.main, ["--plan"]
+    if option == "evaluators":
+        main, fixed, arguments = evaluators_main, ["--weights", "w.pth"], ["--mlflow", uri]
+    with pytest.raises(SystemExit, match="2"):
+        main([*fixed, *arguments])
+    said = "".join(capsys.readouterr())
+    assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "hun" not in said
+
+
+# The hashed set that cluster files install.
+
+HASHED = (ROOT / "requirements-cluster.txt").read_text()
+PINS = dict(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", HASHED, re.MULTILINE))
+
+
+def test_every_requirement_of_the_hashed_set_has_hashes_and_no_host():
+    entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", HASHED, flags=re.MULTILINE).strip())
+    for entry in entries:
+        assert re.match(r"[a-z0-9-]+==\S+( ; [^\\]+)? \\\n    --hash=sha256:[0-9a-f]{64}", entry)
+    assert "://" not in HASHED
+
+
+def test_the_hashed_set_has_what_the_project_asks_for_at_the_tested_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = project["project"]["dependencies"]
+    asked += project["project"]["optional-dependencies"]["cluster"]
+    for entry in map(Requirement, [*asked, *project["build-system"]["requires"]]):
+        assert entry.name in PINS
+        assert entry.specifier.contains(PINS[entry.name])
+    tested = re.findall(
+        r"^([a-z0-9-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert {name: PINS[name] for name, _ in tested} == dict(tested)
+    assert {Requirement(entry).name for entry in project["project"]["dependencies"]} <= {
+        name for name, _ in tested
+    }
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "cluster-local.yaml"])
+def test_a_cluster_installs_nothing_whose_hash_is_not_known(name):
+    setup = " ".join(yaml.safe_load((ROOT / name).read_text())["setup_commands"])
+    assert "--require-hashes -r requirements-cluster.txt" in setup
+    installs = re.findall(r"pip install .*?(?=&&|\) |$)", setup)
+    assert installs
+    for install in installs:
+        assert "--require-hashes" in install or "--no-deps --no-build-isolation" in install
+
+
+# The real command, with secrets around it and pickles in its way.
+
+SECRETS = {
+    "MLFLOW_TRACKING_USERNAME": "someone",
+    "MLFLOW_TRACKING_PASSWORD": "secret-of-mlflow",
+    "AWS_ACCESS_KEY_ID": "AKIASECRETOFAWS",
+    "AWS_SECRET_ACCESS_KEY": "secret/of+aws",
+    "RAY_AUTH_TOKEN": "5ec2e7" * 8,
+}
+STUDY = """
+name = "one"
+base = "resnet50"
+evaluators = ["clean"]
+[axes]
+size = ["small"]
+epochs = [20]
+"""
+ASK_GCS = """
+import sys
+from ray._raylet import GcsClient
+print(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=20))
+"""
+
+
+def listeners(process):
+    """Return the address and port of every socket that a process and those below it listen on."""
+    found = {}
+    for one in (process, *process.children(recursive=True)):
+        name = " ".join(one.cmdline()[:1])
+        for connection in one.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found[name, connection.laddr.port] = connection.laddr.ip
+    return found
+
+
+def asked_gcs(port, environment, token):
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or ""}
+    return subprocess.run(
+        [sys.executable, "-c", ASK_GCS, f"127.0.0.1:{port}"],
+        env=environment | (own if token else {"RAY_AUTH_MODE": "disabled"}),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder():
+    # A short path: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="g") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    server = MlflowServer(folder / "server")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def environment(folder):
+    (folder / "home").mkdir()
+    (folder / "ray").mkdir()
+    own = {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder / "ray")}
+    kept = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    return kept | own | SECRETS
+
+
+def command(folder, server, *arguments):
+    (folder / "study.toml").write_text(STUDY)
+    fixed = ["--study", str(folder / "study.toml"), "--results", str(folder / "results")]
+    return [sys.executable, "grid/run.py", *fixed, "--mlflow", server.uri, *arguments]
+
+
+def looked_into(driver, folder, environment):
+    """Return where a run listens, and what Ray answers to whom; it is held still meanwhile."""
+    wait_for_checkpoint(folder / "results", driver)
+    process = psutil.Process(driver.pid)
+    process.suspend()
+    found = listeners(process)
+    (port,) = [port for (name, port) in found if name.endswith("gcs_server")]
+    tokens = {"none": None, "another": "0" * 64, "its own": SECRETS["RAY_AUTH_TOKEN"]}
+    asked = {name: asked_gcs(port, environment, token) for name, token in tokens.items()}
+    process.resume()
+    return found, asked
+
+
+@pytest.fixture(scope="module")
+def ran(folder, server, environment):
+    """A run of the command: where it listened, who got an answer, and what it said."""
+    marker = folder / "was-run"
+    for name in ("tuner.pkl", "trainable.pkl", "error.pkl", "x/error.pkl", "x/.tune_metadata"):
+        put(folder / "results" / "tune" / name, pickle.dumps(Planted(marker)))
+    with subprocess.Popen(
+        command(folder, server),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as driver:
+        try:
+            found, asked = looked_into(driver, folder, environment)
+            said = driver.communicate(timeout=SECONDS)[0]
+        finally:
+            driver.kill()
+    assert driver.returncode == 0, said
+    return found, asked, said
+
+
+@pytest.mark.slow
+def test_a_run_on_one_machine_listens_on_its_loopback_alone(ran):
+    found, _, _ = ran
+    assert len(found) > 5
+    assert set(found.values()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+@pytest.mark.slow
+def test_ray_answers_nobody_without_its_token(ran):
+    _, asked, _ = ran
+    assert asked["its own"].returncode == 0, asked["its own"].stderr
+    for name in ("none", "another"):
+        assert asked[name].returncode != 0
+        assert "uthenticat" in asked[name].stderr
+
+
+@pytest.mark.slow
+def test_secrets_are_neither_printed_nor_written(ran, folder):
+    _, _, said = ran
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "index.html", "raylet.out"} <= {path.name for path in files}
+    written = {str(path): path.read_bytes() for path in files} | {"printed": said.encode()}
+    for name in set(SECRETS) - {"MLFLOW_TRACKING_USERNAME"}:
+        assert [w for w, content in written.items() if SECRETS[name].encode() in content] == []
+
+
+@pytest.mark.slow
+def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, server, environment):
+    marker = folder / "was-run"
+    (ledger,) = (folder / "server" / "artifacts").rglob("clean.parquet")
+    put(ledger, pickle.dumps(Planted(marker)))
+    again = subprocess.run(
+        command(folder, server, "--report"),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert again.returncode == 2, again.stderr
+    assert re.search(r"ledgers/clean\.parquet: it is no whole ledger", again.stderr)
+    assert not marker.exists()
