@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,9 @@ def main() -> None:
         command += ["--results", f"{folder}/results", "--address", "local", *arguments]
         began = time.perf_counter()
         driver = subprocess.Popen(command, env=os.environ | ENVIRONMENT)  # noqa: S603
-        seconds, processes = watch(driver)
+        spent = watch(driver)
         wall = time.perf_counter() - began
-        print_shares(shares(seconds, processes, json.loads(told.read_text()), wall), wall)
+        print_shares(shares(spent, json.loads(told.read_text()), wall), wall)
 
 
 def drive(arguments: list[str], told: Path) -> None:
@@ -82,8 +81,8 @@ def drive(arguments: list[str], told: Path) -> None:
     raise SystemExit(code)
 
 
-def watch(driver: subprocess.Popen[bytes]) -> tuple[Counter[str], Counter[str]]:
-    """Return the processor seconds of all but the driver by role, and how many processes each."""
+def watch(driver: subprocess.Popen[bytes]) -> dict[str, list[float]]:
+    """Return the processor seconds of all processes but the driver, by role."""
     last: dict[tuple[int, float], tuple[str, float]] = {}
     root = psutil.Process(driver.pid)
     while driver.poll() is None:
@@ -100,11 +99,10 @@ def watch(driver: subprocess.Popen[bytes]) -> tuple[Counter[str], Counter[str]]:
         time.sleep(LOOK_SECONDS)
     if driver.returncode:
         raise SystemExit(f"the command ended with {driver.returncode}")
-    seconds, processes = Counter[str](), Counter[str]()
+    found: dict[str, list[float]] = {"training": [], "judging": [], "Ray": []}
     for role, spent in last.values():
-        seconds[role] += spent  # type: ignore[assignment]
-        processes[role] += 1
-    return seconds, processes
+        found[role].append(spent)
+    return found
 
 
 def _children(root: psutil.Process) -> list[psutil.Process]:
@@ -115,16 +113,19 @@ def _children(root: psutil.Process) -> list[psutil.Process]:
 
 
 def shares(
-    seconds: Counter[str], processes: Counter[str], driver: dict[str, float], wall: float
+    spent: dict[str, list[float]], driver: dict[str, float], wall: float
 ) -> dict[str, float]:
     """Return each part's share of all cores."""
-    imports = {"training": import_seconds(TRAINS), "judging": import_seconds(JUDGES)}
-    imported = {role: each * processes[role] for role, each in imports.items()}
-    found = {role: seconds[role] - imported[role] for role in ARITHMETIC}
+    found, imported = {}, 0.0
+    for role, code in (("training", TRAINS), ("judging", JUDGES)):
+        imports = import_seconds(code)
+        # An actor that was asked nothing has not imported everything.
+        found[role] = sum(max(0.0, each - imports) for each in spent[role])
+        imported += sum(min(each, imports) for each in spent[role])
     tune = driver["all"] - driver["imports"] - driver["recorder"] - driver["report"]
     found |= {
-        "imports": sum(imported.values()) + driver["imports"],
-        "Ray": seconds["Ray"] + tune,
+        "imports": imported + driver["imports"],
+        "Ray": sum(spent["Ray"]) + tune,
         "MLflow and ledgers": driver["recorder"],
         "report": driver["report"],
     }
