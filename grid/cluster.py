@@ -24,6 +24,7 @@ LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
 CONNECT_SECONDS = 5
 CHECK_SECONDS = 60
+STARTS_TRIED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +93,7 @@ def connect(address: str | None) -> None:
     if address is None:
         # Ray listens on every interface: a token of this run's own keeps others out.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address=LOCAL,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        _start_here(quiet)
         return
     try:
         ray.init(address=address, **quiet)
@@ -107,6 +103,25 @@ def connect(address: str | None) -> None:
             f"the Ray cluster at {address} refuses this run: {cause} (its token, if it has one, "
             "must be that of ~/.ray/auth_token or RAY_AUTH_TOKEN here)"
         ) from None
+
+
+def _start_here(quiet: dict[str, Any]) -> None:
+    """Start Ray on this machine; it gives up after 30 seconds, which a busy machine may need."""
+    cause = ""
+    for _ in range(STARTS_TRIED):
+        try:
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:
+            cause = str(error)
+            ray.shutdown()
+        else:
+            return
+    raise ValueError(f"Ray does not start on this machine, tried {STARTS_TRIED} times: {cause}")
 
 
 def trials_at_once(placement: Placement) -> int:

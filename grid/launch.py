@@ -28,6 +28,7 @@ from grid.status import open_tracker, tracking_uri
 from grid.studies import Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
+from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
@@ -123,7 +124,10 @@ def run_study(
             # What draws and tests is imported when there is something to tell.
             from grid.report.build import write_report
 
-            report = write_report(tracker, study, plan, scale, results / "report")
+            folder = results / "report"
+            report = patiently(
+                lambda: write_report(tracker, study, plan, scale, folder), say=line.say
+            )
             tracker.close_study(parent, report.parent, complete=not recorder.failures)
         finally:
             line.close()
