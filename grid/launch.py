@@ -100,6 +100,8 @@ def run_study(
         line = ProgressLine()
         try:
             connect(address)
+            # Again: Ray has set a handler of its own.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             storage = _checked_storage(storage, results, mlflow)
             uri = tracking_uri(results, mlflow)
             pool, lanes = _share_out(placement, results, uri, scale, source, line.say)
@@ -142,12 +144,13 @@ def run_study(
 
 @contextmanager
 def _recording(recorder: Recorder) -> Iterator[None]:
-    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C."""
+    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
     recorder.start()
     try:
         yield
         recorder.finish()
-    except KeyboardInterrupt:
+    except BaseException:
+        # What asks Ray again once it is shut down would start another one.
         recorder.abandon()
         raise
 
