@@ -179,7 +179,8 @@ class EvaluatorPool:
         if isinstance(cause, OWN_FAULTS) or failures > MAX_FAILURES:
             self._drop(cell)
             return Judged(cell, error=why)
-        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {why}")
+        told = "its process died" if isinstance(cause, RayError) else why
+        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {told}")
         self._resting.append((time.monotonic() + wait_after(failures), cell, shard))
         return None
 
@@ -222,6 +223,6 @@ def _answer(reference: Any) -> tuple[bytes, Exception | None]:
     try:
         return ray.get(reference), None
     except RayTaskError as error:
-        return b"", error.cause
+        return b"", error.cause or error
     except RayError as error:
         return b"", error

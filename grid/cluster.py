@@ -31,6 +31,7 @@ HEAD_RESOURCE = "node:__internal_head__"
 CONNECT_SECONDS = 5
 LOOK_SECONDS = 2.0
 ROUNDING = 1e-6
+STARTS_TRIED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +133,7 @@ def connect(address: str | None) -> None:
         # run's own keeps other users out.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address=LOCAL,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        _start_here(quiet)
         return
     try:
         ray.init(address=address, **quiet)
@@ -147,6 +143,25 @@ def connect(address: str | None) -> None:
             f"the Ray cluster at {address} refuses this run: {cause} (its token, if it has one, "
             "must be that of ~/.ray/auth_token or RAY_AUTH_TOKEN here)"
         ) from None
+
+
+def _start_here(quiet: dict[str, Any]) -> None:
+    """Start Ray on this machine; it gives up after 30 seconds, which a busy machine may need."""
+    cause = ""
+    for _ in range(STARTS_TRIED):
+        try:
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:
+            cause = str(error)
+            ray.shutdown()
+        else:
+            return
+    raise ValueError(f"Ray does not start on this machine, tried {STARTS_TRIED} times: {cause}")
 
 
 class Room:

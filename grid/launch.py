@@ -33,6 +33,7 @@ from grid.status import open_tracker
 from grid.studies import PGD, Study
 from trainables.data import load_data
 from trainables.distributed import CONTROLLER, train_together
+from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
@@ -107,6 +108,8 @@ def run_study(
         line = ProgressLine()
         try:
             connect(address)
+            # Again: Ray has set a handler of its own.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             distinct = placements.of_all(plan)
             Room().check(distinct)
             tracker = open_tracker(results, mlflow, scale, say=line.say)
@@ -137,7 +140,10 @@ def run_study(
             # What draws and tests is imported when there is something to tell.
             from grid.report.build import write_report
 
-            report = write_report(tracker, study, plan, scale, results / "report")
+            folder = results / "report"
+            report = patiently(
+                lambda: write_report(tracker, study, plan, scale, folder), say=line.say
+            )
             tracker.close_study(parent, report.parent, complete=not recorder.failures)
         finally:
             line.close()
@@ -153,12 +159,13 @@ def run_study(
 
 @contextmanager
 def _recording(recorder: Recorder) -> Iterator[None]:
-    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C."""
+    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
     recorder.start()
     try:
         yield
         recorder.finish()
-    except KeyboardInterrupt:
+    except BaseException:
+        # What asks Ray again once it is shut down would start another one.
         recorder.abandon()
         raise
 

@@ -95,7 +95,7 @@ class Recorder(threading.Thread):
 
     def retried(self, digest: str, reason: str) -> None:
         """Note that a trial failed and will be tried again."""
-        self._line.say(f"{self._described(digest)} is tried again: {reason}")
+        self._line.say(f"{self._described(digest)} is tried again: {reason.partition('. ')[0]}")
 
     def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from tests.driver import SECONDS, wait_for_checkpoint
 from tests.servers import MlflowServer
 from trainables.patience import PatientClient, RunDeletedError, patiently
+from trainables.storage import NoRoomError
 from trainables.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +140,32 @@ def test_who_gives_up_is_told_what_was_waited_for():
 
     with pytest.raises(requests.ConnectionError, match="nobody there"):
         patiently(ask, say=lambda _: None, given_up=stop)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoRoomError("no room for a.pt"), "no room for a.pt: "),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room ([Errno 28]"),
+        (MlflowException("database or disk is full"), "no room (database"),
+        (MlflowException("(sqlite3.OperationalError) database is locked"), "MLflow does not"),
+        (requests.HTTPError("503 Server Error: Service Unavailable"), "MLflow does not"),
+    ],
+)
+def test_what_time_mends_is_waited_for_and_said_once(error, said, monkeypatch):
+    monkeypatch.setattr("trainables.patience.FIRST_WAIT_SECONDS", 0.01)
+    answers, heard = iter([error, error, "there"]), []
+
+    def ask():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(ask, say=heard.append) == "there"
+    waits, over = heard
+    assert waits.startswith(said)
+    assert over.endswith("again")
 
 
 def test_an_error_that_is_no_absence_is_raised_at_once():

@@ -39,6 +39,7 @@ def refusal(capsys, *arguments):
         (["--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["--cpus-per-trial", "two"], "'two' is not a whole number"),
         (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
+        (["--hung-after", "0"], "a step takes more than 0 seconds"),
         (["--workers", "0"], "'0' is not a whole number of at least 1"),
         (["--plan", "--nodes", "8"], "--nodes and --gpus-per-node go together"),
         (["--budget-hours", "8"], "--budget-gpu-hours goes with --plan"),

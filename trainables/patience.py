@@ -66,7 +66,7 @@ def _awaited(error: MlflowException | OSError) -> str:
     if isinstance(error, NoRoomError):
         return str(error)
     if getattr(error, "errno", None) in FULL or NO_ROOM.search(str(error)):
-        return "no room where MLflow keeps what it is told"
+        return f"no room ({error})"
     return SILENT if isinstance(error, CUT_OFF) or AWAY.search(str(error)) else ""
 
 

@@ -48,7 +48,10 @@ class Chaos:
         study = self._new(workers, on_server=bool(set(faults) & set(ON_SERVER)))
         disk = small_disk(study.results, MEGABYTES) if set(faults) & set(FILLED) else None
         with disk or contextlib.nullcontext(), contextlib.closing(study):
-            injected = self._injected(study, faults, seconds)
+            try:
+                injected = self._injected(study, faults, seconds)
+            except AssertionError as error:
+                return [*faults], str(error)
             if not study.finish():
                 return injected, f"the command does not end well:\n{study.said()[-3000:]}"
             found = study.outcome()
