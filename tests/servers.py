@@ -12,6 +12,9 @@ from pathlib import Path
 
 import requests
 
+# Its jobs, which nobody asks for here, would be ten processes more.
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
 
 class MlflowServer:
     """`mlflow server` on a free port, its database and artifacts in a folder."""
@@ -35,9 +38,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # Its jobs, which nobody asks for here, are ten processes more.
-                env=os.environ
-                | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env=os.environ | QUIET,
             )  # fmt: skip
         deadline = time.monotonic() + 300
         while not self._answers():
