@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,7 @@ from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights
-from grid import run
+from grid import cluster, run
 from grid.studies import load_study
 from tests.driver import SECONDS, wait_for_checkpoint
 from tests.pictures import write_folder
@@ -384,6 +385,18 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
     assert "hun" not in said
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a file to another user")
+def test_a_cluster_that_another_user_notes_in_tmp_is_not_joined(tmp_path, monkeypatch):
+    noted = put(tmp_path / "ray_current_cluster", b"")
+    monkeypatch.setattr(cluster, "STARTED_HERE", noted)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        noted.write_text(address)
+        assert cluster.found_address(None) == address
+        os.chown(noted, 12345, -1)
+        assert cluster.found_address(None) is None
+
+
 # The hashed set that cluster files install.
 
 HASHED = (ROOT / "requirements-cluster.txt").read_text()
@@ -492,6 +505,7 @@ def environment(folder):
     (folder / "home").mkdir()
     (folder / "ray").mkdir()
     own = {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder / "ray")}
+    own["RAY_worker_register_timeout_seconds"] = str(SECONDS)
     kept = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
     return kept | own | SECRETS
 
@@ -499,7 +513,8 @@ def environment(folder):
 def command(folder, server, *arguments):
     (folder / "study.toml").write_text(STUDY)
     fixed = ["--study", str(folder / "study.toml"), "--results", str(folder / "results")]
-    return [sys.executable, "grid/run.py", *fixed, "--mlflow", server.uri, *arguments]
+    fixed += ["--mlflow", server.uri, "--address", "local"]
+    return [sys.executable, "grid/run.py", *fixed, *arguments]
 
 
 def looked_into(driver, folder, environment):
