@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
@@ -279,6 +280,9 @@ def _train(
     `lanes` run at once, as their resources allow, on actors that are reused.
     """
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
+    # Tune writes these into the environment of its actors, which Ray logs; nodes have their own.
+    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {n for n in passed_on if not n.startswith("AWS_")}
     configs = [
         {
             "digest": trial.digest,

@@ -389,6 +389,7 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
 def test_a_cluster_that_another_user_notes_in_tmp_is_not_joined(tmp_path, monkeypatch):
     noted = put(tmp_path / "ray_current_cluster", b"")
     monkeypatch.setattr(cluster, "STARTED_HERE", noted)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         noted.write_text(address)
@@ -448,7 +449,7 @@ SECRETS = {
 STUDY = """
 name = "one"
 base = "resnet50"
-evaluators = ["clean"]
+evaluators = ["pgd"]
 [axes]
 size = ["small"]
 epochs = [20]
@@ -582,7 +583,7 @@ def test_secrets_are_neither_printed_nor_written(ran, folder):
 @pytest.mark.slow
 def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, server, environment):
     marker = folder / "was-run"
-    (ledger,) = (folder / "server" / "artifacts").rglob("clean.parquet")
+    (ledger,) = (folder / "server" / "artifacts").rglob("pgd.parquet")
     put(ledger, pickle.dumps(Planted(marker)))
     again = subprocess.run(
         command(folder, server, "--report"),
@@ -594,5 +595,5 @@ def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, se
         check=False,
     )
     assert again.returncode == 2, again.stderr
-    assert re.search(r"ledgers/clean\.parquet: it is no whole ledger", again.stderr)
+    assert re.search(r"ledgers/pgd\.parquet: it is no whole ledger", again.stderr)
     assert not marker.exists()
