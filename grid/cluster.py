@@ -95,12 +95,15 @@ def connect(address: str | None) -> None:
         # run's own keeps other users out.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address=LOCAL,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:  # what Ray raises when it does not come up has no type
+            raise ValueError(f"Ray does not start on this machine: {error}") from error
         return
     try:
         ray.init(address=address, **quiet)

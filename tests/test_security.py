@@ -506,6 +506,7 @@ def environment(folder):
     (folder / "home").mkdir()
     (folder / "ray").mkdir()
     own = {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder / "ray")}
+    # A busy machine starts Ray's processes late.
     own["RAY_worker_register_timeout_seconds"] = str(SECONDS)
     kept = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
     return kept | own | SECRETS
