@@ -55,7 +55,8 @@ tried = 0
 @pytest.fixture(scope="module", autouse=True)
 def count(request):
     yield
-    request.config.get_terminal_writer().line(f"\nbad inputs tried: {tried:,}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nbad inputs tried: {tried:,}")
 
 
 def counted(test):
