@@ -98,7 +98,9 @@ def found_address(asked: str | None) -> str | None:
     if address == LOCAL:
         return None
     if address in (None, "auto"):
-        started = STARTED_HERE.read_text().strip() if STARTED_HERE.exists() else ""
+        # Whoever else may write in /tmp could name a cluster of theirs, which runs what it likes.
+        own = STARTED_HERE.exists() and STARTED_HERE.stat().st_uid in (0, os.getuid())
+        started = STARTED_HERE.read_text().strip() if own else ""
         if _answers(started):
             return started
         if address is None:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
@@ -423,6 +424,9 @@ def _train(
     workers, each in processes of its own.
     """
     shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
+    # Tune writes these into the environment of its actors, which Ray logs; nodes have their own.
+    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {n for n in passed_on if not n.startswith("AWS_")}
     placed = {trial.digest: placements.of(trial.recipe.family) for trial in todo}
     told = [
         {

@@ -28,7 +28,7 @@ settings.register_profile(
     "few", max_examples=30, deadline=None, derandomize=True, suppress_health_check=CHECKS
 )
 settings.register_profile(
-    "long", max_examples=3000, deadline=None, database=None, suppress_health_check=CHECKS
+    "long", max_examples=1000, deadline=None, database=None, suppress_health_check=CHECKS
 )
 settings.load_profile("few")
 

@@ -55,7 +55,8 @@ tried = 0
 @pytest.fixture(scope="module", autouse=True)
 def count(request):
     yield
-    request.config.get_terminal_writer().line(f"\nbad inputs tried: {tried:,}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nbad inputs tried: {tried:,}")
 
 
 def counted(test):
@@ -233,6 +234,19 @@ def test_any_storage_uri_is_a_folder_or_refused(scheme, rest):
         assert folder_at(f"{scheme}://{rest}{region}")
     except ValueError as error:
         assert "cannot be used" in str(error)
+
+
+@pytest.mark.parametrize(
+    "uri", ["foo://x", "mssql+odbc://host/mlflow", "sqlite:////dev/null", "uc:x", "http://[", "\0"]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@counted
+def test_an_address_that_mlflow_cannot_use_is_refused(uri, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--status", "--mlflow", uri])
+    assert (
+        f"{uri} cannot be used" in (said := capsys.readouterr().err) or "no MLflow server" in said
+    )
 
 
 SEEDS = st.integers(0, 10**9)

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,7 @@ from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights
-from grid import run
+from grid import cluster, run
 from grid.studies import load_study
 from tests.driver import SECONDS, wait_for_checkpoint
 from tests.pictures import write_folder
@@ -384,6 +385,19 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
     assert "hun" not in said
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a file to another user")
+def test_a_cluster_that_another_user_notes_in_tmp_is_not_joined(tmp_path, monkeypatch):
+    noted = put(tmp_path / "ray_current_cluster", b"")
+    monkeypatch.setattr(cluster, "STARTED_HERE", noted)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        noted.write_text(address)
+        assert cluster.found_address(None) == address
+        os.chown(noted, 12345, -1)
+        assert cluster.found_address(None) is None
+
+
 # The hashed set that cluster files install.
 
 HASHED = (ROOT / "requirements-cluster.txt").read_text()
@@ -435,7 +449,7 @@ SECRETS = {
 STUDY = """
 name = "one"
 base = "resnet50"
-evaluators = ["clean"]
+evaluators = ["pgd"]
 [axes]
 size = ["small"]
 epochs = [20]
@@ -492,6 +506,8 @@ def environment(folder):
     (folder / "home").mkdir()
     (folder / "ray").mkdir()
     own = {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder / "ray")}
+    # A busy machine starts Ray's processes late.
+    own["RAY_worker_register_timeout_seconds"] = str(SECONDS)
     kept = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
     return kept | own | SECRETS
 
@@ -499,7 +515,8 @@ def environment(folder):
 def command(folder, server, *arguments):
     (folder / "study.toml").write_text(STUDY)
     fixed = ["--study", str(folder / "study.toml"), "--results", str(folder / "results")]
-    return [sys.executable, "grid/run.py", *fixed, "--mlflow", server.uri, *arguments]
+    fixed += ["--mlflow", server.uri, "--address", "local"]
+    return [sys.executable, "grid/run.py", *fixed, *arguments]
 
 
 def looked_into(driver, folder, environment):
@@ -567,7 +584,7 @@ def test_secrets_are_neither_printed_nor_written(ran, folder):
 @pytest.mark.slow
 def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, server, environment):
     marker = folder / "was-run"
-    (ledger,) = (folder / "server" / "artifacts").rglob("clean.parquet")
+    (ledger,) = (folder / "server" / "artifacts").rglob("pgd.parquet")
     put(ledger, pickle.dumps(Planted(marker)))
     again = subprocess.run(
         command(folder, server, "--report"),
@@ -579,5 +596,5 @@ def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, se
         check=False,
     )
     assert again.returncode == 2, again.stderr
-    assert re.search(r"ledgers/clean\.parquet: it is no whole ledger", again.stderr)
+    assert re.search(r"ledgers/pgd\.parquet: it is no whole ledger", again.stderr)
     assert not marker.exists()

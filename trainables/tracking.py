@@ -28,7 +28,6 @@ from mlflow.entities import (
     RunTag,
     ViewType,
 )
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from packaging.specifiers import SpecifierSet
 
@@ -86,9 +85,9 @@ class Tracker:
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.uri = uri
-        client = MlflowClient(uri)
-        self._client = PatientClient(client, say)
         try:
+            client = MlflowClient(uri)
+            self._client = PatientClient(client, say)
             found = client.get_experiment_by_name(experiment)
             self.experiment_id: str = (
                 found.experiment_id
@@ -100,8 +99,9 @@ class Tracker:
                 )
             )
             self.artifacts: str = client.get_experiment(self.experiment_id).artifact_location
-        except MlflowException as error:
-            raise ValueError(f"MLflow at {uri} cannot be used: {error.message}") from None
+        except Exception as error:  # a scheme, a driver or a disk: each says no in its own way
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"MLflow at {uri} cannot be used: {reason}") from None
 
     def open_study(self, name: str, description: str, scores: Sequence[str] = ()) -> str:
         """Return the id of a study's parent run, marked as running.
