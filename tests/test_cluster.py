@@ -29,6 +29,7 @@ from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
+STARTED: list[subprocess.Popen[str]] = []
 STUDY = """
 name = "single"
 base = "resnet50"
@@ -54,13 +55,24 @@ def study(tmp_path_factory):
 
 def start(study, results, *arguments):
     command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
-    return subprocess.Popen(
+    driver = subprocess.Popen(
         [*command, "--workers", "2", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(driver)
+    return driver
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    for driver in STARTED:
+        driver.kill()
+        driver.communicate()
+    STARTED.clear()
 
 
 def ended(driver):
