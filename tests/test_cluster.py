@@ -145,20 +145,21 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert trial.metrics["epoch"] == 16
 
 
-def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(study, tmp_path, elastic):
-    results = tmp_path / "results"
+def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
+    study, results = tmp_path / "long.toml", tmp_path / "results"
+    study.write_text(STUDY.replace("160", "400"))
     elastic.add_node(num_cpus=1)
     doomed = elastic.add_node(num_cpus=1)
     driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
     wait_for_checkpoint(results, driver)
     elastic.remove_node(doomed, allow_graceful=False)
-    heard = said_until(driver, "goes on with 1 instead of 2 workers")
+    heard = said_until(driver, "1 of 2 workers train")
     elastic.add_node(num_cpus=1)
-    heard += said_until(driver, "goes on with 2 instead of 1 workers")
+    heard += said_until(driver, "2 of 2 workers train")
     heard += ended(driver)
     assert "Trained 1 and judged 1 cells" in heard
     (trial,) = trials(results)
-    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 16)
+    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 40)
 
 
 def said_until(driver, sentence):
