@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
@@ -21,6 +21,7 @@ from trainables.scale import Scale
 from trainables.source import DataSource
 from trainables.tracking import Credentials
 
+PLACED_SECONDS = 1800
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
 
@@ -86,8 +87,15 @@ class EvaluatorPool:
         return len(self._unfinished)
 
     def wait_until_placed(self) -> None:
-        """Wait until every actor holds its resources."""
-        ray.get([actor.__ray_ready__.remote() for actor in self._idle])
+        """Wait until every actor holds its resources; ValueError where none come for long."""
+        placed = [actor.__ray_ready__.remote() for actor in self._idle]
+        try:
+            ray.get(placed, timeout=PLACED_SECONDS)
+        except GetTimeoutError:
+            raise ValueError(
+                f"{len(placed)} evaluators have waited {PLACED_SECONDS / 60:.0f} min for their "
+                "share of a GPU: `ray status` shows which nodes are missing"
+            ) from None
 
     def submit(self, cell: Cell, shards: int) -> None:
         """Ask for the shards of a cell that are not done yet; they wait their turn."""
