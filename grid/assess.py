@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
@@ -25,6 +25,7 @@ from trainables.source import DataSource
 from trainables.tracking import Credentials
 from trainables.watchdog import HUNG_SECONDS
 
+PLACED_SECONDS = 1800
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
 
@@ -101,8 +102,15 @@ class EvaluatorPool:
         return len(self._unfinished)
 
     def wait_until_placed(self) -> None:
-        """Wait until every actor holds its resources."""
-        ray.get([actor.__ray_ready__.remote() for actor in self._idle])
+        """Wait until every actor holds its resources; ValueError where none come for long."""
+        placed = [actor.__ray_ready__.remote() for actor in self._idle]
+        try:
+            ray.get(placed, timeout=PLACED_SECONDS)
+        except GetTimeoutError:
+            raise ValueError(
+                f"{len(placed)} evaluators have waited {PLACED_SECONDS / 60:.0f} min for their "
+                "share of a GPU: `ray status` shows which nodes are missing"
+            ) from None
 
     def submit(self, cell: Cell, shards: int) -> None:
         """Ask for the shards of a cell that are not done yet; they wait their turn."""

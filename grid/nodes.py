@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -19,9 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.cluster import cluster_file, node_types
 from trainables.storage import Folder, folder_at
-from trainables.tracking import Credentials, check_address
 
-CHECK_SECONDS = 60
+if TYPE_CHECKING:
+    from trainables.tracking import Credentials
+
+CHECK_SECONDS = 300
 POLL_SECONDS = 1.0
 SSH = 22
 SSH_SECONDS = 3
@@ -120,7 +122,7 @@ def check_nodes(needs: Needs) -> dict[str, Probed]:
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     seen = {path: _seen(path) for path in needs.data}
-    mark, credentials = f".check-{uuid.uuid4().hex}", Credentials.of_environment()
+    mark, credentials = f".check-{uuid.uuid4().hex}", _credentials(needs)
     with ExitStack() as marks:
         for where in needs.storage:
             marks.callback(_mark(where, mark).remove, mark)
@@ -151,15 +153,26 @@ def _answer(reference: Any) -> Probed:
     return answer
 
 
-def _probe(needs: Needs, seen: Mapping[Path, str], mark: str, credentials: Credentials) -> Probed:
+def _credentials(needs: Needs) -> Credentials | None:
+    """Return what MLflow is told on other nodes, which need not import it if they do not ask it."""
+    if needs.mlflow is None:
+        return None
+    from trainables.tracking import Credentials
+
+    return Credentials.of_environment()
+
+
+def _probe(
+    needs: Needs, seen: Mapping[Path, str], mark: str, credentials: Credentials | None
+) -> Probed:
     """Try what a run needs, on the node that this runs on."""
-    credentials.use()
     probed = Probed()
     looks: list[tuple[str, Callable[[], None]]]
     looks = [(f"writes {where}", partial(_try_storage, where, mark)) for where in needs.storage]
     looks += [(f"reads {path}", partial(_try_data, path, what)) for path, what in seen.items()]
-    if needs.mlflow:
-        looks.append((f"reaches {needs.mlflow}", partial(check_address, needs.mlflow)))
+    if needs.mlflow and credentials:
+        reach = partial(_try_mlflow, needs.mlflow, credentials)
+        looks.append((f"reaches {needs.mlflow}", reach))
     if needs.gpus:
         looks.append(("computes on its GPUs", _try_gpus))
     for what, look in looks:
@@ -186,6 +199,13 @@ def _try_storage(where: str, mark: str) -> None:
 def _try_data(path: Path, expected: str) -> None:
     if (found := _seen(path)) != expected:
         raise ValueError(f"sees {found} at {path}, where the driver's node sees {expected}")
+
+
+def _try_mlflow(uri: str, credentials: Credentials) -> None:
+    from trainables.tracking import check_address
+
+    credentials.use()
+    check_address(uri)
 
 
 def _try_gpus() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-SECONDS = 400
+SECONDS = 900
 
 
 def wait_until(process, condition):

@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
+
+from tests.driver import wait_until
 
 # Its jobs, which nobody asks for here, would be ten processes more.
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -47,11 +48,11 @@ class MlflowServer:
                 start_new_session=True,
                 env=os.environ | QUIET,
             )  # fmt: skip
-        deadline = time.monotonic() + 300
-        while not self._answers():
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "the MLflow server did not come up"
-            time.sleep(0.2)
+        try:
+            wait_until(self._process, self._answers)
+        except AssertionError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         if self._process and self._process.poll() is None:

@@ -16,9 +16,9 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from grid.cluster import Placement
+from grid.cluster import Placement, Room
 from grid.launch import _share_out
-from grid.nodes import Needs, check_nodes
+from grid.nodes import Needs, check_nodes, wait_for_nodes
 from tests.driver import SECONDS, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
@@ -29,6 +29,7 @@ from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
+STARTED: list[subprocess.Popen[str]] = []
 STUDY = """
 name = "single"
 base = "resnet50"
@@ -54,13 +55,24 @@ def study(tmp_path_factory):
 
 def start(study, results, *arguments):
     command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
-    return subprocess.Popen(
+    driver = subprocess.Popen(
         [*command, "--workers", "2", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(driver)
+    return driver
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    for driver in STARTED:
+        driver.kill()
+        driver.communicate()
+    STARTED.clear()
 
 
 def ended(driver):
@@ -133,20 +145,21 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert trial.metrics["epoch"] == 16
 
 
-def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(study, tmp_path, elastic):
-    results = tmp_path / "results"
+def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
+    study, results = tmp_path / "long.toml", tmp_path / "results"
+    study.write_text(STUDY.replace("160", "400"))
     elastic.add_node(num_cpus=1)
     doomed = elastic.add_node(num_cpus=1)
     driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
     wait_for_checkpoint(results, driver)
     elastic.remove_node(doomed, allow_graceful=False)
-    heard = said_until(driver, "goes on with 1 instead of 2 workers")
+    heard = said_until(driver, "1 of 2 workers train")
     elastic.add_node(num_cpus=1)
-    heard += said_until(driver, "goes on with 2 instead of 1 workers")
+    heard += said_until(driver, "2 of 2 workers train")
     heard += ended(driver)
     assert "Trained 1 and judged 1 cells" in heard
     (trial,) = trials(results)
-    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 16)
+    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 40)
 
 
 def said_until(driver, sentence):
@@ -379,6 +392,44 @@ def test_storage_is_tried_from_every_node(joined, tmp_path):
     with pytest.raises(ValueError, match="cannot be written"):
         check_nodes(Needs(storage=[str(tmp_path / "file")]))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+CHECKED = """
+head_node_type: head
+max_workers: 9
+available_node_types:
+  head: {resources: {CPU: 0}}
+  gpu: {resources: {CPU: 4, GPU: 1}, min_workers: 1, max_workers: 2}
+  big: {resources: {CPU: 64}, min_workers: 2, max_workers: 3}
+"""
+
+
+def test_nodes_that_a_cluster_file_promises_are_missed_and_counted_on(
+    joined, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(CHECKED)
+    (missing,) = wait_for_nodes(0, print)
+    assert missing.startswith("2 of 2 nodes of type big: not asked for: is the autoscaler")
+    room = Room()
+    # Four CPUs are there, four of one more such node may come, and 64 of each of three.
+    assert room.lanes(Placement(cpus=4)) == 1 + 1 + 3 * 16
+    assert room.lanes(Placement(gpus=1.0)) == 2
+    addresses = "provider: {worker_ips: [127.0.0.99]}"
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(addresses)
+    (missing,) = wait_for_nodes(0, print)
+    assert missing.startswith("node 127.0.0.99: it ")
+
+
+def test_a_check_looks_at_every_node(study, tmp_path, cluster, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    cluster.add_node(num_cpus=1)
+    results = tmp_path / "results"
+    arguments = ("--check", "60", "--address", cluster.address)
+    said = ended(start(study, results, *arguments, "--workers", "1"))
+    assert "2 nodes, 1 CPUs, 0 GPUs" in said
+    assert f"writes {results}" in said
+    assert "a trial needs 2 workers" in refused(study, results, *arguments)
 
 
 def test_a_gpu_that_only_ray_counts_is_found_out(joined):

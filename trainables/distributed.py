@@ -195,7 +195,7 @@ def _work(trial: dict[str, Any]) -> int | None:
             result = next_result(running)
         # Tune must not take the trial for over while its workers are being put away.
         over = result.pop("done")
-        train.report(result | {"workers": team.size})
+        train.report(result | {"workers": (team.size, trial["workers"])})
         if over or larger:
             return None if over else larger
 

@@ -28,7 +28,10 @@ from mlflow.entities import (
     RunTag,
     ViewType,
 )
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from packaging.specifiers import SpecifierSet
 
 from trainables.patience import PatientClient, patiently
@@ -408,21 +411,20 @@ def check_address(uri: str) -> None:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         )
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
-        version = requests.get(f"{uri.rstrip('/')}/version", timeout=5).text.strip()
-    except requests.RequestException as error:
+        health = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+        asked = http_request(get_default_host_creds(uri), "/version", "GET", timeout=30)
+    except (requests.RequestException, MlflowException) as error:
         raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
-    if answer.text.strip() != "OK":
-        raise ValueError(f"{uri} answers {answer.status_code}, but not as an MLflow server does")
+    if health.text.strip() != "OK":
+        raise ValueError(f"{uri} answers {health.status_code}, but not as an MLflow server does")
+    if asked.status_code in (401, 403):
+        raise ValueError(
+            f"the MLflow server at {uri} lets in who gives MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, and refuses those given here"
+        )
+    version = asked.text.strip()
     if not re.match(r"\d+\.\d+", version) or version not in SERVERS:
         raise ValueError(f"the MLflow server at {uri} is of version {version[:20]}, not {SERVERS}")
-    try:
-        MlflowClient(uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise ValueError(
-            f"the MLflow server at {uri} refuses this user: {error.message} (user and password are "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
-        ) from None
 
 
 def scores_as_metrics(scores: Sequence[Any]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
     sudo -E python tests/cluster/namespaces.py
 
-`ray up`, a study of two-worker trials sent by `--on`, one machine killed in the middle of it,
-`--status`, `ray down`, and nothing left running. Needs root, sshd, rsync and ip; where these or
-namespaces are missing it says so and ends with 0. Six minutes on two busy cores.
+`ray up`, `--check`, a trial of two workers sent by `--on`, one machine killed in the middle of it,
+which `--check` then names, `--status`, `ray down`, and nothing left running. Needs root, sshd,
+rsync and ip; where these or namespaces are missing it says so and ends with 0. Six minutes on two
+busy cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = "tests/cluster/study.toml"
 NAME, BRIDGE, NETWORK = "grid-drill", "grid-br", "10.199.7"
 NODES = ("head", "worker1", "worker2")
-PATIENCE = 420
+PATIENCE = 900
 SSHD = """
 PermitRootLogin prohibit-password
 UsePAM no
@@ -187,12 +188,12 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     cluster = write_cluster_file(folder, nodes)
     wait_for("sshd", lambda: all(m.process.poll() is None for m in nodes.values()))
     print(sh(f"ray up -y --no-config-cache {cluster}", env=environment, cwd=ROOT)[-300:])
-    raylets = [nodes[name] for name in NODES]
-    wait_for(
-        "a raylet on every machine", lambda: all(m.processes("raylet/raylet") for m in raylets)
-    )
     command = [sys.executable, "grid/run.py", "--study", STUDY, "--workers", "2"]
-    driver = subprocess.Popen([*command, "--on", str(cluster)], cwd=ROOT, env=environment)
+    command += ["--on", str(cluster)]
+    said = sh(shlex.join([*command, "--check", str(PATIENCE)]), env=environment, cwd=ROOT)
+    print(said)
+    assert "3 nodes, 3 CPUs" in said
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment)
     results = folder / "shared" / "results"
     wait_for("a checkpoint", lambda: driver.poll() or list(results.glob("trials/*/epoch-*.pt")))
     doomed = next(nodes[n] for n in NODES[1:] if nodes[n].processes("TrainWorker"))
@@ -200,12 +201,22 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     print(f"killed {doomed.name}", flush=True)
     code = driver.wait(timeout=PATIENCE)
     assert code == 0, f"the study ended with {code}"
-    assert len(list(results.glob("trials/*/weights.safetensors"))) == 2
+    assert len(list(results.glob("trials/*/weights.safetensors"))) == 1
+    checked = subprocess.run(
+        [*command, "--check", "1"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        check=False,
+        capture_output=True,
+    )
+    assert checked.returncode == 1, checked.stdout
+    assert f"node {doomed.address}: it does not answer on port 22" in checked.stdout
     asked = [sys.executable, "grid/run.py", "--study", STUDY, "--status", "--on", str(cluster)]
     said = sh(shlex.join(asked), env=environment, cwd=ROOT)
     print(said)
-    assert "2 trials: 2 finished" in said
-    assert "2 of 2 cells judged" in said
+    assert "1 trials: 1 finished" in said
+    assert "1 of 1 cells judged" in said
     print(sh(f"ray down -y {cluster}", env=environment, cwd=ROOT)[-200:])
     left = [nodes[name] for name in NODES]
     wait_for("raylets to end", lambda: not any(m.processes("raylet/raylet") for m in left), 120)
