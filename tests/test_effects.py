@@ -5,10 +5,15 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import f_oneway, ttest_rel
+from scipy.stats import f, f_oneway, ttest_rel
 
 from grid.plan import build_plan
-from grid.report.effects import contrasts, grid_effects, variance_shares
+from grid.report.effects import (
+    contrasts,
+    grid_effects,
+    strongest_interaction,
+    variance_shares,
+)
 from grid.studies import load_study
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
@@ -39,6 +44,34 @@ def test_an_interaction_is_told_from_main_effects():
     assert first.axis == "a x b"
     assert first.share > 0.95
     assert all(share.share < 0.05 for share in others)
+
+
+def test_a_balanced_two_way_analysis_is_the_textbooks():
+    frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.05 * ((a == "y") & (b == "v")), noise=0.05)
+    scores = frame.pivot_table(index=["a", "b"], columns="seed", values="score").to_numpy()
+    cells = scores.reshape(2, 2, 4)
+    grand = cells.mean()
+    squares = {
+        "a": 8 * ((cells.mean(axis=(1, 2)) - grand) ** 2).sum(),
+        "b": 8 * ((cells.mean(axis=(0, 2)) - grand) ** 2).sum(),
+    }
+    between = 4 * ((cells.mean(axis=2) - grand) ** 2).sum()
+    squares["a x b"] = between - squares["a"] - squares["b"]
+    total = ((cells - grand) ** 2).sum()
+    residual = (total - between) / 12
+    for share in variance_shares(frame, ["a", "b"]):
+        assert share.share == pytest.approx(squares[share.axis] / total)
+        assert share.p == pytest.approx(f.sf(squares[share.axis] / residual, 1, 12))
+
+
+def test_the_strongest_interaction_is_told_by_its_means():
+    frame = frame_of(lambda a, b: 0.2 * ((a == "y") ^ (b == "v")))
+    found = strongest_interaction(frame, variance_shares(frame, ["a", "b"]))
+    assert found.axis == "a x b"
+    expected = {("x", "u"): 0, ("x", "v"): 0.2, ("y", "u"): 0.2, ("y", "v"): 0}
+    assert found.means == {pair: pytest.approx(mean, abs=0.02) for pair, mean in expected.items()}
+    additive = frame_of(lambda a, b: 0.2 * (a == "y"), noise=0.05)
+    assert strongest_interaction(additive, variance_shares(additive, ["a", "b"])) is None
 
 
 def test_a_contrast_is_a_paired_t_test():

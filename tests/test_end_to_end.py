@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 
 from tests.driver import SECONDS, wait_for_checkpoint
 from trainables.checkpoint import recipe_json_of
+from trainables.data import load_data
 from trainables.recipe import Recipe
+from trainables.scale import DIGITS
 from trainables.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
@@ -158,11 +161,37 @@ def test_scores_are_what_the_ledgers_say(finished):
 def test_the_report_is_one_file_with_every_value(finished):
     results, _ = finished
     page = (results / "report" / "index.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")
     assert "not run yet" not in page
+    fetched = re.findall(r'(?:src|href)="([^"]*)"', page)
+    ui = "http://127.0.0.1:5000/#/experiments/"
+    assert all(address.startswith(("#", "data:", ui)) for address in fetched)
+    assert len([address for address in fetched if address.startswith(ui)]) == TRIALS + 1
+    assert {"clean", "PGD-100"} <= set(re.findall('<img [^>]* alt="([^"]*)"', page))
     for found in tracker(results).trials().values():
         assert f"{100 * found.metrics['clean']:.1f}" in page
     assert "| paper |" in (results / "report" / "tables.md").read_text()
+
+
+def test_the_report_lies_with_the_studys_run(finished):
+    results, _ = finished
+    kept = {path.name for path in results.glob("artifacts/*/artifacts/report/**/*")}
+    assert {"index.html", "tables.csv", "tables.tex", "tables.md", "scatter.svg"} <= kept
+
+
+def test_mlflow_loads_a_trial_without_a_pickle_and_it_answers_as_it_did(finished):
+    import mlflow.pyfunc
+
+    results, _ = finished
+    held_out = load_data(DIGITS).held_out
+    for found in tracker(results).trials().values():
+        names = {path.name for path in Path(found.artifact_uri.removeprefix("file://")).iterdir()}
+        assert "MLmodel" in names
+        assert not {name for name in names if name.endswith(("pkl", "pickle", "pt", "pth"))}
+        model = mlflow.pyfunc.load_model(found.artifact_uri)
+        logits = model.predict((held_out.images.float() / 255).numpy())
+        right = int((logits.argmax(axis=1) == held_out.labels.numpy()).sum())
+        assert right / 597 == pytest.approx(found.metrics["clean"], abs=1e-9)
+        assert model.predict(model.input_example).shape == (1, 10)
 
 
 def test_a_second_run_trains_nothing_and_writes_nothing_twice(finished, study):
