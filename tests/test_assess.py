@@ -160,12 +160,21 @@ def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     assert len(pool) == 0
 
 
+def idle_actor(pool):
+    """Return the pool's actor once it is there and free: a busy machine may have killed it."""
+    deadline = time.monotonic() + 300
+    while not pool._idle:
+        assert time.monotonic() < deadline, "the actor does not come back"
+        pool.poll(0.2)
+    return pool._idle[0]
+
+
 def pid_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
-    pid = pid_of(pool._idle[0])
+    pid = pid_of(idle_actor(pool))
     pool.submit(cell_of(trial, "pgd"), 3)
     os.kill(pid, 9)
     (found,) = judged(pool)
@@ -174,9 +183,9 @@ def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
 
 
 def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
-    pid = pid_of(pool._idle[0])
+    pid = pid_of(idle_actor(pool))
     pool.submit(cell_of(trial, "pgd"), 3)
     os.kill(pid, signal.SIGSTOP)
     (found,) = judged(pool)
     assert not found.error
-    assert pid_of(pool._idle[0]) != pid
+    assert pid_of(idle_actor(pool)) != pid
