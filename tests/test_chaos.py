@@ -7,12 +7,7 @@ import pytest
 from tests.chaos.faults import FAULTS
 from tests.chaos.rounds import FAULTS_EACH, Chaos
 
-FAULTS_IN_CI = (
-    "trial actor killed",
-    "driver terminated",
-    "MLflow server killed",
-    "checkpoint truncated",
-)
+FAULTS_IN_CI = ("driver terminated", "MLflow server killed", "checkpoint truncated")
 
 
 @pytest.mark.slow
