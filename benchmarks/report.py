@@ -34,7 +34,8 @@ def main(folder: Path) -> None:
     seconds = time.monotonic() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
-        f"{len(plan.trials)} trials: {seconds:.0f} s, of a core {used.ru_utime + used.ru_stime:.0f} s; "
+        f"{len(plan.trials)} trials: {seconds:.0f} s, "
+        f"of a core {used.ru_utime + used.ru_stime:.0f} s; "
         f"{used.ru_maxrss / 2**20:.2f} GiB; load {os.getloadavg()[0]:.1f}"
     )
 
