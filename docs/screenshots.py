@@ -41,7 +41,7 @@ def main(results: Path, scale: str = "digits") -> None:
             for label in ("Close", "Close assistant"):
                 if (button := page.get_by_label(label, exact=True)).count():
                     button.first.click()
-            page.wait_for_load_state("networkidle")
+            page.get_by_text("matching runs").first.wait_for()
             _take(page, "mlflow.png")
     finally:
         server.kill()

@@ -83,4 +83,4 @@ def _exceeds_half(count: int, n: int) -> bool:
 
 
 def _more_than_chance(count: int, n: int) -> bool:
-    return n > 0 and share("", count, n).low > CHANCE
+    return count > 0 and share("", count, n).low > CHANCE

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
-PAGE = 1000
+PAGE = 250  # runs asked for at once, which bounds the memory they take
 LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
 SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)

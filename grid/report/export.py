@@ -74,7 +74,7 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
         {
             "table": table.name,
             "model": row.label,
-            "digest": row.recipe.digest(),
+            "digest": digest,
             "run_id": row.run_id,
             "score": column,
             "state": cell.state,
@@ -88,6 +88,7 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
         }
         for table in tables
         for row in table.rows
+        for digest in [row.recipe.digest()]
         for column, cell in zip(table.columns, row.cells, strict=True)
     )
 
