@@ -356,7 +356,7 @@ def test_a_mutated_checkpoint_of_the_right_hash_is_read_or_refused(seed):
 
 TABLE = pa.table(
     [[str(i) for i in range(90)], ["clean"] * 90, [1] * 90, [2] * 90, [False] * 90, [None] * 90,
-     [3] * 90],
+     [3] * 90, [None] * 90],
     schema=LEDGER,
 )  # fmt: skip
 
