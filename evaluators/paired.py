@@ -72,7 +72,10 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def _interval(difference_N: np.ndarray) -> tuple[float, float]:
     if np.ptp(difference_N) == 0:
-        return float(difference_N[0]), float(difference_N[0])
+        # Resampling sees no other image; as many as this may differ, by all there is, unseen.
+        unseen = binomtest(0, len(difference_N)).proportion_ci(CONFIDENCE).high
+        common = float(difference_N[0])
+        return common - unseen * (1 + common), common + unseen * (1 - common)
     found = bootstrap(
         (difference_N,),
         np.mean,

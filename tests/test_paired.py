@@ -37,6 +37,14 @@ def test_the_bootstrap_covers_as_a_normal_interval_does_on_many_images():
     assert found.high == pytest.approx(0.1 + reach, abs=0.004)
 
 
+def test_images_that_all_agree_leave_room_for_those_unseen():
+    answers = {str(i): float(i % 2) for i in range(50)}
+    found = compare([answers], [answers])
+    # Clopper and Pearson's bound of 0 in 50 is 1 - 0.025 ** (1 / 50).
+    assert found.difference == 0
+    assert found.high == -found.low == pytest.approx(1 - 0.025 ** (1 / 50))
+
+
 def test_seeds_are_averaged_image_by_image_and_have_no_mcnemar():
     ours = [{"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0}]
     reference = [{"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}]
