@@ -7,15 +7,17 @@ from pathlib import Path
 
 from ray import tune
 
+from trainables.trial import trial_config
+
 
 class Dying(tune.Trainable):
     """Ends at its last epoch; its process dies at every step before, `further` with an epoch done.
 
-    config["trial"]: digest, teacher, folder, further, epochs.
+    config["trial"], as JSON: digest, teacher, folder, further, epochs.
     """
 
     def setup(self, config):
-        self.trial = config["trial"]
+        self.trial = trial_config(config)
         self.marks = Path(self.trial["folder"])
 
     def step(self):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import ray
 import torch
 from ray import tune
 
+from grid.cluster import Placement, Room
 from grid.launch import _PlanOrder
 from tests.dying import Dying
 from trainables.retries import OWN_FAULTS, wait_after
@@ -29,10 +32,13 @@ def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_pa
         | {"epochs": EPOCHS}
         for name, further in (("further", True), ("stuck", False))
     ]
+    placements = {trial["digest"]: Placement() for trial in trials}
     found = tune.Tuner(
         Dying,
-        param_space={"trial": tune.grid_search(trials)},
-        tune_config=tune.TuneConfig(scheduler=_PlanOrder(2, strict=False), reuse_actors=True),
+        param_space={"trial": tune.grid_search([json.dumps(t) for t in trials]), "source": None},
+        tune_config=tune.TuneConfig(
+            scheduler=_PlanOrder(Room(), placements, teams=False), reuse_actors=True
+        ),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path / "tune"),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -405,7 +405,11 @@ def check_address(uri: str) -> None:
         return
     import requests
 
-    if urlsplit(uri).password:
+    try:
+        password = urlsplit(uri).password
+    except ValueError as error:
+        raise ValueError(f"MLflow at {uri} cannot be used: {error}") from None
+    if password:
         raise ValueError(
             "an MLflow address is printed and logged: give its user and password as "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
