@@ -95,7 +95,7 @@ def fit_nested(trials: int, storage: Path) -> None:
         ).fit()
 
     found = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0}),
+        tune.with_resources(trial, {"CPU": 0.01}),
         param_space={"number": tune.grid_search(list(range(trials)))},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
         run_config=tune.RunConfig(storage_path=str(storage), name="tune", verbose=0),

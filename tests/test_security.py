@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -464,10 +465,11 @@ def listeners(process):
     """Return the address and port of every socket that a process and those below it listen on."""
     found = {}
     for one in (process, *process.children(recursive=True)):
-        name = " ".join(one.cmdline()[:1])
-        for connection in one.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found[name, connection.laddr.port] = connection.laddr.ip
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            name = " ".join(one.cmdline()[:1])
+            for connection in one.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[name, connection.laddr.port] = connection.laddr.ip
     return found
 
 

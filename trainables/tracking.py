@@ -111,20 +111,24 @@ class Tracker:
 
         `scores` are the columns of the view in which the UI compares the study's trials.
         """
-        view = {
-            "searchFilter": f"tags.kind = 'trial' and tags.study = '{name}'",
-            "selectedColumns": [*VIEW_COLUMNS, *(f"metrics.`{score}`" for score in scores)],
-        }
-        key = VIEW_TAG + name
-        self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
         query = f"tags.kind = 'study' AND tags.study = '{name}'"
         runs = self._search(query)
         if runs:
             self._client.update_run(runs[0].info.run_id, status="RUNNING")
-            return str(runs[0].info.run_id)
-        tags = {"kind": "study", "study": name, "mlflow.note.content": description}
-        run = self._create(query, run_name=f"study: {name}", tags=tags)
-        return str(run.info.run_id)
+            run_id = str(runs[0].info.run_id)
+        else:
+            tags = {"kind": "study", "study": name, "mlflow.note.content": description}
+            run_id = str(self._create(query, run_name=f"study: {name}", tags=tags).info.run_id)
+        view = {
+            "searchFilter": f"tags.kind = 'trial' and tags.study = '{name}'",
+            "selectedColumns": [*VIEW_COLUMNS, *(f"metrics.`{score}`" for score in scores)],
+            # By start the UI would fold the trials below their study.
+            "orderByKey": "attributes.run_name",
+            "orderByAsc": True,
+        }
+        key = VIEW_TAG + name
+        self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
+        return run_id
 
     def give_up(self) -> None:
         """Wait for no server any more."""
