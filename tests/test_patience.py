@@ -142,6 +142,19 @@ def test_who_gives_up_is_told_what_was_waited_for():
         patiently(ask, say=lambda _: None, given_up=stop)
 
 
+def answering(*answers):
+    """Return what gives these answers in turn, and raises those that are errors."""
+    coming = iter(answers)
+
+    def ask():
+        answer = next(coming)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return ask
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -154,15 +167,8 @@ def test_who_gives_up_is_told_what_was_waited_for():
 )
 def test_what_time_mends_is_waited_for_and_said_once(error, said, monkeypatch):
     monkeypatch.setattr("trainables.patience.FIRST_WAIT_SECONDS", 0.01)
-    answers, heard = iter([error, error, "there"]), []
-
-    def ask():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert patiently(ask, say=heard.append) == "there"
+    heard = []
+    assert patiently(answering(error, error, "there"), say=heard.append) == "there"
     waits, over = heard
     assert waits.startswith(said)
     assert over.endswith("again")
@@ -173,4 +179,20 @@ def test_an_error_that_is_no_absence_is_raised_at_once():
         raise MlflowException("no such experiment")
 
     with pytest.raises(MlflowException, match="no such experiment"):
+        patiently(ask, say=lambda _: None)
+
+
+def test_who_collides_with_another_writer_asks_again():
+    collision = MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+    heard = []
+    answer = patiently(answering(collision, collision, "the other's row"), say=heard.append)
+    assert answer == "the other's row"
+    assert heard == []
+
+
+def test_a_collision_without_end_is_raised():
+    def ask():
+        raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+
+    with pytest.raises(MlflowException, match="UNIQUE constraint"):
         patiently(ask, say=lambda _: None)

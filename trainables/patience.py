@@ -18,6 +18,8 @@ LONGEST_WAIT_SECONDS = 15.0
 AWAY = re.compile(
     r"failed with exception|error code 5\d\d|too many 5\d\d|5\d\d Server Error|database is locked"
 )
+COLLIDED = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry", re.IGNORECASE)
+MOST_COLLISIONS = 5  # of one call with those of other writers
 CUT_OFF = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 NO_ROOM = re.compile(r"disk is full|No space left|quota exceeded", re.IGNORECASE)
 DELETED = "Current state is deleted"
@@ -37,16 +39,21 @@ def patiently(
 ) -> Answer:
     """Ask until the server answers and its disk has room, or until `given_up` is set.
 
-    `say` is told once what is waited for, and once that it is over. RunDeletedError where a
+    `say` is told once what is waited for, and once that it is over. Where another writer made
+    the same row at the same time, it is asked again and finds that row. RunDeletedError where a
     run is there no more; any other answer that is an error is raised as it is.
     """
     stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, ""
+    collisions = 0
     while True:
         try:
             answer = ask()
         except (MlflowException, OSError) as error:
             if DELETED in str(error):
                 raise RunDeletedError(str(error)) from error
+            if COLLIDED.search(str(error)) and collisions < MOST_COLLISIONS:
+                collisions += 1
+                continue
             awaited = _awaited(error)
             if not awaited or stop.is_set():
                 raise
