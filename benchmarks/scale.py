@@ -123,7 +123,14 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
             connect(address)
 
     launch.connect = starting
-    options: dict[str, Any] = {"results": results, "mlflow": None, "placement": Placement()}
+    asked = launch.Launch(
+        study=STUDY,
+        plan=plan,
+        scale=DIGITS,
+        results=results,
+        mlflow=None,
+        placement=Placement(),
+    )
     training, train = seconds, launch._train
 
     def training_alone(*arguments: Any) -> None:
@@ -131,10 +138,10 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
             train(*arguments)
 
     launch._train = training_alone
-    finished = launch.run_study(STUDY, plan, DIGITS, **options)
+    finished = launch.run_study(asked)
     assert finished.trained == len(plan.trials), finished.failures
     with timed(seconds, "resume s", time.perf_counter):
-        assert launch.run_study(STUDY, plan, DIGITS, **options).trained == 0
+        assert launch.run_study(asked).trained == 0
     seconds["resume s"] -= seconds["Ray up s"]
 
 

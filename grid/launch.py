@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, evaluators_beside
 from grid.status import open_tracker
 from grid.studies import PGD, Study
-from trainables.data import load_data
+from trainables.data import Data, load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, wait_after
@@ -78,77 +78,106 @@ def _lock(file: IO[str], results: Path) -> None:
         ) from None
 
 
-def run_study(
-    study: Study,
-    plan: Plan,
-    scale: Scale,
-    *,
-    results: Path,
-    mlflow: str | None,
-    placement: Placement,
-    source: DataSource = EMBEDDED,
-    manifest: str = "",
-    address: str | None = None,
-    storage: str | None = None,
-    system_metrics: bool = False,
-) -> Finished:
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What is to be run, and where.
+
+    `manifest` names the data as the doctor found it. address: of the Ray cluster, None to start
+    Ray here. storage: a path or URI for what trials keep, None for the results folder.
+    system_metrics: log this machine's load with the study's run.
+    """
+
+    study: Study
+    plan: Plan
+    scale: Scale
+    results: Path
+    mlflow: str | None
+    placement: Placement
+    source: DataSource = EMBEDDED
+    manifest: str = ""
+    address: str | None = None
+    storage: str | None = None
+    system_metrics: bool = False
+
+    @property
+    def placements(self) -> Placements:
+        """How trials are placed: as usual but for what the study's file says of a family."""
+        given = self.study.placement.items()
+        own = {family: replace(self.placement, **fields) for family, fields in given}
+        return Placements(self.placement, own)
+
+    def tracker(self, say: Callable[[str], None] = print) -> Tracker:
+        return open_tracker(self.results, self.mlflow, self.scale, say=say)
+
+    def needs(self, tracker: Tracker) -> Needs:
+        """Return what it needs of every node."""
+        own = str(self.results.resolve())
+        shared = tracker.artifacts.removeprefix("file://") if self.mlflow else own
+        through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
+        places = [self.storage or own]
+        if "://" not in shared and not through_server:
+            places.append(shared)
+        root = self.source.root
+        return Needs(
+            storage=tuple(dict.fromkeys(places)),
+            data=() if root is None else (root, *self.source.folders.values()),
+            mlflow=self.mlflow if through_server else None,
+            gpus=any(placement.gpus for placement in self.placements.of_all(self.plan)),
+        )
+
+
+def run_study(launch: Launch) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone. `manifest` names the data as the
-    doctor found it. address: of the Ray cluster, None to start Ray here. storage: a path or URI
-    for what trials keep, None for the results folder. system_metrics: log this machine's load
-    with the study's run.
+    stop. What is done already is found in MLflow and left alone.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    check_address(mlflow or "")
-    data = load_data(scale, source)
-    placements = study_placements(study, placement)
-    _check_plan(plan, scale, placements)
-    with sole_run(results):
+    check_address(launch.mlflow or "")
+    data = load_data(launch.scale, launch.source)
+    _check_plan(launch)
+    with sole_run(launch.results):
         line = ProgressLine()
         try:
-            connect(address)
+            connect(launch.address)
             # Again: Ray has set a handler of its own.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            distinct = placements.of_all(plan)
-            Room().check(distinct)
-            tracker = open_tracker(results, mlflow, scale, say=line.say)
-            gpus = any(placement.gpus for placement in distinct)
-            needs = _node_needs(tracker, storage, results, mlflow, source, gpus=gpus)
-            ill = [f"node {name}: {p}" for name, p in check_nodes(needs).items() if p.problem]
-            if ill:
-                raise ValueError("; ".join(ill))
-            pool, room = _share_out(distinct, results, tracker.uri, scale, source, line.say)
-            parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
-            recorder = Recorder(
-                tracker,
-                plan,
-                pool,
-                study=study.name,
-                parent=parent,
-                scale=scale,
-                data=data,
-                manifest=manifest,
-                line=line,
-            )
-            todo = recorder.trials_to_train()
-            line.say(_opening(plan, todo, recorder, room.lanes(placement)))
-            measuring = tracker.measuring(parent) if system_metrics else nullcontext()
-            with measuring, _recording(recorder):
-                if todo:
-                    _train(todo, recorder, results, needs.storage[0], placements, room, source)
-            # What draws and tests is imported when there is something to tell.
-            from grid.report.build import write_report
-
-            folder = results / "report"
-            report = patiently(
-                lambda: write_report(tracker, study, plan, scale, folder), say=line.say
-            )
-            tracker.close_study(parent, report.parent, complete=not recorder.failures)
+            Room().check(launch.placements.of_all(launch.plan))
+            tracker = launch.tracker(line.say)
+            _check_nodes(launch.needs(tracker))
+            return _train_and_judge(launch, data, tracker, line)
         finally:
             line.close()
             ray.shutdown()
+
+
+def _train_and_judge(launch: Launch, data: Data, tracker: Tracker, line: ProgressLine) -> Finished:
+    study, plan, scale = launch.study, launch.plan, launch.scale
+    pool, room = _share_out(launch, tracker.uri, line.say)
+    parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
+    recorder = Recorder(
+        tracker,
+        plan,
+        pool,
+        study=study.name,
+        parent=parent,
+        scale=scale,
+        data=data,
+        manifest=launch.manifest,
+        line=line,
+    )
+    todo = recorder.trials_to_train()
+    line.say(_opening(plan, todo, recorder, room.lanes(launch.placement)))
+    measuring = tracker.measuring(parent) if launch.system_metrics else nullcontext()
+    with measuring, _recording(recorder):
+        if todo:
+            _train(todo, recorder, launch, launch.needs(tracker).storage[0], room)
+    # What draws and tests is imported when there is something to tell.
+    from grid.report.build import write_report
+
+    folder = launch.results / "report"
+    report = patiently(lambda: write_report(tracker, study, plan, scale, folder), say=line.say)
+    tracker.close_study(parent, report.parent, complete=not recorder.failures)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
@@ -156,6 +185,12 @@ def run_study(
         report=report,
         comparison=tracker.page(study=study.name),
     )
+
+
+def _check_nodes(needs: Needs) -> None:
+    ill = [f"node {name}: {p}" for name, p in check_nodes(needs).items() if p.problem]
+    if ill:
+        raise ValueError("; ".join(ill))
 
 
 @contextmanager
@@ -171,95 +206,44 @@ def _recording(recorder: Recorder) -> Iterator[None]:
         raise
 
 
-def study_placements(study: Study, usual: Placement) -> Placements:
-    """Return how a study's trials are placed: as usual but for what its file says of a family."""
-    own = {family: replace(usual, **given) for family, given in study.placement.items()}
-    return Placements(usual, own)
-
-
-def check_cluster(
-    study: Study,
-    plan: Plan,
-    scale: Scale,
-    *,
-    results: Path,
-    mlflow: str | None,
-    placement: Placement,
-    source: DataSource,
-    address: str,
-    storage: str | None,
-    seconds: float,
-) -> dict[str, tuple[bool, str]]:
+def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]:
     """Look at a cluster as a run would need it: what was looked at, whether it is well, and why.
 
     Waits `seconds` for the nodes that the cluster file promises.
     """
-    check_address(mlflow or "")
-    connect(address)
+    check_address(launch.mlflow or "")
+    connect(launch.address)
     try:
         missing = wait_for_nodes(seconds, print)
         found = {"nodes": (not missing, "; ".join(missing) or describe_nodes())}
-        placements = study_placements(study, placement)
         try:
-            Room().check(placements.of_all(plan))
+            Room().check(launch.placements.of_all(launch.plan))
         except ValueError as error:
             found["room"] = (False, str(error))
-        tracker = open_tracker(results, mlflow, scale)
-        needs = _node_needs(tracker, storage, results, mlflow, source, placement.gpus > 0)
-        probed = check_nodes(needs)
+        probed = check_nodes(launch.needs(launch.tracker()))
     finally:
         ray.shutdown()
     return found | {f"node {name}": (not p.problem, str(p)) for name, p in probed.items()}
 
 
-def _node_needs(
-    tracker: Tracker,
-    storage: str | None,
-    results: Path,
-    mlflow: str | None,
-    source: DataSource,
-    gpus: bool,
-) -> Needs:
-    """Return what a run needs of every node."""
-    shared = str(results.resolve())
-    if mlflow:
-        shared = tracker.artifacts.removeprefix("file://")
-    through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
-    places = [
-        storage or str(results.resolve()),
-        *([] if "://" in shared or through_server else [shared]),
-    ]
-    return Needs(
-        storage=tuple(dict.fromkeys(places)),
-        data=() if source.root is None else (source.root, *source.folders.values()),
-        mlflow=mlflow if through_server else None,
-        gpus=gpus,
-    )
-
-
 def _share_out(
-    placements: Sequence[Placement],
-    results: Path,
-    uri: str,
-    scale: Scale,
-    source: DataSource,
-    say: Callable[[str], None] = print,
+    launch: Launch, uri: str, say: Callable[[str], None] = print
 ) -> tuple[EvaluatorPool, Room]:
     """Give the evaluators their share, and return what trials may take beside them.
 
-    placements: all there are, the usual one first. On GPUs evaluators have a quarter each of one
-    GPU in eight, or of the only one.
+    On GPUs evaluators have a quarter each of one GPU in eight, or of the only one.
     """
-    room, usual = Room(), placements[0]
+    placements, usual = launch.placements.of_all(launch.plan), launch.placement
+    room = Room()
     room.check(placements)
     on_gpus = any(placement.gpus for placement in placements)
     size = evaluators_beside(room.gpus) if on_gpus else room.lanes(usual)
     pool = EvaluatorPool(
         size,
         uri,
-        scale,
-        source,
-        results / SHARDS_FOLDER,
+        launch.scale,
+        launch.source,
+        launch.results / SHARDS_FOLDER,
         threads=usual.cpus,
         gpus=EVALUATOR_GPUS if on_gpus else 0.0,
         hung_after=usual.hung_after,
@@ -276,20 +260,21 @@ def _share_out(
     return pool, room
 
 
-def _check_plan(plan: Plan, scale: Scale, placements: Placements) -> None:
+def _check_plan(launch: Launch) -> None:
     """Build what only a name stands for so far: evaluators and timm's models.
 
     ValueError also where a recipe cannot be trained by as many workers as it is to have.
     """
+    plan = launch.plan
     for trial in plan:
-        placement = placements.of(trial.recipe.family)
+        placement = launch.placements.of(trial.recipe.family)
         if placement.workers > 1:
             from trainables.team import check_team
 
             check_team(trial.recipe, placement.workers)
             check_team(trial.recipe, placement.least.workers)
     for name in {name for trial in plan for name in trial.evaluators}:
-        evaluator_named(name, scale)
+        evaluator_named(name, launch.scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
     if from_timm:
         from trainables.models import check_model
@@ -410,23 +395,18 @@ def _last_line(trial: Trial) -> str:
 
 
 def _train(
-    todo: list[PlannedTrial],
-    recorder: Recorder,
-    results: Path,
-    storage: str,
-    placements: Placements,
-    room: Room,
-    source: DataSource,
+    todo: list[PlannedTrial], recorder: Recorder, launch: Launch, storage: str, room: Room
 ) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
     As many run at once as there is room for, on actors that are reused; where some have several
     workers, each in processes of its own.
     """
-    shutil.rmtree(results / TUNE_FOLDER, ignore_errors=True)
+    shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
     # Tune writes these into the environment of its actors, which Ray logs; nodes have their own.
     passed_on = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {n for n in passed_on if not n.startswith("AWS_")}
+    placements = launch.placements
     placed = {trial.digest: placements.of(trial.recipe.family) for trial in todo}
     told = [
         {
@@ -449,7 +429,10 @@ def _train(
         tune.with_resources(RecipeTrial, _resources)
         if alone
         else tune.with_resources(train_together, CONTROLLER),
-        param_space={"trial": tune.grid_search([json.dumps(t) for t in told]), "source": source},
+        param_space={
+            "trial": tune.grid_search([json.dumps(t) for t in told]),
+            "source": launch.source,
+        },
         tune_config=tune.TuneConfig(
             reuse_actors=alone,
             scheduler=_PlanOrder(room, placed, teams=not alone),
@@ -458,7 +441,7 @@ def _train(
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=str(results.resolve()),
+            storage_path=str(launch.results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             # A team that loses a worker is put together again by Ray Train.

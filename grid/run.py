@@ -26,8 +26,7 @@ from trainables.source import (
 from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:
-    from grid.cluster import Placement
-    from grid.launch import Finished
+    from grid.launch import Finished, Launch
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
 ENVIRONMENT = {
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check or source.root is not None:
             source, manifest = _examined(options, plan, scale, source)
         if options.check:
-            _check_cluster(options, study, plan, scale, source)
+            _check_cluster(_launch(options, study, plan, scale, source), options.check)
             return 0
         if source.skipped:
             scale, plan = _planned(options, study, source)
@@ -132,24 +131,11 @@ def _run(
 
         print_status(options.results, options.mlflow, scale, plan)
         return 0
-    from grid.cluster import found_address
     from grid.launch import run_study
 
-    placement = _placement(options)
+    launch = _launch(options, study, plan, scale, source, manifest)
     try:
-        finished = run_study(
-            study,
-            plan,
-            scale,
-            results=options.results,
-            mlflow=options.mlflow,
-            placement=placement,
-            source=source,
-            manifest=manifest,
-            address=found_address(options.address),
-            storage=_absolute(options.storage),
-            system_metrics=options.system_metrics,
-        )
+        finished = run_study(launch)
     except KeyboardInterrupt:
         print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
         return INTERRUPTED
@@ -157,45 +143,50 @@ def _run(
     return 1 if finished.failures else 0
 
 
-def _placement(options: argparse.Namespace) -> Placement:
-    from grid.cluster import Placement
+def _launch(
+    options: argparse.Namespace,
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    source: DataSource,
+    manifest: str = "",
+) -> Launch:
+    from grid.cluster import Placement, found_address
+    from grid.launch import Launch
 
-    return Placement(
-        workers=options.workers,
-        min_workers=options.min_workers,
-        cpus=options.cpus_per_worker,
-        gpus=options.gpus_per_worker,
-        compile=options.compile,
-        hung_after=options.hung_after,
+    storage = options.storage
+    return Launch(
+        study=study,
+        plan=plan,
+        scale=scale,
+        results=options.results,
+        mlflow=options.mlflow,
+        placement=Placement(
+            workers=options.workers,
+            min_workers=options.min_workers,
+            cpus=options.cpus_per_worker,
+            gpus=options.gpus_per_worker,
+            compile=options.compile,
+            hung_after=options.hung_after,
+        ),
+        source=source,
+        manifest=manifest,
+        address=found_address(options.address),
+        storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
+        system_metrics=options.system_metrics,
     )
 
 
-def _check_cluster(
-    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
-) -> None:
+def _check_cluster(launch: Launch, seconds: float) -> None:
     """Look at the running Ray, if any, and print what was found; ValueError on what is wrong."""
     from rich.console import Console
 
-    from grid.cluster import found_address
-
-    address = found_address(options.address)
-    if address is None:
+    if launch.address is None:
         return
     from grid.doctor import Examination, Finding
     from grid.launch import check_cluster
 
-    found = check_cluster(
-        study,
-        plan,
-        scale,
-        results=options.results,
-        mlflow=options.mlflow,
-        placement=_placement(options),
-        source=source,
-        address=address,
-        storage=_absolute(options.storage),
-        seconds=options.check,
-    )
+    found = check_cluster(launch, seconds)
     findings = [Finding(k, "ok" if well else "error", text) for k, (well, text) in found.items()]
     examination = Examination(findings)
     examination.print(Console())
@@ -210,10 +201,6 @@ def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale)
     tracker = open_existing(options.results, options.mlflow, scale)
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
-
-
-def _absolute(storage: str | None) -> str | None:
-    return storage if storage is None or "://" in storage else str(Path(storage).resolve())
 
 
 def _run_on(options: argparse.Namespace) -> int:

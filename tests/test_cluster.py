@@ -17,13 +17,14 @@ import torch
 from ray.cluster_utils import Cluster
 
 from grid.cluster import Placement, Room
-from grid.launch import _share_out
+from grid.launch import Launch, _share_out
 from grid.nodes import Needs, check_nodes, wait_for_nodes
+from grid.plan import build_plan
+from grid.studies import load_study
 from tests.driver import SECONDS, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
-from trainables.source import EMBEDDED
 from trainables.storage import below, folder_at
 from trainables.tracking import Tracker
 
@@ -374,15 +375,26 @@ def joined(with_gpu):
     ray.shutdown()
 
 
+def on_gpus(number, results):
+    study = load_study("paper")
+    return Launch(
+        study=study,
+        plan=build_plan(study, DIGITS),
+        scale=DIGITS,
+        results=results,
+        mlflow=None,
+        placement=Placement(gpus=number),
+    )
+
+
 def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
-    whole = Placement(gpus=1.0)
     with pytest.raises(ValueError, match=r"0\.75 GPUs; .* \(evaluators hold 0\.25 GPUs\)"):
-        _share_out([whole], tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
+        _share_out(on_gpus(1.0, tmp_path), "sqlite:///none")
     ray.shutdown()
     ray.init(address=joined.address, log_to_driver=False)
-    part = Placement(gpus=0.75)
-    _, room = _share_out([part], tmp_path, "sqlite:///none", DIGITS, EMBEDDED)
-    assert room.lanes(part) == 1
+    part = on_gpus(0.75, tmp_path)
+    _, room = _share_out(part, "sqlite:///none")
+    assert room.lanes(part.placement) == 1
 
 
 def test_storage_is_tried_from_every_node(joined, tmp_path):

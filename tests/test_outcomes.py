@@ -19,7 +19,8 @@ DRIVER = """
 from pathlib import Path
 import sys
 
-from grid.launch import Placement, run_study
+from grid.cluster import Placement
+from grid.launch import Launch, run_study
 from grid.plan import build_plan
 from grid.studies import Study, resnet50
 from trainables.recipe import Distillation
@@ -28,14 +29,15 @@ from trainables.scale import DIGITS
 teacher = resnet50().replace(model="resnet18", weight_decay=1e30)
 student = resnet50().replace(model="resnet18", distillation=Distillation(teacher=teacher))
 study = Study("outcomes", base=student, axes={})
-ended = run_study(
-    study,
-    build_plan(study, DIGITS),
-    DIGITS,
+launch = Launch(
+    study=study,
+    plan=build_plan(study, DIGITS),
+    scale=DIGITS,
     results=Path(sys.argv[1]),
     mlflow=None,
     placement=Placement(),
 )
+ended = run_study(launch)
 print(ended.trained, ended.judged, ended.failures)
 """
 COLLAPSED = "the training loss became nan in epoch 1"
