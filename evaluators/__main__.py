@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from evaluators import EVALUATORS
-from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
-from trainables.scale import SCALE_NAMES, Scale, scale_named
-from trainables.source import (
-    DataSource,
+from trainables.options import (
     add_data_options,
-    scale_of,
+    count,
+    fraction,
     source_of,
     uri_without_password,
 )
+from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
+from trainables.scale import SCALE_NAMES, Scale, scale_named
+from trainables.source import DataSource, scale_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -313,12 +314,12 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--attack-images",
-        type=_count,
+        type=count,
         metavar="N",
         help="images that pgd, autoattack and tpa attack, drawn by a fixed seed "
         "(default: the scale's)",
     )
-    parser.add_argument("--patches", type=_count, metavar="N", help="of tpa, at most, per image")
+    parser.add_argument("--patches", type=count, metavar="N", help="of tpa, at most, per image")
     parser.add_argument(
         "--patch-area", type=_area, metavar="A", help="share of the image that one patch covers"
     )
@@ -334,31 +335,12 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _radius(text: str) -> Fraction:
-    return _fraction(text, "radius for pixels in [0, 1]", "4/255")
+    return fraction(text, "radius for pixels in [0, 1]", "4/255")
 
 
 def _area(text: str) -> float:
-    return float(_fraction(text, "share of an image", "0.025"))
-
-
-def _fraction(text: str, what: str, example: str) -> Fraction:
-    try:
-        # A fraction of 1e-999999999 would take hours.
-        value = Fraction(text) if "e" not in text.lower() else Fraction(float(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no {what}: above 0 and at most 1, like {example}"
-        )
-    return value
+    return float(fraction(text, "share of an image", "0.025"))
 
 
 def _refuse(message: str) -> NoReturn:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from trainables.options import add_data_options, source_of
 from trainables.scale import Scale
-from trainables.source import add_data_options, scale_of, source_of
+from trainables.source import scale_of
 
 if TYPE_CHECKING:
     import torch

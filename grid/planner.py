@@ -24,6 +24,7 @@ from grid.plan import Plan
 from grid.progress import format_seconds
 from grid.schedule import Interruptions, Machines, gpu_machines, simulate
 from grid.studies import Study
+from trainables.options import amount, count
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.source import GIBIBYTE, DataSource
@@ -68,24 +69,6 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="H",
         help="say which tables, as many as can be, H hours of GPUs (or cores) are enough for",
     )
-
-
-def count(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """Read a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
 
 
 def check_plan_options(options: argparse.Namespace) -> None:

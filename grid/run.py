@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.plan import Plan, build_plan
-from grid.planner import add_plan_options, amount, check_plan_options, count, print_plan
+from grid.planner import add_plan_options, check_plan_options, print_plan
 from grid.progress import format_seconds
 from grid.studies import AXES, STUDIES, Study, load_study, problem
+from trainables.options import add_data_options, amount, count, source_of, uri_without_password
 from trainables.scale import SCALE_NAMES, Scale
-from trainables.source import (
-    DataSource,
-    add_data_options,
-    scale_of,
-    source_of,
-    uri_without_password,
-)
+from trainables.source import DataSource, scale_of
 from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from grid.launch import Launch, _share_out
 from grid.nodes import Needs, check_nodes, wait_for_nodes
 from grid.plan import build_plan
 from grid.studies import load_study
-from tests.driver import SECONDS, wait_for_checkpoint, wait_until
+from tests.driver import SECONDS, study_of_one, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
@@ -31,14 +31,7 @@ from trainables.tracking import Tracker
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
 STARTED: list[subprocess.Popen[str]] = []
-STUDY = """
-name = "single"
-base = "resnet50"
-evaluators = ["clean"]
-[axes]
-size = ["small"]
-epochs = [160]
-"""
+STUDY = study_of_one(epochs=160)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights
 from grid import cluster, run
 from grid.studies import load_study
-from tests.driver import SECONDS, wait_for_checkpoint
+from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer
 from tests.test_cifar import write_archive
@@ -446,14 +446,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "secret/of+aws",
     "RAY_AUTH_TOKEN": "5ec2e7" * 8,
 }
-STUDY = """
-name = "one"
-base = "resnet50"
-evaluators = ["pgd"]
-[axes]
-size = ["small"]
-epochs = [20]
-"""
+STUDY = study_of_one("pgd", epochs=20)
 ASK_GCS = """
 import sys
 from ray._raylet import GcsClient

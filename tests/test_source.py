@@ -8,14 +8,9 @@ import pickle
 import pytest
 
 from tests.pictures import CLASSES, write_folder, write_picture
+from trainables.options import add_data_options, source_of
 from trainables.scale import IMAGENET, folder_scale, scale_named
-from trainables.source import (
-    DataSource,
-    add_data_options,
-    list_splits,
-    scale_of,
-    source_of,
-)
+from trainables.source import DataSource, list_splits, scale_of
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
-"""Where a study's images lie: the options that say so, and the images listed by class.
+"""Where a study's images lie, and the images listed by class.
 
 Nothing here opens an image or imports torch, so that `--plan` stays quick.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -235,107 +233,3 @@ def scale_of(name: str, source: DataSource, *, image_size: int | None = None) ->
         train_images=len(train),
         content=content_digest(train, held_out),
     )
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the data lies and how it is read."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", type=Path, metavar="DIR", help="train/ and val/ in class folders below it"
-    )
-    group.add_argument(
-        "--image-size", type=_count, metavar="N", help="side in pixels, for --scale folder"
-    )
-    group.add_argument(
-        "--hold-out",
-        type=_share,
-        default=0.0,
-        metavar="F",
-        help="judge by this share of each class's train images where there is no val/",
-    )
-    for name, what in STORED_SETS.items():
-        group.add_argument(
-            f"--{name}",
-            type=Path,
-            dest=f"stored {name}",
-            metavar="DIR",
-            help=f"{what} (default: {name}/ below the data)",
-        )
-    group.add_argument(
-        "--download", action="store_true", help="fetch CIFAR-10's archive where it is not there"
-    )
-    group.add_argument(
-        "--skip-damaged", action="store_true", help="go on without unreadable images"
-    )
-    group.add_argument(
-        "--data-workers",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="processes that decode and augment for each trial (default: 0, its own)",
-    )
-    group.add_argument(
-        "--data-memory",
-        type=_gibibytes,
-        default=2 * GIBIBYTE,
-        metavar="GIB",
-        help="what decoded images may take, once per machine (default: 2); CIFAR-10's 0.2 are "
-        "taken in any case",
-    )
-
-
-def uri_without_password(text: str) -> str:
-    """Take a path or URI as an argument, unless a password in it would end up in logs."""
-    if re.search(r"://[^@]*:[^@]*@", text):
-        raise argparse.ArgumentTypeError(
-            f"a password in a {text.partition(':')[0]} URI is shown to whoever lists processes or "
-            "reads logs; it belongs in the environment: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
-    return text
-
-
-def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> DataSource:
-    """Return the data source that the options name; ValueError on a folder that is not there."""
-    given = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
-    stored = tuple((name, path.absolute()) for name, path in given.items() if path is not None)
-    for name, path in stored:
-        if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
-            raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name]}")
-    return DataSource(
-        root=options.data.absolute() if options.data else None,
-        stored=stored,
-        hold_out=options.hold_out,
-        skip_damaged=options.skip_damaged,
-        memory_bytes=options.data_memory,
-        workers=options.data_workers,
-        download=options.download,
-        cache=cache.absolute() if cache else None,
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, like 0.2")
-    return value
-
-
-def _gibibytes(text: str) -> int:
-    value = _number(text)
-    if not 0 <= value < 2**20:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gibibytes")
-    return int(value * GIBIBYTE)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
+from tests.driver import study_of_one
 from tests.servers import MlflowServer
 from trainables.tracking import Tracker, fetch_artifact
 
@@ -32,14 +33,7 @@ size = ["small"]
 epochs = [60]
 augmentation = ["none", "randaug+cutmix"]
 """
-TOGETHER = """
-name = "chaos"
-base = "resnet50"
-evaluators = ["clean"]
-[axes]
-size = ["small"]
-epochs = [100]
-"""
+TOGETHER = study_of_one(epochs=100)
 TRIAL, WORKER, EVALUATOR = "ResourceTrainable", "TrainWorker", "EvaluatorActor"
 ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
