@@ -19,6 +19,7 @@ os.environ |= {
 
 from tests.chaos.faults import FAULTS, FILLED
 from tests.chaos.rounds import Chaos
+from trainables.options import amount
 
 
 def main() -> int:
@@ -27,12 +28,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=len(FAULTS), metavar="N")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
+    parser.add_argument(
+        "--outage", type=amount, default=0, metavar="S", help="seconds that MLflow is away"
+    )
     options = parser.parse_args()
     names = [name for name in options.only if name not in FILLED or os.geteuid() == 0]
     injected: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder), options.seed)
+        chaos = Chaos(Path(folder), options.seed, outage=options.outage)
         for faults in chaos.rounds(names, options.faults):
             there, problem = chaos.round(faults)
             injected.update(there)

@@ -61,7 +61,7 @@ def _signal_driver(study: Disturbed, number: int) -> int | None:
 def _kill_server(study: Disturbed, chance: random.Random) -> bool:
     assert study.server is not None
     study.server.kill()
-    time.sleep(chance.uniform(1, 20))
+    time.sleep(study.outage or chance.uniform(1, 20))
     study.server.start()
     return True
 

@@ -21,10 +21,11 @@ class Chaos:
     """Studies in folders of their own, and what they come to undisturbed.
 
     A seed sets which faults come, after which part of the time that the study takes undisturbed.
+    outage: how many seconds MLflow is away, 0 for up to 20 at random.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self._folder, self.chance = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, *, outage: float = 0) -> None:
+        self._folder, self.chance, self._outage = folder, random.Random(seed), outage
         self._expected: dict[int, tuple[dict[str, object], float]] = {}
         self._rounds = 0
 
@@ -86,4 +87,4 @@ class Chaos:
         server = MlflowServer(folder / "server") if on_server else None
         if server:
             server.start()
-        return Disturbed(folder, workers, server)
+        return Disturbed(folder, workers, server, self._outage)

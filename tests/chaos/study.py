@@ -53,6 +53,7 @@ class Disturbed:
     folder: Path
     workers: int = 1
     server: MlflowServer | None = None
+    outage: float = 0
     driver: subprocess.Popen[bytes] | None = None
     family: dict[int, psutil.Process] = field(default_factory=dict)
     runs: int = 0
