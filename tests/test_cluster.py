@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -280,21 +282,28 @@ def autoscaled(tmp_path, monkeypatch):
         "RAY_enable_autoscaler_v2": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
+    port = free_port()
     config = home / "ray_bootstrap_config.yaml"
-    config.write_text(FAKE % address)
-    command = f"ray start --head --block --port={address.rsplit(':')[1]} --num-cpus=0"
-    options = "--include-dashboard=false --object-store-memory=100000000 --temp-dir"
-    with tempfile.TemporaryDirectory(prefix="ray") as folder, (home / "log").open("w") as log:
+    config.write_text(FAKE % f"{ray.util.get_node_ip_address()}:{port}")
+    with started_head(home / "log", port, f"--autoscaling-config={config}") as address:
+        yield address
+
+
+@contextmanager
+def started_head(log, port, *options):
+    """Start the head of a cluster, without CPUs, in processes of its own."""
+    command = f"ray start --head --block --port={port} --num-cpus=0 --include-dashboard=false"
+    usual = "--object-store-memory=100000000 --temp-dir"
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, log.open("w") as written:
         head = subprocess.Popen(
-            [*command.split(), f"--autoscaling-config={config}", *options.split(), folder],
-            stdout=log,
-            stderr=log,
+            [*command.split(), *options, *usual.split(), folder],
+            stdout=written,
+            stderr=written,
             start_new_session=True,
         )
         try:
-            wait_until(head, lambda: "runtime started" in (home / "log").read_text())
-            yield address
+            wait_until(head, lambda: "runtime started" in log.read_text())
+            yield f"{ray.util.get_node_ip_address()}:{port}"
         finally:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
@@ -444,13 +453,70 @@ def test_a_gpu_that_only_ray_counts_is_found_out(joined):
     assert "torch finds none" in found.problem
 
 
-def test_a_wrong_token_is_refused_before_any_compute(cluster, study, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """A head that asks for a token, and an environment without one."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    driver = start(study, tmp_path / "results", "--address", cluster.address)
-    said = driver.communicate(timeout=SECONDS)[0]
-    assert driver.returncode == 2, said
-    assert "refuses this run: Token authentication is enabled but no" in said
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with monkeypatch.context() as of_head:
+        of_head.setenv("RAY_AUTH_TOKEN", "5ec2e7" * 8)
+        with started_head(tmp_path / "log", free_port()) as address:
+            of_head.delenv("RAY_AUTH_TOKEN")
+            yield address
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [("", "refuses this run: Token authentication is enabled but no"), ("0" * 48, "refuses this")],
+)
+def test_a_wrong_token_is_refused_before_any_compute(
+    token, said, guarded, study, tmp_path, monkeypatch
+):
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    results = tmp_path / "results"
+    assert said in refused(study, results, "--address", guarded)
+    assert not (results / "mlflow.db").exists()
+
+
+class AccessDenied(BaseHTTPRequestHandler):
+    """Speaks S3 as far as it takes to say no."""
+
+    def answer(self):
+        body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def __getattr__(self, name):
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def closed_bucket(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AccessDenied)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"s3://grid?endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=x"
+    server.shutdown()
+    server.server_close()
+
+
+def test_storage_that_may_not_be_written_is_refused(study, tmp_path, closed_bucket):
+    results = tmp_path / "results"
+    asked = ("--address", "local", "--workers", "1", "--storage", closed_bucket)
+    said = refused(study, results, *asked)
+    assert "cannot be written: " in said
+    assert "ACCESS_DENIED" in said
 
 
 def test_gloo_gets_the_interface_of_a_nodes_address():
