@@ -154,7 +154,9 @@ def run_study(launch: Launch) -> Finished:
 def _train_and_judge(launch: Launch, data: Data, tracker: Tracker, line: ProgressLine) -> Finished:
     study, plan, scale = launch.study, launch.plan, launch.scale
     pool, room = _share_out(launch, tracker.uri, line.say)
-    parent = tracker.open_study(study.name, describe(study, plan, scale), scores_of(plan))
+    parent = tracker.open_study(
+        study.name, describe(study, plan, scale), scores_of(plan), data.class_names
+    )
     recorder = Recorder(
         tracker,
         plan,
@@ -174,9 +176,12 @@ def _train_and_judge(launch: Launch, data: Data, tracker: Tracker, line: Progres
             _train(todo, recorder, launch, launch.needs(tracker).storage[0], room)
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_report
+    from grid.report.export import write_ledgers
 
     folder = launch.results / "report"
     report = patiently(lambda: write_report(tracker, study, plan, scale, folder), say=line.say)
+    if recorder.progress.cells_done:
+        patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
     tracker.close_study(parent, report.parent, complete=not recorder.failures)
     return Finished(
         trained=recorder.progress.trials_done,

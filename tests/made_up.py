@@ -110,7 +110,10 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
     """Record every trial of a plan of scale digits; the last `collapsed` of them as collapsed."""
     results.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(results, None, DIGITS)
-    parent = tracker.open_study(study.name, describe(study, plan, DIGITS), scores_of(plan))
+    data = load_data(DIGITS)
+    parent = tracker.open_study(
+        study.name, describe(study, plan, DIGITS), scores_of(plan), data.class_names
+    )
     recorder = Recorder(
         tracker,
         plan,
@@ -118,7 +121,7 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
         study=study.name,
         parent=parent,
         scale=DIGITS,
-        data=load_data(DIGITS),
+        data=data,
         line=ProgressLine(),
     )
     recorder.start()

@@ -176,6 +176,7 @@ def test_the_report_lies_with_the_studys_run(finished):
     results, _ = finished
     kept = {path.name for path in results.glob("artifacts/*/artifacts/report/**/*")}
     assert {"index.html", "tables.csv", "tables.tex", "tables.md", "scatter.svg"} <= kept
+    assert {"clean.parquet", "pgd.parquet"} <= kept
 
 
 def test_mlflow_loads_a_trial_without_a_pickle_and_it_answers_as_it_did(finished):

@@ -47,6 +47,7 @@ SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
 VIEW_COLUMNS = ("params.`family`", "tags.`tables`", "tags.`outcome`")
+CLASSES_FILE = "classes.json"
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
 
 
@@ -106,12 +107,15 @@ class Tracker:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"MLflow at {uri} cannot be used: {reason}") from None
 
-    def open_study(self, name: str, description: str, scores: Sequence[str] = ()) -> str:
+    def open_study(
+        self, name: str, description: str, scores: Sequence[str] = (), classes: Sequence[str] = ()
+    ) -> str:
         """Return the id of a study's parent run, marked as running.
 
-        `scores` are the columns of the view in which the UI compares the study's trials.
+        `scores` are the columns of the view in which the UI compares the study's trials,
+        `classes` the names of the data's classes, by label.
         """
-        query = f"tags.kind = 'study' AND tags.study = '{name}'"
+        query = _study_query(name)
         runs = self._search(query)
         if runs:
             self._client.update_run(runs[0].info.run_id, status="RUNNING")
@@ -128,14 +132,24 @@ class Tracker:
         }
         key = VIEW_TAG + name
         self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
+        if classes:
+            self._client.log_text(run_id, json.dumps(list(classes)), CLASSES_FILE)
         return run_id
+
+    def classes(self, study: str) -> list[str]:
+        """Return the names of a study's classes, by label; empty where it was never opened."""
+        runs = self._search(_study_query(study))
+        if not runs:
+            return []
+        found = fetch_artifact(self.uri, runs[0].info.artifact_uri, CLASSES_FILE).read_text()
+        return list(json.loads(found))
 
     def give_up(self) -> None:
         """Wait for no server any more."""
         self._client.give_up()
 
     def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
-        """Keep the report with the parent run and end it."""
+        """Keep the folder of a report with the parent run and end it."""
         self._client.log_artifacts(run_id, str(report), "report")
         self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
 
@@ -322,6 +336,10 @@ class Tracker:
             token = page.token
             if not token:
                 return runs
+
+
+def _study_query(name: str) -> str:
+    return f"tags.kind = 'study' AND tags.study = '{name}'"
 
 
 def _trial_run(run: Run) -> TrialRun:

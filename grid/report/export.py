@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from evaluators.base import LEDGER
 from evaluators.paired import Paired
+from grid.plan import Plan
 from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable
-from grid.report.verdicts import Comparison
+from grid.report.verdicts import Comparison, Verdicts
 from trainables.storage import write_atomically
+from trainables.tracking import Tracker
 
 
 def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
@@ -19,6 +24,29 @@ def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
     write_atomically(folder / "tables.csv", _long(tables).to_csv(index=False).encode())
     latex = "\n".join(_latex(table) for table in tables)
     write_atomically(folder / "tables.tex", latex.encode())
+
+
+def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
+    """Write every verdict of a plan but for its images: a Parquet file per evaluator.
+
+    Beside the columns of a ledger it says which `trial` and `model` each is of.
+    """
+    verdicts = Verdicts(tracker, tracker.trials())
+    columns = [field for field in LEDGER if field.name != "image"]
+    of_trial = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([("trial", of_trial), ("model", of_trial), *columns])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted({name for trial in plan for name in trial.evaluators}):
+        aside = folder / f"{name}.part"
+        with pq.ParquetWriter(aside, schema, compression="zstd") as file:
+            for trial in plan:
+                ledger = verdicts.ledger(trial.digest, name)
+                if ledger is not None:
+                    whose = (trial.digest, trial.recipe.describe())
+                    own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
+                    values = [*own, *[ledger[field.name] for field in columns]]
+                    file.write_table(pa.table(values, schema=schema))
+        aside.replace(folder / f"{name}.parquet")
 
 
 def markdown(findings: Findings, title: str, versions: str) -> str:

@@ -72,7 +72,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         judgements=tuple(judge_claims(plan, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),
-        gallery=tuple(gallery(plan, verdicts)),
+        gallery=tuple(gallery(plan, verdicts, tracker.classes(study.name))),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ SHOWN = {
     CONFLICT: ("stylized", "stylized"),
 }
 MODELS = 4
+WORDNET_ID = re.compile(r"n\d{8}")
 MIDDLE = 128
 
 
@@ -50,18 +52,22 @@ class Strip:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out image, the class it shows, and a strip per model."""
+    """One held-out image, the name of the class it shows, and a strip per model."""
 
     image_id: str
-    label: int
+    name: str
     strips: tuple[Strip, ...]
 
 
 Rows = Mapping[str, Mapping[str, Any]]  # heading -> the ledger's row
 
 
-def gallery(plan: Plan, verdicts: Verdicts) -> list[Example]:
-    """Return the examples that the ledgers of a few unlike models hold."""
+def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> list[Example]:
+    """Return the examples that the ledgers of a few unlike models hold.
+
+    classes: their names by label.
+    """
+    names = _readable(classes)
     kept = {t.recipe.describe(): _kept(t, verdicts) for t in _unlike(plan, verdicts)}
     labels = {
         image_id: rows[CLEAN]["label"]
@@ -72,11 +78,25 @@ def gallery(plan: Plan, verdicts: Verdicts) -> list[Example]:
     return [
         Example(
             image_id,
-            label,
-            tuple(Strip(m, tuple(_shots(i[image_id]))) for m, i in kept.items() if image_id in i),
+            names[label],
+            tuple(
+                Strip(model, tuple(_shots(rows[image_id], names)))
+                for model, rows in kept.items()
+                if image_id in rows
+            ),
         )
         for image_id, label in sorted(labels.items())
     ]
+
+
+def _readable(classes: Sequence[str]) -> list[str]:
+    """Say in words what WordNet ids stand for; other names are left as they are."""
+    if not classes or not all(map(WORDNET_ID.fullmatch, classes)):
+        return list(classes)
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return [info.label_name_to_description(name).partition(",")[0] for name in classes]
 
 
 def _unlike(plan: Plan, verdicts: Verdicts) -> list[Trial]:
@@ -104,11 +124,13 @@ def _kept(trial: Trial, verdicts: Verdicts) -> dict[str, dict[str, Mapping[str, 
     return found
 
 
-def _shots(rows: Rows) -> Iterator[Shot]:
+def _shots(rows: Rows, names: Sequence[str]) -> Iterator[Shot]:
     for heading, row in rows.items():
-        texture = f" (texture {row['stage'].partition(':')[2]})" if heading == CONFLICT else ""
+        title = heading
+        if heading == CONFLICT:
+            title += f" (texture {names[int(row['stage'].partition(':')[2])]})"
         right = row["predicted"] == row["label"]
-        yield Shot(heading + texture, _data_uri(row["image"]), str(row["predicted"]), right)
+        yield Shot(title, _data_uri(row["image"]), names[row["predicted"]], right)
         if heading == ATTACKED and CLEAN in rows:
             yield _perturbation(rows[CLEAN]["image"], row["image"])
 
