@@ -183,6 +183,7 @@ evaluators = ["clean", "pgd"]
 family = ["resnet", "deit"]
 size = ["small"]
 epochs = [20]
+learning_rate = [0.02]
 [placement.deit]
 workers = 1
 """
@@ -199,7 +200,7 @@ def test_the_table_of_two_workers_is_that_of_one(tmp_path):
     assert alone.keys() == shared.keys()
     for digest, metrics in alone.items():
         for name in ("clean", "pgd-5", "pgd-100"):
-            # Rounding may turn an image or two of hundreds, but no more.
+            # A change of the ResNet's weights by 1e-7 moves as much; at ten times this rate, more.
             assert shared[digest][name] == pytest.approx(metrics[name], abs=0.035), (digest, name)
 
 
