@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from grid.studies import Axes, Mode, Study, Table, problem, with_axis
+from grid.studies import AXES, Axes, Mode, Study, Table, problem, with_axis
 from trainables.recipe import Recipe, format_augmentations
 from trainables.scale import Scale
 
@@ -70,8 +70,9 @@ def enumerate_trials(
     for combination in _combinations(axes, mode):
         try:
             recipe = base
-            for axis, value in combination.items():
-                recipe = with_axis(recipe, axis, value)
+            # What brings other fields along comes first, whatever order the axes are named in.
+            for axis in sorted(combination, key=AXES.index):
+                recipe = with_axis(recipe, axis, combination[axis])
             recipes.append(recipe)
         except ValueError as error:
             named = " ".join(f"{axis}={value}" for axis, value in combination.items())

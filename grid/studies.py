@@ -24,6 +24,7 @@ from trainables.recipe import (
     format_augmentations,
     model_of,
 )
+from trainables.scale import AT_BATCH, PUBLISHED_SETTINGS
 
 Mode = Literal["product", "one-at-a-time"]
 Axes = Mapping[str, tuple[Any, ...]]
@@ -38,36 +39,6 @@ AUGMENTATION_SUBSETS = (
     "mixup+cutmix",
     "randaug+mixup+cutmix",
 )
-# family, optimizer -> what goes with it. DeiT under SGD is not in the study: 0.1 per 256 images.
-OPTIMIZER_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
-    ("resnet", "sgd"): {
-        "learning_rate": 0.1,
-        "weight_decay": 1e-4,
-        "batch_size": 256,
-        "warmup_epochs": 0.0,
-    },
-    ("resnet", "adamw"): {
-        "learning_rate": 5e-4,
-        "weight_decay": 0.05,
-        "batch_size": 256,
-        "warmup_epochs": 5.0,
-    },
-    ("deit", "sgd"): {
-        "learning_rate": 0.8,
-        "weight_decay": 1e-4,
-        "batch_size": 2048,
-        "warmup_epochs": 0.0,
-    },
-    ("deit", "adamw"): {
-        "learning_rate": 2e-3,
-        "weight_decay": 0.05,
-        "batch_size": 2048,
-        "warmup_epochs": 5.0,
-    },
-}
-
-
-AT_BATCH = 4096
 AT_FORWARD = 512  # the study's accumulation is not recorded; its ghost batches of 64 divide this
 # epoch: RandAug magnitude, mix probability, CutMix alpha, switch probability
 _STUDY_CURRICULUM = (
@@ -134,7 +105,7 @@ def _with_size(recipe: Recipe, size: str) -> Recipe:
 
 def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
     family = recipe.family if recipe.family == "resnet" else "deit"
-    settings = OPTIMIZER_SETTINGS.get((family, optimizer), {})
+    settings = PUBLISHED_SETTINGS.get((family, optimizer), {})
     changed = recipe.replace(optimizer=optimizer, micro_batch=None, **settings)
     return _adversarial(changed) if recipe.adversary else changed
 
@@ -160,7 +131,7 @@ def _adversarial(recipe: Recipe) -> Recipe:
         adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if resnet else 0.0),
         pixel_range="half",
         batch_size=AT_BATCH,
-        learning_rate=recipe.learning_rate * AT_BATCH / recipe.batch_size,
+        learning_rate=recipe.learning_rate * (AT_BATCH / recipe.batch_size),
         warmup_epochs=5.0 if sgd else 10.0,
         warmup_rate=0.1 if sgd else 1e-6,
         **({"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD} if resnet else {}),
@@ -517,9 +488,9 @@ def _study_from(parsed: StudyFile, path: Path) -> Study:
             f"study file {path}: unknown axis {unknown[0]!r}; one of {', '.join(AXES)}"
         )
     base = BASES[parsed.base]()
-    for axis, value in parsed.set.items():
+    for axis in sorted(parsed.set, key=AXES.index):
         try:
-            base = with_axis(base, axis, value)
+            base = with_axis(base, axis, parsed.set[axis])
         except ValueError as error:
             raise ValueError(f"study file {path}: set.{axis}: {problem(error)}") from None
     return Study(

@@ -183,7 +183,7 @@ evaluators = ["clean", "pgd"]
 family = ["resnet", "deit"]
 size = ["small"]
 epochs = [20]
-learning_rate = [0.02]
+learning_rate = [0.01]
 [placement.deit]
 workers = 1
 """

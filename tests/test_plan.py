@@ -271,3 +271,30 @@ def test_every_base_can_be_trained_at_every_scale(base):
         assert scale.shrink(BASES[base]()).scale == scale.name
     assert len(AXES) == len(set(AXES))
     assert dataclasses.is_dataclass(paper())
+
+
+def test_a_rate_that_departs_from_the_studys_departs_from_the_scales_in_proportion():
+    axes = {"optimizer": ("sgd", "adamw"), "learning_rate": (0.05, 0.1), "weight_decay": (2e-4,)}
+    study = Study("rates", base=resnet50(), axes=axes)
+    asked = [trial.recipe for trial in build_plan(study, DIGITS)]
+    rates = {(recipe.optimizer, recipe.learning_rate) for recipe in asked}
+    assert rates == {("sgd", 0.1), ("sgd", 0.2), ("adamw", 0.8), ("adamw", 1.6)}
+    assert {recipe.weight_decay for recipe in asked} == {2e-4}
+    assert {(r.batch_size, r.epochs) for r in asked} == {(64, 10)}
+    attacked = adversarial_resnet50()
+    for recipe, batch in ((attacked, 4096), (resnet50(), 256)):
+        half = recipe.replace(batch_size=batch // 2, micro_batch=None)
+        assert DIGITS.shrink(half).batch_size == 32
+        assert DIGITS.shrink(half).learning_rate == DIGITS.shrink(recipe).learning_rate
+
+
+def test_axes_may_be_named_in_any_order():
+    axes = {"learning_rate": (0.05,), "weight_decay": (3e-4,), "optimizer": ("adamw",)}
+    backwards = dict(reversed(axes.items()))
+    found = [
+        [trial.digest for trial in build_plan(Study("any", base=resnet50(), axes=named), IMAGENET)]
+        for named in (axes, backwards)
+    ]
+    assert found[0] == found[1]
+    (recipe,), _ = enumerate_trials(resnet50(), axes)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.optimizer) == (0.05, 3e-4, "adamw")

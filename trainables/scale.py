@@ -12,6 +12,47 @@ from trainables.recipe import Adversary, CurriculumRow, Recipe
 
 PUBLISHED_DEIT_WIDTH = 384
 PUBLISHED_EPSILON = Fraction(4, 255)
+AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
+# family, optimizer -> what goes with it. DeiT under SGD is not in the study: 0.1 per 256 images.
+PUBLISHED_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
+    ("resnet", "sgd"): {
+        "learning_rate": 0.1,
+        "weight_decay": 1e-4,
+        "batch_size": 256,
+        "warmup_epochs": 0.0,
+    },
+    ("resnet", "adamw"): {
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+        "batch_size": 256,
+        "warmup_epochs": 5.0,
+    },
+    ("deit", "sgd"): {
+        "learning_rate": 0.8,
+        "weight_decay": 1e-4,
+        "batch_size": 2048,
+        "warmup_epochs": 0.0,
+    },
+    ("deit", "adamw"): {
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "batch_size": 2048,
+        "warmup_epochs": 5.0,
+    },
+}
+
+
+def _in_proportion(recipe: Recipe, name: str, own: float | None) -> float:
+    """Return a scale's own value of a field, times what the recipe makes of the study's."""
+    asked: float = getattr(recipe, name)
+    if own is None:
+        return asked
+    family = recipe.family if recipe.family == "resnet" else "deit"
+    published = dict(PUBLISHED_SETTINGS[family, recipe.optimizer])
+    if recipe.adversary:
+        published["learning_rate"] *= AT_BATCH / published["batch_size"]
+        published["batch_size"] = AT_BATCH
+    return own * (asked / published[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +86,8 @@ class Scale:
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
     probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
-    scale's own by family and optimizer, and ghost batches shrink with them. `flip`: a mirrored
+    scale's own by family and optimizer, and ghost batches shrink with them; a recipe that departs
+    from the study's there departs from the scale's in proportion. `flip`: a mirrored
     image is one of its class. Attacks are judged `shard_images` at a time, the most that a killed
     run loses.
     """
@@ -113,15 +155,17 @@ class Scale:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
         epochs = self.epochs(recipe.epochs)
         kind = recipe.family, recipe.optimizer
-        rate = self.learning_rate.get(kind, recipe.learning_rate)
+        rate = _in_proportion(recipe, "learning_rate", self.learning_rate.get(kind))
+        decay = _in_proportion(recipe, "weight_decay", self.weight_decay.get(kind))
+        batch = _in_proportion(recipe, "batch_size", self.batch_size.get(recipe.family))
         changes: dict[str, Any] = {
             "scale": self.name,
             "epochs": epochs,
             "warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs,
             "warmup_rate": recipe.warmup_rate * rate / recipe.learning_rate,
             "learning_rate": rate,
-            "weight_decay": self.weight_decay.get(kind, recipe.weight_decay),
-            "batch_size": self.batch_size.get(recipe.family, recipe.batch_size),
+            "weight_decay": decay,
+            "batch_size": max(1, round(batch)),
             "randaug_magnitude": round(recipe.randaug_magnitude / self.strength_divisor),
             "mix_probability": recipe.mix_probability / self.strength_divisor,
             "curriculum": tuple(self._soften(row) for row in recipe.curriculum),
