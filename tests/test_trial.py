@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import fill, small_disk
+from trainables.checkpoint import save_checkpoint
 from trainables.recipe import Distillation
 from trainables.source import EMBEDDED
 from trainables.trial import RecipeTrial, weights_path
@@ -182,3 +183,15 @@ def test_a_trial_says_that_its_checkpoint_was_damaged(start, small, tmp_path):
     assert f"{newest.name} in" in note
     assert "is damaged; it is kept as" in note
     assert result["epoch"] == 2
+
+
+def test_a_whole_checkpoint_of_something_else_fails_the_trial_by_name(start, small, tmp_path):
+    recipe = small(epochs=2)
+    folder = tmp_path / "trials" / recipe.digest()
+    save_checkpoint(folder, 1, {"model": {}, "epoch": 1})
+    (result,) = run(start(recipe))
+    assert result["outcome"] == "failed"
+    assert (
+        f"the newest checkpoint in {folder} lacks history, optimizer, outcome, reason"
+        in (result["reason"])
+    )

@@ -26,6 +26,7 @@ CHECKPOINT_SECONDS = 5.0
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 WEIGHTS = "weights.safetensors"
+ENTRIES = {"model", "optimizer", "history", "outcome", "reason"}  # of every checkpoint
 
 
 @dataclass
@@ -170,6 +171,11 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     found = load_newest_checkpoint(folder, say=running.notes.append) if running.leads else None
     start = team.shared(found)
     if start:
+        if lacking := sorted(ENTRIES - start.keys()):
+            raise ValueError(
+                f"the newest checkpoint in {folder} lacks {', '.join(lacking)}: it is not of this "
+                "version; move it away, and the trial goes on from the one before, or anew"
+            )
         running.unsent, running.epoch = list(start["history"]), len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
         running.classifier.load_state_dict(start["model"])
