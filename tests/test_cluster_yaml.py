@@ -34,6 +34,7 @@ def test_nothing_but_ray_itself_listens_beyond_the_head(name):
     start = " ".join(config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
     assert "mlflow server $AUTH --host 127.0.0.1" in start
+    assert "--allowed-hosts 'localhost:*,127.0.0.1:*'" in start
     assert "0.0.0.0" not in (ROOT / name).read_text()  # noqa: S104
     assert "~/.ray/auth_token" in config["file_mounts"]
     assert "RAY_AUTH_MODE=token" in (ROOT / name).read_text()
