@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from trainables.scale import Scale
 from trainables.scan import Opened, Scan
 from trainables.source import (
     GIBIBYTE,
+    WORDNET_ID,
     DataSource,
     ImageList,
     class_folders,
@@ -42,8 +42,6 @@ from trainables.source import (
 Level = Literal["ok", "warning", "error"]
 COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 SCAN_FILE = "scan.parquet"
-WORDNET_ID = re.compile(r"n\d{8}")
-IMAGENET_A_IMAGES = 7500
 LEAST_FREE_BYTES = GIBIBYTE
 NAMED = 3
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ STORED_SETS = {
 }
 GIBIBYTE = 2**30
 FOLDER = "folder"
+WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from grid.plan import Plan, Trial
 from grid.report.verdicts import Verdicts
+from trainables.source import WORDNET_ID
 
 CLEAN, ATTACKED, CONFLICT = "clean", "PGD-100", "cue conflict"
 # heading -> the evaluator and the question whose images are shown
@@ -28,7 +28,6 @@ SHOWN = {
     CONFLICT: ("stylized", "stylized"),
 }
 MODELS = 4
-WORDNET_ID = re.compile(r"n\d{8}")
 MIDDLE = 128
 
 
