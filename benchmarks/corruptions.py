@@ -16,7 +16,8 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from benchmarks.measure import Figure, in_turns, require
-from evaluators.corruption_kinds import KINDS, SEVERITIES, corrupt
+from evaluators import SEVERITIES
+from evaluators.corruption_kinds import KINDS, corrupt
 
 SIDE = 224
 ALIKE = ("brightness", "contrast")  # neither draws nor compresses, so they can be held together

@@ -23,6 +23,7 @@ EVALUATORS: dict[str, str] = {
     "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "autoattack": "evaluators.autoattack:AutoAttack",
 }
+SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
 
 
 def evaluator_named(name: str, scale: Scale) -> Evaluator:

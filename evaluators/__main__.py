@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-    from evaluators.base import Evaluator, Score
+    from evaluators.base import Evaluator
+    from evaluators.ledger import Score
     from trainables.data import Data
     from trainables.models import Classifier
     from trainables.recipe import Recipe
@@ -183,7 +184,8 @@ def _ask(
     from rich.progress import track
 
     from evaluators.base import evaluate
-    from evaluators.shards import ShardStore, to_parquet
+    from evaluators.ledger import to_parquet
+    from evaluators.shards import ShardStore
 
     print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
     count = evaluator.shards(data)

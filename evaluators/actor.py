@@ -49,7 +49,7 @@ class EvaluatorActor:
         """Return the ledger of one shard of a cell as Parquet, with the seconds it took."""
         from evaluators import evaluator_named
         from evaluators.base import evaluate
-        from evaluators.shards import to_parquet
+        from evaluators.ledger import to_parquet
         from trainables.data import load_data
         from trainables.watchdog import counting_steps
 

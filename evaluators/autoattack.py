@@ -17,7 +17,8 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from evaluators.base import Batch, Score, shards_of, share, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from trainables.adversary import attacked
 from trainables.data import WHOLE, Data, Shard, Split

@@ -1,4 +1,4 @@
-"""What an evaluator is, the ledger of verdicts it fills, and the scores read from it."""
+"""What an evaluator is, and how its questions are asked of a classifier."""
 
 from __future__ import annotations
 
@@ -11,32 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from evaluators.ledger import LEDGER, Score
 from trainables.data import WHOLE, Data, Shard, Split, to_unit
 
 if TYPE_CHECKING:
     from trainables.models import Classifier
 
-# One row per image and question. `survived`: the model's answer is still the true label (for a
-# targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
-# of this image that a black-box attack asked for. `image`: what was judged, as PNG, for a few
-# example images of some questions.
-LEDGER = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("question", pa.string()),
-        ("label", pa.int32()),
-        ("predicted", pa.int32()),
-        ("survived", pa.bool_()),
-        ("stage", pa.string()),
-        ("queries", pa.int64()),
-        ("image", pa.binary()),
-    ]
-)
-CONFIDENCE = 0.95
 EXAMPLES = 4
 
 
@@ -70,17 +53,6 @@ class Batch:
             ids=self.ids[part],
             stage=self.stage and self.stage[part],
         )
-
-
-@dataclass(frozen=True)
-class Score:
-    """An aggregate of n verdicts: a share in [0, 1] with its 95 % interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 class Evaluator(Protocol):
@@ -226,20 +198,3 @@ def _png(image_3HW: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
-
-
-def survival_scores(ledger: pa.Table) -> list[Score]:
-    """Return, per question, the share of images that survived, with its Wilson interval."""
-    scores = []
-    for question in pc.unique(ledger["question"]).to_pylist():
-        survived = ledger.filter(pc.equal(ledger["question"], question))["survived"]
-        scores.append(share(question, pc.sum(survived).as_py() or 0, len(survived)))
-    return scores
-
-
-def share(name: str, count: int, n: int) -> Score:
-    """Return count / n with its Wilson interval (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Score(name, count / n, float(interval.low), float(interval.high), n)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, split_batches, verdicts
+from evaluators.ledger import Score, survival_scores
 from trainables.data import WHOLE, Data, Shard
 from trainables.scale import Scale
 

@@ -28,10 +28,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluators import SEVERITIES
+
 PUBLISHED_SIDE = 224
 SHORTEST_SIDE = 32
 MINIMUM_SIDE = 16
-SEVERITIES = (1, 2, 3, 4, 5)
 GROUPS: dict[str, tuple[str, ...]] = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),

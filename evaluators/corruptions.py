@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, Score, share, split_batches, verdicts
-from evaluators.corruption_kinds import EXTRA_KINDS, GROUPS, KINDS, SEVERITIES, corrupt
+from evaluators import SEVERITIES
+from evaluators.base import Batch, split_batches, verdicts
+from evaluators.corruption_kinds import EXTRA_KINDS, GROUPS, KINDS, corrupt
+from evaluators.ledger import Score, share
 from evaluators.stored_cifar import CIFAR10C
 from trainables.data import WHOLE, Data, Shard, Split, to_unit
 from trainables.folders import ImageFolderByClass

@@ -9,7 +9,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, split_batches, verdicts
+from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from evaluators.red_flags import HUGE_EPSILON
 from trainables.adversary import attacked, pgd_iterates, random_start

@@ -14,7 +14,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Batch, Score, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, split_batches, verdicts
+from evaluators.ledger import Score, survival_scores
 from evaluators.stored_cifar import load_cifar10_1
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folders import ImageFolderByClass

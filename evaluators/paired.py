@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest, bootstrap
 
-from evaluators.base import CONFIDENCE
+from evaluators.ledger import CONFIDENCE
 
 RESAMPLES = 1000
 ERRORS = "corruptions"  # the one score that is an error, a mean over questions

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from evaluators.base import Batch, Score, shards_of, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.ledger import Score, survival_scores
 from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest
 
-from evaluators.base import share
+from evaluators.ledger import share
 
 HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance

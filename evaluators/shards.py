@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from evaluators.base import LEDGER
+from evaluators.ledger import from_parquet
 from trainables.data import Shard
 from trainables.storage import write_atomically
-
-SECONDS = b"seconds"
-
-
-def to_parquet(ledger: pa.Table, *, seconds: float) -> bytes:
-    """Return a ledger as a Parquet file that also says how long its verdicts took."""
-    buffer = io.BytesIO()
-    marked = ledger.replace_schema_metadata({SECONDS: repr(seconds)})
-    pq.write_table(marked, buffer, compression="zstd", write_page_checksum=True)
-    return buffer.getvalue()
-
-
-def from_parquet(content: bytes) -> tuple[pa.Table, float]:
-    """Read what `to_parquet` wrote; ValueError where it is damaged."""
-    try:
-        ledger = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-        ledger.validate(full=True)
-        seconds = float(ledger.schema.metadata[SECONDS])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"it is no whole ledger: {error}") from None
-    ledger = ledger.replace_schema_metadata(None)
-    if not ledger.schema.equals(LEDGER):
-        raise ValueError(f"it is no ledger: its columns are {ledger.schema.names}")
-    return ledger, seconds
 
 
 class ShardStore:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluators.corruption_kinds import EXTRA_KINDS, KINDS, SEVERITIES
+from evaluators import SEVERITIES
+from evaluators.corruption_kinds import EXTRA_KINDS, KINDS
 from trainables.cifar import CLASSES
 from trainables.data import Split
 

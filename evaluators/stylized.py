@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, Score, share, split_batches, survival_scores, verdicts
+from evaluators.base import Batch, split_batches, verdicts
+from evaluators.ledger import Score, share, survival_scores
 from trainables.data import WHOLE, Data, Shard, to_unit
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale

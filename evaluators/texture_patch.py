@@ -17,16 +17,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluators.base import (
-    CONFIDENCE,
-    Batch,
-    Score,
-    shards_of,
-    share,
-    split_batches,
-    survival_scores,
-    verdicts,
-)
+from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.ledger import CONFIDENCE, Score, share, survival_scores
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded

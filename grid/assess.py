@@ -16,7 +16,8 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
-from evaluators.shards import ShardStore, from_parquet, to_parquet
+from evaluators.ledger import from_parquet, to_parquet
+from evaluators.shards import ShardStore
 from trainables.data import Shard
 from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evaluators.corruption_kinds import SEVERITIES
+from evaluators import SEVERITIES
 from evaluators.corruptions import stored_kinds
 from evaluators.natural import IMAGENET_A_CLASSES
 from evaluators.stored_cifar import CIFAR10C, load_cifar10_1

@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluators import evaluator_named
 from evaluators.base import cell_digest
-from evaluators.shards import from_parquet
+from evaluators.ledger import from_parquet
 from grid.assess import Cell, EvaluatorPool, Judged
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine

@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from evaluators import SEVERITIES
 from evaluators.autoattack import CLEAN, STAGES
 from evaluators.base import EXAMPLES, Batch, verdicts
-from evaluators.corruption_kinds import KINDS, SEVERITIES
+from evaluators.corruption_kinds import KINDS
+from evaluators.ledger import to_parquet
 from evaluators.pgd import STEPS
-from evaluators.shards import to_parquet
 from grid.assess import Cell, Judged
 from grid.launch import describe, scores_of
 from grid.plan import Plan

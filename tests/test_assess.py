@@ -14,8 +14,9 @@ import ray
 import torch
 
 from evaluators import evaluator_named
-from evaluators.base import LEDGER, cell_digest, evaluate
-from evaluators.shards import ShardStore, from_parquet, to_parquet
+from evaluators.base import cell_digest, evaluate
+from evaluators.ledger import LEDGER, from_parquet, to_parquet
+from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
 from trainables.checkpoint import save_weights
 from trainables.data import Shard, load_data

@@ -13,8 +13,9 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from evaluators.base import LEDGER, Batch, evaluate, verdicts
-from evaluators.corruption_kinds import KINDS, SEVERITIES, corrupt, smear
+from evaluators import SEVERITIES
+from evaluators.base import Batch, evaluate, verdicts
+from evaluators.corruption_kinds import KINDS, corrupt, smear
 from evaluators.corruptions import (
     ALEXNET_ERRORS,
     EXTRA_KINDS,
@@ -22,6 +23,7 @@ from evaluators.corruptions import (
     Corruptions,
     stored_kinds,
 )
+from evaluators.ledger import LEDGER
 from trainables.data import load_data
 from trainables.models import Classifier
 from trainables.scale import DIGITS, IMAGENET

@@ -148,7 +148,7 @@ def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
 def test_scores_are_what_the_ledgers_say(finished):
     import pyarrow.parquet as pq
 
-    from evaluators.base import survival_scores
+    from evaluators.ledger import survival_scores
 
     results, _ = finished
     for found in tracker(results).trials().values():

@@ -10,17 +10,9 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import (
-    LEDGER,
-    Batch,
-    cell_digest,
-    evaluate,
-    share,
-    split_batches,
-    survival_scores,
-    verdicts,
-)
+from evaluators.base import Batch, cell_digest, evaluate, split_batches, verdicts
 from evaluators.clean import Clean
+from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, STEPS
 from trainables.models import build_classifier
 from trainables.scale import DIGITS, IMAGENET

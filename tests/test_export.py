@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from evaluators.shards import from_parquet
+from evaluators.ledger import from_parquet
 from grid.plan import build_plan
 from grid.report.export import write_ledgers
 from grid.report.gallery import gallery

@@ -24,8 +24,8 @@ from safetensors.torch import save
 
 from evaluators import __main__ as evaluators_main
 from evaluators import build_textures
-from evaluators.base import LEDGER, survival_scores
-from evaluators.shards import ShardStore, from_parquet, to_parquet
+from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
+from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from evaluators.autoattack import AutoAttack
-from evaluators.base import LEDGER, evaluate
+from evaluators.base import evaluate
 from evaluators.health import Health
+from evaluators.ledger import LEDGER
 from evaluators.pgd import PGD
 from evaluators.red_flags import red_flags
 from tests.tiny import trained_classifier

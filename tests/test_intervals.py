@@ -9,8 +9,9 @@ import torch
 from scipy.stats import bootstrap
 from statsmodels.stats.weightstats import DescrStatsW
 
+from evaluators import SEVERITIES
 from evaluators.base import Batch, verdicts
-from evaluators.corruption_kinds import KINDS, SEVERITIES
+from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.texture_patch import TexturePatchAttack
 from trainables.scale import DIGITS

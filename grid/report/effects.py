@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from evaluators.base import CONFIDENCE
+from evaluators.ledger import CONFIDENCE
 from grid.plan import Plan, axis_value
 from trainables.tracking import TrialRun
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluators.base import LEDGER
+from evaluators.ledger import LEDGER
 from evaluators.paired import Paired
 from grid.plan import Plan
 from grid.report.findings import Findings

@@ -15,7 +15,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators.corruption_kinds import SEVERITIES
+from evaluators import SEVERITIES
 from grid.plan import Plan
 from grid.report.claims import Judgement
 from grid.report.effects import Effects, Interaction

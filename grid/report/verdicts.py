@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import pyarrow as pa
 
+from evaluators.ledger import from_parquet
 from evaluators.paired import Paired, compare, image_scores
 from evaluators.red_flags import red_flags
-from evaluators.shards import from_parquet
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
 from trainables.tracking import Tracker, TrialRun

@@ -1,0 +1,84 @@
+"""The ledger of verdicts that evaluators fill, as a file, and the scores read from it.
+
+Nothing here imports torch, so that what only reads ledgers need not have it.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+# One row per image and question. `survived`: the model's answer is still the true label (for a
+# targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
+# of this image that a black-box attack asked for. `image`: what was judged, as PNG, for a few
+# example images of some questions.
+LEDGER = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("question", pa.string()),
+        ("label", pa.int32()),
+        ("predicted", pa.int32()),
+        ("survived", pa.bool_()),
+        ("stage", pa.string()),
+        ("queries", pa.int64()),
+        ("image", pa.binary()),
+    ]
+)
+CONFIDENCE = 0.95
+SECONDS = b"seconds"
+
+
+@dataclass(frozen=True)
+class Score:
+    """An aggregate of n verdicts: a share in [0, 1] with its 95 % interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def to_parquet(ledger: pa.Table, *, seconds: float) -> bytes:
+    """Return a ledger as a Parquet file that also says how long its verdicts took."""
+    buffer = io.BytesIO()
+    marked = ledger.replace_schema_metadata({SECONDS: repr(seconds)})
+    pq.write_table(marked, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def from_parquet(content: bytes) -> tuple[pa.Table, float]:
+    """Read what `to_parquet` wrote; ValueError where it is damaged."""
+    try:
+        # One thread: a report reads thousands of small ledgers.
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        ledger = file.read(use_threads=False)
+        ledger.validate(full=True)
+        seconds = float(ledger.schema.metadata[SECONDS])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"it is no whole ledger: {error}") from None
+    ledger = ledger.replace_schema_metadata(None)
+    if not ledger.schema.equals(LEDGER):
+        raise ValueError(f"it is no ledger: its columns are {ledger.schema.names}")
+    return ledger, seconds
+
+
+def survival_scores(ledger: pa.Table) -> list[Score]:
+    """Return, per question, the share of images that survived, with its Wilson interval."""
+    scores = []
+    for question in pc.unique(ledger["question"]).to_pylist():
+        survived = ledger.filter(pc.equal(ledger["question"], question))["survived"]
+        scores.append(share(question, pc.sum(survived).as_py() or 0, len(survived)))
+    return scores
+
+
+def share(name: str, count: int, n: int) -> Score:
+    """Return count / n with its Wilson interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Score(name, count / n, float(interval.low), float(interval.high), n)
