@@ -180,8 +180,7 @@ def _train_and_judge(launch: Launch, data: Data, tracker: Tracker, line: Progres
 
     folder = launch.results / "report"
     report = patiently(lambda: write_report(tracker, study, plan, scale, folder), say=line.say)
-    if recorder.progress.cells_done:
-        patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
+    patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
     tracker.close_study(parent, report.parent, complete=not recorder.failures)
     return Finished(
         trained=recorder.progress.trials_done,
@@ -270,9 +269,9 @@ def _check_plan(launch: Launch) -> None:
 
     ValueError also where a recipe cannot be trained by as many workers as it is to have.
     """
-    plan = launch.plan
+    plan, placements = launch.plan, launch.placements
     for trial in plan:
-        placement = launch.placements.of(trial.recipe.family)
+        placement = placements.of(trial.recipe.family)
         if placement.workers > 1:
             from trainables.team import check_team
 

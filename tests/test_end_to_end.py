@@ -176,7 +176,7 @@ def test_the_machines_load_is_logged_with_the_studys_run(finished):
     results, _ = finished
     (used,) = query(
         results,
-        "select max(value) from metrics join tags using (run_uuid) where tags.key = 'kind' "
+        "select max(metrics.value) from metrics join tags using (run_uuid) where tags.key = 'kind' "
         "and tags.value = 'study' and metrics.key = 'system/cpu_utilization_percentage'",
     )
     assert 0 < used[0] <= 100

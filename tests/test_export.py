@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
@@ -37,6 +39,18 @@ def test_every_verdict_is_there_once_with_whose_it_is(recorded, tmp_path):
             expected = kept.drop_columns(["image"]).to_pandas()
             pd.testing.assert_frame_equal(own.reset_index(drop=True), expected, check_dtype=False)
             assert set(frame[frame["trial"] == trial.digest]["model"]) == {trial.recipe.describe()}
+
+
+def test_a_file_is_written_anew_when_its_cells_are_others(recorded, tmp_path):
+    tracker, plan = recorded
+    write_ledgers(tracker, plan, tmp_path)
+    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    write_ledgers(tracker, plan, tmp_path)
+    assert first == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    fewer = dataclasses.replace(plan, trials=plan.trials[:1])
+    write_ledgers(tracker, fewer, tmp_path)
+    frame = pd.read_parquet(tmp_path / "clean.parquet")
+    assert set(frame["trial"]) == {plan.trials[0].digest}
 
 
 def test_the_gallery_names_classes_as_people_do(recorded):

@@ -18,6 +18,11 @@ from grid.report.verdicts import Comparison, Verdicts
 from trainables.storage import write_atomically
 from trainables.tracking import Tracker
 
+CELLS = b"cells"  # of a file of verdicts: which trials' answers to which questions it holds
+JUDGED = tuple(name for name in LEDGER.names if name != "image")
+_WHOSE = pa.dictionary(pa.int32(), pa.string())
+VERDICTS = pa.schema([("trial", _WHOSE), ("model", _WHOSE), *map(LEDGER.field, JUDGED)])
+
 
 def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
     """Write tables.csv, a line per cell, and tables.tex, a tabular per table."""
@@ -29,24 +34,27 @@ def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
 def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
     """Write every verdict of a plan but for its images: a Parquet file per evaluator.
 
-    Beside the columns of a ledger it says which `trial` and `model` each is of.
+    Beside the columns of a ledger it says which `trial` and `model` each is of. A file that holds
+    the same cells already is left alone.
     """
-    verdicts = Verdicts(tracker, tracker.trials())
-    columns = [field for field in LEDGER if field.name != "image"]
-    of_trial = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema([("trial", of_trial), ("model", of_trial), *columns])
+    runs = tracker.trials()
+    verdicts = Verdicts(tracker, runs)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({name for trial in plan for name in trial.evaluators}):
-        aside = folder / f"{name}.part"
+        judged = [trial for trial in plan if verdicts.is_judged(trial.digest, name)]
+        cells = repr([(trial.digest, runs[trial.digest].cells[name]) for trial in judged]).encode()
+        path, aside = folder / f"{name}.parquet", folder / f"{name}.part"
+        if path.exists() and (pq.read_schema(path).metadata or {}).get(CELLS) == cells:
+            continue
+        schema = VERDICTS.with_metadata({CELLS: cells})
         with pq.ParquetWriter(aside, schema, compression="zstd") as file:
-            for trial in plan:
+            for trial in judged:
                 ledger = verdicts.ledger(trial.digest, name)
-                if ledger is not None:
-                    whose = (trial.digest, trial.recipe.describe())
-                    own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
-                    values = [*own, *[ledger[field.name] for field in columns]]
-                    file.write_table(pa.table(values, schema=schema))
-        aside.replace(folder / f"{name}.parquet")
+                assert ledger is not None
+                whose = (trial.digest, trial.recipe.describe())
+                own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
+                file.write_table(pa.table([*own, *map(ledger.column, JUDGED)], schema=schema))
+        aside.replace(path)
 
 
 def markdown(findings: Findings, title: str, versions: str) -> str:
