@@ -144,7 +144,7 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
 
 def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
     study, results = tmp_path / "long.toml", tmp_path / "results"
-    study.write_text(STUDY.replace("160", "400"))
+    study.write_text(STUDY.replace("160", "800"))
     elastic.add_node(num_cpus=1)
     doomed = elastic.add_node(num_cpus=1)
     driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
@@ -156,7 +156,7 @@ def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elasti
     heard += ended(driver)
     assert "Trained 1 and judged 1 cells" in heard
     (trial,) = trials(results)
-    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 40)
+    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 80)
 
 
 def said_until(driver, sentence):
@@ -221,7 +221,7 @@ def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
 
 def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
     path = tmp_path / "four.toml"
-    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("160", "80"))
+    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("160", "480"))
     results = tmp_path / "results"
     cluster.add_node(num_cpus=2)
     driver = start(path, results, "--address", cluster.address)
