@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for figure in figures(name, quick=options.quick):
             found.setdefault(name, []).append(asdict(figure) | circumstances())
             print(table({name: found[name][-1:]}).splitlines()[-1], flush=True)
-    if not options.quick:
-        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-        KEPT.write_text(json.dumps(kept | found, indent=1) + "\n")
+            if not options.quick:
+                kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+                KEPT.write_text(json.dumps(kept | found, indent=1) + "\n")
     return 0
 
 
