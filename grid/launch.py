@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,6 @@ from grid.assess import EvaluatorPool
 from grid.cluster import Placement, Placements, Room, connect
 from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
 from grid.plan import Plan
-from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, evaluators_beside
@@ -106,8 +105,10 @@ class Launch:
         own = {family: replace(self.placement, **fields) for family, fields in given}
         return Placements(self.placement, own)
 
-    def tracker(self, say: Callable[[str], None] = print) -> Tracker:
-        return open_tracker(self.results, self.mlflow, self.scale, say=say)
+    @property
+    def is_begun(self) -> bool:
+        """Whether MLflow may hold something of it already."""
+        return bool(self.mlflow) or (self.results / "mlflow.db").exists()
 
     def needs(self, tracker: Tracker) -> Needs:
         """Return what it needs of every node."""
@@ -130,7 +131,8 @@ def run_study(launch: Launch) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone.
+    stop. What is done already is found in MLflow and left alone; where that is all, Ray is not
+    started.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_address(launch.mlflow or "")
@@ -139,55 +141,69 @@ def run_study(launch: Launch) -> Finished:
     with sole_run(launch.results):
         line = ProgressLine()
         try:
+            recorder = _recorder(launch, data, line) if launch.is_begun else None
+            if recorder and recorder.is_all_done:
+                line.say(_opening(recorder, launch.plan))
+                parent = _open_study(launch, recorder.tracker, data)
+                return _report(launch, recorder, parent, line)
             connect(launch.address)
             # Again: Ray has set a handler of its own.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             Room().check(launch.placements.of_all(launch.plan))
-            tracker = launch.tracker(line.say)
-            _check_nodes(launch.needs(tracker))
-            return _train_and_judge(launch, data, tracker, line)
+            recorder = recorder or _recorder(launch, data, line)
+            needs = launch.needs(recorder.tracker)
+            _check_nodes(needs)
+            pool, room = _share_out(launch, recorder.tracker.uri, line.say)
+            parent = _open_study(launch, recorder.tracker, data)
+            line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
+            with _measuring(launch, recorder.tracker, parent), _recording(recorder, parent, pool):
+                _train(recorder, launch, needs.storage[0], room)
+            return _report(launch, recorder, parent, line)
         finally:
             line.close()
             ray.shutdown()
 
 
-def _train_and_judge(launch: Launch, data: Data, tracker: Tracker, line: ProgressLine) -> Finished:
-    study, plan, scale = launch.study, launch.plan, launch.scale
-    pool, room = _share_out(launch, tracker.uri, line.say)
-    parent = tracker.open_study(
-        study.name, describe(study, plan, scale), scores_of(plan), data.class_names
-    )
-    recorder = Recorder(
-        tracker,
-        plan,
-        pool,
-        study=study.name,
-        parent=parent,
-        scale=scale,
+def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
+    return Recorder(
+        open_tracker(launch.results, launch.mlflow, launch.scale, say=line.say),
+        launch.plan,
+        study=launch.study.name,
+        scale=launch.scale,
         data=data,
         manifest=launch.manifest,
         line=line,
     )
-    todo = recorder.trials_to_train()
-    line.say(_opening(plan, todo, recorder, room.lanes(launch.placement)))
-    measuring = tracker.measuring(parent) if launch.system_metrics else nullcontext()
-    with measuring, _recording(recorder):
-        if todo:
-            _train(todo, recorder, launch, launch.needs(tracker).storage[0], room)
+
+
+def _open_study(launch: Launch, tracker: Tracker, data: Data) -> str:
+    study, plan = launch.study, launch.plan
+    described = describe(study, plan, launch.scale)
+    return tracker.open_study(study.name, described, scores_of(plan), data.class_names)
+
+
+def _measuring(launch: Launch, tracker: Tracker, parent: str) -> AbstractContextManager[None]:
+    return tracker.measuring(parent) if launch.system_metrics else nullcontext()
+
+
+def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine) -> Finished:
+    """Write the report of all that there is by now, and end the study's run."""
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_report
     from grid.report.export import write_ledgers
 
-    folder = launch.results / "report"
-    report = patiently(lambda: write_report(tracker, study, plan, scale, folder), say=line.say)
+    tracker, plan, folder = recorder.tracker, launch.plan, launch.results / "report"
+    page = patiently(
+        lambda: write_report(tracker, launch.study, plan, launch.scale, folder), say=line.say
+    )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
-    tracker.close_study(parent, report.parent, complete=not recorder.failures)
+    tracker.close_study(parent, folder, complete=not recorder.failures)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
         failures=tuple(recorder.failures),
-        report=report,
-        comparison=tracker.page(study=study.name),
+        report=page,
+        comparison=tracker.page(study=launch.study.name),
     )
 
 
@@ -198,9 +214,9 @@ def _check_nodes(needs: Needs) -> None:
 
 
 @contextmanager
-def _recording(recorder: Recorder) -> Iterator[None]:
+def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator[None]:
     """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
-    recorder.start()
+    recorder.begin(parent, pool)
     try:
         yield
         recorder.finish()
@@ -224,7 +240,8 @@ def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]
             Room().check(launch.placements.of_all(launch.plan))
         except ValueError as error:
             found["room"] = (False, str(error))
-        probed = check_nodes(launch.needs(launch.tracker()))
+        tracker = open_tracker(launch.results, launch.mlflow, launch.scale)
+        probed = check_nodes(launch.needs(tracker))
     finally:
         ray.shutdown()
     return found | {f"node {name}": (not p.problem, str(p)) for name, p in probed.items()}
@@ -398,14 +415,15 @@ def _last_line(trial: Trial) -> str:
     return next((line for line in reversed(lines) if line), "unknown error")
 
 
-def _train(
-    todo: list[PlannedTrial], recorder: Recorder, launch: Launch, storage: str, room: Room
-) -> None:
+def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None:
     """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
 
     As many run at once as there is room for, on actors that are reused; where some have several
     workers, each in processes of its own.
     """
+    todo = recorder.trials_to_train()
+    if not todo:
+        return
     shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
     # Tune writes these into the environment of its actors, which Ray logs; nodes have their own.
     passed_on = class_cache.ENV_VARS_TO_PROPAGATE
@@ -474,9 +492,10 @@ def describe(study: Study, plan: Plan, scale: Scale) -> str:
     return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
 
 
-def _opening(plan: Plan, todo: list[PlannedTrial], recorder: Recorder, lanes: int) -> str:
-    progress = recorder.progress
+def _opening(recorder: Recorder, plan: Plan, lanes: int | None = None) -> str:
+    todo = recorder.progress.trials
+    at_once = "" if lanes is None else f" ({lanes} at once)"
     return (
-        f"{len(plan.trials)} trials: {len(plan.trials) - len(todo)} done, {len(todo)} to train "
-        f"({lanes} at once); {progress.cells} cells to judge"
+        f"{len(plan.trials)} trials: {len(plan.trials) - todo} done, {todo} to train{at_once}; "
+        f"{recorder.progress.cells} cells to judge"
     )

@@ -40,10 +40,8 @@ class Recorder(threading.Thread):
         self,
         tracker: Tracker,
         plan: Plan,
-        pool: EvaluatorPool,
         *,
         study: str,
-        parent: str,
         scale: Scale,
         data: Data,
         manifest: str = "",
@@ -52,8 +50,10 @@ class Recorder(threading.Thread):
         super().__init__(name="recorder", daemon=True)
         self.failures: list[str] = []
         self.error: BaseException | None = None
-        self._tracker, self._pool, self._line = tracker, pool, line
-        self._study, self._parent, self._scale, self._data = study, parent, scale, data
+        self._pool: EvaluatorPool
+        self._parent = ""
+        self.tracker, self._line = tracker, line
+        self._study, self._scale, self._data = study, scale, data
         self._manifest = manifest
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
@@ -78,6 +78,16 @@ class Recorder(threading.Thread):
             for name in self._missing(digest)
             for _ in range(self._shards[name])
         )
+
+    @property
+    def is_all_done(self) -> bool:
+        """Whether MLflow held every trial and every cell of the plan from the beginning."""
+        return not self.progress.trials and not self.progress.cells
+
+    def begin(self, parent: str, pool: EvaluatorPool) -> None:
+        """Start to write, below the study's run, what trials report and the pool judges."""
+        self._parent, self._pool = parent, pool
+        self.start()
 
     def trials_to_train(self) -> list[Trial]:
         """Return the trials that have no weights yet, in the plan's order."""
@@ -112,7 +122,7 @@ class Recorder(threading.Thread):
     def abandon(self) -> None:
         """Write the events so far and stop; cells under way are left to the next run."""
         self._abandon.set()
-        self._tracker.give_up()
+        self.tracker.give_up()
         self.join(timeout=30)
 
     def run(self) -> None:
@@ -175,7 +185,7 @@ class Recorder(threading.Thread):
         self.progress.running.setdefault(digest, trial.recipe.describe())
         run = self._runs.get(digest)
         if run is None:
-            self._runs[digest] = self._tracker.start_trial(
+            self._runs[digest] = self.tracker.start_trial(
                 digest=digest,
                 name=trial.recipe.describe(),
                 parent=self._parent,
@@ -186,7 +196,7 @@ class Recorder(threading.Thread):
                 dataset=self._dataset(),
             )
         elif run.outcome != "training":
-            self._tracker.continue_trial(run)
+            self.tracker.continue_trial(run)
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
@@ -216,14 +226,14 @@ class Recorder(threading.Thread):
         self._flush()
         if result["outcome"] == "finished":
             with fetched(result["weights"]) as weights:
-                self._tracker.store_weights(
+                self.tracker.store_weights(
                     run,
                     weights,
                     result["sha256"],
                     image_size=self._scale.image_size,
                     classes=self._scale.num_classes,
                 )
-        self._tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
+        self.tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)
         if result["outcome"] != "finished":
@@ -237,7 +247,7 @@ class Recorder(threading.Thread):
         if digest not in self._runs:
             self._on_started(digest)
         run = self._runs[digest]
-        self._tracker.end_trial(run, outcome="failed", reason=reason, trace=trace)
+        self.tracker.end_trial(run, outcome="failed", reason=reason, trace=trace)
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         missing = self._missing(run.digest)
@@ -259,7 +269,7 @@ class Recorder(threading.Thread):
         ledger, seconds = from_parquet(judged.ledger)
         scores = self._evaluators[cell.evaluator].summarize(ledger)
         try:
-            self._tracker.record_cell(
+            self.tracker.record_cell(
                 self._runs[cell.trial],
                 evaluator=cell.evaluator,
                 cell=cell.question,
@@ -276,7 +286,7 @@ class Recorder(threading.Thread):
     def _flush(self) -> None:
         for digest in list(self._unlogged):
             with self._noticing_deletion(digest):
-                self._tracker.log_epochs(self._runs[digest], self._unlogged[digest])
+                self.tracker.log_epochs(self._runs[digest], self._unlogged[digest])
                 del self._unlogged[digest]
         self._flushed_at = time.monotonic()
 

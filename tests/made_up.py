@@ -118,14 +118,12 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
     recorder = Recorder(
         tracker,
         plan,
-        MadeUpPool(),
         study=study.name,
-        parent=parent,
         scale=DIGITS,
         data=data,
         line=ProgressLine(),
     )
-    recorder.start()
+    recorder.begin(parent, MadeUpPool())
     weights = results / "weights.safetensors"
     weights.write_bytes(b"made up")
     for place, trial in enumerate(plan):
