@@ -210,7 +210,7 @@ def test_a_second_run_trains_nothing_and_writes_nothing_twice(finished, study):
     before = stored(results)
     again = run(results, study)
     assert again.returncode == 0, again.stderr
-    assert "2 done, 0 to train; 0 cells to judge" in again.stdout
+    assert "2 done, 0 to train; 0 cells to judge" in again.stderr
     assert "Trained 0 and judged 0 cells" in again.stdout
     assert stored(results) == before
 
