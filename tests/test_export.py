@@ -47,6 +47,9 @@ def test_a_file_is_written_anew_when_its_cells_are_others(recorded, tmp_path):
     first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     write_ledgers(tracker, plan, tmp_path)
     assert first == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "pgd.parquet").write_bytes(b"PAR1 damaged PAR1")
+    write_ledgers(tracker, plan, tmp_path)
+    assert len(pd.read_parquet(tmp_path / "pgd.parquet"))
     fewer = dataclasses.replace(plan, trials=plan.trials[:1])
     write_ledgers(tracker, fewer, tmp_path)
     frame = pd.read_parquet(tmp_path / "clean.parquet")

@@ -578,7 +578,7 @@ def test_secrets_are_neither_printed_nor_written(ran, folder):
 @pytest.mark.slow
 def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, server, environment):
     marker = folder / "was-run"
-    (ledger,) = (folder / "server" / "artifacts").rglob("pgd.parquet")
+    (ledger,) = (folder / "server" / "artifacts").rglob("artifacts/ledgers/pgd.parquet")
     put(ledger, pickle.dumps(Planted(marker)))
     again = subprocess.run(
         command(folder, server, "--report"),

@@ -44,7 +44,7 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
         judged = [trial for trial in plan if verdicts.is_judged(trial.digest, name)]
         cells = repr([(trial.digest, runs[trial.digest].cells[name]) for trial in judged]).encode()
         path, aside = folder / f"{name}.parquet", folder / f"{name}.part"
-        if path.exists() and (pq.read_schema(path).metadata or {}).get(CELLS) == cells:
+        if _cells_of(path) == cells:
             continue
         schema = VERDICTS.with_metadata({CELLS: cells})
         with pq.ParquetWriter(aside, schema, compression="zstd") as file:
@@ -55,6 +55,13 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
                 own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
                 file.write_table(pa.table([*own, *map(ledger.column, JUDGED)], schema=schema))
         aside.replace(path)
+
+
+def _cells_of(path: Path) -> bytes | None:
+    try:
+        return (pq.read_schema(path).metadata or {}).get(CELLS)
+    except (OSError, pa.ArrowException):  # it is not there, or damaged
+        return None
 
 
 def markdown(findings: Findings, title: str, versions: str) -> str:
