@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 STARTED: list[subprocess.Popen[str]] = []
-STUDY = study_of_one(epochs=320)
+STUDY = study_of_one(epochs=200)
 
 
 @pytest.fixture
@@ -139,12 +139,12 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert "Trained 1 and judged 1 cells" in said
     assert weights(results) == weights(undisturbed)
     (trial,) = trials(results)
-    assert trial.metrics["epoch"] == 32
+    assert trial.metrics["epoch"] == 20
 
 
 def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
     study, results = tmp_path / "long.toml", tmp_path / "results"
-    study.write_text(STUDY.replace("320", "800"))
+    study.write_text(STUDY.replace("200", "400"))
     elastic.add_node(num_cpus=1)
     doomed = elastic.add_node(num_cpus=1)
     driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
@@ -156,7 +156,7 @@ def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elasti
     heard += ended(driver)
     assert "Trained 1 and judged 1 cells" in heard
     (trial,) = trials(results)
-    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 80)
+    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 40)
 
 
 def said_until(driver, sentence):
@@ -221,20 +221,22 @@ def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
 
 def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
     path = tmp_path / "four.toml"
-    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("320", "480"))
+    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("200", "240"))
     results = tmp_path / "results"
     cluster.add_node(num_cpus=2)
     driver = start(path, results, "--address", cluster.address)
-    heard = said_until(driver, "(1 at once)")
+    said_until(driver, "(1 at once)")
     wait_for_checkpoint(results, driver)
     cluster.add_node(num_cpus=2)
-    assert "2 running, 0 waiting" in heard + ended(driver)
+    ended(driver)
+    first, second = sorted(trials(results), key=lambda trial: trial.start_time)
+    assert second.start_time < first.end_time
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_autoscaler_starts_the_nodes_that_a_study_has_use_for(workers, tmp_path, autoscaled):
     path = tmp_path / "two.toml"
-    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("320", "10"))
+    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("200", "10"))
     results = tmp_path / "results"
     driver = start(path, results, "--address", autoscaled, "--workers", workers)
     said = ended(driver)
