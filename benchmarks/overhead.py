@@ -69,7 +69,13 @@ def nested_overhead(trials: int) -> float:
     """Return the seconds that a further trial takes, one worker each and nothing to train."""
     import ray
 
-    ray.init(num_cpus=LANES, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local",
+        num_cpus=LANES,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             alone, all_of_them = (
