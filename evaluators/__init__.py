@@ -24,6 +24,7 @@ EVALUATORS: dict[str, str] = {
     "autoattack": "evaluators.autoattack:AutoAttack",
 }
 SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
+EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not of the fifteen
 
 
 def evaluator_named(name: str, scale: Scale) -> Evaluator:

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from evaluators.base import Evaluator
     from evaluators.ledger import Score
+    from evaluators.shards import ShardStore
     from trainables.data import Data
     from trainables.models import Classifier
     from trainables.recipe import Recipe
@@ -57,21 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import cell_digest, device_named
     from evaluators.red_flags import red_flags
+    from evaluators.shards import ShardStore
     from trainables.data import load_data
 
     device = device_named(options.device)
     source = _readable(source_of(options))
     scale, classifier = _load(options, source)
-    folder = options.ledger or Path("results/ledgers") / (options.weights.stem.strip(".") or "-")
+    weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
+    named = f"{options.weights.stem.strip('.')}-{weights}"
+    folder = options.ledger or Path("results/ledgers") / named
     _make(folder)
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
-    ledgers, scores = {}, []
-    weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
+    # All that an answer follows from but for the question.
+    whose = repr((weights, classifier, scale, source.root, sorted(source.folders.items())))
+    ledgers, scores, stores = {}, [], []
     for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
         evaluator = _evaluator(name, scale, options)
-        kept = folder / "shards" / f"{weights}-{cell_digest(evaluator, data)}"
-        ledgers[name] = _ask(evaluator, classifier, data, device, kept)
+        key = hashlib.sha256(f"{whose} {cell_digest(evaluator, data)}".encode()).hexdigest()[:12]
+        stores.append(ShardStore(folder / "shards" / key, evaluator.shards(data)))
+        ledgers[name] = _ask(evaluator, classifier, data, device, stores[-1])
         found = evaluator.summarize(ledgers[name])
         scores += [score for score in found if _is_asked(score, name, options.evaluators)]
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
@@ -79,7 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     for flag in red_flags(ledgers.values()):
         print(f"red flag: {flag}")
     paths = _write(ledgers, folder)
-    shutil.rmtree(folder / "shards", ignore_errors=True)
+    for store in stores:
+        store.clear()
     print(f"Ledgers: {folder}")
     if tracker:
         from trainables.tracking import scores_as_metrics
@@ -177,7 +183,11 @@ def _recipe_of(weights: Path) -> Recipe:
 
 
 def _ask(
-    evaluator: Evaluator, classifier: Classifier, data: Data, device: torch.device, kept: Path
+    evaluator: Evaluator,
+    classifier: Classifier,
+    data: Data,
+    device: torch.device,
+    store: ShardStore,
 ) -> pa.Table:
     """Judge the shards that are not kept yet, showing the time left, and return all of them."""
     from rich.console import Console
@@ -185,14 +195,11 @@ def _ask(
 
     from evaluators.base import evaluate
     from evaluators.ledger import to_parquet
-    from evaluators.shards import ShardStore
 
     print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
-    count = evaluator.shards(data)
-    store = ShardStore(kept, count)
     missing = store.missing()
     console = Console(stderr=True)
-    quiet = count == 1 or not console.is_terminal
+    quiet = evaluator.shards(data) == 1 or not console.is_terminal
     for shard in track(missing, evaluator.name, console=console, disable=quiet):
         began = time.monotonic()
         ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
@@ -294,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ledger",
         type=Path,
         metavar="DIR",
-        help="where the ledgers go (default: results/ledgers/NAME-OF-THE-WEIGHTS)",
+        help="where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)",
     )
     parser.add_argument(
         "--mlflow",

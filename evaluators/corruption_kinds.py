@@ -40,7 +40,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 KINDS = tuple(kind for group in GROUPS.values() for kind in group)
-EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 class Draws:

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators import SEVERITIES
+from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, split_batches, verdicts
-from evaluators.corruption_kinds import EXTRA_KINDS, GROUPS, KINDS, corrupt
+from evaluators.corruption_kinds import GROUPS, KINDS, corrupt
 from evaluators.ledger import Score, share
 from evaluators.stored_cifar import CIFAR10C
 from trainables.data import WHOLE, Data, Shard, Split, to_unit

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluators import SEVERITIES
-from evaluators.corruption_kinds import EXTRA_KINDS, KINDS
+from evaluators import EXTRA_KINDS, SEVERITIES
+from evaluators.corruption_kinds import KINDS
 from trainables.cifar import CLASSES
 from trainables.data import Split
 

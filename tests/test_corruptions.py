@@ -13,12 +13,11 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from evaluators import SEVERITIES
+from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, evaluate, verdicts
 from evaluators.corruption_kinds import KINDS, corrupt, smear
 from evaluators.corruptions import (
     ALEXNET_ERRORS,
-    EXTRA_KINDS,
     GENERATED_IMAGES,
     Corruptions,
     stored_kinds,

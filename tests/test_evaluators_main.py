@@ -112,6 +112,33 @@ def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, 
     }
 
 
+def test_a_run_goes_on_behind_its_own_verdicts_and_no_others(own_file, tmp_path, monkeypatch):
+    def judged(folder, *options):
+        asked = ["--weights", str(own_file), "--ledger", str(folder), *options]
+        return main(asked), folder / "clean.parquet"
+
+    cut_short, folder = ["--mean", "0.9", "--std", "0.1"], tmp_path / "kept"
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluators.__main__._write", raising(KeyboardInterrupt))
+        assert judged(folder, *cut_short)[0] == 130
+    (kept,) = (folder / "shards").iterdir()
+    ours, alone = (pq.read_table(judged(f)[1]) for f in (folder, tmp_path / "alone"))
+    assert ours.equals(alone)
+    assert list((folder / "shards").iterdir()) == [kept]
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluators.base.evaluate", raising(AssertionError))
+        assert judged(folder, *cut_short)[0] == 0
+    assert not pq.read_table(folder / "clean.parquet").equals(ours)
+    assert not (folder / "shards").exists()
+
+
+def raising(error):
+    def raises(*_, **__):
+        raise error
+
+    return raises
+
+
 def test_single_scores_are_those_of_the_evaluator():
     assert list(SINGLE_SCORES) == [f"pgd-{steps}" for steps in STEPS]
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy.stats import ttest_ind
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
+from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, verdicts
+from evaluators.corruption_kinds import KINDS
+from evaluators.corruptions import Corruptions
 from evaluators.paired import compare, image_scores, mcnemar
+from trainables.scale import DIGITS
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 3), (10, 2), (0, 6), (41, 59)])
@@ -22,8 +28,18 @@ def test_a_difference_is_taken_on_the_images_that_both_have():
     found = compare([ours], [reference])
     assert (found.n, found.p) == (3, 1.0)
     assert found.difference == pytest.approx(1 / 3)
-    assert found.low == pytest.approx(0.0)
+    # One image was answered differently, and by one nobody can tell in whose favour more would be.
+    assert found.low == pytest.approx(-0.95 / 3)
     assert found.high == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 0), (5, 0), (6, 0), (9, 2), (10, 2), (2, 10)])
+def test_an_interval_leaves_out_zero_only_where_mcnemar_does(gained, lost):
+    ours = {str(i): float(i < gained or i >= gained + lost) for i in range(100)}
+    reference = {str(i): float(i >= gained) for i in range(100)}
+    found = compare([ours], [reference])
+    assert found.difference == pytest.approx((gained - lost) / 100)
+    assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
 
 
 def test_the_bootstrap_covers_as_a_normal_interval_does_on_many_images():
@@ -52,6 +68,15 @@ def test_seeds_are_averaged_image_by_image_and_have_no_mcnemar():
     assert (found.difference, found.n, found.p) == (0.5, 2, None)
 
 
+def test_trainings_that_disagree_widen_the_interval_to_welchs():
+    shares = ([0.9, 0.5, 0.7], [0.5, 0.6, 0.62])
+    sides = [[{str(i): float(i < 1000 * s) for i in range(1000)} for s in side] for side in shares]
+    found = compare(*sides)
+    expected = ttest_ind(*shares, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.low < 0 < found.high
+
+
 def test_models_without_a_common_image_are_not_compared():
     assert compare([{"a": 1.0}], [{"b": 1.0}]) is None
 
@@ -67,3 +92,21 @@ def test_scores_of_images_are_their_survival_and_for_corruptions_their_error():
     assert image_scores(ledger, "fog-1") == {"a": 1.0, "b": 0.0}
     assert image_scores(ledger, "corruptions") == {"a": 0.5, "b": 1.0}
     assert image_scores(ledger, "corruptions/mCE") is None
+
+
+def test_an_images_error_is_over_the_fifteen_kinds_as_the_score_is():
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]), ("a", "b"))
+    wrong = {"a": KINDS[:3], "b": (*KINDS[:1], *EXTRA_KINDS)}
+    ledger = pa.concat_tables(
+        verdicts(
+            batch,
+            f"{kind}-{severity}",
+            torch.tensor([kind in wrong["a"], kind not in wrong["b"]]).long(),
+        )
+        for kind in (*KINDS, *EXTRA_KINDS)
+        for severity in SEVERITIES
+    )
+    found = image_scores(ledger, "corruptions")
+    assert found == pytest.approx({"a": 3 / 15, "b": 1 / 15})
+    score = next(s for s in Corruptions(DIGITS).summarize(ledger) if s.name == "corruptions")
+    assert np.mean(list(found.values())) == pytest.approx(score.value)

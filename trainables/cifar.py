@@ -5,7 +5,8 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -99,15 +100,21 @@ def _read_archive(root: Path, *, train: bool) -> Content:
 
 def _unpack(archive: Path, md5: str) -> None:
     """Unpack the published archive, and no other, beside itself; ValueError where it cannot be."""
-    from torchvision.datasets.utils import (  # type: ignore[import-untyped]
-        check_integrity,
-        extract_archive,
-    )
+    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
     if not check_integrity(archive, md5):
         raise ValueError(f"{archive} is not CIFAR-10 as published (another MD5): fetch it again")
     try:
-        extract_archive(archive, archive.parent)
+        with TemporaryDirectory(dir=archive.parent) as aside, tarfile.open(archive) as packed:
+            batches = Path(aside) / BATCHES
+            batches.mkdir()
+            for entry in packed:
+                # Python before 3.11.4 has no filter for what would climb out of the folder.
+                path = PurePosixPath(entry.name)
+                content = packed.extractfile(entry) if entry.isfile() else None
+                if content and str(path.parent) == BATCHES:
+                    (batches / path.name).write_bytes(content.read())
+            batches.rename(archive.parent / BATCHES)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{archive} cannot be unpacked: {error}") from None
 

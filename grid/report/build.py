@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 from grid.plan import Plan
 from grid.report.claims import answer
@@ -37,7 +37,7 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
 
 def _html(findings: Findings, tracker: Tracker) -> str:
     environment = Environment(
-        loader=PackageLoader("grid.report", "."), autoescape=select_autoescape(), trim_blocks=True
+        loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
     )
     plan, scale = findings.plan, findings.scale
     return environment.get_template("page.html.j2").render(

@@ -142,7 +142,8 @@ def _latex(table: FilledTable) -> str:
         for place, column in enumerate(table.columns)
     }
     frame = pd.DataFrame(texts, index=[row.label for row in table.rows])
-    caption = f"{table.name}: {table.question} (percent, 95\\% interval; published figure)"
+    named = table.name.replace("_", r"\_")
+    caption = f"{named}: {table.question} (percent, 95\\% interval; published figure)"
     found: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
     return found
 

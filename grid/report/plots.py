@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 
 import matplotlib as mpl
 import numpy as np
@@ -51,6 +52,10 @@ class Plot:
     caption: str
     svg: str
     table: str = ""
+
+    def element(self) -> str:
+        """Return the picture as part of a page, named by its caption."""
+        return self.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(self.caption)}" ', 1)
 
     def file(self) -> str:
         """Return the picture as a file of its own."""
