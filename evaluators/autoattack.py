@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluators.base import Batch, shards_of, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
@@ -42,7 +42,8 @@ class AutoAttack:
     APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
     fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
     time: the identity carries both. `images_at_once` bounds the rows of one forward pass, images
-    times targets; the survivors of several batches share a pass. Source: Croce and Hein (2020).
+    times targets; the survivors of several batches share a pass. Out of memory halves it for the
+    rest of the batch, and only what did not fit is done again. Source: Croce and Hein (2020).
     """
 
     name = "autoattack"
@@ -86,15 +87,15 @@ class AutoAttack:
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
         seed = int(torch.randint(2**31, (), generator=generator))
-        rows, smaller = [], None
+        rows, smaller, images_at_once = [], None, self.images_at_once
         # pyautoattack seeds and draws from torch's global generator, on the CPU but for Square.
         devices = [batch.images.device] if batch.images.is_cuda else []
         with torch.random.fork_rng(devices), attacked(classifier):
             for question, epsilon in self.radii.items():
-                victims = _Victims(classifier, batch, epsilon, self.images_at_once)
+                victims = _Victims(classifier, batch, epsilon, images_at_once)
                 self._attack(victims, smaller, seed)
                 rows.append(victims.verdicts(question))
-                smaller = victims
+                smaller, images_at_once = victims, victims.images_at_once
         return pa.concat_tables(rows)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
@@ -128,10 +129,8 @@ class AutoAttack:
                 victims.inherit(smaller)
             torch.manual_seed(seed)
             for run in victims.runs(self.targets if stage.endswith("-t") else 1):
-                try:
-                    _ATTACKS[stage](victims, run, seed=seed, queries=self.square_queries)
-                except _AllBrokenError:
-                    continue
+                attack = partial(_ATTACKS[stage], victims, seed=seed, queries=self.square_queries)
+                _in_memory(attack, victims, run)
 
 
 class SmallAutoAttack(AutoAttack):
@@ -156,6 +155,12 @@ class _Run:
     labels: Tensor
     targets: Tensor
 
+    def parts(self, rows: int) -> Iterator[_Run]:
+        """Yield the run in parts of at most `rows` rows."""
+        columns = (self.owners, self.images, self.labels, self.targets)
+        for part in zip(*(torch.split(column, rows) for column in columns), strict=True):
+            yield _Run(*part)
+
 
 class _Victims:
     """A batch under attack within one radius, and what became of each image.
@@ -174,8 +179,8 @@ class _Victims:
         self.images_BCHW = batch.images.contiguous()
         self.low = (self.images_BCHW - epsilon).clamp_(min=0)
         self.high = (self.images_BCHW + epsilon).clamp_(max=1)
-        logits_BK = _logits(classifier, self.images_BCHW, images_at_once)
-        self.fast = folded(classifier, self.images_BCHW[:images_at_once]) or classifier
+        logits_BK = self.logits(classifier, self.images_BCHW)
+        self.fast = folded(classifier, self.images_BCHW[: self.images_at_once]) or classifier
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
         self.broken_B = self.predicted_B != batch.labels
@@ -203,6 +208,22 @@ class _Victims:
             alive = ~self.broken_B[owners]
             owners, ranks = owners[alive], ranks[alive]
 
+    @torch.no_grad()
+    def logits(self, model: nn.Module, images_BCHW: Tensor) -> Tensor:
+        """Return a model's logits, `images_at_once` a pass; out of memory halves that for good."""
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(images_BCHW):
+            part = images_BCHW[done : done + self.images_at_once]
+            try:
+                parts.append(model(part))
+                done += len(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.images_at_once = len(part) // 2
+        return torch.cat(parts)
+
     def query(self, run: _Run, images_RCHW: Tensor) -> Tensor:
         """Return the logits of a run's rows; those of broken images are made up, and wrong."""
         alive = (~self.broken_B[run.owners]).nonzero().squeeze(1)
@@ -226,7 +247,7 @@ class _Victims:
         if not near.any():
             return
         owners = owners[near]
-        predicted = _logits(self.classifier, inside[near], self.images_at_once).argmax(dim=1)
+        predicted = self.logits(self.classifier, inside[near]).argmax(dim=1)
         for owner, answer in zip(owners.tolist(), predicted.tolist(), strict=True):
             if answer != self.batch.labels[owner] and not self.broken_B[owner]:
                 self._break(owner, answer)
@@ -310,7 +331,7 @@ def _fab_t(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
 
 def _square(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
     attack = SquareAttack(
-        victims.fast,
+        partial(victims.logits, victims.fast),
         n_queries=queries,
         eps=victims.epsilon,
         seed=seed,
@@ -327,6 +348,19 @@ def _square(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
 _ATTACKS = {"apgd-ce": _apgd_ce, "apgd-t": _apgd_t, "fab-t": _fab_t, "square": _square}
 
 
-@torch.no_grad()
-def _logits(classifier: Classifier, images_BCHW: Tensor, images_at_once: int) -> Tensor:
-    return torch.cat([classifier(part) for part in torch.split(images_BCHW, images_at_once)])
+def _in_memory(attack: Callable[[_Run], None], victims: _Victims, run: _Run) -> None:
+    """Attack a run; where memory does not hold it, in halves, with the draws of the whole."""
+    state = torch.random.get_rng_state()
+    try:
+        attack(run)
+        return
+    except _AllBrokenError:
+        return
+    except torch.OutOfMemoryError:
+        if len(run.owners) == 1:
+            raise
+    torch.random.set_rng_state(state)
+    rows = len(run.owners) // 2
+    victims.images_at_once = min(victims.images_at_once, rows)
+    for part in run.parts(rows):
+        _in_memory(attack, victims, part)

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from evaluators.ledger import LEDGER, Score
 from trainables.data import WHOLE, Data, Shard, Split, to_unit
+from trainables.exactness import exact
 
 if TYPE_CHECKING:
     from trainables.models import Classifier
@@ -123,13 +126,26 @@ def evaluate(
 
     Out of memory halves the batch and goes on at the same image.
     """
+    exact(device)
     classifier.to(device).eval()
     examples = frozenset(source.held_out.subset(EXAMPLES, seed=0).ids)
     parts: list[pa.Table] = []
-    for batch in evaluator.batches(source, batch_size=batch_size, shard=shard):
-        kept = replace(batch, examples=examples & set(batch.ids))
-        parts += _judge_in_memory(evaluator, classifier, kept, device)
+    batches = evaluator.batches(source, batch_size=batch_size, shard=shard)
+    with closing(one_ahead(batches)) as ready:
+        for batch in ready:
+            kept = replace(batch, examples=examples & set(batch.ids))
+            parts += _judge_in_memory(evaluator, classifier, kept, device)
     return pa.concat_tables(parts)
+
+
+def one_ahead(batches: Iterable[Batch]) -> Generator[Batch]:
+    """Yield batches in order, each made in a thread while the one before is in use."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, source, None)
+            yield batch
 
 
 def _judge_in_memory(

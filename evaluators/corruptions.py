@@ -138,6 +138,7 @@ class Corruptions:
             resize=self.resize,
             complete=True,
             skip_damaged=source.skip_damaged,
+            workers=source.workers,
         )
 
 

@@ -15,7 +15,8 @@ from evaluators.ledger import share
 HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance
 SIGNIFICANCE = 0.01
-LENGTH = re.compile(r"pgd-(\d+)")
+LENGTH = re.compile(r"pgd-(\d+)(@.+)?")  # with its radius where several were asked
+HEALTH_QUESTIONS = {"pgd-huge", "gradient"}
 
 
 def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
@@ -29,18 +30,33 @@ def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
     ]
 
 
+def is_checked(ledgers: Iterable[pa.Table]) -> bool:
+    """Say whether one model's ledgers hold every question of the health evaluator."""
+    asked = {
+        question for ledger in ledgers for question in pc.unique(ledger["question"]).to_pylist()
+    }
+    return asked >= HEALTH_QUESTIONS
+
+
 def _more_steps_help_the_model(ledger: pa.Table) -> Iterator[str]:
     asked = (LENGTH.fullmatch(question) for question in pc.unique(ledger["question"]).to_pylist())
-    lengths = sorted(int(found[1]) for found in asked if found)
-    survived = {steps: _survived(ledger, f"pgd-{steps}") for steps in lengths}
+    lengths: dict[str, list[int]] = {}
+    for found in filter(None, asked):
+        lengths.setdefault(found[2] or "", []).append(int(found[1]))
+    for radius, steps in lengths.items():
+        yield from _longer_is_weaker(ledger, sorted(steps), radius)
+
+
+def _longer_is_weaker(ledger: pa.Table, lengths: list[int], radius: str) -> Iterator[str]:
+    survived = {steps: _survived(ledger, f"pgd-{steps}{radius}") for steps in lengths}
     for few, many in pairwise(lengths):
         shared = survived[few].keys() & survived[many].keys()
         gained = sum(survived[many][i] and not survived[few][i] for i in shared)
         lost = sum(survived[few][i] and not survived[many][i] for i in shared)
         if gained > lost and _exceeds_half(gained, gained + lost):
             yield (
-                f"PGD-{many} is weaker than PGD-{few}: {gained} images survive only the longer "
-                f"attack, {lost} only the shorter one, of {len(shared)}"
+                f"PGD-{many}{radius} is weaker than PGD-{few}{radius}: {gained} images survive "
+                f"only the longer attack, {lost} only the shorter one, of {len(shared)}"
             )
 
 

@@ -97,6 +97,7 @@ class Stylized:
             resize=resize,
             complete=True,
             skip_damaged=source.skip_damaged,
+            workers=source.workers,
         )
 
 

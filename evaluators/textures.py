@@ -27,6 +27,7 @@ from trainables.checkpoint import unpickled
 from trainables.data import Data, Split, to_unit
 from trainables.scale import Scale
 from trainables.storage import write_atomically
+from trainables.watchdog import beat
 
 LAYOUT = (
     "attention-style_t-label_{label}/conv_5_cam-thred_0.8_n-clusters_30/cls-w_0_scale_1"
@@ -271,6 +272,7 @@ def _fit(network: FeatureNetwork, split: Split, *, seed: int, epochs: int) -> No
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            beat()
     model.eval().requires_grad_(False)
 
 
@@ -360,6 +362,7 @@ def _class_grams(
         activations = _activations(averaging, network.style_layers, inputs_BCHW[usable])
         masks = (cam_mask(cam_B1HW[usable], a.shape[-1], settings) for a in activations)
         parts.append([gram(a, mask) for a, mask in zip(activations, masks, strict=True)])
+        beat()
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
@@ -421,6 +424,7 @@ def _synthesise(
         terms = [(gram(a) - g).square().sum() for a, g in zip(found, grams, strict=True)]
         (inputs.grad,) = torch.autograd.grad(torch.stack(terms).sum(), inputs)
         optimizer.step()
+        beat()
     mean, std = network.mean.to(inputs), network.std.to(inputs)
     return (inputs.detach() * std + mean).clamp_(0, 1).expand(-1, 3, -1, -1).contiguous()
 
@@ -466,7 +470,9 @@ def own_identity(scale: Scale, data: Data) -> dict[str, object]:
 
 def dictionary_for(scale: Scale, data: Data) -> TextureDictionary:
     """Return the dictionary stored with the data, or the scale's own, built on first use."""
-    return stored_dictionary(scale, data) or _own_dictionary(scale, data)
+    if stored := stored_dictionary(scale, data):
+        return stored
+    return load_or_build(scale, data, data.cache) if data.cache else _own_dictionary(scale, data)
 
 
 def _own_dictionary(scale: Scale, data: Data) -> StoredTextures:

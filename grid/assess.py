@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS
@@ -55,8 +57,9 @@ class EvaluatorPool:
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
     dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
-    ran out of memory. Shards that are done lie in `folder` until their cell is: a run that was
-    stopped goes on behind them. `say` is told what is tried again, and of a full disk.
+    ran out of memory. One whose device failed is ended, for a new one. Shards that are done lie in
+    `folder` until their cell is: a run that was stopped goes on behind them. `say` is told what is
+    tried again, and of a full disk.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class EvaluatorPool:
             actor.options(**options).remote(tracking_uri, scale, source, **given)
             for _ in range(size)
         ]
+        self._actors, self._gpus = list(self._idle), gpus
         self._size, self._folder = size, folder
         self._order = itertools.count()
         self._waiting: list[tuple[int, int, Cell, Shard]] = []
@@ -112,6 +116,14 @@ class EvaluatorPool:
                 f"{len(placed)} evaluators have waited {PLACED_SECONDS / 60:.0f} min for their "
                 "share of a GPU: `ray status` shows which nodes are missing"
             ) from None
+
+    def gpus_held(self) -> dict[str, float]:
+        """Return the GPUs that actors hold now, by the id of their node: they move as nodes die."""
+        ids = {actor._actor_id.hex() for actor in self._actors} if self._gpus else set()
+        table = ray._private.state.actors() if ids else {}
+        alive = [table[i] for i in ids if table.get(i, {}).get("State") == "ALIVE"]
+        nodes = Counter(actor["Address"]["NodeID"] for actor in alive)
+        return {node: count * self._gpus for node, count in nodes.items()}
 
     def submit(self, cell: Cell, shards: int) -> None:
         """Ask for the shards of a cell that are not done yet; they wait their turn."""
@@ -162,7 +174,10 @@ class EvaluatorPool:
             return None
         cell, shard, actor = self._asked.pop(reference)
         content, error = _answer(reference)
-        if isinstance(error, RayError):
+        unusable = _has_lost_its_device(error)
+        if unusable:
+            actor.__ray_call__.remote(lambda _: os._exit(1))
+        if unusable or isinstance(error, RayError):
             until_there = actor.__ray_ready__.options(max_task_retries=-1)
             self._restarting[until_there.remote()] = actor
         else:
@@ -225,6 +240,15 @@ class EvaluatorPool:
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)
+
+
+def _has_lost_its_device(error: Exception | None) -> bool:
+    """Tell whether a process may be of no more use: an error of CUDA is raised by all that follows.
+
+    torch's word for it is RuntimeError, of which these are others.
+    """
+    others = (torch.OutOfMemoryError, *OWN_FAULTS)
+    return isinstance(error, RuntimeError) and not isinstance(error, others)
 
 
 def _answer(reference: Any) -> tuple[bytes, Exception | None]:

@@ -56,8 +56,13 @@ def calibrate(
     """Measure each kind of training of a plan, on as many lanes at once as a study would.
 
     All lanes measure the same kind, and their mean counts: lanes slow each other. A study of next
-    to nothing is run besides, for what the command costs by itself.
+    to nothing is run besides, for what the command costs by itself. ValueError without the device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "hours on GPUs are measured on one, and this machine has none: --calibrate on a node "
+            "that has, or state --seconds-per-unit"
+        )
     kinds: dict[str, Recipe] = {}
     for trial in plan:
         kinds.setdefault(kind_of(trial.recipe), trial.recipe)

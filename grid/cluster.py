@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,18 +169,20 @@ def _start_here(quiet: dict[str, Any]) -> None:
 class Room:
     """What trials may take of the cluster: of the nodes there, and of those it may still start.
 
-    Of nodes that are there when it is made that is what they have free, of others all.
+    Of nodes that are there when it is made that is what they have free, of others all; less the
+    GPUs that evaluators then hold of either: `held`, by the id of a node.
     """
 
-    def __init__(self) -> None:
-        self._free = available_resources_per_node()
+    def __init__(self, held: Callable[[], Mapping[str, float]] = dict) -> None:
+        self._held = held
+        self._free = _with_gpus(available_resources_per_node(), held(), 1)
         self._cluster = cluster_file()
         self._nodes: list[dict[str, float]] = []
         self._looked_at = -math.inf
 
     def lanes(self, placement: Placement) -> int:
-        """Return how many trials of a placement fit side by side."""
-        return sum(placement.slots(node) for node in self._look()) // placement.workers
+        """Return how many trials of a placement fit side by side; one is always let try."""
+        return max(1, sum(placement.slots(node) for node in self._look()) // placement.workers)
 
     def holds(self, placements: Iterable[Placement]) -> bool:
         """Return whether trials fit side by side. A worker never spans nodes."""
@@ -208,8 +210,9 @@ class Room:
     def _look(self) -> list[dict[str, float]]:
         if time.monotonic() - self._looked_at > LOOK_SECONDS:
             alive = [node for node in ray.nodes() if node["Alive"]]
-            there = [self._free.get(node["NodeID"], node["Resources"]) for node in alive]
-            self._nodes = there + self._to_come(node_types(alive, self._cluster))
+            there = {n["NodeID"]: self._free.get(n["NodeID"], n["Resources"]) for n in alive}
+            there = _with_gpus(there, self._held(), -1)
+            self._nodes = list(there.values()) + self._to_come(node_types(alive, self._cluster))
             self._looked_at = time.monotonic()
         return self._nodes
 
@@ -225,6 +228,16 @@ class Room:
         return coming
 
 
+def _with_gpus(
+    nodes: Mapping[str, dict[str, float]], held: Mapping[str, float], sign: int
+) -> dict[str, dict[str, float]]:
+    """Return nodes' resources with the GPUs that are held of each added, or taken off."""
+    return {
+        node: there | ({"GPU": there.get("GPU", 0) + sign * held[node]} if node in held else {})
+        for node, there in nodes.items()
+    }
+
+
 def _take(left: list[dict[str, float]], placement: Placement) -> bool:
     """Take a trial's workers from what nodes have left; False where they do not fit."""
     wanted = placement.workers
@@ -237,8 +250,14 @@ def _take(left: list[dict[str, float]], placement: Placement) -> bool:
 
 
 def cluster_file() -> dict[str, Any]:
-    """Return what `ray up` left of its cluster file on the head, nothing where this is not it."""
+    """Return what `ray up` left of its cluster file on the head.
+
+    Nothing where this is not the head, or on a Ray that this process has started: its nodes are
+    not the autoscaler's.
+    """
     path = Path(BOOTSTRAPPED).expanduser()
+    if ray._private.worker._global_node.is_head():
+        return {}
     here = ray.util.get_node_ip_address()
     heads = [n["NodeManagerAddress"] for n in ray.nodes() if HEAD_RESOURCE in n["Resources"]]
     if here not in heads or not path.is_file():

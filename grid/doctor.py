@@ -163,6 +163,18 @@ class _Data:
             first = [names[k] for k in sorted(lacking)[:NAMED]]
             yield "warning", f"{len(lacking)} classes have no held-out images; first: {first}"
         yield from self._opened(train, held_out)
+        yield from self._untaught()
+
+    def _untaught(self) -> Iterator[tuple[Level, str]]:
+        """Look for classes that nothing is left of to train on once the damaged are skipped."""
+        train, _ = self.splits
+        if self.examination.skipped:
+            train, _ = list_splits(without_damaged(self.source, self.examination))
+        lacking = sorted(set(range(len(train.class_names))) - set(train.labels))
+        if lacking and len(train):
+            first = [train.class_names[k] for k in lacking[:NAMED]]
+            many = f"{len(lacking)} classes have no image to train on; first: {first}"
+            yield "error", f"{many}: add images, or remove their folders"
 
     def _opened(self, *splits: ImageList) -> Iterator[tuple[Level, str]]:
         small: list[str] = []
@@ -283,7 +295,10 @@ def _memory(decoded: int, source: DataSource) -> tuple[Level, str]:
     wanted = f"decoded the images take {decoded / GIBIBYTE:.2f} GiB"
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if decoded > source.memory_bytes:
-        return "ok", f"{wanted}, more than --data-memory: they are read from files"
+        files = f"{wanted}, more than --data-memory: they are read from files"
+        if source.workers:
+            return "ok", files
+        return "warning", f"{files}, by one process of each trial: give --data-workers N"
     if decoded > available:
         return "warning", f"{wanted}, and {available / GIBIBYTE:.1f} are free: lower --data-memory"
     return "ok", f"{wanted} and are kept in memory"

@@ -20,7 +20,7 @@ from trainables.scale import Scale
 
 HOUR = 3600.0
 MOST_TABLES = 16  # 2^16 sets of tables are looked at in a second
-CHECKPOINTS = 3  # the newest two and the newest sound one
+CHECKPOINTS = 4  # the newest two, the newest sound one and the best
 MOMENTS = {"sgd": 1, "adamw": 2}
 # Of the models with ImageNet's classes, and at scale digits; a model of timm's as the largest.
 PARAMETERS = {

@@ -33,7 +33,7 @@ from grid.status import open_tracker
 from grid.studies import PGD, Study
 from trainables.data import Data, load_data
 from trainables.distributed import CONTROLLER, train_together
-from trainables.patience import patiently
+from trainables.patience import RunDeletedError, patiently
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
@@ -144,8 +144,8 @@ def run_study(launch: Launch) -> Finished:
             recorder = _recorder(launch, data, line) if launch.is_begun else None
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
-                parent = _open_study(launch, recorder.tracker, data)
-                return _report(launch, recorder, parent, line)
+                parent = _open_study(launch, recorder, data)
+                return _report(launch, recorder, parent, line, data)
             connect(launch.address)
             # Again: Ray has set a handler of its own.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -154,11 +154,11 @@ def run_study(launch: Launch) -> Finished:
             needs = launch.needs(recorder.tracker)
             _check_nodes(needs)
             pool, room = _share_out(launch, recorder.tracker.uri, line.say)
-            parent = _open_study(launch, recorder.tracker, data)
+            parent = _open_study(launch, recorder, data)
             line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
             with _measuring(launch, recorder.tracker, parent), _recording(recorder, parent, pool):
                 _train(recorder, launch, needs.storage[0], room)
-            return _report(launch, recorder, parent, line)
+            return _report(launch, recorder, parent, line, data)
         finally:
             line.close()
             ray.shutdown()
@@ -176,17 +176,22 @@ def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
     )
 
 
-def _open_study(launch: Launch, tracker: Tracker, data: Data) -> str:
+def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
+    """Return the id of the study's run in MLflow, where its trials' runs are noted to serve it."""
     study, plan = launch.study, launch.plan
     described = describe(study, plan, launch.scale)
-    return tracker.open_study(study.name, described, scores_of(plan), data.class_names)
+    parent = recorder.tracker.open_study(study.name, described, scores_of(plan), data.class_names)
+    recorder.enrol()
+    return parent
 
 
 def _measuring(launch: Launch, tracker: Tracker, parent: str) -> AbstractContextManager[None]:
     return tracker.measuring(parent) if launch.system_metrics else nullcontext()
 
 
-def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine) -> Finished:
+def _report(
+    launch: Launch, recorder: Recorder, parent: str, line: ProgressLine, data: Data
+) -> Finished:
     """Write the report of all that there is by now, and end the study's run."""
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_report
@@ -197,7 +202,12 @@ def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine)
         lambda: write_report(tracker, launch.study, plan, launch.scale, folder), say=line.say
     )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
-    tracker.close_study(parent, folder, complete=not recorder.failures)
+    complete = not recorder.failures
+    try:
+        tracker.close_study(parent, folder, complete=complete)
+    except RunDeletedError:
+        line.say("the study's run in MLflow was deleted meanwhile; it is written anew")
+        tracker.close_study(_open_study(launch, recorder, data), folder, complete=complete)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
@@ -258,7 +268,7 @@ def _share_out(
     room = Room()
     room.check(placements)
     on_gpus = any(placement.gpus for placement in placements)
-    size = evaluators_beside(room.gpus) if on_gpus else room.lanes(usual)
+    size = evaluators_beside(room.gpus) if on_gpus else room.lanes(usual.least)
     pool = EvaluatorPool(
         size,
         uri,
@@ -273,7 +283,7 @@ def _share_out(
     if not on_gpus:
         return pool, room
     pool.wait_until_placed()
-    room = Room()
+    room = Room(pool.gpus_held)
     try:
         room.check(placements)
     except ValueError as error:
@@ -466,8 +476,7 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
             storage_path=str(launch.results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            # A team that loses a worker is put together again by Ray Train.
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES if alone else 0),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             callbacks=[_Events(recorder)],
             verbose=0,
         ),

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
+from operator import attrgetter
 from typing import Any
 
-from grid.studies import AXES, Axes, Mode, Study, Table, problem, with_axis
-from trainables.recipe import Recipe, format_augmentations
+from evaluators import EVALUATORS
+from grid.studies import AXES, BASES, CURRICULA, Axes, Mode, Study, Table, problem, with_axis
+from trainables.recipe import CurriculumRow, Recipe, format_augmentations
 from trainables.scale import Scale
 
 MOST_RECIPES = 100_000
+# The axes that a recipe's description tells of.
+DESCRIBED = {
+    *("family", "size", "model", "activation", "optimizer", "scheduler", "augmentation", "epochs"),
+    *("augmentations", "training", "norm", "protocol", "precision", "seed"),
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe of a study, the table rows it serves and the evaluators that judge it."""
+    """One recipe of a study, the table rows it serves and the evaluators that judge it.
+
+    Its `name` is unlike those of the study's others.
+    """
 
     recipe: Recipe
     digest: str
+    name: str
     serves: tuple[str, ...]
     evaluators: tuple[str, ...]
     cost: float
@@ -103,8 +115,11 @@ def build_plan(
     """Turn a study into trials at a scale; ValueError teaches what was asked wrongly.
 
     Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values;
-    `evaluators` are the only ones asked, of those that the study asks.
+    `evaluators` are the only ones asked: of a grid any, of tables those that their columns ask.
     """
+    if study.base is not None and evaluators is not None:
+        evaluators = tuple(evaluators)
+        study = replace(study, evaluators=evaluators)
     chosen = [_shrunk(table, scale) for table in _choose_tables(study, tables)]
     spanned = math.prod(len(values) for values in (study.axes or {}).values())
     if spanned * seeds > MOST_RECIPES:
@@ -136,6 +151,7 @@ def build_plan(
         Trial(
             d.recipe,
             digest,
+            _name(d.recipe, study.axes or {}),
             tuple(d.serves),
             tuple(name for name in d.evaluators if name in chosen_evaluators),
             scale.cost(d.recipe),
@@ -145,6 +161,12 @@ def build_plan(
     chains = _longest_chains(trials)
     trials.sort(key=lambda trial: (-chains[trial.digest], trial.digest))
     return Plan(tuple(trials), tuple(refused), count, tuple(chosen), seeds)
+
+
+def _name(recipe: Recipe, axes: Axes) -> str:
+    """Describe a recipe, and what it has on those axes that its description does not tell."""
+    told = (f"{axis}={axis_value(recipe, axis)}" for axis in axes if axis not in DESCRIBED)
+    return " ".join([recipe.describe(), *told])
 
 
 def _add_teachers(drafts: dict[str, _Draft], study: Study) -> int:
@@ -163,6 +185,8 @@ def _add_teachers(drafts: dict[str, _Draft], study: Study) -> int:
 def _choose_evaluators(drafts: Mapping[str, _Draft], names: Iterable[str] | None) -> set[str]:
     known = {name for draft in drafts.values() for name in draft.evaluators}
     chosen = known if names is None else set(names)
+    if no_evaluators := sorted(chosen - EVALUATORS.keys()):
+        raise ValueError(f"unknown evaluator {no_evaluators[0]!r}; one of {', '.join(EVALUATORS)}")
     if unknown := sorted(chosen - known):
         raise ValueError(
             f"no trial here asks evaluator {unknown[0]!r}; they ask {', '.join(sorted(known))}"
@@ -209,10 +233,27 @@ def _choose_tables(study: Study, names: Iterable[str] | None) -> list[Table]:
 
 def axis_value(recipe: Recipe, axis: str) -> str:
     """Return the value a recipe has on an axis, as a user would write it."""
-    if axis == "augmentation":
+    if axis in ("augmentation", "augmentations"):
         return format_augmentations(recipe.augmentations)
-    value = recipe.teacher.model if axis == "teacher" and recipe.teacher else getattr(recipe, axis)
-    return format_augmentations(value) if isinstance(value, tuple) else str(value)
+    if axis == "teacher":
+        return _base_of(recipe.teacher) if recipe.teacher else "none"
+    value = getattr(recipe, axis)
+    return _curriculum_name(value) if axis == "curriculum" else str(value)
+
+
+def _base_of(teacher: Recipe) -> str:
+    """Return the base that a recipe was shrunk from, by what no scale changes."""
+    kept = attrgetter(
+        "model", "activation", "optimizer", "scheduler", "augmentations", "pixel_range"
+    )
+    named = (name for name, base in BASES.items() if kept(base()) == kept(teacher))
+    return next(named, teacher.model)
+
+
+def _curriculum_name(rows: tuple[CurriculumRow, ...]) -> str:
+    named = (name for name, known in CURRICULA.items() if known == rows)
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:4]
+    return next(named, f"{len(rows)}-rows-{digest}")
 
 
 def _keep_only(

@@ -91,7 +91,7 @@ def print_plan(
     """Print the trials, what they share, what was refused, and what all of it takes."""
     print(f"Study {study.name} at scale {scale.name}: {scale.title}")
     for trial in plan:
-        print(f"  {trial.digest}  {trial.recipe.describe()}")
+        print(f"  {trial.digest}  {trial.name}")
         print(f"{INDENT}{_hyperparameters(trial.recipe)}")
         print(f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}")
     for refused in plan.refused:
@@ -123,7 +123,7 @@ def _throughput(
     """Return how fast the machines are, and how that is known: stated, measured now or before."""
     if options.seconds_per_unit:
         return Throughput(seconds_per_unit=options.seconds_per_unit), "as --seconds-per-unit says"
-    device = "cuda" if options.gpus_per_worker else "cpu"
+    device = "cuda" if _gpus_per_worker(options) else "cpu"
     path = Path(options.results) / f"calibration-{scale.name}-{device}.json"
     if options.calibrate:
         from grid.calibrate import calibrate
@@ -145,6 +145,10 @@ def _throughput(
     return calibration.throughput, f"measured {calibration.measured} on {calibration.machine}"
 
 
+def _gpus_per_worker(options: argparse.Namespace) -> float:
+    return float(options.gpus_per_worker or (1 if options.nodes else 0))
+
+
 def _hours(
     options: argparse.Namespace,
     study: Study,
@@ -154,7 +158,7 @@ def _hours(
     measured: str,
 ) -> Iterator[str]:
     """Say what the plan takes: work, wall clock, cost, by table, and what a budget buys."""
-    gpus = options.gpus_per_worker or (1.0 if options.nodes else 0.0)
+    gpus = _gpus_per_worker(options)
     # What a worker's second is of a GPU's, or of a core's.
     each = (gpus or options.cpus_per_worker) / HOUR
     judged_each = (1.0 if gpus else options.cpus_per_worker) / HOUR

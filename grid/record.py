@@ -84,6 +84,11 @@ class Recorder(threading.Thread):
         """Whether MLflow held every trial and every cell of the plan from the beginning."""
         return not self.progress.trials and not self.progress.cells
 
+    def enrol(self) -> None:
+        """Note on the runs that there are that their trials serve this study."""
+        for digest, run in self._runs.items():
+            self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
+
     def begin(self, parent: str, pool: EvaluatorPool) -> None:
         """Start to write, below the study's run, what trials report and the pool judges."""
         self._parent, self._pool = parent, pool
@@ -182,15 +187,15 @@ class Recorder(threading.Thread):
 
     def _on_started(self, digest: str) -> None:
         trial = self._trials[digest]
-        self.progress.running.setdefault(digest, trial.recipe.describe())
+        self.progress.running.setdefault(digest, trial.name)
         run = self._runs.get(digest)
         if run is None:
             self._runs[digest] = self.tracker.start_trial(
                 digest=digest,
-                name=trial.recipe.describe(),
+                name=trial.name,
                 parent=self._parent,
                 study=self._study,
-                tables=" ".join(sorted({serves.split()[0] for serves in trial.serves})),
+                tables=_tables(trial),
                 recipe_json=trial.recipe.model_dump_json(),
                 params=_params(trial),
                 dataset=self._dataset(),
@@ -265,6 +270,7 @@ class Recorder(threading.Thread):
         if judged.error:
             failure = f"{cell.evaluator} of {self._described(cell.trial)}: {judged.error}"
             self.failures.append(failure)
+            self.tracker.fail_cell(self._runs[cell.trial], cell.evaluator, judged.error)
             return
         ledger, seconds = from_parquet(judged.ledger)
         scores = self._evaluators[cell.evaluator].summarize(ledger)
@@ -314,7 +320,7 @@ class Recorder(threading.Thread):
         return self._runs[digest].outcome if digest in self._runs else "waiting"
 
     def _described(self, digest: str) -> str:
-        return f"{self._trials[digest].recipe.describe()} ({digest})"
+        return f"{self._trials[digest].name} ({digest})"
 
     def _dataset(self) -> dict[str, str]:
         return {
@@ -323,6 +329,10 @@ class Recorder(threading.Thread):
             "source_type": "code",
             "source": self._scale.title,
         }
+
+
+def _tables(trial: Trial) -> str:
+    return " ".join(sorted({serves.split()[0] for serves in trial.serves}))
 
 
 def _params(trial: Trial) -> dict[str, Any]:

@@ -7,38 +7,50 @@ import hashlib
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).parents[1]
 TUNNEL_SECONDS = 60
 # Beside what .gitignore names.
 LEFT_HERE = [".venv", "results", "__pycache__"]
+# What the client of Ray's jobs raises where the head is gone or refuses; requests' are OSErrors.
+UNANSWERED = (RayError, ClientError, OSError, RuntimeError)
 
 
 def run_on(cluster: Path, arguments: Sequence[str]) -> int:
     """Run `grid/run.py` with some arguments as a job of a cluster, and follow its log.
 
     A job with the same arguments that still runs is followed, not started again. Returns 0 or 1;
-    KeyboardInterrupt leaves the job running. ValueError when the cluster does not answer.
+    KeyboardInterrupt and a lost tunnel leave the job running. ValueError when the cluster does not
+    answer, or lets nobody in without its token.
     """
     if not cluster.is_file():
         raise ValueError(f"--on wants a cluster file, and {cluster} is none")
     logging.getLogger("ray").setLevel(logging.ERROR)
     with _tunnel(cluster) as address:
-        client = _client(address, cluster)
-        job = _running(client, arguments) or _submit(client, arguments)
+        client, job = _job(address, cluster, arguments)
         print(f"job {job} on {cluster}; Ctrl-C leaves it running", file=sys.stderr)
-        asyncio.run(_follow(client, job))
-        return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1
+        status = _status_at_its_end(client, job)
+    if status and status.is_terminal():
+        return 0 if status == JobStatus.SUCCEEDED else 1
+    print(
+        f"The head of {cluster} does not answer any more; job {job} needs nobody to follow it, "
+        "and the same command returns to it.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 @contextmanager
@@ -47,15 +59,21 @@ def _tunnel(cluster: Path) -> Iterator[str]:
     port = _free_port()
     command = ["ray", "dashboard", "--no-config-cache", "--port", str(port), str(cluster)]
     # In a session of its own, so that Ctrl-C is this process's to answer.
-    tunnel = subprocess.Popen(  # noqa: S603
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        _wait_until_open(tunnel, port, cluster)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        tunnel.terminate()
-        tunnel.wait()
+    with subprocess.Popen(  # noqa: S603
+        command,
+        # ssh would put a terminal into raw mode, in which Ctrl-C is a letter like others.
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as tunnel:
+        try:
+            _wait_until_open(tunnel, port, cluster)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(tunnel.pid, signal.SIGTERM)  # ssh, below it, would stay
 
 
 def _free_port() -> int:
@@ -79,12 +97,19 @@ def _wait_until_open(tunnel: subprocess.Popen[str], port: int, cluster: Path) ->
     )
 
 
-def _client(address: str, cluster: Path) -> JobSubmissionClient:
+def _job(address: str, cluster: Path, arguments: Sequence[str]) -> tuple[JobSubmissionClient, str]:
+    """Return a client of the cluster and its job with these arguments, started if there is none."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        client = JobSubmissionClient(address)
+        return client, _running(client, arguments) or _submit(client, arguments)
+    except AuthenticationError:
+        raise ValueError(
+            f"the head of {cluster} lets in who has its token, and refuses this run: the token "
+            "that it was brought up with must be that of ~/.ray/auth_token or RAY_AUTH_TOKEN here"
+        ) from None
+    except UNANSWERED as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the head of {cluster} takes no jobs: {cause}") from None
 
 
@@ -110,6 +135,15 @@ def _submit(client: JobSubmissionClient, arguments: Sequence[str]) -> str:
             runtime_env=runtime,
         )
     )
+
+
+def _status_at_its_end(client: JobSubmissionClient, job: str) -> JobStatus | None:
+    """Follow a job's log to its end and return its status, None where the head is lost."""
+    try:
+        asyncio.run(_follow(client, job))
+        return client.get_job_status(job)
+    except UNANSWERED:
+        return None
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:

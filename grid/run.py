@@ -23,13 +23,15 @@ from trainables.watchdog import HUNG_SECONDS
 if TYPE_CHECKING:
     from grid.launch import Finished, Launch
 
-# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs.
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; a
+# GPU computes the same bits again; what is to be tried again `PatientClient` knows.
 ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "RAY_AUTH_MODE": "token",
     "RAY_AIR_NEW_OUTPUT": "0",

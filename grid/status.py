@@ -63,9 +63,9 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
         if run.outcome == "training":
             began = format_seconds(now - run.start_time / 1000)
             epochs = f"epoch {run.logged_epochs}/{trial.recipe.epochs}"
-            lines.append(f"training: {trial.recipe.describe()}: {epochs}, begun {began} ago")
+            lines.append(f"training: {trial.name}: {epochs}, begun {began} ago")
         elif run.outcome in ("failed", "blocked", "collapsed"):
-            lines.append(f"{run.outcome}: {trial.recipe.describe()}: {run.reason}")
+            lines.append(f"{run.outcome}: {trial.name}: {run.reason}")
     return "\n".join(lines)
 
 

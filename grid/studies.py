@@ -292,6 +292,7 @@ AUTOATTACK = Column("AutoAttack 4/255", "autoattack", "autoattack", "AutoAttack"
 AUTOATTACK_SMALL = Column(
     "AutoAttack 0.001", "autoattack-small", "autoattack-small", "AutoAttack, small radius"
 )
+ATTACKED_CLEAN = Column("Clean, same images", "autoattack", "autoattack/clean")
 AUTOATTACK_STAGES = tuple(
     Column(f"after {stage.upper()}", "autoattack", f"autoattack/after-{stage}")
     for stage in ("apgd-ce", "apgd-t", "fab-t")
@@ -309,6 +310,16 @@ OUT_OF_DISTRIBUTION = (
 )
 
 
+EVERY_COLUMN = tuple(
+    dict.fromkeys(
+        (
+            *(*OUT_OF_DISTRIBUTION, *PGD, *PATCHES, ATTACKED_CLEAN),
+            *(AUTOATTACK_SMALL, *AUTOATTACK_STAGES, AUTOATTACK),
+        )
+    )
+)
+
+
 def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
     return tuple(Row(s, _with_augmentation(base, s)) for s in AUGMENTATION_SUBSETS)
 
@@ -316,8 +327,8 @@ def _augmentation_rows(base: Recipe) -> tuple[Row, ...]:
 def _paper_tables() -> tuple[Table, ...]:
     own, cosine = resnet50(), resnet50().replace(scheduler="cosine")
     pair = (Row("ResNet-50", own), Row("DeiT-S", deit()))
-    attacks = (CLEAN, *PGD, AUTOATTACK_SMALL, AUTOATTACK)
-    adversarial = (CLEAN, *PGD, *AUTOATTACK_STAGES, AUTOATTACK)
+    attacks = (CLEAN, *PGD, ATTACKED_CLEAN, AUTOATTACK_SMALL, AUTOATTACK)
+    adversarial = (CLEAN, *PGD, ATTACKED_CLEAN, *AUTOATTACK_STAGES, AUTOATTACK)
     patches, ood = (CLEAN, *PATCHES), OUT_OF_DISTRIBUTION
     helps = "Which augmentation helps ResNet-50 against patches"
     return (

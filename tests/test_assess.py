@@ -190,3 +190,20 @@ def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
     (found,) = judged(pool)
     assert not found.error
     assert pid_of(idle_actor(pool)) != pid
+
+
+def test_an_actor_whose_device_failed_is_ended_and_another_process_judges(pool, trial):
+    def lose_device(actor):
+        def load(_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        actor._load = load
+
+    actor = idle_actor(pool)
+    pid = pid_of(actor)
+    ray.get(actor.__ray_call__.remote(lose_device))
+    pool.submit(cell_of(trial, "pgd"), 3)
+    (found,) = judged(pool)
+    assert not found.error
+    assert from_parquet(found.ledger)[0].num_rows == 4 * 12
+    assert pid_of(idle_actor(pool)) != pid

@@ -5,11 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from timm.data.auto_augment import AugmentOp
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, RandAugment
 
 from grid.studies import STRONG, deit, with_axis
 from trainables.augment import (
     _rand_augment,
+    augmented,
     augmented_epoch,
     epoch_order,
     library_randomness,
@@ -17,7 +20,8 @@ from trainables.augment import (
     randaugment,
     shift,
 )
-from trainables.scale import DIGITS
+from trainables.images import ImageFiles
+from trainables.scale import DIGITS, IMAGENET
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -53,11 +57,35 @@ def test_randaugment_is_timms_of_the_studys_strength():
     assert any(op.name == "PosterizeIncreasing" for op in transform.ops)
 
 
+def test_randaugment_of_files_is_the_studys_in_every_setting(tmp_path, monkeypatch):
+    transform = create_transform(
+        224,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        mean=IMAGENET.mean,
+    )
+    (studys,) = (step for step in transform.transforms if isinstance(step, RandAugment))
+    made = []
+    monkeypatch.setattr(
+        "trainables.augment._rand_augment",
+        lambda *given, **named: made.append(_rand_augment(*given, **named)) or made[-1],
+    )
+    Image.new("RGB", (240, 240)).save(tmp_path / "black.png")
+    files = ImageFiles(tmp_path, ["black.png"], size=224)
+    recipe = IMAGENET.shrink(deit())
+    augmented(recipe, files, 0, torch.tensor([0]))
+    assert [op.hparams for op in made[0].ops] == [op.hparams for op in studys.ops]
+    assert made[0].ops[0].hparams["interpolation"] == Image.Resampling.BICUBIC
+
+
+def test_randaugment_of_images_in_memory_draws_how_it_resamples():
+    assert "interpolation" not in _rand_augment(9, 16, (0, 0, 0)).ops[0].hparams
+
+
 def test_posterize_to_no_bits_is_black_as_in_the_studys_pillow(few_digits):
     transform = _rand_augment(10, 16, (0, 0, 0))
     posterize = next(op for op in transform.ops if op.name == "PosterizeIncreasing")
-    from PIL import Image
-
     image = Image.fromarray(few_digits.train.images[0].permute(1, 2, 0).numpy())
     assert np.asarray(posterize.aug_fn(image, 0)).max() == 0
 

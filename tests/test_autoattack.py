@@ -9,6 +9,7 @@ import torchattacks
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch import nn
 
+from evaluators import autoattack
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
 from evaluators.base import Batch
 from tests.tiny import trained_classifier
@@ -117,6 +118,45 @@ def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch):
             victims.broken_B[5] = True
     assert sizes == [4, 4, 2]
     assert owners == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+
+
+class Small(nn.Module):
+    """A classifier on a device that holds so many rows, and half of them with their gradients."""
+
+    def __init__(self, inner, rows):
+        super().__init__()
+        self.inner, self.rows = inner, rows
+        self.passes = []
+
+    def forward(self, images):
+        rows = self.rows // 2 if images.requires_grad else self.rows
+        if len(images) > rows:
+            raise torch.OutOfMemoryError(f"{len(images)} rows")
+        self.passes.append((len(images), images.requires_grad))
+        return self.inner(images)
+
+
+def test_out_of_memory_halves_the_rows_and_keeps_what_is_done(classifier, batch, monkeypatch):
+    monkeypatch.setattr(autoattack, "ITERATIONS", 15)
+    few = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
+    radii = {"autoattack-small": 0.5 * EPSILON, "autoattack": 0.6 * EPSILON}
+    ample, tight = Small(classifier, 400), Small(classifier, FEW)
+    expected, found = (
+        judged(Classifier(network, (0.0,) * 3, (1.0,) * 3).eval(), few, radii=radii)[1]
+        for network in (ample, tight)
+    )
+    assert 0 < sum(expected["survived"].to_pylist()) < 2 * FEW
+    for column in ("image_id", "question", "survived", "stage"):
+        assert found[column].equals(expected[column])
+    assert max(rows for rows, attacked in tight.passes if attacked) == FEW // 2
+    rows_passed = [sum(rows for rows, _ in network.passes) for network in (ample, tight)]
+    assert rows_passed[1] < 1.02 * rows_passed[0]
+
+
+def test_a_device_that_holds_no_single_row_is_an_error(classifier, batch):
+    few = Batch(batch.images[:2], batch.labels[:2], batch.ids[:2])
+    with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
+        judged(Classifier(Small(classifier, 1), (0.0,) * 3, (1.0,) * 3).eval(), few)
 
 
 class Threshold(nn.Module):

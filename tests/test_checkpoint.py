@@ -34,6 +34,37 @@ def test_newest_sound_checkpoint_outlives_doubtful_ones(tmp_path):
     assert kept == ["epoch-00001-sound", "epoch-00003-doubtful", "epoch-00004-doubtful"]
 
 
+def accurate(*accuracies):
+    """Return a state whose epochs, from the first on, were so accurate; None: not asked."""
+    asked = [{} if a is None else {"held_out/accuracy": a} for a in accuracies]
+    return {"history": [{"epoch": e + 1.0} | metrics for e, metrics in enumerate(asked)]}
+
+
+def kept_in(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.iterdir())
+
+
+def test_the_best_sound_checkpoint_is_kept_beside_the_newest(tmp_path):
+    accuracies = (0.5, 0.9, None, 0.7, 0.9, 0.8, 0.99, 0.6, 0.4)
+    found = []
+    for epoch in range(1, 10):
+        sound = epoch != 7
+        save_checkpoint(tmp_path, epoch, accurate(*accuracies[:epoch]), sound=sound)
+        found.append(kept_in(tmp_path))
+    assert found[2:6] == [[2, 3], [2, 3, 4], [4, 5], [5, 6]]
+    assert found[6:] == [[5, 6, 7], [5, 7, 8], [5, 8, 9]]
+
+
+def test_a_best_checkpoint_that_is_damaged_is_kept_aside_like_any_other(tmp_path):
+    best = tmp_path / save_checkpoint(tmp_path, 1, accurate(0.9))
+    for epoch in (2, 3):
+        newest = tmp_path / save_checkpoint(tmp_path, epoch, accurate(0.9, *[0.5] * (epoch - 1)))
+        newest.write_bytes(b"")
+    best.write_bytes(b"")
+    assert load_newest_checkpoint(tmp_path) is None
+    assert best.with_suffix(".damaged").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
     save_checkpoint(tmp_path, 1, state(1))

@@ -96,17 +96,18 @@ def undisturbed(tmp_path_factory, study):
     return results
 
 
-def test_a_trial_whose_worker_is_killed_ends_as_if_undisturbed(undisturbed, study, tmp_path):
+@pytest.mark.parametrize("title", ["TrainWorker", "TrainController", "ImplicitFunc"])
+def test_a_team_of_which_a_process_is_killed_ends_as_if_undisturbed(
+    title, undisturbed, study, tmp_path
+):
     results = tmp_path / "results"
     driver = start(study, results, "--address", "local")
     wait_for_checkpoint(results, driver)
     below = psutil.Process(driver.pid).children(recursive=True)
-    workers = [
-        process for process in below if "TrainWorker" in process.name() + process.cmdline()[0]
-    ]
-    assert workers, [process.cmdline()[:1] for process in below]
-    os.kill(workers[-1].pid, signal.SIGKILL)
-    ended(driver)
+    found = [process for process in below if title in process.name() + process.cmdline()[0]]
+    assert found, [process.cmdline()[:1] for process in below]
+    os.kill(found[-1].pid, signal.SIGKILL)
+    assert "Trained 1 and judged 1 cells" in ended(driver)
     assert weights(results) == weights(undisturbed)
 
 

@@ -116,6 +116,30 @@ def test_a_class_without_held_out_images_is_a_warning(root, tmp_path):
     assert warning == "1 classes have no held-out images; first: ['class-04']"
 
 
+def test_classes_without_a_train_image_are_an_error_that_names_them(root, tmp_path):
+    for path in (root / "train" / "class-04").iterdir():
+        path.unlink()
+    problem = look(root, tmp_path).problem
+    assert problem.startswith("1 classes have no image to train on; first: ['class-04']: add")
+    for path in (root / "train" / "class-07").iterdir():
+        path.write_text("no image")
+    found = look(root, tmp_path, skip_damaged=True)
+    assert found.problem.startswith("2 classes have no image to train on; first: ['class-04', 'cl")
+
+
+def test_a_class_that_keeps_a_train_image_behind_a_damaged_one_is_sound(root, tmp_path):
+    # Once it is skipped, the other one is not held out either.
+    whole = root / "train"
+    damage(whole / "class-05" / "picture 0.JPEG")
+    assert look(whole, tmp_path, hold_out=0.5, skip_damaged=True).problem == ""
+
+
+def test_images_read_from_files_by_one_process_are_a_warning(root, tmp_path):
+    (warning,) = look(root, tmp_path, memory_bytes=1000).warnings
+    assert warning.endswith("from files, by one process of each trial: give --data-workers N")
+    assert look(root, tmp_path, memory_bytes=1000, workers=2).warnings == []
+
+
 def test_folders_that_are_no_imagenet_are_told_so(root, tmp_path):
     problem = look(root, tmp_path, scale=IMAGENET).problem
     assert "has 12 classes, 'class-00' among them; ImageNet has 1000, named by WordNet" in problem

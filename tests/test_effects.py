@@ -95,13 +95,13 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path):
         trial.digest: trial_run(trial.digest, clean=0.8 + 0.1 * (trial.recipe.activation == "gelu"))
         for trial in plan
     }
-    (effects,) = grid_effects(plan, list(study.axes), runs)
+    (effects,) = grid_effects(study, plan, DIGITS, runs)
     assert (effects.score, effects.trials) == ("clean", 8)
     assert effects.shares[0].axis == "activation"
     assert effects.shares[0].share == pytest.approx(1)
     gelu = next(c for c in effects.contrasts if c.axis == "activation")
-    assert abs(gelu.difference) == pytest.approx(0.1)
-    assert gelu.pairs == 4
+    assert (gelu.value, gelu.reference, gelu.pairs) == ("gelu", "relu", 4)
+    assert gelu.difference == pytest.approx(0.1)
 
 
 def test_too_few_trials_have_no_effects(tmp_path):
@@ -110,4 +110,56 @@ def test_too_few_trials_have_no_effects(tmp_path):
     study = load_study(str(path))
     plan = build_plan(study, DIGITS)
     runs = {t.digest: trial_run(t.digest, clean=0.5) for t in plan}
-    assert grid_effects(plan, list(study.axes), runs) == []
+    assert grid_effects(study, plan, DIGITS, runs) == []
+
+
+def test_an_empty_cell_takes_its_interaction_out_and_nothing_else():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": a, "b": b, "c": c, "score": 0.1 * (c == "q") + 0.01 * rng.standard_normal()}
+        for a, b, c, _ in product("xy", "uv", "pq", range(3))
+        if (a, b) != ("x", "v")
+    ]
+    first, *others = variance_shares(pd.DataFrame(rows), ["a", "b", "c"])
+    assert (first.axis, first.share) == ("c", pytest.approx(0.97, abs=0.02))
+    assert {share.axis for share in others} == {"a", "b", "a x c", "b x c"}
+    assert all(share.share < 0.02 for share in others)
+
+
+def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        'name="each"\nbase="deit_small"\nmode="one-at-a-time"\n[axes]\nactivation=["relu","silu"]\n'
+        'optimizer=["sgd"]\nscheduler=["step"]\nepochs=[50,60]\naugmentation=["none","cutmix"]\n'
+    )
+    study = load_study(str(path))
+    plan = build_plan(study, DIGITS)
+    runs = {t.digest: trial_run(t.digest, clean=n / 20) for n, t in enumerate(plan)}
+    (effects,) = grid_effects(study, plan, DIGITS, runs)
+    assert (effects.trials, effects.shares, effects.interaction) == (9, (), None)
+    aliased = pd.DataFrame(
+        [{"a": x, "b": x, "score": s} for x, s in zip("uvw" * 4, range(12), strict=True)]
+    )
+    assert variance_shares(aliased, ["a", "b"]) == []
+
+
+def test_a_grids_effects_leave_its_teachers_out_and_name_them_by_their_base(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        'name="taught"\nbase="deit_small"\n[axes]\n'
+        'teacher=["none","resnet50","resnet50_aligned"]\nactivation=["relu","gelu"]\n'
+        'curriculum=["none","study"]\n'
+    )
+    study = load_study(str(path))
+    plan = build_plan(study, DIGITS, seeds=2)
+    runs = {t.digest: trial_run(t.digest, clean=n / 40) for n, t in enumerate(plan)}
+    (effects,) = grid_effects(study, plan, DIGITS, runs)
+    assert len(plan.trials) == 24 + 4
+    assert effects.trials == 24
+    compared = {(c.axis, c.value, c.reference, c.pairs) for c in effects.contrasts}
+    assert compared == {
+        ("teacher", "resnet50", "none", 8),
+        ("teacher", "resnet50_aligned", "none", 8),
+        ("activation", "gelu", "relu", 12),
+        ("curriculum", "study", "none", 12),
+    }

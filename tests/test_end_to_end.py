@@ -271,3 +271,14 @@ def test_one_run_at_a_time_uses_a_results_folder(study, tmp_path):
         ended = run(results, study)
     assert ended.returncode == 2
     assert "another run is using" in ended.stderr
+
+
+def test_another_study_takes_over_the_trials_that_it_shares(finished, study, tmp_path):
+    results, _ = finished
+    other = tmp_path / "other.toml"
+    other.write_text(study.read_text().replace('name = "pair"', 'name = "other"'))
+    ended = run(results, other)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 done, 0 to train; 0 cells to judge" in ended.stderr
+    served = [trial.studies for trial in tracker(results).trials().values()]
+    assert served == [{"pair": "pair", "other": "other"}] * TRIALS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import pyarrow as pa
@@ -9,8 +11,8 @@ import pytest
 import torch
 from statsmodels.stats.proportion import proportion_confint
 
-from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import Batch, cell_digest, evaluate, split_batches, verdicts
+from evaluators import EVALUATORS, base, evaluator_named
+from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, STEPS
@@ -79,6 +81,15 @@ def test_clean_is_the_share_of_right_answers(classifier, few_digits):
     assert (score.value, score.n) == (right / 60, 60)
 
 
+def test_a_device_is_asked_to_be_exact_before_the_first_pass(classifier, few_digits, monkeypatch):
+    asked = []
+    monkeypatch.setattr(base, "exact", asked.append)
+    monkeypatch.setattr(Clean, "judge", lambda *_, **__: asked.append("a pass"))
+    monkeypatch.setattr(pa, "concat_tables", list)
+    evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    assert asked == [CPU, "a pass"]
+
+
 def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits):
     evaluator = PGD(DIGITS)
     ledger = evaluate(evaluator, classifier, digits, device=CPU)
@@ -120,6 +131,43 @@ def test_batches_keep_order_and_unit_range(few_digits):
     assert [len(batch.ids) for batch in batches] == [25, 25, 10]
     assert tuple(i for batch in batches for i in batch.ids) == few_digits.held_out.ids
     assert all(batch.images.min() >= 0 and batch.images.max() <= 1 for batch in batches)
+
+
+def numbered(count, error=None):
+    for number in range(count):
+        yield Batch(torch.zeros(1, 3, 4, 4), torch.tensor([0]), (str(number),))
+    if error:
+        raise error
+
+
+def test_batches_are_made_one_ahead_in_order():
+    made = []
+    source = (made.append(batch.ids) or batch for batch in numbered(4))
+    ready = one_ahead(source)
+    first = next(ready)
+    while len(made) < 2:  # the second is made while the first is in use
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert made == [("0",), ("1",)]
+    assert [batch.ids for batch in (first, *ready)] == [(str(n),) for n in range(4)]
+
+
+def test_what_fails_to_be_read_is_raised_in_its_place():
+    ready = one_ahead(numbered(2, ValueError("the third is damaged")))
+    assert [next(ready).ids, next(ready).ids] == [("0",), ("1",)]
+    with pytest.raises(ValueError, match="the third is damaged"):
+        next(ready)
+
+
+def test_no_thread_is_left_when_judging_fails(classifier, few_digits, monkeypatch):
+    def judge(*_, **__):
+        raise RuntimeError("no verdict")
+
+    monkeypatch.setattr(Clean, "judge", judge)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="no verdict"):
+        evaluate(Clean(DIGITS), classifier, few_digits, device=CPU, batch_size=7)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (450, 597)])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pandas as pd
 import pytest
 
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
-from grid.report.export import write_ledgers
+from grid.report.build import write_report
+from grid.report.export import write_exports, write_ledgers
 from grid.report.gallery import gallery
+from grid.report.tables import FilledTable, fill_tables
 from grid.report.verdicts import Verdicts
 from grid.studies import load_study
 from tests.made_up import record
 from trainables.scale import DIGITS
+from trainables.tracking import _trial_run
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,62 @@ def test_a_file_is_written_anew_when_its_cells_are_others(recorded, tmp_path):
     write_ledgers(tracker, fewer, tmp_path)
     frame = pd.read_parquet(tmp_path / "clean.parquet")
     assert set(frame["trial"]) == {plan.trials[0].digest}
+
+
+def test_what_a_study_is_told_is_shown_and_not_obeyed(recorded, tmp_path):
+    tracker, plan = recorded
+    study = dataclasses.replace(load_study("paper"), name="my_study")
+    planted = "<img src=x onerror=alert(1)>"
+    tracker.open_study(study.name, "", classes=[f"{planted}{n}" for n in range(10)])
+    run = next(iter(tracker.trials().values()))
+    tracker.end_trial(run, outcome="failed", reason="<class 'X'> & others")
+    try:
+        page = write_report(tracker, study, plan, DIGITS, tmp_path).read_text()
+    finally:
+        tracker.end_trial(run, outcome="finished", reason="")
+    assert planted not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;3" in page
+    assert page.count("<svg ") == page.count('<svg role="img" aria-label="')
+
+
+def test_a_studys_name_does_not_break_its_latex(tmp_path):
+    table = FilledTable("my_study", "Every trial of the study", ("Clean",), ())
+    write_exports([table], tmp_path)
+    assert r"\caption{my\_study: " in (tmp_path / "tables.tex").read_text()
+
+
+def test_a_study_that_was_never_opened_can_be_reported(recorded, tmp_path):
+    tracker, plan = recorded
+    other = dataclasses.replace(load_study("paper"), name="never-opened")
+    page = write_report(tracker, other, plan, DIGITS, tmp_path).read_text()
+    assert re.search(r"<h3>digits/\d+, class \d</h3>", page)
+
+
+def test_a_cell_that_failed_says_why_until_it_is_judged(recorded):
+    tracker, plan = recorded
+    run = tracker.trials()[plan.trials[0].digest]
+    asked = {"evaluator": "clean", "cell": run.cells["clean"], "asked": "{}", "metrics": {}}
+    tracker.fail_cell(run, "clean", "RuntimeError: no")
+    runs = tracker.trials()
+    scores = runs[run.digest].metrics
+    del scores["clean"]
+    filled = fill_tables(load_study("paper"), plan, runs)[0]
+    row = next(row for row in filled.rows if row.recipe.digest() == run.digest)
+    assert row.cells[0].text() == "failed: RuntimeError: no"
+    tracker.record_cell(run, ledger=tracker.ledger(run, "clean"), **asked)
+    assert tracker.trials()[run.digest].failed_cells == {}
+
+
+def test_a_trial_is_found_in_every_study_that_it_serves(recorded):
+    tracker, plan = recorded
+    run = tracker.trials()[plan.trials[0].digest]
+    tracker.enrol(run, "mine", "mine")
+    tracker.enrol(run, "paper", "T5")
+    runs = tracker.trials()
+    assert runs.pop(run.digest).studies == {"mine": "mine", "paper": "T1 T5"}
+    assert {tuple(other.studies.items()) for other in runs.values()} == {(("paper", "T1"),)}
+    query = "tags.kind = 'trial' and tags.`study.mine` LIKE '%'"
+    assert [found.digest for found in map(_trial_run, tracker._search(query))] == [run.digest]
 
 
 def test_the_gallery_names_classes_as_people_do(recorded):

@@ -1,11 +1,14 @@
 """Images by class: labelled by name, damaged ones named."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from trainables.folders import ImageFolderByClass
+from trainables.images import read_rgb
 
 SIDE = 16
 CLASSES = ("n03", "n01", "n02")
@@ -33,6 +36,19 @@ def test_labels_follow_the_class_names_and_not_the_folder_order(tmp_path):
     assert labels == [0, 1, 2]
     assert ids == ["n03/a", "n01/a", "n02/a"]
     assert images[:, 0, 0, 0].tolist() == [20, 0, 10]
+
+
+def test_threads_read_a_folder_in_its_order_and_list_what_they_skip(tmp_path, monkeypatch):
+    for number in range(12):
+        write(tmp_path / "n01" / f"{number:02d}.png", number)
+    for number in (3, 8):
+        (tmp_path / "n01" / f"{number:02d}.png").write_text("no image")
+    met = threading.Barrier(4, timeout=30)  # broken unless four read at once
+    monkeypatch.setattr("trainables.folders.read_rgb", lambda path: (met.wait(), read_rgb(path))[1])
+    images = folder(tmp_path, workers=4, skip_damaged=True)
+    found = torch.cat([split.images[:, 0, 0, 0] for split in images.splits(batch_size=4)])
+    assert found.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert [path.name for path in images.damaged] == ["03.png", "08.png"]
 
 
 def test_a_folder_that_is_no_class_is_named(tmp_path):

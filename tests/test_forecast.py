@@ -110,10 +110,10 @@ def test_parameters_are_those_of_the_models(scale, known):
     assert built == known
 
 
-def test_disk_holds_three_checkpoints_and_the_weights_twice():
+def test_disk_holds_four_checkpoints_and_the_weights_twice():
     plan = build_plan(load_study("paper"), DIGITS, tables=["T6"])
-    # Weights and one moment (SGD) or two (AdamW), three times; then the weights, twice.
-    sgd, adamw = 4 * 147_794 * (3 * 2 + 2), 4 * 147_794 * (3 * 3 + 2)
+    # Weights and one moment (SGD) or two (AdamW), four times; then the weights, twice.
+    sgd, adamw = 4 * 147_794 * (4 * 2 + 2), 4 * 147_794 * (4 * 3 + 2)
     assert disk_bytes(plan) == 2 * sgd + adamw
 
 

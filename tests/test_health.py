@@ -12,7 +12,7 @@ from evaluators.base import evaluate
 from evaluators.health import Health
 from evaluators.ledger import LEDGER
 from evaluators.pgd import PGD
-from evaluators.red_flags import red_flags
+from evaluators.red_flags import is_checked, red_flags
 from tests.tiny import trained_classifier
 from trainables.data import load_data
 from trainables.models import Classifier
@@ -99,6 +99,21 @@ def test_more_steps_that_help_the_model_are_flagged_beyond_noise():
     many = hand_made("pgd-10", [True] * 12 + [True] * 88)
     (flag,) = red_flags([few, many])
     assert flag.startswith("PGD-10 is weaker than PGD-5: 12 images survive only the longer")
+
+
+def test_lengths_are_compared_at_each_of_several_radii():
+    fooled, holds = [False] * 12 + [True] * 88, [True] * 100
+    rising = [hand_made("pgd-5@4/255", fooled), hand_made("pgd-10@4/255", holds)]
+    others = [hand_made("pgd-5@8/255", holds), hand_made("pgd-10@8/255", fooled)]
+    (flag,) = red_flags(rising + others)
+    assert flag.startswith("PGD-10@4/255 is weaker than PGD-5@4/255: 12 images")
+
+
+def test_attacks_are_checked_where_both_health_questions_were_asked(classifier):
+    pgd = hand_made("pgd-5", [True])
+    assert is_checked([pgd, asked(Health(DIGITS), classifier)])
+    assert not is_checked([pgd, hand_made("gradient", [True])])
+    assert not is_checked([])
 
 
 def test_a_few_images_either_way_are_noise():

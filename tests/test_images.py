@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from tests.pictures import write_folder, write_picture
 from trainables.data import load_data
-from trainables.images import ImageFiles, keep_originals, keep_validated
+from trainables.images import ImageFiles, keep_originals, keep_validated, read_rgb
 from trainables.scale import IMAGENET
 from trainables.source import DataSource, list_splits, scale_of
 
@@ -73,6 +74,36 @@ def test_every_mode_of_image_comes_as_rgb_and_upright(files):
             assert image.size == ImageOps.exif_transpose(file).size
 
 
+DEEP = np.array([[0, 257, 128 * 257, 65535], [128, 129, 65406, 65407]])
+SHALLOW = [[0, 1, 128, 255], [0, 1, 254, 255]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"), ("I", "ppm")],
+)
+def test_grey_of_16_bits_is_brought_to_8(tmp_path, mode, suffix):
+    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "i4"}
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(DEEP.astype(kinds[mode])).save(path)
+    with Image.open(path) as file:
+        assert file.mode == mode
+    image = read_rgb(path)
+    assert image.mode == "RGB"
+    assert all(np.asarray(image)[..., channel].tolist() == SHALLOW for channel in range(3))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I", "i4"), ("F", "f4")])
+def test_grey_whose_white_is_not_known_is_refused_by_name(tmp_path, mode, kind):
+    path = tmp_path / "class-00" / "deep.tif"
+    path.parent.mkdir()
+    Image.fromarray(DEEP.astype(kind)).save(path)
+    files = ImageFiles(tmp_path, ["class-00/deep.tif"], size=32)
+    said = rf"deep.tif \(class class-00\) cannot be read: its pixels are of mode {mode}, .*16 bits"
+    with pytest.raises(ValueError, match=said):
+        files.original(0)
+
+
 def test_several_threads_read_what_one_reads(files):
     expected = files[:]
     torch.set_num_threads(2)
@@ -80,6 +111,17 @@ def test_several_threads_read_what_one_reads(files):
         assert torch.equal(files[:], expected)
     finally:
         torch.set_num_threads(1)
+
+
+def test_data_workers_are_threads_that_read_beside_a_training(root, monkeypatch):
+    met = threading.Barrier(3, timeout=30)  # broken unless three read at once
+    source = DataSource(root=root, workers=3)
+    data = load_data(scale_of("folder", source, image_size=32), source)
+    expected = data.held_out.images[:3]
+    monkeypatch.setattr("trainables.images.read_rgb", lambda path: (met.wait(), read_rgb(path))[1])
+    assert torch.get_num_threads() == 1
+    assert torch.equal(data.held_out.images[:3], expected)
+    assert torch.equal(data.held_out.at(np.array([2, 1, 0])).images[:], expected.flip(0))
 
 
 def test_originals_kept_in_memory_are_those_in_the_files(files, tmp_path):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from grid.studies import CURRICULA, STRONG
 from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
-from trainables.loop import accuracy, distillation_loss, train
-from trainables.models import build_classifier
+from trainables.loop import accuracy, distillation_loss, probe, train
+from trainables.models import Classifier, build_classifier
 from trainables.recipe import Distillation
 from trainables.sentinel import PROBE, chance_limit, collapse_reason
 
@@ -141,6 +141,46 @@ def test_curriculum_and_probe_are_metrics(small, few_digits):
     assert report.metrics["curriculum/mix_probability"] == 0.5
     assert report.metrics["curriculum/randaug_magnitude"] == 1
     assert 0 <= report.metrics[PROBE] <= 1
+
+
+class FewAtOnce(Classifier):
+    """A classifier that has memory for a few images only, and counts those that it is shown."""
+
+    def __init__(self, classifier, most):
+        super().__init__(classifier, (0, 0, 0), (1, 1, 1))
+        self.most, self.shown = most, []
+
+    def forward(self, images):
+        self.shown.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return self.backbone(images)
+
+
+@pytest.mark.parametrize(("most", "largest"), [(300, 256), (30, 22)])
+def test_the_probe_takes_as_many_images_as_fit_and_finds_the_same(small, digits, most, largest):
+    recipe = small(batch_size=512, adversary=ADVERSARY)
+    classifier = build_classifier(recipe)
+    split = digits.train.subset(300, seed=0)
+    few = FewAtOnce(classifier, most)
+    whole = FewAtOnce(classifier, 300)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("trainables.loop.EVALUATION_BATCH", 300)
+        expected = probe(recipe, whole, split, device=CPU)
+    assert set(whole.shown) == {300}
+    assert probe(recipe, few, split, device=CPU) == expected
+    assert max(shown for shown in few.shown if shown <= most) == largest
+    micro = recipe.replace(micro_batch=64)
+    parted = FewAtOnce(classifier, 64)
+    assert probe(micro, parted, split, device=CPU) == expected
+    assert max(parted.shown) == 64
+
+
+def test_a_probe_of_one_image_that_does_not_fit_is_an_error(small, few_digits):
+    recipe = small(adversary=ADVERSARY)
+    nothing = FewAtOnce(build_classifier(recipe), 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(recipe, nothing, few_digits.held_out, device=CPU)
 
 
 def histories(probes, losses):

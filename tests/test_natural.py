@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.svm import SVC
 from torch import nn
 
+from evaluators import natural
 from evaluators.base import evaluate
 from evaluators.natural import Natural, hardest
-from trainables.data import load_data
+from trainables.data import Data, Split, load_data
 from trainables.models import Classifier
 from trainables.scale import DIGITS
 
@@ -44,16 +46,16 @@ def source(tmp_path):
 
 
 def test_answers_are_restricted_to_the_classes_present_and_mapped_by_name(source):
-    natural = Natural(DIGITS)
-    ledger = evaluate(natural, classifier(9.0, 2.0, 5.0, 1.0), source, device=CPU)
+    evaluator = Natural(DIGITS)
+    ledger = evaluate(evaluator, classifier(9.0, 2.0, 5.0, 1.0), source, device=CPU)
     rows = {(r["question"], r["image_id"]): r for r in ledger.to_pylist()}
     assert rows["natural", "n04/a"]["label"] == 1
     assert rows["natural", "n01/a"]["label"] == 3
     assert rows["natural", "n01/a"]["predicted"] == 1  # the best of labels 1 and 3
     assert rows["natural-1000", "n01/a"]["predicted"] == 0
-    scores = {score.name: score.value for score in natural.summarize(ledger)}
+    scores = {score.name: score.value for score in evaluator.summarize(ledger)}
     assert scores == {"natural": 0.5, "natural-1000": 0.0}
-    assert natural.identity(source)["data"] == "ImageNet-A"
+    assert evaluator.identity(source)["data"] == "ImageNet-A"
 
 
 def test_a_folder_that_is_no_class_is_an_error(source, tmp_path):
@@ -84,9 +86,55 @@ def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
     assert wrong <= set(chosen.ids)
 
 
-def test_the_counterpart_does_not_call_itself_imagenet_a():
-    natural = Natural(DIGITS)
+def test_the_reference_judges_in_parts_of_bounded_memory(monkeypatch):
     data = load_data(DIGITS)
-    assert natural.identity(data)["data"] == "natural-adversarial (digits)"
-    ledger = evaluate(natural, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
+    sizes = []
+    decide = SVC.decision_function
+
+    def recorded(fitted, pixels):
+        sizes.append(len(pixels))
+        return decide(fitted, pixels)
+
+    monkeypatch.setattr(SVC, "decision_function", recorded)
+    whole = hardest(replace(data))
+    monkeypatch.setattr(natural, "SCORES_BYTES", 17 * 45 * 100)
+    assert hardest(replace(data)).ids == whole.ids
+    assert sizes == [597, *[100] * 5, 97]
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Sixty classes of noisy bars in eight images each; three held out lie about their class."""
+    draw = torch.Generator().manual_seed(0)
+    prototypes = torch.randint(0, 256, (60, 1, 12, 12), generator=draw).expand(-1, 3, -1, -1)
+    labels = torch.arange(60).repeat(8)
+    noise = torch.randint(-40, 41, (480, 3, 12, 12), generator=draw)
+    images = (prototypes[labels] + noise).clamp(0, 255).byte()
+    images[:3] = images[60 + 30 : 60 + 33]
+    ids = tuple(f"many/{i}" for i in range(480))
+    whole = Split(images=images, labels=labels, ids=ids)
+    return Data(
+        name="many",
+        train=whole.at(np.arange(120, 480)),
+        held_out=whole.at(np.arange(120)),
+        class_names=tuple(str(i) for i in range(60)),
+    )
+
+
+def test_many_classes_have_a_reference_that_is_linear_in_them_and_named(many, monkeypatch):
+    monkeypatch.setattr(SVC, "fit", None)
+    chosen = hardest(many)
+    assert len(chosen) == 20
+    assert {"many/0", "many/1", "many/2"} <= set(chosen.ids)
+    monkeypatch.setattr(natural, "SCORES_BYTES", 17 * (360 + 60) * 7)
+    assert hardest(replace(many)).ids == chosen.ids
+    assert Natural(DIGITS).identity(many)["reference"] == "kernel ridge regression"
+
+
+def test_the_counterpart_does_not_call_itself_imagenet_a():
+    evaluator = Natural(DIGITS)
+    data = load_data(DIGITS)
+    identity = {"data": "natural-adversarial (digits)", "images": hardest(data).ids_hash()}
+    assert evaluator.identity(data) == identity
+    ledger = evaluate(evaluator, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
     assert set(ledger["question"].to_pylist()) == {"natural"}

@@ -21,15 +21,25 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not chromium.installed(), reason="no Chromium: apt-get install chromium"),
 ]
-TABLES = ("T1", "T2", "T3", "T5", "T8")
+TABLES = tuple(table.name for table in load_study("paper").tables)
 FIGURES = {
     "claims",
     "scatter",
     "shape-bias",
     "size",
-    *("steps-T1", "epsilon-T1", "steps-T2", "stages-T2", "training-T2", "patches-T3"),
-    *("corruptions-T5", "corruptions-T8", "training-T8"),
+    *("steps-T1", "epsilon-T1", "steps-T2", "stages-T2", "training-T2", "patches-T3", "patches-T4"),
+    *(f"corruptions-{table}" for table in TABLES[4:]),
+    "training-T8",  # where the recorded collapse is
 }
+GRID = """
+name = "a-grid"
+base = "resnet50"
+evaluators = ["clean", "pgd", "autoattack", "tpa", "corruptions"]
+[axes]
+activation = ["relu", "gelu"]
+optimizer = ["sgd", "adamw"]
+weight_decay = [1e-4, 1e-3, 1e-2]
+"""
 DARK = {"color_scheme": "dark"}
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 WIDE = {"width": 1800, "height": 1000}
@@ -60,6 +70,18 @@ def study(tmp_path_factory):
     page = write_report(tracker, paper, plan, DIGITS, results / "report")
     yield page, tracker
     server.kill()
+    shutil.rmtree(results)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """The report's page on a recorded grid of twelve trials."""
+    results = tmp_path_factory.mktemp("grid")
+    (results / "grid.toml").write_text(GRID)
+    study = load_study(str(results / "grid.toml"))
+    plan = build_plan(study, DIGITS)
+    tracker = record(results, study, plan)
+    yield write_report(tracker, study, plan, DIGITS, results / "report")
     shutil.rmtree(results)
 
 
@@ -108,6 +130,29 @@ def test_the_report_is_whole_and_nothing_overlaps(study, browser, options):
     pictures = page.eval_on_selector_all("#gallery img", "i => i.map(e => e.naturalWidth)")
     assert pictures
     assert set(pictures) == {16}
+    page.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"viewport": PHONE}], ids=["desk", "phone"])
+def test_a_grids_report_says_which_choice_matters(grid, browser, options):
+    said = []
+    page = opened(browser, grid.as_uri(), said, **options)
+    assert said == []
+    assert page.inner_text("#answer .answer").startswith("Of the axes of this grid ")
+    assert page.query_selector("#answer figure#scatter svg")
+    figures = page.eval_on_selector_all("figure[id]", "f => f.map(e => e.id)")
+    assert len(figures) == len(set(figures))
+    effects = {
+        f"effects-{score}" for score in ("clean", "pgd-100", "autoattack", "tpa", "corruptions")
+    }
+    drawn = {f"{name}-a-grid" for name in ("steps", "stages", "patches", "corruptions", "training")}
+    assert set(figures) == {"scatter"} | effects | drawn
+    assert page.query_selector("#effects").inner_text().count("explains") >= 5 * 3
+    models = page.eval_on_selector_all("#a-grid > .scroll tbody th", "t => t.map(e => e.innerText)")
+    assert len(set(models)) == 12
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.inner_text("#health .flag").startswith("Not asked by the evaluator “health”")
+    assert page.evaluate(OVERLAPS) == page.evaluate(CUT_OFF) == []
     page.close()
 
 

@@ -82,13 +82,13 @@ def tracker_in(folder):
     return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=folder / "artifacts")
 
 
-def start_trial(tracker):
+def start_trial(tracker, study="s"):
     return tracker.start_trial(
         digest="abc",
         name="a trial",
         parent="",
-        study="s",
-        tables="",
+        study=study,
+        tables="T1",
         recipe_json="{}",
         params={},
         dataset={"name": "d", "digest": "d", "source_type": "code", "source": "s"},
@@ -119,6 +119,48 @@ def test_a_lost_answer_makes_no_second_run(tmp_path):
         "MLflow does not answer: training goes on, what is to be written waits",
         "MLflow answers again",
     ]
+
+
+def test_two_commands_on_one_server_make_one_run_of_a_trial(tmp_path):
+    one, other = tracker_in(tmp_path), tracker_in(tmp_path)
+    assert other.trials() == {}
+    first = start_trial(one)
+    one.log_epochs(first, [{"epoch": 1.0, "train/loss": 2.0}])
+    one.end_trial(first, outcome="failed", reason="no disk")
+    second = start_trial(other, "another")
+    assert second.run_id == first.run_id
+    assert one.trials()["abc"].studies == {"s": "T1", "another": "T1"}
+    assert (second.logged_epochs, second.outcome) == (1, "training")
+    assert len(one._search("tags.kind = 'trial'")) == 1
+    assert one.trials()["abc"].reason == ""
+
+
+def test_two_commands_on_one_server_make_one_run_of_a_study(tmp_path):
+    one, other = tracker_in(tmp_path), tracker_in(tmp_path)
+    study = one.open_study("s", "a study")
+    (tmp_path / "report").mkdir()
+    one.close_study(study, tmp_path / "report", complete=True)
+    assert other.open_study("s", "a study") == study
+    assert one._search("tags.kind = 'study'")[0].info.status == "RUNNING"
+
+
+def test_a_request_is_sent_once_and_asked_again_by_patience_alone(server):
+    code = (
+        "import os; from grid.run import ENVIRONMENT; os.environ.update(ENVIRONMENT)\n"
+        "from mlflow.tracking import MlflowClient\n"
+        "import urllib3.connectionpool as pool\n"
+        "sent, send = [], pool.HTTPConnectionPool._make_request\n"
+        "def lost(self, *arguments, **named):\n"
+        "    sent.append(arguments[2])\n"
+        "    raise ConnectionResetError('the answer was lost')\n"
+        "client = MlflowClient(ADDRESS); client.search_experiments()\n"
+        "pool.HTTPConnectionPool._make_request = lost\n"
+        "try: client.create_run('0')\n"
+        "except Exception as error: print(len(sent), 'failed with exception' in str(error))\n"
+    )
+    told = [sys.executable, "-c", code.replace("ADDRESS", repr(server.uri))]
+    said = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["1", "True"]
 
 
 def test_a_deleted_run_is_noticed(tmp_path):

@@ -102,6 +102,21 @@ def test_a_study_without_tables_gets_one_of_all_its_trials(tmp_path):
     assert table.columns == ("Clean", "PGD-5", "PGD-10", "PGD-50", "PGD-100")
 
 
+def test_a_grids_table_shows_whatever_is_asked_of_it(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="mine"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
+    study = load_study(str(path))
+    plan = build_plan(study, DIGITS, evaluators=["clean", "autoattack", "tpa", "corruptions"])
+    asked = {"clean", "autoattack", "tpa", "corruptions"}
+    assert all(set(trial.evaluators) == asked for trial in plan)
+    (table,) = fill_tables(study, plan, {})
+    assert table.columns == (
+        *("Clean", "Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
+        "Clean, same images",
+        *("after APGD-CE", "after APGD-T", "after FAB-T", "AutoAttack (digits)"),
+    )
+
+
 def test_a_students_row_finds_its_trial_for_every_seed():
     def runs(plan):
         return [judged(trial.digest, 0.9) for trial in plan]

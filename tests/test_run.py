@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grid.run import _without_on, main
 
@@ -177,13 +178,27 @@ def test_plan_tells_hours_wall_clock_cost_and_what_a_budget_buys(capsys):
     assert main([*arguments, *cluster, *money, *spot, "--seconds-per-unit", "60"]) == 0
     printed = capsys.readouterr().out
     assert "10 rows asked for, 9 trainings (1 shared)" in printed
-    assert "Disk: at most 9.4 GiB" in printed
+    assert "Disk: at most 11.9 GiB" in printed
     assert "194 GPU-hours, 193 to train and 1.1 to judge" in printed
     assert "T5 alone: 3 trainings, 22 GPU-hours" in printed
     assert "On 8 nodes of 8 GPUs, 7 trials at once of 8 workers: " in printed
     assert "Taken away 3 times a node and day, for 10 min: " in printed
     assert "Cost: $" in printed
     assert "For 40 GPU-hours: 2 of 3 tables, T5 T6, for " in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here to measure")
+def test_hours_of_gpus_are_not_measured_on_a_machine_without_one(capsys, tmp_path):
+    arguments = ["--calibrate", "--tables", "T6", "--results", str(tmp_path)]
+    message = refusal(capsys, *arguments, "--nodes", "8", "--gpus-per-node", "8")
+    assert "measured on one, and this machine has none" in message
+
+
+def test_any_evaluator_can_be_asked_of_a_grid_and_no_unknown_one(capsys):
+    asked = ["--plan", "--study", "full", "--only", "epochs=10", "--evaluators", "autoattack"]
+    assert main([*asked, "stylized"]) == 0
+    assert "autoattack" in capsys.readouterr().out
+    assert "unknown evaluator 'pgf'; one of clean, natural" in refusal(capsys, *asked, "pgf")
 
 
 def test_plan_asks_for_a_calibration_or_a_unit(capsys, tmp_path):

@@ -166,6 +166,16 @@ def test_a_folder_that_the_system_will_not_read_is_refused(tmp_path):
         source_of(options("--textures", tmp_path / ("a" * 300)))
 
 
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_hold_out_leaves_every_class_an_image_to_train_on(tmp_path, share):
+    write_folder(tmp_path, per_class=2, held_out=0)
+    (tmp_path / "train" / "class-03" / "picture 1.JPEG").unlink()
+    (tmp_path / "train" / "class-99").mkdir()
+    train, held_out = list_splits(DataSource(root=tmp_path, hold_out=share))
+    assert [train.labels.count(label) for label in range(13)] == [1] * 12 + [0]
+    assert [held_out.labels.count(label) for label in range(4)] == [1, 1, 1, 0]
+
+
 def test_hold_out_beside_a_val_folder_is_refused(root):
     with pytest.raises(ValueError, match="--hold-out would put it aside"):
         list_splits(DataSource(root=root, hold_out=0.2))

@@ -188,6 +188,18 @@ def test_synthesis_brings_the_grams_nearer(data: Data, network: FeatureNetwork) 
     assert distance(60) < 0.5 * distance(0)
 
 
+def test_building_is_a_sign_of_life_to_the_watchdog(
+    data: Data, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr(textures, "beat", lambda: beats.append(None))
+    small_network(DIGITS, data, seed=0, epochs=2)
+    assert len(beats) == 2 * 1200 // 50
+    beats.clear()
+    build_dictionary(network, data.train, QUICK, device=CPU)
+    assert len(beats) == 2 + QUICK.steps  # a batch of images per class, and the synthesis
+
+
 def test_textures_of_grey_images_are_grey(data: Data, network: FeatureNetwork) -> None:
     built = build_dictionary(network, data.train, QUICK, device=CPU).textures
     assert torch.equal(built[:, :, :1].expand_as(built), built)
@@ -223,6 +235,20 @@ def test_own_dictionary_is_built_once_and_kept_in_a_file(
     second = load_or_build(DIGITS, data, tmp_path)
     assert textures._built == {}
     assert (second.digest, second.source, second.classes) == (first.digest, first.source, (0, 1))
+
+
+def test_data_with_a_cache_have_their_dictionary_built_once_for_all_processes(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textures, "own_settings", lambda scale: QUICK)
+    monkeypatch.setattr(textures, "_built", {})
+    cached = replace(data, cache=tmp_path / "cache")
+    first = dictionary_for(DIGITS, cached)
+    textures._built.clear()
+    monkeypatch.setattr(textures, "build_dictionary", None)
+    assert dictionary_for(DIGITS, cached).digest == first.digest
+    with pytest.raises(TypeError):
+        dictionary_for(DIGITS, data)
 
 
 def test_damaged_file_is_reported_and_built_again(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.disks import fill, small_disk
-from trainables.checkpoint import save_checkpoint
+from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.recipe import Distillation
 from trainables.source import EMBEDDED
-from trainables.trial import RecipeTrial, weights_path
+from trainables.trial import SECONDS, RecipeTrial, weights_path
 
 
 @pytest.fixture
@@ -80,6 +80,28 @@ def test_a_trial_cut_short_goes_on_in_another_actor_and_ends_the_same(start, sma
     results = run(start(recipe))
     assert [e["epoch"] for e in results[0]["epochs"]] == [1, 2, 3]
     assert results[-1]["sha256"] == whole
+
+
+def test_what_an_epoch_took_outlives_the_actor_that_measured_it(start, small):
+    recipe = small("deit", epochs=3)
+    cut = start(recipe)
+    sent = [cut.step()["epochs"][0] for _ in range(2)]
+    again = run(start(recipe))[0]["epochs"]
+    assert again[:2] == sent
+    assert all(epoch[SECONDS] > 0 for epoch in again)
+
+
+def test_a_checkpoint_of_before_without_seconds_goes_on(start, small, tmp_path):
+    recipe = small(epochs=2)
+    start(recipe).step()
+    folder = tmp_path / "trials" / recipe.digest()
+    state = load_newest_checkpoint(folder)
+    del state["seconds"]
+    save_checkpoint(folder, 1, state)
+    for path in sorted(folder.glob("epoch-*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-1]:
+        path.unlink()
+    first, second = run(start(recipe))[0]["epochs"]
+    assert (SECONDS in first, SECONDS in second) == (False, True)
 
 
 def test_a_finished_trial_is_not_trained_again(start, small):

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,8 +64,9 @@ def augmented(recipe: Recipe, images: Tensor | ImageFiles, epoch: int, places: T
     """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
 
     Images in memory are shifted and, where the scale says so, flipped; images in files are cropped
-    at random and flipped, as in the study. Then RandAugment. Each follows from (seed, epoch,
-    place) alone, whichever images are asked for beside it.
+    at random and flipped, as in the study. Then RandAugment, which resamples images in files
+    bicubically, as in the study, and those in memory as timm draws it for each operation. Each
+    follows from (seed, epoch, place) alone, whichever images are asked for beside it.
     """
     if isinstance(images, Tensor) and is_cached(images):
         return augmented_epoch(recipe, images, epoch)[places]
@@ -149,7 +150,7 @@ def _cropped(
         v2.RandomHorizontalFlip(0.5),
     ]
     if magnitude is not None:
-        steps.append(_rand_augment(magnitude, size, fill))
+        steps.append(_rand_augment(magnitude, size, fill, interpolation=Image.Resampling.BICUBIC))
     augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for row, place in enumerate(places):
@@ -229,8 +230,16 @@ def randaugment(
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
 
-def _rand_augment(magnitude: int, image_size: int, fill: tuple[int, ...]) -> RandAugment:
-    hparams = {"translate_const": int(image_size * 0.45), "img_mean": fill}
+def _rand_augment(
+    magnitude: int,
+    image_size: int,
+    fill: tuple[int, ...],
+    *,
+    interpolation: Image.Resampling | None = None,
+) -> RandAugment:
+    hparams: dict[str, Any] = {"translate_const": int(image_size * 0.45), "img_mean": fill}
+    if interpolation is not None:
+        hparams["interpolation"] = interpolation
     transform = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
     for op in transform.ops:
         if op.name.startswith("Posterize"):

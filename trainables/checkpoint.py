@@ -20,14 +20,16 @@ from trainables.storage import ASIDE, Folder, below, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
+ACCURACY = "held_out/accuracy"  # by which a checkpoint is the best
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
     where: str | Path, epoch: int, state: dict[str, Any], *, sound: bool = True
 ) -> str:
-    """Save the state after `epoch` epochs; drop all but the newest two and the newest sound one.
+    """Save the state after `epoch` epochs; keep the newest two, the newest and the best sound one.
 
+    The best got most held-out images right, by the state's `history`; the others are dropped.
     `where` is a path or URI; returns the checkpoint's name in it. `sound` is False for a state in
     which the training may have begun to collapse.
     """
@@ -39,7 +41,8 @@ def save_checkpoint(
     folder = folder_at(where)
     folder.write(name, content)
     newest = _newest_first(folder)
-    kept = {*newest[:KEPT], *[old for old in newest if f"-{SOUND}-" in old][:1]}
+    sound_ones = [old for old in newest if f"-{SOUND}-" in old]
+    kept = {*newest[:KEPT], *sound_ones[:1], *_best(sound_ones, state.get("history", []))}
     for old in newest:
         if old not in kept:
             folder.remove(old)
@@ -142,6 +145,17 @@ def recipe_json_of(path: Path) -> str:
             return str((file.metadata() or {})["recipe"])
     except (SafetensorError, KeyError):
         raise ValueError(f"{path} names no recipe of this project") from None
+
+
+def _best(names: list[str], history: list[dict[str, float]]) -> list[str]:
+    """Return the first of the names whose epoch got most held-out images right, if known."""
+    accuracies = {f"epoch-{int(m['epoch']):05d}": m[ACCURACY] for m in history if ACCURACY in m}
+    known = [name for name in names if _epoch(name) in accuracies]
+    return sorted(known, key=lambda name: -accuracies[_epoch(name)])[:1]
+
+
+def _epoch(name: str) -> str:
+    return name.rsplit("-", 2)[0]
 
 
 def _newest_first(folder: Folder) -> list[str]:

@@ -49,6 +49,7 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
         roots=source.folders,
         skip_damaged=source.skip_damaged,
         workers=source.workers,
+        cache=source.cache,
     )
 
 

@@ -76,8 +76,9 @@ class Data:
     """A data set: what is trained on, what is held out, and the classes by label.
 
     `roots`: where stored sets lie (`source.STORED_SETS`), if they do; `skip_damaged`: pass over
-    their unreadable images; `workers`: processes that decode and augment for a training. Equal is
-    only the same object, which so can key a cache.
+    their unreadable images; `workers`: processes that decode and augment for a training; `cache`:
+    a folder for what is made of it, None to keep that in memory. Equal is only the same object,
+    which so can key a cache.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Data:
     roots: Mapping[str, Path] = field(default_factory=dict)
     skip_damaged: bool = False
     workers: int = 0
+    cache: Path | None = None
 
     def stored(self, name: str) -> Path | None:
         """Return where a stored set lies, None where a counterpart is to be generated.

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from trainables.recipe import Recipe
@@ -15,6 +16,8 @@ from trainables.storage import below, folder_at
 from trainables.trial import failed_result, trial_config
 
 if TYPE_CHECKING:
+    from ray.train import ControllerError
+
     from trainables.team import Team
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
@@ -35,17 +38,29 @@ SIOCGIFADDR = 0x8915
 def train_together(config: dict[str, Any]) -> None:
     """Train one recipe with its config's number of workers; report each epoch to Tune.
 
-    A worker or a node that dies has the team start again, from the trial's own checkpoint, unless
-    that is the program's own fault; where the cluster cannot give as many for a while, with fewer,
-    and with more when it can again. config["trial"]: as of `RecipeTrial`, and workers, min_workers,
+    A worker, a node or Train's controller that dies has the team start again, from the trial's own
+    checkpoint, unless that is the program's own fault; where the cluster cannot give as many for a
+    while, with fewer, and with more when it can again. A team that finds no room waits for as long
+    as other trials hold some. What is tried in vain is reported, not raised: Tune tries again only
+    where this process has died. config["trial"]: as of `RecipeTrial`, and workers, min_workers,
     gpus (of a worker).
     """
     trial = trial_config(config)
+    try:
+        _train_to_the_end(trial)
+    except Exception as error:
+        from ray import tune
+
+        tune.report(_given_up(trial["digest"], error))
+
+
+def _train_to_the_end(trial: dict[str, Any]) -> None:
+    """Train with one team after another until the trial is over; raise what is tried in vain."""
     elastic = trial["min_workers"] < trial["workers"]
     wait = ELASTIC_START_SECONDS if elastic else FIXED_START_SECONDS
     for name, value in (LOOK_SECONDS | {START_SECONDS: wait}).items():
         os.environ.setdefault(name, value)
-    from ray import tune
+    from ray.exceptions import RayError, RayTaskError
     from ray.train import ControllerError, WorkerGroupError
 
     from trainables.team import team_sizes
@@ -56,18 +71,21 @@ def train_together(config: dict[str, Any]) -> None:
     failures, furthest = 0, ""
     size = sizes[0]
     while True:
+        release_orphans()
         try:
             larger = _train(trial | {"sizes": sizes}, size)
-        except ControllerError:
+        except ControllerError as error:
             if size == sizes[-1]:
-                raise
+                if not (_found_no_room(error) and others_train()):
+                    raise
+                continue
             most = min(size - 1, free_workers(trial))
             size = next((n for n in sizes if n <= most), sizes[-1])
-        except WorkerGroupError as error:
-            for cause in error.worker_failures.values():
-                if isinstance(cause, OWN_FAULTS):
-                    tune.report(failed_result(trial["digest"], cause, str(error)))
-                    return
+        except RayTaskError:
+            raise  # of the controller's code, not its death
+        except (RayError, WorkerGroupError) as error:
+            if any(isinstance(cause, OWN_FAULTS) for cause in _causes(error)):
+                raise
             newest = max((n for n in kept.names() if n.endswith(".pt")), default="")
             failures, furthest = 1 if newest > furthest else failures + 1, newest
             if failures > MAX_FAILURES:
@@ -77,6 +95,54 @@ def train_together(config: dict[str, Any]) -> None:
             if larger is None:
                 return
             size = larger
+
+
+def _causes(error: Exception) -> list[Exception]:
+    """Return what the workers or the controller of a team have raised, or the error itself."""
+    controller = getattr(error, "controller_failure", error)
+    return list(getattr(error, "worker_failures", {}).values()) or [controller]
+
+
+def _given_up(digest: str, error: Exception) -> dict[str, Any]:
+    """Return what the recorder is told of a trial that was tried in vain."""
+    causes = _causes(error)
+    cause = next((c for c in causes if isinstance(c, OWN_FAULTS)), causes[0])
+    told = failed_result(digest, cause, "".join(traceback.format_exception(error)))
+    return told | {"reason": told["reason"].splitlines()[0]}
+
+
+def _found_no_room(error: ControllerError) -> bool:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+
+def release_orphans() -> None:
+    """Give back what teams hold whose controller has died.
+
+    Ray itself does so when the run ends, and Train's own cleaner only beside a dashboard.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    groups = state._connect_and_get_accessor().get_placement_group_table()
+    for group in map(PlacementGroupTableData.FromString, groups):
+        by_an_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        orphaned = by_an_actor and group.creator_actor_dead and group.creator_job_id.hex() == job
+        if orphaned and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def others_train() -> bool:
+    """Tell whether any team has its workers now; that of a trial that waits for its own has not."""
+    from ray.util import placement_group_table
+
+    groups = placement_group_table().values()
+    held = [group["bundles"].values() for group in groups if group["state"] == "CREATED"]
+    return any("CPU" in bundle for bundles in held for bundle in bundles)
 
 
 def _train(trial: dict[str, Any], size: int) -> int | None:

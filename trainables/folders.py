@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trainables.images import (
     UNREADABLE,
     ImageFiles,
     as_tensor,
+    in_threads,
     keep_originals,
     keep_validated,
     read_rgb,
@@ -44,7 +45,8 @@ def load_folders(scale: Scale, source: DataSource) -> Data:
             f"{scale.num_classes}: --scale folder --image-size {scale.image_size} takes any number"
         )
     originals, seen = (
-        ImageFiles(part.root, part.paths, size=scale.image_size) for part in (train, held_out)
+        ImageFiles(part.root, part.paths, size=scale.image_size, workers=source.workers)
+        for part in (train, held_out)
     )
     kept: Tensor | None = None
     if source.cache:
@@ -62,6 +64,7 @@ def load_folders(scale: Scale, source: DataSource) -> Data:
         roots=source.folders,
         skip_damaged=source.skip_damaged,
         workers=source.workers,
+        cache=source.cache,
     )
 
 
@@ -76,7 +79,8 @@ class ImageFolderByClass:
 
     `resize`: bring the shorter side to it and cut out the middle; None: images must be
     of the right size as stored. `complete`: every class must be there. An image that cannot be
-    read is a ValueError, or with `skip_damaged` passed over and listed in `damaged`.
+    read is a ValueError, or with `skip_damaged` passed over and listed in `damaged`. `workers`:
+    threads that may decode even where torch has fewer.
     """
 
     root: Path
@@ -85,6 +89,7 @@ class ImageFolderByClass:
     resize: int | None = None
     complete: bool = False
     skip_damaged: bool = False
+    workers: int = 0
     damaged: list[Path] = field(default_factory=list, init=False)
 
     def files(self) -> list[tuple[Path, int]]:
@@ -127,13 +132,23 @@ class ImageFolderByClass:
         files = [files[place] for place in shard.of(len(files))]
         for first in range(0, len(files), batch_size):
             part = files[first : first + batch_size]
-            read = [(self._read(path), label, _id(path)) for path, label in part]
-            kept = [(image, label, name) for image, label, name in read if image is not None]
+            read = zip(self._read_all([path for path, _ in part]), part, strict=True)
+            kept = [(image, label, _id(path)) for image, (path, label) in read if image is not None]
             if kept:
                 images, labels, ids = zip(*kept, strict=True)
                 yield Split(images=torch.stack(images), labels=torch.tensor(labels), ids=ids)
         if self.damaged:
             logger.warning("%d of %d images are damaged: skipped", len(self.damaged), len(files))
+
+    def _read_all(self, paths: Sequence[Path]) -> list[Tensor | None]:
+        read: list[Tensor | None] = [None] * len(paths)
+
+        def fill(place: int) -> None:
+            read[place] = self._read(paths[place])
+
+        in_threads(fill, range(len(paths)), workers=self.workers)
+        self.damaged += [p for p, image in zip(paths, read, strict=True) if image is None]
+        return read
 
     def _read(self, path: Path) -> Tensor | None:
         try:
@@ -141,7 +156,6 @@ class ImageFolderByClass:
         except UNREADABLE as error:
             if not self.skip_damaged:
                 raise unreadable(path, error) from error
-            self.damaged.append(path)
             return None
         if self.resize is not None:
             image = validated(image, resize=self.resize, size=self.size)

@@ -48,10 +48,26 @@ def as_rgb(file: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned as its camera says; raises UNREADABLE."""
     ImageOps.exif_transpose(file, in_place=True)
     if file.mode != "RGB":
-        return file.convert("RGB")
+        return _in_8_bits(file).convert("RGB")
     # convert() would copy an image that is RGB already.
     file.load()
     return file
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Bring deeper grey to 8 bits, which convert() would cut off; ValueError: its white is unknown.
+
+    A PNG's or PPM's grey of mode I has 16 bits of its 32.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.int32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are of mode {image.mode}, and what is white is not known: save it with 8 "
+            "or 16 bits a channel"
+        )
+    return image
 
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
@@ -78,13 +94,14 @@ def resize_for(size: int) -> int:
 class ImageFiles:
     """Images below a folder; indexing gives them as validated: uint8 (B, 3, size, size).
 
-    `original` gives one as it is stored, for the random crops of training. Paths are kept as one
+    `original` gives one as it is stored, for the random crops of training. `workers`: threads that
+    may decode even where torch has fewer. Paths are kept as one
     array of bytes: workers that were forked would copy a million Python strings by merely
     counting references to them.
     """
 
-    def __init__(self, root: Path, paths: Sequence[str], *, size: int) -> None:
-        self.root, self.size = root, size
+    def __init__(self, root: Path, paths: Sequence[str], *, size: int, workers: int = 0) -> None:
+        self.root, self.size, self.workers = root, size, workers
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self._decoded: DecodedImages | None = None
         self._rows = np.arange(len(paths))
@@ -108,7 +125,7 @@ class ImageFiles:
             image = self.original(int(places[row]))
             images[row] = as_tensor(validated(image, resize=resize_for(self.size), size=self.size))
 
-        in_threads(fill, range(len(places)))
+        in_threads(fill, range(len(places)), workers=self.workers)
         return images
 
     def at(self, places: np.ndarray) -> ImageFiles:
@@ -173,12 +190,12 @@ class DecodedImages:
         return Image.fromarray(np.asarray(pixels).reshape(height, width, CHANNELS))
 
 
-def in_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
-    """Do the work on every item with as many threads as torch may use here.
+def in_threads(work: Callable[[int], None], items: Sequence[int], *, workers: int = 0) -> None:
+    """Do the work on every item with as many threads as torch may use here, or with `workers`.
 
     Pillow lets go of Python's lock while it decodes and resizes.
     """
-    threads = min(torch.get_num_threads(), len(items))
+    threads = min(max(torch.get_num_threads(), workers), len(items))
     if threads < 2:
         for item in items:
             work(item)
@@ -206,7 +223,7 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
             end = int(decoded.ends[place])
             pixels[end - len(flat) : end] = flat
 
-        in_threads(fill, range(len(images)))
+        in_threads(fill, range(len(images)), workers=images.workers)
 
     write_once(decoded.file, total, write)
     if not known.exists():
@@ -238,7 +255,7 @@ def _sizes(images: ImageFiles) -> np.ndarray:
         except UNREADABLE as error:
             raise unreadable(path, error) from error
 
-    in_threads(measure, range(len(images)))
+    in_threads(measure, range(len(images)), workers=images.workers)
     return sizes
 
 

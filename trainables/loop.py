@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from trainables.adversary import attacked, pgd_iterates, training_attack
 from trainables.augment import mix
 from trainables.data import Data, Split, to_unit
+from trainables.exactness import exact
 from trainables.folding import FoldedClassifier, folded
 from trainables.loader import TrainBatches
 from trainables.models import Classifier, use_set
@@ -86,6 +87,7 @@ def train(
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
+    exact(device)
     classifier.to(device)
     network = gathered(classifier, team)
     optimizer = build_optimizer(recipe, classifier)
@@ -317,11 +319,25 @@ def probe(
     team: Team = ALONE,
 ) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
-    assert recipe.adversary is not None
-    own = split.images[:][team.own]
-    images_BCHW, labels_B = to_unit(own.to(device)), split.labels[team.own].to(device)
-    epsilon = recipe.adversary.epsilon
+    own = torch.arange(len(split))[team.own]
+    parts = torch.split(own, min(EVALUATION_BATCH, recipe.forward_batch))
     with attacked(classifier):
+        right = sum(_resist(recipe, classifier, split, part, device) for part in parts)
+    return float(team.total(torch.tensor(right, device=device)) / len(split))
+
+
+def _resist(
+    recipe: Recipe, classifier: Classifier, split: Split, places: Tensor, device: torch.device
+) -> int:
+    """Count the images at some places that stay right under PGD-10 from themselves.
+
+    Out of memory halves them.
+    """
+    assert recipe.adversary is not None
+    epsilon = recipe.adversary.epsilon
+    try:
+        images_BCHW = to_unit(split.images[places].to(device))
+        labels_B = split.labels[places].to(device)
         iterates = pgd_iterates(
             classifier,
             images_BCHW,
@@ -333,5 +349,8 @@ def probe(
         )
         _, final_BCHW = next(iterates)
         with torch.no_grad():
-            right = (classifier(final_BCHW).argmax(dim=1) == labels_B).float().sum()
-    return float(team.total(right) / len(split))
+            return int((classifier(final_BCHW).argmax(dim=1) == labels_B).sum())
+    except torch.OutOfMemoryError:
+        if len(places) == 1:
+            raise
+    return sum(_resist(recipe, classifier, split, half, device) for half in places.chunk(2))

@@ -81,8 +81,7 @@ class PatientClient:
     """MlflowClient whose every method is asked patiently.
 
     What it is used for may be asked twice without harm: metrics, tags and artifacts are written
-    at their own key and step. Only `create_run` is not so: its `made` looks for the run that a
-    lost answer may have left.
+    at their own key and step. Only `create_run` is not so, and has `made` look first.
     """
 
     def __init__(self, client: MlflowClient, say: Callable[[str], None]) -> None:
@@ -94,16 +93,11 @@ class PatientClient:
         self._given_up.set()
 
     def create_run(self, *arguments: Any, made: Callable[[], Any | None], **named: Any) -> Any:
-        """Create a run, or return the one that `made` finds after an answer was lost."""
-        tries = 0
+        """Return the run that `made` finds, or create it.
 
-        def create() -> Any:
-            nonlocal tries
-            tries += 1
-            found = made() if tries > 1 else None
-            return found or self._client.create_run(*arguments, **named)
-
-        return self._patiently(create)
+        Another command may have made it since, or a try of our own whose answer was lost.
+        """
+        return self._patiently(lambda: made() or self._client.create_run(*arguments, **named))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client, name)

@@ -186,11 +186,17 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
-    """Part the images of each class by the hash of their names; ValueError without a share."""
+    """Part the images of each class by the hash of their names; ValueError without a share.
+
+    Of each class at least one image is left to train on.
+    """
     counts = dict.fromkeys(range(len(images.class_names)), 0)
     for label in images.labels:
         counts[label] += 1
-    wanted = {label: max(1, round(count * (share or 0.2))) for label, count in counts.items()}
+    wanted = {
+        label: max(0, min(count - 1, max(1, round(count * (share or 0.2)))))
+        for label, count in counts.items()
+    }
     if not share:
         raise ValueError(
             f"{images.root} has no val/: add it, or give --hold-out 0.2, which keeps "

@@ -39,6 +39,8 @@ from trainables.patience import PatientClient, patiently
 logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
+FAILED_TAG = "failed."
+STUDY_TAG = "study."
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 250  # runs asked for at once, which bounds the memory they take
 LONGEST_TAG = 5000
@@ -46,14 +48,17 @@ SECONDS_SO_FAR = "train/so_far/seconds"
 SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
-VIEW_COLUMNS = ("params.`family`", "tags.`tables`", "tags.`outcome`")
 CLASSES_FILE = "classes.json"
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
 
 
 @dataclass
 class TrialRun:
-    """What MLflow knows of a trial. `cells` maps an evaluator to the digest of its question."""
+    """What MLflow knows of a trial.
+
+    `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
+    `studies` a study's name to the tables that it serves there.
+    """
 
     run_id: str
     digest: str
@@ -65,6 +70,8 @@ class TrialRun:
     recipe: str
     metrics: dict[str, float] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
+    failed_cells: dict[str, str] = field(default_factory=dict)
+    studies: dict[str, str] = field(default_factory=dict)
 
     @property
     def logged_epochs(self) -> int:
@@ -115,17 +122,18 @@ class Tracker:
         `scores` are the columns of the view in which the UI compares the study's trials,
         `classes` the names of the data's classes, by label.
         """
-        query = _study_query(name)
-        runs = self._search(query)
-        if runs:
-            self._client.update_run(runs[0].info.run_id, status="RUNNING")
-            run_id = str(runs[0].info.run_id)
-        else:
-            tags = {"kind": "study", "study": name, "mlflow.note.content": description}
-            run_id = str(self._create(query, run_name=f"study: {name}", tags=tags).info.run_id)
+        tags = {"kind": "study", "study": name, "mlflow.note.content": description}
+        run = self._create(_study_query(name), run_name=f"study: {name}", tags=tags)
+        run_id = str(run.info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
         view = {
-            "searchFilter": f"tags.kind = 'trial' and tags.study = '{name}'",
-            "selectedColumns": [*VIEW_COLUMNS, *(f"metrics.`{score}`" for score in scores)],
+            "searchFilter": f"tags.kind = 'trial' and tags.`{STUDY_TAG}{name}` LIKE '%'",
+            "selectedColumns": [
+                "params.`family`",
+                f"tags.`{STUDY_TAG}{name}`",
+                "tags.`outcome`",
+                *(f"metrics.`{score}`" for score in scores),
+            ],
             # By start the UI would fold the trials below their study.
             "orderByKey": "attributes.run_name",
             "orderByAsc": True,
@@ -191,22 +199,31 @@ class Tracker:
         params: Mapping[str, Any],
         dataset: Mapping[str, str],
     ) -> TrialRun:
-        """Open a trial's run."""
+        """Open a trial's run, or the one that another command has opened meanwhile."""
         tags = {
             "kind": "trial",
             "digest": digest,
-            "study": study,
-            "tables": tables,
+            STUDY_TAG + study: tables,
             "recipe": recipe_json,
             "outcome": "training",
             "mlflow.parentRunId": parent,
         }
-        run = self._create(f"tags.digest = '{digest}'", run_name=name, tags=tags)
-        run_id = run.info.run_id
-        self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        query = f"tags.kind = 'trial' AND tags.digest = '{digest}'"
+        run = _trial_run(self._create(query, run_name=name, tags=tags))
+        self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
-        self._client.log_inputs(run_id, datasets=[source])
-        return _trial_run(run)
+        self._client.log_inputs(run.run_id, datasets=[source])
+        self.enrol(run, study, tables)
+        if run.outcome != "training":
+            self.continue_trial(run)
+        return run
+
+    def enrol(self, run: TrialRun, study: str, tables: str) -> None:
+        """Note that a trial serves these tables of a study, beside those that it serves already."""
+        served = {*run.studies.get(study, "").split(), *tables.split()}
+        if (noted := " ".join(sorted(served))) != run.studies.get(study):
+            self._client.set_tag(run.run_id, STUDY_TAG + study, noted)
+            run.studies[study] = noted
 
     def continue_trial(self, run: TrialRun) -> None:
         """Mark a trial's run as running again."""
@@ -276,9 +293,16 @@ class Tracker:
         values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
         self._client.log_batch(run.run_id, metrics=values)
         self._client.set_tag(run.run_id, ASKED_TAG + evaluator, asked)
+        if run.failed_cells.pop(evaluator, ""):
+            self._client.set_tag(run.run_id, FAILED_TAG + evaluator, "")
         self._client.set_tag(run.run_id, CELL_TAG + evaluator, cell)
         run.metrics |= metrics
         run.cells[evaluator] = cell
+
+    def fail_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
+        """Note why a cell has no answer; it is asked again by the next run of the command."""
+        self._client.set_tag(run.run_id, FAILED_TAG + evaluator, reason[:LONGEST_TAG])
+        run.failed_cells[evaluator] = reason
 
     def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
         """Return a metric's values by step."""
@@ -312,7 +336,7 @@ class Tracker:
         return run_id
 
     def _create(self, query: str, *, run_name: str, tags: Mapping[str, str]) -> Run:
-        """Create the run that `query` would find."""
+        """Return the run that `query` finds, or create it."""
 
         def made() -> Run | None:
             return next(iter(self._search(query)), None)
@@ -357,12 +381,14 @@ def _trial_run(run: Run) -> TrialRun:
         end_time=run.info.end_time or 0,
         recipe=tags["recipe"],
         metrics=dict(run.data.metrics),
-        cells={
-            key.removeprefix(CELL_TAG): value
-            for key, value in tags.items()
-            if key.startswith(CELL_TAG)
-        },
+        cells=_tagged(tags, CELL_TAG),
+        failed_cells=_tagged(tags, FAILED_TAG),
+        studies=_tagged(tags, STUDY_TAG),
     )
+
+
+def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
+    return {k.removeprefix(start): v for k, v in tags.items() if k.startswith(start) and v}
 
 
 def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:

@@ -41,6 +41,7 @@ class RunningTrial:
     classifier: Classifier | None = None
     reports: Iterator[EpochReport] | None = None
     unsent: list[dict[str, float]] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took
     notes: list[str] = field(default_factory=list)
     unkept: EpochReport | None = None
     paused: bool = False
@@ -176,7 +177,9 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
                 f"the newest checkpoint in {folder} lacks {', '.join(lacking)}: it is not of this "
                 "version; move it away, and the trial goes on from the one before, or anew"
             )
-        running.unsent, running.epoch = list(start["history"]), len(start["history"])
+        running.seconds = dict(start.get("seconds", {}))  # older checkpoints have none
+        running.unsent = [_timed(running, metrics) for metrics in start["history"]]
+        running.epoch = len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
         running.classifier.load_state_dict(start["model"])
     running.reports = train(
@@ -198,11 +201,18 @@ def _advance(running: RunningTrial) -> None:
     report = next(running.reports)
     now = time.monotonic()
     running.epoch = report.epoch
-    running.unsent.append(report.metrics | {SECONDS: now - began})
+    running.seconds[report.epoch] = now - began
+    running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
     due = now - running.saved_at >= CHECKPOINT_SECONDS or running.save_now
     if report.outcome != "training" or due:
         running.saved_at, running.unkept = now, report
+
+
+def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
+    """Return an epoch's metrics with the seconds that it took, where they are known."""
+    epoch = int(metrics["epoch"])
+    return metrics | ({SECONDS: running.seconds[epoch]} if epoch in running.seconds else {})
 
 
 def _keep(running: RunningTrial) -> dict[str, str]:
@@ -225,7 +235,11 @@ def _save_checkpoint(running: RunningTrial) -> None:
     from trainables.checkpoint import save_checkpoint
 
     if report := running.unkept:
-        state = report.state | {"outcome": report.outcome, "reason": report.reason}
+        state = report.state | {
+            "outcome": report.outcome,
+            "reason": report.reason,
+            "seconds": running.seconds,
+        }
         save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
     running.unkept = None
 

@@ -12,9 +12,10 @@ from jinja2 import Environment, PackageLoader
 
 from grid.plan import Plan
 from grid.report.claims import answer
+from grid.report.effects import leading
 from grid.report.export import difference_text, markdown, write_exports
 from grid.report.findings import Findings, find
-from grid.report.plots import claims_plot
+from grid.report.plots import Plot, claims_plot
 from grid.studies import Study
 from trainables.scale import Scale
 from trainables.storage import write_atomically
@@ -49,11 +50,16 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         states=", ".join(_states(findings)),
         found=findings,
         answer=answer(findings.judgements),
-        claims=claims_plot(findings.judgements),
+        leading=leading(findings.effects),
+        first=claims_plot(findings.judgements) or _plot_named("scatter", findings),
         difference=difference_text,
         mlflow=tracker.page,
         footer=_versions(),
     )
+
+
+def _plot_named(name: str, findings: Findings) -> Plot | None:
+    return next((plot for plot in findings.plots if plot.name == name), None)
 
 
 def _states(findings: Findings) -> Iterator[str]:

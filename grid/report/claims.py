@@ -10,12 +10,12 @@ from typing import Literal, get_args
 from evaluators.paired import Paired
 from grid.plan import Plan
 from grid.published import published
-from grid.report.tables import digests_of
+from grid.report.tables import FilledCell, digests_of, fill_cell
 from grid.report.verdicts import Verdicts
-from grid.studies import Column, Row
+from grid.studies import STRONG, Column, Row
 from trainables.tracking import TrialRun
 
-Kind = Literal["ahead", "behind", "level", "no gain", "collapses"]
+Kind = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
 Verdict = Literal["reproduced", "not reproduced", "too little data to say", "not judged yet"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 MARGIN = 0.05  # two models within five points are level
@@ -26,7 +26,8 @@ class Claim:
     """One claim: a row minus a reference row, by `table/label`, in a column of the row's table.
 
     ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
-    not more than five points above it. collapses: the row's training does. `published`: the
+    not more than five points above it. none survive: the row itself is not. collapses: the row's
+    training does. `published`: the
     paper's difference in points, where it is stated as one. `headline`: where the transformer is
     compared with the CNN, for the answer to the study's question; `sign`: -1 where a difference
     above 0 speaks for the CNN.
@@ -43,6 +44,18 @@ class Claim:
 
 
 CLAIMS = (
+    Claim(
+        "A ResNet-50 that was trained cleanly does not survive AutoAttack",
+        "none survive",
+        ("T1", "ResNet-50"),
+        column="AutoAttack 4/255",
+    ),
+    Claim(
+        "Nor does such a DeiT-S",
+        "none survive",
+        ("T1", "DeiT-S"),
+        column="AutoAttack 4/255",
+    ),
     Claim(
         "Under adversarial training with GELU a CNN is as robust as a transformer",
         "level",
@@ -86,6 +99,13 @@ CLAIMS = (
         headline="under texture patches",
     ),
     Claim(
+        "With the transformer's augmentation a CNN resists texture patches as well as it",
+        "level",
+        ("T4", STRONG),
+        ("T3", "DeiT-S"),
+        "TPA",
+    ),
+    Claim(
         "Under one recipe the transformer is ahead on natural adversarial images",
         "ahead",
         ("T5", "DeiT-S"),
@@ -111,14 +131,28 @@ CLAIMS = (
         headline="on stylized images",
     ),
     Claim(
-        "The CNN's best augmentation does not close the gap on natural adversarial images",
-        "ahead",
-        ("T8", "DeiT-S"),
-        ("T8", "ResNet-50-Best"),
+        "The transformer's schedule and optimizer leave its lead on natural adversarial images",
+        "behind",
+        ("T6", "cosine, AdamW"),
+        ("T5", "DeiT-S"),
         "ImageNet-A",
     ),
     Claim(
-        "Distillation from the transformer does not close the gap either",
+        "So does the CNN's best augmentation",
+        "behind",
+        ("T7", "randaug+cutmix"),
+        ("T5", "DeiT-S"),
+        "ImageNet-A",
+    ),
+    Claim(
+        "A smaller transformer leads a smaller CNN there as well",
+        "ahead",
+        ("T8", "DeiT-Mini"),
+        ("T8", "ResNet-18-Best"),
+        "ImageNet-A",
+    ),
+    Claim(
+        "Distillation from the transformer does not close the gap",
         "behind",
         ("T9", "ResNet-50*, teacher DeiT-S"),
         ("T5", "DeiT-S"),
@@ -131,18 +165,29 @@ CLAIMS = (
         ("T11", "DeiT-S, 300 epochs"),
         "ImageNet-A",
     ),
+    Claim(
+        "Self-attention does: a hybrid is ahead of the CNN on natural adversarial images",
+        "ahead",
+        ("T10", "Hybrid-DeiT"),
+        ("T10", "ResNet-50"),
+        "ImageNet-A",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim, the paired difference in shares that was found, and what follows."""
+    """A claim, the paired difference in shares that was found, and what follows.
+
+    Of one row alone `paired` is its difference from 0; of a collapse there is an `outcome`.
+    """
 
     claim: Claim
     verdict: Verdict
     test: str
     paired: Paired | None = None
     published: float | None = None
+    outcome: str = ""
 
 
 def judge_claims(plan: Plan, verdicts: Verdicts, runs: Mapping[str, TrialRun]) -> list[Judgement]:
@@ -157,6 +202,10 @@ def judge_claims(plan: Plan, verdicts: Verdicts, runs: Mapping[str, TrialRun]) -
         if claim.kind == "collapses":
             outcomes = [runs.get(digest) for digest in digests_of(row.recipe, plan.seeds)]
             found.append(_judge_collapse(claim, outcomes))
+        elif claim.kind == "none survive":
+            column = columns[claim.row[0], claim.column]
+            cell = fill_cell(claim.row[0], row, column, runs, plan.seeds)
+            found.append(_judge_alone(claim, row, column, cell))
         elif claim.reference in rows:
             column = columns[claim.row[0], claim.column]
             found.append(_judge(claim, row, rows[claim.reference], column, verdicts, plan.seeds))
@@ -168,11 +217,20 @@ def _judge_collapse(claim: Claim, runs: Sequence[TrialRun | None]) -> Judgement:
     ended = [run.outcome for run in runs if run and run.outcome in ("finished", "collapsed")]
     if len(ended) < len(runs):
         return Judgement(claim, "not judged yet", test)
-    share = ended.count("collapsed") / len(ended)
+    count = ended.count("collapsed")
     verdict: Verdict = "too little data to say"
-    if share in (0, 1):
-        verdict = "reproduced" if share else "not reproduced"
-    return Judgement(claim, verdict, test)
+    if count in (0, len(ended)):
+        verdict = "reproduced" if count else "not reproduced"
+    return Judgement(claim, verdict, test, outcome=f"{count} of {len(ended)} collapsed")
+
+
+def _judge_alone(claim: Claim, row: Row, column: Column, cell: FilledCell) -> Judgement:
+    test = f"{row.label} under {column.label_at(row.recipe.scale)}, 95 % interval"
+    if cell.value is None or cell.low is None or cell.high is None:
+        return Judgement(claim, "not judged yet", test, published=cell.published)
+    value, low, high = (end / 100 for end in (cell.value, cell.low, cell.high))
+    from_zero = Paired(value, low, high, cell.n, None)
+    return Judgement(claim, decide(claim.kind, low, high), test, from_zero, cell.published)
 
 
 def _judge(
@@ -194,6 +252,7 @@ def decide(kind: Kind, low: float, high: float) -> Verdict:
         "behind": (high < 0, low > 0),
         "level": (low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN),
         "no gain": (high < MARGIN, low > MARGIN),
+        "none survive": (high < MARGIN, low > MARGIN),
     }[kind]
     if holds:
         return "reproduced"
@@ -224,7 +283,9 @@ def answer(judgements: Sequence[Judgement]) -> str:
 
 def _standing(claim: Claim, paired: Paired) -> tuple[str, str]:
     """Say how the transformer stands to the CNN by the interval of their difference."""
-    ends = [100 * claim.sign * value for value in (paired.difference, paired.low, paired.high)]
+    ends = [
+        100 * claim.sign * value + 0.0 for value in (paired.difference, paired.low, paired.high)
+    ]
     value, low, high = ends[0], min(ends), max(ends)
     text = f"{claim.headline} ({value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {paired.n})"
     if low > 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from evaluators.ledger import CONFIDENCE
-from grid.plan import Plan, axis_value
+from grid.plan import Plan, axis_value, enumerate_trials
+from grid.studies import Study
+from trainables.recipe import Recipe
+from trainables.scale import Scale
 from trainables.tracking import TrialRun
 
 SCORES = ("clean", "pgd-100", "autoattack", "tpa", "natural", "corruptions", "stylized")
@@ -68,15 +70,18 @@ class Effects:
     interaction: Interaction | None = None
 
 
-def grid_effects(plan: Plan, axes: Sequence[str], runs: Mapping[str, TrialRun]) -> list[Effects]:
-    """Return the effects on every score that at least eight trials of the grid have."""
+def grid_effects(
+    study: Study, plan: Plan, scale: Scale, runs: Mapping[str, TrialRun]
+) -> list[Effects]:
+    """Return the effects on every score that at least eight trials of a study's grid have."""
+    axes, recipes = list(study.axes or {}), _grid(study, plan, scale)
     found = []
     for score in SCORES:
         rows = [
-            {axis: axis_value(trial.recipe, axis) for axis in axes}
-            | {"seed": str(trial.recipe.seed), "score": runs[trial.digest].metrics[score]}
-            for trial in plan
-            if trial.digest in runs and score in runs[trial.digest].metrics
+            {axis: axis_value(recipe, axis) for axis in axes}
+            | {"seed": str(recipe.seed), "score": runs[digest].metrics[score]}
+            for digest, recipe in recipes.items()
+            if digest in runs and score in runs[digest].metrics
         ]
         frame = pd.DataFrame(rows)
         varied = [axis for axis in axes if len(rows) and frame[axis].nunique() > 1]
@@ -94,23 +99,56 @@ def grid_effects(plan: Plan, axes: Sequence[str], runs: Mapping[str, TrialRun]) 
     return found
 
 
+def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
+    """Return what the axes span of a plan, in the order of their values.
+
+    By a trial's digest its recipe as the study states it, before the scale shrinks it.
+    """
+    if study.base is None:
+        return {}
+    planned = {trial.digest for trial in plan}
+    spanned, _ = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
+    seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
+    found = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)
+    return {digest: recipe for digest, recipe in found if digest in planned}
+
+
+def leading(found: Sequence[Effects]) -> str:
+    """Say in a sentence which axis explains the most of each score; '' where none is known."""
+    first = [(effects.shares[0], effects) for effects in found if effects.shares]
+    told = [
+        f"{share.axis} explains {100 * share.share:.0f} % of the variance of {effects.score} "
+        f"(p {share.p:.2g}, {effects.trials} trials)"
+        for share, effects in first
+    ]
+    return f"Of the axes of this grid {'; '.join(told)}." if told else ""
+
+
 def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
     """Return the largest shares first: an analysis of variance, type II sums of squares.
 
-    Pairwise interactions are part of it where there are trials enough to tell them apart.
+    Pairwise interactions are part of it where there are trials enough to tell them apart and every
+    pair of values has one. Nothing where no trial is left to judge the axes by, or where axes only
+    vary together.
     """
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
     terms = [f"C({axis})" for axis in axes]
-    pairs = [f"{a}:{b}" for a, b in combinations(terms, 2)]
+    full = [
+        pair
+        for pair in combinations(axes, 2)
+        if pd.crosstab(*(frame[a] for a in pair)).all(axis=None)
+    ]
     levels = {axis: frame[axis].nunique() - 1 for axis in axes}
-    needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in combinations(axes, 2))
-    formula = terms + (pairs if len(frame) >= needed + SPARE_TRIALS else [])
-    with warnings.catch_warnings():
-        # Combinations that were refused leave empty cells.
-        warnings.simplefilter("ignore")
-        table = anova_lm(ols("score ~ " + " + ".join(formula), data=frame).fit(), typ=2)
+    needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in full)
+    if len(frame) >= needed + SPARE_TRIALS:
+        terms += [f"C({a}):C({b})" for a, b in full]
+    model = ols("score ~ " + " + ".join(terms), data=frame)
+    rows, columns = model.exog.shape
+    if rows == columns or np.linalg.matrix_rank(model.exog) < columns:
+        return []
+    table = anova_lm(model.fit(), typ=2)
     total = float(((frame["score"] - frame["score"].mean()) ** 2).sum())
     shares = [
         Share(_readable(str(term)), float(row["sum_sq"]) / total, float(row["PR(>F)"]))

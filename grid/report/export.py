@@ -51,7 +51,7 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
             for trial in judged:
                 ledger = verdicts.ledger(trial.digest, name)
                 assert ledger is not None
-                whose = (trial.digest, trial.recipe.describe())
+                whose = (trial.digest, trial.name)
                 own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
                 file.write_table(pa.table([*own, *map(ledger.column, JUDGED)], schema=schema))
         aside.replace(path)
@@ -73,6 +73,7 @@ def markdown(findings: Findings, title: str, versions: str) -> str:
         lines += _differences(table, findings.comparisons[table.name])
     lines += ["", f"Attack health: {findings.attacked} models looked at."]
     lines += [f"- red flag: {model}: {flag}" for model, flag in findings.flags]
+    lines += [f"- not asked by the evaluator health: {model}" for model in findings.unchecked]
     return "\n".join([*lines, "", versions, ""])
 
 

@@ -31,7 +31,11 @@ from trainables.tracking import Tracker, TrialRun
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found. `flags`: pairs of a model and a red flag, of `attacked` models looked at."""
+    """What was found.
+
+    `flags`: pairs of a model and a red flag, of `attacked` models looked at; `unchecked` of them
+    were not asked what tells that gradients mislead.
+    """
 
     study: Study
     plan: Plan
@@ -40,6 +44,7 @@ class Findings:
     comparisons: Mapping[str, tuple[Comparison, ...]]
     flags: tuple[tuple[str, str], ...]
     attacked: int
+    unchecked: tuple[str, ...]
     judgements: tuple[Judgement, ...]
     effects: tuple[Effects, ...]
     plots: tuple[Plot, ...]
@@ -52,8 +57,8 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     verdicts = Verdicts(tracker, runs)
     tables = tuple(fill_tables(study, plan, runs))
     flags = verdicts.red_flags(trial.digest for trial in plan)
-    described = {trial.digest: trial.recipe.describe() for trial in plan}
-    effects = tuple(grid_effects(plan, list(study.axes or {}), runs))
+    described = {trial.digest: trial.name for trial in plan}
+    effects = tuple(grid_effects(study, plan, scale, runs))
     plots = [
         scatter_plot(plan, runs),
         *_plots(tables_of(study, plan), tables, scale, tracker, runs, verdicts),
@@ -69,6 +74,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         },
         flags=tuple((described[digest], flag) for digest in flags for flag in flags[digest]),
         attacked=len(flags),
+        unchecked=tuple(described[d] for d in flags if not verdicts.is_checked(d)),
         judgements=tuple(judge_claims(plan, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),

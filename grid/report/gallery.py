@@ -66,8 +66,8 @@ def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> list[Exam
 
     classes: their names by label.
     """
-    names = _readable(classes)
-    kept = {t.recipe.describe(): _kept(t, verdicts) for t in _unlike(plan, verdicts)}
+    names = _Names(enumerate(_readable(classes)))
+    kept = {t.name: _kept(t, verdicts) for t in _unlike(plan, verdicts)}
     labels = {
         image_id: rows[CLEAN]["label"]
         for images in kept.values()
@@ -86,6 +86,13 @@ def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> list[Exam
         )
         for image_id, label in sorted(labels.items())
     ]
+
+
+class _Names(dict[int, str]):
+    """Classes' names by label; a class without one goes by its label."""
+
+    def __missing__(self, label: int) -> str:
+        return str(label)
 
 
 def _readable(classes: Sequence[str]) -> list[str]:
@@ -123,7 +130,7 @@ def _kept(trial: Trial, verdicts: Verdicts) -> dict[str, dict[str, Mapping[str, 
     return found
 
 
-def _shots(rows: Rows, names: Sequence[str]) -> Iterator[Shot]:
+def _shots(rows: Rows, names: Mapping[int, str]) -> Iterator[Shot]:
     for heading, row in rows.items():
         title = heading
         if heading == CONFLICT:

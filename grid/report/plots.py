@@ -22,7 +22,15 @@ from grid.report.claims import Judgement
 from grid.report.effects import Effects, Interaction
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.studies import AUTOATTACK, AUTOATTACK_SMALL, AUTOATTACK_STAGES, PGD, Row, Table
+from grid.studies import (
+    ATTACKED_CLEAN,
+    AUTOATTACK,
+    AUTOATTACK_SMALL,
+    AUTOATTACK_STAGES,
+    PGD,
+    Row,
+    Table,
+)
 from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun
 
@@ -42,6 +50,7 @@ STYLE = {
 MARKERS = "osD^vPX*"
 MOST_LINES = 12  # more models than these no eye tells apart
 PANELS_IN_A_ROW = 5
+MOST_LOSS = 1e6  # nats; what is above, infinite or no number is not drawn
 
 
 @dataclass(frozen=True)
@@ -97,18 +106,19 @@ def _inline(svg: str) -> str:
 
 def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
     """Draw every claim's difference with its interval beside the paper's."""
-    shown = [j for j in judgements if j.paired]
+    shown = [j for j in judgements if j.paired or j.outcome]
     if not shown:
         return None
     with _canvas(7.5, 0.9 + 0.42 * len(shown)) as canvas:
         axes = canvas.axes
         for place, judgement in enumerate(reversed(shown)):
-            paired = judgement.paired
-            assert paired is not None
-            value, low, high = (100 * v for v in (paired.difference, paired.low, paired.high))
             colour = VERDICT_COLOURS.get(judgement.verdict, UNDECIDED)
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot(value, place, "o", color=colour)
+            if paired := judgement.paired:
+                value, low, high = (100 * v for v in (paired.difference, paired.low, paired.high))
+                axes.plot([low, high], [place, place], color=colour, linewidth=2)
+                axes.plot(value, place, "o", color=colour)
+            else:
+                axes.text(0, place, f" {judgement.outcome}", color=colour, va="center", fontsize=8)
             if judgement.published is not None:
                 axes.plot(judgement.published, place, "D", color="black", fillstyle="none")
         axes.axvline(0, color="#999999", linewidth=0.8)
@@ -117,8 +127,9 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
         axes.set_xlabel("difference, points")
     return Plot(
         "claims",
-        "Each claim's paired difference with its 95 % interval (green: reproduced, orange: not, "
-        "grey: too little data to say); hollow diamond: the paper's difference on ImageNet.",
+        "Each claim's paired difference with its 95 % interval (of one model: from 0), or how its "
+        "trainings ended; green: reproduced, orange: not, grey: too little data to say; hollow "
+        "diamond: the paper's difference on ImageNet.",
         canvas.svg,
     )
 
@@ -143,13 +154,15 @@ def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
         f"Accuracy under AutoAttack against epsilon, {table.name}; more radii for a model: "
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
     )
-    return _lines(table, {"Clean": 0.0} | columns, "epsilon", caption, "epsilon, 1/255")
+    return _lines(
+        table, {ATTACKED_CLEAN.label: 0.0} | columns, "epsilon", caption, "epsilon, 1/255"
+    )
 
 
 def stages_plot(table: FilledTable) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
     last = next((c for c in table.columns if c.startswith("AutoAttack")), "")
-    labels = ["Clean", *[column.label for column in AUTOATTACK_STAGES], last]
+    labels = [ATTACKED_CLEAN.label, *[column.label for column in AUTOATTACK_STAGES], last]
     columns = {label: float(place) for place, label in enumerate(labels)}
     caption = f"Survivors after each of AutoAttack's stages, {table.name}."
     ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
@@ -257,14 +270,15 @@ def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
 
 
 def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) -> Plot | None:
-    """Draw training loss and held-out accuracy by epoch; a cross marks a collapse."""
+    """Draw training loss and held-out accuracy by epoch; a cross marks the end of a collapse."""
     found = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
     if not 0 < len(found) <= MOST_LINES:
         return None
     with _canvas(8.5, 3.6, panels=2) as canvas:
         loss, accuracy = canvas.figure.axes
         for label, run in found.items():
-            losses = tracker.history(run, "train/loss")
+            history = tracker.history(run, "train/loss")
+            losses = [entry for entry in history if entry[1] < MOST_LOSS]
             (line,) = loss.plot(*_xy(losses), label=label)
             seen = tracker.history(run, "held_out/accuracy")
             epochs, shares = _xy(seen)

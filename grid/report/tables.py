@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from grid.plan import Plan
 from grid.published import published
-from grid.studies import CLEAN, PGD, Column, Row, Study, Table
+from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.tracking import TrialRun
 
@@ -86,17 +86,25 @@ def fill_tables(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
-    columns = [c for c in (CLEAN, *PGD) if c.evaluator in study.evaluators]
-    first = [trial.recipe for trial in plan if trial.recipe.seed == 0] or [t.recipe for t in plan]
-    rows = tuple(Row(recipe.describe(), recipe) for recipe in first)
+    asked = {name for trial in plan for name in trial.evaluators}
+    columns = [column for column in EVERY_COLUMN if column.evaluator in asked]
+    first = [trial for trial in plan if trial.recipe.seed == 0] or list(plan)
+    rows = tuple(Row(trial.name, trial.recipe) for trial in first)
     return Table(study.name, "Every trial of the study", rows, tuple(columns))
+
+
+def fill_cell(
+    table: str, row: Row, column: Column, runs: Mapping[str, TrialRun], seeds: int
+) -> FilledCell:
+    """Fill one cell of a table, by the table's name."""
+    return _cell(table, row, column, [runs.get(d) for d in digests_of(row.recipe, seeds)])
 
 
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
         found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
-        cells = tuple(_cell(table, row, column, found) for column in table.columns)
+        cells = tuple(_cell(table.name, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")
         rows.append(FilledRow(row.label, row.recipe, run_id, cells))
     scale = table.rows[0].recipe.scale
@@ -104,14 +112,14 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
     return FilledTable(table.name, table.question, labels, tuple(rows))
 
 
-def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    figure = published(table.name, row.label, column.label)
+def _cell(table: str, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
+    figure = published(table, row.label, column.label)
     paper = figure.value if figure else None
     source = figure.source if figure else ""
     metrics = [run.metrics for run in runs if run and column.score in run.metrics]
     if len(metrics) < len(runs):
         lacking = next(r for r in runs if r is None or column.score not in r.metrics)
-        return FilledCell(_state(lacking), published=paper, source=source)
+        return FilledCell(_state(lacking, column), published=paper, source=source)
     value, low, high = _over_seeds(metrics, column.score)
     n = int(sum(found[f"{column.score}/n"] for found in metrics))
     return FilledCell("done", value, low, high, n, paper, source)
@@ -128,9 +136,11 @@ def _over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[flo
     return mean, mean - reach, mean + reach
 
 
-def _state(run: TrialRun | None) -> str:
+def _state(run: TrialRun | None, column: Column) -> str:
     if run is None:
         return "not run yet"
+    if column.evaluator in run.failed_cells:
+        return f"failed: {run.failed_cells[column.evaluator]}"
     if run.outcome == "collapsed":
         return f"collapsed: {run.reason}"
     if run.outcome == "failed":

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from evaluators.ledger import from_parquet
 from evaluators.paired import Paired, compare, image_scores
-from evaluators.red_flags import red_flags
+from evaluators.red_flags import is_checked, red_flags
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
 from trainables.tracking import Tracker, TrialRun
@@ -61,6 +61,11 @@ class Verdicts:
             if known := [ledger for ledger in ledgers if ledger is not None]:
                 found[digest] = red_flags(known)
         return found
+
+    def is_checked(self, digest: str) -> bool:
+        """Say whether a trial was asked what tells attacks that are not to be believed."""
+        ledger = self._read(digest, "health")
+        return ledger is not None and is_checked([ledger])
 
     def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
         """Return a row minus another in a column; None where either is not judged."""

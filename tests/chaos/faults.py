@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import psutil
 
-from tests.chaos.study import EVALUATOR, TRIAL, WORKER, Disturbed
+from tests.chaos.study import CONTROLLER, EVALUATOR, TEAM, TRIAL, WORKER, Disturbed
 from tests.disks import fill
 
 DECADE = 10 * 365 * 86400
@@ -109,7 +109,14 @@ FAULTS: dict[str, Fault] = {
     "MLflow server killed": _kill_server,
     "Train worker killed": _kill(WORKER),
     "Train worker stopped": _kill(WORKER, signal.SIGSTOP),
+    "Train controller killed": _kill(CONTROLLER),
+    "team's trial killed": _kill(TEAM),
 }
 FILLED = ("disk full",)
 ON_SERVER = ("MLflow server killed",)
-ON_TEAM = ("Train worker killed", "Train worker stopped")
+ON_TEAM = (
+    "Train worker killed",
+    "Train worker stopped",
+    "Train controller killed",
+    "team's trial killed",
+)

@@ -35,6 +35,7 @@ augmentation = ["none", "randaug+cutmix"]
 """
 TOGETHER = study_of_one(epochs=100)
 TRIAL, WORKER, EVALUATOR = "ResourceTrainable", "TrainWorker", "EvaluatorActor"
+TEAM, CONTROLLER = "ImplicitFunc", "TrainController"
 ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3, 4"

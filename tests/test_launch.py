@@ -1,0 +1,86 @@
+"""What a run shares out before it trains, and how it ends, on a real Ray and a real database."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from grid.cluster import Placement, Room, cluster_file
+from grid.launch import Launch, _open_study, _recorder, _report, _share_out
+from grid.plan import build_plan
+from grid.progress import ProgressLine
+from grid.studies import load_study
+from tests.driver import study_of_one
+from trainables.data import load_data
+from trainables.scale import DIGITS
+
+CLUSTER = """
+head_node_type: head
+max_workers: 9
+available_node_types:
+  head: {resources: {CPU: 0}}
+  big: {resources: {CPU: 64}, max_workers: 3}
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    path = tmp_path / "one.toml"
+    path.write_text(study_of_one(epochs=10))
+    study = load_study(str(path))
+    return Launch(
+        study=study,
+        plan=build_plan(study, DIGITS),
+        scale=DIGITS,
+        results=tmp_path / "results",
+        mlflow=None,
+        placement=Placement(workers=4, min_workers=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_team_that_only_fits_with_fewer_workers_is_judged_too(two_cpus, launch):
+    pool, room = _share_out(launch, "sqlite:///none")
+    assert pool._size == 1
+    assert room.lanes(launch.placement) == 1
+
+
+def test_a_ray_of_its_own_has_no_room_on_nodes_of_a_cluster(two_cpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(CLUSTER)
+    assert cluster_file() == {}
+    assert Room().lanes(Placement()) == 2
+
+
+def test_gpus_that_evaluators_come_to_hold_later_are_no_room(two_cpus, monkeypatch):
+    monkeypatch.setattr("grid.cluster.LOOK_SECONDS", -1.0)
+    (node,) = (node["NodeID"] for node in ray.nodes())
+    held = {node: 0.25}
+    room = Room(lambda: held)
+    assert room.lanes(Placement(gpus=1.0)) == 2
+    held[node] = 0.5
+    assert room.lanes(Placement(gpus=1.0)) == 1
+
+
+def test_a_studys_run_that_was_deleted_meanwhile_is_written_anew(launch, capsys):
+    launch.results.mkdir()
+    data, line = load_data(DIGITS), ProgressLine()
+    recorder = _recorder(launch, data, line)
+    tracker = recorder.tracker
+    parent = _open_study(launch, tracker, data)
+    tracker._client.delete_run(parent)
+    finished = _report(launch, recorder, parent, line, data)
+    assert finished.report.exists()
+    assert "was deleted meanwhile; it is written anew" in "".join(capsys.readouterr())
+    (run,) = tracker._search("tags.kind = 'study'")
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in tracker._client.list_artifacts(run.info.run_id)] == [
+        "classes.json",
+        "report",
+    ]
