@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.measure import Figure
+from benchmarks.measure import Figure, device_name
 
 BENCHMARKS = (
     "adversarial_step",
@@ -92,7 +92,7 @@ def circumstances() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or "unknown",
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "machine": f"{os.cpu_count()} cores, {_processor()}, models on {device_name()}",
     }
 
 

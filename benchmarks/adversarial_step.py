@@ -7,14 +7,13 @@ clean step and a bare forward and input-gradient pass in plain PyTorch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import Figure, in_turns, require
+from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
 from grid.studies import adversarial_resnet50, deit, resnet50, with_axis
 from trainables.adversary import attacked, training_attack
 from trainables.data import to_unit
@@ -55,9 +54,10 @@ def measure(
     clean: Recipe, adversarial: Recipe, *, images: torch.Tensor, repeats: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the ratios of an adversarial step to a clean one and to the floor, step by step."""
-    classifier = build_classifier(adversarial)
+    classifier = build_classifier(adversarial).to(DEVICE)
     optimizer = build_optimizer(adversarial, classifier)
-    inputs, labels = to_unit(images), torch.arange(len(images)) % 10
+    inputs = to_unit(images.to(DEVICE))
+    labels = torch.arange(len(images), device=DEVICE) % 10
     twin = folded(classifier.eval(), inputs[:1])
 
     def step(recipe: Recipe) -> None:
@@ -81,7 +81,7 @@ def measure(
             gradient(classifier)
 
     sides = (lambda: step(adversarial), lambda: step(clean), bare_pass)
-    triples = in_turns(*sides, repeats=repeats, clock=time.process_time)
+    triples = in_turns(*sides, repeats=repeats, clock=device_seconds)
     _require_same_gradient(classifier, twin, gradient)
     return tuple(a / c for a, c, _ in triples), tuple(a / (c + b) for a, c, b in triples)
 

@@ -6,14 +6,13 @@ trained first, one plainly and one against PGD-3: what few images survive, and w
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch.nn import functional as F
 
-from benchmarks.measure import Figure, in_turns, require
+from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
 from trainables.adversary import attacked, pgd_iterates, random_start
@@ -33,7 +32,8 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     cases = (("resnet18", 1, 0, 8, 20),) if quick else CASES
     for model, epochs, steps, images, queries in cases:
         split = load_data(DIGITS).held_out.subset(images, seed=0)
-        batch = Batch(to_unit(split.images), split.labels, split.ids)
+        images_BCHW, labels_B = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
+        batch = Batch(images_BCHW, labels_B, split.ids)
         classifier = trained(model, epochs=epochs, attack_steps=steps)
         asked = (classifier, batch, EPSILON, queries)
         survivors = [sum(side(*asked, seed=0)) for side in (attacked_here, attacked_plainly)]
@@ -43,7 +43,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
             lambda asked=asked: attacked_here(*asked, seed=0),
             lambda asked=asked: attacked_plainly(*asked, seed=0),
             repeats=1 if quick else 5,
-            clock=time.process_time,
+            clock=device_seconds,
         )
         yield Figure(
             name=f"AutoAttack of {model}{f' trained against PGD-{steps}' if steps else ''}, "
@@ -69,7 +69,7 @@ def attacked_plainly(
     classifier: Classifier, batch: Batch, epsilon: float, queries: int, seed: int
 ) -> list[bool]:
     """Return which images survive pyautoattack, called the ordinary way."""
-    attack = PlainAutoAttack(classifier, eps=epsilon, seed=seed, version="standard")
+    attack = PlainAutoAttack(classifier, eps=epsilon, seed=seed, version="standard", device=DEVICE)
     attack.square.n_queries = queries
     _, answers = attack.run_standard_evaluation(batch.images.contiguous(), batch.labels)
     survived: list[bool] = (answers == batch.labels).tolist()
@@ -88,7 +88,7 @@ def trained(model: str, *, epochs: int, attack_steps: int) -> Classifier:
         epochs=epochs,
         batch_size=BATCH,
     )
-    classifier = build_classifier(recipe)
+    classifier = build_classifier(recipe).to(DEVICE)
     split = load_data(DIGITS).train
     steps = epochs * (len(split) // BATCH)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9, nesterov=True)
@@ -96,7 +96,8 @@ def trained(model: str, *, epochs: int, attack_steps: int) -> Classifier:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         chosen = torch.randint(len(split), (BATCH,), generator=generator)
-        images, labels = to_unit(split.images[chosen]), split.labels[chosen]
+        images = to_unit(split.images[chosen].to(DEVICE))
+        labels = split.labels[chosen].to(DEVICE)
         if attack_steps:
             images = perturbed(classifier, images, labels, attack_steps, generator)
         classifier.train()

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 Clock = Callable[[], float]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class DisagreementError(Exception):
@@ -50,6 +53,19 @@ def in_turns(*sides: Callable[[], object], repeats: int, clock: Clock) -> list[t
     """
     rounds = [tuple(seconds(side, clock) for side in sides) for _ in range(1 + repeats)]
     return rounds[1:]
+
+
+def device_seconds() -> float:
+    """Return the process's own CPU time, or a GPU's: the wall's once all it was given is done."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def device_name() -> str:
+    """Name what the models run on."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
 
 
 def seconds(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:

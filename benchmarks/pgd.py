@@ -5,14 +5,13 @@ Same model, images, step size and start (none, so that both start at the images)
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 import torchattacks
 from torch import Tensor
 
-from benchmarks.measure import Figure, in_turns, require
+from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
 from evaluators.pgd import STEPS
 from grid.studies import deit, resnet50
 from trainables.adversary import attacked, pgd_iterates
@@ -29,7 +28,7 @@ EPSILON = float(DIGITS.epsilon)
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the ratio of the times for both families."""
     held_out = load_data(DIGITS).held_out.subset(8 if quick else DIGITS.attack_subset, seed=0)
-    images, labels = to_unit(held_out.images), held_out.labels
+    images, labels = to_unit(held_out.images.to(DEVICE)), held_out.labels.to(DEVICE)
     for recipe in (resnet50(), deit()):
         epochs = 1 if quick else 4
         classifier = trained(DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0))
@@ -40,7 +39,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
             lambda model=classifier: one_trajectory(model, images, labels),
             lambda model=classifier: four_calls(model, images, labels),
             repeats=1 if quick else 7,
-            clock=time.process_time,
+            clock=device_seconds,
         )
         yield Figure(
             name=f"PGD-5, 10, 50 and 100 of {recipe.model}, torchattacks / ours",
@@ -53,7 +52,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 def trained(recipe: Recipe) -> Classifier:
     """Train a model for a few epochs: enough to be worth attacking."""
     classifier = build_classifier(recipe)
-    for _ in train(recipe, classifier, load_data(DIGITS), device=torch.device("cpu")):
+    for _ in train(recipe, classifier, load_data(DIGITS), device=DEVICE):
         pass
     return classifier.eval()
 

@@ -9,14 +9,13 @@ the draws differ, so queries do, and the ratio is of queries per second.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Figure, require, seconds
+from benchmarks.measure import DEVICE, Figure, device_seconds, require, seconds
 from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
@@ -41,8 +40,8 @@ class PlainPolicy(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(30, n) for n in spaces)
 
     def forward(self, samples: int) -> tuple[Tensor, Tensor]:
-        inputs = hidden = state = torch.zeros(samples, 30)
-        actions, log_probability = [], torch.zeros(samples)
+        inputs = hidden = state = torch.zeros(samples, 30, device=DEVICE)
+        actions, log_probability = [], torch.zeros(samples, device=DEVICE)
         for step, head in enumerate(self.heads):
             hidden, state = self.cell(inputs, (hidden, state))
             choice = torch.distributions.Categorical(logits=head(hidden))
@@ -82,7 +81,7 @@ def plain_patch(
     """Search one patch for one image; return the pasted image, success, and the queries."""
     side = budget.side(image.shape[-1])
     places = image.shape[-1] - side
-    policy = PlainPolicy((places, places, len(textures), places, places))
+    policy = PlainPolicy((places, places, len(textures), places, places)).to(DEVICE)
     adam = torch.optim.Adam(policy.parameters(), lr=0.03)
     best, kept, success, means, queries = -float("inf"), image, False, [], 0
     for step in range(1, budget.steps + 1):
@@ -137,7 +136,7 @@ def trained(recipe: Recipe, *, epochs: int) -> Classifier:
     """Train the scale's model by its recipe for a few epochs: enough to be worth attacking."""
     recipe = DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0)
     model = build_classifier(recipe)
-    for _ in train(recipe, model, load_data(DIGITS), device=torch.device("cpu")):
+    for _ in train(recipe, model, load_data(DIGITS), device=DEVICE):
         pass
     return model.eval().requires_grad_(False)
 
@@ -145,8 +144,8 @@ def trained(recipe: Recipe, *, epochs: int) -> Classifier:
 def task_for(model: Classifier, count: int) -> Task:
     """Return held-out images that the model gets right, with random grey textures."""
     split = load_data(DIGITS).held_out
-    images = to_unit(split.images)
-    right = (model(images).argmax(dim=1) == split.labels).nonzero().flatten()[:count]
+    images, labels = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
+    right = (model(images).argmax(dim=1) == labels).nonzero().flatten()[:count]
     draw = torch.Generator().manual_seed(0)
     shape = (10, DIGITS.patch.textures, 1, DIGITS.image_size, DIGITS.image_size)
     stored = StoredTextures(
@@ -154,9 +153,9 @@ def task_for(model: Classifier, count: int) -> Task:
     )
     return Task(
         images=images[right],
-        goal=split.labels[right],
-        textures=stored.textures,
-        palette=(split.labels[right] + 1) % 10,
+        goal=labels[right],
+        textures=stored.textures.to(DEVICE),
+        palette=(labels[right] + 1) % 10,
         generators=(),
     )
 
@@ -193,6 +192,6 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 def queries_a_second(search: Callable[[], tuple[int, int]]) -> tuple[float, int]:
     """Return the queries of a CPU second, and the images broken."""
     found: list[tuple[int, int]] = []
-    took = seconds(lambda: found.append(search()), time.process_time)
+    took = seconds(lambda: found.append(search()), device_seconds)
     ((queries, broken),) = found
     return queries / took, broken

@@ -9,8 +9,8 @@ schedule.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.loader import write_images
-from benchmarks.measure import Figure, in_turns, require
+from benchmarks.measure import (
+    DEVICE,
+    Figure,
+    device_name,
+    device_seconds,
+    in_turns,
+    require,
+)
 from grid.studies import deit, resnet50
 from trainables.data import Data, Split, load_data, to_unit
-from trainables.loop import accuracy, train
+from trainables.loop import PRECISIONS, accuracy, train
 from trainables.models import Classifier, build_classifier
 from trainables.optim import build_optimizer
 from trainables.recipe import Recipe
@@ -37,7 +44,6 @@ from trainables.scale import CIFAR10, DIGITS
 from trainables.source import DataSource, scale_of
 from trainables.team import ALONE
 
-CPU = torch.device("cpu")
 EPOCHS = 10
 ALIKE = 0.1  # of held-out accuracy: the sides draw otherwise
 
@@ -50,22 +56,27 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         yield beside_bare(*small(64 if quick else 256), batch=32, repeats=repeats)
         yield beside_bare(*large(root / "large", 4 if quick else 32), batch=4, repeats=repeats)
         yield beside_timm(root / "digits", 1 if quick else EPOCHS - 1)
+    if DEVICE.type == "cuda":
+        for recipe in (resnet50(), deit()):
+            for precision in ("float32", "bf16"):
+                yield beside_bare(*full_size(recipe, precision, 512), batch=64, repeats=repeats)
 
 
 def beside_bare(recipe: Recipe, data: Data, *, batch: int, repeats: int) -> Figure:
     """Time an epoch of each side in turns; an epoch's judging is cut down to one image."""
     recipe = recipe.replace(batch_size=batch, epochs=repeats + 1, warmup_epochs=0.0)
     judged_by_one = replace(data, held_out=few(data.held_out))
-    ours = train(recipe, build_classifier(recipe), judged_by_one, device=CPU)
+    ours = train(recipe, build_classifier(recipe), judged_by_one, device=DEVICE)
     bare = bare_epochs(recipe, data)
-    pairs = in_turns(
-        lambda: next(ours), lambda: next(bare), repeats=repeats, clock=time.process_time
-    )
+    pairs = in_turns(lambda: next(ours), lambda: next(bare), repeats=repeats, clock=device_seconds)
+    steps = len(data.train) // batch
+    rate = steps * batch / statistics.median(our_s for our_s, _ in pairs)
     return Figure(
-        name=f"training {recipe.model} at {data.train.images.shape[-1]} px, ours / bare loop",
+        name=f"training {recipe.model} at {data.train.images.shape[-1]} px, {recipe.precision}, "
+        "ours / bare loop",
         values=tuple(bare_s / our_s for our_s, bare_s in pairs),
         target=0.97,
-        same=f"{len(data.train) // batch} steps of {batch} images an epoch",
+        same=f"{steps} steps of {batch} images, ours {rate:.0f} a second on {device_name()}",
     )
 
 
@@ -74,12 +85,12 @@ def beside_timm(root: Path, repeats: int) -> Figure:
     recipe = DIGITS.shrink(deit()).replace(epochs=repeats + 1)
     data = load_data(DIGITS)
     models = [build_classifier(recipe) for _ in range(2)]
-    ours = train(recipe, models[0], replace(data, held_out=few(data.held_out)), device=CPU)
+    ours = train(recipe, models[0], replace(data, held_out=few(data.held_out)), device=DEVICE)
     theirs = timm_epochs(recipe, models[1], data, root)
     pairs = in_turns(
-        lambda: next(ours), lambda: next(theirs), repeats=repeats, clock=time.process_time
+        lambda: next(ours), lambda: next(theirs), repeats=repeats, clock=device_seconds
     )
-    found = [accuracy(model, data.held_out, device=CPU, team=ALONE) for model in models]
+    found = [accuracy(model, data.held_out, device=DEVICE, team=ALONE) for model in models]
     told = f"held-out accuracy {found[0]:.2f} and {found[1]:.2f}"
     require(repeats + 1 < EPOCHS or abs(found[0] - found[1]) <= ALIKE, told)
     return Figure(
@@ -122,6 +133,7 @@ def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) 
         label_smoothing=recipe.label_smoothing,
         num_classes=len(data.class_names),
     )
+    classifier.to(DEVICE)
     optimizer = create_optimizer_v2(
         classifier, opt="adamw", lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
@@ -131,7 +143,7 @@ def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) 
         schedule.step(epoch)
         classifier.train()
         for images, labels in loader:
-            mixed, targets = mixup(to_unit(images), labels)
+            mixed, targets = mixup(to_unit(images.to(DEVICE)), labels.to(DEVICE))
             optimizer.zero_grad()
             loss_of(classifier(mixed), targets).backward()
             optimizer.step()
@@ -140,11 +152,15 @@ def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) 
 
 def small(count: int) -> tuple[Recipe, Data]:
     """Return ResNet-18's recipe at CIFAR-10's scale, and noise in memory at 32 px."""
-    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    return CIFAR10.shrink(resnet50()).replace(model="resnet18"), noise("cifar10", count, 32)
+
+
+def noise(name: str, count: int, side: int) -> Data:
+    """Return a data set of noise in memory, of ten classes."""
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     split = Split(images=pixels, labels=torch.arange(count) % 10, ids=tuple(map(str, range(count))))
     names = tuple(map(str, range(10)))
-    data = Data(name="cifar10", train=split, held_out=few(split), class_names=names)
-    return CIFAR10.shrink(resnet50()).replace(model="resnet18"), data
+    return Data(name=name, train=split, held_out=few(split), class_names=names)
 
 
 def large(root: Path, count: int) -> tuple[Recipe, Data]:
@@ -156,6 +172,12 @@ def large(root: Path, count: int) -> tuple[Recipe, Data]:
     return scale.shrink(resnet50()), data
 
 
+def full_size(recipe: Recipe, precision: str, count: int) -> tuple[Recipe, Data]:
+    """Return a recipe of the study's without its augmentation, and noise in memory at 224 px."""
+    data = noise("imagenet", count, 224)
+    return recipe.replace(precision=precision, augmentations=(), label_smoothing=0.0), data
+
+
 def few(split: Split) -> Split:
     """Return one image, so that judging after an epoch costs next to nothing."""
     return split.subset(1, seed=0)
@@ -163,13 +185,16 @@ def few(split: Split) -> Split:
 
 def bare_epochs(recipe: Recipe, data: Data) -> Iterator[None]:
     """Train on one batch in memory, as many steps as an epoch of ours has."""
-    classifier = build_classifier(recipe).train()
+    classifier = build_classifier(recipe).to(DEVICE).train()
     optimizer = build_optimizer(recipe, classifier)
-    images: Tensor = to_unit(data.train.images[: recipe.batch_size])
-    labels = data.train.labels[: recipe.batch_size]
+    images: Tensor = to_unit(data.train.images[: recipe.batch_size].to(DEVICE))
+    labels = data.train.labels[: recipe.batch_size].to(DEVICE)
+    half = PRECISIONS[recipe.precision]
     while True:
         for _ in range(len(data.train) // recipe.batch_size):
             optimizer.zero_grad()
-            F.cross_entropy(classifier(images), labels).backward()
+            with torch.autocast(DEVICE.type, half, enabled=half is not torch.float32):
+                logits_BK = classifier(images)
+            F.cross_entropy(logits_BK.float(), labels).backward()
             optimizer.step()
         yield

@@ -332,7 +332,7 @@ class Recorder(threading.Thread):
 
 
 def _tables(trial: Trial) -> str:
-    return " ".join(sorted({serves.split()[0] for serves in trial.serves}))
+    return " ".join({serves.split()[0] for serves in trial.serves})
 
 
 def _params(trial: Trial) -> dict[str, Any]:

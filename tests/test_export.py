@@ -108,9 +108,9 @@ def test_a_trial_is_found_in_every_study_that_it_serves(recorded):
     tracker, plan = recorded
     run = tracker.trials()[plan.trials[0].digest]
     tracker.enrol(run, "mine", "mine")
-    tracker.enrol(run, "paper", "T5")
+    tracker.enrol(run, "paper", "T10 T5")
     runs = tracker.trials()
-    assert runs.pop(run.digest).studies == {"mine": "mine", "paper": "T1 T5"}
+    assert runs.pop(run.digest).studies == {"mine": "mine", "paper": "T1 T5 T10"}
     assert {tuple(other.studies.items()) for other in runs.values()} == {(("paper", "T1"),)}
     query = "tags.kind = 'trial' and tags.`study.mine` LIKE '%'"
     assert [found.digest for found in map(_trial_run, tracker._search(query))] == [run.digest]

@@ -135,7 +135,7 @@ class Tracker:
                 *(f"metrics.`{score}`" for score in scores),
             ],
             # By start the UI would fold the trials below their study.
-            "orderByKey": "attributes.run_name",
+            "orderByKey": "tags.`mlflow.runName`",
             "orderByAsc": True,
         }
         key = VIEW_TAG + name
@@ -203,7 +203,7 @@ class Tracker:
         tags = {
             "kind": "trial",
             "digest": digest,
-            STUDY_TAG + study: tables,
+            STUDY_TAG + study: _in_order(tables.split()),
             "recipe": recipe_json,
             "outcome": "training",
             "mlflow.parentRunId": parent,
@@ -221,7 +221,8 @@ class Tracker:
     def enrol(self, run: TrialRun, study: str, tables: str) -> None:
         """Note that a trial serves these tables of a study, beside those that it serves already."""
         served = {*run.studies.get(study, "").split(), *tables.split()}
-        if (noted := " ".join(sorted(served))) != run.studies.get(study):
+        noted = _in_order(served)
+        if noted != run.studies.get(study):
             self._client.set_tag(run.run_id, STUDY_TAG + study, noted)
             run.studies[study] = noted
 
@@ -385,6 +386,11 @@ def _trial_run(run: Run) -> TrialRun:
         failed_cells=_tagged(tags, FAILED_TAG),
         studies=_tagged(tags, STUDY_TAG),
     )
+
+
+def _in_order(tables: Iterable[str]) -> str:
+    """Name tables as T1 T3 T10."""
+    return " ".join(sorted(tables, key=lambda table: (len(table), table)))
 
 
 def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
