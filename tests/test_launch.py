@@ -73,7 +73,7 @@ def test_a_studys_run_that_was_deleted_meanwhile_is_written_anew(launch, capsys)
     data, line = load_data(DIGITS), ProgressLine()
     recorder = _recorder(launch, data, line)
     tracker = recorder.tracker
-    parent = _open_study(launch, tracker, data)
+    parent = _open_study(launch, recorder, data)
     tracker._client.delete_run(parent)
     finished = _report(launch, recorder, parent, line, data)
     assert finished.report.exists()

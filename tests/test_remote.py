@@ -47,7 +47,7 @@ with open(os.environ["FAKE_SEEN"], "w") as file:
     json.dump(seen, file)
 app = web.Application()
 app.router.add_route("*", "/{{path:.*}}", answer)
-web.run_app(app, host="127.0.0.1", port=port, print=None)
+web.run_app(app, host="127.0.0.1", port=port, print=None, shutdown_timeout=0.1)
 """
 
 
