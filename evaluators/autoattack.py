@@ -213,7 +213,8 @@ class _Victims:
         """Return a model's logits, `images_at_once` a pass; out of memory halves that for good."""
         parts: list[Tensor] = []
         done = 0
-        while done < len(images_BCHW):
+        # Square asks of no image at all where no margin is above 0.
+        while done < len(images_BCHW) or not parts:
             part = images_BCHW[done : done + self.images_at_once]
             try:
                 parts.append(model(part))

@@ -88,6 +88,7 @@ class EvaluatorPool:
             for _ in range(size)
         ]
         self._actors, self._gpus = list(self._idle), gpus
+        self._homes: dict[str, str] = {}  # the nodes of actors
         self._size, self._folder = size, folder
         self._order = itertools.count()
         self._waiting: list[tuple[int, int, Cell, Shard]] = []
@@ -119,10 +120,13 @@ class EvaluatorPool:
 
     def gpus_held(self) -> dict[str, float]:
         """Return the GPUs that actors hold now, by the id of their node: they move as nodes die."""
-        ids = {actor._actor_id.hex() for actor in self._actors} if self._gpus else set()
-        table = ray._private.state.actors() if ids else {}
-        alive = [table[i] for i in ids if table.get(i, {}).get("State") == "ALIVE"]
-        nodes = Counter(actor["Address"]["NodeID"] for actor in alive)
+        known = ray._private.state.actors() if self._gpus else {}
+        for actor in (actor._actor_id.hex() for actor in self._actors):
+            told = known.get(actor, {})
+            # One that is being restarted keeps its place.
+            if told.get("State") == "ALIVE":
+                self._homes[actor] = told["Address"]["NodeID"]
+        nodes = Counter(self._homes.values())
         return {node: count * self._gpus for node, count in nodes.items()}
 
     def submit(self, cell: Cell, shards: int) -> None:

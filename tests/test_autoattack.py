@@ -153,6 +153,21 @@ def test_out_of_memory_halves_the_rows_and_keeps_what_is_done(classifier, batch,
     assert rows_passed[1] < 1.02 * rows_passed[0]
 
 
+def test_a_model_whose_margins_are_no_numbers_is_judged():
+    class NoNumber(Classifier):
+        def forward(self, images_BCHW):
+            zero_B = 0 * images_BCHW.sum(dim=(1, 2, 3))
+            return torch.stack([*[zero_B] * 9, zero_B * float("nan")], dim=1)
+
+    split = load_data(DIGITS).held_out.subset(8, seed=0)
+    classifier = NoNumber(nn.Identity(), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
+    images = to_unit(split.images)
+    batch = Batch(images, torch.full((8,), 9), split.ids)
+    evaluator = AutoAttack(DIGITS, radii={"autoattack": 16 / 255}, square_queries=20)
+    ledger = evaluator.judge(classifier, batch, generator=torch.Generator().manual_seed(0))
+    assert len(ledger) == 8
+
+
 def test_a_device_that_holds_no_single_row_is_an_error(classifier, batch):
     few = Batch(batch.images[:2], batch.labels[:2], batch.ids[:2])
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):

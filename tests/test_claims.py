@@ -54,6 +54,25 @@ def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
             columns = [column.label for column in tables[table].columns]
             assert claim.kind == "collapses" or claim.column in columns
     assert len({claim.statement for claim in CLAIMS}) == len(CLAIMS)
+    # Each is read by itself, below its table.
+    assert not any(claim.statement.startswith(("So ", "Nor ", "Neither ")) for claim in CLAIMS)
+
+
+def test_seeds_that_agree_do_not_make_thirty_images_more(tmp_path):
+    study = paper()
+    plan = build_plan(study, DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
+    (table,) = plan.tables
+    column = next(c for c in table.columns if c.label == "AutoAttack 4/255")
+
+    class NoneSurvive(Verdicts):
+        def _scores(self, digests, column):
+            return [{str(image): 0.0 for image in range(30)} for _ in digests]
+
+    found = NoneSurvive(None, {}).from_zero(table.rows[0], column, 2)
+    assert (found.difference, found.n, found.p) == (0.0, 30, None)
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 30))
+    (resnet, _) = judge_claims(plan, NoneSurvive(None, {}), {})
+    assert (resnet.verdict, resnet.published) == (OPEN, 0.0)
 
 
 @pytest.mark.slow

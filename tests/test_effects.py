@@ -137,6 +137,15 @@ def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_pa
     runs = {t.digest: trial_run(t.digest, clean=n / 20) for n, t in enumerate(plan)}
     (effects,) = grid_effects(study, plan, DIGITS, runs)
     assert (effects.trials, effects.shares, effects.interaction) == (9, (), None)
+    half = pd.DataFrame(
+        [
+            {"a": a, "b": b, "c": "pq"[(a == "x") ^ (b == "u")], "score": 0.1 * (a == "x") + s / 99}
+            for a, b, s in product("xy", "uv", range(3))
+        ]
+    )
+    first, *others = variance_shares(half, ["a", "b", "c"])  # c is the interaction of a and b
+    assert first.axis == "a"
+    assert {share.axis for share in others} == {"b", "c"}
     aliased = pd.DataFrame(
         [{"a": x, "b": x, "score": s} for x, s in zip("uvw" * 4, range(12), strict=True)]
     )

@@ -87,6 +87,14 @@ def test_seeds_are_replicates_with_students_interval():
     assert cell.n == 3 * 597
 
 
+def test_seeds_that_agree_keep_the_interval_of_their_images():
+    def runs(plan):
+        return [judged(row_digests(plan, seed)[0], 0.90) for seed in range(2)]
+
+    cell = fill(runs, seeds=2).rows[0].cells[0]
+    assert (cell.value, cell.low, cell.high) == pytest.approx((90.0, 89.0, 92.0))
+
+
 def test_a_row_waits_for_all_its_seeds():
     cell = fill(lambda plan: [judged(row_digests(plan)[0], 0.9)], seeds=2).rows[0].cells[0]
     assert cell.text() == "not run yet"

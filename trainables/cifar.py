@@ -115,7 +115,8 @@ def _unpack(archive: Path, md5: str) -> None:
                 content = packed.extractfile(entry) if entry.isfile() else None
                 if content and str(path.parent) == BATCHES:
                     (batches / path.name).write_bytes(content.read())
-            batches.rename(archive.parent / BATCHES)
+            if not (archive.parent / BATCHES).is_dir():  # another process may have been quicker
+                batches.rename(archive.parent / BATCHES)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{archive} cannot be unpacked: {error}") from None
 

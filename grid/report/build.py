@@ -46,7 +46,7 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         subtitle=f"Study {findings.study.name} on {scale.title}: {len(plan.trials)} trainings.",
         scale_title=scale.title,
         same_data=scale.name == "imagenet",
-        interval="Wilson" if plan.seeds == 1 else f"Student's t over {plan.seeds} seeds",
+        interval=_interval(plan.seeds),
         states=", ".join(_states(findings)),
         found=findings,
         answer=answer(findings.judgements),
@@ -56,6 +56,12 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         mlflow=tracker.page,
         footer=_versions(),
     )
+
+
+def _interval(seeds: int) -> str:
+    if seeds == 1:
+        return "Wilson"
+    return f"Student's t over {seeds} seeds, or their mean Wilson interval where that is wider"
 
 
 def _plot_named(name: str, findings: Findings) -> Plot | None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -127,14 +128,13 @@ def leading(found: Sequence[Effects]) -> str:
 def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
     """Return the largest shares first: an analysis of variance, type II sums of squares.
 
-    Pairwise interactions are part of it where there are trials enough to tell them apart and every
-    pair of values has one. Nothing where no trial is left to judge the axes by, or where axes only
-    vary together.
+    Pairwise interactions are part of it where the trials are enough, and such, to tell them apart.
+    Nothing where no trial is left to judge the axes by, or where axes only vary together.
     """
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
-    terms = [f"C({axis})" for axis in axes]
+    mains = [f"C({axis})" for axis in axes]
     full = [
         pair
         for pair in combinations(axes, 2)
@@ -142,11 +142,10 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
     ]
     levels = {axis: frame[axis].nunique() - 1 for axis in axes}
     needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in full)
-    if len(frame) >= needed + SPARE_TRIALS:
-        terms += [f"C({a}):C({b})" for a, b in full]
-    model = ols("score ~ " + " + ".join(terms), data=frame)
-    rows, columns = model.exog.shape
-    if rows == columns or np.linalg.matrix_rank(model.exog) < columns:
+    pairs = [f"C({a}):C({b})" for a, b in full] if len(frame) >= needed + SPARE_TRIALS else []
+    designs = (ols("score ~ " + " + ".join(terms), data=frame) for terms in (mains + pairs, mains))
+    model = next(filter(_is_estimable, designs), None)
+    if model is None:
         return []
     table = anova_lm(model.fit(), typ=2)
     total = float(((frame["score"] - frame["score"].mean()) ** 2).sum())
@@ -156,6 +155,11 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
         if term != "Residual"
     ]
     return sorted(shares, key=lambda share: -share.share)
+
+
+def _is_estimable(model: Any) -> bool:
+    rows, columns = model.exog.shape
+    return bool(rows > columns == np.linalg.matrix_rank(model.exog))
 
 
 def strongest_interaction(frame: pd.DataFrame, shares: Sequence[Share]) -> Interaction | None:

@@ -56,7 +56,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     runs = tracker.trials()
     verdicts = Verdicts(tracker, runs)
     tables = tuple(fill_tables(study, plan, runs))
-    flags = verdicts.red_flags(trial.digest for trial in plan)
+    flags, unchecked = verdicts.red_flags(trial.digest for trial in plan)
     described = {trial.digest: trial.name for trial in plan}
     effects = tuple(grid_effects(study, plan, scale, runs))
     plots = [
@@ -74,7 +74,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         },
         flags=tuple((described[digest], flag) for digest in flags for flag in flags[digest]),
         attacked=len(flags),
-        unchecked=tuple(described[d] for d in flags if not verdicts.is_checked(d)),
+        unchecked=tuple(described[digest] for digest in unchecked),
         judgements=tuple(judge_claims(plan, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),

@@ -93,18 +93,11 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
     return Table(study.name, "Every trial of the study", rows, tuple(columns))
 
 
-def fill_cell(
-    table: str, row: Row, column: Column, runs: Mapping[str, TrialRun], seeds: int
-) -> FilledCell:
-    """Fill one cell of a table, by the table's name."""
-    return _cell(table, row, column, [runs.get(d) for d in digests_of(row.recipe, seeds)])
-
-
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
         found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
-        cells = tuple(_cell(table.name, row, column, found) for column in table.columns)
+        cells = tuple(_cell(table, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")
         rows.append(FilledRow(row.label, row.recipe, run_id, cells))
     scale = table.rows[0].recipe.scale
@@ -112,8 +105,8 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
     return FilledTable(table.name, table.question, labels, tuple(rows))
 
 
-def _cell(table: str, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    figure = published(table, row.label, column.label)
+def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
+    figure = published(table.name, row.label, column.label)
     paper = figure.value if figure else None
     source = figure.source if figure else ""
     metrics = [run.metrics for run in runs if run and column.score in run.metrics]
@@ -126,14 +119,19 @@ def _cell(table: str, row: Row, column: Column, runs: Sequence[TrialRun | None])
 
 
 def _over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
-    """Return value, low and high in percent: of one seed as judged, of several by Student's t."""
-    values = [100 * found[score] for found in metrics]
-    if len(values) == 1:
-        return values[0], 100 * metrics[0][f"{score}/low"], 100 * metrics[0][f"{score}/high"]
-    mean = statistics.fmean(values)
-    spread = statistics.stdev(values) / len(values) ** 0.5
-    reach = float(student.ppf(0.975, len(values) - 1)) * spread
-    return mean, mean - reach, mean + reach
+    """Return value, low and high in percent: of one seed as judged, of several by Student's t.
+
+    Seeds share their images: where their own intervals are wider on average, those are taken.
+    """
+    value, low, high = (
+        100 * statistics.fmean(found[score + end] for found in metrics)
+        for end in ("", "/low", "/high")
+    )
+    if len(metrics) == 1:
+        return value, low, high
+    spread = 100 * statistics.stdev(found[score] for found in metrics) / len(metrics) ** 0.5
+    reach = float(student.ppf(0.975, len(metrics) - 1)) * spread
+    return value, min(low, value - reach), max(high, value + reach)
 
 
 def _state(run: TrialRun | None, column: Column) -> str:

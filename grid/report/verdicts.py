@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pyarrow as pa
@@ -50,28 +50,31 @@ class Verdicts:
         )
         return tuple(comparison for comparison in found if any(comparison.cells))
 
-    def red_flags(self, digests: Iterable[str]) -> dict[str, list[str]]:
+    def red_flags(self, digests: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
         """Return why attacks are not to be believed, for every trial whose attacks were judged.
 
-        A trial with an empty list was looked at and found sound.
+        A trial with an empty list was looked at and found sound; the second value are those that
+        were not asked what tells misleading gradients.
         """
-        found = {}
+        found, unchecked = {}, []
         for digest in digests:
             ledgers = [self._read(digest, name) for name in ATTACKS]
             if known := [ledger for ledger in ledgers if ledger is not None]:
                 found[digest] = red_flags(known)
-        return found
-
-    def is_checked(self, digest: str) -> bool:
-        """Say whether a trial was asked what tells attacks that are not to be believed."""
-        ledger = self._read(digest, "health")
-        return ledger is not None and is_checked([ledger])
+                unchecked += [] if is_checked(known) else [digest]
+        return found, unchecked
 
     def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
         """Return a row minus another in a column; None where either is not judged."""
         ours = self._scores(digests_of(row.recipe, seeds), column)
         other = self._scores(digests_of(reference.recipe, seeds), column)
         return compare(ours, other) if ours and other else None
+
+    def from_zero(self, row: Row, column: Column, seeds: int) -> Paired | None:
+        """Return a row's own score in a column as a difference from 0; None if it is not judged."""
+        ours = self._scores(digests_of(row.recipe, seeds), column)
+        found = compare(ours, [dict.fromkeys(seed, 0.0) for seed in ours]) if ours else None
+        return replace(found, p=None) if found else None
 
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
