@@ -31,6 +31,7 @@ from trainables.storage import below, folder_at
 from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
+LONG = pytest.mark.long
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 STARTED: list[subprocess.Popen[str]] = []
@@ -96,7 +97,9 @@ def undisturbed(tmp_path_factory, study):
     return results
 
 
-@pytest.mark.parametrize("title", ["TrainWorker", "TrainController", "ImplicitFunc"])
+@pytest.mark.parametrize(
+    "title", [pytest.param("TrainWorker", marks=LONG), "TrainController", "ImplicitFunc"]
+)
 def test_a_team_of_which_a_process_is_killed_ends_as_if_undisturbed(
     title, undisturbed, study, tmp_path
 ):
@@ -143,6 +146,7 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert trial.metrics["epoch"] == 20
 
 
+@LONG
 def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
     study, results = tmp_path / "long.toml", tmp_path / "results"
     study.write_text(STUDY.replace("200", "400"))
@@ -191,6 +195,7 @@ workers = 1
 """
 
 
+@LONG
 def test_the_table_of_two_workers_is_that_of_one(tmp_path):
     path, scores = tmp_path / "pair.toml", []
     for workers, study in (("1", PAIR), ("2", PAIR.replace("workers = 1", ""))):
@@ -220,6 +225,7 @@ def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
     assert "0 to train" in ended(start(path, results, *arguments))
 
 
+@LONG
 def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
     path = tmp_path / "four.toml"
     path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("200", "240"))
@@ -234,7 +240,7 @@ def test_more_trials_run_when_a_node_joins(tmp_path, cluster):
     assert second.start_time < first.end_time
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=LONG), "2"])
 def test_an_autoscaler_starts_the_nodes_that_a_study_has_use_for(workers, tmp_path, autoscaled):
     path = tmp_path / "two.toml"
     path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("200", "10"))
