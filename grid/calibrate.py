@@ -53,10 +53,11 @@ class Measured:
 def calibrate(
     plan: Plan, scale: Scale, source: DataSource, *, threads: int, lanes: int, device: str
 ) -> Calibration:
-    """Measure each kind of training of a plan, on as many lanes at once as a study would.
+    """Measure each kind of training of a plan, in as many processes at once as a study has.
 
-    All lanes measure the same kind, and their mean counts: lanes slow each other. A study of next
-    to nothing is run besides, for what the command costs by itself. ValueError without the device.
+    On a CPU each lane has a training and an evaluator, which share it and slow each other: all
+    measure the same kind, and half of their mean counts. A study of next to nothing is run besides,
+    for what the command costs by itself. ValueError without the device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -66,12 +67,15 @@ def calibrate(
     kinds: dict[str, Recipe] = {}
     for trial in plan:
         kinds.setdefault(kind_of(trial.recipe), trial.recipe)
-    at_once = 1 if device == "cuda" else lanes
+    sharing = 1 if device == "cuda" else 2
+    at_once = sharing * (1 if device == "cuda" else lanes)
     measure = partial(measure_kind, source=source, threads=threads, device=device)
-    each_lane = [recipe for recipe in kinds.values() for _ in range(at_once)]
+    each_process = [recipe for recipe in kinds.values() for _ in range(at_once)]
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-        measured = iter(pool.map(measure, each_lane))
-        found = {kind: _mean([next(measured) for _ in range(at_once)]) for kind in kinds}
+        measured = iter(pool.map(measure, each_process))
+        found = {
+            kind: _mean([next(measured) for _ in range(at_once)], sharing=sharing) for kind in kinds
+        }
     units = [one.epoch * kinds[k].epochs / scale.cost(kinds[k]) for k, one in found.items()]
     return Calibration(
         scale=scale.name,
@@ -87,9 +91,10 @@ def calibrate(
     )
 
 
-def _mean(lanes: list[Measured]) -> Measured:
-    columns = zip(*(astuple(lane) for lane in lanes), strict=True)
-    return Measured(*(sum(column) / len(lanes) for column in columns))
+def _mean(measured: list[Measured], *, sharing: int) -> Measured:
+    """Return what a process would take by itself, where `sharing` of them have a lane."""
+    columns = zip(*(astuple(one) for one in measured), strict=True)
+    return Measured(*(sum(column) / len(measured) / sharing for column in columns))
 
 
 def measure_kind(recipe: Recipe, source: DataSource, *, threads: int, device: str) -> Measured:
@@ -172,7 +177,7 @@ def _gradient_seconds(classifier: Classifier, scale: Scale, data: Data, device: 
 
 def _machine(device: str, at_once: int, threads: int) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return f"{name}, {at_once} trainings at once of {threads} threads"
+    return f"{name}, {at_once} processes at once of {threads} threads"
 
 
 def _processor() -> str:
