@@ -183,6 +183,7 @@ def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
     assert from_parquet(found.ledger)[0].num_rows == 4 * 12
 
 
+@pytest.mark.slow
 def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
     pid = pid_of(idle_actor(pool))
     pool.submit(cell_of(trial, "pgd"), 3)

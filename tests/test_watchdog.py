@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 120
 BEGIN = """
@@ -27,6 +29,7 @@ def start(program):
     )
 
 
+@pytest.mark.slow
 def test_one_that_rests_or_does_its_steps_is_left_alone_and_one_that_is_stuck_killed():
     program = """
 time.sleep(4)
