@@ -23,10 +23,9 @@ from trainables.watchdog import HUNG_SECONDS
 if TYPE_CHECKING:
     from grid.launch import Finished, Launch
 
-# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; a
-# GPU computes the same bits again; what is to be tried again `PatientClient` knows.
+# Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; what
+# is to be tried again `PatientClient` knows.
 ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

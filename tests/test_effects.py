@@ -19,6 +19,13 @@ from tests.test_report import trial_run
 from trainables.scale import DIGITS
 
 
+def planned(tmp_path, toml, *, seeds=1):
+    path = tmp_path / "s.toml"
+    path.write_text(toml)
+    study = load_study(str(path))
+    return study, build_plan(study, DIGITS, seeds=seeds)
+
+
 def frame_of(effect, *, noise=0.01, replicates=4):
     rng = np.random.default_rng(0)
     rows = [
@@ -84,13 +91,11 @@ def test_a_contrast_is_a_paired_t_test():
 
 
 def test_a_grids_effects_are_read_from_its_runs(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(
+    study, plan = planned(
+        tmp_path,
         'name="grid"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n'
-        'optimizer=["sgd","adamw"]\naugmentation=["none","cutmix"]\n'
+        'optimizer=["sgd","adamw"]\naugmentation=["none","cutmix"]\n',
     )
-    study = load_study(str(path))
-    plan = build_plan(study, DIGITS)
     runs = {
         trial.digest: trial_run(trial.digest, clean=0.8 + 0.1 * (trial.recipe.activation == "gelu"))
         for trial in plan
@@ -105,10 +110,9 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path):
 
 
 def test_too_few_trials_have_no_effects(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text('name="pair"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
-    study = load_study(str(path))
-    plan = build_plan(study, DIGITS)
+    study, plan = planned(
+        tmp_path, 'name="pair"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n'
+    )
     runs = {t.digest: trial_run(t.digest, clean=0.5) for t in plan}
     assert grid_effects(study, plan, DIGITS, runs) == []
 
@@ -126,17 +130,7 @@ def test_an_empty_cell_takes_its_interaction_out_and_nothing_else():
     assert all(share.share < 0.02 for share in others)
 
 
-def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(
-        'name="each"\nbase="deit_small"\nmode="one-at-a-time"\n[axes]\nactivation=["relu","silu"]\n'
-        'optimizer=["sgd"]\nscheduler=["step"]\nepochs=[50,60]\naugmentation=["none","cutmix"]\n'
-    )
-    study = load_study(str(path))
-    plan = build_plan(study, DIGITS)
-    runs = {t.digest: trial_run(t.digest, clean=n / 20) for n, t in enumerate(plan)}
-    (effects,) = grid_effects(study, plan, DIGITS, runs)
-    assert (effects.trials, effects.shares, effects.interaction) == (9, (), None)
+def test_interactions_that_are_an_axis_in_disguise_are_left_out():
     half = pd.DataFrame(
         [
             {"a": a, "b": b, "c": "pq"[(a == "x") ^ (b == "u")], "score": 0.1 * (a == "x") + s / 99}
@@ -146,6 +140,17 @@ def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_pa
     first, *others = variance_shares(half, ["a", "b", "c"])  # c is the interaction of a and b
     assert first.axis == "a"
     assert {share.axis for share in others} == {"b", "c"}
+
+
+def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_path):
+    study, plan = planned(
+        tmp_path,
+        'name="each"\nbase="deit_small"\nmode="one-at-a-time"\n[axes]\nactivation=["relu","silu"]\n'
+        'optimizer=["sgd"]\nscheduler=["step"]\nepochs=[50,60]\naugmentation=["none","cutmix"]\n',
+    )
+    runs = {t.digest: trial_run(t.digest, clean=n / 20) for n, t in enumerate(plan)}
+    (effects,) = grid_effects(study, plan, DIGITS, runs)
+    assert (effects.trials, effects.shares, effects.interaction) == (9, (), None)
     aliased = pd.DataFrame(
         [{"a": x, "b": x, "score": s} for x, s in zip("uvw" * 4, range(12), strict=True)]
     )
@@ -153,14 +158,13 @@ def test_axes_that_leave_nothing_to_judge_by_have_no_shares_but_contrasts(tmp_pa
 
 
 def test_a_grids_effects_leave_its_teachers_out_and_name_them_by_their_base(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(
+    study, plan = planned(
+        tmp_path,
         'name="taught"\nbase="deit_small"\n[axes]\n'
         'teacher=["none","resnet50","resnet50_aligned"]\nactivation=["relu","gelu"]\n'
-        'curriculum=["none","study"]\n'
+        'curriculum=["none","study"]\n',
+        seeds=2,
     )
-    study = load_study(str(path))
-    plan = build_plan(study, DIGITS, seeds=2)
     runs = {t.digest: trial_run(t.digest, clean=n / 40) for n, t in enumerate(plan)}
     (effects,) = grid_effects(study, plan, DIGITS, runs)
     assert len(plan.trials) == 24 + 4
