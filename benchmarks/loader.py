@@ -42,7 +42,8 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         root = Path(folder) / "large"
         write_images(root, 64 if quick else 256, (500, 375))
         recipe, data = from_files(root)
-        yield beside_timm("from files at 224 px", recipe, data, root, target=1.0, repeats=repeats)
+        name, turns = "from files at 224 px", 3 * repeats
+        yield beside_timm(name, recipe, data, root, target=1.0, repeats=turns)
         batches = TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=2)
         megabytes = [memory_after(batches, epoch) for epoch in range(epochs)]
         yield Figure(

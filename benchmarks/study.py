@@ -1,26 +1,28 @@
-"""A part of the digits study by one command, beside a fresh process for every training and cell.
+"""The digits study by one command, beside a fresh process for every training and cell.
 
 The scripts are what many labs run: one trains a model and stores its weights, one asks one
 evaluator of them, each pays for its imports. Two run at a time, of one thread each, so that both
-sides have the same cores, and the weights and ledgers must be the same to the last bit.
+sides have the same cores, and the weights and ledgers must be the same to the last bit. A table is
+timed in turns, then the whole study once, which takes half an hour.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from benchmarks.measure import Figure, require
+from benchmarks.measure import Figure, require, seconds
 from grid.plan import Trial, build_plan
+from grid.run import _parser
 from grid.studies import load_study
 from trainables.scale import DIGITS
 from trainables.tracking import Tracker
@@ -30,43 +32,61 @@ AT_ONCE = 2
 
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the ratio of the wall clocks, ours with all that the command brings up."""
-    tables = ["T6"] if quick else ["T1", "T5", "T6"]
-    evaluators = ["clean"] if quick else None
-    plan = build_plan(load_study("paper"), DIGITS, tables=tables, evaluators=evaluators)
-    only = ["--evaluators", *evaluators] if evaluators else []
-    with tempfile.TemporaryDirectory() as folder:
-        results, scripts = Path(folder) / "results", Path(folder) / "scripts"
-        began = time.perf_counter()
-        run_alone(["grid/run.py", "--tables", *tables, *only, "--results", str(results)])
-        between = time.perf_counter()
-        run_scripts(list(plan), scripts)
-        ended = time.perf_counter()
-        cells = require_same(list(plan), results, scripts)
-    yield Figure(
+    if quick:
+        yield beside_scripts(["--tables", "T6", "--evaluators", "clean"], repeats=1)
+    else:
+        yield beside_scripts(["--tables", "T6"], repeats=5)
+        yield beside_scripts([], repeats=1)
+
+
+def beside_scripts(arguments: Sequence[str], *, repeats: int) -> Figure:
+    """Time both sides in turns on what the command's arguments ask for."""
+    options = _parser().parse_args(arguments)
+    plan = build_plan(
+        load_study(options.study), DIGITS, tables=options.tables, evaluators=options.evaluators
+    )
+    cells = sum(len(trial.evaluators) for trial in plan)
+    walls = [one_turn(list(plan), arguments) for _ in range(repeats)]
+    ours, theirs = (statistics.median(side) for side in zip(*walls, strict=True))
+    return Figure(
         name=f"{len(plan.trials)} trainings and {cells} cells, a script each / ours",
-        values=((ended - between) / (between - began),),
+        values=tuple(their_s / our_s for our_s, their_s in walls),
         target=5,
-        same="the same weights and ledgers to the last bit",
+        same=f"the same weights and ledgers to the last bit, ours in {ours:.0f} s, {theirs:.0f} s",
     )
 
 
+def one_turn(trials: Sequence[Trial], arguments: Sequence[str]) -> tuple[float, float]:
+    """Return the wall clocks of the command and of the scripts, which must leave the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        results, scripts = Path(folder) / "results", Path(folder) / "scripts"
+        ours = seconds(lambda: run_alone(["grid/run.py", *arguments, "--results", str(results)]))
+        theirs = seconds(lambda: run_scripts(trials, scripts))
+        require_same(trials, results, scripts)
+    return ours, theirs
+
+
 def run_scripts(trials: Sequence[Trial], folder: Path) -> None:
-    """Train every trial, then ask every cell, each in a process of its own."""
+    """Train every trial, teachers first, then ask every cell, each in a process of its own."""
     folder.mkdir()
-    trainings = [
-        [*("-m", "benchmarks.study"), t.recipe.model_dump_json(), str(weights_of(t, folder))]
-        for t in trials
-    ]
+    untaught, taught = (
+        [
+            [*("-m", "benchmarks.study"), trial.recipe.model_dump_json(), str(folder)]
+            for trial in trials
+            if (trial.recipe.teacher is None) is alone
+        ]
+        for alone in (True, False)
+    )
     asked = [
         [
-            *("-m", "evaluators", "--weights", str(weights_of(trial, folder))),
+            *("-m", "evaluators", "--weights", str(weights_of(trial.digest, folder))),
             *("--evaluators", name, "--ledger", str(folder / trial.digest / name)),
         ]
         for trial in trials
         for name in trial.evaluators
     ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for commands in (trainings, asked):
+        for commands in (untaught, taught, asked):
             list(pool.map(run_alone, commands))
 
 
@@ -76,47 +96,50 @@ def run_alone(command: Sequence[str]) -> None:
     subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)  # noqa: S603
 
 
-def require_same(trials: Sequence[Trial], results: Path, scripts: Path) -> int:
-    """See that both sides left the same weights and ledgers; return how many cells there are."""
+def require_same(trials: Sequence[Trial], results: Path, scripts: Path) -> None:
+    """See that both sides left the same weights and ledgers."""
     tracker = Tracker(
         f"sqlite:///{results}/mlflow.db",
         experiment="robustness-digits",
         artifacts=results / "artifacts",
     )
-    runs, cells = tracker.trials(), 0
+    runs = tracker.trials()
     for trial in trials:
         ours = results / "trials" / trial.digest / "weights.safetensors"
-        same = ours.read_bytes() == weights_of(trial, scripts).read_bytes()
+        same = ours.read_bytes() == weights_of(trial.digest, scripts).read_bytes()
         require(same, f"the weights of {trial.recipe.describe()}")
         for name in trial.evaluators:
             kept = tracker.ledger(runs[trial.digest], name)
             found = pq.read_table(scripts / trial.digest / name / f"{name}.parquet")
             require(found.equals(pq.read_table(io.BytesIO(kept))), f"{name} of {trial.digest}")
-            cells += 1
-    return cells
 
 
-def weights_of(trial: Trial, folder: Path) -> Path:
+def weights_of(digest: str, folder: Path) -> Path:
     """Return where a script leaves a trial's weights."""
-    return folder / f"{trial.digest}.safetensors"
+    return folder / f"{digest}.safetensors"
 
 
-def train_alone(recipe_json: str, out: str) -> None:
+def train_alone(recipe_json: str, folder: Path) -> None:
     """Train a recipe and store its weights: what a script of its own does."""
     import torch
 
-    from trainables.checkpoint import save_weights
+    from trainables.checkpoint import fit_weights, save_weights, stored_weights
     from trainables.data import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.recipe import Recipe
 
     recipe = Recipe.model_validate_json(recipe_json)
-    classifier = build_classifier(recipe)
-    for _ in train(recipe, classifier, load_data(DIGITS), device=torch.device("cpu")):
+    classifier, teacher = build_classifier(recipe), None
+    if recipe.teacher:
+        taught_by = str(weights_of(recipe.teacher.digest(), folder))
+        teacher = build_classifier(recipe.teacher)
+        fit_weights(stored_weights(taught_by), teacher, taught_by)
+    data, device = load_data(DIGITS), torch.device("cpu")
+    for _ in train(recipe, classifier, data, device=device, teacher=teacher):
         pass
-    save_weights(out, classifier, recipe_json)
+    save_weights(str(weights_of(recipe.digest(), folder)), classifier, recipe_json)
 
 
 if __name__ == "__main__":
-    train_alone(*sys.argv[1:])
+    train_alone(sys.argv[1], Path(sys.argv[2]))

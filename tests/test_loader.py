@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.transforms import InterpolationMode, v2
 
 from grid.studies import STRONG, resnet50
 from tests.pictures import write_folder
 from trainables import augment
-from trainables.augment import augmented, augmented_epoch
+from trainables.augment import augmented, augmented_epoch, library_randomness
 from trainables.data import Split, load_data
 from trainables.loader import TrainBatches
 from trainables.scale import CIFAR10
@@ -85,6 +86,24 @@ def test_crops_cover_between_a_twelfth_and_all_and_half_are_mirrored(data, scale
     # sqrt(0.08 * 3/4) is the narrowest crop.
     assert 0.2 < width.min() < 0.4
     assert width.max() > 0.9
+
+
+def test_crops_and_flips_are_torchvisions_transforms_to_the_bit(scale, data):
+    images, recipe = data.train.images, scale.shrink(resnet50())
+    preset = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                images.size, scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC
+            ),
+            v2.RandomHorizontalFlip(0.5),
+            v2.PILToTensor(),
+        ]
+    )
+    found = augmented(recipe, images, 2, torch.arange(12))
+    for place, image in enumerate(found):
+        with library_randomness() as reseed:
+            reseed(recipe.seed, 2, 5, place)
+            assert torch.equal(image, preset(images.original(place)))
 
 
 def test_batch_by_batch_is_what_whole_epochs_are(monkeypatch):
