@@ -55,14 +55,11 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     repeats = 1 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        yield beside_bare(*small(64 if quick else 256), batch=32, repeats=repeats)
+        # Short epochs in many turns: a machine's speed changes within seconds.
+        yield beside_bare(*small(64), batch=32, repeats=4 * repeats)
         # A worker reads the files beside the training, as the command's do, hence the wall clock.
-        yield beside_bare(
-            *large(root / "large", 4 if quick else 32),
-            batch=4,
-            repeats=3 * repeats,
-            clock=time.perf_counter,
-        )
+        pictures = large(root / "large", 4 if quick else 8)
+        yield beside_bare(*pictures, batch=4, repeats=8 * repeats, clock=time.perf_counter)
         yield from beside_timm(root / "digits", 1 if quick else EPOCHS - 1)
     if DEVICE.type == "cuda":
         for recipe in (resnet50(), deit()):
@@ -73,11 +70,11 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 def beside_bare(
     recipe: Recipe, data: Data, *, batch: int, repeats: int, clock: Clock = device_seconds
 ) -> Figure:
-    """Time an epoch of each side in turns; an epoch's judging is cut down to one image."""
+    """Time an epoch of each side in turns; its judging is cut down to one image."""
     recipe = recipe.replace(batch_size=batch, epochs=repeats + 1, warmup_epochs=0.0)
     judged_by_one = replace(data, held_out=few(data.held_out))
     ours = train(recipe, build_classifier(recipe), judged_by_one, device=DEVICE)
-    bare = bare_epochs(recipe, data)
+    bare = bare_epochs(recipe, judged_by_one)
     pairs = in_turns(lambda: next(ours), lambda: next(bare), repeats=repeats, clock=clock)
     steps = len(data.train) // batch
     rate = steps * batch / statistics.median(our_s for our_s, _ in pairs)
@@ -200,17 +197,19 @@ def few(split: Split) -> Split:
 
 
 def bare_epochs(recipe: Recipe, data: Data) -> Iterator[None]:
-    """Train on one batch in memory, as many steps as an epoch of ours has."""
-    classifier = build_classifier(recipe).to(DEVICE).train()
+    """Train on one batch in memory, as many steps as an epoch of ours has, and judge."""
+    classifier = build_classifier(recipe).to(DEVICE)
     optimizer = build_optimizer(recipe, classifier)
     images: Tensor = to_unit(data.train.images[: recipe.batch_size].to(DEVICE))
     labels = data.train.labels[: recipe.batch_size].to(DEVICE)
     half = PRECISIONS[recipe.precision]
     while True:
+        classifier.train()
         for _ in range(len(data.train) // recipe.batch_size):
             optimizer.zero_grad()
             with torch.autocast(DEVICE.type, half, enabled=half is not torch.float32):
                 logits_BK = classifier(images)
             F.cross_entropy(logits_BK.float(), labels).backward()
             optimizer.step()
+        accuracy(classifier, data.held_out, device=DEVICE)
         yield

@@ -1,10 +1,13 @@
 """Every benchmark, small: both sides must compute the same thing. No time is looked at."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import BENCHMARKS, figures, main, table
+from benchmarks.__main__ import BENCHMARKS, KEPT, figures, main, table
 from benchmarks.measure import DisagreementError, Figure, require
 
 SLOWER = Figure(name="a", values=(1.0, 2.0, 3.0, 4.0, 6.0), target=3.5, same="all")
@@ -41,6 +44,14 @@ def test_the_table_says_what_was_not_reached():
         last
         == "| a | 3.00 [1.50, 5.00] x | 5 | at least 3.5, not reached | all | 2026-01-31, abc |"
     )
+
+
+def test_the_readmes_figures_are_those_that_are_kept():
+    kept = table(json.loads(KEPT.read_text()))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.findall(r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", readme.partition("## Speed")[2])
+    assert len(shown) > 10
+    assert [figure for figure in shown if figure not in kept] == []
 
 
 def test_an_unknown_benchmark_is_refused_with_the_list():
