@@ -70,7 +70,9 @@ def _run(options: argparse.Namespace) -> int:
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
-    whose = repr((weights, classifier, scale, source.root, sorted(source.folders.items())))
+    normalisation = classifier.mean.tolist(), classifier.std.tolist()
+    folders = sorted(source.folders.items())
+    whose = repr((weights, classifier, normalisation, scale, source.root, folders))
     ledgers, scores, stores = {}, [], []
     for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
         evaluator = _evaluator(name, scale, options)
@@ -111,27 +113,25 @@ def _readable(source: DataSource) -> DataSource:
 def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Classifier]:
     """Build the model that the options, or the weights file's own header, name; load it."""
     from evaluators.weights import load_any_weights
-    from trainables.models import classifier_named
+    from trainables.models import build_classifier, classifier_named
 
-    model, activation, scale_name = options.model, options.activation, options.scale
-    if model is None:
-        recipe = _recipe_of(options.weights)
-        if scale_name not in (None, recipe.scale, recipe.scale.partition("-")[0]):
-            raise ValueError(f"{options.weights} was trained at {recipe.scale}, not {scale_name}")
-        model, scale_name = recipe.model, recipe.scale
-        activation = activation or recipe.activation
     if options.model is None:
-        scale = scale_named(scale_name)
+        recipe = _recipe_of(options.weights)
+        if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
+            raise ValueError(
+                f"{options.weights} was trained at {recipe.scale}, not {options.scale}"
+            )
+        if options.activation:
+            recipe = recipe.replace(activation=options.activation)
+        scale, classifier = scale_named(recipe.scale), build_classifier(recipe)
     else:
-        scale = scale_of(scale_name or "digits", source, image_size=options.image_size)
-    if options.mean is not None:
-        scale = dataclasses.replace(scale, mean=(options.mean,) * 3)
-    if options.std is not None:
-        scale = dataclasses.replace(scale, std=(options.std,) * 3)
-    scale = _with_budgets(scale, options)
-    classifier = classifier_named(model, scale, activation=activation)
+        scale = scale_of(options.scale or "digits", source, image_size=options.image_size)
+        classifier = classifier_named(options.model, scale, activation=options.activation)
+    for held, asked in ((classifier.mean, options.mean), (classifier.std, options.std)):
+        if asked is not None:
+            held.fill_(asked)
     load_any_weights(options.weights, classifier)
-    return scale, classifier
+    return _with_budgets(scale, options), classifier
 
 
 def _with_budgets(scale: Scale, options: argparse.Namespace) -> Scale:
@@ -292,7 +292,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scale", help=f"{', '.join(SCALE_NAMES)} (default: the file's, or digits)"
     )
     add_data_options(parser)
-    normalisation = "of the normalisation, all channels, pixels in [0, 1] (default: the scale's)"
+    whose = "default: those of the file's recipe, or the scale's"
+    normalisation = f"of the normalisation, all channels, pixels in [0, 1] ({whose})"
     parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
     parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")
     _add_attack_options(parser)

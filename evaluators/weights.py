@@ -28,6 +28,10 @@ def load_any_weights(path: Path, classifier: Classifier) -> None:
         name: _fitted(name, value, wanted[name]) if name in wanted else value
         for name, value in tensors.items()
     }
+    # How many batches a norm has seen is no part of its answer, and ours do not count them.
+    for name in wanted:
+        if name.endswith(".num_batches_tracked"):
+            fitted.setdefault(name, wanted[name])
     problems = [f"{name} is missing" for name in wanted if name not in fitted]
     problems += [f"{name} is unknown" for name in fitted if name not in wanted]
     problems += [
@@ -96,10 +100,13 @@ def _plain_name(name: str) -> str:
 
 
 def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:
-    """Return a norm's (C, 1, 1, 1) or (1, C, 1, 1) affine as (C,), and ghost 0 of (G * C,)."""
+    """Return a norm's (C, 1, 1, 1) or (1, C, 1, 1) affine as (C,).
+
+    Of statistics (G * C,) or (S, G * C): ghost 0 of set 0.
+    """
     if wanted.ndim != 1:
         return value
     if value.numel() == wanted.numel():
         return value.reshape(wanted.shape)
     ghosts = name.endswith(STATISTICS) and value.numel() % wanted.numel() == 0
-    return value[: len(wanted)] if ghosts else value
+    return value.flatten()[: len(wanted)] if ghosts else value

@@ -12,10 +12,14 @@ import pytest
 import timm
 import torch
 
+from evaluators import evaluator_named
 from evaluators.__main__ import SINGLE_SCORES, main
+from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
 from trainables.checkpoint import save_weights
+from trainables.data import load_data
+from trainables.loop import train
 from trainables.models import build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, SCALES
@@ -110,6 +114,52 @@ def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, 
     assert set(pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist()) == {
         f"pgd-{steps}" for steps in STEPS
     }
+
+
+@pytest.fixture(scope="module")
+def ghostly(tmp_path_factory):
+    """A file, and the model, of a recipe with ghosts, accumulation and pixels in [-1, 1]."""
+    changes = {"norm": "ghost", "ghost_batch": 16, "micro_batch": 32, "pixel_range": "half"}
+    recipe = RECIPE.replace(**changes)
+    classifier = build_classifier(recipe)
+    list(train(recipe, classifier, load_data(DIGITS), device=torch.device("cpu")))
+    path = tmp_path_factory.mktemp("ghostly") / "ghostly.safetensors"
+    save_weights(path, classifier, recipe.model_dump_json())
+    return path, classifier.eval()
+
+
+def test_a_file_of_this_project_is_judged_as_its_study_judges_it(ghostly, tmp_path):
+    path, classifier = ghostly
+    assert main(["--weights", str(path), "--ledger", str(tmp_path)]) == 0
+    found = pq.read_table(tmp_path / "clean.parquet")
+    evaluator = evaluator_named("clean", DIGITS)
+    judged = evaluate(evaluator, classifier, load_data(DIGITS), device=torch.device("cpu"))
+    assert found.equals(judged)
+    assert len(set(found["predicted"].to_pylist())) > 1
+
+
+def test_a_plain_network_takes_the_weights_of_one_with_ghosts(ghostly):
+    path, classifier = ghostly
+    plain = classifier_named("resnet18", DIGITS, activation="gelu").eval()
+    load_any_weights(path, plain)
+    images = torch.rand(8, 3, 32, 32)
+    with torch.no_grad():
+        ours, theirs = plain.backbone(images), classifier.backbone(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_models_normalisation_is_not_the_evaluators(own_file, tmp_path, monkeypatch):
+    """The networks that make textures and styles normalise by the scale's own."""
+    asked = []
+
+    def remembered(name, scale):
+        asked.append(scale)
+        return evaluator_named(name, scale)
+
+    monkeypatch.setattr("evaluators.evaluator_named", remembered)
+    options = ["--mean", "0.9", "--std", "0.1", "--ledger", str(tmp_path)]
+    assert main(["--weights", str(own_file), *options]) == 0
+    assert asked == [DIGITS]
 
 
 def test_a_run_goes_on_behind_its_own_verdicts_and_no_others(own_file, tmp_path, monkeypatch):
