@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from trainables.tracking import Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
+EVENTS_SECONDS = 1.0  # of events at a time, then it is the cells' turn
 JUDGED_OUTCOMES = ("finished",)
 
 
@@ -136,12 +138,13 @@ class Recorder(threading.Thread):
                 if self._is_judgeable(digest):
                     self._submit_missing_cells(run)
             while not self._is_over():
-                self._handle_events()
-                for judged in self._pool.poll(POLL_SECONDS):
+                self._handle_events(EVENTS_SECONDS)
+                wait = POLL_SECONDS if self._events.empty() else 0.0
+                for judged in self._pool.poll(wait):
                     with self._noticing_deletion(judged.cell.trial):
                         self._record(judged)
                 if len(self._pool) == 0:
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(wait)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
             self._handle_events()
             self._flush()
@@ -154,7 +157,8 @@ class Recorder(threading.Thread):
         idle = self._events.empty() and len(self._pool) == 0
         return self._training_over.is_set() and idle
 
-    def _handle_events(self) -> None:
+    def _handle_events(self, seconds: float = math.inf) -> None:
+        until = time.monotonic() + seconds
         while not self._events.empty():
             kind, digest, payload = self._events.get()
             if digest in self._deleted:
@@ -166,6 +170,8 @@ class Recorder(threading.Thread):
                     self._on_reported(digest, payload)
                 else:
                     self._on_failed(digest, payload["reason"], payload["trace"])
+            if time.monotonic() >= until:
+                break
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import ray
 
@@ -11,6 +13,7 @@ from grid.plan import build_plan
 from grid.progress import ProgressLine
 from grid.studies import load_study
 from tests.driver import study_of_one
+from tests.made_up import record
 from trainables.data import load_data
 from trainables.scale import DIGITS
 
@@ -66,6 +69,19 @@ def test_gpus_that_evaluators_come_to_hold_later_are_no_room(two_cpus, monkeypat
     assert room.lanes(Placement(gpus=1.0)) == 2
     held[node] = 0.5
     assert room.lanes(Placement(gpus=1.0)) == 1
+
+
+def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("grid.record.EVENTS_SECONDS", 0.0)
+    monkeypatch.setattr(ProgressLine, "show", lambda _, text: shown.append(text))
+    study = load_study("paper")
+    plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
+    record(tmp_path, study, plan)
+    stands = [re.findall(r"trials (\d) done.* cells (\d)/3", text)[0] for text in shown]
+    assert stands[-1] == ("3", "3")
+    assert ("1", "1") in stands
+    assert stands == sorted(stands)
 
 
 def test_a_studys_run_that_was_deleted_meanwhile_is_written_anew(launch, capsys):
