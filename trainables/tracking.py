@@ -208,8 +208,8 @@ class Tracker:
             "outcome": "training",
             "mlflow.parentRunId": parent,
         }
-        query = f"tags.kind = 'trial' AND tags.digest = '{digest}'"
-        run = _trial_run(self._create(query, run_name=name, tags=tags))
+        # A database looks through the tag's values of all runs: only trials have this one.
+        run = _trial_run(self._create(f"tags.digest = '{digest}'", run_name=name, tags=tags))
         self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
         self._client.log_inputs(run.run_id, datasets=[source])
