@@ -23,6 +23,7 @@ def open_tracker(
 ) -> Tracker:
     """Open the experiment of a scale; its database is made on first use.
 
+    Only one command at a time runs on a results folder, so only it writes to the database there.
     `say` is told when the server is away.
     """
     check_address(mlflow or "")
@@ -31,6 +32,7 @@ def open_tracker(
         tracking_uri(results, mlflow),
         experiment=f"robustness-{scale.name}",
         artifacts=artifacts,
+        shared=mlflow is not None,
         say=say,
     )
 

@@ -78,8 +78,9 @@ def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
     assert [step for _, _, step in found] == list(range(1, 11))
 
 
-def tracker_in(folder):
-    return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=folder / "artifacts")
+def tracker_in(folder, **options):
+    uri = f"sqlite:///{folder}/mlflow.db"
+    return Tracker(uri, experiment="x", artifacts=folder / "artifacts", **options)
 
 
 def start_trial(tracker, study="s"):
@@ -108,8 +109,9 @@ class LosingAnswers(MlflowClient):
         return run
 
 
-def test_a_lost_answer_makes_no_second_run(tmp_path):
-    tracker = tracker_in(tmp_path)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_lost_answer_makes_no_second_run(tmp_path, shared):
+    tracker = tracker_in(tmp_path, shared=shared)
     said = []
     tracker._client = PatientClient(LosingAnswers(tracker.uri), said.append)
     run = start_trial(tracker)
@@ -133,6 +135,21 @@ def test_two_commands_on_one_server_make_one_run_of_a_trial(tmp_path):
     assert (second.logged_epochs, second.outcome) == (1, "training")
     assert len(one._search("tags.kind = 'trial'")) == 1
     assert one.trials()["abc"].reason == ""
+
+
+def test_who_alone_writes_looks_for_no_run_before_it_makes_one(tmp_path):
+    asked = []
+
+    class Listening(MlflowClient):
+        def search_runs(self, *arguments, **named):
+            asked.append(arguments[1])
+            return super().search_runs(*arguments, **named)
+
+    for shared, looked_for in ((False, []), (True, ["tags.digest = 'abc'"])):
+        tracker = tracker_in(tmp_path, shared=shared)
+        tracker._client = PatientClient(Listening(tracker.uri), pytest.fail)
+        start_trial(tracker)
+        assert asked == looked_for
 
 
 def test_two_commands_on_one_server_make_one_run_of_a_study(tmp_path):

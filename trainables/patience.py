@@ -92,12 +92,23 @@ class PatientClient:
         """Have calls that wait raise what they wait for."""
         self._given_up.set()
 
-    def create_run(self, *arguments: Any, made: Callable[[], Any | None], **named: Any) -> Any:
+    def create_run(
+        self, *arguments: Any, made: Callable[[], Any | None], shared: bool, **named: Any
+    ) -> Any:
         """Return the run that `made` finds, or create it.
 
-        Another command may have made it since, or a try of our own whose answer was lost.
+        A try of our own whose answer was lost may have made it or, where runs are `shared`,
+        another command.
         """
-        return self._patiently(lambda: made() or self._client.create_run(*arguments, **named))
+        may_be_there = shared
+
+        def ask() -> Any:
+            nonlocal may_be_there
+            found = made() if may_be_there else None
+            may_be_there = True
+            return found or self._client.create_run(*arguments, **named)
+
+        return self._patiently(ask)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client, name)

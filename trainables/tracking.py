@@ -82,6 +82,8 @@ class Tracker:
     """The one writer: a parent run per study, a child run per trial, found again by digest.
 
     uri: an MLflow tracking URI. artifacts: where they lie, or None to leave it to the server.
+    shared: other commands may open trials there too, so each is looked for before it is made,
+    which takes the longer the more there are.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
     on a server that is away is waited for, which `say` is told; a run that was deleted meanwhile
     is a RunDeletedError.
@@ -93,9 +95,10 @@ class Tracker:
         *,
         experiment: str,
         artifacts: Path | None,
+        shared: bool = True,
         say: Callable[[str], None] = logger.warning,
     ) -> None:
-        self.uri = uri
+        self.uri, self._shared = uri, shared
         try:
             client = MlflowClient(uri)
             self._client = PatientClient(client, say)
@@ -123,7 +126,7 @@ class Tracker:
         `classes` the names of the data's classes, by label.
         """
         tags = {"kind": "study", "study": name, "mlflow.note.content": description}
-        run = self._create(_study_query(name), run_name=f"study: {name}", tags=tags)
+        run = self._create(_study_query(name), True, run_name=f"study: {name}", tags=tags)
         run_id = str(run.info.run_id)
         self._client.update_run(run_id, status="RUNNING")
         view = {
@@ -209,7 +212,8 @@ class Tracker:
             "mlflow.parentRunId": parent,
         }
         # A database looks through the tag's values of all runs: only trials have this one.
-        run = _trial_run(self._create(f"tags.digest = '{digest}'", run_name=name, tags=tags))
+        query = f"tags.digest = '{digest}'"
+        run = _trial_run(self._create(query, self._shared, run_name=name, tags=tags))
         self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
         self._client.log_inputs(run.run_id, datasets=[source])
@@ -327,7 +331,7 @@ class Tracker:
         """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
         token = uuid.uuid4().hex
         tags = {"kind": "evaluation", "token": token}
-        run = self._create(f"tags.token = '{token}'", run_name=name, tags=tags)
+        run = self._create(f"tags.token = '{token}'", False, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
         self._client.log_batch(run_id, metrics=values)
@@ -336,14 +340,14 @@ class Tracker:
         self._client.set_terminated(run_id, "FINISHED")
         return run_id
 
-    def _create(self, query: str, *, run_name: str, tags: Mapping[str, str]) -> Run:
-        """Return the run that `query` finds, or create it."""
+    def _create(self, query: str, shared: bool, *, run_name: str, tags: Mapping[str, str]) -> Run:
+        """Return the run that `query` finds, where there may be one, or create it."""
 
         def made() -> Run | None:
             return next(iter(self._search(query)), None)
 
         run: Run = self._client.create_run(
-            self.experiment_id, run_name=run_name, tags=dict(tags), made=made
+            self.experiment_id, run_name=run_name, tags=dict(tags), made=made, shared=shared
         )
         return run
 
