@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ ERRORS = "corruptions"  # the one score that is an error, a mean over questions
 class Paired:
     """A difference of shares over n images with its 95 % interval.
 
-    The interval is a bootstrap of images, or a wider one where that says less. Of one answer an
-    image: Clopper and Pearson's of the images answered differently, so that 0 is left out only
+    The interval is a bootstrap of images, or as much wider as another says. Of answers that are
+    right or wrong: that of the shares of images gained and lost, which holds where few are. Of one
+    seed: Clopper and Pearson's of the images answered differently, so that 0 is left out only
     where p, the exact McNemar test's, is below 0.05. Of several seeds: Welch's over the trainings.
     p is None where an image has more than one answer.
     """
@@ -67,11 +69,15 @@ def compare(
     intervals, p = [_over_images(difference_N)], None
     if min(len(ours), len(reference)) > 1:
         intervals.append(_over_trainings(ours_SN.mean(axis=1), reference_SN.mean(axis=1)))
-    elif len(ours) == len(reference) and np.isin([ours_SN, reference_SN], (0, 1)).all():
-        gained, lost = int((difference_N > 0).sum()), int((difference_N < 0).sum())
-        p = mcnemar(gained, lost)
-        if gained + lost:
-            intervals.append(_of_the_discordant(gained, lost, len(shared)))
+    if len(ours) == len(reference) and np.isin([ours_SN, reference_SN], (0, 1)).all():
+        counts = [(int((d_N > 0).sum()), int((d_N < 0).sum())) for d_N in ours_SN - reference_SN]
+        ends = [_of_gained_and_lost(*count, len(shared)) for count in counts]
+        low, high = np.mean(ends, axis=0)
+        intervals.append((float(low), float(high)))
+        if len(counts) == 1:
+            p = mcnemar(*counts[0])
+            if any(counts[0]):
+                intervals.append(_of_the_discordant(*counts[0], len(shared)))
     lows, highs = zip(*intervals, strict=True)
     return Paired(float(difference_N.mean()), min(lows), max(highs), len(shared), p)
 
@@ -79,6 +85,19 @@ def compare(
 def mcnemar(gained: int, lost: int) -> float:
     """Return the two-sided exact p of McNemar's test from the discordant pairs (McNemar 1947)."""
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def _of_gained_and_lost(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """Return the interval of a difference out of Clopper and Pearson's of both shares.
+
+    Source: MOVER (Zou and Donner 2008).
+    """
+    won, missed = (binomtest(count, n).proportion_ci(CONFIDENCE) for count in (gained, lost))
+    gain, loss = gained / n, lost / n
+    return (
+        gain - loss - math.hypot(gain - won.low, missed.high - loss),
+        gain - loss + math.hypot(won.high - gain, loss - missed.low),
+    )
 
 
 def _of_the_discordant(gained: int, lost: int, n: int) -> tuple[float, float]:

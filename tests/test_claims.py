@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from evaluators.ledger import share
 from evaluators.paired import Paired
 from grid.plan import build_plan
 from grid.report.claims import CLAIMS, Claim, Judgement, answer, decide, judge_claims
@@ -13,6 +14,7 @@ from grid.studies import paper
 from tests.made_up import record
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
+from trainables.tracking import scores_as_metrics
 
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
@@ -58,21 +60,33 @@ def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
     assert not any(claim.statement.startswith(("So ", "Nor ", "Neither ")) for claim in CLAIMS)
 
 
-def test_seeds_that_agree_do_not_make_thirty_images_more(tmp_path):
-    study = paper()
-    plan = build_plan(study, DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
-    (table,) = plan.tables
-    column = next(c for c in table.columns if c.label == "AutoAttack 4/255")
+@pytest.mark.parametrize(("survivors", "verdict"), [(0, OPEN), (1, OPEN), (4, FAILED)])
+def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, verdict):
+    plan = build_plan(paper(), DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
+    own = share("autoattack", survivors, 30)
+    metrics = {name.replace("/", "__"): value for name, value in scores_as_metrics([own]).items()}
+    runs = {trial.digest: trial_run(trial.digest, **metrics) for trial in plan}
+    (resnet, _) = judge_claims(plan, Verdicts(None, runs), runs)
+    assert (resnet.verdict, resnet.published) == (verdict, 0.0)
+    # Two seeds that agree do not make thirty images more.
+    assert (resnet.paired.n, resnet.paired.p) == (30, None)
+    assert (resnet.paired.low, resnet.paired.high) == pytest.approx((own.low, own.high))
 
-    class NoneSurvive(Verdicts):
-        def _scores(self, digests, column):
-            return [{str(image): 0.0 for image in range(30)} for _ in digests]
 
-    found = NoneSurvive(None, {}).from_zero(table.rows[0], column, 2)
-    assert (found.difference, found.n, found.p) == (0.0, 30, None)
-    assert found.high == pytest.approx(1 - 0.025 ** (1 / 30))
-    (resnet, _) = judge_claims(plan, NoneSurvive(None, {}), {})
-    assert (resnet.verdict, resnet.published) == (OPEN, 0.0)
+def test_a_claim_about_a_collapsed_model_says_so():
+    plan = build_plan(paper(), DIGITS, tables=["T2"])
+    rows = {row.label: row.recipe.digest() for row in plan.tables[0].rows}
+    runs = {digest: trial_run(digest) for digest in rows.values()}
+    for label, outcome, verdict in [
+        ("ResNet-50 with AdamW", "collapsed", "cannot be judged"),
+        ("ResNet-50 with AdamW", "failed", "not judged yet"),
+    ]:
+        runs[rows[label]] = trial_run(rows[label], outcome)
+        judged = judge_claims(plan, Verdicts(None, runs), runs)
+        found = next(judgement for judgement in judged if judgement.claim.row[1] == label)
+        assert (found.verdict, found.outcome) == (verdict, f"{label} {outcome}")
+        assert found.outcome in claims_plot(judged).svg
+        assert "not judged yet" in answer(judged)
 
 
 @pytest.mark.slow

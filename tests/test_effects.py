@@ -14,6 +14,7 @@ from grid.report.effects import (
     strongest_interaction,
     variance_shares,
 )
+from grid.report.plots import effects_plot
 from grid.studies import load_study
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
@@ -88,6 +89,7 @@ def test_a_contrast_is_a_paired_t_test():
     expected = ttest_rel(*sides).confidence_interval(0.95)
     assert (found.value, found.reference, found.pairs) == ("y", "x", 8)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.is_told_apart == (expected.low > 0)
 
 
 def test_a_grids_effects_are_read_from_its_runs(tmp_path):
@@ -107,6 +109,9 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path):
     gelu = next(c for c in effects.contrasts if c.axis == "activation")
     assert (gelu.value, gelu.reference, gelu.pairs) == ("gelu", "relu", 4)
     assert gelu.difference == pytest.approx(0.1)
+    # Four pairs that differ alike tell of no spread, and so of no interval.
+    assert (gelu.low, gelu.high, gelu.is_told_apart) == (None, None, False)
+    assert "pairs are too alike" in effects_plot(effects).caption
 
 
 def test_too_few_trials_have_no_effects(tmp_path):

@@ -78,8 +78,9 @@ def test_what_a_study_is_told_is_shown_and_not_obeyed(recorded, tmp_path):
 
 def test_a_studys_name_does_not_break_its_latex(tmp_path):
     table = FilledTable("my_study", "Every trial of the study", ("Clean",), ())
-    write_exports([table], tmp_path)
-    assert r"\caption{my\_study: " in (tmp_path / "tables.tex").read_text()
+    write_exports([table], DIGITS, tmp_path)
+    latex = (tmp_path / "tables.tex").read_text()
+    assert r"\caption{my\_study: Every trial of the study, on scikit-learn's handwritten" in latex
 
 
 def test_a_study_that_was_never_opened_can_be_reported(recorded, tmp_path):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scipy.stats import ttest_ind
+from scipy.stats import binom, ttest_ind
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from evaluators import EXTRA_KINDS, SEVERITIES
@@ -28,8 +30,9 @@ def test_a_difference_is_taken_on_the_images_that_both_have():
     found = compare([ours], [reference])
     assert (found.n, found.p) == (3, 1.0)
     assert found.difference == pytest.approx(1 / 3)
-    # One image was answered differently, and by one nobody can tell in whose favour more would be.
-    assert found.low == pytest.approx(-0.95 / 3)
+    # Clopper and Pearson's: of 1 in 3 from 1 - 0.975 ** (1 / 3), of 0 in 3 to 1 - 0.025 ** (1 / 3).
+    gain, loss = 1 / 3 - (1 - 0.975 ** (1 / 3)), 1 - 0.025 ** (1 / 3)
+    assert found.low == pytest.approx(1 / 3 - math.hypot(gain, loss))
     assert found.high == pytest.approx(1.0)
 
 
@@ -40,6 +43,26 @@ def test_an_interval_leaves_out_zero_only_where_mcnemar_does(gained, lost):
     found = compare([ours], [reference])
     assert found.difference == pytest.approx((gained - lost) / 100)
     assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+
+
+@pytest.mark.parametrize(("n", "gain"), [(30, 0.1), (64, 0.05), (64, 0.06), (64, 0.2), (597, 0.01)])
+def test_an_interval_misses_a_rare_gain_no_more_often_than_it_says(n, gain):
+    nobody = {str(i): 0.0 for i in range(n)}
+    counts = range(31)
+    found = [compare([{str(i): float(i < k) for i in range(n)}], [nobody]) for k in counts]
+    lows, highs = ([getattr(f, end) for f in found] for end in ("low", "high"))
+    assert lows == sorted(lows)
+    assert highs == sorted(highs)
+    chances = binom.pmf(counts, n, gain)
+    assert sum(c for c, high in zip(chances, highs, strict=True) if high < gain) <= 0.025
+    assert sum(c for c, low in zip(chances, lows, strict=True) if low > gain) <= 0.025
+
+
+def test_two_images_gained_of_as_many_leave_room_for_those_unseen():
+    found = compare([{str(i): float(i < 2) for i in range(64)}], [{str(i): 0.0 for i in range(64)}])
+    # Clopper and Pearson's: of 2 in 64 [0.0038, 0.1084], of 0 in 64 [0, 0.0560].
+    assert found.high == pytest.approx(0.1084, abs=1e-4)
+    assert found.low == pytest.approx(2 / 64 - math.hypot(2 / 64 - 0.0038, 0.0560), abs=1e-4)
 
 
 def test_the_bootstrap_covers_as_a_normal_interval_does_on_many_images():

@@ -4,8 +4,9 @@ import pytest
 from scipy.stats import t as student
 
 from grid.plan import build_plan
-from grid.report.tables import fill_tables
-from grid.studies import load_study, paper
+from grid.report.plots import stages_plot
+from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_tables
+from grid.studies import deit, load_study, paper
 from trainables.scale import DIGITS
 from trainables.tracking import TrialRun
 
@@ -84,7 +85,7 @@ def test_seeds_are_replicates_with_students_interval():
     mean, deviation = 93.0, 2.6457513
     reach = student.ppf(0.975, 2) * deviation / 3**0.5
     assert (cell.value, cell.low, cell.high) == pytest.approx((mean, mean - reach, mean + reach))
-    assert cell.n == 3 * 597
+    assert cell.n == 597
 
 
 def test_seeds_that_agree_keep_the_interval_of_their_images():
@@ -123,6 +124,18 @@ def test_a_grids_table_shows_whatever_is_asked_of_it(tmp_path):
         "Clean, same images",
         *("after APGD-CE", "after APGD-T", "after FAB-T", "AutoAttack (digits)"),
     )
+
+
+def test_the_last_stage_of_autoattack_is_that_of_its_own_radius():
+    def drawn(last):
+        labels = ("Clean, same images", "after APGD-CE", "after APGD-T", "after FAB-T", *last)
+        cells = tuple(FilledCell("done", 9.0, 8.0, 10.0) for _ in labels)
+        rows = (FilledRow("a model", deit(), "", cells),)
+        return stages_plot(FilledTable("T", "a question", labels, rows), DIGITS)
+
+    small, own = "AutoAttack, small radius (digits)", "AutoAttack (digits)"
+    assert drawn([small]) is None
+    assert drawn([small, own]) == drawn([own])
 
 
 def test_a_students_row_finds_its_trial_for_every_seed():

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from grid.plan import Plan
 from grid.report.claims import answer
 from grid.report.effects import leading
-from grid.report.export import difference_text, markdown, write_exports
+from grid.report.export import attacks_text, difference_text, markdown, write_exports
 from grid.report.findings import Findings, find
 from grid.report.plots import Plot, claims_plot
 from grid.studies import Study
@@ -30,7 +30,7 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     page = folder / "index.html"
     write_atomically(page, _html(findings, tracker).encode())
     write_atomically(folder / "tables.md", markdown(findings, TITLE, _versions()).encode())
-    write_exports(findings.tables, folder)
+    write_exports(findings.tables, scale, folder)
     for plot in findings.plots:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.file().encode())
     return page
@@ -47,6 +47,7 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         scale_title=scale.title,
         same_data=scale.name == "imagenet",
         interval=_interval(plan.seeds),
+        attacks=attacks_text(findings),
         states=", ".join(_states(findings)),
         found=findings,
         answer=answer(findings.judgements),
@@ -59,9 +60,10 @@ def _html(findings: Findings, tracker: Tracker) -> str:
 
 
 def _interval(seeds: int) -> str:
+    own = "Wilson; of corruptions a bootstrap of images"
     if seeds == 1:
-        return "Wilson"
-    return f"Student's t over {seeds} seeds, or their mean Wilson interval where that is wider"
+        return own
+    return f"Student's t over {seeds} seeds, or the mean of their own where that is wider: {own}"
 
 
 def _plot_named(name: str, findings: Findings) -> Plot | None:

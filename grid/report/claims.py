@@ -10,13 +10,15 @@ from typing import Literal, get_args
 from evaluators.paired import Paired
 from grid.plan import Plan
 from grid.published import published
-from grid.report.tables import digests_of
+from grid.report.tables import digests_of, over_seeds
 from grid.report.verdicts import Verdicts
 from grid.studies import STRONG, Column, Row
 from trainables.tracking import TrialRun
 
 Kind = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
-Verdict = Literal["reproduced", "not reproduced", "too little data to say", "not judged yet"]
+Verdict = Literal[
+    "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"
+]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 MARGIN = 0.05  # two models within five points are level
 
@@ -27,10 +29,9 @@ class Claim:
 
     ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
     not more than five points above it. none survive: the row itself is not. collapses: the row's
-    training does. `published`: the
-    paper's difference in points, where it is stated as one. `headline`: where the transformer is
-    compared with the CNN, for the answer to the study's question; `sign`: -1 where a difference
-    above 0 speaks for the CNN.
+    training does. `published`: the paper's difference in points, where it is stated as one.
+    `headline`: where the transformer is compared with the CNN, for the answer to the study's
+    question; `sign`: -1 where a difference above 0 speaks for the CNN.
     """
 
     statement: str
@@ -179,7 +180,8 @@ CLAIMS = (
 class Judgement:
     """A claim, the paired difference in shares that was found, and what follows.
 
-    Of one row alone `paired` is its difference from 0; of a collapse there is an `outcome`.
+    Of one row alone `paired` is its own score, as its table shows it. Where there is none,
+    `outcome` says how the trainings ended.
     """
 
     claim: Claim
@@ -204,10 +206,14 @@ def judge_claims(plan: Plan, verdicts: Verdicts, runs: Mapping[str, TrialRun]) -
             found.append(_judge_collapse(claim, outcomes))
         elif claim.kind == "none survive":
             column = columns[claim.row[0], claim.column]
-            found.append(_judge_alone(claim, row, column, verdicts, plan.seeds))
+            found.append(_judge_alone(claim, row, column, runs, plan.seeds))
         elif claim.reference in rows:
-            column = columns[claim.row[0], claim.column]
-            found.append(_judge(claim, row, rows[claim.reference], column, verdicts, plan.seeds))
+            column, reference = columns[claim.row[0], claim.column], rows[claim.reference]
+            paired = verdicts.compare(row, reference, column, plan.seeds)
+            if paired is None:
+                found.append(_not_judged(claim, (row, reference), column, runs, plan.seeds))
+            else:
+                found.append(_judged(claim, _test(column, row, reference), paired))
     return found
 
 
@@ -224,27 +230,53 @@ def _judge_collapse(claim: Claim, runs: Sequence[TrialRun | None]) -> Judgement:
 
 
 def _judge_alone(
-    claim: Claim, row: Row, column: Column, verdicts: Verdicts, seeds: int
+    claim: Claim, row: Row, column: Column, runs: Mapping[str, TrialRun], seeds: int
 ) -> Judgement:
-    test = f"{row.label} under {column.label_at(row.recipe.scale)}, 95 % interval"
-    figure = published(*claim.row, claim.column)
-    theirs = figure.value if figure else None
-    found = verdicts.from_zero(row, column, seeds)
-    if found is None:
-        return Judgement(claim, "not judged yet", test, published=theirs)
-    return Judgement(claim, decide(claim.kind, found.low, found.high), test, found, theirs)
+    digests = digests_of(row.recipe, seeds)
+    metrics = [runs[digest].metrics for digest in digests if digest in runs]
+    judged = [found for found in metrics if column.score in found]
+    if len(judged) < len(digests):
+        return _not_judged(claim, (row,), column, runs, seeds)
+    value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
+    own = Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
+    return _judged(claim, _test(column, row), own)
 
 
-def _judge(
-    claim: Claim, row: Row, reference: Row, column: Column, verdicts: Verdicts, seeds: int
+def _judged(claim: Claim, test: str, paired: Paired) -> Judgement:
+    verdict = decide(claim.kind, paired.low, paired.high)
+    return Judgement(claim, verdict, test, paired, _published_difference(claim))
+
+
+def _not_judged(
+    claim: Claim,
+    rows: Sequence[Row],
+    column: Column,
+    runs: Mapping[str, TrialRun],
+    seeds: int,
 ) -> Judgement:
+    """Say which trainings ended without a model to judge; a collapsed one never has one."""
+    ended = [
+        (row.label, runs[digest].outcome)
+        for row in rows
+        for digest in digests_of(row.recipe, seeds)
+        if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked")
+    ]
+    fell = any(outcome == "collapsed" for _, outcome in ended)
+    outcome = ", ".join(dict.fromkeys(f"{label} {outcome}" for label, outcome in ended))
+    return Judgement(
+        claim,
+        "cannot be judged" if fell else "not judged yet",
+        _test(column, *rows),
+        published=_published_difference(claim),
+        outcome=outcome,
+    )
+
+
+def _test(column: Column, row: Row, reference: Row | None = None) -> str:
     label = column.label_at(row.recipe.scale)
-    test = f"{row.label} minus {reference.label} under {label}, paired, 95 % interval"
-    paired = verdicts.compare(row, reference, column, seeds)
-    theirs = _published_difference(claim)
-    if paired is None:
-        return Judgement(claim, "not judged yet", test, published=theirs)
-    return Judgement(claim, decide(claim.kind, paired.low, paired.high), test, paired, theirs)
+    if reference is None:
+        return f"{row.label} under {label}, 95 % interval"
+    return f"{row.label} minus {reference.label} under {label}, paired, 95 % interval"
 
 
 def decide(kind: Kind, low: float, high: float) -> Verdict:
@@ -262,9 +294,12 @@ def decide(kind: Kind, low: float, high: float) -> Verdict:
 
 
 def _published_difference(claim: Claim) -> float | None:
+    """Return the paper's figure behind a claim, in points: a difference, or of one row its own."""
     if claim.published is not None:
         return claim.published
     ours = published(*claim.row, claim.column)
+    if claim.kind == "none survive":
+        return ours.value if ours else None
     theirs = published(*claim.reference, claim.column)
     return ours.value - theirs.value if ours and theirs else None
 

@@ -21,6 +21,7 @@ from trainables.tracking import TrialRun
 
 SCORES = ("clean", "pgd-100", "autoattack", "tpa", "natural", "corruptions", "stylized")
 FEWEST_TRIALS = 8
+ROUNDING = 1e-9  # of differences of shares, each a multiple of one image
 SPARE_TRIALS = 4  # interactions are fitted where the trials outnumber the terms by this many
 
 
@@ -37,16 +38,22 @@ class Share:
 class Contrast:
     """A value of an axis minus its first one, over pairs of trials alike in all else.
 
-    In shares, with the 95 % interval of Student's t over the pairs.
+    In shares, with the 95 % interval of Student's t over the pairs; pairs that all differ alike
+    tell of none.
     """
 
     axis: str
     value: str
     reference: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Return whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -196,9 +203,8 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> list[Contrast]:
 
 
 def _contrast(axis: str, value: str, reference: str, differences: list[float]) -> Contrast:
-    mean = float(np.mean(differences))
-    if np.ptp(differences) == 0:
-        low = high = mean
-    else:
-        low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
-    return Contrast(axis, value, reference, mean, float(low), float(high), len(differences))
+    mean, pairs = float(np.mean(differences)), len(differences)
+    if np.ptp(differences) < ROUNDING:
+        return Contrast(axis, value, reference, mean, None, None, pairs)
+    low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
+    return Contrast(axis, value, reference, mean, float(low), float(high), pairs)

@@ -15,6 +15,7 @@ from grid.plan import Plan
 from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable
 from grid.report.verdicts import Comparison, Verdicts
+from trainables.scale import Scale
 from trainables.storage import write_atomically
 from trainables.tracking import Tracker
 
@@ -24,10 +25,10 @@ _WHOSE = pa.dictionary(pa.int32(), pa.string())
 VERDICTS = pa.schema([("trial", _WHOSE), ("model", _WHOSE), *map(LEDGER.field, JUDGED)])
 
 
-def write_exports(tables: Sequence[FilledTable], folder: Path) -> None:
+def write_exports(tables: Sequence[FilledTable], scale: Scale, folder: Path) -> None:
     """Write tables.csv, a line per cell, and tables.tex, a tabular per table."""
     write_atomically(folder / "tables.csv", _long(tables).to_csv(index=False).encode())
-    latex = "\n".join(_latex(table) for table in tables)
+    latex = "\n".join(_latex(table, scale) for table in tables)
     write_atomically(folder / "tables.tex", latex.encode())
 
 
@@ -67,7 +68,7 @@ def _cells_of(path: Path) -> bytes | None:
 def markdown(findings: Findings, title: str, versions: str) -> str:
     """Return every table, its comparisons and the red flags as Markdown."""
     units = "Percent [95 % interval]; paper: published figure."
-    lines = [f"# {title}", "", f"{findings.scale.title}. {units}"]
+    lines = [f"# {title}", "", f"{findings.scale.title}. {units} {attacks_text(findings)}"]
     for table in findings.tables:
         lines += ["", f"## {table.name}: {table.question}", "", *_values(table)]
         lines += _differences(table, findings.comparisons[table.name])
@@ -75,6 +76,23 @@ def markdown(findings: Findings, title: str, versions: str) -> str:
     lines += [f"- red flag: {model}: {flag}" for model, flag in findings.flags]
     lines += [f"- not asked by the evaluator health: {model}" for model in findings.unchecked]
     return "\n".join([*lines, "", versions, ""])
+
+
+def attacks_text(findings: Findings) -> str:
+    """Say what the attacks may do here and in the paper, and by which protocol models are trained.
+
+    Source of the paper's: STUDY sections 3 and 5.
+    """
+    scale, patch = findings.scale, findings.scale.patch
+    radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
+    protocols = {t.recipe.protocol for t in findings.plan if t.recipe.adversary}
+    trained = f" Adversarial training by the {' and '.join(sorted(protocols))} protocol."
+    return (
+        f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}; the paper's: "
+        "4/255 and 0.001), on pixels in [0, 1], in float32; PGD from a random start, a quarter of "
+        f"the radius a step; texture patches: up to {patch.patches}, each of {patch.area:.1%} of "
+        f"the image.{trained if protocols else ''}"
+    )
 
 
 def difference_text(paired: Paired | None) -> str:
@@ -117,6 +135,7 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "table": table.name,
+            "scale": row.recipe.scale,
             "model": row.label,
             "digest": digest,
             "run_id": row.run_id,
@@ -137,14 +156,15 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
     )
 
 
-def _latex(table: FilledTable) -> str:
+def _latex(table: FilledTable, scale: Scale) -> str:
     texts = {
         column: [_with_paper(row.cells[place]) for row in table.rows]
         for place, column in enumerate(table.columns)
     }
     frame = pd.DataFrame(texts, index=[row.label for row in table.rows])
     named = table.name.replace("_", r"\_")
-    caption = f"{named}: {table.question} (percent, 95\\% interval; published figure)"
+    units = "percent, 95\\% interval; figure published for ImageNet"
+    caption = f"{named}: {table.question}, on {scale.title} ({units})"
     found: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
     return found
 

@@ -94,7 +94,7 @@ def _plots(
     drawn: list[Plot | None] = [shape_bias_plot(asked, runs)]
     for table, values in zip(asked, filled, strict=True):
         asks = {column.evaluator for column in table.columns}
-        drawn += [steps_plot(values), radii_plot(values, scale), stages_plot(values)]
+        drawn += [steps_plot(values), radii_plot(values, scale), stages_plot(values, scale)]
         if "tpa" in asks:
             drawn.append(patches_plot(table, verdicts, scale))
         if "corruptions" in asks:

@@ -127,8 +127,8 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
         axes.set_xlabel("difference, points")
     return Plot(
         "claims",
-        "Each claim's paired difference with its 95 % interval (of one model: from 0), or how its "
-        "trainings ended; green: reproduced, orange: not, grey: too little data to say; hollow "
+        "Each claim's paired difference with its 95 % interval (of one model: its own score), or "
+        "how its trainings ended; green: reproduced, orange: not, grey: undecided; hollow "
         "diamond: the paper's difference on ImageNet.",
         canvas.svg,
     )
@@ -159,10 +159,10 @@ def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
     )
 
 
-def stages_plot(table: FilledTable) -> Plot | None:
+def stages_plot(table: FilledTable, scale: Scale) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
-    last = next((c for c in table.columns if c.startswith("AutoAttack")), "")
-    labels = [ATTACKED_CLEAN.label, *[column.label for column in AUTOATTACK_STAGES], last]
+    stages = [column.label for column in AUTOATTACK_STAGES]
+    labels = [ATTACKED_CLEAN.label, *stages, AUTOATTACK.label_at(scale.name)]
     columns = {label: float(place) for place, label in enumerate(labels)}
     caption = f"Survivors after each of AutoAttack's stages, {table.name}."
     ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
@@ -340,7 +340,10 @@ def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
 def shape_bias_plot(tables: Sequence[Table], runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw each model's shape bias: shape's share of the answers that are shape's or texture's."""
     score = "stylized/shape-bias"
-    rows = {row.recipe.digest(): row.label for table in tables for row in table.rows}
+    rows: dict[str, str] = {}
+    for table in tables:
+        for row in table.rows:
+            rows.setdefault(row.recipe.digest(), f"{table.name}: {row.label}")
     found = {
         label: runs[digest].metrics
         for digest, label in rows.items()
@@ -370,8 +373,9 @@ def effects_plot(effects: Effects) -> Plot:
     with _canvas(width, max(height, 2.8), panels=panels) as canvas:
         axes = canvas.axes
         for place, c in enumerate(contrasts):
-            colour = COLOURS[0] if c.low > 0 or c.high < 0 else UNDECIDED
-            axes.plot([100 * c.low, 100 * c.high], [place, place], color=colour)
+            colour = COLOURS[0] if c.is_told_apart else UNDECIDED
+            if c.low is not None and c.high is not None:
+                axes.plot([100 * c.low, 100 * c.high], [place, place], color=colour)
             axes.plot(100 * c.difference, place, "o", color=colour, markersize=4)
         axes.axvline(0, color="#999999", linewidth=0.8)
         names = [f"{c.axis}: {c.value} - {c.reference}" for c in contrasts]
@@ -382,7 +386,7 @@ def effects_plot(effects: Effects) -> Plot:
     caption = (
         f"Main effects on {effects.score} with 95 % intervals"
         + (f", and the strongest interaction, {interaction.axis}" if interaction else "")
-        + "; grey: the interval holds 0."
+        + "; grey: the interval holds 0, or the pairs are too alike for one."
     )
     return Plot(f"effects-{effects.score}", caption, canvas.svg, "effects")
 

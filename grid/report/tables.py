@@ -113,12 +113,13 @@ def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None
     if len(metrics) < len(runs):
         lacking = next(r for r in runs if r is None or column.score not in r.metrics)
         return FilledCell(_state(lacking, column), published=paper, source=source)
-    value, low, high = _over_seeds(metrics, column.score)
-    n = int(sum(found[f"{column.score}/n"] for found in metrics))
+    value, low, high = over_seeds(metrics, column.score)
+    # Every seed is asked about the same images.
+    n = int(max(found[f"{column.score}/n"] for found in metrics))
     return FilledCell("done", value, low, high, n, paper, source)
 
 
-def _over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
+def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
     """Return value, low and high in percent: of one seed as judged, of several by Student's t.
 
     Seeds share their images: where their own intervals are wider on average, those are taken.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pyarrow as pa
@@ -69,12 +69,6 @@ class Verdicts:
         ours = self._scores(digests_of(row.recipe, seeds), column)
         other = self._scores(digests_of(reference.recipe, seeds), column)
         return compare(ours, other) if ours and other else None
-
-    def from_zero(self, row: Row, column: Column, seeds: int) -> Paired | None:
-        """Return a row's own score in a column as a difference from 0; None if it is not judged."""
-        ours = self._scores(digests_of(row.recipe, seeds), column)
-        found = compare(ours, [dict.fromkeys(seed, 0.0) for seed in ours]) if ours else None
-        return replace(found, p=None) if found else None
 
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
