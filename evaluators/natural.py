@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from evaluators.stored_cifar import load_cifar10_1
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folders import ImageFolderByClass
 from trainables.scale import Scale
+from trainables.source import ImageList, differing_classes
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
     from trainables.models import Classifier
 
-IMAGENET_A_CLASSES = 200
+IMAGENET_A_IMAGES = 7500
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
@@ -72,9 +74,10 @@ class Natural:
             yield from split_batches(split, batch_size=batch_size, shard=shard)
             return
         folder = self._folder(root, source)
-        present = folder.labels_present()
-        if source.name == "imagenet" and len(present) != IMAGENET_A_CLASSES:
-            raise ValueError(f"ImageNet-A has {IMAGENET_A_CLASSES} classes; {root}: {len(present)}")
+        listed = folder.files()
+        if source.name == "imagenet":
+            check_imagenet_a(listed)
+        present = tuple(sorted(set(listed.labels)))
         for split in folder.splits(batch_size=batch_size, shard=shard):
             for batch in split_batches(split, batch_size=batch_size):
                 yield replace(batch, candidates=present)
@@ -104,6 +107,14 @@ class Natural:
             skip_damaged=source.skip_damaged,
             workers=source.workers,
         )
+
+
+def check_imagenet_a(images: ImageList) -> None:
+    """Raise ValueError unless the classes that have images are the two hundred of ImageNet-A."""
+    known = resources.files("timm.data").joinpath("_info", "imagenet_a_synsets.txt").read_text()
+    present = {images.class_names[label] for label in images.labels}
+    if differing := differing_classes(present, known.split()):
+        raise ValueError(f"{images.root} is not ImageNet-A: it {differing}; fetch it again")
 
 
 def _cifar10_1(source: Data) -> Split | None:

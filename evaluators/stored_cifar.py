@@ -16,6 +16,8 @@ from evaluators.corruption_kinds import KINDS
 from trainables.cifar import CLASSES
 from trainables.data import Split
 
+CIFAR10_1_FILES = ("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy")
+
 
 @dataclass(frozen=True)
 class CIFAR10C:
@@ -33,11 +35,15 @@ class CIFAR10C:
             raise ValueError(f"{root} lacks {len(lacking)} kinds: {', '.join(lacking)}")
         present = [kind for kind in EXTRA_KINDS if (root / f"{kind}.npy").is_file()]
         kinds = (*KINDS, *present)
-        count = len(stored_images(root / f"{kinds[0]}.npy"))
+        counts = {kind: len(stored_images(root / f"{kind}.npy")) for kind in kinds}
+        count = counts[kinds[0]]
         if count % len(SEVERITIES):
             raise ValueError(
                 f"{root} has {count} images of a kind, not {len(SEVERITIES)} times as many"
             )
+        if odd := [kind for kind in kinds if counts[kind] != count]:
+            held = f"{root / odd[0]}.npy holds {counts[odd[0]]} images"
+            raise ValueError(f"{held}, and {kinds[0]}.npy {count}: fetch it again")
         return cls(root, kinds, stored_labels(root / "labels.npy", count))
 
     @property
@@ -61,8 +67,6 @@ class CIFAR10C:
         ids = self.ids()
         for kind in self.kinds:
             images = stored_images(self.root / f"{kind}.npy")
-            if len(images) != len(self.labels):
-                raise ValueError(f"{self.root / kind}.npy holds {len(images)} images")
             for severity in SEVERITIES:
                 part = slice((severity - 1) * len(ids), severity * len(ids))
                 yield f"{kind}-{severity}", as_split(images[part], self.labels[part], ids)
@@ -70,8 +74,8 @@ class CIFAR10C:
 
 def load_cifar10_1(root: Path) -> Split:
     """Load CIFAR-10.1 (version 6) as published."""
-    images = stored_images(root / "cifar10.1_v6_data.npy")
-    labels = stored_labels(root / "cifar10.1_v6_labels.npy", len(images))
+    images = stored_images(root / CIFAR10_1_FILES[0])
+    labels = stored_labels(root / CIFAR10_1_FILES[1], len(images))
     return as_split(images, labels, tuple(f"cifar10.1/{i:04d}" for i in range(len(images))))
 
 

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -19,30 +20,31 @@ from rich.table import Table
 
 from evaluators import SEVERITIES
 from evaluators.corruptions import stored_kinds
-from evaluators.natural import IMAGENET_A_CLASSES
-from evaluators.stored_cifar import CIFAR10C, load_cifar10_1
+from evaluators.natural import IMAGENET_A_IMAGES, check_imagenet_a
+from evaluators.stored_cifar import CIFAR10_1_FILES, CIFAR10C, load_cifar10_1
 from evaluators.stylized import IMAGENET_IMAGES
 from evaluators.textures import open_dictionary
 from grid.forecast import checkpoint_bytes
 from grid.plan import Plan
-from trainables.cifar import archived, load_cifar10
+from trainables.cifar import CLASSES, OTHER_SIZES, archived, list_cifar10, load_cifar10
+from trainables.folders import check_classes
 from trainables.models import classifier_named, count_parameters
 from trainables.scale import Scale
 from trainables.scan import Opened, Scan
 from trainables.source import (
     GIBIBYTE,
-    WORDNET_ID,
     DataSource,
     ImageList,
-    class_folders,
-    list_images,
+    list_by_class,
     list_splits,
+    passed_over_text,
 )
 
 Level = Literal["ok", "warning", "error"]
 COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 SCAN_FILE = "scan.parquet"
 LEAST_FREE_BYTES = GIBIBYTE
+IMAGENET_TRAIN_IMAGES = 1_281_167
 NAMED = 3
 
 
@@ -57,9 +59,11 @@ class Finding:
 
 @dataclass
 class Examination:
-    """All findings; `manifest` names the data by every file's path and size.
+    """All findings.
 
-    `skipped`: the damaged images, as paths below the data, that the run does without.
+    `manifest` names the data by every file's set, path below it and size; arrays, whose size says
+    nothing of what they hold, by their content. `skipped`: the damaged images, as paths below the
+    data, that the run does without.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -99,18 +103,24 @@ def examine(scale: Scale, source: DataSource, plan: Plan, *, results: Path) -> E
 
 @dataclass
 class _Data:
-    """The part of an examination that opens files; `hashed` gathers the manifest."""
+    """The part of an examination that opens files; `files` gathers the manifest."""
 
     scale: Scale
     source: DataSource
     examination: Examination
     scan: Scan
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int | str] = field(default_factory=dict)
 
     @cached_property
     def splits(self) -> tuple[ImageList, ImageList]:
         """The train and the held-out images, listed once for all that is looked at."""
-        return list_splits(self.source)
+        listed = list_cifar10 if self.scale.name == "cifar10" else list_splits
+        return listed(self.source)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The data's classes; CIFAR-10's archive has no folders of theirs."""
+        return CLASSES if self.scale.name == "cifar10" else self.splits[0].class_names
 
     def examine(self) -> None:
         looks = {
@@ -156,8 +166,14 @@ class _Data:
         yield "ok", f"{len(names)} classes, {len(train):,} to train, {len(held_out):,} held out"
         if not len(train):
             yield "error", f"{root} has no train/: there is nothing to train on"
-        if self.scale.name == "imagenet":
-            yield from _imagenet_classes(root, names, len(train), len(held_out))
+        check_classes(self.scale, train)
+        published = len(train) == IMAGENET_TRAIN_IMAGES and len(held_out) == IMAGENET_IMAGES
+        if self.scale.name == "imagenet" and not published:
+            many = f"{IMAGENET_TRAIN_IMAGES:,} and {IMAGENET_IMAGES:,}"
+            yield "warning", f"{len(train):,} and {len(held_out):,} images; as published {many}"
+        # Where a share is held out both splits are of one folder, and name the same.
+        for passed_over in dict.fromkeys((train.passed_over, held_out.passed_over)):
+            yield from _passed_over(root, passed_over)
         lacking = set(range(len(names))) - set(held_out.labels)
         if lacking:
             first = [names[k] for k in sorted(lacking)[:NAMED]]
@@ -181,10 +197,10 @@ class _Data:
         damaged: list[str] = []
         decoded = 0
         for number, split in enumerate(splits):
-            for path, opened in zip(split.paths, self._open(split), strict=True):
+            for path, opened in zip(split.paths, self._open(split, "images"), strict=True):
                 if opened.problem:
                     damaged.append(path)
-                elif min(opened.width, opened.height) < self.scale.image_size:
+                elif not self._fits(opened):
                     small.append(f"{path} ({opened.width} x {opened.height})")
                 decoded += 3 * opened.width * opened.height if number == 0 else 0
         if damaged:
@@ -203,67 +219,85 @@ class _Data:
             return "warning", f"{many}: skipped"
         return "error", f"{many}: replace them, or --skip-damaged goes on without them"
 
+    def _fits(self, opened: Opened) -> bool:
+        size = self.scale.image_size
+        if self.scale.name == "cifar10":
+            return opened.width == opened.height == size
+        return min(opened.width, opened.height) >= size
+
     def _small(self, root: Path, small: list[str]) -> tuple[Level, str]:
         size = self.scale.image_size
-        many = f"{len(small)} images are smaller than {size} px, the first {root / small[0]}"
+        first = f"the first {root / small[0]}"
+        if self.scale.name == "cifar10":
+            many = f"{len(small)} images are not {size} x {size} px, {first}"
+            return "error", f"{many}: {OTHER_SIZES}"
+        many = f"{len(small)} images are smaller than {size} px, {first}"
         if self.scale.name == "imagenet":
             return "warning", f"{many}: they are enlarged, as in the study"
         return "error", f"{many}: give a smaller --image-size, or remove them"
 
     def _natural(self, root: Path) -> Iterator[tuple[Level, str]]:
-        images = self._by_class(root)
-        present = len(set(images.labels))
+        images = list_by_class(root, self.class_names)
         level: Level = "ok"
-        if self.scale.name == "imagenet" and present != IMAGENET_A_CLASSES:
-            level = "error"
+        if self.scale.name == "imagenet":
+            check_imagenet_a(images)
+            level = "ok" if len(images) == IMAGENET_A_IMAGES else "warning"
+        present = len(set(images.labels))
         yield level, f"{len(images):,} images of {present} classes (as published: 7,500 of 200)"
-        yield from self._sound(images)
+        yield from _passed_over(root, images.passed_over)
+        yield from self._sound(images, "imagenet-a")
 
     def _corruptions(self, root: Path) -> Iterator[tuple[Level, str]]:
         kinds = stored_kinds(root)
         counts: Counter[int] = Counter()
-        for kind in kinds:
-            for severity in SEVERITIES:
-                images = self._by_class(root / kind / str(severity), complete=True)
-                counts[len(images)] += 1
-                yield from self._sound(images, side=self.scale.image_size)
+        passed_over: list[str] = []
+        for part in (f"{kind}/{severity}" for kind, severity in product(kinds, SEVERITIES)):
+            images = list_by_class(root / part, self.class_names, complete=True)
+            counts[len(images)] += 1
+            passed_over += [f"{part}/{path}" for path in images.passed_over]
+            yield from self._sound(images, f"imagenet-c/{part}", side=self.scale.image_size)
+        yield from _passed_over(root, passed_over)
         if len(counts) > 1:
             yield "error", f"{root}: its kinds and severities hold {sorted(counts)} images"
         else:
             yield "ok", f"{len(kinds)} kinds, 5 severities, {min(counts):,} images each"
 
     def _stylized(self, root: Path) -> Iterator[tuple[Level, str]]:
-        images = self._by_class(root / "val", complete=True)
+        images = list_by_class(root / "val", self.class_names, complete=True)
         wrong = self.scale.name == "imagenet" and len(images) != IMAGENET_IMAGES
         yield ("error" if wrong else "ok"), f"{len(images):,} images (as published: 50,000)"
-        yield from self._sound(images, side=self.scale.image_size)
+        yield from _passed_over(root / "val", images.passed_over)
+        yield from self._sound(images, "imagenet-stylized/val", side=self.scale.image_size)
 
     def _textures(self, root: Path) -> Iterator[tuple[Level, str]]:
         dictionary = open_dictionary(root, self.scale)
-        self.files[str(root)] = int(dictionary.digest, 16)
+        self.files["textures"] = dictionary.digest
         classes = len(dictionary.classes)
         yield "ok", f"{dictionary.clusters} textures of each of {classes} classes"
 
     def _cifar10_c(self, root: Path) -> Iterator[tuple[Level, str]]:
         stored = CIFAR10C.open(root)
-        self.files |= {name: (root / name).stat().st_size for name in stored.files()}
+        self._digest("cifar10-c", root, stored.files())
         yield "ok", f"{len(stored.kinds)} kinds, 5 severities, {stored.per_severity:,} images each"
 
     def _cifar10_1(self, root: Path) -> Iterator[tuple[Level, str]]:
         yield "ok", f"{len(load_cifar10_1(root)):,} images"
+        self._digest("cifar10.1", root, CIFAR10_1_FILES)
 
-    def _by_class(self, root: Path, *, complete: bool = False) -> ImageList:
-        names = self.splits[0].class_names
-        folders = class_folders(root)
-        if foreign := sorted(set(folders) - set(names)):
-            raise ValueError(f"{root / foreign[0]} is no class of the data: remove it")
-        if complete and (lacking := [name for name in names if name not in folders]):
-            raise ValueError(f"{root} lacks {len(lacking)} classes; first: {lacking[:NAMED]}")
-        return list_images(root, folders, names)
+    def _digest(self, stored: str, root: Path, names: Iterable[str]) -> None:
+        """Enter a stored set's arrays in the manifest."""
+        for name in names:
+            with (root / name).open("rb") as file:
+                self.files[f"{stored}/{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _sound(self, images: ImageList, *, side: int | None = None) -> Iterator[tuple[Level, str]]:
-        """Open a stored set's images; say which are damaged, or not of the side it wants."""
-        found = list(zip(images.paths, self._open(images), strict=True))
+    def _sound(
+        self, images: ImageList, place: str, *, side: int | None = None
+    ) -> Iterator[tuple[Level, str]]:
+        """Open a stored set's images; say which are damaged, or not of the side it wants.
+
+        place: the set, and where in it the images lie, as the manifest has them.
+        """
+        found = list(zip(images.paths, self._open(images, place), strict=True))
         damaged = [path for path, opened in found if opened.problem]
         if damaged:
             level: Level = "warning" if self.source.skip_damaged else "error"
@@ -273,22 +307,16 @@ class _Data:
         if odd:
             yield "error", f"{len(odd)} images are not {side} px, the first {images.root / odd[0]}"
 
-    def _open(self, images: ImageList) -> list[Opened]:
+    def _open(self, images: ImageList, place: str) -> list[Opened]:
         opened = self.scan.open(images.root, images.paths)
         for path, found in zip(images.paths, opened, strict=True):
-            self.files[f"{images.root.name}/{path}"] = found.bytes
+            self.files[f"{place}/{path}"] = found.bytes
         return opened
 
 
-def _imagenet_classes(
-    root: Path, names: tuple[str, ...], train: int, held_out: int
-) -> Iterator[tuple[Level, str]]:
-    odd = [name for name in names if not WORDNET_ID.fullmatch(name)]
-    if odd or len(names) != 1000:
-        text = f"{root} has {len(names)} classes" + (f", {odd[0]!r} among them" if odd else "")
-        yield "error", f"{text}; ImageNet has 1000, named by WordNet id: or --scale folder"
-    elif (train, held_out) != (1_281_167, IMAGENET_IMAGES):
-        yield "warning", f"{train:,} and {held_out:,} images; as published 1,281,167 and 50,000"
+def _passed_over(root: Path, paths: Sequence[str]) -> Iterator[tuple[Level, str]]:
+    if paths:
+        yield "warning", passed_over_text(root, paths)
 
 
 def _memory(decoded: int, source: DataSource) -> tuple[Level, str]:

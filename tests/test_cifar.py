@@ -154,7 +154,8 @@ def test_what_is_no_cifar_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is 40 x 40 px, not 32 x 32: --scale folder"):
         load_data(CIFAR10, DataSource(root=tmp_path / "large"))
     write_classes(tmp_path / "other", names=[*CLASSES[:9], "van"])
-    with pytest.raises(ValueError, match="has the classes"):
+    said = "is not CIFAR-10: it lacks 1 of 10 classes, the first 'truck', and has 1 foreign .*'van'"
+    with pytest.raises(ValueError, match=said):
         load_data(CIFAR10, DataSource(root=tmp_path / "other"))
 
 
@@ -230,9 +231,18 @@ def test_without_stored_sets_the_counterparts_are_generated(stored):
         ("gaussian_noise.npy", np.zeros((10, 32, 32)), "not uint8"),
         ("gaussian_noise.npy", np.zeros((9, 32, 32, 3), np.uint8), "not 5 times as many"),
         ("labels.npy", np.array([{}]), "cannot be read"),
+        ("snow.npy", np.zeros((10, 16, 16, 3), np.uint8), "snow.npy holds uint8 .10, 16, 16, 3."),
+        ("fog.npy", np.zeros((5, 32, 32, 3), np.uint8), "fog.npy holds 5 images, and gauss"),
     ],
 )
 def test_a_damaged_cifar_10_c_is_refused(stored, name, content, message):
     np.save(stored.roots["cifar10-c"] / name, content)
     with pytest.raises(ValueError, match=message):
+        Corruptions(CIFAR10).identity(stored)
+
+
+def test_a_truncated_kind_of_cifar_10_c_is_refused(stored):
+    fog = stored.roots["cifar10-c"] / "fog.npy"
+    fog.write_bytes(fog.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"fog\.npy cannot be read"):
         Corruptions(CIFAR10).identity(stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections import namedtuple
@@ -9,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 from PIL import Image
 from rich.console import Console
 
+from evaluators.corruption_kinds import KINDS
+from evaluators.textures import LAYOUT
 from grid import doctor
 from grid.doctor import examine, without_damaged
 from grid.plan import build_plan
 from grid.run import main
 from grid.studies import Study, resnet50
 from tests.pictures import write_folder, write_picture
+from trainables.cifar import CLASSES as CIFAR_CLASSES
 from trainables.images import ImageFiles, keep_validated
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.scan import Scan
@@ -62,6 +67,41 @@ def test_the_manifest_follows_the_files(root, tmp_path):
     assert look(root, tmp_path).manifest != before
 
 
+def test_a_file_of_any_set_changes_the_manifest_and_another_place_does_not(root, tmp_path):
+    scale = scale_of("folder", DataSource(root=root), image_size=32)
+    write_stored(root, "imagenet-a", (0, 3))
+    write_stored(root, "imagenet-stylized/val", range(12))
+    for kind in KINDS:
+        for severity in range(1, 6):
+            write_stored(root, f"imagenet-c/{kind}/{severity}", range(12))
+    textures = [LAYOUT.format(label=k, cluster=c) for k in (0, 1) for c in range(50)]
+    for path in [root / "textures" / name for name in textures]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a texture")
+    write_arrays(root)
+    assert look(root, tmp_path, scale=scale).problem == ""
+    found = [look(root, tmp_path, scale=scale).manifest]
+    for name in (
+        "val/class-00/picture 0.JPEG",
+        "imagenet-a/class-03/a.png",
+        "imagenet-c/gaussian_noise/1/class-00/a.png",
+        "imagenet-c/jpeg_compression/1/class-00/a.png",
+        "imagenet-stylized/val/class-05/a.png",
+    ):
+        Image.effect_noise((32, 32), 50).convert("RGB").save(root / name)
+        found.append(look(root, tmp_path, scale=scale).manifest)
+    (root / "textures" / textures[1]).write_text("another")
+    found.append(look(root, tmp_path, scale=scale).manifest)
+    for name in ("cifar10-c/fog.npy", "cifar10.1/cifar10.1_v6_data.npy"):
+        array = np.load(root / name)
+        array[-1] = 1
+        np.save(root / name, array)
+        found.append(look(root, tmp_path, scale=scale).manifest)
+    assert len(set(found)) == len(found)
+    moved = root.rename(tmp_path / "elsewhere")
+    assert look(moved, tmp_path, scale=scale).manifest == found[-1]
+
+
 def test_every_damaged_image_is_counted_and_the_first_is_named_with_its_class(root, tmp_path):
     damage(root / "train" / "class-05" / "picture 0.JPEG")
     (root / "val" / "class-07" / "picture 0.JPEG").write_text("no image")
@@ -93,6 +133,22 @@ def test_a_scan_opens_only_what_has_changed(root, tmp_path, monkeypatch):
     write_picture(root / "train" / "class-00", 1, 5, side=60)
     look(root, tmp_path)
     assert opened == ["picture 1.JPEG"]
+
+
+def test_what_the_system_refused_is_tried_again_by_the_next_scan(root, tmp_path):
+    kept, paths = tmp_path / "scan.parquet", ["train/class-00/picture 0.JPEG"]
+    scan = Scan(kept)
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, old[1]))
+    try:
+        (refused,) = scan.open(root, paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    assert "Too many open files" in refused.problem
+    scan.save()
+    (opened,) = Scan(kept).open(root, paths)
+    assert (opened.problem, opened.width, opened.height) == ("", 47, 40)
+    assert (opened.bytes, opened.changed_ns) == (refused.bytes, refused.changed_ns)
 
 
 def test_a_scan_file_that_is_damaged_is_made_anew(root, tmp_path):
@@ -142,7 +198,39 @@ def test_images_read_from_files_by_one_process_are_a_warning(root, tmp_path):
 
 def test_folders_that_are_no_imagenet_are_told_so(root, tmp_path):
     problem = look(root, tmp_path, scale=IMAGENET).problem
-    assert "has 12 classes, 'class-00' among them; ImageNet has 1000, named by WordNet" in problem
+    assert "is not ImageNet: it lacks 1000 of 1000 classes, the first 'n01440764', and" in problem
+    assert "12 foreign ones, the first 'class-00'; --scale folder --image-size 224 takes" in problem
+
+
+def write_imagenet(root):
+    """Write ImageNet's and ImageNet-A's classes, one image in each."""
+    root.mkdir()
+    Image.new("RGB", (224, 224)).save(root / "one.jpg")
+    synsets = Path(timm.data.__file__).with_name("_info") / "imagenet_a_synsets.txt"
+    names = timm.data.ImageNetInfo().label_names()
+    sets = {"train": names, "val": names, "imagenet-a": synsets.read_text().split()}
+    for name, classes in sets.items():
+        for folder in [root / name / known for known in classes]:
+            folder.mkdir(parents=True)
+            os.link(root / "one.jpg", folder / "a.jpg")
+    return root
+
+
+def test_imagenet_has_its_own_thousand_classes_and_imagenet_a_its_two_hundred(tmp_path):
+    root = write_imagenet(tmp_path / "data")
+    found = look(root, tmp_path, scale=IMAGENET)
+    assert found.problem == ""
+    assert "1,000 and 1,000 images; as published 1,281,167 and 50,000" in found.warnings
+    assert "200 images of 200 classes (as published: 7,500 of 200)" in found.warnings
+    natural = root / "imagenet-a"
+    (natural / "n01498041").rename(natural / "n01440764")
+    said = "is not ImageNet-A: it lacks 1 of 200 classes, the first 'n01498041', and has 1 foreign"
+    assert said in look(root, tmp_path, scale=IMAGENET).problem
+    for split in ("train", "val"):
+        (root / split / "n01443537").rename(root / split / "n00000001")
+    problem = look(root, tmp_path, scale=IMAGENET).problem
+    assert "is not ImageNet: it lacks 1 of 1000 classes, the first 'n01443537', and has" in problem
+    assert "1 foreign ones, the first 'n00000001'; --scale folder" in problem
 
 
 def write_stored(root, name, classes, *, side=32):
@@ -150,6 +238,45 @@ def write_stored(root, name, classes, *, side=32):
         folder = root / name / f"class-{label:02d}"
         folder.mkdir(parents=True)
         Image.new("RGB", (side, side)).save(folder / "a.png")
+
+
+def write_arrays(root):
+    for name in ("cifar10-c", "cifar10.1"):
+        (root / name).mkdir()
+    for kind in KINDS:
+        np.save(root / "cifar10-c" / f"{kind}.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(root / "cifar10-c" / "labels.npy", np.array([3, 5] * 5))
+    np.save(root / "cifar10.1" / "cifar10.1_v6_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(root / "cifar10.1" / "cifar10.1_v6_labels.npy", np.array([0, 9, 1]))
+
+
+def test_what_is_passed_over_is_a_warning_for_each_split_and_stored_set(root, tmp_path):
+    write_stored(root, "imagenet-a", (0, 3))
+    write_stored(root, "imagenet-stylized/val", range(12))
+    for kind in KINDS:
+        for severity in range(1, 6):
+            write_stored(root, f"imagenet-c/{kind}/{severity}", range(12))
+    assert look(root, tmp_path).warnings == []
+    folders = (
+        "train/class-01",
+        "val/class-02",
+        "imagenet-a/class-03",
+        "imagenet-c/fog/2/class-04",
+        "imagenet-stylized/val/class-05",
+    )
+    for folder in folders:
+        (root / folder / "a.jfif").write_text("")
+        (root / folder / "more").mkdir()
+    warnings = look(root, tmp_path).warnings
+    for folder, warning in zip(folders, warnings, strict=True):
+        first = f"the first {root / folder / 'a.jfif'}: images lie right below their "
+        assert warning.startswith(f"2 files or folders are passed over, {first}")
+
+
+def test_what_is_passed_over_is_said_once_where_a_share_is_held_out(root, tmp_path):
+    (root / "train" / "class-01" / "a.gif").write_text("")
+    found = look(root / "train", tmp_path, hold_out=0.5)
+    assert [w.partition(",")[0] for w in found.warnings] == ["1 files or folders are passed over"]
 
 
 def test_stored_sets_are_looked_at(root, tmp_path):
@@ -183,8 +310,12 @@ def test_cifar_sets_are_looked_at(root, tmp_path):
     (root / "cifar10-c").mkdir()
     assert "lacks 15 kinds" in look(root, tmp_path).problem
     shutil.rmtree(root / "cifar10-c")
-    (root / "cifar10.1").mkdir()
-    np.save(root / "cifar10.1" / "cifar10.1_v6_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    write_arrays(root)
+    assert look(root, tmp_path).problem == ""
+    fog = root / "cifar10-c" / "fog.npy"
+    fog.write_bytes(fog.read_bytes()[:-1])
+    assert "fog.npy cannot be read" in look(root, tmp_path).problem
+    shutil.rmtree(root / "cifar10-c")
     np.save(root / "cifar10.1" / "cifar10.1_v6_labels.npy", np.array([0, 9, 10]))
     assert "does not hold 3 labels from 0 to 9" in look(root, tmp_path).problem
 
@@ -239,3 +370,28 @@ def test_a_cifar_archive_that_is_not_the_published_one_is_an_error(tmp_path):
     assert (
         "is not CIFAR-10 as published" in look(tmp_path / "data", tmp_path, scale=CIFAR10).problem
     )
+
+
+def write_cifar_classes(root, *, names=CIFAR_CLASSES, side=32):
+    for folder in [root / split / name for split in ("train", "val") for name in names]:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(folder / "a.png")
+    return root
+
+
+def test_cifar_10_as_class_folders_has_its_classes_and_size(tmp_path):
+    sound = write_cifar_classes(tmp_path / "sound")
+    assert look(sound, tmp_path, scale=CIFAR10).problem == ""
+    other = write_cifar_classes(tmp_path / "other", names=[*CIFAR_CLASSES[:9], "van"])
+    problem = look(other, tmp_path, scale=CIFAR10).problem
+    assert "is not CIFAR-10: it lacks 1 of 10 classes, the first 'truck', and has 1" in problem
+    bare = look(sound / "train", tmp_path, scale=CIFAR10, hold_out=0.5)
+    assert "holds neither cifar-10-batches-py/ or" in bare.problem
+
+
+@pytest.mark.parametrize("side", [24, 40])
+def test_cifar_10_of_another_size_is_offered_the_scale_of_folders(tmp_path, side):
+    root = write_cifar_classes(tmp_path / "data", side=side)
+    problem = look(root, tmp_path, scale=CIFAR10).problem
+    assert problem.startswith("20 images are not 32 x 32 px, the first")
+    assert f"({side} x {side}): --scale folder --image-size N takes images of N px" in problem

@@ -54,13 +54,13 @@ def test_threads_read_a_folder_in_its_order_and_list_what_they_skip(tmp_path, mo
 def test_a_folder_that_is_no_class_is_named(tmp_path):
     write(tmp_path / "n01" / "a.png")
     write(tmp_path / "n99" / "a.png")
-    with pytest.raises(ValueError, match="n99 is no class of the model"):
+    with pytest.raises(ValueError, match="n99 is no class of the data: remove it"):
         folder(tmp_path).files()
 
 
 def test_classes_that_lack_are_named_where_all_are_needed(tmp_path):
     write(tmp_path / "n01" / "a.png")
-    assert folder(tmp_path).labels_present() == (1,)
+    assert folder(tmp_path).files().labels == (1,)
     with pytest.raises(ValueError, match=r"lacks 2 classes; first: \['n03', 'n02'\]"):
         folder(tmp_path, complete=True).files()
 
@@ -68,8 +68,19 @@ def test_classes_that_lack_are_named_where_all_are_needed(tmp_path):
 def test_an_empty_or_absent_root_says_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match="<class>/<image>"):
         folder(tmp_path).files()
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="absent cannot be read: No such file"):
         folder(tmp_path / "absent").files()
+
+
+def test_what_is_hidden_is_left_alone_and_a_loop_is_named(tmp_path):
+    write(tmp_path / "n01" / "a.png")
+    (tmp_path / "n01" / "._a.png").write_bytes(b"Mac OS X")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert folder(tmp_path).files().paths == ("n01/a.png",)
+    assert read(folder(tmp_path))[2] == ["n01/a"]
+    (tmp_path / "n02").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="n02 is a symbolic link loop: remove it"):
+        folder(tmp_path).files()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from evaluators import EVALUATORS, evaluator_named
@@ -28,20 +29,21 @@ THRIFTY = replace(
     square_queries=5,
     patch=PatchBudget(images=1, textures=2, samples=4, steps=3),
 )
+NAMES = ImageNetInfo().label_names()
 SHOWN = (3, 500, 999)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A thousand class folders, three of which hold images; textures of two classes."""
+    """ImageNet's class folders, three of which hold images; textures of two classes."""
     root = tmp_path_factory.mktemp("imagenet")
-    for label in range(1000):
+    for name in NAMES:
         for split in ("train", "val"):
-            (root / split / f"n{label:08d}").mkdir(parents=True)
+            (root / split / name).mkdir(parents=True)
     for label in SHOWN:
         for number in range(2):
-            write_picture(root / "train" / f"n{label:08d}", number, label % 12, side=200)
-        write_picture(root / "val" / f"n{label:08d}", 1, label % 12, side=260)
+            write_picture(root / "train" / NAMES[label], number, label % 12, side=200)
+        write_picture(root / "val" / NAMES[label], 1, label % 12, side=260)
     for label in (3, 4):
         for cluster in range(2):
             path = root / "textures" / LAYOUT.format(label=label, cluster=cluster)

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,20 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from tests.pictures import write_folder, write_picture
+from tests.pictures import KINDS, write_folder, write_picture
 from trainables.data import load_data
 from trainables.images import ImageFiles, keep_originals, keep_validated, read_rgb
-from trainables.scale import IMAGENET
+from trainables.scale import DIGITS, IMAGENET
 from trainables.source import DataSource, list_splits, scale_of
 
 BUDGET = 2**30
+PRESET = ImageClassification(
+    crop_size=224,
+    resize_size=256,
+    mean=(0, 0, 0),
+    std=(1, 1, 1),
+    interpolation=InterpolationMode.BICUBIC,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +53,18 @@ def test_validation_equals_torchvisions_own_preset_on_the_same_files(tmp_path):
         path = tmp_path / f"{number}.jpg"
         image.save(path)
         paths.append(path.name)
-    preset = ImageClassification(
-        crop_size=224,
-        resize_size=256,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        interpolation=InterpolationMode.BICUBIC,
-    )
-    expected = torch.stack([preset(pil_loader(str(tmp_path / path))) for path in paths])
+    expected = torch.stack([PRESET(pil_loader(str(tmp_path / path))) for path in paths])
     found = ImageFiles(tmp_path, paths, size=IMAGENET.image_size)[:]
     assert torch.equal(found.float().div(255), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_of_any_kind_is_what_the_preset_makes_of_it_upright(tmp_path, kind):
+    path = write_picture(tmp_path, KINDS.index(kind), 3, side=260)
+    stored = pil_loader(str(path))
+    upright = stored.transpose(Image.Transpose.ROTATE_270) if kind == "turned" else stored
+    found = ImageFiles(tmp_path, [path.name], size=224)[:]
+    assert torch.equal(found[0].float().div(255), PRESET(upright))
 
 
 def test_indexing_gives_uint8_batches_by_slice_and_by_places(files):
@@ -213,5 +223,10 @@ def test_a_truncated_image_is_named_with_its_class(tmp_path, in_memory):
 
 
 def test_a_folder_of_other_classes_than_the_scales_is_refused(root):
-    with pytest.raises(ValueError, match="has 12 classes, and scale 'imagenet' has 1000"):
+    with pytest.raises(ValueError, match="has 12 classes, and scale 'cut' has 10: --sc"):
+        load_data(replace(DIGITS, name="cut"), DataSource(root=root))
+    said = (
+        "is not ImageNet: it lacks 1000 of 1000 classes, the first 'n01440764', and has 12 foreig"
+    )
+    with pytest.raises(ValueError, match=said):
         load_data(IMAGENET, DataSource(root=root))

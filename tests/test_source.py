@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
+import shutil
 
 import pytest
 
 from tests.pictures import CLASSES, write_folder, write_picture
 from trainables.options import add_data_options, source_of
 from trainables.scale import IMAGENET, folder_scale, scale_named
-from trainables.source import DataSource, list_splits, scale_of
+from trainables.source import DataSource, list_splits, passed_over_text, scale_of
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,24 @@ def loop_upwards(root):
     return "train/up is a symbolic link loop"
 
 
+def val_is_a_loop(root):
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "val")
+    return "val is a symbolic link loop: remove it"
+
+
+def train_leads_upwards(root):
+    shutil.rmtree(root / "train")
+    (root / "train").symlink_to(root)
+    return "train is a symbolic link loop: remove it"
+
+
+def val_leads_to_nothing(root):
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "nowhere")
+    return "val is a symbolic link to nothing: remove it"
+
+
 def link_to_nothing(root):
     (root / "val" / "gone").symlink_to(root / "nowhere")
     return "val/gone is a symbolic link to nothing"
@@ -132,7 +152,18 @@ def no_images(root):
     for path in (root / "val").rglob("*.*"):
         if path.is_file():
             path.unlink()
-    return "val holds no image in its classes"
+    return "val holds no image in its classes; expected <class>/<image>$"
+
+
+def no_images_of_a_known_kind(root):
+    for path in (root / "val").rglob("*.*"):
+        path.rename(path.with_suffix(".gif"))
+    (root / "val" / "class-00" / "more").mkdir()
+    return (
+        "val holds no image in its classes; expected <class>/<image>; 13 files or folders are "
+        r"passed over, the first .*val/class-00/more: images lie right below their class and "
+        r"end in \.jpg, \.jpeg, \.png"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,14 +173,42 @@ def no_images(root):
         loop_to_itself,
         loop_upwards,
         link_to_nothing,
+        val_is_a_loop,
+        train_leads_upwards,
+        val_leads_to_nothing,
         foreign_class,
         no_images,
+        no_images_of_a_known_kind,
     ],
 )
 def test_a_spoilt_folder_is_refused_with_what_to_do(tmp_path, spoil):
     message = spoil(write_folder(tmp_path, per_class=1, held_out=1))
     with pytest.raises(ValueError, match=message):
         list_splits(DataSource(root=tmp_path))
+
+
+def test_train_and_val_may_be_links_to_elsewhere(tmp_path):
+    root = write_folder(tmp_path / "elsewhere", per_class=1, held_out=1)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).symlink_to(root / split)
+    linked, there = (list_splits(DataSource(root=r)) for r in (tmp_path / "data", root))
+    assert [split.paths for split in linked] == [split.paths for split in there]
+
+
+def test_what_is_passed_over_is_listed_and_what_is_hidden_is_not(tmp_path):
+    write_folder(tmp_path, per_class=5, held_out=0)
+    folder = tmp_path / "train" / "class-03"
+    (folder / "more").mkdir()
+    write_picture(folder / "more", 0, 3, side=40)
+    for name in ("b.jfif", "a.gif", ".DS_Store", os.fsdecode(b"\xff.txt")):
+        (folder / name).write_text("")
+    train, held_out = list_splits(DataSource(root=tmp_path, hold_out=0.2))
+    assert (len(train), len(held_out)) == (48, 12)
+    names = ("a.gif", "b.jfif", "more", os.fsdecode(b"\xff.txt"))
+    expected = tuple(f"train/class-03/{name}" for name in names)
+    assert train.passed_over == held_out.passed_over == expected
+    assert passed_over_text(tmp_path, expected[3:]).isprintable()
 
 
 def test_an_absent_or_empty_folder_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainables.data import Data, Split
 from trainables.images import ImageFiles, as_tensor, remove_unused, stamps_of
 from trainables.scale import Scale
-from trainables.source import DataSource, ImageList, list_splits
+from trainables.source import DataSource, ImageList, differing_classes, list_splits
 from trainables.storage import write_atomically
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -25,6 +25,7 @@ CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+OTHER_SIZES = "--scale folder --image-size N takes images of N px a side and more"
 Content = dict[str, Tensor]  # images uint8 (N, 3, 32, 32) and labels int64 (N,)
 
 
@@ -34,13 +35,8 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
     _fetch(source)
     if archived(source.root):
         train, held_out = (_archived(source, train=train) for train in (True, False))
-    elif any((source.root / name).is_dir() for name in ("train", "val")):
-        train, held_out = (_from_files(part, scale, source.cache) for part in list_splits(source))
     else:
-        raise ValueError(
-            f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
-            "folders; --download fetches the archive"
-        )
+        train, held_out = (_from_files(part, scale, source.cache) for part in list_cifar10(source))
     return Data(
         name=scale.name,
         train=train,
@@ -51,6 +47,23 @@ def load_cifar10(scale: Scale, source: DataSource) -> Data:
         workers=source.workers,
         cache=source.cache,
     )
+
+
+def list_cifar10(source: DataSource) -> tuple[ImageList, ImageList]:
+    """List CIFAR-10's train and held-out images in class folders; ValueError where it is not."""
+    assert source.root is not None
+    if not any((source.root / name).is_dir() for name in ("train", "val")):
+        raise ValueError(
+            f"{source.root} holds neither {BATCHES}/ or {ARCHIVE} nor train/ and val/ in class "
+            "folders; --download fetches the archive"
+        )
+    train, held_out = list_splits(source)
+    if differing := differing_classes(train.class_names, CLASSES):
+        raise ValueError(
+            f"{source.root} is not CIFAR-10: it {differing}; "
+            "--scale folder --image-size 32 takes any classes"
+        )
+    return train, held_out
 
 
 def _fetch(source: DataSource) -> None:
@@ -144,8 +157,6 @@ def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content
 
 
 def _from_files(listed: ImageList, scale: Scale, cache: Path | None) -> Split:
-    if listed.class_names != CLASSES:
-        raise ValueError(f"{listed.root} has the classes {listed.class_names}, CIFAR-10 {CLASSES}")
     files = ImageFiles(listed.root, listed.paths, size=scale.image_size)
     content = _kept(cache, str(stamps_of(files)), partial(_read_files, files, listed))
     return Split(images=content["images"], labels=content["labels"], ids=listed.paths)
@@ -158,7 +169,7 @@ def _read_files(files: ImageFiles, listed: ImageList) -> Content:
         if image.size != (files.size, files.size):
             raise ValueError(
                 f"{files.path(place)} is {image.width} x {image.height} px, not 32 x 32: "
-                "--scale folder --image-size 32 takes images of any size"
+                f"{OTHER_SIZES}"
             )
         images[place] = as_tensor(image)
     return {"images": images, "labels": torch.tensor(listed.labels, dtype=torch.int64)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,13 @@ from trainables.images import (
     validated,
 )
 from trainables.scale import Scale
-from trainables.source import SUFFIXES, DataSource, ImageList, list_splits
+from trainables.source import (
+    DataSource,
+    ImageList,
+    differing_classes,
+    list_by_class,
+    list_splits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +44,7 @@ def load_folders(scale: Scale, source: DataSource) -> Data:
     What fits the source's memory is decoded once, the train images first.
     """
     train, held_out = list_splits(source)
-    classes = len(train.class_names)
-    if classes != scale.num_classes:
-        raise ValueError(
-            f"{source.root} has {classes} classes, and scale {scale.name!r} has "
-            f"{scale.num_classes}: --scale folder --image-size {scale.image_size} takes any number"
-        )
+    check_classes(scale, train)
     originals, seen = (
         ImageFiles(part.root, part.paths, size=scale.image_size, workers=source.workers)
         for part in (train, held_out)
@@ -66,6 +67,23 @@ def load_folders(scale: Scale, source: DataSource) -> Data:
         workers=source.workers,
         cache=source.cache,
     )
+
+
+def check_classes(scale: Scale, listed: ImageList) -> None:
+    """Raise ValueError unless there are as many classes as the scale has; ImageNet has its own."""
+    remedy = f"--scale folder --image-size {scale.image_size} takes any classes"
+    if scale.name == "imagenet":
+        # Imports that other scales need not pay.
+        from timm.data import ImageNetInfo
+
+        known = ImageNetInfo().label_names()
+        if differing := differing_classes(listed.class_names, known):
+            raise ValueError(f"{listed.root} is not ImageNet: it {differing}; {remedy}")
+    elif len(listed.class_names) != scale.num_classes:
+        raise ValueError(
+            f"{listed.root} has {len(listed.class_names)} classes, and scale {scale.name!r} has "
+            f"{scale.num_classes}: {remedy}"
+        )
 
 
 def _split(listed: ImageList, images: Tensor | ImageFiles) -> Split:
@@ -92,55 +110,32 @@ class ImageFolderByClass:
     workers: int = 0
     damaged: list[Path] = field(default_factory=list, init=False)
 
-    def files(self) -> list[tuple[Path, int]]:
-        """Return every image with its label, in the order of the labels.
-
-        ValueError names what is no class of the model, or the first classes that lack.
-        """
-        if not self.root.is_dir():
-            raise ValueError(f"{self.root} is not a folder")
-        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
-        foreign = sorted(set(folders) - set(self.class_names))
-        if foreign:
-            raise ValueError(f"{self.root / foreign[0]} is no class of the model")
-        lacking = [name for name in self.class_names if name not in folders]
-        if lacking and self.complete:
-            raise ValueError(f"{self.root} lacks {len(lacking)} classes; first: {lacking[:3]}")
-        found = [
-            (path, label)
-            for label, name in enumerate(self.class_names)
-            if name in folders
-            for path in sorted(folders[name].iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not found:
-            raise ValueError(f"{self.root} holds no image; expected <class>/<image>.jpg or .png")
-        return found
-
-    def labels_present(self) -> tuple[int, ...]:
-        """Return the labels that have images, rising."""
-        return tuple(sorted({label for _, label in self.files()}))
+    def files(self) -> ImageList:
+        """List every image with its label, in the order of the labels; raises as list_by_class."""
+        return list_by_class(self.root, self.class_names, complete=self.complete)
 
     def ids_hash(self) -> str:
         """Return 12 hex digits that name this list of images."""
-        ids = "\n".join(_id(path) for path, _ in self.files())
+        ids = "\n".join(map(_id, self.files().paths))
         return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
     def splits(self, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Split]:
         """Yield the images, or a shard of them, decoded, `batch_size` files at a time."""
-        files = self.files()
-        files = [files[place] for place in shard.of(len(files))]
-        for first in range(0, len(files), batch_size):
-            part = files[first : first + batch_size]
-            read = zip(self._read_all([path for path, _ in part]), part, strict=True)
-            kept = [(image, label, _id(path)) for image, (path, label) in read if image is not None]
+        listed = self.files()
+        places = shard.of(len(listed))
+        for first in places[::batch_size]:
+            part = slice(first, min(first + batch_size, places.stop))
+            paths = listed.paths[part]
+            read = zip(self._read_all(paths), paths, listed.labels[part], strict=True)
+            kept = [(image, label, _id(path)) for image, path, label in read if image is not None]
             if kept:
                 images, labels, ids = zip(*kept, strict=True)
                 yield Split(images=torch.stack(images), labels=torch.tensor(labels), ids=ids)
         if self.damaged:
-            logger.warning("%d of %d images are damaged: skipped", len(self.damaged), len(files))
+            logger.warning("%d of %d images are damaged: skipped", len(self.damaged), len(places))
 
-    def _read_all(self, paths: Sequence[Path]) -> list[Tensor | None]:
+    def _read_all(self, below: tuple[str, ...]) -> list[Tensor | None]:
+        paths = [self.root / path for path in below]
         read: list[Tensor | None] = [None] * len(paths)
 
         def fill(place: int) -> None:
@@ -166,5 +161,5 @@ class ImageFolderByClass:
         return as_tensor(image)
 
 
-def _id(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
+def _id(path: str) -> str:
+    return path.rpartition(".")[0]

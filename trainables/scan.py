@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("problem", pa.string()),
+        ("passing", pa.bool_()),
     ]
 )
 AT_ONCE = 4096
@@ -31,19 +32,25 @@ SMALLEST = (1, 1)
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One file as it was found: its bytes and time of change, its size in pixels or a problem."""
+    """One file as it was found: its bytes and time of change, its size in pixels or a problem.
+
+    passing: the problem is the system's (no permission, a failing disk), which may be gone without
+    a change of the file.
+    """
 
     bytes: int
     changed_ns: int
     width: int = 0
     height: int = 0
     problem: str = ""
+    passing: bool = False
 
 
 class Scan:
     """Opens files, in parallel; what was found is kept in a file and holds while they do.
 
-    A file is opened again only when its size or its time of change is another.
+    A file is opened again only when its size or its time of change is another, or where its problem
+    was a passing one.
     """
 
     def __init__(self, kept: Path | None) -> None:
@@ -80,9 +87,10 @@ class Scan:
         try:
             stat = Path(path).stat()
         except OSError as error:
-            return Opened(0, 0, problem=error.strerror or str(error))
+            return Opened(0, 0, problem=error.strerror or str(error), passing=True)
         known = self._known.get(path)
-        if known and (known.bytes, known.changed_ns) == (stat.st_size, stat.st_mtime_ns):
+        unchanged = (stat.st_size, stat.st_mtime_ns, False)
+        if known and (known.bytes, known.changed_ns, known.passing) == unchanged:
             return known
         try:
             with opened(path) as file:
@@ -92,7 +100,11 @@ class Scan:
                 as_rgb(file)
         except UNREADABLE as error:
             return Opened(
-                stat.st_size, stat.st_mtime_ns, problem=str(error) or type(error).__name__
+                stat.st_size,
+                stat.st_mtime_ns,
+                problem=str(error) or type(error).__name__,
+                # A decoder's own OSError has no number.
+                passing=isinstance(error, OSError) and error.errno is not None,
             )
         return Opened(stat.st_size, stat.st_mtime_ns, width, height)
 

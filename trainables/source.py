@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainables.scale import Scale, folder_scale, scale_named
@@ -63,12 +64,16 @@ EMBEDDED = DataSource()
 
 @dataclass(frozen=True, kw_only=True)
 class ImageList:
-    """The images of one split, by class and name: paths below `root`, a label each."""
+    """The images of one split, by class and name: paths below `root`, a label each.
+
+    `passed_over`: what else lies in the class folders, as paths below `root`; not what is hidden.
+    """
 
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[str, ...]
     labels: tuple[int, ...]
+    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,7 +82,16 @@ class ImageList:
         """Return the list without the images that are not kept."""
         pairs = [(p, k) for p, k, keep in zip(self.paths, self.labels, kept, strict=True) if keep]
         paths, labels = zip(*pairs, strict=True) if pairs else ((), ())
-        return ImageList(root=self.root, class_names=self.class_names, paths=paths, labels=labels)
+        return replace(self, paths=paths, labels=labels)
+
+
+@contextmanager
+def _system_errors_named() -> Iterator[None]:
+    """Raise what the system will not read as a ValueError with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
@@ -87,10 +101,8 @@ def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
     that a checkpoint can be judged by val/ alone.
     """
     assert source.root is not None
-    try:
+    with _system_errors_named():
         return _listed(source, source.root)
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
@@ -118,6 +130,9 @@ def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
 
 def _split_folders(root: Path) -> tuple[Path | None, Path | None]:
     train, val = root / "train", root / "val"
+    for folder in (train, val):
+        if folder.is_symlink():
+            _check_link(folder, root)
     if train.is_dir() or val.is_dir():
         return (train if train.is_dir() else None), (val if val.is_dir() else None)
     return (root if any(entry.is_dir() for entry in root.iterdir()) else None), None
@@ -161,19 +176,33 @@ def _check_link(path: Path, folder: Path) -> None:
         raise ValueError(f"{path} is a symbolic link loop: remove it")
 
 
+def list_by_class(root: Path, names: tuple[str, ...], *, complete: bool = False) -> ImageList:
+    """List a stored set's images, root/<class>/<image>, labelled by the places of their classes.
+
+    ValueError names a folder that is no class, and with `complete` the first classes that lack.
+    """
+    with _system_errors_named():
+        folders = class_folders(root)
+        if foreign := sorted(set(folders) - set(names)):
+            raise ValueError(f"{root / foreign[0]} is no class of the data: remove it")
+        lacking = [name for name in names if name not in folders]
+        if complete and lacking:
+            raise ValueError(f"{root} lacks {len(lacking)} classes; first: {lacking[:3]}")
+        return list_images(root, folders, names)
+
+
 def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...]) -> ImageList:
     """List the images of class folders below a root; ValueError where there is none."""
     paths: list[str] = []
     labels: list[int] = []
+    passed_over: list[str] = []
     for label, name in enumerate(names):
         if name not in folders:
             continue
         below = folders[name].relative_to(root).as_posix()
-        found = sorted(
-            entry.name
-            for entry in os.scandir(folders[name])
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
-        )
+        entries = [entry.name for entry in os.scandir(folders[name]) if entry.name[0] != "."]
+        found = sorted(entry for entry in entries if entry.lower().endswith(SUFFIXES))
+        passed_over += sorted(f"{below}/{other}" for other in set(entries).difference(found))
         try:
             "".join((below, *found)).encode()
         except UnicodeEncodeError:
@@ -181,8 +210,35 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
         paths += [f"{below}/{file}" for file in found]
         labels += [label] * len(found)
     if not paths:
-        raise ValueError(f"{next(iter(folders.values())).parent} holds no image in its classes")
-    return ImageList(root=root, class_names=names, paths=tuple(paths), labels=tuple(labels))
+        said = f"{next(iter(folders.values())).parent} holds no image in its classes"
+        others = f"; {passed_over_text(root, passed_over)}" if passed_over else ""
+        raise ValueError(f"{said}; expected <class>/<image>{others}")
+    return ImageList(
+        root=root,
+        class_names=names,
+        paths=tuple(paths),
+        labels=tuple(labels),
+        passed_over=tuple(passed_over),
+    )
+
+
+def passed_over_text(root: Path, paths: Sequence[str]) -> str:
+    """Say how many files and folders were passed over, the first, and what is taken."""
+    # A name that is no UTF-8 can be opened, and not be printed.
+    first = str(root / paths[0]).encode(errors="backslashreplace").decode()
+    taken = f"images lie right below their class and end in {', '.join(SUFFIXES)}"
+    return f"{len(paths)} files or folders are passed over, the first {first}: {taken}"
+
+
+def differing_classes(found: Iterable[str], known: Collection[str]) -> str:
+    """Say how many known classes lack and how many are foreign, the first of each; '' if none."""
+    lacking, foreign = sorted(set(known) - set(found)), sorted(set(found) - set(known))
+    parts = []
+    if lacking:
+        parts.append(f"lacks {len(lacking)} of {len(known)} classes, the first {lacking[0]!r}")
+    if foreign:
+        parts.append(f"has {len(foreign)} foreign ones, the first {foreign[0]!r}")
+    return ", and ".join(parts)
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
