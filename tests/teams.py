@@ -48,11 +48,18 @@ def _work(rank: int, folder: str, size: int, jobs: Sequence[Job]) -> None:
     distributed.destroy_process_group()
 
 
-def begun(recipe: Recipe, team: Team = ALONE, *, start: Any = None, end: int = 1) -> Any:
+def begun(
+    recipe: Recipe,
+    team: Team = ALONE,
+    *,
+    start: Any = None,
+    end: int = 1,
+    dtype: torch.dtype = torch.float,
+) -> Any:
     """Return the state of a training after `end` epochs, which `start` may have begun."""
     data = few_digits()
-    classifier = build_classifier(recipe)
-    teacher = build_classifier(recipe.teacher) if recipe.teacher else None
+    classifier = build_classifier(recipe).to(dtype)
+    teacher = build_classifier(recipe.teacher).to(dtype) if recipe.teacher else None
     device = torch.device("cpu")
     reports = train(
         recipe, classifier, data, device=device, teacher=teacher, start=start, team=team
@@ -60,10 +67,16 @@ def begun(recipe: Recipe, team: Team = ALONE, *, start: Any = None, end: int = 1
     return next(report.state for report in reports if report.epoch == end)
 
 
-def trained(recipe: Recipe, team: Team = ALONE, *, stop: int | None = None) -> tuple[Any, Any]:
+def trained(
+    recipe: Recipe,
+    team: Team = ALONE,
+    *,
+    stop: int | None = None,
+    dtype: torch.dtype = torch.float,
+) -> tuple[Any, Any]:
     """Return weights and metrics; with `stop`, of a training cut short there and resumed."""
-    start = begun(recipe, team, end=stop) if stop else None
-    return ended(begun(recipe, team, start=start, end=recipe.epochs))
+    start = begun(recipe, team, end=stop, dtype=dtype) if stop else None
+    return ended(begun(recipe, team, start=start, end=recipe.epochs, dtype=dtype))
 
 
 def ended(state: Any) -> tuple[Any, Any]:

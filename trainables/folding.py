@@ -88,6 +88,7 @@ class FoldedClassifier(nn.Module):
             dilation=cast("tuple[int, int]", old.dilation),
             groups=old.groups,
             device=old.weight.device,
+            dtype=old.weight.dtype,
         )
         new.to(memory_format=torch.channels_last).requires_grad_(False)
         before.target = f"folded_{before.name}"
