@@ -79,10 +79,11 @@ class Throughput:
 
 
 def kind_of(recipe: Recipe) -> str:
-    """Name what decides how long an epoch takes: the model, its adversary, its teacher."""
+    """Name what decides how long an epoch takes: model, adversary, teacher and precision."""
     adversary = f" AT-{recipe.adversary.steps}" if recipe.adversary else ""
     teacher = f" teacher {recipe.teacher.model}" if recipe.teacher else ""
-    return f"{recipe.model}{adversary}{teacher}"
+    precision = "" if recipe.precision == "float32" else f" {recipe.precision}"
+    return f"{recipe.model}{adversary}{teacher}{precision}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +132,11 @@ class Forecast:
         """Return the seconds of all cells."""
         return sum(seconds for (_, name), seconds in self.seconds.items() if name)
 
-    def jobs(self, workers: int = 1) -> list[Job]:
-        """Return the trials as a schedule takes them; workers divide a training without loss."""
+    def jobs(self, workers: float = 1) -> list[Job]:
+        """Return the trials as a schedule takes them; workers divide a training without loss.
+
+        Those that share a GPU count for what they have of its speed.
+        """
         ranks = {name: rank for rank, name in enumerate(EVALUATORS)}
         jobs = []
         for trial in self.plan:

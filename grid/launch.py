@@ -28,7 +28,7 @@ from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
 from grid.plan import Plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.schedule import EVALUATOR_GPUS, evaluators_beside
+from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
 from grid.status import open_tracker
 from grid.studies import PGD, Study
 from trainables.data import Data, load_data
@@ -287,8 +287,19 @@ def _share_out(
     try:
         room.check(placements)
     except ValueError as error:
-        raise ValueError(f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs)") from None
+        advice = _smaller_share(placements, room) if size == 1 else ""
+        raise ValueError(
+            f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs){advice}"
+        ) from None
     return pool, room
+
+
+def _smaller_share(placements: list[Placement], room: Room) -> str:
+    """Return what to give where one evaluator leaves too little of its GPU; '' if nothing helps."""
+    smaller = (replace(p.least, gpus=min(p.gpus, GPUS_BESIDE)) for p in placements)
+    if not all(room.holds([placement]) for placement in smaller):
+        return ""
+    return f": give --gpus-per-worker {GPUS_BESIDE:g}"
 
 
 def _check_plan(launch: Launch) -> None:

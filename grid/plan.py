@@ -11,10 +11,22 @@ from operator import attrgetter
 from typing import Any
 
 from evaluators import EVALUATORS
-from grid.studies import AXES, BASES, CURRICULA, Axes, Mode, Study, Table, problem, with_axis
+from grid.studies import (
+    BASES,
+    CURRICULA,
+    Axes,
+    Mode,
+    Study,
+    Table,
+    format_settings,
+    problem,
+    with_axes,
+    with_settings,
+)
 from trainables.recipe import CurriculumRow, Recipe, format_augmentations
 from trainables.scale import Scale
 
+Asked = tuple[Recipe, str, list[str]]  # a recipe, what it serves, the evaluators that ask it
 MOST_RECIPES = 100_000
 # The axes that a recipe's description tells of.
 DESCRIBED = {
@@ -81,11 +93,7 @@ def enumerate_trials(
     recipes, refused = [], []
     for combination in _combinations(axes, mode):
         try:
-            recipe = base
-            # What brings other fields along comes first, whatever order the axes are named in.
-            for axis in sorted(combination, key=AXES.index):
-                recipe = with_axis(recipe, axis, combination[axis])
-            recipes.append(recipe)
+            recipes.append(with_axes(base, combination))
         except ValueError as error:
             named = " ".join(f"{axis}={value}" for axis, value in combination.items())
             refused.append(Refused(named, problem(error)))
@@ -120,22 +128,12 @@ def build_plan(
     if study.base is not None and evaluators is not None:
         evaluators = tuple(evaluators)
         study = replace(study, evaluators=evaluators)
-    chosen = [_shrunk(table, scale) for table in _choose_tables(study, tables)]
-    spanned = math.prod(len(values) for values in (study.axes or {}).values())
-    if spanned * seeds > MOST_RECIPES:
-        raise ValueError(
-            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
-            f"{MOST_RECIPES:,} recipes that a study can have"
-        )
-    asked = [
-        (row.recipe, f"{table.name} {row.label}", [c.evaluator for c in table.columns])
-        for table in chosen
-        for row in table.rows
-    ]
-    refused: list[Refused] = []
-    if study.base is not None:
-        recipes, refused = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
-        asked += [(scale.shrink(recipe), study.name, []) for recipe in recipes]
+    chosen = _choose_tables(study, tables)
+    _check_size(study, seeds)
+    asked, refused = _ask(study, chosen)
+    if study.settings:
+        _check_still_apart(asked, study.settings)
+    asked = [(_trained(recipe, study, scale), serves, columns) for recipe, serves, columns in asked]
     if only:
         asked = _keep_only(asked, only, study.name)
     drafts: dict[str, _Draft] = {}
@@ -151,7 +149,7 @@ def build_plan(
         Trial(
             d.recipe,
             digest,
-            _name(d.recipe, study.axes or {}),
+            _name(d.recipe, (*(study.axes or {}), *study.settings)),
             tuple(d.serves),
             tuple(name for name in d.evaluators if name in chosen_evaluators),
             scale.cost(d.recipe),
@@ -160,12 +158,36 @@ def build_plan(
     ]
     chains = _longest_chains(trials)
     trials.sort(key=lambda trial: (-chains[trial.digest], trial.digest))
-    return Plan(tuple(trials), tuple(refused), count, tuple(chosen), seeds)
+    trained = tuple(_as_trained(table, study, scale) for table in chosen)
+    return Plan(tuple(trials), tuple(refused), count, trained, seeds)
 
 
-def _name(recipe: Recipe, axes: Axes) -> str:
+def _check_size(study: Study, seeds: int) -> None:
+    spanned = math.prod(len(values) for values in (study.axes or {}).values())
+    if spanned * seeds > MOST_RECIPES:
+        raise ValueError(
+            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
+            f"{MOST_RECIPES:,} recipes that a study can have"
+        )
+
+
+def _ask(study: Study, tables: Iterable[Table]) -> tuple[list[Asked], list[Refused]]:
+    """Return what tables and axes ask for, as the study states it, and what was refused."""
+    asked: list[Asked] = [
+        (row.recipe, f"{table.name} {row.label}", [c.evaluator for c in table.columns])
+        for table in tables
+        for row in table.rows
+    ]
+    if study.base is None:
+        return asked, []
+    recipes, refused = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
+    return [*asked, *((recipe, study.name, []) for recipe in recipes)], refused
+
+
+def _name(recipe: Recipe, axes: Iterable[str]) -> str:
     """Describe a recipe, and what it has on those axes that its description does not tell."""
-    told = (f"{axis}={axis_value(recipe, axis)}" for axis in axes if axis not in DESCRIBED)
+    untold = dict.fromkeys(axis for axis in axes if axis not in DESCRIBED)
+    told = (f"{axis}={axis_value(recipe, axis)}" for axis in untold)
     return " ".join([recipe.describe(), *told])
 
 
@@ -212,9 +234,34 @@ def _depth(trial: Trial) -> int:
     return depth
 
 
-def _shrunk(table: Table, scale: Scale) -> Table:
-    rows = tuple(replace(row, recipe=scale.shrink(row.recipe)) for row in table.rows)
-    return replace(table, rows=rows)
+def _check_still_apart(asked: Iterable[Asked], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where what is set for all makes one recipe of two: no row says so."""
+    found: dict[str, tuple[str, str]] = {}
+    for recipe, serves, _ in asked:
+        digest, name = recipe.digest(), f"{serves} ({recipe.describe()})"
+        first, other = found.setdefault(with_settings(recipe, settings).digest(), (digest, name))
+        if first != digest:
+            raise ValueError(
+                f"--set {format_settings(settings)} makes one trial of {other} and {name}, which "
+                "the study tells apart: leave it out, or choose --tables without one of them"
+            )
+
+
+def _trained(recipe: Recipe, study: Study, scale: Scale) -> Recipe:
+    """Return a study's recipe as it is trained: set as all are, then shrunk."""
+    recipe = with_settings(recipe, study.settings)
+    try:
+        return scale.shrink(recipe)
+    except ValueError as error:
+        raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
+
+
+def _as_trained(table: Table, study: Study, scale: Scale) -> Table:
+    """Return a table with its rows' recipes as they are trained; its question tells what is set."""
+    rows = tuple(replace(row, recipe=_trained(row.recipe, study, scale)) for row in table.rows)
+    told = ", ".join(f"{axis.replace('_', ' ')} {v}" for axis, v in study.settings.items())
+    question = f"{table.question} (every trial: {told})" if told else table.question
+    return replace(table, question=question, rows=rows)
 
 
 def _choose_tables(study: Study, names: Iterable[str] | None) -> list[Table]:
@@ -256,11 +303,7 @@ def _curriculum_name(rows: tuple[CurriculumRow, ...]) -> str:
     return next(named, f"{len(rows)}-rows-{digest}")
 
 
-def _keep_only(
-    asked: list[tuple[Recipe, str, list[str]]],
-    only: Mapping[str, tuple[str, ...]],
-    study: str,
-) -> list[tuple[Recipe, str, list[str]]]:
+def _keep_only(asked: list[Asked], only: Mapping[str, tuple[str, ...]], study: str) -> list[Asked]:
     for axis, values in only.items():
         present = {axis_value(recipe, axis) for recipe, _, _ in asked}
         unknown = [value for value in values if value not in present]

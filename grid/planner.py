@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
@@ -22,8 +22,8 @@ from grid.forecast import (
 from grid.passes import held_out_images
 from grid.plan import Plan
 from grid.progress import format_seconds
-from grid.schedule import Interruptions, Machines, gpu_machines, simulate
-from grid.studies import Study
+from grid.schedule import Interruptions, Job, Machines, gpu_machines, simulate, speed_of
+from grid.studies import Study, format_settings
 from trainables.options import amount, count
 from trainables.recipe import Recipe
 from trainables.scale import Scale
@@ -89,7 +89,8 @@ def print_plan(
     options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
 ) -> None:
     """Print the trials, what they share, what was refused, and what all of it takes."""
-    print(f"Study {study.name} at scale {scale.name}: {scale.title}")
+    settings = f" with {format_settings(study.settings)}" if study.settings else ""
+    print(f"Study {study.name}{settings} at scale {scale.name}: {scale.title}")
     for trial in plan:
         print(f"  {trial.digest}  {trial.name}")
         print(f"{INDENT}{_hyperparameters(trial.recipe)}")
@@ -159,8 +160,8 @@ def _hours(
 ) -> Iterator[str]:
     """Say what the plan takes: work, wall clock, cost, by table, and what a budget buys."""
     gpus = _gpus_per_worker(options)
-    # What a worker's second is of a GPU's, or of a core's.
-    each = (gpus or options.cpus_per_worker) / HOUR
+    # What a worker's second alone is of GPUs, or of cores: also a share of a GPU trains on all.
+    each = (max(1.0, gpus) if gpus else options.cpus_per_worker) / HOUR
     judged_each = (1.0 if gpus else options.cpus_per_worker) / HOUR
     unit = "GPU-hours" if gpus else "core-hours"
     hours = {
@@ -179,7 +180,12 @@ def _hours(
     yield from _wall_clock(options, found, throughput, gpus)
     if options.dollars_per_gpu_hour:
         yield f"Cost: ${total * options.dollars_per_gpu_hour:,.2f} for the {unit} in use"
-    if options.budget_gpu_hours:
+    if options.budget_gpu_hours and not needs:
+        yield (
+            f"For {options.budget_gpu_hours:g} {unit}: a budget chooses among tables, and study "
+            f"{study.name} has none; all of it takes {_hours_text(total)}"
+        )
+    elif options.budget_gpu_hours:
         tables, cost = affordable(needs, hours, options.budget_gpu_hours)
         yield (
             f"For {options.budget_gpu_hours:g} {unit}: {len(tables)} of {len(needs)} tables, "
@@ -200,7 +206,7 @@ def _wall_clock(
     else:
         lanes = _lanes_here(options.cpus_per_worker * options.workers)
         machines, where = Machines(lanes=lanes, evaluators=lanes), "Here"
-    jobs = found.jobs(options.workers)
+    jobs = found.jobs(options.workers * speed_of(gpus))
     quiet = simulate(jobs, machines)
     over = quiet.makespan / quiet.lower_bound - 1 if quiet.lower_bound else 0.0
     each = f" of {options.workers} workers" if options.workers > 1 else ""
@@ -211,7 +217,7 @@ def _wall_clock(
         f"{quiet.utilisation:.0%} of the lanes in use"
     )
     if options.interruptions_per_node_day:
-        yield _spot(options, found, machines, quiet.makespan)
+        yield _spot(options, jobs, machines, quiet.makespan)
     if options.dollars_per_gpu_hour and options.nodes:
         held = options.nodes * options.gpus_per_node * quiet.makespan / HOUR
         yield (
@@ -226,11 +232,11 @@ def _lanes_here(threads: int) -> int:
 
 
 def _spot(
-    options: argparse.Namespace, found: Forecast, machines: Machines, undisturbed: float
+    options: argparse.Namespace, jobs: Sequence[Job], machines: Machines, undisturbed: float
 ) -> str:
     rate, away = options.interruptions_per_node_day, options.minutes_away
     drawn = Interruptions(per_node_day=rate, seconds_away=60 * away)
-    spot = simulate(found.jobs(options.workers), machines, drawn)
+    spot = simulate(jobs, machines, drawn)
     return (
         f"Taken away {rate:g} times a node and day, for {away:g} min: "
         f"{format_seconds(spot.makespan)} ({spot.makespan / undisturbed - 1:+.0%}), "

@@ -7,14 +7,16 @@ import os
 import shlex
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from grid.plan import Plan, build_plan
 from grid.planner import add_plan_options, check_plan_options, print_plan
 from grid.progress import format_seconds
-from grid.studies import AXES, STUDIES, Study, load_study, problem
+from grid.studies import AXES, SETTABLE, STUDIES, Study, load_study, problem
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
 from trainables.scale import SCALE_NAMES, Scale
 from trainables.source import DataSource, scale_of
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     options.sent = _without_on(given)
     try:
-        study = load_study(options.study)
+        study = replace(load_study(options.study), settings=_parse_settings(options.settings))
         if options.on and options.data:
             # What lies there, only the cluster can say.
             return _run_on(options)
@@ -263,6 +265,16 @@ def _parser() -> argparse.ArgumentParser:
         help="only trials with these values, e.g. 'family=resnet activation=relu,gelu'",
     )
     parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="settings",
+        metavar="FIELD=VALUE",
+        help="train every trial so, e.g. precision=bf16 micro_batch=256 (other trials than without;"
+        " plain batch normalisation takes its statistics over a micro-batch)",
+    )
+    parser.add_argument(
         "--evaluators", nargs="+", metavar="E", help="ask only these, e.g. clean pgd"
     )
     parser.add_argument(
@@ -362,7 +374,7 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         type=amount,
         default=0.0,
         metavar="G",
-        help="default: 0",
+        help="default: 0; 0.75 on a single GPU, of which evaluators hold the rest",
     )
     parser.add_argument(
         "--compile",
@@ -396,6 +408,29 @@ def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"unknown axis {axis!r} in --only; one of {', '.join(AXES)}")
         only[axis] = tuple(values.split(","))
     return only
+
+
+def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for text in texts:
+        field, equals, value = text.partition("=")
+        if not equals or not value:
+            raise ValueError(f"--set wants FIELD=VALUE, not {text!r}")
+        if field not in SETTABLE:
+            raise ValueError(f"unknown field {field!r} in --set; one of {', '.join(SETTABLE)}")
+        if field in settings:
+            raise ValueError(f"--set has two values of {field}; leave one out")
+        settings[field] = _parse_value(value)
+    return settings
+
+
+def _parse_value(text: str) -> Any:
+    """Read a value as a study file would have it, or as text where that is none."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _refuse(message: str) -> NoReturn:

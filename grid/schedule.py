@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 EVALUATOR_GPUS = 0.25
+GPUS_BESIDE = 1 - EVALUATOR_GPUS  # what one evaluator leaves of its GPU
+ROUNDING = 1e-6
 DAY = 86_400.0
 
 
@@ -81,17 +83,36 @@ def gpu_machines(
 ) -> Machines:
     """Return what nodes of GPUs hold; ValueError if not even one trial. No worker spans nodes."""
     evaluators = evaluators_beside(nodes * gpus_per_node)
-    free = [float(gpus_per_node)] * nodes
+    own = evaluators * EVALUATOR_GPUS
+    free = [[1.0] * gpus_per_node for _ in range(nodes)]
     for place in range(evaluators):
-        free[int(place * EVALUATOR_GPUS // gpus_per_node)] -= EVALUATOR_GPUS
-    lanes = sum(int(gpus // gpus_per_worker) for gpus in free) // workers
+        node, gpu = divmod(int(place * EVALUATOR_GPUS), gpus_per_node)
+        free[node][gpu] -= EVALUATOR_GPUS
+    lanes = sum(_held(gpus, gpus_per_worker) for gpus in free) // workers
     if lanes < 1:
+        fits = sum(_held(gpus, GPUS_BESIDE) for gpus in free) >= workers
+        advice = f"give --gpus-per-worker {GPUS_BESIDE:g}" if fits else "give fewer --workers"
         raise ValueError(
             f"{nodes} nodes of {gpus_per_node} GPUs do not hold {workers} workers of "
-            f"{gpus_per_worker:g} GPUs beside the evaluators' {evaluators * EVALUATOR_GPUS:g} GPUs"
+            f"{gpus_per_worker:g} GPUs beside the evaluators' {own:g} GPUs: {advice}"
         )
-    own = evaluators * EVALUATOR_GPUS
     return Machines(lanes=lanes, evaluators=evaluators, nodes=nodes, own=own)
+
+
+def _held(free: Sequence[float], gpus_per_worker: float) -> int:
+    """Return how many workers fit what a node has free of each GPU; a share is of one GPU."""
+    if gpus_per_worker > 1:
+        return int(sum(gpu == 1 for gpu in free) / gpus_per_worker)
+    return sum(int(gpu / gpus_per_worker + ROUNDING) for gpu in free)
+
+
+def speed_of(gpus_per_worker: float) -> float:
+    """Return how fast a worker trains, where 1 is alone on a GPU: those that share one divide it.
+
+    Evaluators slow nobody; 0 stands for workers without GPUs.
+    """
+    beside = int(1 / gpus_per_worker + ROUNDING) if gpus_per_worker else 1
+    return 1 / max(1, beside)
 
 
 def simulate(

@@ -86,6 +86,41 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     return recipe.replace(**{axis: value})
 
 
+def with_axes(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with some axes set, in whatever order they are named.
+
+    What brings other fields along comes first; then fields, all at once.
+    """
+    for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
+        recipe = with_axis(recipe, axis, values[axis])
+    return recipe.replace(**{axis: values[axis] for axis in values if axis not in _SETTERS})
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe and its teachers with some axes set, whatever they had there.
+
+    ValueError names the trial that cannot be so.
+    """
+    if not settings:
+        return recipe
+    try:
+        changed = with_axes(recipe, settings)
+    except ValueError as error:
+        raise ValueError(
+            f"--set {format_settings(settings)}: {recipe.describe()}: {problem(error)}"
+        ) from None
+    if changed.distillation is None:
+        return changed
+    teacher = with_settings(changed.distillation.teacher, settings)
+    taught = changed.distillation.model_copy(update={"teacher": teacher})
+    return changed.replace(distillation=taught)
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Write settings as users do: 'precision=bf16 micro_batch=256'."""
+    return " ".join(f"{axis}={value}" for axis, value in settings.items())
+
+
 def _with_model(recipe: Recipe, model: str) -> Recipe:
     changed = recipe.replace(model=model)
     if changed.family == recipe.family or recipe.adversary:
@@ -168,6 +203,12 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
+# What a table's row or column is about, and what --scale and --seeds choose.
+_NOT_FOR_ALL = {
+    *("model", "family", "size", "training", "adversary", "teacher", "distillation"),
+    *("scale", "seed"),
+}
+SETTABLE = tuple(axis for axis in AXES if axis not in _NOT_FOR_ALL)
 
 
 def resnet50() -> Recipe:
@@ -272,7 +313,8 @@ class Study:
     """A named set of recipes with the tables they serve.
 
     `evaluators` run on every trial, beside those that the tables' columns ask for. `placement` maps
-    a family to what of its trials' placement is not as usual.
+    a family to what of its trials' placement is not as usual. `settings` are axes that every trial
+    has so, teachers too, after all else.
     """
 
     name: str
@@ -282,6 +324,7 @@ class Study:
     mode: Mode = "product"
     evaluators: tuple[str, ...] = ("clean", "pgd", "health")
     placement: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 CLEAN = Column("Clean", "clean", "clean")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 
 from grid.studies import STRONG, deit, with_axis
 from trainables.augment import (
+    CACHED_BYTES,
+    KEPT_BYTES,
     _rand_augment,
     augmented,
     augmented_epoch,
@@ -149,3 +152,21 @@ def test_equal_augmentation_is_made_once_for_many_trials(few_digits, small):
     other = small("deit", epochs=3)
     images = few_digits.train.images
     assert augmented_epoch(one, images, 0) is augmented_epoch(other, images, 0)
+
+
+def test_augmented_epochs_are_kept_up_to_a_bound(small):
+    recipe = small(augmentations="none", epochs=20)
+    images = torch.zeros(5400, 3, 32, 32, dtype=torch.uint8)
+    assert 20 * images.nbytes > KEPT_BYTES
+    assert images.nbytes <= CACHED_BYTES
+    made = [weakref.ref(augmented_epoch(recipe, images, epoch)) for epoch in range(20)]
+    kept = sum(images.nbytes for epoch in made if epoch() is not None)
+    assert KEPT_BYTES - images.nbytes < kept <= KEPT_BYTES
+    assert augmented_epoch(recipe, images, 19) is made[19]()
+
+
+def test_a_second_training_at_digits_finds_every_epoch_of_the_first(digits, small):
+    images = digits.train.images
+    one, other = small(augmentations="none", epochs=30), small("deit", augmentations="none")
+    first = [augmented_epoch(one, images, epoch) for epoch in range(30)]
+    assert all(augmented_epoch(other, images, epoch) is first[epoch] for epoch in range(30))

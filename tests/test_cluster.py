@@ -398,7 +398,7 @@ def on_gpus(number, results):
 
 
 def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
-    with pytest.raises(ValueError, match=r"0\.75 GPUs; .* \(evaluators hold 0\.25 GPUs\)"):
+    with pytest.raises(ValueError, match=r"0\.75 GPUs; .* 0\.25 GPUs\): give --g.* 0\.75$"):
         _share_out(on_gpus(1.0, tmp_path), "sqlite:///none")
     ray.shutdown()
     ray.init(address=joined.address, log_to_driver=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -20,10 +21,10 @@ from tests.test_report import trial_run
 from trainables.scale import DIGITS
 
 
-def planned(tmp_path, toml, *, seeds=1):
+def planned(tmp_path, toml, *, seeds=1, **settings):
     path = tmp_path / "s.toml"
     path.write_text(toml)
-    study = load_study(str(path))
+    study = replace(load_study(str(path)), settings=settings)
     return study, build_plan(study, DIGITS, seeds=seeds)
 
 
@@ -92,11 +93,13 @@ def test_a_contrast_is_a_paired_t_test():
     assert found.is_told_apart == (expected.low > 0)
 
 
-def test_a_grids_effects_are_read_from_its_runs(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}])
+def test_a_grids_effects_are_read_from_its_runs(tmp_path, settings):
     study, plan = planned(
         tmp_path,
         'name="grid"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n'
         'optimizer=["sgd","adamw"]\naugmentation=["none","cutmix"]\n',
+        **settings,
     )
     runs = {
         trial.digest: trial_run(trial.digest, clean=0.8 + 0.1 * (trial.recipe.activation == "gelu"))

@@ -133,7 +133,7 @@ def test_seconds_follow_from_what_was_measured_or_from_the_unit():
     assert (job.training, job.epochs, len(job.shards)) == (350, 100, 10)
 
 
-def test_a_kind_names_model_adversary_and_teacher():
+def test_a_kind_names_model_adversary_teacher_and_precision():
     plan = build_plan(load_study("paper"), DIGITS, tables=["T2", "T9"])
     assert {kind_of(trial.recipe) for trial in plan} == {
         "resnet50",
@@ -143,6 +143,9 @@ def test_a_kind_names_model_adversary_and_teacher():
         "resnet50 teacher deit_small",
         "deit_small teacher resnet50",
     }
+    half = replace(load_study("paper"), settings={"precision": "bf16"})
+    found = {kind_of(trial.recipe) for trial in build_plan(half, DIGITS, tables=["T1"])}
+    assert found == {"resnet50 bf16", "deit_small bf16"}
 
 
 def test_tables_that_share_a_training_pay_for_it_once():

@@ -13,6 +13,7 @@ from trainables.loop import accuracy, distillation_loss, probe, train
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Distillation
 from trainables.sentinel import PROBE, chance_limit, collapse_reason
+from trainables.team import Team
 
 CPU = torch.device("cpu")
 ADVERSARY = {"epsilon": 16 / 255, "step_size": 16 / 255, "plain_start": 0.2}
@@ -93,7 +94,8 @@ def test_a_batch_too_large_for_the_memory_names_the_trial_and_what_helps(small, 
         next(train(recipe, classifier, few_digits, device=CPU))
     said = str(stopped.value)
     assert recipe.digest() in said
-    assert "set micro_batch = 16 in the study file, which keeps the total batch of 64" in said
+    assert "--set micro_batch=16, which keeps the total batch of 64, or --set precision=" in said
+    assert "[set] of a study file" in said
 
 
 def test_training_learns(small, few_digits):
@@ -176,11 +178,40 @@ def test_the_probe_takes_as_many_images_as_fit_and_finds_the_same(small, digits,
     assert max(parted.shown) == 64
 
 
-def test_a_probe_of_one_image_that_does_not_fit_is_an_error(small, few_digits):
+def test_one_image_that_does_not_fit_is_an_error(small, few_digits):
     recipe = small(adversary=ADVERSARY)
     nothing = FewAtOnce(build_classifier(recipe), 0)
     with pytest.raises(torch.OutOfMemoryError):
         probe(recipe, nothing, few_digits.held_out, device=CPU)
+    with pytest.raises(torch.OutOfMemoryError):
+        accuracy(nothing, few_digits.held_out, device=CPU)
+
+
+@pytest.mark.parametrize("most", [1, 30, 256])
+def test_validation_takes_as_many_images_as_fit_and_finds_the_same(small, digits, most):
+    classifier = build_classifier(small())
+    split = digits.held_out.subset(300, seed=0)
+    classifier.eval()
+    with torch.inference_mode():
+        right = classifier(split.images.float() / 255).argmax(dim=1) == split.labels
+    few = FewAtOnce(classifier, most)
+    assert accuracy(few, split, device=CPU) == int(right.sum()) / 300
+    assert sum(shown for shown in few.shown if shown <= most) == 300
+
+
+def test_a_teams_shares_of_a_validation_are_all_of_it(small, digits):
+    class Rank(Team):
+        def total(self, value):
+            seen.append(int(value))
+            return value
+
+    classifier, seen = build_classifier(small()), []
+    split = digits.held_out
+    whole = accuracy(classifier, split, device=CPU)
+    for rank in range(2):
+        accuracy(FewAtOnce(classifier, 100 * (rank + 1)), split, device=CPU, team=Rank(rank, 2))
+    assert len(seen) == 2
+    assert sum(seen) / len(split) == whole
 
 
 def histories(probes, losses):

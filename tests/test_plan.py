@@ -10,6 +10,7 @@ from grid.studies import (
     AXES,
     BASES,
     FULL_AXES,
+    SETTABLE,
     Study,
     adversarial_resnet50,
     deit,
@@ -19,6 +20,7 @@ from grid.studies import (
     resnet50,
     resnet_aligned,
     resnet_best,
+    with_axes,
     with_axis,
 )
 from trainables.scale import DIGITS, IMAGENET
@@ -298,3 +300,85 @@ def test_axes_may_be_named_in_any_order():
     assert found[0] == found[1]
     (recipe,), _ = enumerate_trials(resnet50(), axes)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.optimizer) == (0.05, 3e-4, "adamw")
+
+
+def with_all(study, **settings):
+    return dataclasses.replace(study, settings=settings)
+
+
+@pytest.mark.parametrize(("scale", "most"), [(IMAGENET, 256), (DIGITS, 64)])
+def test_what_is_set_for_all_is_so_in_every_trial_and_row_teachers_too(scale, most):
+    asked = with_all(paper(), precision="bf16", micro_batch=256)
+    plan, plain = build_plan(asked, scale), build_plan(paper(), scale)
+    assert (len(plan.trials), plan.asked) == (len(plain.trials), plain.asked) == (39, 51)
+    assert {trial.recipe.precision for trial in plan} == {"bf16"}
+    assert all(trial.recipe.micro_batch == min(most, trial.recipe.batch_size) for trial in plan)
+    assert not {trial.digest for trial in plan} & {trial.digest for trial in plain}
+    digests = {trial.digest for trial in plan}
+    assert {row.recipe.digest() for table in plan.tables for row in table.rows} <= digests
+    taught = [trial.recipe.teacher for trial in plan if trial.recipe.teacher]
+    assert {teacher.digest() for teacher in taught} <= digests
+
+
+def test_what_is_set_for_all_is_told_and_leaves_the_labels_of_published_figures():
+    plan = build_plan(with_all(paper(), precision="bf16", micro_batch=128), IMAGENET, tables=["T5"])
+    (found,) = plan.tables
+    own = table("T5")
+    assert found.question == f"{own.question} (every trial: precision bf16, micro batch 128)"
+    assert [row.label for row in found.rows] == [row.label for row in own.rows]
+    assert all(trial.name.endswith("bf16 100ep seed0 micro_batch=128") for trial in plan)
+    assert published("T5", found.rows[0].label, "Clean").value == 76.9
+
+
+def test_epochs_set_for_all_are_the_studys_own():
+    plan = build_plan(with_all(paper(), epochs=50), DIGITS, tables=["T5"])
+    assert {trial.recipe.epochs for trial in plan} == {5}
+
+
+def test_what_is_set_for_all_comes_after_the_axes():
+    base = with_axis(resnet50(), "micro_batch", 128)
+    axes = {"training": ("clean", "adversarial"), "teacher": ("none", "deit_small")}
+    study = with_all(Study("s", base=base, axes=axes), micro_batch=64, precision="fp16")
+    plan = build_plan(study, IMAGENET)
+    assert len(plan.trials) == 5
+    assert {(t.recipe.micro_batch, t.recipe.precision) for t in plan} == {(64, "fp16")}
+
+
+def test_fields_are_set_at_once():
+    changed = with_axes(adversarial_resnet50(), {"batch_size": 128, "micro_batch": 64})
+    assert (changed.batch_size, changed.micro_batch) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"micro_batch": 96}, r"--set micro_batch=96: resnet50 relu sgd .* is not divisible by"),
+        ({"micro_batch": 512}, r"resnet50 relu sgd .* batch_size 256 is not divisible by"),
+        ({"micro_batch": 32}, r"resnet50 relu sgd step none AT ghost .* which does not divide it"),
+        ({"precision": "bf17"}, r"precision: Input should be 'float32', 'bf16' or 'fp16', not"),
+        ({"norm": "ghost"}, r"deit_small .* needs batch normalisation"),
+        ({"scheduler": "cosine"}, r"one trial of T1 ResNet-50 .* and T6 cosine, SGD "),
+        ({"epochs": 100}, r"makes one trial of T7 randaug\+cutmix .* and T11 ResNet-50-Best, 300"),
+    ],
+)
+def test_what_cannot_be_set_for_all_is_refused_with_the_trial(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_plan(with_all(paper(), **settings), IMAGENET)
+
+
+def test_an_axis_that_is_set_for_all_is_refused():
+    study = Study("s", base=resnet50(), axes={"activation": ("relu", "gelu")})
+    with pytest.raises(ValueError, match=r"makes one trial of s .* relu .* and s .* gelu"):
+        build_plan(with_all(study, activation="silu"), DIGITS)
+    assert len(build_plan(with_all(study, precision="bf16"), DIGITS).trials) == 2
+
+
+def test_a_recipe_that_a_scale_cannot_shrink_is_named():
+    asked = with_all(paper(), batch_size=300, micro_batch=100)
+    with pytest.raises(ValueError, match=r"deit_small .* at scale digits: a batch of 5 is odd"):
+        build_plan(asked, DIGITS, tables=["T1"])
+
+
+def test_what_a_trial_is_cannot_be_set_for_all():
+    assert set(SETTABLE) < set(AXES)
+    assert not {"model", "family", "size", "teacher", "training", "seed"} & set(SETTABLE)

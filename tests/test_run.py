@@ -53,6 +53,21 @@ def refusal(capsys, *arguments):
             "--interruptions-per-node-day goes with --nodes",
         ),
         (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
+        (["--set", "precision"], "--set wants FIELD=VALUE, not 'precision'"),
+        (["--set", "=1"], "unknown field '' in --set; one of optimizer, augmentation"),
+        (["--set", "model=resnet18"], "unknown field 'model' in --set; one of optimizer"),
+        (["--set", "epochs=5", "--set", "epochs=6"], "--set has two values of epochs"),
+        (["--set", "epochs=2.5"], "epochs: Input should be a valid integer, not 2.5"),
+        (["--set", "precision=5"], "Input should be 'float32', 'bf16' or 'fp16', not 5"),
+        (["--set", "learning_rate=nan"], "learning_rate: Input should be a finite number"),
+        (["--set", "micro_batch=1\nseed=2"], "micro_batch: Input should be a valid integer"),
+        (["--set", "curriculum=" + "[" * 5000], "unknown curriculum"),
+        (["--set", "precision=bf17", "--on", "none.yaml", "--data", "d"], "--on wants a cluster"),
+        (["--set", "colour=red", "--on", "none.yaml", "--data", "d"], "unknown field 'colour'"),
+        (
+            ["--plan", "--seconds-per-unit", "500", "--nodes", "1", "--gpus-per-node", "1"],
+            "beside the evaluators' 0.25 GPUs: give --gpus-per-worker 0.75",
+        ),
         (["--sceale", "digits"], "unrecognized arguments"),
     ],
 )
@@ -168,6 +183,47 @@ def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     printed = capsys.readouterr().out
     assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 512" in printed
     assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
+
+
+def test_plan_prints_what_is_set_for_all(capsys):
+    asked = ["--plan", "--tables", "T5", "T9", "--scale", "imagenet", "--seeds", "2"]
+    assert main([*asked, "--set", "precision=bf16", "micro_batch=256", "--set", "epochs=90"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Study paper with precision=bf16 micro_batch=256 epochs=90 at scale")
+    assert printed.count(" bf16 90ep seed") == printed.count("micro_batch=256\n") == 10
+    assert "10 rows asked for, 10 trainings (0 shared), 0 combinations refused" in printed
+
+
+def test_a_studys_file_can_be_set_too(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('name="s"\nbase="resnet50"\n[set]\nepochs=50\n[axes]\nlearning_rate=[0.1, 0.2]')
+    asked = ["--plan", "--study", str(path), "--only", "precision=bf16"]
+    assert main([*asked, "--set", "epochs=30", "precision='bf16'", "label_smoothing=0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" bf16 3ep seed0 learning_rate=") == 2
+    assert printed.count(" label_smoothing=0.1\n") == 2
+
+
+def test_a_share_of_a_gpu_costs_the_gpu_that_a_training_is_alone_on(capsys):
+    asked = ["--plan", "--scale", "imagenet", "--tables", "T6", "--evaluators", "clean"]
+    asked += ["--seconds-per-unit", "500", "--nodes", "1", "--gpus-per-node", "1"]
+    assert main([*asked, "--gpus-per-worker", "0.75", "--budget-hours", "171"]) == 0
+    printed = capsys.readouterr().out
+    # Three trainings of 100 epochs of 4.1 units.
+    assert f"Work: 171 GPU-hours, {3 * 100 * 4.1 * 500 / 3600:.0f} to train" in printed
+    assert "On 1 nodes of 1 GPUs, 1 trials at once: 7.1 days" in printed
+    assert "For 171 GPU-hours: 1 of 1 tables, T6" in printed
+    assert main([*asked, "--nodes", "2", "--gpus-per-worker", "0.5"]) == 0
+    # Three lanes of half a GPU, each at half the speed.
+    assert "3 trials at once: 4.7 days" in capsys.readouterr().out
+
+
+def test_a_budget_of_a_study_without_tables_says_so(capsys):
+    asked = ["--plan", "--study", "full", "--seconds-per-unit", "1", "--budget-hours", "2"]
+    assert main(asked) == 0
+    assert (
+        "For 2 core-hours: a budget chooses among tables, and study full has none; all of it takes "
+    ) in capsys.readouterr().out
 
 
 def test_plan_tells_hours_wall_clock_cost_and_what_a_budget_buys(capsys):

@@ -6,7 +6,15 @@ import pytest
 
 from grid.forecast import Throughput, forecast
 from grid.plan import build_plan
-from grid.schedule import Interruptions, Job, Machines, Schedule, gpu_machines, simulate
+from grid.schedule import (
+    Interruptions,
+    Job,
+    Machines,
+    Schedule,
+    gpu_machines,
+    simulate,
+    speed_of,
+)
 from grid.studies import load_study
 from trainables.scale import IMAGENET
 
@@ -102,3 +110,26 @@ def test_no_worker_spans_nodes_and_evaluators_have_their_share():
     assert machines == Machines(lanes=2, evaluators=12, nodes=3, own=3.0)
     with pytest.raises(ValueError, match="1 nodes of 8 GPUs do not hold 8 workers of 1 GPUs"):
         gpu_machines(1, 8, workers=8, gpus_per_worker=1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "advice"),
+    [
+        (1, 1, "--gpus-per-worker 0.75"),
+        (2, 2, "--gpus-per-worker 0.75"),
+        (4, 4, "fewer --workers"),
+    ],
+)
+def test_gpus_that_evaluators_share_are_refused_with_what_fits(gpus, workers, advice):
+    with pytest.raises(ValueError, match=f"GPUs: give {advice}$"):
+        gpu_machines(1, gpus, workers=workers, gpus_per_worker=1)
+    if "0.75" in advice:
+        machines = gpu_machines(1, gpus, workers=workers, gpus_per_worker=0.75)
+        assert (machines.lanes, machines.own) == (1, 0.25)
+
+
+def test_a_worker_has_its_share_on_one_gpu():
+    # Of 8 GPUs evaluators hold one, and 7 are free: 0.25 of each is left over, which is no 0.75.
+    assert gpu_machines(1, 8, workers=1, gpus_per_worker=0.75).lanes == 7
+    assert gpu_machines(1, 8, workers=1, gpus_per_worker=0.1).lanes == 70
+    assert [speed_of(share) for share in (0, 2, 1, 0.75, 0.5, 0.2)] == [1, 1, 1, 1, 1 / 2, 1 / 5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
@@ -24,8 +24,8 @@ from trainables.scale import scale_named
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
 CROP_SCALE = (0.08, 1.0)
 FLIP_PROBABILITY = 0.5
-CACHED_EPOCHS = 128
 CACHED_BYTES = 2**24  # of an epoch's images; more are augmented batch by batch
+KEPT_BYTES = 2**27  # of all augmented epochs that a process keeps
 
 
 @contextmanager
@@ -91,8 +91,18 @@ def is_cached(images: Tensor | ImageFiles) -> bool:
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     """Return every image as this epoch shows it; made once for all trials that share it."""
     flip = scale_named(recipe.scale).flip
-    settings = _magnitude(recipe, epoch), _fill(recipe), flip
-    return _augmented_epoch(_Identity(images), recipe.seed, epoch, *settings)
+    magnitude, fill = _magnitude(recipe, epoch), _fill(recipe)
+    key = _Identity(images), recipe.seed, epoch, magnitude, fill, flip
+
+    def make() -> Tensor:
+        moved = shift(images, seed=recipe.seed, epoch=epoch)
+        if flip:
+            moved = flipped(moved, seed=recipe.seed, epoch=epoch)
+        if magnitude is None:
+            return moved
+        return randaugment(moved, magnitude=magnitude, fill=fill, seed=recipe.seed, epoch=epoch)
+
+    return _EPOCHS.get(key, make)
 
 
 def _magnitude(recipe: Recipe, epoch: int) -> int | None:
@@ -119,21 +129,24 @@ class _Identity:
         return isinstance(other, _Identity) and other.images is self.images
 
 
-@lru_cache(maxsize=CACHED_EPOCHS)
-def _augmented_epoch(
-    key: _Identity,
-    seed: int,
-    epoch: int,
-    magnitude: int | None,
-    fill: tuple[int, ...],
-    flip: bool,
-) -> Tensor:
-    moved = shift(key.images, seed=seed, epoch=epoch)
-    if flip:
-        moved = flipped(moved, seed=seed, epoch=epoch)
-    if magnitude is None:
-        return moved
-    return randaugment(moved, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
+class _Kept:
+    """Tensors by what they were made from: the last used, of `KEPT_BYTES` in all."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, Tensor] = {}  # the last used at the end
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor of a key, made if it is not there."""
+        found = self._tensors.pop(key, None)
+        tensor = make() if found is None else found
+        self._tensors[key] = tensor
+        if found is None:
+            while sum(kept.nbytes for kept in self._tensors.values()) > KEPT_BYTES:
+                del self._tensors[next(iter(self._tensors))]
+        return tensor
+
+
+_EPOCHS = _Kept()
 
 
 def _cropped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -257,10 +257,12 @@ def _named_memory(training: _Training, images: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         recipe = training.recipe
+        half = max(1, recipe.forward_batch // 2)
+        lighter = ", or --set precision=bf16" if recipe.precision == "float32" else ""
         raise torch.OutOfMemoryError(
             f"{recipe.describe()} ({recipe.digest()}): a batch of {images} images does not fit the "
-            f"memory of {training.device}: set micro_batch = {max(1, images // 2)} in the study "
-            f"file, which keeps the total batch of {recipe.batch_size}, or precision = 'bf16'"
+            f"memory of {training.device}: give --set micro_batch={half}, which keeps the total "
+            f"batch of {recipe.batch_size}{lighter}; or the same in [set] of a study file"
         ) from error
 
 
@@ -300,14 +302,13 @@ def accuracy(
 ) -> float:
     """Return the share of a split's images that the classifier, in eval mode, gets right."""
     classifier.eval()
-    right = torch.zeros((), dtype=torch.long, device=device)
-    stride = EVALUATION_BATCH * team.size
-    for first in range(EVALUATION_BATCH * team.rank, len(split), stride):
-        beat()
-        part = slice(first, first + EVALUATION_BATCH)
-        predicted = classifier(to_unit(split.images[part].to(device))).argmax(dim=1)
-        right += (predicted == split.labels[part].to(device)).sum()
-    return int(team.total(right)) / len(split)
+
+    def right(places: Tensor) -> Tensor:
+        predicted_B: Tensor = classifier(to_unit(split.images[places].to(device))).argmax(dim=1)
+        return (predicted_B == split.labels[places].to(device)).sum()
+
+    parts = torch.split(torch.arange(len(split)), EVALUATION_BATCH)[team.own]
+    return _share(right, parts, split, device=device, team=team)
 
 
 def probe(
@@ -319,23 +320,10 @@ def probe(
     team: Team = ALONE,
 ) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
-    own = torch.arange(len(split))[team.own]
-    parts = torch.split(own, min(EVALUATION_BATCH, recipe.forward_batch))
-    with attacked(classifier):
-        right = sum(_resist(recipe, classifier, split, part, device) for part in parts)
-    return float(team.total(torch.tensor(right, device=device)) / len(split))
-
-
-def _resist(
-    recipe: Recipe, classifier: Classifier, split: Split, places: Tensor, device: torch.device
-) -> int:
-    """Count the images at some places that stay right under PGD-10 from themselves.
-
-    Out of memory halves them.
-    """
     assert recipe.adversary is not None
     epsilon = recipe.adversary.epsilon
-    try:
+
+    def resist(places: Tensor) -> Tensor:
         images_BCHW = to_unit(split.images[places].to(device))
         labels_B = split.labels[places].to(device)
         iterates = pgd_iterates(
@@ -349,8 +337,37 @@ def _resist(
         )
         _, final_BCHW = next(iterates)
         with torch.no_grad():
-            return int((classifier(final_BCHW).argmax(dim=1) == labels_B).sum())
+            predicted_B: Tensor = classifier(final_BCHW).argmax(dim=1)
+        return (predicted_B == labels_B).sum()
+
+    own = torch.arange(len(split))[team.own]
+    parts = torch.split(own, min(EVALUATION_BATCH, recipe.forward_batch))
+    with attacked(classifier):
+        return _share(resist, parts, split, device=device, team=team)
+
+
+def _share(
+    count: Callable[[Tensor], Tensor],
+    parts: Iterable[Tensor],
+    split: Split,
+    *,
+    device: torch.device,
+    team: Team,
+) -> float:
+    """Return the share of a split's images that are counted at the places of a team's parts."""
+    total = torch.zeros((), dtype=torch.long, device=device)
+    for places in parts:
+        beat()
+        total += _counted(count, places)
+    return int(team.total(total)) / len(split)
+
+
+def _counted(count: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
+    """Return what is counted of the images at some places; out of memory halves them."""
+    try:
+        return count(places)
     except torch.OutOfMemoryError:
-        if len(places) == 1:
+        if len(places) <= 1:
             raise
-    return sum(_resist(recipe, classifier, split, half, device) for half in places.chunk(2))
+    first, second = places.chunk(2)
+    return _counted(count, first) + _counted(count, second)
