@@ -1,4 +1,10 @@
-"""Measure this project beside other packages: `python -m benchmarks [NAME ...] [--quick]`."""
+"""Measure this project beside other packages: `python -m benchmarks [NAME ...] [--quick]`.
+
+Commands of their own are `python -m benchmarks.scale`, `.report`, `.planner` and
+`.where_time_goes`: nothing else does their work, so they have no other side to agree with and no
+quick form, and print absolute figures of the whole command, which wants minutes to an hour of a
+quiet machine.
+"""
 
 from __future__ import annotations
 

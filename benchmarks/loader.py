@@ -1,9 +1,10 @@
-"""Images per second that reach a training, beside timm's loader with the same transforms.
+"""Images per second that reach a training, beside timm's `create_loader` on the same JPEG files.
 
-Both sides read the same JPEGs (500 x 375 px, made here), with RandomResizedCrop 0.08-1, flip,
-bicubic, in one process, whose CPU time other work on the machine does not move. timm's loader is
-asked for uint8 batches too (its prefetcher converts on the GPU and is left out). At 32 px ours has
-the images in memory, as CIFAR-10's, and timm's reads them from files.
+Both sides deliver uint8 batches from one process and one thread, whose CPU time other work on the
+machine does not move; timm's prefetcher, which converts on a GPU, is taken off its loader. Both
+crop (RandomResizedCrop 0.08-1, bicubic) and flip: at 224 px from files of 500 x 375 px, and at
+32 px files of 32 x 32 px, which ours keeps decoded in memory. A line of its own has both shift
+(by up to 2 px) and flip the 32 px images, as CIFAR-10's are here.
 """
 
 from __future__ import annotations
@@ -12,39 +13,50 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_transform
-from timm.data.loader import fast_collate
+from timm.data import ImageDataset, create_loader
+from timm.data.transforms import ToNumpy
+from torch import Tensor
+from torchvision.transforms import (  # type: ignore[import-untyped]
+    Compose,
+    RandomCrop,
+    RandomHorizontalFlip,
+)
 
 from benchmarks.measure import Figure, in_turns, require
 from grid.studies import resnet50
-from trainables.data import Data, Split, load_data
+from trainables.augment import SHIFT_FRACTION
+from trainables.data import Split, load_data
+from trainables.images import ImageFiles, as_tensor
 from trainables.loader import TrainBatches
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10
 from trainables.source import DataSource, scale_of
 
+Batch = tuple[Tensor, Tensor]  # images, labels
 CLASSES = 4
 BATCH = 32
-IN_MEMORY = 10_000
+SMALL = 6_016  # images of 32 px: whole batches, and more than are kept augmented
+ALIKE = 16  # of 255, of an epoch's mean pixel: crops differ, and what is shifted in is black
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
-    """Yield the ratios at 224 px and 32 px, and how the workers' memory grows over 20 epochs."""
+    """Yield how the workers' memory grows over 20 epochs, and the ratios at 224 px and 32 px."""
     repeats, epochs = (1, 2) if quick else (5, 20)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "large"
+        root, cache = Path(folder) / "large", Path(folder) / "cache"
         write_images(root, 64 if quick else 256, (500, 375))
-        recipe, data = from_files(root)
-        name, turns = "from files at 224 px", 3 * repeats
-        yield beside_timm(name, recipe, data, root, target=1.0, repeats=turns)
-        batches = TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=2)
+        recipe, train = from_files(root, side=224)
+        batches = TrainBatches(recipe.replace(batch_size=BATCH), train, workers=2)
         megabytes = [memory_after(batches, epoch) for epoch in range(epochs)]
         yield Figure(
             name=f"memory of 2 loader workers after {epochs} epochs / after the first",
@@ -53,38 +65,82 @@ def compare(*, quick: bool) -> Iterator[Figure]:
             better="less",
             same=f"{megabytes[0]:.0f} and {megabytes[-1]:.0f} MB",
         )
+        name = "files at 224 px, crop and flip"
+        yield beside_timm(name, recipe, train, root, target=1.0, repeats=3 * repeats)
         root = Path(folder) / "small"
-        write_images(root, 64 if quick else IN_MEMORY // 5, (32, 32))
-        recipe, data = from_memory(64 if quick else IN_MEMORY)
-        yield beside_timm("from memory at 32 px", recipe, data, root, target=5.0, repeats=repeats)
+        write_images(root, 64 if quick else SMALL, (32, 32))
+        recipe, train = from_files(root, side=32, cache=cache)
+        name = "memory at 32 px, crop and flip"
+        yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats)
+        recipe, train = CIFAR10.shrink(resnet50()), in_memory(train)
+        name = "memory at 32 px, shift and flip"
+        yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats, shifted=True)
 
 
 def beside_timm(
-    name: str, recipe: Recipe, data: Data, root: Path, *, target: float, repeats: int
+    name: str,
+    recipe: Recipe,
+    train: Split,
+    root: Path,
+    *,
+    target: float,
+    repeats: int,
+    shifted: bool = False,
 ) -> Figure:
-    """Time an epoch of each side in turns; both must deliver batches of the same form."""
-    side = data.train.images.shape[-1]
-    ours = TrainBatches(recipe.replace(batch_size=BATCH), data.train, workers=0)
-    other = theirs(root, side)
-    forms = {(i.dtype, i.shape[1:]) for i in (next(iter(other))[0], next(ours.epoch(0))[0])}
-    require(forms == {(torch.uint8, (3, side, side))}, f"batches are {forms}")
+    """Time an epoch of each side in turns; both must deliver the same images."""
+    side = train.images.shape[-1]
+    batches = TrainBatches(recipe.replace(batch_size=BATCH), train, workers=0)
     epochs = itertools.count()
-    delivered: dict[str, int] = {}
 
-    def mine() -> None:
-        delivered["ours"] = sum(len(images) for images, _ in ours.epoch(next(epochs)))
+    def ours() -> Iterator[Batch]:
+        for images, places in batches.epoch(next(epochs)):
+            yield images, train.labels[places]
 
-    def their() -> None:
-        delivered["timm"] = sum(len(images) for images, _ in other)
-
-    pairs = in_turns(mine, their, repeats=repeats, clock=time.process_time)
-    share = delivered["ours"] / delivered["timm"]
-    return Figure(
-        name=f"loader {name}, ours / timm",
-        values=tuple(share * their_s / our_s for our_s, their_s in pairs),
-        target=target,
-        same=f"batches of {BATCH} at {side} px",
+    theirs = timm_batches(root, side, shifted=shifted)
+    require_same_images(train, root)
+    told = require_same_delivery(ours(), theirs, side=side)
+    pairs = in_turns(
+        lambda: deque(ours(), maxlen=0),
+        lambda: deque(theirs, maxlen=0),
+        repeats=repeats,
+        clock=time.process_time,
     )
+    return Figure(
+        name=f"loader, {name}, ours / timm's create_loader",
+        values=tuple(their_s / our_s for our_s, their_s in pairs),
+        target=target,
+        same=told,
+    )
+
+
+def require_same_images(train: Split, root: Path) -> None:
+    """See that both sides decode every file to the same pixels and know it by the same label."""
+    theirs = ImageDataset(str(root / "train"))
+    places = {name: place for place, name in enumerate(train.ids)}
+    require(len(theirs) == len(train), f"{len(train)} and {len(theirs)} images")
+    for number, (image, label) in enumerate(theirs):
+        name = f"train/{theirs.filename(number)}"
+        place = places[name]
+        require(label == int(train.labels[place]), f"the label of {name}")
+        require(torch.equal(decoded(train.images, place), as_tensor(image)), f"pixels of {name}")
+
+
+def decoded(images: Tensor | ImageFiles, place: int) -> Tensor:
+    """Return an image as it is before it is augmented: uint8 (3, H, W)."""
+    return images[place] if isinstance(images, Tensor) else as_tensor(images.original(place))
+
+
+def require_same_delivery(ours: Iterable[Batch], theirs: Iterable[Batch], *, side: int) -> str:
+    """See that an epoch of both sides has the same form, labels and, roughly, light."""
+    epochs = list(ours), list(theirs)
+    forms = [{(images.dtype, images.shape) for images, _ in epoch} for epoch in epochs]
+    require(forms[0] == forms[1] == {(torch.uint8, (BATCH, 3, side, side))}, f"batches of {forms}")
+    labels = [torch.cat([labels for _, labels in epoch]).sort().values for epoch in epochs]
+    require(torch.equal(*labels), "the labels of an epoch")
+    light = [fmean(float(images.float().mean()) for images, _ in epoch) for epoch in epochs]
+    told = f"mean pixel {light[0]:.0f} and {light[1]:.0f}"
+    require(abs(light[0] - light[1]) <= ALIKE, told)
+    return f"{len(labels[0]):,} images the same once decoded, {told}"
 
 
 def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
@@ -100,18 +156,26 @@ def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
                 image.save(folder / f"{number}.jpg", quality=90)
 
 
-def theirs(root: Path, side: int) -> torch.utils.data.DataLoader[Any]:
-    """Return timm's data set, transforms and collation, as uint8."""
-    transform = create_transform(
-        side, is_training=True, use_prefetcher=True, color_jitter=None, interpolation="bicubic"
-    )
-    return torch.utils.data.DataLoader(
-        ImageDataset(str(root / "train"), transform=transform),
+def timm_batches(root: Path, side: int, *, shifted: bool) -> torch.utils.data.DataLoader[Any]:
+    """Return timm's loader of uint8 batches, as its `create_loader` gives it to its prefetcher.
+
+    `shifted`: torchvision's shift and flip in place of timm's transform.
+    """
+    files = ImageDataset(str(root / "train"))
+    prefetched = create_loader(
+        files,
+        input_size=side,
         batch_size=BATCH,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=fast_collate,
+        is_training=True,
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=0,
+        device=torch.device("cpu"),
     )
+    if shifted:
+        shift = RandomCrop(side, padding=side // SHIFT_FRACTION)
+        files.transform = Compose([shift, RandomHorizontalFlip(), ToNumpy()])
+    return prefetched.loader
 
 
 def memory_after(batches: TrainBatches, epoch: int) -> float:
@@ -122,7 +186,10 @@ def memory_after(batches: TrainBatches, epoch: int) -> float:
 
 
 def resident_megabytes() -> float:
-    """Return the memory of this process and its children, shared pages counted in part."""
+    """Return the memory of this process and its children, pages that they share counted once.
+
+    Files are left out: libraries are shared with whatever else runs on the machine.
+    """
     total, me = 0, os.getpid()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
@@ -131,24 +198,21 @@ def resident_megabytes() -> float:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if me in (parent, int(folder.name)):
                 lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                own = (line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+                total += sum(int(line.split()[1]) for line in own)
         except (OSError, ValueError, IndexError):
             continue  # a process that has just ended
     return total / 1024
 
 
-def from_files(root: Path) -> tuple[Recipe, Data]:
-    """Return a recipe and its data, read from files at 224 px."""
-    source = DataSource(root=root)
-    scale = scale_of("folder", source, image_size=224)
-    return scale.shrink(resnet50()), load_data(scale, source)
+def from_files(root: Path, *, side: int, cache: Path | None = None) -> tuple[Recipe, Split]:
+    """Return a recipe and the train images of files, kept decoded where there is a cache."""
+    source = DataSource(root=root, cache=cache)
+    scale = scale_of("folder", source, image_size=side)
+    return scale.shrink(resnet50()), load_data(scale, source).train
 
 
-def from_memory(count: int) -> tuple[Recipe, Data]:
-    """Return a recipe of CIFAR-10's and images in memory at 32 px."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.zeros(count, dtype=torch.int64)
-    split = Split(images=pixels, labels=labels, ids=tuple(map(str, range(count))))
-    data = Data(name="cifar10", train=split, held_out=split, class_names=("a",))
-    return CIFAR10.shrink(resnet50()), data
+def in_memory(train: Split) -> Split:
+    """Return the same images as one tensor."""
+    pixels = torch.stack([decoded(train.images, place) for place in range(len(train))])
+    return replace(train, images=pixels)

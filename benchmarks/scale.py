@@ -150,7 +150,7 @@ def recorded(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
     from grid.status import open_tracker
 
     tracker = open_tracker(results, None, DIGITS)
-    parent = tracker.open_study(STUDY.name, "")
+    parent = tracker.open_study(STUDY.name, "", classes=[str(digit) for digit in range(10)])
     weights = results / "weights.safetensors"
     weights.write_bytes(bytes(1024))
     with timed(seconds, "run", time.perf_counter), timed(seconds, "of it driver"):

@@ -4,7 +4,8 @@ The bare loop is the limit: the same model, loss and optimizer on one batch that
 memory already, with no augmentation. timm has no loop of its own in the package, so its data set,
 transforms, Mixup, optimizer and scheduler are put together as its training script does, for DeiT's
 recipe on the digits as files. Ours is `train()` as a trial runs it: order, augmentation, decoding,
-schedule.
+schedule. Before anything is timed, an epoch of each side on the same batches, from the same
+weights and at one rate, must leave the same weights.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from timm.data.loader import fast_collate
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.loader import write_images
@@ -37,7 +40,9 @@ from benchmarks.measure import (
     require,
 )
 from grid.studies import deit, resnet50
+from trainables.augment import mix
 from trainables.data import Data, Split, load_data, to_unit
+from trainables.loader import TrainBatches
 from trainables.loop import PRECISIONS, accuracy, train
 from trainables.models import Classifier, build_classifier
 from trainables.optim import build_optimizer
@@ -48,6 +53,12 @@ from trainables.team import ALONE
 
 EPOCHS = 10
 ALIKE = 0.1  # of held-out accuracy: the sides draw otherwise
+# Of how far an epoch moves the weights: timm sums its loss in another order, and where a gradient
+# is nothing but rounding, as that of the keys' bias, AdamW takes a whole step by its sign.
+ROUNDED = 0.05
+
+Batch = tuple[Tensor, Tensor]  # images as the model gets them, labels_B or targets_BK
+Side = Callable[[Recipe, Classifier, Iterable[Batch]], Iterator[None]]
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
@@ -72,35 +83,75 @@ def beside_bare(
 ) -> Figure:
     """Time an epoch of each side in turns; its judging is cut down to one image."""
     recipe = recipe.replace(batch_size=batch, epochs=repeats + 1, warmup_epochs=0.0)
-    judged_by_one = replace(data, held_out=few(data.held_out))
-    ours = train(recipe, build_classifier(recipe), judged_by_one, device=DEVICE)
-    bare = bare_epochs(recipe, judged_by_one)
-    pairs = in_turns(lambda: next(ours), lambda: next(bare), repeats=repeats, clock=clock)
+    data = replace(data, held_out=few(data.held_out))
+    bare_side = partial(bare_epochs, data.held_out)
+    drift = drift_from(bare_side, recipe, data)
+    require(drift == 0, f"weights after the same batches, by {drift:.1e} of their way")
+    ours = train(recipe, build_classifier(recipe), data, device=DEVICE)
+    one = to_unit(data.train.images[:batch].to(DEVICE)), data.train.labels[:batch].to(DEVICE)
     steps = len(data.train) // batch
+    bare = bare_side(recipe, build_classifier(recipe), [one] * steps)
+    pairs = in_turns(lambda: next(ours), lambda: next(bare), repeats=repeats, clock=clock)
     rate = steps * batch / statistics.median(our_s for our_s, _ in pairs)
     return Figure(
         name=f"training {recipe.model} at {data.train.images.shape[-1]} px, {recipe.precision}, "
         "ours / bare loop",
         values=tuple(bare_s / our_s for our_s, bare_s in pairs),
         target=0.97,
-        same=f"{steps} steps of {batch} images, ours {rate:.0f} a second on {device_name()}",
+        same=f"the same weights to the last bit after {steps} steps of {batch} images, "
+        f"ours {rate:.0f} a second on {device_name()}",
     )
 
 
+def drift_from(side: Side, recipe: Recipe, data: Data) -> float:
+    """Return how far a side's weights end from ours after an epoch, of how far ours have moved.
+
+    Both begin with the same weights, see the same batches and keep the rate.
+    """
+    recipe = recipe.replace(scheduler="step", epochs=EPOCHS, warmup_epochs=0.0)
+    start, ours, theirs = (build_classifier(recipe).to(DEVICE) for _ in range(3))
+    next(train(recipe, ours, data, device=DEVICE))
+    next(side(recipe, theirs, list(first_epoch(recipe, data))))
+    at_start, here, there = (
+        torch.cat([value.double().flatten() for value in model.state_dict().values()])
+        for model in (start, ours, theirs)
+    )
+    return float((there - here).norm() / (here - at_start).norm())
+
+
+def first_epoch(recipe: Recipe, data: Data) -> Iterator[Batch]:
+    """Yield the batches of a training's first epoch as its model gets them."""
+    batches = TrainBatches(recipe, data.train, workers=0).epoch(0)
+    for step, (images, seen) in enumerate(batches):
+        yield mix(
+            recipe,
+            to_unit(images.to(DEVICE)),
+            data.train.labels[seen].to(DEVICE),
+            num_classes=len(data.class_names),
+            epoch=0,
+            step=step,
+        )
+
+
 def beside_timm(root: Path, repeats: int) -> Iterator[Figure]:
-    """Time epochs of DeiT's recipe on the digits; all sides must learn alike.
+    """Time epochs of DeiT's recipe on the digits; all sides must step and learn alike.
 
     A process keeps its augmented epochs for the trainings after the first, so two of ours are
     timed: one that makes them, and the same once more behind it.
     """
     recipe = DIGITS.shrink(deit()).replace(epochs=repeats + 1)
     data = load_data(DIGITS)
-    models = [build_classifier(recipe) for _ in range(3)]
     judged_by_one = replace(data, held_out=few(data.held_out))
+    drift = drift_from(timm_epochs, recipe, judged_by_one)
+    require(drift <= ROUNDED, f"weights after the same batches, by {drift:.1e} of their way")
+    models = [build_classifier(recipe) for _ in range(3)]
+    trained_on = [images_seen(model) for model in models]
     first, later = (train(recipe, model, judged_by_one, device=DEVICE) for model in models[:2])
-    theirs = timm_epochs(recipe, models[2], data, root)
+    theirs = timm_epochs(recipe, models[2], TimmBatches(recipe, data, root))
     sides = [lambda side=side: next(side) for side in (first, later, theirs)]
     rounds = in_turns(*sides, repeats=repeats, clock=device_seconds)
+    steps = trained_on[0]["steps"]
+    require(trained_on[0] == trained_on[1] == trained_on[2], f"trained on {trained_on}")
     found = [accuracy(model, data.held_out, device=DEVICE, team=ALONE) for model in models]
     require(found[0] == found[1], f"two of ours are of accuracy {found[0]} and {found[1]}")
     told = "held-out accuracy " + ", ".join(f"{each:.2f}" for each in found)
@@ -110,42 +161,64 @@ def beside_timm(root: Path, repeats: int) -> Iterator[Figure]:
             name=f"training {recipe.model} on the digits, {which}, ours / timm's pieces",
             values=tuple(seconds[2] / seconds[place] for seconds in rounds),
             target=1.5,
-            same=told,
+            same=f"weights within {drift:.0e} of their way after the same batches; {steps} steps, "
+            f"{told}",
         )
 
 
-def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) -> Iterator[None]:
-    """Train by timm's data set, transforms, Mixup, loss, optimizer and schedule."""
-    for place, (image, label) in enumerate(zip(data.train.images, data.train.labels, strict=True)):
-        folder = root / str(int(label))
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place:04d}.png")
-    side = data.train.images.shape[-1]
-    transform = create_transform(
-        side,
-        is_training=True,
-        use_prefetcher=True,
-        scale=(1.0, 1.0),
-        ratio=(1.0, 1.0),
-        hflip=0.0,
-        auto_augment=f"rand-m{recipe.randaug_magnitude}-mstd0.5-inc1",
-        interpolation="bicubic",
-    )
-    loader = torch.utils.data.DataLoader(
-        ImageDataset(str(root), transform=transform),
-        batch_size=recipe.batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=fast_collate,
-    )
-    mixup = Mixup(
-        mixup_alpha=recipe.mixup_alpha,
-        cutmix_alpha=recipe.cutmix_alpha,
-        prob=recipe.mix_probability,
-        switch_prob=recipe.switch_probability,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=len(data.class_names),
-    )
+def images_seen(classifier: Classifier) -> Counter[str]:
+    """Return what will count the steps and images that a classifier is trained on."""
+    seen: Counter[str] = Counter()
+
+    def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if module.training:
+            seen.update(steps=1, images=len(inputs[0]))
+
+    classifier.register_forward_pre_hook(count)
+    return seen
+
+
+class TimmBatches:
+    """timm's data set of files, transforms, collation and Mixup: an epoch each time it is asked."""
+
+    def __init__(self, recipe: Recipe, data: Data, root: Path) -> None:
+        for place, image in enumerate(data.train.images):
+            folder = root / str(int(data.train.labels[place]))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{place:04d}.png")
+        transform = create_transform(
+            data.train.images.shape[-1],
+            is_training=True,
+            use_prefetcher=True,
+            scale=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            hflip=0.0,
+            auto_augment=f"rand-m{recipe.randaug_magnitude}-mstd0.5-inc1",
+            interpolation="bicubic",
+        )
+        self._loader = torch.utils.data.DataLoader(
+            ImageDataset(str(root), transform=transform),
+            batch_size=recipe.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=fast_collate,
+        )
+        self._mixup = Mixup(
+            mixup_alpha=recipe.mixup_alpha,
+            cutmix_alpha=recipe.cutmix_alpha,
+            prob=recipe.mix_probability,
+            switch_prob=recipe.switch_probability,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=len(data.class_names),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, labels in self._loader:
+            yield self._mixup(to_unit(images.to(DEVICE)), labels.to(DEVICE))
+
+
+def timm_epochs(recipe: Recipe, classifier: Classifier, batches: Iterable[Batch]) -> Iterator[None]:
+    """Train on the batches, epoch by epoch, by timm's loss, optimizer and schedule."""
     classifier.to(DEVICE)
     optimizer = create_optimizer_v2(
         classifier, opt="adamw", lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -155,11 +228,29 @@ def timm_epochs(recipe: Recipe, classifier: Classifier, data: Data, root: Path) 
     for epoch in range(recipe.epochs):
         schedule.step(epoch)
         classifier.train()
-        for images, labels in loader:
-            mixed, targets = mixup(to_unit(images.to(DEVICE)), labels.to(DEVICE))
+        for images, targets in batches:
             optimizer.zero_grad()
-            loss_of(classifier(mixed), targets).backward()
+            loss_of(classifier(images), targets).backward()
             optimizer.step()
+        yield
+
+
+def bare_epochs(
+    held_out: Split, recipe: Recipe, classifier: Classifier, batches: Iterable[Batch]
+) -> Iterator[None]:
+    """Train on the batches, epoch by epoch, and judge by `held_out`: the plain PyTorch loop."""
+    classifier.to(DEVICE)
+    optimizer = build_optimizer(recipe, classifier)
+    half = PRECISIONS[recipe.precision]
+    while True:
+        classifier.train()
+        for images, labels in batches:
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE.type, half, enabled=half is not torch.float32):
+                logits_BK = classifier(images)
+            F.cross_entropy(logits_BK.float(), labels).backward()
+            optimizer.step()
+        accuracy(classifier, held_out, device=DEVICE)
         yield
 
 
@@ -194,22 +285,3 @@ def full_size(recipe: Recipe, precision: str, count: int) -> tuple[Recipe, Data]
 def few(split: Split) -> Split:
     """Return one image, so that judging after an epoch costs next to nothing."""
     return split.subset(1, seed=0)
-
-
-def bare_epochs(recipe: Recipe, data: Data) -> Iterator[None]:
-    """Train on one batch in memory, as many steps as an epoch of ours has, and judge."""
-    classifier = build_classifier(recipe).to(DEVICE)
-    optimizer = build_optimizer(recipe, classifier)
-    images: Tensor = to_unit(data.train.images[: recipe.batch_size].to(DEVICE))
-    labels = data.train.labels[: recipe.batch_size].to(DEVICE)
-    half = PRECISIONS[recipe.precision]
-    while True:
-        classifier.train()
-        for _ in range(len(data.train) // recipe.batch_size):
-            optimizer.zero_grad()
-            with torch.autocast(DEVICE.type, half, enabled=half is not torch.float32):
-                logits_BK = classifier(images)
-            F.cross_entropy(logits_BK.float(), labels).backward()
-            optimizer.step()
-        accuracy(classifier, data.held_out, device=DEVICE)
-        yield

@@ -3,13 +3,18 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import autoattack, corruptions, loader, training
 from benchmarks.__main__ import BENCHMARKS, KEPT, figures, main, table
 from benchmarks.measure import DisagreementError, Figure, require
 
+ROOT = Path(__file__).parents[1]
 SLOWER = Figure(name="a", values=(1.0, 2.0, 3.0, 4.0, 6.0), target=3.5, same="all")
 
 
@@ -48,7 +53,7 @@ def test_the_table_says_what_was_not_reached():
 
 def test_the_readmes_figures_are_those_that_are_kept():
     kept = table(json.loads(KEPT.read_text()))
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     shown = re.findall(r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", readme.partition("## Speed")[2])
     assert len(shown) > 10
     assert [figure for figure in shown if figure not in kept] == []
@@ -57,3 +62,125 @@ def test_the_readmes_figures_are_those_that_are_kept():
 def test_an_unknown_benchmark_is_refused_with_the_list():
     with pytest.raises(SystemExit, match="unknown benchmark 'fast'; one of adversarial_step"):
         main(["fast"])
+
+
+def only(outcomes):
+    """Return a side of AutoAttack's benchmark of which so many images survive, whatever it gets."""
+    return lambda *_, **__: outcomes
+
+
+def test_as_many_survivors_of_autoattack_are_not_the_same_survivors(monkeypatch):
+    monkeypatch.setattr(autoattack, "trained", lambda *_, **__: torch.nn.Identity())
+    monkeypatch.setattr(autoattack, "attacked_here", only([True, False] * 4))
+    monkeypatch.setattr(autoattack, "attacked_plainly", only([False, True] * 4))
+    with pytest.raises(DisagreementError, match="8 of 8 verdicts differ; 4 and 4 images survive"):
+        next(autoattack.compare(quick=True))
+
+
+def idle(*_):
+    """Train nothing, epoch by epoch."""
+    while True:
+        yield
+
+
+def slower(side):
+    """Return a side of the training benchmark that steps at another rate."""
+    return lambda *given: side(*given[:-3], given[-3].replace(learning_rate=0.01), *given[-2:])
+
+
+@pytest.mark.parametrize("broken", [lambda _: idle, slower])
+def test_a_bare_loop_that_does_not_train_alike_is_noticed(monkeypatch, broken):
+    monkeypatch.setattr(training, "bare_epochs", broken(training.bare_epochs))
+    with pytest.raises(DisagreementError, match="weights after the same batches"):
+        training.beside_bare(*training.small(8), batch=4, repeats=1)
+
+
+@pytest.mark.parametrize("broken", [lambda _: idle, slower])
+def test_timms_loop_that_does_not_train_alike_is_noticed(monkeypatch, tmp_path, broken):
+    monkeypatch.setattr(training, "timm_epochs", broken(training.timm_epochs))
+    with pytest.raises(DisagreementError, match="weights after the same batches"):
+        next(training.beside_timm(tmp_path, repeats=1))
+
+
+class Shorter(training.TimmBatches):
+    def __iter__(self):
+        return iter(list(super().__iter__())[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fewer_images_on_one_side_of_a_training_are_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "TimmBatches", Shorter)
+    with pytest.raises(DisagreementError, match="trained on"):
+        next(training.beside_timm(tmp_path, repeats=1))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two batches of JPEGs of 32 px, their recipe and train images."""
+    root = tmp_path_factory.mktemp("files")
+    loader.write_images(root, 2 * loader.BATCH, (32, 32))
+    return root, *loader.from_files(root, side=32)
+
+
+def epoch_of(files, change=lambda images, labels: (images, labels)):
+    """Return timm's epoch of the files, each batch changed."""
+    return [change(*batch) for batch in loader.timm_batches(files[0], 32, shifted=False)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (lambda images, labels: (images[:, :, ::2], labels), "batches of"),
+        (lambda images, labels: (images.float(), labels), "batches of"),
+        (lambda images, labels: (images, labels * 0), "the labels"),
+        (lambda images, labels: (images * 0, labels), "mean pixel"),
+    ],
+)
+def test_a_loader_that_delivers_otherwise_is_noticed(files, change, differs):
+    assert "64 images" in loader.require_same_delivery(epoch_of(files), epoch_of(files), side=32)
+    with pytest.raises(DisagreementError, match=differs):
+        loader.require_same_delivery(epoch_of(files, change), epoch_of(files), side=32)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_pixels_or_labels_behind_a_loader_are_noticed(files):
+    root, _, train = files
+    kept = loader.in_memory(train)
+    loader.require_same_images(kept, root)
+    kept.images[7, 0, 0, 0] += 1
+    with pytest.raises(DisagreementError, match=f"pixels of {train.ids[7]}"):
+        loader.require_same_images(kept, root)
+    train.labels[3] += 1
+    with pytest.raises(DisagreementError, match=f"the label of {train.ids[3]}"):
+        loader.require_same_images(train, root)
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("pixelate", 0.02), ("fog", 0.1)])
+def test_a_corruption_that_differs_is_named(kind, moved):
+    clean = torch.full((1, 3, 32, 32), 0.5)
+    found, asked = [clean + 0.2], [(kind, 3)]
+    assert corruptions.require_alike(clean, asked, found, found)
+    with pytest.raises(DisagreementError, match=f"{kind}-3"):
+        corruptions.require_alike(clean, asked, [found[0] + moved], found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "row"),
+    [
+        (["scale", "--trials", "10", "--without-ray"], r"^ +10( +[\d.]+){6} +- +-$"),
+        (["report", "--study", "paper", "--tables", "T6"], r"^\d+ trials: \d+ s, of a core"),
+    ],
+)
+def test_a_command_that_stands_apart_runs_to_its_end(command, row):
+    ended = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(row, ended.stdout, re.MULTILINE), ended.stdout

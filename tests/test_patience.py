@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import requests
@@ -159,6 +160,38 @@ def test_two_commands_on_one_server_make_one_run_of_a_study(tmp_path):
     one.close_study(study, tmp_path / "report", complete=True)
     assert other.open_study("s", "a study") == study
     assert one._search("tags.kind = 'study'")[0].info.status == "RUNNING"
+
+
+def test_a_study_whose_classes_were_never_written_has_none(server, tmp_path):
+    at_server = Tracker(server.uri, experiment="x", artifacts=None)
+    for tracker in (tracker_in(tmp_path), at_server):
+        tracker.open_study("s", "a study cut short")
+        assert tracker.classes("s") == []
+        tracker.open_study("s", "a study", classes=["cat", "dog"])
+        assert tracker.classes("s") == ["cat", "dog"]
+
+
+class Unlisted(MlflowClient):
+    """Lists artifacts only after its errors."""
+
+    errors: ClassVar[list[Exception]] = []
+
+    def list_artifacts(self, *arguments, **named):
+        if self.errors:
+            raise self.errors.pop()
+        return super().list_artifacts(*arguments, **named)
+
+
+def test_a_studys_classes_are_waited_for_but_not_where_they_are_refused(tmp_path, monkeypatch):
+    tracker, said = tracker_in(tmp_path), []
+    tracker.open_study("s", "a study", classes=["cat", "dog"])
+    tracker._client = PatientClient(Unlisted(tracker.uri), said.append)
+    monkeypatch.setattr(Unlisted, "errors", [requests.ConnectionError("nobody there")])
+    assert tracker.classes("s") == ["cat", "dog"]
+    assert said[1:] == ["MLflow answers again"]
+    monkeypatch.setattr(Unlisted, "errors", [MlflowException("no such bucket")])
+    with pytest.raises(MlflowException, match="no such bucket"):
+        tracker.classes("s")
 
 
 def test_a_request_is_sent_once_and_asked_again_by_patience_alone(server):

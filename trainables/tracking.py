@@ -148,9 +148,12 @@ class Tracker:
         return run_id
 
     def classes(self, study: str) -> list[str]:
-        """Return the names of a study's classes, by label; empty where it was never opened."""
+        """Return the names of a study's classes, by label; empty where none were ever kept."""
         runs = self._search(_study_query(study))
         if not runs:
+            return []
+        kept = self._client.list_artifacts(runs[0].info.run_id)
+        if CLASSES_FILE not in [artifact.path for artifact in kept]:
             return []
         found = fetch_artifact(self.uri, runs[0].info.artifact_uri, CLASSES_FILE).read_text()
         return list(json.loads(found))
