@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grid.plan import Plan, build_plan
+from grid.run import ENVIRONMENT
 from grid.studies import load_study
 from tests.made_up import record
 from trainables.scale import DIGITS
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--study", default="full", metavar="NAME|FILE")
     parser.add_argument("--tables", nargs="+", metavar="T")
     options = parser.parse_args()
+    os.environ |= ENVIRONMENT
     with tempfile.TemporaryDirectory() as empty:
         measure(options.folder or Path(empty), options.study, options.tables)
 
