@@ -132,13 +132,15 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
         mlflow=None,
         placement=Placement(),
     )
-    training, train = seconds, launch._train
+    record = launch._recording
 
-    def training_alone(*arguments: Any) -> None:
-        with timed(training, "run", time.perf_counter), timed(training, "of it driver"):
-            train(*arguments)
+    @contextmanager
+    def until_recorded(*arguments: Any) -> Iterator[None]:
+        with timed(seconds, "run", time.perf_counter), timed(seconds, "of it driver"):
+            with record(*arguments):
+                yield
 
-    launch._train = training_alone
+    launch._recording = until_recorded
     finished = launch.run_study(asked)
     assert finished.trained == len(plan.trials), finished.failures
     with timed(seconds, "resume s", time.perf_counter):

@@ -261,11 +261,12 @@ class Tracker:
         self, run: TrialRun, weights: Path, sha256: str, *, image_size: int, classes: int
     ) -> None:
         """Store a trial's trained weights and its recipe: a model that MLflow can load."""
-        with tempfile.TemporaryDirectory() as folder:
-            _describe_model(Path(folder) / "model", image_size=image_size, classes=classes)
-            self._client.log_artifacts(run.run_id, f"{folder}/model")
-        self._client.log_artifact(run.run_id, str(weights))
-        self._client.log_text(run.run_id, run.recipe, "recipe.json")
+        with tempfile.TemporaryDirectory() as temporary:
+            model = Path(temporary, "model")
+            _describe_model(model, image_size=image_size, classes=classes)
+            (model / "recipe.json").write_text(run.recipe)
+            (model / weights.name).symlink_to(weights.resolve())
+            self._client.log_artifacts(run.run_id, str(model))
         self._tag(run, weights_sha256=sha256)
 
     def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
