@@ -136,9 +136,9 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
 
     @contextmanager
     def until_recorded(*arguments: Any) -> Iterator[None]:
-        with timed(seconds, "run", time.perf_counter), timed(seconds, "of it driver"):
-            with record(*arguments):
-                yield
+        wall, driver = timed(seconds, "run", time.perf_counter), timed(seconds, "of it driver")
+        with wall, driver, record(*arguments):
+            yield
 
     launch._recording = until_recorded
     finished = launch.run_study(asked)

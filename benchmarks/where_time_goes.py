@@ -6,9 +6,10 @@
 Every process that the command starts is looked at twice a second, and its processor time goes to
 its role. The driver tells its own time apart: imports, the recorder's thread (MLflow, reading and
 summing ledgers), the report, and the rest, which is Tune. What imports take in an actor is measured
-in a process of its own and taken off its role. Shares are of all cores until the end; what the
-host of a virtual machine took of them stands apart, and idle is the rest, so run it on a quiet
-machine.
+in a process of its own and taken off its role. Shares are of all cores until the end. How long they
+were idle, and what the host of a virtual machine took of them, is the system's own account; what
+is left was spent by other work on the machine, by the kernel, and by processes between the last
+look at them and their end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TRAINS = "import trainables.trial, trainables.loop, trainables.models, trainable
 JUDGES = f"{TRAINS}, evaluators.actor, evaluators.autoattack, evaluators.pgd, trainables.tracking"
 ROLES = {"ray::RecipeTrial": "training", "ray::EvaluatorActor": "judging"}
 ARITHMETIC = ("training", "judging")
-HOST = "taken by the host"
+IDLE, HOST, ELSEWHERE = "idle", "taken by the host", "not seen"
 TARGET = 0.05
 
 
@@ -48,11 +49,12 @@ def main() -> None:
         told = Path(folder) / "driver.json"
         command = [sys.executable, "-m", "benchmarks.where_time_goes", "--child", str(told)]
         command += ["--results", f"{folder}/results", "--address", "local", *arguments]
-        began, stolen = time.perf_counter(), stolen_seconds()
+        began, before = time.perf_counter(), system_seconds()
         driver = subprocess.Popen(command, env=os.environ | ENVIRONMENT)  # noqa: S603
         spent = watch(driver)
-        wall, stolen = time.perf_counter() - began, stolen_seconds() - stolen
-        print_shares(shares(spent, json.loads(told.read_text()), wall, stolen), wall)
+        wall, after = time.perf_counter() - began, system_seconds()
+        system = {part: after[part] - before[part] for part in after}
+        print_shares(shares(spent, json.loads(told.read_text()), wall, system), wall)
 
 
 def drive(arguments: list[str], told: Path) -> None:
@@ -114,13 +116,18 @@ def _children(root: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def stolen_seconds() -> float:
-    """Return the processor time that a virtual machine's host has kept from it since it started."""
-    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+def system_seconds() -> dict[str, float]:
+    """Return the cores' seconds idle, and kept by a virtual machine's host, since it started."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    return {IDLE: idle, HOST: getattr(times, "steal", 0.0)}
 
 
 def shares(
-    spent: dict[str, list[float]], driver: dict[str, float], wall: float, stolen: float
+    spent: dict[str, list[float]],
+    driver: dict[str, float],
+    wall: float,
+    system: dict[str, float],
 ) -> dict[str, float]:
     """Return each part's share of all cores."""
     found, imported = {}, 0.0
@@ -130,15 +137,14 @@ def shares(
         found[role] = sum(max(0.0, each - imports) for each in spent[role])
         imported += sum(min(each, imports) for each in spent[role])
     tune = driver["all"] - driver["imports"] - driver["recorder"] - driver["report"]
-    found |= {
+    found |= system | {
         "imports": imported + driver["imports"],
         "Ray": sum(spent["Ray"]) + tune,
         "MLflow and ledgers": driver["recorder"],
         "report": driver["report"],
-        HOST: stolen,
     }
     cores = len(os.sched_getaffinity(0))
-    found["idle"] = cores * wall - sum(found.values())
+    found[ELSEWHERE] = cores * wall - sum(found.values())
     return {part: spent / (cores * wall) for part, spent in found.items()}
 
 
@@ -154,7 +160,7 @@ def print_shares(found: dict[str, float], wall: float) -> None:
     """Print the table, the largest share first, and which parts miss the target."""
     print(f"\n{wall:.0f} s on {len(os.sched_getaffinity(0))} cores")
     for part, share in sorted(found.items(), key=lambda entry: -entry[1]):
-        ours = part not in (*ARITHMETIC, HOST)
+        ours = part not in (*ARITHMETIC, HOST, ELSEWHERE)
         over = f"  (target: under {TARGET:.0%})" if ours and share >= TARGET else ""
         print(f"{part:>20} {share:7.1%}{over}")
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,6 +159,8 @@ def run_study(launch: Launch) -> Finished:
             line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
             with _measuring(launch, recorder.tracker, parent), _recording(recorder, parent, pool):
                 _train(recorder, launch, needs.storage[0], room)
+                # Takes seconds, in which the last cells are judged.
+                import_module("grid.report.build")
             return _report(launch, recorder, parent, line, data)
         finally:
             line.close()
