@@ -66,6 +66,10 @@ def figures(name: str, *, quick: bool) -> Iterator[Figure]:
     """Yield a benchmark's figures; on one thread, or, quick, only to see that the sides agree."""
     import torch
 
+    from benchmarks.measure import DEVICE
+    from trainables.exactness import exact
+
+    exact(DEVICE)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield from import_module(f"benchmarks.{name}").compare(quick=quick)

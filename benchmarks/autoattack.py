@@ -1,20 +1,25 @@
 """AutoAttack here against pyautoattack's `run_standard_evaluation`: CPU seconds and verdicts.
 
 Both sides attack the same images of the digits, the standard version in float32; two models are
-trained first, one plainly and one against PGD-3: what few images survive, and what many.
+trained first, one plainly and one against PGD-3: what few images survive, and what many. On a GPU
+the study's models at 224 px are attacked as well, at a radius at which every image goes through
+all stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch.nn import functional as F
 
-from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
+from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, require
+from benchmarks.pgd import untrained
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
+from grid.studies import deit, resnet50
 from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data import load_data, to_unit
 from trainables.models import Classifier, build_classifier
@@ -24,56 +29,89 @@ from trainables.scale import DIGITS
 # model, epochs, PGD steps while training, images, Square's queries (the standard ones, or fewer)
 CASES = (("resnet18", 6, 0, 100, 5000), ("resnet50", 8, 3, 20, 1000))
 EPSILON = 16 / 255
+TINY_RADIUS, FEW_QUERIES = 1e-6, 500
 BATCH = 64
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
-    """Yield the ratio of the CPU times for each case."""
+    """Yield the ratio of the times for each case."""
     cases = (("resnet18", 1, 0, 8, 20),) if quick else CASES
     for model, epochs, steps, images, queries in cases:
         split = load_data(DIGITS).held_out.subset(images, seed=0)
         images_BCHW, labels_B = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
-        batch = Batch(images_BCHW, labels_B, split.ids)
-        classifier = trained(model, epochs=epochs, attack_steps=steps)
-        asked = (classifier, batch, EPSILON, queries)
-        here, plainly = (side(*asked, seed=0) for side in (attacked_here, attacked_plainly))
-        differing = sum(ours != theirs for ours, theirs in zip(here, plainly, strict=True))
-        survivors = f"{sum(here)} and {sum(plainly)} images survive"
-        told = f"{differing} of {images} verdicts differ; {survivors}"
-        require(differing <= max(1, images // 100), told)
-        pairs = in_turns(
-            lambda asked=asked: attacked_here(*asked, seed=0),
-            lambda asked=asked: attacked_plainly(*asked, seed=0),
-            repeats=1 if quick else 5,
-            clock=device_seconds,
+        attack = Attack(
+            trained(model, epochs=epochs, attack_steps=steps),
+            Batch(images_BCHW, labels_B, split.ids),
+            epsilon=EPSILON,
+            queries=queries,
         )
-        yield Figure(
-            name=f"AutoAttack of {model}{f' trained against PGD-{steps}' if steps else ''}, "
-            f"{queries:,} queries, pyautoattack / ours",
-            values=tuple(theirs_s / ours_s for ours_s, theirs_s in pairs),
-            target=1.3,
-            same=told,
-        )
+        name = f"{model}{f' trained against PGD-{steps}' if steps else ''}"
+        yield beside_pyautoattack(name, attack, repeats=1 if quick else 5)
+    if DEVICE.type == "cuda":
+        for recipe in (resnet50(), deit()):
+            yield beside_pyautoattack(
+                f"{recipe.model} at 224 px", unbreakable(recipe, 8), repeats=3
+            )
 
 
-def attacked_here(
-    classifier: Classifier, batch: Batch, epsilon: float, queries: int, seed: int
-) -> list[bool]:
+@dataclass(frozen=True)
+class Attack:
+    """A model, the images to attack, the radius and Square's queries."""
+
+    classifier: Classifier
+    batch: Batch
+    epsilon: float
+    queries: int
+
+
+def unbreakable(recipe: Recipe, count: int) -> Attack:
+    """Return an attack within next to nothing: no image is broken, so each goes through it all."""
+    classifier, images_BCHW, labels_B = untrained(recipe, count)
+    batch = Batch(images_BCHW, labels_B, tuple(map(str, range(count))))
+    return Attack(classifier, batch, epsilon=TINY_RADIUS, queries=FEW_QUERIES)
+
+
+def beside_pyautoattack(name: str, attack: Attack, *, repeats: int) -> Figure:
+    """Time both sides in turns; but for one image, or in a hundred, verdicts must be the same."""
+    images = len(attack.batch.ids)
+    here, plainly = (side(attack, seed=0) for side in (attacked_here, attacked_plainly))
+    differing = sum(ours != theirs for ours, theirs in zip(here, plainly, strict=True))
+    survivors = f"{sum(here)} and {sum(plainly)} images survive"
+    told = f"{differing} of {images} verdicts differ; {survivors}"
+    require(differing <= max(1, images // 100), told)
+    pairs = in_turns(
+        lambda: attacked_here(attack, seed=0),
+        lambda: attacked_plainly(attack, seed=0),
+        repeats=repeats,
+        clock=device_seconds,
+    )
+    return Figure(
+        name=f"AutoAttack of {name}, {attack.queries:,} queries, pyautoattack / ours",
+        values=tuple(their_s / our_s for our_s, their_s in pairs),
+        target=1.3,
+        same=f"{told}, {rate(images, (our_s for our_s, _ in pairs))}",
+    )
+
+
+def attacked_here(attack: Attack, *, seed: int) -> list[bool]:
     """Return which images survive this project's AutoAttack."""
-    evaluator = AutoAttack(DIGITS, radii={"autoattack": epsilon}, square_queries=queries)
+    evaluator = AutoAttack(
+        DIGITS, radii={"autoattack": attack.epsilon}, square_queries=attack.queries
+    )
     generator = torch.Generator().manual_seed(seed)
-    ledger = evaluator.judge(classifier, batch, generator=generator)
+    ledger = evaluator.judge(attack.classifier, attack.batch, generator=generator)
     survived: list[bool] = ledger["survived"].to_pylist()
     return survived
 
 
-def attacked_plainly(
-    classifier: Classifier, batch: Batch, epsilon: float, queries: int, seed: int
-) -> list[bool]:
+def attacked_plainly(attack: Attack, *, seed: int) -> list[bool]:
     """Return which images survive pyautoattack, called the ordinary way."""
-    attack = PlainAutoAttack(classifier, eps=epsilon, seed=seed, version="standard", device=DEVICE)
-    attack.square.n_queries = queries
-    _, answers = attack.run_standard_evaluation(batch.images.contiguous(), batch.labels)
+    plain = PlainAutoAttack(
+        attack.classifier, eps=attack.epsilon, seed=seed, version="standard", device=DEVICE
+    )
+    plain.square.n_queries = attack.queries
+    batch = attack.batch
+    _, answers = plain.run_standard_evaluation(batch.images.contiguous(), batch.labels)
     survived: list[bool] = (answers == batch.labels).tolist()
     return survived
 

@@ -5,14 +5,17 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import autoattack, corruptions, loader, training
+from benchmarks import autoattack, corruptions, loader, pgd, training
 from benchmarks.__main__ import BENCHMARKS, KEPT, figures, main, table
 from benchmarks.measure import DisagreementError, Figure, require
+from grid.studies import deit, resnet50
+from trainables.scale import DIGITS
 
 ROOT = Path(__file__).parents[1]
 SLOWER = Figure(name="a", values=(1.0, 2.0, 3.0, 4.0, 6.0), target=3.5, same="all")
@@ -100,6 +103,32 @@ def test_timms_loop_that_does_not_train_alike_is_noticed(monkeypatch, tmp_path, 
     monkeypatch.setattr(training, "timm_epochs", broken(training.timm_epochs))
     with pytest.raises(DisagreementError, match="weights after the same batches"):
         next(training.beside_timm(tmp_path, repeats=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sides", "compiled", "same"),
+    [
+        (lambda: training.full_size(resnet50(), "bf16", 4), False, "the same weights, each bit,"),
+        (lambda: training.small(8), True, r"weights within \de-\d\d of their way"),
+    ],
+)
+def test_what_is_measured_on_a_gpu_trains_alike_here(sides, compiled, same):
+    found = training.beside_bare(*sides(), batch=2, repeats=1, compiled=compiled)
+    assert ("compiled" in found.name) == compiled
+    assert re.match(rf"{same} after \d steps of 2 images, ours .* a second on ", found.same)
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu_attacks_alike_here():
+    recipes = [DIGITS.shrink(recipe) for recipe in (resnet50(), deit())]
+    for recipe in recipes:
+        attack = pgd.Attack(*pgd.untrained(recipe, 2), epsilon=4 / 255)
+        found = pgd.beside_torchattacks(recipe.model, attack, repeats=1)
+        assert found.same.startswith("0 of 8 verdicts differ, ours ")
+    standing = replace(autoattack.unbreakable(recipes[1], 2), queries=5)
+    found = autoattack.beside_pyautoattack("deit_small", standing, repeats=1)
+    assert found.same.startswith("0 of 2 verdicts differ; 2 and 2 images survive, ours ")
 
 
 class Shorter(training.TimmBatches):
