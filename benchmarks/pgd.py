@@ -31,8 +31,9 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     images, labels = to_unit(held_out.images.to(DEVICE)), held_out.labels.to(DEVICE)
     for recipe in (resnet50(), deit()):
         epochs = 1 if quick else 4
-        classifier = trained(DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0))
-        attack = Attack(classifier, images, labels, epsilon=float(DIGITS.epsilon))
+        attack = Attack(
+            trained(recipe, epochs=epochs), images, labels, epsilon=float(DIGITS.epsilon)
+        )
         yield beside_torchattacks(recipe.model, attack, repeats=1 if quick else 7)
     if DEVICE.type == "cuda":
         for recipe in (resnet50(), deit()):
@@ -66,8 +67,9 @@ def beside_torchattacks(name: str, attack: Attack, *, repeats: int) -> Figure:
     )
 
 
-def trained(recipe: Recipe) -> Classifier:
-    """Train a model for a few epochs: enough to be worth attacking."""
+def trained(recipe: Recipe, *, epochs: int) -> Classifier:
+    """Train the scale's model by its recipe for a few epochs: enough to be worth attacking."""
+    recipe = DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0)
     classifier = build_classifier(recipe)
     for _ in train(recipe, classifier, load_data(DIGITS), device=DEVICE):
         pass
@@ -80,7 +82,7 @@ def untrained(recipe: Recipe, count: int) -> tuple[Classifier, Tensor, Tensor]:
     How long an attack takes does not hang on the weights, as long as nothing is broken.
     """
     side = scale_named(recipe.scale).image_size
-    classifier = build_classifier(recipe).to(DEVICE).eval().requires_grad_(False)
+    classifier = build_classifier(recipe).to(DEVICE).eval()
     images = to_unit(torch.randint(256, (count, 3, side, side), dtype=torch.uint8).to(DEVICE))
     with torch.no_grad():
         return classifier, images, classifier(images).argmax(dim=1)

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, require, seconds
+from benchmarks.pgd import trained
 from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
 from trainables.data import load_data, to_unit
 from trainables.folding import folded
-from trainables.loop import train
-from trainables.models import Classifier, build_classifier
-from trainables.recipe import Recipe
+from trainables.models import Classifier
 from trainables.scale import DIGITS, PatchBudget
 
 TINY = torch.finfo(torch.float32).eps
@@ -132,20 +131,12 @@ def batched_search(model: Classifier, task: Task, budget: PatchBudget) -> tuple[
     return int(outcome.queries.sum()), int(outcome.success.sum())
 
 
-def trained(recipe: Recipe, *, epochs: int) -> Classifier:
-    """Train the scale's model by its recipe for a few epochs: enough to be worth attacking."""
-    recipe = DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0)
-    model = build_classifier(recipe)
-    for _ in train(recipe, model, load_data(DIGITS), device=DEVICE):
-        pass
-    return model.eval().requires_grad_(False)
-
-
 def task_for(model: Classifier, count: int) -> Task:
     """Return held-out images that the model gets right, with random grey textures."""
     split = load_data(DIGITS).held_out
     images, labels = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
-    right = (model(images).argmax(dim=1) == labels).nonzero().flatten()[:count]
+    with torch.no_grad():
+        right = (model(images).argmax(dim=1) == labels).nonzero().flatten()[:count]
     draw = torch.Generator().manual_seed(0)
     shape = (10, DIGITS.patch.textures, 1, DIGITS.image_size, DIGITS.image_size)
     stored = StoredTextures(

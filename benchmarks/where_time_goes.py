@@ -117,10 +117,13 @@ def _children(root: psutil.Process) -> list[psutil.Process]:
 
 
 def system_seconds() -> dict[str, float]:
-    """Return the cores' seconds idle, and kept by a virtual machine's host, since it started."""
-    times = psutil.cpu_times()
-    idle = times.idle + getattr(times, "iowait", 0.0)
-    return {IDLE: idle, HOST: getattr(times, "steal", 0.0)}
+    """Return our cores' seconds idle, and kept by a virtual machine's host, since it started."""
+    cores = psutil.cpu_times(percpu=True)
+    times = [cores[place] for place in os.sched_getaffinity(0)]
+    return {
+        IDLE: sum(each.idle + each.iowait for each in times),
+        HOST: sum(each.steal for each in times),
+    }
 
 
 def shares(
