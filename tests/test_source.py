@@ -203,12 +203,14 @@ def test_what_is_passed_over_is_listed_and_what_is_hidden_is_not(tmp_path):
     write_picture(folder / "more", 0, 3, side=40)
     for name in ("b.jfif", "a.gif", ".DS_Store", os.fsdecode(b"\xff.txt")):
         (folder / name).write_text("")
+    for name in ("stray.PNG", ".hidden.png", "classes.txt"):
+        (folder.parent / name).write_text("")
     train, held_out = list_splits(DataSource(root=tmp_path, hold_out=0.2))
     assert (len(train), len(held_out)) == (48, 12)
     names = ("a.gif", "b.jfif", "more", os.fsdecode(b"\xff.txt"))
-    expected = tuple(f"train/class-03/{name}" for name in names)
+    expected = ("train/stray.PNG", *(f"train/class-03/{name}" for name in names))
     assert train.passed_over == held_out.passed_over == expected
-    assert passed_over_text(tmp_path, expected[3:]).isprintable()
+    assert passed_over_text(tmp_path, expected[4:]).isprintable()
 
 
 def test_an_absent_or_empty_folder_is_refused(tmp_path):

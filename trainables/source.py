@@ -66,7 +66,8 @@ EMBEDDED = DataSource()
 class ImageList:
     """The images of one split, by class and name: paths below `root`, a label each.
 
-    `passed_over`: what else lies in the class folders, as paths below `root`; not what is hidden.
+    `passed_over`: images beside the class folders and what else lies in them, as paths below
+    `root`; not what is hidden.
     """
 
     root: Path
@@ -195,13 +196,18 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
     """List the images of class folders below a root; ValueError where there is none."""
     paths: list[str] = []
     labels: list[int] = []
-    passed_over: list[str] = []
+    split = next(iter(folders.values())).parent
+    passed_over = sorted(
+        Path(entry.path).relative_to(root).as_posix()
+        for entry in os.scandir(split)
+        if _is_image(entry.name) and not entry.is_dir()
+    )
     for label, name in enumerate(names):
         if name not in folders:
             continue
         below = folders[name].relative_to(root).as_posix()
         entries = [entry.name for entry in os.scandir(folders[name]) if entry.name[0] != "."]
-        found = sorted(entry for entry in entries if entry.lower().endswith(SUFFIXES))
+        found = sorted(filter(_is_image, entries))
         passed_over += sorted(f"{below}/{other}" for other in set(entries).difference(found))
         try:
             "".join((below, *found)).encode()
@@ -210,7 +216,7 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
         paths += [f"{below}/{file}" for file in found]
         labels += [label] * len(found)
     if not paths:
-        said = f"{next(iter(folders.values())).parent} holds no image in its classes"
+        said = f"{split} holds no image in its classes"
         others = f"; {passed_over_text(root, passed_over)}" if passed_over else ""
         raise ValueError(f"{said}; expected <class>/<image>{others}")
     return ImageList(
@@ -220,6 +226,10 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
         labels=tuple(labels),
         passed_over=tuple(passed_over),
     )
+
+
+def _is_image(name: str) -> bool:
+    return name[0] != "." and name.lower().endswith(SUFFIXES)
 
 
 def passed_over_text(root: Path, paths: Sequence[str]) -> str:
