@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,6 +32,11 @@ settings.register_profile(
     "long", max_examples=1000, deadline=None, database=None, suppress_health_check=CHECKS
 )
 settings.load_profile("few")
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what the tests start: a suite in a shell's background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
