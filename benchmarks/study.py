@@ -3,7 +3,7 @@
 The scripts are what many labs run: one trains a model and stores its weights, one asks one
 evaluator of them, each pays for its imports. Two run at a time, of one thread each, so that both
 sides have the same cores, and the weights and ledgers must be the same to the last bit. A table is
-timed in turns, then the whole study, of which a turn takes twenty minutes.
+timed in turns, then the whole study, of which a turn takes half an hour.
 """
 
 from __future__ import annotations

@@ -88,13 +88,14 @@ def guarded(tmp_path):
     command = command.replace("5000", port).replace("/shared/artifacts", f"{home}/artifacts")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
     subprocess.run(["bash", "-c", command], check=True, env=environment | {"HOME": str(home)})
-    servers = [p for p in psutil.process_iter(["cmdline"]) if str(home) in str(p.info["cmdline"])]
     try:
         uri = f"http://127.0.0.1:{port}"
         wait_until(None, lambda: _answers(uri))
         yield uri
     finally:
-        for server in servers:
+        # Not before it answers: a process has no command line while it becomes another program.
+        started = psutil.process_iter(["cmdline"])
+        for server in [p for p in started if str(home) in str(p.info["cmdline"])]:
             for process in [*server.children(recursive=True), server]:
                 process.kill()
 
