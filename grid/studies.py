@@ -438,7 +438,9 @@ def _size_rows() -> tuple[Row, ...]:
 
 def _distillation_rows() -> tuple[Row, ...]:
     return (
+        Row("DeiT-S, the teacher", deit()),
         Row("ResNet-50*, teacher DeiT-S", _with_teacher(resnet_aligned(), "deit_small")),
+        Row("ResNet-50*, the teacher", resnet_aligned()),
         Row("DeiT-S, teacher ResNet-50*", _with_teacher(deit(), "resnet50_aligned")),
     )
 

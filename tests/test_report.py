@@ -143,4 +143,4 @@ def test_a_students_row_finds_its_trial_for_every_seed():
         return [judged(trial.digest, 0.9) for trial in plan]
 
     table = fill(runs, tables=("T9",), seeds=2)
-    assert [row.cells[0].state for row in table.rows] == ["done", "done"]
+    assert [row.cells[0].state for row in table.rows] == ["done"] * 4

@@ -191,7 +191,7 @@ def test_plan_prints_what_is_set_for_all(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("Study paper with precision=bf16 micro_batch=256 epochs=90 at scale")
     assert printed.count(" bf16 90ep seed") == printed.count("micro_batch=256\n") == 10
-    assert "10 rows asked for, 10 trainings (0 shared), 0 combinations refused" in printed
+    assert "14 rows asked for, 10 trainings (4 shared), 0 combinations refused" in printed
 
 
 def test_a_studys_file_can_be_set_too(capsys, tmp_path):
