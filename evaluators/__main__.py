@@ -24,7 +24,7 @@ from trainables.options import (
 )
 from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
 from trainables.scale import SCALE_NAMES, Scale, scale_named
-from trainables.source import DataSource, scale_of
+from trainables.source import DataSource, scale_of, unused_test_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from trainables.recipe import Recipe
     from trainables.tracking import Tracker
 
-# A single score of an evaluator that answers several questions.
-SINGLE_SCORES = {f"pgd-{steps}": "pgd" for steps in (5, 10, 50, 100)}
+# Single lengths of pgd, which take its shorter trajectory.
+LENGTHS = (5, 10, 50, 100)
+SINGLE_SCORES = {f"pgd-{steps}": "pgd" for steps in LENGTHS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,8 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         key = hashlib.sha256(f"{whose} {cell_digest(evaluator, data)}".encode()).hexdigest()[:12]
         stores.append(ShardStore(folder / "shards" / key, evaluator.shards(data)))
         ledgers[name] = _ask(evaluator, classifier, data, device, stores[-1])
-        found = evaluator.summarize(ledgers[name])
-        scores += [score for score in found if _is_asked(score, name, options.evaluators)]
+        scores += evaluator.summarize(ledgers[name])
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
     _print_table(scores)
     for flag in red_flags(ledgers.values()):
@@ -100,6 +100,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _readable(source: DataSource) -> DataSource:
     """Return the source without its damaged images, where that is asked for."""
+    if source.root and (unused := unused_test_folder(source.root)):
+        print(unused, file=sys.stderr)
     if source.root is None or not source.skip_damaged:
         return source
     from trainables.scan import damaged_images
@@ -160,14 +162,20 @@ def _evaluator(name: str, scale: Scale, options: argparse.Namespace) -> Evaluato
     from evaluators.pgd import PGD, at_radius
     from evaluators.texture_patch import TexturePatchAttack
 
-    several = dict.fromkeys(options.epsilon or ())
+    several = list(dict.fromkeys(options.epsilon or ()))
     if name == "tpa":
         return TexturePatchAttack(scale, targeted=options.targeted, rule=options.success_rule)
-    if name == "pgd" and len(several) > 1:
-        return PGD(scale, radii=list(several))
+    if name == "pgd":
+        radii = several if len(several) > 1 else ()
+        return PGD(scale, radii=radii, steps=_lengths(options.evaluators))
     if name == "autoattack" and len(several) > 1:
         return AutoAttack(scale, radii={name + at_radius(r): float(r) for r in several})
     return evaluator_named(name, scale)
+
+
+def _lengths(asked: Sequence[str]) -> list[int]:
+    """Return the lengths of pgd that are asked for: `pgd` stands for all of them."""
+    return [steps for steps in LENGTHS if {"pgd", f"pgd-{steps}"} & set(asked)]
 
 
 def _recipe_of(weights: Path) -> Recipe:
@@ -205,10 +213,6 @@ def _ask(
         ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
         store.add(shard, to_parquet(ledger, seconds=time.monotonic() - began))
     return store.merged()[0]
-
-
-def _is_asked(score: Score, evaluator: str, asked: Sequence[str]) -> bool:
-    return evaluator in asked or score.name.partition("@")[0] in asked
 
 
 def _print_table(scores: Sequence[Score]) -> None:
@@ -271,7 +275,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask evaluators' questions of a checkpoint of any origin; print the scores.",
     )
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="FILE", help=".safetensors, .pth or .pt"
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".safetensors, or torch's .pth, .pt, .th or .bin",
     )
     parser.add_argument(
         "--model",
@@ -319,7 +327,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
         type=_radius,
         nargs="+",
         metavar="E",
-        help="radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 "
+        help="radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 0.5/255 "
         "(default: the scale's)",
     )
     parser.add_argument(

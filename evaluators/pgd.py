@@ -29,18 +29,22 @@ def at_radius(radius: Fraction) -> str:
 
 
 class PGD:
-    """PGD-5, -10, -50 and -100 as one trajectory with step epsilon/4 and a random start.
+    """PGD of several lengths as one trajectory with step epsilon/4 and a random start.
 
-    The final iterate of each length is scored, in float32. Step max(epsilon/4, epsilon/n) is
+    `steps`: the lengths, unless given 5, 10, 50 and 100; the trajectory ends at the longest, and
+    the final iterate of each is scored, in float32. Step max(epsilon/4, epsilon/n) is
     epsilon/4 for all n >= 4: 1/255 at the study's 4/255. `radii`: the scale's unless given; of
     several, each is a question of its own, pgd-100@8/255. Source: STUDY section 3.
     """
 
     name = "pgd"
 
-    def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
+    def __init__(
+        self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = STEPS
+    ) -> None:
         radii = radii or [scale.epsilon]
         self.radii = {at_radius(r) if len(radii) > 1 else "": float(r) for r in radii}
+        self.steps = sorted(steps)
         self.subset_size = scale.attack_subset
         self.shard_images = scale.shard_images
 
@@ -49,7 +53,7 @@ class PGD:
         return {
             "images": self._images(source).ids_hash(),
             "epsilon": epsilons[0] if len(epsilons) == 1 else epsilons,
-            "steps": STEPS,
+            "steps": self.steps,
         }
 
     def shards(self, source: Data) -> int:
@@ -71,13 +75,13 @@ class PGD:
                     batch.labels,
                     epsilon=epsilon,
                     step_size=epsilon / 4,
-                    stops=STEPS,
+                    stops=self.steps,
                     start_BCHW=random_start(batch.images, epsilon=epsilon, generator=generator),
                 )
                 for steps, images_BCHW in iterates:
                     with torch.no_grad():
                         predicted = classifier(images_BCHW).argmax(dim=1)
-                    shown = images_BCHW if steps == STEPS[-1] else None
+                    shown = images_BCHW if steps == self.steps[-1] else None
                     question = f"pgd-{steps}{suffix}"
                     rows.append(verdicts(batch, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainables.checkpoint import read_safetensors, unpickled
 from trainables.models import Classifier
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
 BACKBONE = "backbone."
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 STATISTICS = ("running_mean", "running_var")
@@ -45,7 +45,7 @@ def load_any_weights(path: Path, classifier: Classifier) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors, .pth or .pt file of dense tensors of real numbers.
+    """Read a .safetensors file, or one of torch's, of dense tensors of real numbers.
 
     Of a training checkpoint the entry `model` or `state_dict` is taken. Raises ValueError.
     """

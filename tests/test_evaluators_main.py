@@ -13,7 +13,7 @@ import timm
 import torch
 
 from evaluators import evaluator_named
-from evaluators.__main__ import SINGLE_SCORES, main
+from evaluators.__main__ import SINGLE_SCORES, _radius, main
 from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
@@ -95,6 +95,16 @@ def test_released_ghost_batchnorm_checkpoints_load(timm_resnet50, tmp_path, sets
         assert torch.equal(expected, classifier.to(memory_format=torch.contiguous_format)(images))
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".bin"])
+def test_torch_files_are_read_by_any_of_their_names(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    classifier = build_classifier(RECIPE)
+    torch.save(classifier.state_dict(), path)
+    fresh = build_classifier(RECIPE.replace(seed=1))
+    load_any_weights(path, fresh)
+    assert torch.equal(fresh.backbone.fc.weight, classifier.backbone.fc.weight)
+
+
 def test_a_layer_that_is_called_bn1_is_no_set_of_statistics():
     names = {"layer1.0.bn1.proxy_bn.running_mean": torch.zeros(4)}
     assert list(plain_names(names)) == ["layer1.0.bn1.running_mean"]
@@ -111,9 +121,18 @@ def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, 
     assert lines[3:6] == ["score", "clean", "pgd-10"]
     assert "pgd-100" not in out
     assert pq.read_table(tmp_path / "clean.parquet").num_rows == 597
-    assert set(pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist()) == {
-        f"pgd-{steps}" for steps in STEPS
-    }
+    assert pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist() == ["pgd-10"] * 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "lengths"), [("pgd-10 pgd-5", [5, 10]), ("pgd-10 pgd", [5, 10, 50, 100])]
+)
+def test_pgd_is_of_the_lengths_asked_for(own_file, tmp_path, capsys, asked, lengths):
+    options = ["--attack-images", "2", "--ledger", str(tmp_path), "--evaluators", *asked.split()]
+    assert main(["--weights", str(own_file), *options]) == 0
+    identity, _, *scores = capsys.readouterr().out.splitlines()
+    assert json.loads(identity.removeprefix("pgd: "))["steps"] == lengths
+    assert [line.split()[0] for line in scores[1:-1]] == [f"pgd-{n}" for n in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +279,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, name, capsys):
     )
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 def test_damaged_files_are_refused(tmp_path, suffix, capsys):
     path = tmp_path / f"damaged{suffix}"
     path.write_bytes(b"\x07" * 100)
@@ -331,7 +350,16 @@ def test_an_attack_option_out_of_bounds_is_refused(own_file, option, value, said
     assert said in refused(["--weights", own_file, option, value], capsys)
 
 
-@pytest.mark.parametrize("radius", ["4", "-1/255", "0", "four", "1/0"])
+@pytest.mark.parametrize(
+    ("text", "radius"),
+    [("0.25/255", Fraction(1, 1020)), ("0.5/255", Fraction(1, 510)), ("1e-3", Fraction(1, 1000))],
+)
+def test_a_radius_may_be_a_decimal(text, radius):
+    assert _radius(text) == pytest.approx(radius, rel=1e-15)
+    assert _radius("4/255") == Fraction(4, 255)
+
+
+@pytest.mark.parametrize("radius", ["4", "-1/255", "0", "four", "1/0", "1/2/3", "nan", "1/inf"])
 def test_a_radius_out_of_bounds_is_refused_with_the_unit(own_file, radius, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--weights", str(own_file), f"--epsilon={radius}"])

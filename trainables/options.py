@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where the data lies and how it is read."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", type=Path, metavar="DIR", help="train/ and val/ in class folders below it"
+        "--data", type=Path, metavar="DIR", help="train/ and val/ (or test/), class folders below"
     )
     group.add_argument(
         "--image-size", type=count, metavar="N", help="side in pixels, for --scale folder"
@@ -25,7 +26,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=_share,
         default=0.0,
         metavar="F",
-        help="judge by this share of each class's train images where there is no val/",
+        help="judge by this share of each class's train images where there is no val/ or test/",
     )
     for name, what in STORED_SETS.items():
         group.add_argument(
@@ -110,17 +111,22 @@ def amount(text: str) -> float:
 
 
 def fraction(text: str, what: str, example: str) -> Fraction:
-    """Read a number above 0 and at most 1, such as 4/255."""
+    """Read a number above 0 and at most 1, such as 4/255, 0.25/255 or 0.025."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        # A fraction of 1e-999999999 would take hours.
-        value = Fraction(text) if "e" not in text.lower() else Fraction(float(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
+        value = _exact(numerator) / (_exact(denominator) if slash else 1)
+    except (ValueError, ArithmeticError):
         value = Fraction(0)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no {what}: above 0 and at most 1, like {example}"
         )
     return value
+
+
+def _exact(text: str) -> Fraction:
+    # The exact fraction of 1e-999999999 would take hours.
+    return Fraction(float(text) if "e" in text.lower() else Decimal(text))
 
 
 def _whole(text: str, *, least: int) -> int:
