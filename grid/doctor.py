@@ -38,6 +38,7 @@ from trainables.source import (
     list_by_class,
     list_splits,
     passed_over_text,
+    unused_test_folder,
 )
 
 Level = Literal["ok", "warning", "error"]
@@ -171,6 +172,8 @@ class _Data:
         if self.scale.name == "imagenet" and not published:
             many = f"{IMAGENET_TRAIN_IMAGES:,} and {IMAGENET_IMAGES:,}"
             yield "warning", f"{len(train):,} and {len(held_out):,} images; as published {many}"
+        if unused := unused_test_folder(root):
+            yield "warning", unused
         # Where a share is held out both splits are of one folder, and name the same.
         for passed_over in dict.fromkeys((train.passed_over, held_out.passed_over)):
             yield from _passed_over(root, passed_over)

@@ -395,3 +395,9 @@ def test_cifar_10_of_another_size_is_offered_the_scale_of_folders(tmp_path, side
     problem = look(root, tmp_path, scale=CIFAR10).problem
     assert problem.startswith("20 images are not 32 x 32 px, the first")
     assert f"({side} x {side}): --scale folder --image-size N takes images of N px" in problem
+
+
+def test_a_test_folder_beside_val_is_a_warning(root, tmp_path):
+    shutil.copytree(root / "train", root / "test")
+    (warning,) = look(root, tmp_path).warnings
+    assert warning == f"{root / 'test'} is not used: {root / 'val'} is judged by"

@@ -12,7 +12,13 @@ import pytest
 from tests.pictures import CLASSES, write_folder, write_picture
 from trainables.options import add_data_options, source_of
 from trainables.scale import IMAGENET, folder_scale, scale_named
-from trainables.source import DataSource, list_splits, passed_over_text, scale_of
+from trainables.source import (
+    DataSource,
+    list_splits,
+    passed_over_text,
+    scale_of,
+    unused_test_folder,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +102,24 @@ def test_val_alone_can_be_judged_by(tmp_path):
     train, held_out = list_splits(DataSource(root=root))
     assert (len(train), len(held_out)) == (0, 24)
     assert train.class_names == held_out.class_names
+
+
+def test_images_in_test_are_held_out_where_there_is_no_val(tmp_path):
+    root = write_folder(tmp_path, per_class=1, held_out=2)
+    (root / "val").rename(root / "test")
+    train, held_out = list_splits(DataSource(root=root))
+    assert (len(train), len(held_out)) == (CLASSES, CLASSES * 2)
+    assert held_out.paths[0].startswith("test/class-00/")
+    assert not unused_test_folder(root)
+
+
+def test_val_is_taken_and_said_where_there_is_test_as_well(tmp_path):
+    root = write_folder(tmp_path, per_class=1, held_out=2)
+    shutil.copytree(root / "train", root / "test")
+    _, held_out = list_splits(DataSource(root=root))
+    assert all(path.startswith("val/") for path in held_out.paths)
+    assert len(held_out) == CLASSES * 2
+    assert unused_test_folder(root) == f"{root}/test is not used: {root}/val is judged by"
 
 
 def test_skipped_images_are_left_out(root):

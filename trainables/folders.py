@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_folders(scale: Scale, source: DataSource) -> Data:
-    """Load train/ and val/ below the source's root; ValueError when they do not fit the scale.
+    """Load the splits below the source's root; ValueError when they do not fit the scale.
 
     What fits the source's memory is decoded once, the train images first.
     """

@@ -98,6 +98,8 @@ def _system_errors_named() -> Iterator[None]:
 def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
     """Return the train and the held-out images; ValueError says what the folders lack.
 
+    Held out is what lies in val/, or in test/ where there is no val/.
+
     Labels follow the classes' sorted names. Without train/ the list of train images is empty, so
     that a checkpoint can be judged by val/ alone.
     """
@@ -109,34 +111,43 @@ def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
 def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
     if not root.is_dir():
         raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ below it")
-    train_folder, val_folder = _split_folders(root)
-    if train_folder is None and val_folder is None:
-        raise ValueError(f"{root} holds neither train/ nor val/ nor folders of images by class")
-    both = train_folder, val_folder
+    train_folder, judged_folder = _split_folders(root)
+    if train_folder is None and judged_folder is None:
+        raise ValueError(
+            f"{root} holds neither train/ nor val/ nor test/ nor folders of images by class"
+        )
+    both = train_folder, judged_folder
     classes = class_folders(next(folder for folder in both if folder is not None))
     names = tuple(classes)
     nothing = ImageList(root=root, class_names=names, paths=(), labels=())
     train = list_images(root, classes, names) if train_folder else nothing
     train = train.only(path not in source.skipped for path in train.paths)
-    if val_folder is None:
+    if judged_folder is None:
         return _hold_out(train, source.hold_out)
     if source.hold_out:
-        raise ValueError(f"{val_folder} is there: --hold-out would put it aside; leave one out")
-    folders = class_folders(val_folder)
+        raise ValueError(f"{judged_folder} is there: --hold-out would put it aside; leave one out")
+    folders = class_folders(judged_folder)
     if foreign := sorted(set(folders) - set(names)):
-        raise ValueError(f"{val_folder / foreign[0]} is no class of {train_folder}: remove it")
+        raise ValueError(f"{judged_folder / foreign[0]} is no class of {train_folder}: remove it")
     held_out = list_images(root, folders, names)
     return train, held_out.only(path not in source.skipped for path in held_out.paths)
 
 
 def _split_folders(root: Path) -> tuple[Path | None, Path | None]:
-    train, val = root / "train", root / "val"
-    for folder in (train, val):
+    train, val, test = folders = [root / name for name in ("train", "val", "test")]
+    for folder in folders:
         if folder.is_symlink():
             _check_link(folder, root)
-    if train.is_dir() or val.is_dir():
-        return (train if train.is_dir() else None), (val if val.is_dir() else None)
+    judged = next((folder for folder in (val, test) if folder.is_dir()), None)
+    if train.is_dir() or judged:
+        return (train if train.is_dir() else None), judged
     return (root if any(entry.is_dir() for entry in root.iterdir()) else None), None
+
+
+def unused_test_folder(root: Path) -> str:
+    """Say that test/ is left out because val/ is there; '' where that is not so."""
+    val, test = root / "val", root / "test"
+    return f"{test} is not used: {val} is judged by" if val.is_dir() and test.is_dir() else ""
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
@@ -265,7 +276,7 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     }
     if not share:
         raise ValueError(
-            f"{images.root} has no val/: add it, or give --hold-out 0.2, which keeps "
+            f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which keeps "
             f"{sum(wanted.values())} of the {len(images)} train images, a fifth of each class "
             "chosen by their names' hash, from training and judges by them"
         )
