@@ -9,12 +9,18 @@ from evaluators.paired import Paired
 from grid.plan import build_plan
 from grid.report.claims import CLAIMS, Claim, Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
+from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
 from grid.studies import paper
 from tests.made_up import record
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
 from trainables.tracking import scores_as_metrics
+
+
+def judge(plan, runs):
+    return judge_claims(tables_of(paper(), plan, runs), plan.seeds, Verdicts(None, runs), runs)
+
 
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
@@ -66,7 +72,7 @@ def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, ver
     own = share("autoattack", survivors, 30)
     metrics = {name.replace("/", "__"): value for name, value in scores_as_metrics([own]).items()}
     runs = {trial.digest: trial_run(trial.digest, **metrics) for trial in plan}
-    (resnet, _) = judge_claims(plan, Verdicts(None, runs), runs)
+    (resnet, _) = judge(plan, runs)
     assert (resnet.verdict, resnet.published) == (verdict, 0.0)
     # Two seeds that agree do not make thirty images more.
     assert (resnet.paired.n, resnet.paired.p) == (30, None)
@@ -82,7 +88,7 @@ def test_a_claim_about_a_collapsed_model_says_so():
         ("ResNet-50 with AdamW", "failed", "not judged yet"),
     ]:
         runs[rows[label]] = trial_run(rows[label], outcome)
-        judged = judge_claims(plan, Verdicts(None, runs), runs)
+        judged = judge(plan, runs)
         found = next(judgement for judgement in judged if judgement.claim.row[1] == label)
         assert (found.verdict, found.outcome) == (verdict, f"{label} {outcome}")
         assert found.outcome in claims_plot(judged).svg
@@ -95,8 +101,8 @@ def test_every_claim_of_a_whole_study_is_judged(tmp_path):
     plan = build_plan(study, DIGITS)
     tracker = record(tmp_path, study, plan)
     runs = tracker.trials()
-    verdicts = Verdicts(tracker, runs)
-    judged = judge_claims(plan, verdicts, runs)
+    tables = tables_of(study, plan, runs)
+    judged = judge_claims(tables, plan.seeds, Verdicts(tracker, runs), runs)
     assert [judgement.claim for judgement in judged] == list(CLAIMS)
     for judgement in judged:
         assert judgement.verdict in (REPRODUCED, FAILED, OPEN)
@@ -122,7 +128,7 @@ def test_a_collapse_is_claimed_of_every_seed():
         (("collapsed", "training"), ("not judged yet", "")),
     ]:
         runs = {d: trial_run(d, o) for d, o in zip(digests, outcomes, strict=True)}
-        judged = judge_claims(plan, Verdicts(None, runs), runs)
+        judged = judge(plan, runs)
         found = next(judgement for judgement in judged if judgement.claim == claim)
         assert (found.verdict, found.outcome) == expected
 

@@ -98,7 +98,7 @@ def test_a_cell_that_failed_says_why_until_it_is_judged(recorded):
     runs = tracker.trials()
     scores = runs[run.digest].metrics
     del scores["clean"]
-    filled = fill_tables(load_study("paper"), plan, runs)[0]
+    filled = fill_tables(plan.tables, plan.seeds, runs)[0]
     row = next(row for row in filled.rows if row.recipe.digest() == run.digest)
     assert row.cells[0].text() == "failed: RuntimeError: no"
     tracker.record_cell(run, ledger=tracker.ledger(run, "clean"), **asked)

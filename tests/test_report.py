@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scipy.stats import t as student
 
 from grid.plan import build_plan
 from grid.report.plots import stages_plot
-from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_tables
+from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_tables, tables_of
 from grid.studies import deit, load_study, paper
-from trainables.scale import DIGITS
+from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.tracking import TrialRun
 
 
@@ -35,7 +37,11 @@ def fill(runs, *, tables=("T6",), seeds=1):
     study = paper()
     plan = build_plan(study, DIGITS, tables=tables, seeds=seeds)
     found = {run.digest: run for run in runs(plan)}
-    return fill_tables(study, plan, found)[0]
+    return fill_tables(tables_of(study, plan, found), plan.seeds, found)[0]
+
+
+def titles(table):
+    return tuple(column.title for column in table.columns)
 
 
 def row_digests(plan, seed=0):
@@ -105,10 +111,10 @@ def test_a_study_without_tables_gets_one_of_all_its_trials(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text('name="mine"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
     study = load_study(str(path))
-    (table,) = fill_tables(study, build_plan(study, DIGITS), {})
+    (table,) = tables_of(study, build_plan(study, DIGITS), {})
     assert table.name == "mine"
     assert len(table.rows) == 2
-    assert table.columns == ("Clean", "PGD-5", "PGD-10", "PGD-50", "PGD-100")
+    assert titles(table) == ("Clean", "PGD-5", "PGD-10", "PGD-50", "PGD-100")
 
 
 def test_a_grids_table_shows_whatever_is_asked_of_it(tmp_path):
@@ -118,12 +124,62 @@ def test_a_grids_table_shows_whatever_is_asked_of_it(tmp_path):
     plan = build_plan(study, DIGITS, evaluators=["clean", "autoattack", "tpa", "corruptions"])
     asked = {"clean", "autoattack", "tpa", "corruptions"}
     assert all(set(trial.evaluators) == asked for trial in plan)
-    (table,) = fill_tables(study, plan, {})
-    assert table.columns == (
+    (table,) = tables_of(study, plan, {})
+    assert titles(table) == (
         *("Clean", "Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
         "Clean, same images",
         *("after APGD-CE", "after APGD-T", "after FAB-T", "AutoAttack (digits)"),
     )
+
+
+STUDYS = (
+    *("Clean", "ImageNet-A", "ImageNet-A, among all 1,000", "ImageNet-C error"),
+    *("Error, 19 corruptions", "ImageNet-C mCE", "Stylized", "Stylized, native size"),
+)
+COUNTERPARTS = ("Clean", "Natural-adversarial", "Corruptions error", "Cue conflict")
+
+
+@pytest.mark.parametrize(
+    ("scale", "scores", "expected"),
+    [
+        (IMAGENET, (), STUDYS),
+        (DIGITS, (), [f"{c} (digits)" if c != "Clean" else c for c in COUNTERPARTS]),
+        # Stored sets are known by the scores that they alone give.
+        (IMAGENET, ("corruptions", "corruptions/mCE"), [c for c in STUDYS if "19" not in c]),
+        (IMAGENET, ("stylized",), [*STUDYS[:6], "Cue conflict (imagenet)"]),
+        (
+            CIFAR10,
+            ("corruptions", "corruptions-19"),
+            [
+                *("Clean", "Natural-adversarial (cifar10)", "Corruptions error (cifar10)"),
+                *("Error, 19 corruptions", "Cue conflict (cifar10)"),
+            ],
+        ),
+    ],
+)
+def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
+    study = paper()
+    plan = build_plan(study, scale, tables=["T5"])
+    metrics = {name.replace("/", "__"): 0.5 for name in scores}
+    runs = {plan.trials[0].digest: trial_run(plan.trials[0].digest, **metrics)}
+    (table,) = tables_of(study, plan, runs)
+    assert titles(table) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("scale", "scores", "shown"),
+    [(IMAGENET, {"stylized": 0.1, "stylized-cropped": 0.2}, 20.0), (DIGITS, {"stylized": 0.1}, 10)],
+)
+def test_the_papers_stylized_figure_is_beside_the_cropped_images(scale, scores, shown):
+    study = paper()
+    plan = build_plan(study, scale, tables=["T5"])
+    digest = plan.tables[0].rows[0].recipe.digest()
+    ends = ("", "/low", "/high", "/n")
+    metrics = {f"{name}{end}": value for name, value in scores.items() for end in ends}
+    runs = {digest: replace(trial_run(digest), metrics=metrics)}
+    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
+    cells = [cell for cell in table.rows[0].cells if cell.published == 8.3]
+    assert [cell.value for cell in cells] == [pytest.approx(shown)]
 
 
 def test_the_last_stage_of_autoattack_is_that_of_its_own_radius():

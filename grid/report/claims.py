@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from evaluators.paired import Paired
-from grid.plan import Plan
 from grid.published import published
 from grid.report.tables import digests_of, over_seeds
 from grid.report.verdicts import Verdicts
-from grid.studies import STRONG, Column, Row
+from grid.studies import STRONG, Column, Row, Table
 from trainables.tracking import TrialRun
 
 Kind = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
@@ -192,26 +191,28 @@ class Judgement:
     outcome: str = ""
 
 
-def judge_claims(plan: Plan, verdicts: Verdicts, runs: Mapping[str, TrialRun]) -> list[Judgement]:
-    """Judge every claim whose rows are in the plan."""
-    rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
-    columns = {(table.name, c.label): c for table in plan.tables for c in table.columns}
+def judge_claims(
+    tables: Sequence[Table], seeds: int, verdicts: Verdicts, runs: Mapping[str, TrialRun]
+) -> list[Judgement]:
+    """Judge every claim whose rows are in the tables."""
+    rows = {(table.name, row.label): row for table in tables for row in table.rows}
+    columns = {(table.name, c.label): c for table in tables for c in table.columns}
     found = []
     for claim in CLAIMS:
         row = rows.get(claim.row)
         if row is None:
             continue
         if claim.kind == "collapses":
-            outcomes = [runs.get(digest) for digest in digests_of(row.recipe, plan.seeds)]
+            outcomes = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
             found.append(_judge_collapse(claim, outcomes))
         elif claim.kind == "none survive":
             column = columns[claim.row[0], claim.column]
-            found.append(_judge_alone(claim, row, column, runs, plan.seeds))
+            found.append(_judge_alone(claim, row, column, runs, seeds))
         elif claim.reference in rows:
             column, reference = columns[claim.row[0], claim.column], rows[claim.reference]
-            paired = verdicts.compare(row, reference, column, plan.seeds)
+            paired = verdicts.compare(row, reference, column, seeds)
             if paired is None:
-                found.append(_not_judged(claim, (row, reference), column, runs, plan.seeds))
+                found.append(_not_judged(claim, (row, reference), column, runs, seeds))
             else:
                 found.append(_judged(claim, _test(column, row, reference), paired))
     return found
@@ -273,10 +274,9 @@ def _not_judged(
 
 
 def _test(column: Column, row: Row, reference: Row | None = None) -> str:
-    label = column.label_at(row.recipe.scale)
     if reference is None:
-        return f"{row.label} under {label}, 95 % interval"
-    return f"{row.label} minus {reference.label} under {label}, paired, 95 % interval"
+        return f"{row.label} under {column.title}, 95 % interval"
+    return f"{row.label} minus {reference.label} under {column.title}, paired, 95 % interval"
 
 
 def decide(kind: Kind, low: float, high: float) -> Verdict:

@@ -19,7 +19,10 @@ from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.tracking import TrialRun
 
-SCORES = ("clean", "pgd-100", "autoattack", "tpa", "natural", "corruptions", "stylized")
+SCORES = (
+    *("clean", "pgd-100", "autoattack", "tpa"),
+    *("natural", "corruptions", "stylized-cropped", "stylized"),
+)
 FEWEST_TRIALS = 8
 ROUNDING = 1e-9  # of differences of shares, each a multiple of one image
 SPARE_TRIALS = 4  # interactions are fitted where the trials outnumber the terms by this many

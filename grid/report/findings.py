@@ -55,27 +55,26 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     """Gather what MLflow holds of a plan."""
     runs = tracker.trials()
     verdicts = Verdicts(tracker, runs)
-    tables = tuple(fill_tables(study, plan, runs))
+    tables = tables_of(study, plan, runs)
+    filled = tuple(fill_tables(tables, plan.seeds, runs))
     flags, unchecked = verdicts.red_flags(trial.digest for trial in plan)
     described = {trial.digest: trial.name for trial in plan}
     effects = tuple(grid_effects(study, plan, scale, runs))
     plots = [
         scatter_plot(plan, runs),
-        *_plots(tables_of(study, plan), tables, scale, tracker, runs, verdicts),
+        *_plots(tables, filled, scale, tracker, runs, verdicts),
         *map(effects_plot, effects),
     ]
     return Findings(
         study=study,
         plan=plan,
         scale=scale,
-        tables=tables,
-        comparisons={
-            table.name: verdicts.comparisons(table, plan.seeds) for table in tables_of(study, plan)
-        },
+        tables=filled,
+        comparisons={table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
         flags=tuple((described[digest], flag) for digest in flags for flag in flags[digest]),
         attacked=len(flags),
         unchecked=tuple(described[digest] for digest in unchecked),
-        judgements=tuple(judge_claims(plan, verdicts, runs)),
+        judgements=tuple(judge_claims(tables, plan.seeds, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),
         gallery=tuple(gallery(plan, verdicts, tracker.classes(study.name))),

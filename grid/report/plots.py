@@ -149,7 +149,8 @@ def steps_plot(table: FilledTable) -> Plot | None:
 def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
     """Draw accuracy against the radius: clean, and under AutoAttack at the radii asked."""
     radii = {AUTOATTACK_SMALL: scale.small_epsilon, AUTOATTACK: scale.epsilon}
-    columns = {c.label_at(scale.name): 255 * float(e) for c, e in radii.items()}
+    shown = {column.at(scale.name): 255 * float(e) for column, e in radii.items()}
+    columns = {column.title: radius for column, radius in shown.items() if column}
     caption = (
         f"Accuracy under AutoAttack against epsilon, {table.name}; more radii for a model: "
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
@@ -161,9 +162,9 @@ def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
 
 def stages_plot(table: FilledTable, scale: Scale) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
-    stages = [column.label for column in AUTOATTACK_STAGES]
-    labels = [ATTACKED_CLEAN.label, *stages, AUTOATTACK.label_at(scale.name)]
-    columns = {label: float(place) for place, label in enumerate(labels)}
+    stages = (ATTACKED_CLEAN, *AUTOATTACK_STAGES, AUTOATTACK)
+    shown = filter(None, (column.at(scale.name) for column in stages))
+    columns = {column.title: float(place) for place, column in enumerate(shown)}
     caption = f"Survivors after each of AutoAttack's stages, {table.name}."
     ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
     return _lines(table, columns, "stages", caption, "after stage, in their order", ticks)

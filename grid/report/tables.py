@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from scipy.stats import t as student
 
@@ -70,9 +70,18 @@ class FilledTable:
     rows: tuple[FilledRow, ...]
 
 
-def tables_of(study: Study, plan: Plan) -> tuple[Table, ...]:
-    """Return a plan's tables; a study without tables gets one of all its trials."""
-    return plan.tables or (_table_of_all(study, plan),)
+def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
+    """Return a plan's tables with the columns that exist for its data.
+
+    A study without tables gets one of all its trials.
+    """
+    scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
+    scale = plan.trials[0].recipe.scale if plan.trials else ""
+    tables = plan.tables or (_table_of_all(study, plan),)
+    return tuple(
+        replace(table, columns=tuple(filter(None, (c.at(scale, scores) for c in table.columns))))
+        for table in tables
+    )
 
 
 def digests_of(recipe: Recipe, seeds: int) -> list[str]:
@@ -80,9 +89,11 @@ def digests_of(recipe: Recipe, seeds: int) -> list[str]:
     return [recipe.with_seed(seed).digest() for seed in range(seeds)]
 
 
-def fill_tables(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[FilledTable]:
-    """Fill every table of a plan."""
-    return [_fill(table, runs, plan.seeds) for table in tables_of(study, plan)]
+def fill_tables(
+    tables: Iterable[Table], seeds: int, runs: Mapping[str, TrialRun]
+) -> list[FilledTable]:
+    """Fill tables as far as the runs go."""
+    return [_fill(table, runs, seeds) for table in tables]
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
@@ -100,9 +111,8 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
         cells = tuple(_cell(table, row, column, found) for column in table.columns)
         run_id = next((run.run_id for run in found if run), "")
         rows.append(FilledRow(row.label, row.recipe, run_id, cells))
-    scale = table.rows[0].recipe.scale
-    labels = tuple(column.label_at(scale) for column in table.columns)
-    return FilledTable(table.name, table.question, labels, tuple(rows))
+    titles = tuple(column.title for column in table.columns)
+    return FilledTable(table.name, table.question, titles, tuple(rows))
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
