@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from evaluators.ledger import share
+from evaluators.base import Batch, verdicts
+from evaluators.ledger import share, to_parquet
 from evaluators.paired import Paired
 from grid.plan import build_plan
 from grid.report.claims import CLAIMS, Claim, Judgement, answer, decide, judge_claims
@@ -14,14 +16,15 @@ from grid.report.verdicts import Verdicts
 from grid.studies import paper
 from tests.made_up import record
 from tests.test_report import trial_run
-from trainables.scale import DIGITS
-from trainables.tracking import scores_as_metrics
+from trainables.scale import CIFAR10, DIGITS, IMAGENET
+from trainables.tracking import Tracker, scores_as_metrics
 
 
 def judge(plan, runs):
     return judge_claims(tables_of(paper(), plan, runs), plan.seeds, Verdicts(None, runs), runs)
 
 
+CNN_RECIPE = "DeiT-S, CNN recipe (M-SGD, no strong augmentation)"
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
 
@@ -58,6 +61,7 @@ def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
         assert claim.row in rows
         alone = claim.kind in ("collapses", "none survive")
         assert claim.reference == ("", "") if alone else claim.reference in rows
+        assert alone or {place for pair in claim.pairs for place in pair} <= rows
         for table, _ in {claim.row, claim.reference} - {("", "")}:
             columns = [column.label for column in tables[table].columns]
             assert claim.kind == "collapses" or claim.column in columns
@@ -66,16 +70,134 @@ def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
     assert not any(claim.statement.startswith(("So ", "Nor ", "Neither ")) for claim in CLAIMS)
 
 
-@pytest.mark.parametrize(("survivors", "verdict"), [(0, OPEN), (1, OPEN), (4, FAILED)])
-def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, verdict):
+@pytest.mark.parametrize("scale", [DIGITS, IMAGENET, CIFAR10])
+def test_every_claim_has_its_columns_at_every_scale(scale):
+    plan = build_plan(paper(), scale)
+    tables = tables_of(paper(), plan, {})
+    columns = {(table.name, column.label): column for table in tables for column in table.columns}
+    for claim in CLAIMS:
+        assert claim.kind == "collapses" or (claim.row[0], claim.column) in columns
+    stylized = "stylized-cropped" if scale is IMAGENET else "stylized"
+    assert columns["T5", "Stylized"].score == stylized
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Runs of the trials of T2 to T4 in a real database, without verdicts, and their plan."""
+    results = tmp_path_factory.mktemp("claims")
+    plan = build_plan(paper(), DIGITS, tables=["T2", "T3", "T4"])
+    tracker = Tracker(
+        f"sqlite:///{results}/mlflow.db", experiment="claims", artifacts=results / "artifacts"
+    )
+    parent = tracker.open_study("paper", "hand-made verdicts")
+    runs = {
+        trial.digest: tracker.start_trial(
+            digest=trial.digest,
+            name=trial.name,
+            parent=parent,
+            study="paper",
+            tables="T2 T3 T4",
+            recipe_json=trial.recipe.model_dump_json(),
+            params={},
+            dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
+        )
+        for trial in plan
+    }
+    return tracker, plan, runs
+
+
+def judge_by_hand(models, column, survivors):
+    """Judge the claims about a column where so many of a row's 100 images survive, the first."""
+    tracker, plan, runs = models
+    tables = tables_of(paper(), plan, runs)
+    score = next(c for table in tables for c in table.columns if c.label == column)
+    batch = Batch(torch.zeros(100, 3, 1, 1), torch.zeros(100).long(), tuple(map(str, range(100))))
+    for table in tables:
+        for row in table.rows:
+            if (count := survivors.get((table.name, row.label))) is not None:
+                predicted = (torch.arange(100) >= count).long()
+                ledger = to_parquet(verdicts(batch, score.score, predicted), seconds=1.0)
+                tracker.record_cell(
+                    runs[row.recipe.digest()],
+                    evaluator=score.evaluator,
+                    cell="by hand",
+                    asked="{}",
+                    ledger=ledger,
+                    metrics={},
+                )
+    found = judge_claims(tables, 1, Verdicts(tracker, runs), runs)
+    return [judgement for judgement in found if judgement.claim.column == column]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reference", "column", "holds", "fails"),
+    [
+        ("ahead", ("T3", "DeiT-S"), ("T3", "ResNet-50"), "TPA", (70, 40), (40, 70)),
+        ("ahead", ("T4", "randaug+cutmix"), ("T3", "DeiT-S"), "TPA", (70, 40), (40, 70)),
+        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "PGD-100", (20, 60), (60, 20)),
+        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "Clean", (60, 90), (90, 60)),
+        (
+            *("level", ("T2", "ResNet-50 GELU"), ("T2", "DeiT-S"), "AutoAttack 4/255"),
+            *((50, 50), (80, 50)),
+        ),
+        (
+            *("no gain", ("T2", "ResNet-50 with AdamW"), ("T2", "ResNet-50 ReLU"), "PGD-100"),
+            *((30, 40), (70, 40)),
+        ),
+    ],
+)
+def test_each_kind_of_claim_is_decided_by_verdicts(
+    models, kind, row, reference, column, holds, fails
+):
+    for (ours, theirs), verdict in ((holds, REPRODUCED), (fails, FAILED)):
+        judged = judge_by_hand(models, column, {row: ours, reference: theirs})
+        found = next(
+            j
+            for j in judged
+            if (j.claim.row, j.claim.reference, j.claim.kind) == (row, reference, kind)
+        )
+        assert (found.verdict, found.paired.n) == (verdict, 100)
+        assert found.paired.difference == pytest.approx((ours - theirs) / 100)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict", "mean", "reach"),
+    [
+        # Student's t of three degrees of freedom is 3.1824; the spread of 10 to 40 is 12.910.
+        ((10, 20, 30, 40), REPRODUCED, 0.25, 3.1824 * 0.12910 / 2),
+        ((-10, -20, -30, -40), FAILED, -0.25, 3.1824 * 0.12910 / 2),
+        ((10, 20, 30, -40), OPEN, 0.05, 3.1824 * 0.31091 / 2),
+    ],
+)
+def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
+    models, gains, verdict, mean, reach
+):
+    without = ("none", "randaug", "mixup", "randaug+mixup")
+    having = ("cutmix", "randaug+cutmix", "mixup+cutmix", "randaug+mixup+cutmix")
+    survivors = {("T4", label): 50 for label in without}
+    survivors |= {("T4", w): 50 + gain for w, gain in zip(having, gains, strict=True)}
+    judged = judge_by_hand(models, "TPA", survivors)
+    (found,) = (j for j in judged if j.claim.also)
+    assert (found.verdict, found.paired.n, found.paired.p) == (verdict, 100, None)
+    assert found.paired.difference == pytest.approx(mean)
+    assert found.paired.low == pytest.approx(mean - reach, abs=1e-4)
+    assert found.paired.high == pytest.approx(mean + reach, abs=1e-4)
+    assert found.test.startswith("mean of 4 pairs, cutmix minus none and randaug+cutmix minus")
+
+
+@pytest.mark.parametrize(
+    ("survivors", "n", "verdict"),
+    [(0, 30, OPEN), (1, 30, OPEN), (4, 30, FAILED), (0, 100, REPRODUCED)],
+)
+def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, verdict):
     plan = build_plan(paper(), DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
-    own = share("autoattack", survivors, 30)
+    own = share("autoattack", survivors, n)
     metrics = {name.replace("/", "__"): value for name, value in scores_as_metrics([own]).items()}
     runs = {trial.digest: trial_run(trial.digest, **metrics) for trial in plan}
     (resnet, _) = judge(plan, runs)
     assert (resnet.verdict, resnet.published) == (verdict, 0.0)
-    # Two seeds that agree do not make thirty images more.
-    assert (resnet.paired.n, resnet.paired.p) == (30, None)
+    # Two seeds that agree do not make more images.
+    assert (resnet.paired.n, resnet.paired.p) == (n, None)
     assert (resnet.paired.low, resnet.paired.high) == pytest.approx((own.low, own.high))
 
 
@@ -124,6 +246,7 @@ def test_a_collapse_is_claimed_of_every_seed():
     digests = [row.recipe.with_seed(seed).digest() for seed in range(2)]
     for outcomes, expected in [
         (("collapsed", "collapsed"), (REPRODUCED, "2 of 2 collapsed")),
+        (("finished", "finished"), (FAILED, "0 of 2 collapsed")),
         (("collapsed", "finished"), (OPEN, "1 of 2 collapsed")),
         (("collapsed", "training"), ("not judged yet", "")),
     ]:
