@@ -58,6 +58,7 @@ def measure(
     optimizer = build_optimizer(adversarial, classifier)
     inputs = to_unit(images.to(DEVICE))
     labels = torch.arange(len(images), device=DEVICE) % 10
+    places = torch.arange(len(images))
     twin = folded(classifier.eval(), inputs[:1])
 
     def step(recipe: Recipe) -> None:
@@ -66,7 +67,7 @@ def measure(
         trained_on = inputs
         if recipe.adversary:
             trained_on = training_attack(
-                recipe, classifier, inputs, labels, epoch=0, step=0, twin=twin
+                recipe, classifier, inputs, labels, places, epoch=0, step=0, twin=twin
             )
         training_loss(recipe, classifier(trained_on), labels).backward()
         optimizer.step()

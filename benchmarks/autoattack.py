@@ -134,12 +134,12 @@ def trained(model: str, *, epochs: int, attack_steps: int) -> Classifier:
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    for step in range(steps):
         chosen = torch.randint(len(split), (BATCH,), generator=generator)
         images = to_unit(split.images[chosen].to(DEVICE))
         labels = split.labels[chosen].to(DEVICE)
         if attack_steps:
-            images = perturbed(classifier, images, labels, attack_steps, generator)
+            images = perturbed(classifier, images, labels, attack_steps, step)
         classifier.train()
         optimizer.zero_grad()
         F.cross_entropy(classifier(images), labels).backward()
@@ -153,7 +153,7 @@ def perturbed(
     images: torch.Tensor,
     labels: torch.Tensor,
     steps: int,
-    generator: torch.Generator,
+    step: int,
 ) -> torch.Tensor:
     """Return the last iterate of PGD from a random start."""
     with attacked(classifier):
@@ -164,6 +164,8 @@ def perturbed(
             epsilon=EPSILON,
             step_size=EPSILON / 2,
             stops=(steps,),
-            start_BCHW=random_start(images, epsilon=EPSILON, generator=generator),
+            start_BCHW=random_start(
+                images, torch.arange(len(images)), epsilon=EPSILON, key=(step,)
+            ),
         )
     return iterate

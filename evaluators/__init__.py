@@ -19,6 +19,7 @@ EVALUATORS: dict[str, str] = {
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
     "pgd": "evaluators.pgd:PGD",
+    "pgd-as-published": "evaluators.pgd:PublishedPGD",
     "tpa": "evaluators.texture_patch:TexturePatchAttack",
     "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "autoattack": "evaluators.autoattack:AutoAttack",

@@ -16,6 +16,7 @@ from evaluators.red_flags import HUGE_EPSILON
 from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.models import Classifier
+from trainables.noise import image_numbers
 from trainables.scale import Scale
 
 HUGE_STEPS = 20
@@ -50,7 +51,8 @@ class Health:
     def judge(
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
-        start = random_start(batch.images, epsilon=HUGE_EPSILON, generator=generator)
+        numbers_B = image_numbers(batch.ids)
+        start = random_start(batch.images, numbers_B, epsilon=HUGE_EPSILON, key=(self.name,))
         with attacked(classifier):
             ((_, images_BCHW),) = pgd_iterates(
                 classifier,

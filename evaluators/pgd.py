@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from evaluators.base import Batch, shards_of, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
-from trainables.adversary import attacked, pgd_iterates, random_start
+from trainables.adversary import attacked, half_precision, pgd_iterates, random_start
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded
+from trainables.noise import image_numbers, uniform
+from trainables.recipe import Protocol
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 STEPS = (5, 10, 50, 100)
 SUBSET_SEED = 0
+PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0
 
 
 def at_radius(radius: Fraction) -> str:
@@ -38,6 +42,7 @@ class PGD:
     """
 
     name = "pgd"
+    protocol: Protocol = "corrected"
 
     def __init__(
         self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = STEPS
@@ -54,6 +59,7 @@ class PGD:
             "images": self._images(source).ids_hash(),
             "epsilon": epsilons[0] if len(epsilons) == 1 else epsilons,
             "steps": self.steps,
+            "protocol": self.protocol,
         }
 
     def shards(self, source: Data) -> int:
@@ -66,7 +72,8 @@ class PGD:
         self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
     ) -> pa.Table:
         rows = []
-        with attacked(classifier):
+        half = half_precision(batch.images.device, enabled=self.protocol == "as-published")
+        with attacked(classifier), half:
             victim = folded(classifier, batch.images) or classifier
             for suffix, epsilon in self.radii.items():
                 iterates = pgd_iterates(
@@ -76,18 +83,39 @@ class PGD:
                     epsilon=epsilon,
                     step_size=epsilon / 4,
                     stops=self.steps,
-                    start_BCHW=random_start(batch.images, epsilon=epsilon, generator=generator),
+                    start_BCHW=self._start(batch, epsilon),
                 )
                 for steps, images_BCHW in iterates:
                     with torch.no_grad():
                         predicted = classifier(images_BCHW).argmax(dim=1)
                     shown = images_BCHW if steps == self.steps[-1] else None
-                    question = f"pgd-{steps}{suffix}"
+                    question = f"{self.name}-{steps}{suffix}"
                     rows.append(verdicts(batch, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
+
+    def _start(self, batch: Batch, epsilon: float) -> Tensor:
+        numbers_B = image_numbers(batch.ids)
+        return random_start(batch.images, numbers_B, epsilon=epsilon, key=("pgd",))
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         return survival_scores(ledger)
 
     def _images(self, source: Data) -> Split:
         return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
+
+
+class PublishedPGD(PGD):
+    """PGD as the study's code runs it: half of the images start at random, in half precision.
+
+    The study draws the start once for a batch. Here it is drawn for each image with the same chance
+    of one half, so that a verdict does not depend on how images are batched. Source: the study's
+    models/attacker.py and engine_accum.py.
+    """
+
+    name = "pgd-as-published"
+    protocol: Protocol = "as-published"
+
+    def _start(self, batch: Batch, epsilon: float) -> Tensor:
+        draws_B = uniform(image_numbers(batch.ids), (), key=("pgd", "plain"))
+        plain_B = (draws_B < PLAIN_SHARE).to(batch.images.device)
+        return torch.where(plain_B.view(-1, 1, 1, 1), batch.images, super()._start(batch, epsilon))

@@ -31,7 +31,7 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
 from grid.status import open_tracker
-from grid.studies import PGD, Study
+from grid.studies import PGD, PGD_AS_PUBLISHED, Study
 from trainables.data import Data, load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.patience import RunDeletedError, patiently
@@ -506,7 +506,8 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
 def scores_of(plan: Plan) -> list[str]:
     """Return the score that stands for each evaluator of a plan, the cheapest first."""
     asked = {name for trial in plan for name in trial.evaluators}
-    return [PGD[-1].score if n == "pgd" else n for n in EVALUATORS if n in asked - {"health"}]
+    longest = {column.evaluator: column.score for column in (*PGD, *PGD_AS_PUBLISHED)}
+    return [longest.get(name, name) for name in EVALUATORS if name in asked - {"health"}]
 
 
 def describe(study: Study, plan: Plan, scale: Scale) -> str:

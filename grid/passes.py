@@ -60,7 +60,7 @@ def passes(
     if evaluator == "health":
         images = min(HEALTH_IMAGES, attacked)
         return Passes(images, images * (HEALTH_STEPS + 1))
-    if evaluator == "pgd":
+    if evaluator in ("pgd", "pgd-as-published"):
         return Passes(attacked * PGD_STOPS, attacked * PGD_STEPS, shards)
     if evaluator == "tpa":
         budget, images = scale.patch, min(scale.patch.images, held_out)

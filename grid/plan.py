@@ -12,7 +12,10 @@ from typing import Any
 
 from evaluators import EVALUATORS
 from grid.studies import (
+    ADVERSARIAL_RATE,
+    AS_RELEASED,
     BASES,
+    BY_RULE,
     CURRICULA,
     Axes,
     Mode,
@@ -24,7 +27,7 @@ from grid.studies import (
     with_settings,
 )
 from trainables.recipe import CurriculumRow, Recipe, format_augmentations
-from trainables.scale import Scale
+from trainables.scale import Scale, scale_named
 
 Asked = tuple[Recipe, str, list[str]]  # a recipe, what it serves, the evaluators that ask it
 MOST_RECIPES = 100_000
@@ -284,8 +287,16 @@ def axis_value(recipe: Recipe, axis: str) -> str:
         return format_augmentations(recipe.augmentations)
     if axis == "teacher":
         return _base_of(recipe.teacher) if recipe.teacher else "none"
+    if axis == ADVERSARIAL_RATE:
+        return _adversarial_rate(recipe)
     value = getattr(recipe, axis)
     return _curriculum_name(value) if axis == "curriculum" else str(value)
+
+
+def _adversarial_rate(recipe: Recipe) -> str:
+    released = scale_named(recipe.scale).shrink(BASES["adversarial_resnet50_gelu"]())
+    same_kind = attrgetter("family", "activation", "optimizer", "training", "learning_rate")
+    return AS_RELEASED if same_kind(recipe) == same_kind(released) else BY_RULE
 
 
 def _base_of(teacher: Recipe) -> str:

@@ -262,6 +262,7 @@ def _subsets(plan: Plan, scale: Scale) -> dict[str, int]:
     """Return how many images the costly evaluators ask about."""
     sizes = {
         "pgd": scale.attack_subset,
+        "pgd-as-published": scale.attack_subset,
         "autoattack-small": scale.autoattack_subset,
         "autoattack": scale.autoattack_subset,
         "tpa": scale.patch.images,

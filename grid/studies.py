@@ -39,7 +39,10 @@ AUGMENTATION_SUBSETS = (
     "mixup+cutmix",
     "randaug+mixup+cutmix",
 )
-AT_FORWARD = 512  # the study's accumulation is not recorded; its ghost batches of 64 divide this
+AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
+AT_GELU_FORWARD = 512  # as released: 128 on each of 4 GPUs, 8 batches a step
+ADVERSARIAL_RATE = "adversarial_rate"
+AS_RELEASED, BY_RULE = "as-released", "by-rule"
 # epoch: RandAug magnitude, mix probability, CutMix alpha, switch probability
 _STUDY_CURRICULUM = (
     (1, 0.5, 0.0, 0.0),
@@ -74,8 +77,10 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
 
     family (or timm:NAME) and size choose the model; optimizer brings its rate, decay, batch and
     warm-up; augmentation brings label smoothing 0.1; training 'adversarial' brings the study's
-    adversary, batch, warm-up and ghost batches; curriculum is 'none', 'study' or a table of rows;
-    teacher names a base. Any other axis is a field of the recipe.
+    adversary, batch, warm-up, smoothing and ghost batches; adversarial_rate is the peak rate of an
+    adversarially trained ResNet with GELU, 'as-released' (0.8) or 'by-rule' (1.6); curriculum is
+    'none', 'study' or a table of rows; teacher names a base. Any other axis is a field of the
+    recipe.
     """
     if axis in _NAMED and not isinstance(value, str):
         raise ValueError(f"{axis} is a name, not {value!r}")
@@ -89,11 +94,15 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
 def with_axes(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Return the recipe with some axes set, in whatever order they are named.
 
-    What brings other fields along comes first; then fields, all at once.
+    What brings other fields along comes first; then fields, all at once; then what goes by fields.
     """
-    for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
+    bringing = sorted(values.keys() & _SETTERS.keys() - {ADVERSARIAL_RATE}, key=AXES.index)
+    for axis in bringing:
         recipe = with_axis(recipe, axis, values[axis])
-    return recipe.replace(**{axis: values[axis] for axis in values if axis not in _SETTERS})
+    recipe = recipe.replace(**{axis: values[axis] for axis in values if axis not in _SETTERS})
+    if ADVERSARIAL_RATE in values:
+        recipe = with_axis(recipe, ADVERSARIAL_RATE, values[ADVERSARIAL_RATE])
+    return recipe
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
@@ -147,7 +156,8 @@ def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
 
 def _with_augmentation(recipe: Recipe, augmentations: Any) -> Recipe:
     changed = recipe.replace(augmentations=augmentations)
-    return changed.replace(label_smoothing=0.1 if changed.augmentations else 0.0)
+    smoothed = changed.augmentations or changed.adversary
+    return changed.replace(label_smoothing=0.1 if smoothed else 0.0)
 
 
 def _with_training(recipe: Recipe, training: str) -> Recipe:
@@ -156,11 +166,16 @@ def _with_training(recipe: Recipe, training: str) -> Recipe:
     if training == "adversarial":
         return _adversarial(recipe)
     changed = recipe.replace(adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
-    return _with_optimizer(changed, recipe.optimizer)
+    changed = _with_optimizer(changed, recipe.optimizer)
+    return _with_augmentation(changed, changed.augmentations)
 
 
 def _adversarial(recipe: Recipe) -> Recipe:
-    """Adversarial training as in the study: total batch 4096, the rate in proportion."""
+    """Adversarial training as in the study: total batch 4096, the rate in proportion.
+
+    Labels are smoothed with and without augmentation: the default of main_adv_res.py, which
+    advres.sh leaves as it is.
+    """
     sgd, resnet = recipe.optimizer == "sgd", recipe.family == "resnet"
     return recipe.replace(
         adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if resnet else 0.0),
@@ -169,8 +184,24 @@ def _adversarial(recipe: Recipe) -> Recipe:
         learning_rate=recipe.learning_rate * (AT_BATCH / recipe.batch_size),
         warmup_epochs=5.0 if sgd else 10.0,
         warmup_rate=0.1 if sgd else 1e-6,
+        label_smoothing=0.1,
         **({"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD} if resnet else {}),
     )
+
+
+def _with_adversarial_rate(recipe: Recipe, rule: str) -> Recipe:
+    """Set the peak rate of an adversarially trained ResNet with GELU and SGD.
+
+    by-rule: 0.1 per 256 images, as with ReLU. as-released: half of it, since advres.sh accumulates
+    8 batches and main_adv_res.py counts 4 (0.1 * 128 * 4 * 4 / 256). Other recipes have one rate.
+    """
+    if rule not in (AS_RELEASED, BY_RULE):
+        raise ValueError(f"unknown adversarial_rate {rule!r}; one of {[AS_RELEASED, BY_RULE]}")
+    kind = recipe.family, recipe.activation, recipe.optimizer, recipe.training
+    if kind != ("resnet", "gelu", "sgd", "adversarial"):
+        return recipe
+    rate = 0.1 * recipe.batch_size / 256
+    return recipe.replace(learning_rate=rate if rule == BY_RULE else rate / 2)
 
 
 def _with_curriculum(recipe: Recipe, curriculum: Any) -> Recipe:
@@ -198,10 +229,11 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "optimizer": _with_optimizer,
     "augmentation": _with_augmentation,
     "training": _with_training,
+    ADVERSARIAL_RATE: _with_adversarial_rate,
     "curriculum": _with_curriculum,
     "teacher": _with_teacher,
 }
-_NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
+_NAMED = ("model", "family", "size", "optimizer", "training", ADVERSARIAL_RATE, "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 # What a table's row or column is about, and what --scale and --seeds choose.
 _NOT_FOR_ALL = {
@@ -245,9 +277,15 @@ def deit(size: str = "base", *, epochs: int = 100) -> Recipe:
     return _with_augmentation(recipe, STRONG)
 
 
-def adversarial_resnet50(activation: str = "relu") -> Recipe:
-    """AT ResNet-50. Published under AutoAttack: ReLU 26.41, GELU 35.51 (T2)."""
-    return _adversarial(resnet50().replace(activation=activation))
+def adversarial_resnet50() -> Recipe:
+    """AT ResNet-50 with ReLU. Published under AutoAttack: 26.41 (T2)."""
+    return _adversarial(resnet50())
+
+
+def adversarial_resnet50_gelu() -> Recipe:
+    """AT ResNet-50 with GELU, at the released rate. Published under AutoAttack: 35.51 (T2)."""
+    recipe = adversarial_resnet50().replace(activation="gelu", micro_batch=AT_GELU_FORWARD)
+    return _with_adversarial_rate(recipe, AS_RELEASED)
 
 
 def adversarial_deit() -> Recipe:
@@ -267,6 +305,7 @@ BASES: dict[str, Callable[[], Recipe]] = {
     "deit_small": deit,
     "hybrid_deit": hybrid_deit,
     "adversarial_resnet50": adversarial_resnet50,
+    "adversarial_resnet50_gelu": adversarial_resnet50_gelu,
     "adversarial_deit_small": adversarial_deit,
 }
 
@@ -348,6 +387,10 @@ class Study:
 
 CLEAN = Column("Clean", "clean", "clean")
 PGD = tuple(Column(f"PGD-{n}", "pgd", f"pgd-{n}") for n in (5, 10, 50, 100))
+PGD_AS_PUBLISHED = tuple(
+    Column(f"PGD-{n} as published", "pgd-as-published", f"pgd-as-published-{n}")
+    for n in (5, 10, 50, 100)
+)
 
 
 AUTOATTACK = Column("AutoAttack 4/255", "autoattack", "autoattack", "AutoAttack")
@@ -388,7 +431,7 @@ OUT_OF_DISTRIBUTION = (
 EVERY_COLUMN = tuple(
     dict.fromkeys(
         (
-            *(*OUT_OF_DISTRIBUTION, *PGD, *PATCHES, ATTACKED_CLEAN),
+            *(*OUT_OF_DISTRIBUTION, *PGD, *PGD_AS_PUBLISHED, *PATCHES, ATTACKED_CLEAN),
             *(AUTOATTACK_SMALL, *AUTOATTACK_STAGES, AUTOATTACK),
         )
     )
@@ -426,7 +469,7 @@ def _adversarial_rows() -> tuple[Row, ...]:
     resnet = adversarial_resnet50()
     return (
         Row("ResNet-50 ReLU", resnet),
-        Row("ResNet-50 GELU", adversarial_resnet50("gelu")),
+        Row("ResNet-50 GELU", adversarial_resnet50_gelu()),
         Row("DeiT-S", adversarial_deit()),
         Row(
             "DeiT-S, CNN recipe (M-SGD, no strong augmentation)",

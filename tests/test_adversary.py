@@ -54,10 +54,10 @@ def test_pgd_reaches_the_known_worst_case_of_a_linear_model():
     assert torch.allclose(final, images + EPSILON * signs, atol=1e-6)
 
 
-def test_pgd_stays_in_the_ball_and_in_the_image(small, few_digits, generator):
+def test_pgd_stays_in_the_ball_and_in_the_image(small, few_digits):
     model = build_classifier(small()).eval()
     images, labels = to_unit(few_digits.held_out.images), few_digits.held_out.labels
-    start = random_start(images, epsilon=EPSILON, generator=generator)
+    start = random_start(images, torch.arange(len(images)), epsilon=EPSILON, key=(0,))
     for iterate in run_pgd(model, images, labels, stops=(1, 3, 10), start=start).values():
         assert (iterate - images).abs().max() <= EPSILON + 1e-6
         assert iterate.min() >= 0
@@ -74,7 +74,7 @@ def test_one_trajectory_passes_through_all_stops(small, few_digits):
 
 def test_random_start_fills_the_ball():
     images = torch.full((200, 3, 4, 4), 0.5)
-    start = random_start(images, epsilon=0.1, generator=torch.Generator().manual_seed(1))
+    start = random_start(images, torch.arange(200), epsilon=0.1, key=(0,))
     offset = start - images
     assert offset.abs().max() <= 0.1
     assert offset.std() == pytest.approx(0.1 / 3**0.5, rel=0.02)
@@ -95,6 +95,30 @@ def adversarial(small, **changes):
     return small(adversary=adversary, **changes)
 
 
+@pytest.mark.parametrize("changed", [{"epoch": 1}, {"step": 1}, {"seed": 1}])
+def test_training_starts_differ_by_epoch_step_and_seed(small, changed):
+    recipe, images = adversarial(small), torch.full((4, 3, 8, 8), 0.5)
+
+    def start(*, seed=0, epoch=0, step=0):
+        own = recipe.replace(seed=seed)
+        return training_start(own, own.adversary, images, torch.arange(4), epoch=epoch, step=step)
+
+    assert (start() != start(**changed)).float().mean() > 0.99
+
+
+def test_a_training_start_is_the_images_own_in_any_part_of_the_batch(small):
+    recipe = adversarial(small, adversary={"plain_start": 0.2})
+    images, places = torch.rand(64, 3, 8, 8), torch.randperm(1000)[:64]
+
+    def start(part):
+        own = images[part], places[part]
+        return training_start(recipe, recipe.adversary, *own, epoch=3, step=7)
+
+    whole = start(slice(None))
+    for rank in range(4):
+        assert torch.equal(start(slice(rank, None, 4)), whole[rank::4])
+
+
 def moved_images(start, images):
     return (start != images).flatten(1).any(dim=1)
 
@@ -102,20 +126,19 @@ def moved_images(start, images):
 def test_corrected_start_is_drawn_for_each_image(small):
     recipe = adversarial(small, adversary={"plain_start": 0.2})
     images = torch.full((4000, 3, 2, 2), 0.5)
-    generator = torch.Generator().manual_seed(0)
-    start = training_start(recipe, recipe.adversary, images, generator=generator)
+    start = training_start(recipe, recipe.adversary, images, torch.arange(4000), epoch=0, step=0)
     assert float(moved_images(start, images).float().mean()) == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.parametrize(("plain_start", "share"), [(0.0, 0.5), (0.2, 0.42)])
 def test_as_published_start_is_drawn_for_the_whole_batch(small, plain_start, share):
     recipe = adversarial(small, adversary={"plain_start": plain_start}, protocol="as-published")
-    images = torch.full((4, 3, 2, 2), 0.5)
-    generator = torch.Generator().manual_seed(0)
-    moved = [
-        moved_images(training_start(recipe, recipe.adversary, images, generator=generator), images)
-        for _ in range(2000)
-    ]
+    images, places = torch.full((4, 3, 2, 2), 0.5), torch.arange(4)
+
+    def start(step):
+        return training_start(recipe, recipe.adversary, images, places, epoch=0, step=step)
+
+    moved = [moved_images(start(step), images) for step in range(2000)]
     assert all(m.all() or not m.any() for m in moved)
     assert sum(bool(m.all()) for m in moved) / 2000 == pytest.approx(share, abs=0.03)
 
@@ -131,7 +154,7 @@ def test_training_attack_raises_the_loss_and_follows_from_the_step(
     targets = torch.nn.functional.one_hot(labels, 10).float() * 0.9 + 0.01 if soft else labels
 
     def attack(step):
-        return training_attack(recipe, model, images, targets, epoch=0, step=step)
+        return training_attack(recipe, model, images, targets, torch.arange(16), epoch=0, step=step)
 
     final = attack(0)
     assert (final - images).abs().max() <= EPSILON + 1e-6

@@ -243,7 +243,7 @@ class _Quantised(nn.Module):
 def test_pgd_walks_the_iterates_of_torchattacks(classifier, batch, monkeypatch):
     epsilon, steps = 8 / 255, 10
     images, labels = batch.images[:20].contiguous(), batch.labels[:20]
-    start = random_start(images, epsilon=epsilon, generator=torch.Generator().manual_seed(1))
+    start = random_start(images, torch.arange(len(images)), epsilon=epsilon, key=(1,))
     monkeypatch.setattr(
         torch.Tensor, "uniform_", lambda self, low, high: self.copy_(start - images)
     )

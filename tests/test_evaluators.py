@@ -15,7 +15,8 @@ from evaluators import EVALUATORS, base, evaluator_named
 from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
-from evaluators.pgd import PGD, STEPS
+from evaluators.pgd import PGD, STEPS, PublishedPGD
+from trainables.data import to_unit
 from trainables.models import build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
@@ -189,3 +190,34 @@ def test_survival_is_counted_by_question():
     scores = survival_scores(ledger)
     assert [(s.name, s.value, s.n) for s in scores] == [("one", 2 / 3, 3), ("two", 1 / 3, 3)]
     assert ledger["queries"].to_pylist() == [None, None, None, 5, 6, 7]
+
+
+def test_pgd_as_published_starts_half_of_the_images_at_themselves(digits):
+    few = digits.held_out.subset(400, seed=3)
+    batch = Batch(to_unit(few.images), few.labels, few.ids)
+    start = PublishedPGD(DIGITS)._start(batch, 16 / 255)
+    moved = (start != batch.images).flatten(1).any(dim=1)
+    # A standard deviation of 400 fair coins is 10.
+    assert 160 < int(moved.sum()) < 240
+    assert torch.equal(start[moved], PGD(DIGITS)._start(batch, 16 / 255)[moved])
+
+
+def test_pgd_as_published_attacks_in_half_precision(digits):
+    seen = []
+
+    class Recording(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3 * 16 * 16, 10)
+
+        def forward(self, images):
+            logits = self.head(images.flatten(1))
+            seen.append(logits.dtype)
+            return logits
+
+    data = replace(digits, held_out=digits.held_out.subset(4, seed=0))
+    for evaluator, expected in ((PublishedPGD, torch.bfloat16), (PGD, torch.float32)):
+        seen.clear()
+        ledger = evaluate(evaluator(DIGITS), Recording(), data, device=torch.device("cpu"))
+        assert set(seen) == {expected}
+        assert ledger["question"][0].as_py() == f"{evaluator.name}-5"

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import pil_loader
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from tests.pictures import KINDS, write_folder, write_picture
@@ -28,7 +27,6 @@ PRESET = ImageClassification(
     resize_size=256,
     mean=(0, 0, 0),
     std=(1, 1, 1),
-    interpolation=InterpolationMode.BICUBIC,
 )
 
 

@@ -251,13 +251,15 @@ def test_chance_limit_is_a_binomial_tail():
     assert chance_limit(10, 50) == pytest.approx(0.1 + 1.645 * math.sqrt(0.09 / 50))
 
 
-def test_distillation_is_the_blend_of_both_losses():
+@pytest.mark.parametrize(("reduction", "classes"), [("batchmean", 1), ("mean", 3)])
+def test_distillation_is_the_blend_of_both_losses(reduction, classes):
     torch.manual_seed(0)
     logits, taught, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     loss = F.cross_entropy(logits, labels)
-    teacher = Distillation.model_construct(teacher=None, alpha=0.3, tau=2.0, reduction="batchmean")
+    teacher = Distillation.model_construct(teacher=None, alpha=0.3, tau=2.0, reduction=reduction)
     p, q = (taught / 2).softmax(1), (logits / 2).softmax(1)
-    by_hand = 0.7 * loss + 0.3 * 4 * (p * (p / q).log()).sum(1).mean()
+    divergence = (p * (p / q).log()).sum(1).mean() / classes
+    by_hand = 0.7 * loss + 0.3 * 4 * divergence
     assert distillation_loss(teacher, loss, logits, taught) == pytest.approx(
         float(by_hand), rel=1e-5
     )

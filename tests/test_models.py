@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from grid.studies import deit, resnet50
+from grid.studies import adversarial_resnet50, deit, resnet50
 from trainables.models import (
     ACTIVATION_LAYERS,
     GhostBatchNorm2d,
     build_classifier,
+    by_own_ghost,
     count_parameters,
     use_set,
 )
@@ -112,6 +113,37 @@ def test_ghost_evaluates_from_set_0_ghost_0():
     expected = F.batch_norm(images, ghost.running_mean[0, :4], ghost.running_var[0, :4])
     use_set(nn.Sequential(ghost), 1)
     assert torch.allclose(ghost(images), expected, atol=1e-6)
+
+
+def test_an_attacked_image_is_normalised_by_its_own_ghosts_running_statistics():
+    ghost = GhostBatchNorm2d(4, ghosts=2, sets=2)
+    ghost.running_mean.normal_()
+    ghost.running_var.uniform_(0.5, 2)
+    use_set(nn.Sequential(ghost), 1)
+    ghost.eval()
+    statistics = ghost.running_mean.clone(), ghost.running_var.clone()
+    images = torch.randn(6, 4, 5, 5)
+    with by_own_ghost(nn.Sequential(ghost)):
+        out = ghost(images)
+    for j in range(2):
+        mean, var = (held[1, 4 * j : 4 * j + 4] for held in statistics)
+        assert torch.allclose(out[j::2], F.batch_norm(images[j::2], mean, var), atol=1e-6)
+    assert torch.equal(ghost.running_mean, statistics[0])
+    assert torch.allclose(
+        ghost(images), F.batch_norm(images, *(held[0, :4] for held in statistics)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("norm", ["batch", "ghost"])
+def test_residual_branches_of_a_resnet_start_with_a_gain_of_one(norm):
+    recipe = DIGITS.shrink(adversarial_resnet50() if norm == "ghost" else resnet50())
+    gains = [
+        parameter
+        for name, parameter in build_classifier(recipe).named_parameters()
+        if name.endswith("bn3.weight")
+    ]
+    assert len(gains) == 5
+    assert all((gain == 1).all() for gain in gains)
 
 
 def test_ghost_says_when_a_batch_does_not_split():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grid.plan import build_plan, enumerate_trials
+from grid.plan import axis_value, build_plan, enumerate_trials
 from grid.published import FIGURES, published
 from grid.studies import (
     AXES,
@@ -57,13 +57,16 @@ def test_recipes_resolve_to_the_studys_hyperparameters():
     assert (aligned.scheduler, aligned.warmup_epochs, aligned.label_smoothing) == ("cosine", 5, 0.1)
     transformer = deit()
     assert (transformer.learning_rate, transformer.batch_size) == (2e-3, 2048)
-    attacked = adversarial_resnet50("gelu")
+    attacked = adversarial_resnet50()
     assert (attacked.learning_rate, attacked.batch_size, attacked.warmup_rate) == (1.6, 4096, 0.1)
+    assert (attacked.micro_batch, attacked.accumulation, attacked.label_smoothing) == (1024, 4, 0.1)
     assert (attacked.norm, attacked.ghost_batch, attacked.adversary.plain_start) == (
         "ghost",
         64,
         0.2,
     )
+    smooth = recipes("T2")["ResNet-50 GELU"]
+    assert (smooth.learning_rate, smooth.micro_batch, smooth.accumulation) == (0.8, 512, 8)
     eased = recipes("T2")["DeiT-S"]
     assert (eased.learning_rate, eased.warmup_epochs) == (4e-3, 10)
     assert len(eased.curriculum) == 11
@@ -82,7 +85,37 @@ def test_cross_recipes_differ_only_in_what_they_cross():
     }
     strong = recipes("T2")["ResNet-50 with strong augmentation"]
     changed = {k for k in type(own).model_fields if getattr(own, k) != getattr(strong, k)}
-    assert changed == {"augmentations", "label_smoothing"}
+    assert changed == {"augmentations"}
+
+
+def test_labels_are_smoothed_in_every_adversarial_training():
+    assert {recipe.label_smoothing for recipe in recipes("T2").values()} == {0.1}
+
+
+def test_the_rate_of_an_attacked_gelu_resnet_is_as_released_or_by_the_rule():
+    by_rule = with_axes(resnet50(), {"training": "adversarial", "activation": "gelu"})
+    assert by_rule.learning_rate == 1.6
+    released = with_axes(by_rule, {"adversarial_rate": "as-released"})
+    assert (released.learning_rate, axis_value(released, "adversarial_rate")) == (
+        0.8,
+        "as-released",
+    )
+    assert axis_value(DIGITS.shrink(released), "adversarial_rate") == "as-released"
+    assert with_axes(released, {"adversarial_rate": "by-rule"}) == by_rule
+    for other in (deit(), adversarial_resnet50(), resnet50()):
+        assert with_axes(other, {"adversarial_rate": "as-released"}) == other
+    study = Study(
+        "s",
+        base=resnet50(),
+        axes={
+            "adversarial_rate": ("as-released", "by-rule"),
+            "training": ("adversarial",),
+            "activation": ("gelu",),
+        },
+    )
+    plan = build_plan(study, DIGITS)
+    assert sorted(trial.recipe.learning_rate for trial in plan) == [0.1, 0.2]
+    assert len({trial.name for trial in plan}) == 2
 
 
 def test_full_is_the_whole_product_for_every_seed():

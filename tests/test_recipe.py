@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -42,11 +43,26 @@ def test_settings_of_what_is_off_do_not_split_trials(change):
     assert "ghost_batch" in change or deit().replace(**change).digest() != deit().digest()
 
 
-def test_precision_is_part_of_the_identity_unless_it_is_float32():
-    assert "precision" not in resnet50().effective()
-    digests = {resnet50().replace(precision=p).digest() for p in ("float32", "bf16", "fp16")}
+def test_the_identity_covers_what_differs_from_a_default():
+    recipe = resnet50()
+    digests = {recipe.replace(precision=p).digest() for p in ("float32", "bf16", "fp16")}
     assert len(digests) == 3
-    assert resnet50().replace(precision="bf16").describe().split()[-3] == "bf16"
+    assert recipe.replace(precision="bf16").describe().split()[-3] == "bf16"
+    # 12 hex digits of the sha256 of the fields that resnet50() sets, in canonical JSON: a new
+    # field with a default must not change it.
+    fields = (
+        '{"batch_size":256,"epochs":100,"learning_rate":0.1,"model":"resnet50",'
+        '"optimizer":"sgd","scale":"imagenet","scheduler":"step","weight_decay":0.0001}'
+    )
+    assert recipe.digest() == hashlib.sha256(fields.encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 10**9}, {"batch_size": 2**30}, {"seed": 2**40}, {"micro_batch": 2**40}]
+)
+def test_absurd_numbers_are_refused(changes):
+    with pytest.raises(ValueError, match="less than or equal to"):
+        resnet50().replace(**changes)
 
 
 def test_recipe_survives_json_with_everything_in_it():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import NormalDist
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainables.folding import FoldedClassifier
+from trainables.models import by_own_ghost
+from trainables.noise import uniform
 from trainables.recipe import Adversary, Recipe
-from trainables.team import ALONE, Team
 from trainables.watchdog import beat
 
 
@@ -36,17 +37,14 @@ def attacked(module: nn.Module) -> Iterator[None]:
 
 
 def random_start(
-    images_BCHW: Tensor, *, epsilon: float, generator: torch.Generator, team: Team = ALONE
+    images_BCHW: Tensor, numbers_B: Tensor, *, epsilon: float, key: Sequence[int | str]
 ) -> Tensor:
     """Return a uniform draw from each image's max-norm ball, cut to [0, 1].
 
-    The images are the team member's part of a batch.
+    It follows from the image's number and the key: the same bits in any batch, on any device.
     """
-    # Drawn on the generator's own device, so that a GPU starts where a CPU does.
-    shape = (len(images_BCHW) * team.size, *images_BCHW.shape[1:])
-    noise = torch.rand(shape, generator=generator, device=generator.device)[team.own]
-    offset = (noise.to(images_BCHW.device) * 2 - 1) * epsilon
-    return (images_BCHW + offset).clamp_(0, 1)
+    noise = uniform(numbers_B.to(images_BCHW.device), images_BCHW.shape[1:], key=key)
+    return (images_BCHW + noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
 
 
 def pgd_iterates(
@@ -84,25 +82,27 @@ def training_attack(
     classifier: nn.Module,
     images_BCHW: Tensor,
     targets: Tensor,
+    places_B: Tensor,
     *,
     epoch: int,
     step: int,
+    micro: int = 0,
     twin: FoldedClassifier | None = None,
-    team: Team = ALONE,
 ) -> Tensor:
     """Attack a training batch by the recipe's adversary, on its labels_B or soft targets_BK.
 
-    The batch may be a team member's part of one. The model is in eval mode meanwhile; its folded
-    `twin` is asked in its place where there is one. as-published: gradients in half precision.
+    places_B: the images' places in their split. step, micro: the optimizer step of the epoch and
+    the forward batch within it. The model is in eval mode meanwhile, each image normalised by its
+    own ghost's running statistics where it has ghosts; its folded `twin` is asked in its place
+    where there is one. as-published: gradients in half precision.
     """
     adversary = recipe.adversary
     assert adversary is not None
-    seed = np.random.SeedSequence((recipe.seed, epoch, 4, step)).generate_state(1)[0]
-    generator = torch.Generator().manual_seed(int(seed))
-    start_BCHW = training_start(recipe, adversary, images_BCHW, generator=generator, team=team)
-    half = torch.float16 if images_BCHW.is_cuda else torch.bfloat16
-    as_published = recipe.protocol == "as-published"
-    with attacked(classifier), torch.autocast(images_BCHW.device.type, half, as_published):
+    start_BCHW = training_start(
+        recipe, adversary, images_BCHW, places_B, epoch=epoch, step=step, micro=micro
+    )
+    half = half_precision(images_BCHW.device, enabled=recipe.protocol == "as-published")
+    with attacked(classifier), by_own_ghost(classifier), half:
         if twin is not None:
             twin.refresh()
         iterates = pgd_iterates(
@@ -118,24 +118,33 @@ def training_attack(
     return final_BCHW
 
 
+def half_precision(device: torch.device, *, enabled: bool) -> torch.autocast:
+    """Return the half precision of attacks as published: float16, on CPUs bfloat16."""
+    return torch.autocast(device.type, torch.float16 if device.type == "cuda" else None, enabled)
+
+
 def training_start(
     recipe: Recipe,
     adversary: Adversary,
     images_BCHW: Tensor,
+    places_B: Tensor,
     *,
-    generator: torch.Generator,
-    team: Team = ALONE,
+    epoch: int,
+    step: int,
+    micro: int = 0,
 ) -> Tensor:
     """Return where a training attack starts.
 
     corrected: each image at random in its ball with chance 1 - plain_start, else at itself.
     as-published: the whole batch at random if a normal draw exceeds plain_start.
     """
-    epsilon = adversary.epsilon
-    started_BCHW = random_start(images_BCHW, epsilon=epsilon, generator=generator, team=team)
+    key = (recipe.seed, epoch, step)
+    started_BCHW = random_start(
+        images_BCHW, places_B, epsilon=adversary.epsilon, key=(*key, "start")
+    )
     if recipe.protocol == "as-published":
-        drawn = float(torch.randn((), generator=generator))
-        return started_BCHW if drawn > adversary.plain_start else images_BCHW
-    draws_B = torch.rand(len(images_BCHW) * team.size, generator=generator)[team.own]
-    plain_B = (draws_B < adversary.plain_start).to(images_BCHW.device)
+        drawn = float(uniform(torch.zeros(1, dtype=torch.long), (), key=(*key, micro, "batch")))
+        return started_BCHW if drawn > NormalDist().cdf(adversary.plain_start) else images_BCHW
+    draws_B = uniform(places_B.to(images_BCHW.device), (), key=(*key, "plain"))
+    plain_B = draws_B < adversary.plain_start
     return torch.where(plain_B.view(-1, 1, 1, 1), images_BCHW, started_BCHW)

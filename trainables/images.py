@@ -71,12 +71,15 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
-    """Bring the shorter side to `resize` (bicubic) and cut out the middle square of `size`."""
+    """Bring the shorter side to `resize` (bilinear) and cut out the middle square of `size`.
+
+    Source: the study's datasets.py, `build_transform`.
+    """
     # Two seconds of imports that a study of images in memory, and its driver, need not pay.
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
     from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
-    resized = T.resize(image, [resize], interpolation=InterpolationMode.BICUBIC)
+    resized = T.resize(image, [resize], interpolation=InterpolationMode.BILINEAR)
     cropped: Image.Image = T.center_crop(resized, [size, size])
     return cropped
 
@@ -263,7 +266,7 @@ def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | Non
     """Decode and crop the images once into the cache, or find them there; None beyond budget."""
     if images.nbytes > budget or (stamps := stamps_of(images)) is None:
         return None
-    file = cache / f"validated-{images.size}px-{stamps}.u8"
+    file = cache / f"validated-bilinear-{images.size}px-{stamps}.u8"
 
     def write(pixels: np.ndarray) -> None:
         whole = pixels.reshape(images.shape)

@@ -102,7 +102,7 @@ def train(
     if start is not None and scaler.is_enabled():
         scaler.load_state_dict(start["scaler"])
     twin = None
-    if recipe.adversary:
+    if recipe.adversary and recipe.norm != "ghost":  # ghosts differ, so none is folded
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
     training = _Training(
         recipe=recipe,
@@ -226,15 +226,17 @@ def _batch_loss(
     )
     inputs, targets = team.own_of(rows, inputs), team.own_of(rows, targets)
     if recipe.adversary:
+        step, micro = divmod(forward, recipe.accumulation)
         inputs = training_attack(
             recipe,
             classifier,
             inputs,
             targets,
+            team.own_of(rows, seen),
             epoch=epoch,
-            step=forward,
+            step=step,
+            micro=micro,
             twin=training.twin,
-            team=team,
         )
     half = PRECISIONS[recipe.precision]
     with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
@@ -244,9 +246,7 @@ def _batch_loss(
                 taught_BK = training.teacher(inputs).float()
     loss = training_loss(recipe, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:
-        loss = distillation_loss(
-            recipe.distillation, loss, logits_BK, taught_BK, parts=training.team.size
-        )
+        loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
     return loss
 
 
@@ -277,22 +277,17 @@ def distillation_loss(
     loss: Tensor,
     logits_BK: Tensor,
     taught_BK: Tensor,
-    *,
-    parts: int = 1,
 ) -> Tensor:
-    """Blend a loss on the labels with the soft divergence from the teacher's plain logits.
-
-    The logits are one of `parts` equal parts of a batch, whose losses are averaged.
-    """
+    """Blend a loss on the labels with the soft divergence from the teacher's plain logits."""
     tau = distillation.tau
     divergence = F.kl_div(
         F.log_softmax(logits_BK / tau, dim=1),
         F.log_softmax(taught_BK / tau, dim=1),
         log_target=True,
-        reduction=distillation.reduction,
+        reduction="batchmean",
     )
-    if distillation.reduction == "sum":
-        divergence = divergence * parts
+    if distillation.reduction == "mean":
+        divergence = divergence / logits_BK.shape[1]
     return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 

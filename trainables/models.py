@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -64,8 +65,9 @@ class GhostBatchNorm2d(nn.Module):
     """Batch normalisation by virtual batches, with statistics of their own, under one affine.
 
     Of a batch of n, ghost j holds the images whose index = j mod `ghosts`. Each of `sets`
-    accumulation steps has its own running statistics (`use_set`). The affine is (1, C, 1, 1), so
-    that it is weight-decayed. In eval mode: set 0, ghost 0. Source: STUDY section 3, GhostBN.
+    accumulation steps has its own running statistics (`use_set`). The weight is (1, C, 1, 1), so
+    that it is weight-decayed, and the bias (C,), so that it is not. In eval mode: set 0, ghost 0,
+    or under `by_own_ghost` each image's own. Source: STUDY section 3, GhostBN.
     """
 
     running_mean: Tensor
@@ -86,16 +88,21 @@ class GhostBatchNorm2d(nn.Module):
         self.features, self.ghosts, self.momentum, self.eps = features, ghosts, momentum, eps
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.ones(1, features, 1, 1, **factory))
-        self.bias = nn.Parameter(torch.zeros(1, features, 1, 1, **factory))
+        self.bias = nn.Parameter(torch.zeros(features, **factory))
         self.register_buffer("running_mean", torch.zeros(sets, ghosts * features, **factory))
         self.register_buffer("running_var", torch.ones(sets, ghosts * features, **factory))
         self.active_set = 0
+        self.own_ghost = False
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        if not self.training:
+        if self.training or self.own_ghost:
+            normalised = self._ghost_by_ghost(images_BCHW)
+        else:
             mean, var = self.running_mean[0, : self.features], self.running_var[0, : self.features]
             normalised = F.batch_norm(images_BCHW, mean, var, eps=self.eps)
-            return normalised * self.weight + self.bias
+        return normalised * self.weight + self.bias.view(-1, 1, 1)
+
+    def _ghost_by_ghost(self, images_BCHW: Tensor) -> Tensor:
         count, _, height, width = images_BCHW.shape
         if count % self.ghosts:
             raise ValueError(f"a batch of {count} does not split into {self.ghosts} ghost batches")
@@ -109,23 +116,46 @@ class GhostBatchNorm2d(nn.Module):
             count // self.ghosts, height, width, self.ghosts, self.features
         )
         together: Tensor = parted.permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return together.permute(0, 3, 1, 2) * self.weight + self.bias
+        return together.permute(0, 3, 1, 2)
 
     def _normalised(self, side_by_side: Tensor) -> Tensor:
         mean, var = self.running_mean[self.active_set], self.running_var[self.active_set]
         return self._by_batch(side_by_side, mean, var)
 
     def _by_batch(self, images_BCHW: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Normalise by the batch's statistics and move the running ones towards them."""
-        momentum = self.momentum
-        return F.batch_norm(images_BCHW, mean, var, training=True, momentum=momentum, eps=self.eps)
+        """Normalise by the batch's statistics and move the running ones towards them.
+
+        In eval mode: by the running ones.
+        """
+        return F.batch_norm(
+            images_BCHW, mean, var, training=self.training, momentum=self.momentum, eps=self.eps
+        )
 
 
 def use_set(module: nn.Module, index: int) -> None:
     """Have every ghost batch normalisation keep its statistics in one accumulation step's set."""
-    for layer in module.modules():
-        if isinstance(layer, GhostBatchNorm2d):
-            layer.active_set = index
+    for layer in _ghost_norms(module):
+        layer.active_set = index
+
+
+@contextmanager
+def by_own_ghost(module: nn.Module) -> Iterator[None]:
+    """Have ghost batch normalisations in eval mode take each image's own ghost's statistics.
+
+    They are those of the active set. Source: `to_adv` of the study's models/advresnet_gbn.py.
+    """
+    norms = _ghost_norms(module)
+    for layer in norms:
+        layer.own_ghost = True
+    try:
+        yield
+    finally:
+        for layer in norms:
+            layer.own_ghost = False
+
+
+def _ghost_norms(module: nn.Module) -> list[GhostBatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, GhostBatchNorm2d)]
 
 
 def build_classifier(recipe: Recipe) -> Classifier:
@@ -212,6 +242,7 @@ def _resnet(
         tuple(scale.depth(blocks) for blocks in layers),
         channels=channels,
         norm_layer=norm_layer,
+        zero_init_last=False,  # the study's ResNets: zero_init_residual=False
         # timm's plain stem is 64 wide; its deep stem takes any width and is replaced below.
         stem_type="deep" if small else "",
         stem_width=channels[0] // 2 if small else 64,

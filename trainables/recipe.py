@@ -31,6 +31,11 @@ MODELS: dict[str, tuple[str, str]] = {
     "hybrid_deit": ("hybrid", "base"),
 }
 TIMM_PREFIX = "timm:"
+# Beyond these a number is a slip of the keyboard.
+MOST_EPOCHS = 100_000
+MOST_STEPS = 10_000
+MOST_IMAGES = 2**20
+LARGEST_SEED = 2**32 - 1
 
 
 def family_of(model: str) -> str:
@@ -105,7 +110,7 @@ class Adversary(_Frozen):
     """
 
     epsilon: Epsilon
-    steps: int = Field(default=1, gt=0)
+    steps: int = Field(default=1, gt=0, le=MOST_STEPS)
     step_size: Epsilon
     plain_start: float = Field(default=0, ge=0, le=1)
 
@@ -114,12 +119,14 @@ class Distillation(_Frozen):
     """Learn from a teacher's plain logits beside the labels; the teacher is a trial of its own.
 
     loss = (1 - alpha) * cross-entropy + alpha * tau^2 * KL(teacher || student) at temperature tau.
+    The divergence is summed over classes and averaged over images (`batchmean`), or, as in the
+    study's code, averaged over both (`mean`).
     """
 
     teacher: Recipe
     alpha: float = Field(default=0.5, ge=0, le=1)
     tau: float = Field(default=1, gt=0)
-    reduction: Literal["batchmean", "sum"] = "batchmean"
+    reduction: Literal["batchmean", "mean"] = "batchmean"
 
 
 class CurriculumRow(_Frozen):
@@ -153,8 +160,8 @@ class Recipe(_Frozen):
     warmup_epochs: float = Field(default=0, ge=0)
     warmup_rate: float = Field(default=1e-6, ge=0)
     floor_rate: float = Field(default=1e-5, ge=0)
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    epochs: int = Field(gt=0, le=MOST_EPOCHS)
+    batch_size: int = Field(gt=0, le=MOST_IMAGES)
     augmentations: Annotated[tuple[Augmentation, ...], BeforeValidator(_parse_augmentations)] = ()
     randaug_magnitude: int = Field(default=9, ge=0, le=10)
     mixup_alpha: float = Field(default=0.8, gt=0)
@@ -163,16 +170,16 @@ class Recipe(_Frozen):
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
     curriculum: Annotated[tuple[CurriculumRow, ...], BeforeValidator(_as_tuple)] = ()
-    curriculum_epochs: int = Field(default=100, gt=0)
+    curriculum_epochs: int = Field(default=100, gt=0, le=MOST_EPOCHS)
     norm: Norm = "batch"
-    ghost_batch: int = Field(default=64, gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
+    ghost_batch: int = Field(default=64, gt=0, le=MOST_IMAGES)
+    micro_batch: int | None = Field(default=None, gt=0, le=MOST_IMAGES)
     pixel_range: PixelRange = "data"
     precision: Precision = "float32"
     adversary: Adversary | None = None
     distillation: Distillation | None = None
     protocol: Protocol = "corrected"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @model_validator(mode="after")
     def _can_be(self) -> Recipe:
@@ -252,14 +259,20 @@ class Recipe(_Frozen):
             "floor_rate": self.scheduler != "cosine",
             "ghost_batch": self.norm != "ghost",
             "curriculum_epochs": not by_row,
-            # Recipes from before the field keep their digests.
-            "precision": self.precision == "float32",
         }
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
 
     def digest(self) -> str:
-        """Return the trial's identity: 12 hex digits of the effective fields' canonical JSON."""
-        canonical = json.dumps(self.effective(), sort_keys=True, separators=(",", ":"))
+        """Return the trial's identity: 12 hex digits of canonical JSON.
+
+        It covers the effective fields that differ from their defaults, so that a new field with a
+        default changes no digest.
+        """
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        if self.distillation:
+            changed["distillation"]["teacher"] = self.distillation.teacher.digest()
+        identity = {name: changed[name] for name in self.effective() if name in changed}
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def describe(self) -> str:
