@@ -132,9 +132,10 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     recipe = Recipe.model_validate_json(recipe_json)
     classifier, teacher = build_classifier(recipe), None
     if recipe.teacher:
-        taught_by = str(weights_of(recipe.teacher.digest(), folder))
+        digest = recipe.teacher.digest()
+        taught_by = str(weights_of(digest, folder))
         teacher = build_classifier(recipe.teacher)
-        fit_weights(stored_weights(taught_by), teacher, taught_by)
+        fit_weights(stored_weights(taught_by, digest), teacher, taught_by)
     data, device = load_data(DIGITS), torch.device("cpu")
     for _ in train(recipe, classifier, data, device=device, teacher=teacher):
         pass

@@ -181,11 +181,14 @@ def _lengths(asked: Sequence[str]) -> list[int]:
 def _recipe_of(weights: Path) -> Recipe:
     from trainables.checkpoint import recipe_json_of
     from trainables.recipe import Recipe
+    from trainables.storage import DamagedError
 
     try:
         return Recipe.model_validate_json(recipe_json_of(weights))
     except OSError as error:
         raise ValueError(f"{weights} cannot be read: {error.strerror or error}") from None
+    except DamagedError:
+        raise
     except ValueError:
         raise ValueError(f"{weights} names no recipe of this project: give --model") from None
 

@@ -45,8 +45,8 @@ class EvaluatorActor:
         self._device = torch.device(device)
         self._loaded: tuple[str, Classifier] | None = None
 
-    def judge(self, artifact_uri: str, evaluator: str, shard: Shard) -> bytes:
-        """Return the ledger of one shard of a cell as Parquet, with the seconds it took."""
+    def judge(self, artifact_uri: str, digest: str, evaluator: str, shard: Shard) -> bytes:
+        """Return the ledger of one shard of a trial's cell as Parquet, with the seconds it took."""
         from evaluators import evaluator_named
         from evaluators.base import evaluate
         from evaluators.ledger import to_parquet
@@ -54,24 +54,21 @@ class EvaluatorActor:
         from trainables.watchdog import counting_steps
 
         began = time.monotonic()
-        classifier = self._load(artifact_uri)
+        classifier = self._load(artifact_uri, digest)
         data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
         with counting_steps():
             ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
         return to_parquet(ledger, seconds=time.monotonic() - began)
 
-    def _load(self, artifact_uri: str) -> Classifier:
-        from trainables.checkpoint import load_weights, recipe_json_of
-        from trainables.models import build_classifier
-        from trainables.recipe import Recipe
+    def _load(self, artifact_uri: str, digest: str) -> Classifier:
+        from trainables.packaged import classifier_of
         from trainables.tracking import fetch_artifact
         from trainables.watchdog import beat
 
         if self._loaded is None or self._loaded[0] != artifact_uri:
             path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
-            classifier = build_classifier(Recipe.model_validate_json(recipe_json_of(path)))
-            load_weights(path, classifier)
+            classifier = classifier_of(path, digest)
             classifier.register_forward_pre_hook(lambda *_: beat())
             self._loaded = (artifact_uri, classifier)
         return self._loaded[1]

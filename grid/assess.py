@@ -242,7 +242,7 @@ class EvaluatorPool:
             _, _, cell, shard = heapq.heappop(self._waiting)
             self._queued[cell.evaluator] -= 1
             actor = self._idle.pop()
-            reference = actor.judge.remote(cell.artifact_uri, cell.evaluator, shard)
+            reference = actor.judge.remote(cell.artifact_uri, cell.trial, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)
 
 

@@ -161,6 +161,22 @@ def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     assert len(pool) == 0
 
 
+@pytest.mark.parametrize("damage", ["flipped", "emptied", "another trial's"])
+def test_weights_that_are_not_the_trials_own_are_named_and_not_judged(
+    pool, trial, small, tmp_path, damage
+):
+    path, other = tmp_path / "run" / "weights.safetensors", small(seed=1)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    save_weights(path, build_classifier(other), other.model_dump_json())
+    contents = {"flipped": content, "emptied": b"", "another trial's": path.read_bytes()}
+    path.write_bytes(contents[damage])
+    pool.submit(cell_of(trial, "clean"), 1)
+    (found,) = judged(pool)
+    assert str(path) in found.error
+    assert found.ledger == b""
+
+
 def idle_actor(pool):
     """Return the pool's actor once it is there and free: a busy machine may have killed it."""
     deadline = time.monotonic() + 300
@@ -195,7 +211,7 @@ def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
 
 def test_an_actor_whose_device_failed_is_ended_and_another_process_judges(pool, trial):
     def lose_device(actor):
-        def load(_):
+        def load(*_):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         actor._load = load

@@ -124,6 +124,20 @@ def test_a_file_of_this_project_needs_no_model_name(own_file, tmp_path, capsys, 
     assert pq.read_table(tmp_path / "pgd.parquet")["question"].to_pylist() == ["pgd-10"] * 10
 
 
+@pytest.mark.parametrize("model", [[], ["--model", "resnet18"]])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_file_of_this_project_is_refused_by_name(
+    own_file, tmp_path, capsys, damage, model
+):
+    content = bytearray(own_file.read_bytes())
+    content[-1] ^= 1
+    path = tmp_path / "own.safetensors"
+    path.write_bytes({"flipped": content, "truncated": content[:-9], "emptied": b""}[damage])
+    said = refused(["--weights", path, *model], capsys)
+    wanted = "names no recipe" if damage == "emptied" and not model else "is damaged"
+    assert f"{path} {wanted}" in said
+
+
 @pytest.mark.parametrize(
     ("asked", "lengths"), [("pgd-10 pgd-5", [5, 10]), ("pgd-10 pgd", [5, 10, 50, 100])]
 )

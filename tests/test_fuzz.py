@@ -38,6 +38,7 @@ from trainables.checkpoint import (
     load_weights,
     recipe_json_of,
     save_checkpoint,
+    save_weights,
     unpickled,
 )
 from trainables.data import Shard, load_data
@@ -301,10 +302,12 @@ def tensors(classifier):
 @counted
 def test_a_mutated_weights_file_loads_or_is_refused(classifier, tensors, tmp_path, seed):
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(mutated(save(tensors, metadata={"recipe": "{}"}), seed))
-    assert works_or_names(path, lambda: load_any_weights(path, classifier))
-    assert works_or_names(path, lambda: load_weights(path, classifier))
-    assert works_or_names(path, lambda: recipe_json_of(path))
+    save_weights(path, classifier, "{}")
+    for content in (path.read_bytes(), save(tensors, metadata={"format": "pt"})):
+        path.write_bytes(mutated(content, seed))
+        assert works_or_names(path, lambda: load_any_weights(path, classifier))
+        assert works_or_names(path, lambda: load_weights(path, classifier))
+        assert works_or_names(path, lambda: recipe_json_of(path))
 
 
 @given(seed=SEEDS)

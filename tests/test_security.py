@@ -156,7 +156,7 @@ def header_of_weights(root, content, small):
 
 def teachers_weights(root, content, small):
     path = put(root / "weights.safetensors", content)
-    return path, lambda: stored_weights(str(path))
+    return path, lambda: stored_weights(str(path), small().digest())
 
 
 def vgg19(root, content, small):

@@ -52,12 +52,24 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(where):
     assert newest.replace(".pt", ".damaged") in folder.names()
 
 
+def test_a_checkpoint_and_weights_of_another_trial_are_refused(where, small):
+    place, recipe, other = below(where, "trial"), small(), small(seed=1)
+    kept = save_checkpoint(place, 1, {"digest": other.digest()})
+    assert load_newest_checkpoint(place, recipe.digest()) is None
+    assert kept.replace(".pt", ".foreign") in folder_at(place).names()
+    path = below(place, "weights.safetensors")
+    save_weights(path, build_classifier(other), other.model_dump_json())
+    with pytest.raises(ValueError, match=f"of trial {other.digest()}, not of trial"):
+        stored_weights(path, recipe.digest())
+
+
 def test_weights_are_stored_found_and_lent(where, small):
     path = below(where, "trial", "weights.safetensors")
-    assert stored_weights(path) is None
-    classifier = build_classifier(small())
-    save_weights(path, classifier, "{}")
-    stored = stored_weights(path)
+    recipe = small()
+    assert stored_weights(path, recipe.digest()) is None
+    classifier = build_classifier(recipe)
+    save_weights(path, classifier, recipe.model_dump_json())
+    stored = stored_weights(path, recipe.digest())
     assert all(torch.equal(stored[k], v) for k, v in classifier.state_dict().items())
     with fetched(path) as here:
         assert here.name == "weights.safetensors"

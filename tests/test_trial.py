@@ -207,10 +207,41 @@ def test_a_trial_says_that_its_checkpoint_was_damaged(start, small, tmp_path):
     assert result["epoch"] == 2
 
 
+def test_trials_whose_checkpoints_were_swapped_end_with_their_own_weights(start, small, tmp_path):
+    recipes = small(epochs=2), small(epochs=2, seed=1)
+    whole = [run(start(recipe))[-1]["sha256"] for recipe in recipes]
+    first, second = (tmp_path / "trials" / recipe.digest() for recipe in recipes)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    for recipe, other, sha256 in zip(recipes, recipes[::-1], whole, strict=True):
+        results = run(start(recipe))
+        said = f"belongs to trial {other.digest()}, not to {recipe.digest()}"
+        assert [said in note for note in results[0]["notes"]] == [True, True]
+        assert (results[-1]["outcome"], results[-1]["sha256"]) == ("finished", sha256)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "emptied", "another trial's"])
+def test_a_student_does_not_learn_from_what_is_not_its_teacher(start, small, tmp_path, damage):
+    teacher = small(epochs=1)
+    student = small(epochs=1, seed=1, distillation=Distillation(teacher=teacher))
+    other = small(epochs=1, seed=2)
+    for recipe in (teacher, other):
+        run(start(recipe))
+    path = Path(weights_path(str(tmp_path), teacher))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    another = Path(weights_path(str(tmp_path), other)).read_bytes()
+    path.write_bytes({"flipped": content, "emptied": b"", "another trial's": another}[damage])
+    (result,) = run(start(student))
+    assert result["outcome"] == "failed"
+    assert str(path) in result["reason"]
+
+
 def test_a_whole_checkpoint_of_something_else_fails_the_trial_by_name(start, small, tmp_path):
     recipe = small(epochs=2)
     folder = tmp_path / "trials" / recipe.digest()
-    save_checkpoint(folder, 1, {"model": {}, "epoch": 1})
+    save_checkpoint(folder, 1, {"digest": recipe.digest(), "model": {}, "epoch": 1})
     (result,) = run(start(recipe))
     assert result["outcome"] == "failed"
     assert (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import logging
 import pickle
 from collections.abc import Callable
@@ -12,15 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from trainables.storage import ASIDE, Folder, below, folder_at, parted
+from trainables.recipe import Recipe
+from trainables.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
 ACCURACY = "held_out/accuracy"  # by which a checkpoint is the best
+DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to
+# A weights file's header begins with the file's sha256, taken with these 64 digits as zeros.
+OWN_SHA256 = "own_sha256"
+OPENING = b'{"__metadata__":{'
+FIELD = f'"{OWN_SHA256}":"'.encode()
+ZEROS = b"0" * 64
+LENGTH_BYTES = 8  # of the header's length, in front of it
 logger = logging.getLogger(__name__)
 
 
@@ -50,10 +58,11 @@ def save_checkpoint(
 
 
 def load_newest_checkpoint(
-    where: str | Path, *, say: Callable[[str], None] = logger.warning
+    where: str | Path, digest: str | None = None, *, say: Callable[[str], None] = logger.warning
 ) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint, or None; a damaged one is reported and kept aside.
+    """Load the newest checkpoint that is whole and the trial's own, or None.
 
+    One that is damaged or, where a digest is given, another trial's is reported and kept aside.
     What a writer that was killed left half written is removed. ValueError where a checkpoint holds
     more than tensors and plain values.
     """
@@ -63,12 +72,17 @@ def load_newest_checkpoint(
             folder.remove(name)
     for name in _newest_first(folder):
         content = folder.read(name)
-        if name.removesuffix(".pt").rsplit("-", 1)[-1] == _short_hash(content):
+        if name.removesuffix(".pt").rsplit("-", 1)[-1] != _short_hash(content):
+            problem, ending = "is damaged", ".damaged"
+        else:
             state: dict[str, Any] = unpickled(content, below(str(where), name))
-            return state
-        kept = name.removesuffix(".pt") + ".damaged"
+            if digest is None or state.get(DIGEST) == digest:
+                return state
+            owner = state.get(DIGEST, "that it does not name")
+            problem, ending = f"belongs to trial {owner}, not to {digest}", ".foreign"
+        kept = name.removesuffix(".pt") + ending
         folder.rename(name, kept)
-        say(f"{name} in {where} is damaged; it is kept as {kept} and the one before is used")
+        say(f"{name} in {where} {problem}; it is kept as {kept}; the one before, if any, is used")
     return None
 
 
@@ -80,7 +94,7 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
     tensors: dict[str, Tensor] = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    content = save(tensors, metadata={"recipe": recipe_json})
+    content = _sealed(save(tensors, metadata={"recipe": recipe_json}))
     folder, name = parted(str(where))
     folder_at(folder).write(name, content)
     return hashlib.sha256(content).hexdigest()
@@ -91,20 +105,89 @@ def load_weights(path: Path, module: nn.Module) -> None:
     fit_weights(read_safetensors(path.read_bytes(), path), module, path)
 
 
-def stored_weights(where: str) -> dict[str, Tensor] | None:
-    """Return the weights that `save_weights` left at a path or URI, None where it did not."""
+def read_weights(
+    content: bytes, path: str | Path, digest: str | None = None
+) -> tuple[Recipe, dict[str, Tensor]]:
+    """Return the recipe and the tensors that `save_weights` wrote.
+
+    DamagedError names the file where it is damaged, or belongs to another trial than the one with
+    the digest, if one is given.
+    """
+    tensors = read_safetensors(content, path)
+    try:
+        recipe = Recipe.model_validate_json(_metadata(content, path)["recipe"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} names no recipe of this project") from None
+    if digest not in (None, recipe.digest()):
+        raise DamagedError(
+            f"{path} holds the weights of trial {recipe.digest()}, not of trial {digest}"
+        )
+    return recipe, tensors
+
+
+def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
+    """Return a trial's weights that `save_weights` left at a path or URI, None where it did not.
+
+    Raises as `read_weights`.
+    """
     parent, name = parted(where)
     folder = folder_at(parent)
-    return read_safetensors(folder.read(name), where) if name in folder.names() else None
+    if name not in folder.names():
+        return None
+    return read_weights(folder.read(name), where, digest)[1]
 
 
 def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; ValueError names its path where it is damaged."""
+    """Return the tensors of a safetensors file of any origin; DamagedError names its path.
+
+    One that `save_weights` wrote must be, to the last bit, as it was written.
+    """
     try:
         tensors: dict[str, Tensor] = load(content)
     except Exception as error:  # SafetensorError, or what torch says of a strange type or shape
-        raise ValueError(f"{path} is damaged: {_reason(error)}") from None
+        raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
+    _metadata(content, path)
     return tensors
+
+
+def _sealed(content: bytes) -> bytes:
+    """Return a safetensors file with its own sha256 as the first entry of its header."""
+    start = LENGTH_BYTES + len(OPENING)
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    assert content[LENGTH_BYTES:start] == OPENING
+    entry = FIELD + ZEROS + b'",'
+    assert len(entry) % 8 == 0  # the tensors' bytes stay aligned
+    head = (length + len(entry)).to_bytes(LENGTH_BYTES, "little") + OPENING
+    digits = hashlib.sha256(head + entry + content[start:]).hexdigest().encode()
+    return head + entry.replace(ZEROS, digits) + content[start:]
+
+
+def _own_sha256(content: bytes) -> str:
+    """Return the sha256 of a sealed file, taken with its own 64 digits as zeros."""
+    first = LENGTH_BYTES + len(OPENING) + len(FIELD)
+    counted = hashlib.sha256(content[:first] + ZEROS)
+    counted.update(memoryview(content)[first + len(ZEROS) :])
+    return counted.hexdigest()
+
+
+def _metadata(content: bytes, path: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file's header, none where it is no such file.
+
+    DamagedError where it is a file of this project and its sha256 is another than it says.
+    """
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    try:
+        header = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
+        metadata = dict(header.get("__metadata__", {}))
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return {}
+    if OWN_SHA256 not in metadata and "recipe" in metadata:
+        raise DamagedError(
+            f"{path} is damaged or of an older version: it names no sha256 of its own"
+        )
+    if OWN_SHA256 in metadata and metadata[OWN_SHA256] != _own_sha256(content):
+        raise DamagedError(f"{path} is damaged: its sha256 is another than its header says")
+    return metadata
 
 
 def unpickled(content: bytes, path: str | Path) -> Any:
@@ -121,7 +204,7 @@ def unpickled(content: bytes, path: str | Path) -> Any:
             f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
         ) from None
     except Exception as error:  # what bytes that are no pickle make an unpickler raise is anything
-        raise ValueError(f"{path} is damaged: {_reason(error)}") from None
+        raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -141,9 +224,8 @@ def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path)
 def recipe_json_of(path: Path) -> str:
     """Return the recipe stored in a weights file's header; ValueError where there is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {})["recipe"])
-    except (SafetensorError, KeyError):
+        return str(_metadata(path.read_bytes(), path)["recipe"])
+    except KeyError:
         raise ValueError(f"{path} names no recipe of this project") from None
 
 

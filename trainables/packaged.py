@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainables.checkpoint import load_weights, recipe_json_of
+from trainables.checkpoint import fit_weights, read_weights
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 
 WEIGHTS = "weights.safetensors"
+RECIPE = "recipe.json"
 
 
 class PackagedClassifier:
@@ -26,9 +27,18 @@ class PackagedClassifier:
         return logits
 
 
+def classifier_of(path: Path, digest: str) -> Classifier:
+    """Build the model that a weights file's header names, with its weights.
+
+    ValueError where the file is damaged or of another trial than the one with the digest.
+    """
+    recipe, tensors = read_weights(path.read_bytes(), path, digest)
+    classifier = build_classifier(recipe)
+    fit_weights(tensors, classifier, path)
+    return classifier
+
+
 def _load_pyfunc(folder: str) -> PackagedClassifier:
-    """Build the model that the weights' header names; MLflow calls this, nothing is unpickled."""
-    path = Path(folder) / WEIGHTS
-    classifier = build_classifier(Recipe.model_validate_json(recipe_json_of(path)))
-    load_weights(path, classifier)
-    return PackagedClassifier(classifier)
+    """Build the model of the recipe beside the weights; MLflow calls this, nothing is unpickled."""
+    recipe = Recipe.model_validate_json((Path(folder) / RECIPE).read_text())
+    return PackagedClassifier(classifier_of(Path(folder) / WEIGHTS, recipe.digest()))

@@ -18,6 +18,10 @@ ASIDE = "."  # begins the name of a file that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class DamagedError(ValueError):
+    """A stored file is not as it was written, or belongs elsewhere; the message names it."""
+
+
 class NoRoomError(OSError):
     """A disk is full, or a quota used up: nothing was written, and what was there is there."""
 
@@ -130,6 +134,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -137,6 +142,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise NoRoomError(_without_room(path, len(content))) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the names in a folder outlive a loss of power: a rename is one of them."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _without_room(path: Path, needed: int) -> str:

@@ -146,7 +146,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     """
     import torch
 
-    from trainables.checkpoint import fit_weights, load_newest_checkpoint, stored_weights
+    from trainables.checkpoint import load_newest_checkpoint
     from trainables.data import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
@@ -157,20 +157,16 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     torch.set_num_threads(config["threads"])
     recipe = Recipe.model_validate(config["recipe"])
     storage = config["storage"]
-    folder = below(storage, "trials", recipe.digest())
+    digest = recipe.digest()
+    folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team)
-    teacher = None
-    if recipe.teacher:
-        taught_by = weights_path(storage, recipe.teacher)
-        weights = team.shared(stored_weights(taught_by) if running.leads else None)
-        if weights is None:
-            running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
-            return running
-        teacher = build_classifier(recipe.teacher)
-        fit_weights(weights, teacher, taught_by)
+    teacher = _teacher(running, storage)
+    if recipe.teacher and teacher is None:
+        running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
+        return running
     running.classifier = build_classifier(recipe)
-    found = load_newest_checkpoint(folder, say=running.notes.append) if running.leads else None
-    start = team.shared(found)
+    say = running.notes.append
+    start = team.shared(load_newest_checkpoint(folder, digest, say=say) if running.leads else None)
     if start:
         if lacking := sorted(ENTRIES - start.keys()):
             raise ValueError(
@@ -193,6 +189,24 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
         team=team,
     )
     return running
+
+
+def _teacher(running: RunningTrial, storage: str) -> Classifier | None:
+    """Return a student's teacher with its trained weights; None without one, or without those."""
+    from trainables.checkpoint import fit_weights, stored_weights
+    from trainables.models import build_classifier
+
+    recipe = running.recipe.teacher
+    if recipe is None:
+        return None
+    path = weights_path(storage, recipe)
+    stored = stored_weights(path, recipe.digest()) if running.leads else None
+    weights = running.team.shared(stored)
+    if weights is None:
+        return None
+    teacher = build_classifier(recipe)
+    fit_weights(weights, teacher, path)
+    return teacher
 
 
 def _advance(running: RunningTrial) -> None:
@@ -236,6 +250,7 @@ def _save_checkpoint(running: RunningTrial) -> None:
 
     if report := running.unkept:
         state = report.state | {
+            "digest": running.recipe.digest(),
             "outcome": report.outcome,
             "reason": report.reason,
             "seconds": running.seconds,
