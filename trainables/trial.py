@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from trainables.provenance import joined, provenance
 from trainables.recipe import Recipe
 from trainables.retries import OWN_FAULTS
 from trainables.storage import NoRoomError, below
@@ -36,12 +37,14 @@ class RunningTrial:
     recipe: Recipe
     folder: str
     team: Team
+    device: str = "cpu"
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
     reports: Iterator[EpochReport] | None = None
     unsent: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took
+    trained: dict[str, str] = field(default_factory=dict)  # the provenance of its epochs
     notes: list[str] = field(default_factory=list)
     unkept: EpochReport | None = None
     paused: bool = False
@@ -119,6 +122,7 @@ def next_result(running: RunningTrial) -> dict[str, Any]:
         "epoch": running.epoch,
         "epochs": running.unsent,
         "notes": running.notes,
+        "trained": running.trained,
         "outcome": outcome,
         "reason": running.reason,
         "done": outcome != "training",
@@ -159,7 +163,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     storage = config["storage"]
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
-    running = RunningTrial(recipe, folder, team)
+    running = RunningTrial(recipe, folder, team, config["device"])
     teacher = _teacher(running, storage)
     if recipe.teacher and teacher is None:
         running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
@@ -174,6 +178,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
                 "version; move it away, and the trial goes on from the one before, or anew"
             )
         running.seconds = dict(start.get("seconds", {}))  # older checkpoints have none
+        running.trained = dict(start.get("trained", {}))
         running.unsent = [_timed(running, metrics) for metrics in start["history"]]
         running.epoch = len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
@@ -216,6 +221,7 @@ def _advance(running: RunningTrial) -> None:
     now = time.monotonic()
     running.epoch = report.epoch
     running.seconds[report.epoch] = now - began
+    running.trained = joined(running.trained, provenance(running.device))
     running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
     due = now - running.saved_at >= CHECKPOINT_SECONDS or running.save_now
@@ -254,6 +260,7 @@ def _save_checkpoint(running: RunningTrial) -> None:
             "outcome": report.outcome,
             "reason": report.reason,
             "seconds": running.seconds,
+            "trained": running.trained,
         }
         save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
     running.unkept = None
