@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import secrets
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,16 +18,14 @@ import yaml
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 
+from grid.address import LOCAL
 from grid.plan import Plan
 from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
-LOCAL = "local"
-STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
 BOOTSTRAPPED = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves the cluster file on the head
 TYPE_LABEL = "ray.io/node-group"
 HEAD_RESOURCE = "node:__internal_head__"
-CONNECT_SECONDS = 5
 LOOK_SECONDS = 2.0
 ROUNDING = 1e-6
 STARTS_TRIED = 3
@@ -86,45 +83,6 @@ class Placements:
         """Return the usual placement, then the others that a plan's trials have."""
         theirs = {self.of(trial.recipe.family): None for trial in plan}
         return list({self.usual: None} | theirs)
-
-
-def found_address(asked: str | None) -> str | None:
-    """Return the address of the cluster to use, or None to start Ray on this machine alone.
-
-    That is the one asked for, RAY_ADDRESS, or the one that `ray start` joined here. ValueError
-    when what was asked for does not answer.
-    """
-    address = asked or os.environ.get("RAY_ADDRESS")
-    if address == LOCAL:
-        return None
-    if address in (None, "auto"):
-        # Whoever else may write in /tmp could name a cluster of theirs, which runs what it likes.
-        own = STARTED_HERE.exists() and STARTED_HERE.stat().st_uid in (0, os.getuid())
-        started = STARTED_HERE.read_text().strip() if own else ""
-        if _answers(started):
-            return started
-        if address is None:
-            return None
-        raise ValueError(
-            "no Ray cluster was started on this machine; run `ray start`, or --address"
-        )
-    assert address is not None
-    if not _answers(address):
-        raise ValueError(
-            f"no Ray cluster answers at {address}; it wants HOST:PORT, as 10.0.0.5:6379"
-        )
-    return address
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return False
-    try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
-            return True
-    except OSError:
-        return False
 
 
 def connect(address: str | None) -> None:

@@ -31,7 +31,7 @@ from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published, vgg19_network
 from evaluators.weights import load_any_weights
-from grid import cluster, run
+from grid import address, run
 from grid.studies import load_study
 from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
@@ -390,14 +390,14 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives a file to another user")
 def test_a_cluster_that_another_user_notes_in_tmp_is_not_joined(tmp_path, monkeypatch):
     noted = put(tmp_path / "ray_current_cluster", b"")
-    monkeypatch.setattr(cluster, "STARTED_HERE", noted)
+    monkeypatch.setattr(address, "STARTED_HERE", noted)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        noted.write_text(address)
-        assert cluster.found_address(None) == address
+        there = f"127.0.0.1:{server.getsockname()[1]}"
+        noted.write_text(there)
+        assert address.found_address(None) == there
         os.chown(noted, 12345, -1)
-        assert cluster.found_address(None) is None
+        assert address.found_address(None) is None
 
 
 # The hashed set that cluster files install.
