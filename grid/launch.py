@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import heapq
 import json
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from urllib.request import url2pathname
 
 import ray
 from ray import tune
@@ -30,11 +29,13 @@ from grid.plan import Plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
+from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.studies import PGD, PGD_AS_PUBLISHED, Study
 from trainables.data import Data, load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.patience import RunDeletedError, patiently
+from trainables.results import DATABASE, sole_run
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
@@ -54,28 +55,6 @@ class Finished:
     failures: tuple[str, ...]
     report: Path
     comparison: str
-
-
-@contextmanager
-def sole_run(results: Path) -> Iterator[None]:
-    """Hold the results folder for one run of the command; ValueError when it cannot be had."""
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        lock = (results / ".lock").open("w")
-    except OSError as error:
-        raise ValueError(f"results folder {results} is not writable: {error.strerror}") from None
-    with lock:
-        _lock(lock, results)
-        yield
-
-
-def _lock(file: IO[str], results: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"another run is using {results}; wait for it, or give --results another folder"
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +88,12 @@ class Launch:
     @property
     def is_begun(self) -> bool:
         """Whether MLflow may hold something of it already."""
-        return bool(self.mlflow) or (self.results / "mlflow.db").exists()
+        return bool(self.mlflow) or (self.results / DATABASE).exists()
 
     def needs(self, tracker: Tracker) -> Needs:
         """Return what it needs of every node."""
         own = str(self.results.resolve())
-        shared = tracker.artifacts.removeprefix("file://") if self.mlflow else own
+        shared = _path_of(tracker.artifacts) if self.mlflow else own
         through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
         places = [self.storage or own]
         if "://" not in shared and not through_server:
@@ -128,6 +107,11 @@ class Launch:
         )
 
 
+def _path_of(uri: str) -> str:
+    """Return the path that a file URI names; any other URI as it is."""
+    return url2pathname(uri.removeprefix("file://")) if uri.startswith("file:///") else uri
+
+
 def run_study(launch: Launch) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
@@ -135,7 +119,7 @@ def run_study(launch: Launch) -> Finished:
     stop. What is done already is found in MLflow and left alone; where that is all, Ray is not
     started.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on_signals()
     check_address(launch.mlflow or "")
     data = load_data(launch.scale, launch.source)
     _check_plan(launch)
@@ -148,8 +132,7 @@ def run_study(launch: Launch) -> Finished:
                 parent = _open_study(launch, recorder, data)
                 return _report(launch, recorder, parent, line, data)
             connect(launch.address)
-            # Again: Ray has set a handler of its own.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stop_on_signals()  # again: Ray has set a handler of its own
             Room().check(launch.placements.of_all(launch.plan))
             recorder = recorder or _recorder(launch, data, line)
             needs = launch.needs(recorder.tracker)

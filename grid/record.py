@@ -87,9 +87,16 @@ class Recorder(threading.Thread):
         return not self.progress.trials and not self.progress.cells
 
     def enrol(self) -> None:
-        """Note on the runs that there are that their trials serve this study."""
+        """Note on the runs that there are that their trials serve this study.
+
+        One that was stopped before it had its parameters and its data set gets them.
+        """
         for digest, run in self._runs.items():
-            self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
+            trial = self._trials[digest]
+            self.tracker.enrol(run, self._study, _tables(trial))
+            if not run.described:
+                params, dataset = _params(trial), self._dataset()
+                self.tracker.describe_trial(run, params=params, dataset=dataset)
 
     def begin(self, parent: str, pool: EvaluatorPool) -> None:
         """Start to write, below the study's run, what trials report and the pool judges."""
@@ -213,6 +220,7 @@ class Recorder(threading.Thread):
         trial, run = self._trials[digest], self._runs[digest]
         for note in result.get("notes", ()):
             self._line.say(f"{self._described(digest)}: {note}")
+        self.tracker.tag_trained(run, result.get("trained", {}))
         self._unlogged.setdefault(digest, []).extend(result["epochs"])
         self._say_workers(digest, *result.get("workers", (1, 1)))
         share = trial.cost / trial.recipe.epochs

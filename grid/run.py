@@ -10,15 +10,19 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from grid.address import found_address
 from grid.plan import Plan, build_plan
 from grid.planner import add_plan_options, check_plan_options, print_plan
 from grid.progress import format_seconds
+from grid.signals import stop_on_signals
 from grid.studies import AXES, SETTABLE, STUDIES, Study, load_study, problem
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
+from trainables.results import check_database, check_results, database_uri, settle
 from trainables.scale import SCALE_NAMES, Scale
 from trainables.source import DataSource, scale_of
 from trainables.watchdog import HUNG_SECONDS
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ.setdefault(name, value)
         if options.on:
             return _run_on(options)
+        _check_places(options)
         manifest = ""
         if options.check or source.root is not None:
             source, manifest = _examined(options, plan, scale, source)
@@ -80,6 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options, study, plan, scale, source, manifest)
     except ValueError as error:
         _refuse(problem(error))
+    except KeyboardInterrupt:
+        _say_stopped(f"Stopped. Continue with: {_command()}")
+        return INTERRUPTED
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Raise ValueError, before the imports that take seconds, where results or Ray cannot be."""
+    if options.report or options.status:
+        if not options.mlflow:
+            check_database(options.results)
+        return
+    found_address(options.address)
+    if not options.check:
+        check_results(options.results)
 
 
 def _planned(options: argparse.Namespace, study: Study, source: DataSource) -> tuple[Scale, Plan]:
@@ -132,12 +151,7 @@ def _run(
         return 0
     from grid.launch import run_study
 
-    launch = _launch(options, study, plan, scale, source, manifest)
-    try:
-        finished = run_study(launch)
-    except KeyboardInterrupt:
-        print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
-        return INTERRUPTED
+    finished = run_study(_launch(options, study, plan, scale, source, manifest))
     _say_finished(finished, options, time.monotonic() - began)
     return 1 if finished.failures else 0
 
@@ -150,7 +164,7 @@ def _launch(
     source: DataSource,
     manifest: str = "",
 ) -> Launch:
-    from grid.cluster import Placement, found_address
+    from grid.cluster import Placement
     from grid.launch import Launch
 
     storage = options.storage
@@ -197,6 +211,8 @@ def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale)
     from grid.report.build import write_report
     from grid.status import open_existing
 
+    if not options.mlflow:
+        settle(options.results)
     tracker = open_existing(options.results, options.mlflow, scale)
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
@@ -210,8 +226,13 @@ def _run_on(options: argparse.Namespace) -> int:
     try:
         return run_on(options.on, options.sent)
     except KeyboardInterrupt:
-        print(f"\nIt goes on without you. Return with: {_command()}", file=sys.stderr)
+        _say_stopped(f"It goes on without you. Return with: {_command()}")
         return INTERRUPTED
+
+
+def _say_stopped(message: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(f"\n{message}", file=sys.stderr)
 
 
 def _say_finished(finished: Finished, options: argparse.Namespace, seconds: float) -> None:
@@ -231,8 +252,7 @@ def _say_finished(finished: Finished, options: argparse.Namespace, seconds: floa
 def _ui_command(options: argparse.Namespace) -> str:
     if options.mlflow:
         return str(options.mlflow)
-    database = f"sqlite:///{options.results.resolve()}/mlflow.db"
-    return f"mlflow ui --backend-store-uri {shlex.quote(database)}, then"
+    return f"mlflow ui --backend-store-uri {shlex.quote(database_uri(options.results))}, then"
 
 
 def _without_on(arguments: Sequence[str]) -> list[str]:
@@ -442,10 +462,12 @@ def _refuse(message: str) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """End the process without taking apart all that it has loaded, which takes seconds."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the terminal may be gone
+            stream.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     _leave(main())

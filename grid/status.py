@@ -9,13 +9,9 @@ from pathlib import Path
 
 from grid.plan import Plan
 from grid.progress import format_seconds
+from trainables.results import ARTIFACTS, DATABASE, database_uri
 from trainables.scale import Scale
-from trainables.tracking import Tracker, check_address
-
-
-def tracking_uri(results: Path, mlflow: str | None) -> str:
-    """Return the MLflow address: the one given, or the database in the results folder."""
-    return mlflow or f"sqlite:///{results.resolve()}/mlflow.db"
+from trainables.tracking import Tracker, check_address, create_database
 
 
 def open_tracker(
@@ -27,11 +23,12 @@ def open_tracker(
     `say` is told when the server is away.
     """
     check_address(mlflow or "")
-    artifacts = None if mlflow else results.resolve() / "artifacts"
+    if not mlflow:
+        create_database(results)
     return Tracker(
-        tracking_uri(results, mlflow),
+        mlflow or database_uri(results),
         experiment=f"robustness-{scale.name}",
-        artifacts=artifacts,
+        artifacts=None if mlflow else results.resolve() / ARTIFACTS,
         shared=mlflow is not None,
         say=say,
     )
@@ -39,8 +36,8 @@ def open_tracker(
 
 def open_existing(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
     """Open the experiment of a study that was run; ValueError when there is no database."""
-    if not mlflow and not (results / "mlflow.db").exists():
-        raise ValueError(f"{results} holds no mlflow.db: run the study first, or --mlflow")
+    if not mlflow and not (results / DATABASE).exists():
+        raise ValueError(f"{results} holds no {DATABASE}: run the study first, or --mlflow")
     return open_tracker(results, mlflow, scale)
 
 

@@ -267,7 +267,7 @@ def test_a_trial_too_big_for_the_machine_is_refused_before_any_compute(study, tm
 
 
 def test_one_run_at_a_time_uses_a_results_folder(study, tmp_path):
-    from grid.launch import sole_run
+    from trainables.results import sole_run
 
     results = tmp_path / "results"
     with sole_run(results):

@@ -26,6 +26,9 @@ MAY_IMPORT = {
 }
 LIGHT = (
     "grid/run.py",
+    "grid/address.py",
+    "grid/signals.py",
+    "trainables/results.py",
     "grid/studies.py",
     "grid/plan.py",
     "grid/schedule.py",

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,17 +31,25 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service import utils as mlflow_utils
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from packaging.specifiers import SpecifierSet
 
 from trainables.patience import PatientClient, patiently
+from trainables.provenance import PROJECT, version_of
+from trainables.results import DATABASE, database_uri
+from trainables.storage import ASIDE
 
 logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
+TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
+SCHEMA_TAG = f"{PROJECT}.schema"
+VERSION_TAG = f"{PROJECT}.version"
+SCHEMA = 2  # of runs, tags and artifacts as written here; the first had no tag
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 250  # runs asked for at once, which bounds the memory they take
 LONGEST_TAG = 5000
@@ -57,7 +66,8 @@ class TrialRun:
     """What MLflow knows of a trial.
 
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
-    `studies` a study's name to the tables that it serves there.
+    `studies` a study's name to the tables that it serves there; `trained` is the provenance of its
+    weights. `described`: it has its parameters and its data set.
     """
 
     run_id: str
@@ -72,6 +82,8 @@ class TrialRun:
     cells: dict[str, str] = field(default_factory=dict)
     failed_cells: dict[str, str] = field(default_factory=dict)
     studies: dict[str, str] = field(default_factory=dict)
+    trained: dict[str, str] = field(default_factory=dict)
+    described: bool = True
 
     @property
     def logged_epochs(self) -> int:
@@ -99,6 +111,9 @@ class Tracker:
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.uri, self._shared = uri, shared
+        # MLflow (checked with 3.17) notes for good where a run's artifacts lie, by the run's id, of
+        # which a copied folder has the same.
+        mlflow_utils._artifact_repos_cache.clear()
         try:
             client = MlflowClient(uri)
             self._client = PatientClient(client, say)
@@ -109,13 +124,20 @@ class Tracker:
                 else client.create_experiment(
                     experiment,
                     artifact_location=artifacts.as_uri() if artifacts else None,
-                    tags={"mlflow.experimentKind": EXPERIMENT_KIND},
+                    tags={"mlflow.experimentKind": EXPERIMENT_KIND} | _made_here(),
                 )
             )
-            self.artifacts: str = client.get_experiment(self.experiment_id).artifact_location
+            there = client.get_experiment(self.experiment_id)
+            self.artifacts: str = there.artifact_location
+            unused = SCHEMA_TAG not in there.tags and not self._search("", most=1)
         except Exception as error:  # a scheme, a driver or a disk: each says no in its own way
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"MLflow at {uri} cannot be used: {reason}") from None
+        if unused:
+            for key, value in _made_here().items():
+                self._client.set_experiment_tag(self.experiment_id, key, value)
+        else:
+            _check_schema(there.tags, uri)
 
     def open_study(
         self, name: str, description: str, scores: Sequence[str] = (), classes: Sequence[str] = ()
@@ -217,13 +239,21 @@ class Tracker:
         # A database looks through the tag's values of all runs: only trials have this one.
         query = f"tags.digest = '{digest}'"
         run = _trial_run(self._create(query, self._shared, run_name=name, tags=tags))
-        self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
-        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
-        self._client.log_inputs(run.run_id, datasets=[source])
+        if not run.described:
+            self.describe_trial(run, params=params, dataset=dataset)
         self.enrol(run, study, tables)
         if run.outcome != "training":
             self.continue_trial(run)
         return run
+
+    def describe_trial(
+        self, run: TrialRun, *, params: Mapping[str, Any], dataset: Mapping[str, str]
+    ) -> None:
+        """Log a trial's parameters, then its data set: a run that has this has both."""
+        self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
+        self._client.log_inputs(run.run_id, datasets=[source])
+        run.described = True
 
     def enrol(self, run: TrialRun, study: str, tables: str) -> None:
         """Note that a trial serves these tables of a study, beside those that it serves already."""
@@ -240,7 +270,11 @@ class Tracker:
         run.outcome, run.reason = "training", ""
 
     def log_epochs(self, run: TrialRun, epochs: Iterable[Mapping[str, float]]) -> None:
-        """Log each epoch's metrics at step = epoch; epochs already there are passed over."""
+        """Log each epoch's metrics at step = epoch; epochs already there are passed over.
+
+        MLflow takes 1,000 at a time: an epoch's own number is its last, so that one which was cut
+        in two by a kill is logged again.
+        """
         new = [dict(entry) for entry in epochs if entry["epoch"] > run.logged_epochs]
         if not new:
             return
@@ -248,6 +282,7 @@ class Tracker:
         for entry in new:
             spent += entry.get("train/seconds", 0.0)
             entry[SECONDS_SO_FAR] = spent
+            entry["epoch"] = entry.pop("epoch")
         metrics = [
             Metric(key, value, run.start_time + int(entry["epoch"]), int(entry["epoch"]))
             for entry in new
@@ -256,6 +291,12 @@ class Tracker:
         self._client.log_batch(run.run_id, metrics=metrics)
         for entry in new:
             run.metrics |= entry
+
+    def tag_trained(self, run: TrialRun, trained: Mapping[str, str]) -> None:
+        """Note the provenance of a trial's weights, where that is news."""
+        if news := {k: v for k, v in trained.items() if run.trained.get(k) != v}:
+            self._tag(run, **{TRAINED_TAG + name: value for name, value in news.items()})
+            run.trained |= news
 
     def store_weights(
         self, run: TrialRun, weights: Path, sha256: str, *, image_size: int, classes: int
@@ -358,17 +399,51 @@ class Tracker:
     def _tag(self, run: TrialRun, **tags: str) -> None:
         self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
-    def _search(self, query: str) -> list[Run]:
+    def _search(self, query: str, most: int | None = None) -> list[Run]:
         runs: list[Run] = []
         token = None
         while True:
             page = self._client.search_runs(
-                [self.experiment_id], query, ViewType.ACTIVE_ONLY, PAGE, page_token=token
+                [self.experiment_id], query, ViewType.ACTIVE_ONLY, most or PAGE, page_token=token
             )
             runs += page
             token = page.token
-            if not token:
+            if most or not token:
                 return runs
+
+
+def create_database(results: Path) -> None:
+    """Make the MLflow database of a results folder, unless it is there.
+
+    It is made aside, which takes seconds: whenever that is stopped, it is there whole or not at
+    all.
+    """
+    if (results / DATABASE).exists():
+        return
+    aside = results / f"{ASIDE}{DATABASE}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    MlflowClient(database_uri(aside)).search_experiments(max_results=1)
+    (aside / DATABASE).replace(results / DATABASE)
+    aside.rmdir()
+
+
+def _made_here() -> dict[str, str]:
+    return {SCHEMA_TAG: str(SCHEMA), VERSION_TAG: version_of(PROJECT)}
+
+
+def _check_schema(tags: Mapping[str, str], uri: str) -> None:
+    """Raise ValueError where an experiment was made by a version that writes otherwise."""
+    schema = tags.get(SCHEMA_TAG, "1")
+    if schema == str(SCHEMA):
+        return
+    age = "a later" if schema.isdecimal() and int(schema) > SCHEMA else "an earlier"
+    named = f" ({tags[VERSION_TAG]})" if tags.get(VERSION_TAG) else ""
+    raise ValueError(
+        f"the results in MLflow at {uri} were made by {age} version of this project{named}, whose "
+        f"schema is {schema}, not {SCHEMA}: go on with that version, or give --results (or "
+        "--mlflow) another place"
+    )
 
 
 def _study_query(name: str) -> str:
@@ -393,6 +468,8 @@ def _trial_run(run: Run) -> TrialRun:
         cells=_tagged(tags, CELL_TAG),
         failed_cells=_tagged(tags, FAILED_TAG),
         studies=_tagged(tags, STUDY_TAG),
+        trained=_tagged(tags, TRAINED_TAG),
+        described=bool(run.inputs and run.inputs.dataset_inputs),
     )
 
 
