@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from operator import attrgetter
@@ -21,9 +22,10 @@ from grid.studies import (
     Mode,
     Study,
     Table,
+    check_settings,
     format_settings,
     problem,
-    with_axes,
+    warmup_notes,
     with_settings,
 )
 from trainables.recipe import CurriculumRow, Recipe, format_augmentations
@@ -66,7 +68,7 @@ class Plan:
     """The trials of a study, the longest first, and what was refused.
 
     `asked` counts the recipes and teachers asked for before equal ones were shared; `tables` hold
-    the recipes as they are trained at the scale.
+    the recipes as they are trained at the scale; `notes` say what was adapted to what is set.
     """
 
     trials: tuple[Trial, ...]
@@ -74,6 +76,7 @@ class Plan:
     asked: int = 0
     tables: tuple[Table, ...] = ()
     seeds: int = 1
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
@@ -87,16 +90,21 @@ class _Draft:
 
 
 def enumerate_trials(
-    base: Recipe, axes: Axes, *, mode: Mode = "product"
+    base: Recipe,
+    axes: Axes,
+    *,
+    mode: Mode = "product",
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[list[Recipe], list[Refused]]:
     """Return every recipe that the axes span over a base, and what was refused.
 
-    product: all combinations. one-at-a-time: the base, then each axis varied alone.
+    product: all combinations. one-at-a-time: the base, then each axis varied alone. `settings`
+    are axes that every recipe has so.
     """
     recipes, refused = [], []
     for combination in _combinations(axes, mode):
         try:
-            recipes.append(with_axes(base, combination))
+            recipes.append(with_settings(base, settings or {}, combination))
         except ValueError as error:
             named = " ".join(f"{axis}={value}" for axis, value in combination.items())
             refused.append(Refused(named, problem(error)))
@@ -133,10 +141,9 @@ def build_plan(
         study = replace(study, evaluators=evaluators)
     chosen = _choose_tables(study, tables)
     _check_size(study, seeds)
+    check_settings(study.settings, study.axes or {})
     asked, refused = _ask(study, chosen)
-    if study.settings:
-        _check_still_apart(asked, study.settings)
-    asked = [(_trained(recipe, study, scale), serves, columns) for recipe, serves, columns in asked]
+    asked = [(_shrunk(recipe, scale), serves, columns) for recipe, serves, columns in asked]
     if only:
         asked = _keep_only(asked, only, study.name)
     drafts: dict[str, _Draft] = {}
@@ -162,7 +169,7 @@ def build_plan(
     chains = _longest_chains(trials)
     trials.sort(key=lambda trial: (-chains[trial.digest], trial.digest))
     trained = tuple(_as_trained(table, study, scale) for table in chosen)
-    return Plan(tuple(trials), tuple(refused), count, trained, seeds)
+    return Plan(tuple(trials), tuple(refused), count, trained, seeds, _notes(study, chosen))
 
 
 def _check_size(study: Study, seeds: int) -> None:
@@ -175,16 +182,40 @@ def _check_size(study: Study, seeds: int) -> None:
 
 
 def _ask(study: Study, tables: Iterable[Table]) -> tuple[list[Asked], list[Refused]]:
-    """Return what tables and axes ask for, as the study states it, and what was refused."""
+    """Return what tables and axes ask for, set as all are, and what was refused."""
     asked: list[Asked] = [
-        (row.recipe, f"{table.name} {row.label}", [c.evaluator for c in table.columns])
+        (_set(row.recipe, study), f"{table.name} {row.label}", [c.evaluator for c in table.columns])
         for table in tables
         for row in table.rows
     ]
+    if study.settings:
+        _check_still_apart(asked, tables, study.settings)
     if study.base is None:
         return asked, []
-    recipes, refused = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
+    recipes, refused = enumerate_trials(
+        study.base, study.axes or {}, mode=study.mode, settings=study.settings
+    )
+    if refused and not recipes:
+        named = " ".join(filter(None, (format_settings(study.settings), refused[0].combination)))
+        raise ValueError(
+            f"study {study.name!r} has no trial left, all {len(refused)} are refused; "
+            f"the first, {named}: {refused[0].reason}"
+        )
     return [*asked, *((recipe, study.name, []) for recipe in recipes)], refused
+
+
+def _notes(study: Study, tables: Iterable[Table]) -> tuple[str, ...]:
+    """Say what was adapted to what is set."""
+    rows: list[tuple[Recipe, dict[str, Any]]] = [
+        (row.recipe, {}) for table in tables for row in table.rows
+    ]
+    if study.base is not None:
+        rows += [(study.base, values) for values in _combinations(study.axes or {}, study.mode)]
+    notes: dict[str, None] = {}
+    for recipe, values in rows:
+        with suppress(ValueError):  # a combination that is refused
+            notes |= dict.fromkeys(warmup_notes(recipe, study.settings, values))
+    return tuple(notes)
 
 
 def _name(recipe: Recipe, axes: Iterable[str]) -> str:
@@ -237,12 +268,15 @@ def _depth(trial: Trial) -> int:
     return depth
 
 
-def _check_still_apart(asked: Iterable[Asked], settings: Mapping[str, Any]) -> None:
+def _check_still_apart(
+    asked: Iterable[Asked], tables: Iterable[Table], settings: Mapping[str, Any]
+) -> None:
     """Raise ValueError where what is set for all makes one recipe of two: no row says so."""
     found: dict[str, tuple[str, str]] = {}
-    for recipe, serves, _ in asked:
+    rows = (row.recipe for table in tables for row in table.rows)
+    for (changed, serves, _), recipe in zip(asked, rows, strict=True):
         digest, name = recipe.digest(), f"{serves} ({recipe.describe()})"
-        first, other = found.setdefault(with_settings(recipe, settings).digest(), (digest, name))
+        first, other = found.setdefault(changed.digest(), (digest, name))
         if first != digest:
             raise ValueError(
                 f"--set {format_settings(settings)} makes one trial of {other} and {name}, which "
@@ -250,9 +284,17 @@ def _check_still_apart(asked: Iterable[Asked], settings: Mapping[str, Any]) -> N
             )
 
 
-def _trained(recipe: Recipe, study: Study, scale: Scale) -> Recipe:
-    """Return a study's recipe as it is trained: set as all are, then shrunk."""
-    recipe = with_settings(recipe, study.settings)
+def _set(recipe: Recipe, study: Study) -> Recipe:
+    """Return a row's recipe as all trials are set; ValueError names the row."""
+    try:
+        return with_settings(recipe, study.settings) if study.settings else recipe
+    except ValueError as error:
+        raise ValueError(
+            f"--set {format_settings(study.settings)}: {recipe.describe()}: {problem(error)}"
+        ) from None
+
+
+def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
     try:
         return scale.shrink(recipe)
     except ValueError as error:
@@ -261,7 +303,7 @@ def _trained(recipe: Recipe, study: Study, scale: Scale) -> Recipe:
 
 def _as_trained(table: Table, study: Study, scale: Scale) -> Table:
     """Return a table with its rows' recipes as they are trained; its question tells what is set."""
-    rows = tuple(replace(row, recipe=_trained(row.recipe, study, scale)) for row in table.rows)
+    rows = tuple(replace(row, recipe=_shrunk(_set(row.recipe, study), scale)) for row in table.rows)
     told = ", ".join(f"{axis.replace('_', ' ')} {v}" for axis, v in study.settings.items())
     question = f"{table.question} (every trial: {told})" if told else table.question
     return replace(table, question=question, rows=rows)
@@ -297,6 +339,20 @@ def _adversarial_rate(recipe: Recipe) -> str:
     released = scale_named(recipe.scale).shrink(BASES["adversarial_resnet50_gelu"]())
     same_kind = attrgetter("family", "activation", "optimizer", "training", "learning_rate")
     return AS_RELEASED if same_kind(recipe) == same_kind(released) else BY_RULE
+
+
+def field_text(recipe: Recipe, name: str) -> str:
+    """Return the value of a recipe's field as a plan shows it, in a few words."""
+    if name == "adversary" and recipe.adversary:
+        attack = recipe.adversary
+        return (
+            f"epsilon {attack.epsilon * 255:g}/255 in {attack.steps} steps of "
+            f"{attack.step_size * 255:g}/255 (plain start {attack.plain_start:g})"
+        )
+    if name == "distillation":
+        return f"teacher {axis_value(recipe, 'teacher')}"
+    value = getattr(recipe, name)
+    return f"{value:g}" if isinstance(value, float) else axis_value(recipe, name)
 
 
 def _base_of(teacher: Recipe) -> str:

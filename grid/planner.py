@@ -20,7 +20,7 @@ from grid.forecast import (
     needs_of_tables,
 )
 from grid.passes import held_out_images
-from grid.plan import Plan
+from grid.plan import Plan, field_text
 from grid.progress import format_seconds
 from grid.schedule import Interruptions, Job, Machines, gpu_machines, simulate, speed_of
 from grid.studies import Study, format_settings
@@ -31,6 +31,7 @@ from trainables.source import GIBIBYTE, DataSource
 
 INDENT = " " * 16
 MINUTES_AWAY = 10.0
+MOST_VALUES = 12  # of a field in which trials differ
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +100,8 @@ def print_plan(
         print(f"  refused: {refused.combination}: {refused.reason}")
     for name, images in _subsets(plan, scale).items():
         print(f"  {name}: {images} images, an interval of at most ±{_reach(images):.0f} points")
+    for line in (*_without_effect(study, plan), *_fields_that_differ(plan), *plan.notes):
+        print(line)
     shared = plan.asked - len(plan.trials)
     print(
         f"{plan.asked} rows asked for, {len(plan.trials)} trainings ({shared} shared), "
@@ -116,6 +119,33 @@ def print_plan(
         return
     for line in _hours(options, study, scale, found, throughput, measured):
         print(line)
+
+
+def _without_effect(study: Study, plan: Plan) -> Iterator[str]:
+    """Say which fields that are set for every trial change nothing in some."""
+    for name in filter(Recipe.model_fields.__contains__, study.settings):
+        usual = Recipe.model_fields[name].default
+        others = [trial for trial in plan if getattr(trial.recipe, name) != usual]
+        if inert := [trial for trial in others if name not in trial.recipe.effective()]:
+            yield (
+                f"{name} has no effect in {len(inert)} of {len(plan.trials)} trials, "
+                f"the first {inert[0].name}"
+            )
+
+
+def _fields_that_differ(plan: Plan) -> Iterator[str]:
+    """Say every field of a recipe in which trials differ, with its values there."""
+    found = {
+        name: list(dict.fromkeys(field_text(trial.recipe, name) for trial in plan))
+        for name in Recipe.model_fields
+    }
+    differing = {name: texts for name, texts in found.items() if len(texts) > 1}
+    if not differing:
+        return
+    yield "Trials differ in:"
+    for name, texts in differing.items():
+        more = f" and {len(texts) - MOST_VALUES} more" if len(texts) > MOST_VALUES else ""
+        yield f"  {name}: {', '.join(texts[:MOST_VALUES])}{more}"
 
 
 def _throughput(

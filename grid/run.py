@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     options.sent = _without_on(given)
     try:
-        study = replace(load_study(options.study), settings=_parse_settings(options.settings))
+        study = load_study(options.study)
+        settings = {**study.settings, **_parse_settings(options.settings)}
+        study = replace(study, settings=settings)
         if options.on and options.data:
             # What lies there, only the cluster can say.
             return _run_on(options)
@@ -149,6 +151,8 @@ def _run(
 
         print_status(options.results, options.mlflow, scale, plan)
         return 0
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     from grid.launch import run_study
 
     finished = run_study(_launch(options, study, plan, scale, source, manifest))

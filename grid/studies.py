@@ -7,12 +7,12 @@ Source: "Are Transformers More Robust Than CNNs?" (NeurIPS 2021), recipes as in 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainables.recipe import (
     AUGMENTATIONS,
@@ -82,47 +82,107 @@ def with_axis(recipe: Recipe, axis: str, value: Any) -> Recipe:
     'none', 'study' or a table of rows; teacher names a base. Any other axis is a field of the
     recipe.
     """
-    if axis in _NAMED and not isinstance(value, str):
-        raise ValueError(f"{axis} is a name, not {value!r}")
-    if axis in _SETTERS:
-        return _SETTERS[axis](recipe, value)
-    if axis not in Recipe.model_fields:
-        raise ValueError(f"unknown axis {axis!r}; one of {', '.join(AXES)}")
-    return recipe.replace(**{axis: value})
+    return with_axes(recipe, {axis: value})
 
 
 def with_axes(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Return the recipe with some axes set, in whatever order they are named.
 
-    What brings other fields along comes first; then fields, all at once; then what goes by fields.
+    What brings other fields along comes first; then fields, all at once, so that a field that is
+    named wins over one that is brought along; then what goes by fields. Epochs that would end
+    before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
+    cannot be.
     """
-    bringing = sorted(values.keys() & _SETTERS.keys() - {ADVERSARIAL_RATE}, key=AXES.index)
-    for axis in bringing:
-        recipe = with_axis(recipe, axis, values[axis])
-    recipe = recipe.replace(**{axis: values[axis] for axis in values if axis not in _SETTERS})
+    for axis in values:
+        if axis not in AXES:
+            raise ValueError(f"unknown axis {axis!r}; one of {', '.join(AXES)}")
+        if axis in _NAMED and not isinstance(values[axis], str):
+            raise ValueError(f"{axis} is a name, not {values[axis]!r}")
+    draft: Recipe = _Draft.model_validate(_fields_of(recipe))
+    for axis in sorted(values.keys() & _SETTERS.keys() - {ADVERSARIAL_RATE}, key=AXES.index):
+        draft = _SETTERS[axis](draft, values[axis])
+    fields = {axis: value for axis, value in values.items() if axis not in _SETTERS}
+    draft = draft.replace(**(fields | _shortened_warmup(draft, fields)))
     if ADVERSARIAL_RATE in values:
-        recipe = with_axis(recipe, ADVERSARIAL_RATE, values[ADVERSARIAL_RATE])
-    return recipe
+        draft = _with_adversarial_rate(draft, values[ADVERSARIAL_RATE])
+    changed = Recipe.model_validate(_fields_of(draft))
+    if changed.training != values.get("training", changed.training):
+        raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
+    return changed
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """Return the recipe and its teachers with some axes set, whatever they had there.
+class _Draft(Recipe):
+    """A recipe while axes are set on it, whose fields are not yet checked together."""
 
-    ValueError names the trial that cannot be so.
+    @model_validator(mode="after")
+    def _can_be(self) -> _Draft:
+        return self
+
+
+def _fields_of(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in Recipe.model_fields}
+
+
+def _shortened_warmup(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, float]:
+    epochs = fields.get("epochs")
+    if "warmup_epochs" in fields or not isinstance(epochs, int):
+        return {}
+    if not 0 < epochs < recipe.warmup_epochs:
+        return {}
+    return {"warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs}
+
+
+def with_settings(
+    recipe: Recipe, settings: Mapping[str, Any], axes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Return the recipe with some axes, and with what is set for every trial and its teachers.
+
+    What is set wins over what an axis brings along. A teacher has its own model, training and
+    seed. ValueError where the trial or a teacher cannot be so.
     """
-    if not settings:
-        return recipe
-    try:
-        changed = with_axes(recipe, settings)
-    except ValueError as error:
-        raise ValueError(
-            f"--set {format_settings(settings)}: {recipe.describe()}: {problem(error)}"
-        ) from None
+    changed = with_axes(recipe, {**(axes or {}), **settings})
     if changed.distillation is None:
         return changed
-    teacher = with_settings(changed.distillation.teacher, settings)
+    teacher = changed.distillation.teacher
+    try:
+        teacher = with_settings(teacher, _of_teachers(settings))
+    except ValueError as error:
+        raise ValueError(f"teacher {teacher.describe()}: {problem(error)}") from None
     taught = changed.distillation.model_copy(update={"teacher": teacher})
     return changed.replace(distillation=taught)
+
+
+def warmup_notes(
+    recipe: Recipe, settings: Mapping[str, Any], axes: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Say where `with_settings` shortens the warm-up of the recipe or a teacher."""
+    values = {**(axes or {}), **settings}
+    changed = with_axes(recipe, values)
+    whole = with_axes(recipe, {axis: values[axis] for axis in values if axis != "epochs"})
+    if whole.warmup_epochs > changed.epochs:
+        yield (
+            f"the warm-up of {whole.warmup_epochs:g} of {whole.epochs} epochs is shortened to "
+            f"{changed.warmup_epochs:g} of {changed.epochs}"
+        )
+    if changed.teacher:
+        yield from warmup_notes(changed.teacher, _of_teachers(settings))
+
+
+def _of_teachers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {axis: value for axis, value in settings.items() if axis in SETTABLE}
+
+
+def check_settings(settings: Mapping[str, Any], axes: Axes) -> None:
+    """Raise ValueError where two of what is set and what is varied are about the same thing."""
+    said = {axis: f"{axis}={value} is set for every trial" for axis, value in settings.items()}
+    for axis, values in axes.items():
+        varied = f"the study varies {axis} ({', '.join(map(str, values))})"
+        if axis in said:
+            raise ValueError(f"{said[axis]}, and {varied}: leave one out")
+        said[axis] = varied
+    for one, other in _SAME:
+        if one in said and other in said:
+            raise ValueError(f"{said[one]}, and {said[other]}: both choose the {one}")
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
@@ -235,6 +295,12 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", ADVERSARIAL_RATE, "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
+# Pairs of axes of which one would undo the other.
+_SAME = (
+    *(("model", "family"), ("model", "size")),
+    *(("augmentation", "augmentations"), ("teacher", "distillation")),
+    ("learning_rate", ADVERSARIAL_RATE),
+)
 # What a table's row or column is about, and what --scale and --seeds choose.
 _NOT_FOR_ALL = {
     *("model", "family", "size", "training", "adversary", "teacher", "distillation"),
@@ -372,7 +438,7 @@ class Study:
 
     `evaluators` run on every trial, beside those that the tables' columns ask for. `placement` maps
     a family to what of its trials' placement is not as usual. `settings` are axes that every trial
-    has so, teachers too, after all else.
+    and every teacher has so, whatever other axes bring along.
     """
 
     name: str
@@ -618,20 +684,40 @@ def _study_from(parsed: StudyFile, path: Path) -> Study:
         raise ValueError(
             f"study file {path}: unknown axis {unknown[0]!r}; one of {', '.join(AXES)}"
         )
-    base = BASES[parsed.base]()
-    for axis in sorted(parsed.set, key=AXES.index):
-        try:
-            base = with_axis(base, axis, parsed.set[axis])
-        except ValueError as error:
-            raise ValueError(f"study file {path}: set.{axis}: {problem(error)}") from None
+    axes = {axis: tuple(values) for axis, values in parsed.axes.items()}
+    try:
+        check_settings(parsed.set, axes)
+        for axis, value in parsed.set.items():
+            _check_value(BASES[parsed.base](), axis, value)
+    except ValueError as error:
+        raise ValueError(f"study file {path}: {error}") from None
     return Study(
         name=parsed.name,
-        base=base,
-        axes={axis: tuple(values) for axis, values in parsed.axes.items()},
+        base=BASES[parsed.base](),
+        axes=axes,
         mode=parsed.mode,
         evaluators=tuple(parsed.evaluators),
         placement={k: v.model_dump(exclude_none=True) for k, v in parsed.placement.items()},
+        settings=parsed.set,
     )
+
+
+def _check_value(base: Recipe, axis: str, value: Any) -> None:
+    """Raise ValueError where no recipe can have a value; which trials can, the plan says."""
+    refused = []
+    for recipe in (base, *(make() for make in BASES.values())):
+        try:
+            with_axis(recipe, axis, value)
+        except ValueError as error:
+            refused.append(error)
+            continue
+        return
+    about_fields_together = (
+        isinstance(refused[0], ValidationError) and not refused[0].errors()[0]["loc"]
+    )
+    if not about_fields_together:
+        said = problem(refused[0])
+        raise ValueError(f"set.{said}" if said.startswith(axis) else f"set.{axis}: {said}")
 
 
 def first_problem(error: ValidationError) -> str:

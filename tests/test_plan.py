@@ -13,6 +13,7 @@ from grid.studies import (
     SETTABLE,
     Study,
     adversarial_resnet50,
+    check_settings,
     deit,
     full,
     load_study,
@@ -23,6 +24,7 @@ from grid.studies import (
     with_axes,
     with_axis,
 )
+from tests.axis_values import VALUES
 from trainables.scale import DIGITS, IMAGENET
 
 
@@ -287,20 +289,22 @@ def test_a_study_file_is_a_study(tmp_path):
     study = load_study(write(tmp_path, GOOD))
     assert study == Study(
         name="activation",
-        base=with_axis(resnet50(), "size", "small"),
+        base=resnet50(),
         axes={"activation": ("relu", "silu"), "augmentation": ("none", "randaug+cutmix")},
         evaluators=("clean",),
+        settings={"size": "small"},
     )
     plan = build_plan(study, DIGITS)
     assert len(plan.trials) == 4
+    assert {trial.recipe.model for trial in plan} == {"resnet18"}
     assert all(trial.evaluators == ("clean",) for trial in plan)
 
 
 def test_a_curriculum_table_can_be_given_in_a_study_file(tmp_path):
     row = "randaug_magnitude=4, mix_probability=0.5, cutmix_alpha=1.0, switch_probability=0.5"
     text = f'name="c"\nbase="deit_small"\n[set]\ncurriculum=[{{epoch=0, {row}}}]\n'
-    study = load_study(write(tmp_path, text))
-    assert study.base.curriculum[0].randaug_magnitude == 4
+    (trial,) = build_plan(load_study(write(tmp_path, text)), IMAGENET)
+    assert [row.randaug_magnitude for row in trial.recipe.curriculum] == [4]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +314,14 @@ def test_a_curriculum_table_can_be_given_in_a_study_file(tmp_path):
         (GOOD + "\n[colour]\n", "unknown key 'colour'; known keys: name, base"),
         (GOOD.replace("resnet50", "vgg"), "unknown base 'vgg'; one of"),
         (GOOD.replace("activation =", "activations ="), "unknown axis 'activations'; one of"),
+        (
+            GOOD.replace("size =", "activation ="),
+            "activation=small is set for every trial, and the",
+        ),
+        (
+            GOOD.replace("activation =", "model ="),
+            "the study varies model (relu, silu), and size=small is set for every trial: both",
+        ),
         (GOOD.replace('["clean"]', '"clean"'), "evaluators: Input should be a valid list"),
         (GOOD.replace('"small"', '"tiny"'), "set.size: family 'resnet' has no size 'tiny'"),
         ("name = ", "is not TOML"),
@@ -432,9 +444,157 @@ def test_what_cannot_be_set_for_all_is_refused_with_the_trial(settings, message)
 
 def test_an_axis_that_is_set_for_all_is_refused():
     study = Study("s", base=resnet50(), axes={"activation": ("relu", "gelu")})
-    with pytest.raises(ValueError, match=r"makes one trial of s .* relu .* and s .* gelu"):
+    with pytest.raises(
+        ValueError, match=r"activation=silu is set .* varies activation \(relu, gelu"
+    ):
         build_plan(with_all(study, activation="silu"), DIGITS)
     assert len(build_plan(with_all(study, precision="bf16"), DIGITS).trials) == 2
+
+
+FIXED = """
+name = "alike"
+base = "resnet50"
+[set]
+micro_batch = 64
+label_smoothing = 0.3
+learning_rate = 0.0123
+[axes]
+family = ["resnet", "deit"]
+augmentation = ["none", "randaug+mixup+cutmix"]
+"""
+
+
+def test_what_a_study_file_sets_wins_over_what_its_axes_bring(tmp_path):
+    plan = build_plan(load_study(write(tmp_path, FIXED)), IMAGENET)
+    found = {(t.recipe.micro_batch, t.recipe.label_smoothing, t.recipe.learning_rate) for t in plan}
+    assert (found, len(plan.trials)) == ({(64, 0.3, 0.0123)}, 4)
+    # What is not set still comes with the family.
+    assert {(t.recipe.family, t.recipe.batch_size) for t in plan} == {
+        ("resnet", 256),
+        ("deit", 2048),
+    }
+
+
+def holds(recipe, axis, value):
+    if axis in ("augmentation", "augmentations"):
+        return "+".join(recipe.augmentations) == value.replace("none", "")
+    if axis == "curriculum":
+        return len(recipe.curriculum) == {"none": 0, "study": 11}.get(str(value), 1)
+    if axis == "teacher":
+        return (recipe.teacher.model if recipe.teacher else "none") == value
+    if axis == "adversary":
+        return recipe.adversary.steps == value["steps"]
+    if axis == "adversarial_rate":
+        kind = (recipe.family, recipe.activation, recipe.optimizer, recipe.training)
+        per_image = recipe.learning_rate / recipe.batch_size
+        expected = {"as-released": 0.05 / 256, "by-rule": 0.1 / 256}[value]
+        return kind != ("resnet", "gelu", "sgd", "adversarial") or per_image == expected
+    return getattr(recipe, axis) == value
+
+
+@pytest.mark.parametrize("axis", [axis for axis in AXES if VALUES[axis]])
+def test_every_field_that_is_set_holds_beside_every_axis_or_is_refused(axis):
+    kept = tried = 0
+    pairs = [(field, value) for field in SETTABLE for value in VALUES[field]]
+    for field, value in pairs:
+        for base in (resnet50(), deit(), BASES["adversarial_resnet50_gelu"]()):
+            study = Study("s", base=base, axes={axis: VALUES[axis]}, settings={field: value})
+            try:
+                check_settings(study.settings, study.axes)
+            except ValueError as error:
+                # Both are about one thing, and both values are named.
+                assert f"{field}={value} is set" in str(error)
+                assert f"the study varies {axis} ({VALUES[axis][0]}" in str(error)
+                continue
+            found, refused = enumerate_trials(base, study.axes, settings=study.settings)
+            left_out = {refusal.combination for refusal in refused}
+            assert all(refusal.reason for refusal in refused)
+            varied = [v for v in VALUES[axis] if f"{axis}={v}" not in left_out]
+            for recipe, own in zip(found, varied, strict=True):
+                assert holds(recipe, field, value), (field, value, own)
+                assert holds(recipe, axis, own), (field, value, own)
+                assert recipe.teacher is None or holds(recipe.teacher, field, value)
+            kept, tried = kept + len(found), tried + len(found) + len(refused)
+    assert kept > tried / 2
+
+
+SHORTENED = "the warm-up of 5 of 100 epochs is shortened to 0.2 of 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("[set]\nepochs = 4\n", {}),
+        ("[axes]\nepochs = [4]\n", {}),
+        ("", {"epochs": 4}),
+        ("[set]\nepochs = 50\n", {"epochs": 4}),
+        ("[axes]\nepochs = [4]\noptimizer = ['adamw']\n", {}),
+        ("[set]\nepochs = 4\n[axes]\noptimizer = ['adamw']\n", {}),
+    ],
+)
+def test_epochs_that_end_before_the_warm_up_shorten_it_and_the_plan_says_so(
+    tmp_path, text, settings
+):
+    study = load_study(write(tmp_path, f'name = "short"\nbase = "resnet50_aligned"\n{text}'))
+    plan = build_plan(with_all(study, **(study.settings | settings)), IMAGENET)
+    (trial,) = plan
+    assert (trial.recipe.epochs, trial.recipe.warmup_epochs) == (4, 0.2)
+    assert plan.notes == (SHORTENED,)
+
+
+def test_every_rows_and_teachers_warm_up_is_shortened_in_proportion_to_its_own_epochs():
+    plan = build_plan(with_all(paper(), epochs=4), IMAGENET, tables=["T2", "T9"])
+    assert {trial.recipe.warmup_epochs for trial in plan} == {0.2, 0.4}
+    taught = [trial.recipe.teacher for trial in plan if trial.recipe.teacher]
+    assert {(teacher.epochs, teacher.warmup_epochs) for teacher in taught} == {(4, 0.2)}
+    assert set(plan.notes) == {
+        SHORTENED,
+        "the warm-up of 10 of 100 epochs is shortened to 0.4 of 4",
+    }
+
+
+def test_a_warm_up_that_fits_or_is_set_is_left_alone():
+    plan = build_plan(with_all(paper(), epochs=5), IMAGENET, tables=["T9"])
+    assert {trial.recipe.warmup_epochs for trial in plan} == {5}
+    assert plan.notes == ()
+    with pytest.raises(ValueError, match="warm-up of 5 epochs is longer than the training of 4"):
+        build_plan(with_all(paper(), epochs=4, warmup_epochs=5.0), IMAGENET, tables=["T9"])
+
+
+def test_a_study_that_has_no_trial_left_says_why(tmp_path):
+    study = with_all(load_study(write(tmp_path, GOOD)), size="small", precision="bf17")
+    with pytest.raises(ValueError, match=r"all 4 are refused; the first, size=small precision=bf1"):
+        build_plan(study, DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('precision = "bf17"', "set.precision: Input should be 'float32'"),
+        ("label_smoothing = 2", "set.label_smoothing: Input should be less than 1"),
+        ('training = "fast"', "set.training: unknown training 'fast'"),
+        ("[[set.curriculum]]\nepoch = 3", "set.curriculum.0.randaug_magnitude: Field required"),
+    ],
+)
+def test_a_value_that_no_trial_can_have_is_refused_where_it_is_read(tmp_path, line, message):
+    path = write(tmp_path, f'name = "s"\nbase = "deit_small"\n[set]\n{line}\n')
+    with pytest.raises(ValueError, match=r"study\.toml") as error:
+        load_study(path)
+    assert message in str(error.value)
+
+
+def test_values_that_only_hold_together_are_read(tmp_path):
+    text = FIXED.replace("micro_batch = 64", "micro_batch = 96\nbatch_size = 192")
+    plan = build_plan(load_study(write(tmp_path, text)), IMAGENET)
+    assert {(t.recipe.batch_size, t.recipe.micro_batch) for t in plan} == {(192, 96)}
+    ghosts = FIXED.replace("micro_batch = 64", 'norm = "ghost"').replace('"resnet", ', "")
+    with pytest.raises(ValueError, match="norm 'ghost' needs batch normalisation"):
+        build_plan(load_study(write(tmp_path, ghosts)), IMAGENET)
+
+
+def test_values_are_tried_of_every_axis():
+    assert VALUES.keys() == set(AXES)
+    assert [axis for axis in AXES if not VALUES[axis]] == ["distillation"]
 
 
 def test_a_recipe_that_a_scale_cannot_shrink_is_named():

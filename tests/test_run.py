@@ -181,7 +181,7 @@ def test_a_scale_without_data_is_refused(capsys, tmp_path):
 def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     assert main(["--plan", "--tables", "T2", "--scale", "imagenet"]) == 0
     printed = capsys.readouterr().out
-    assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 512" in printed
+    assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 1024" in printed
     assert "7 rows asked for, 7 trainings (0 shared), 0 combinations refused" in printed
 
 
@@ -192,6 +192,28 @@ def test_plan_prints_what_is_set_for_all(capsys):
     assert printed.startswith("Study paper with precision=bf16 micro_batch=256 epochs=90 at scale")
     assert printed.count(" bf16 90ep seed") == printed.count("micro_batch=256\n") == 10
     assert "14 rows asked for, 10 trainings (4 shared), 0 combinations refused" in printed
+
+
+SHORTENED = "the warm-up of 5 of 100 epochs is shortened to 0.2 of 4"
+
+
+def test_plan_prints_what_is_set_and_every_field_in_which_trials_differ(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    fixed = "label_smoothing=0.3\nmixup_alpha=0.4\nepochs=4"
+    axes = '[axes]\nfamily=["resnet", "deit"]\naugmentation=["none", "mixup"]\nscheduler=["step"]'
+    path.write_text(f'name="s"\nbase="resnet50_aligned"\n[set]\n{fixed}\n{axes}')
+    assert main(["--plan", "--study", str(path), "--scale", "imagenet"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Study s with label_smoothing=0.3 mixup_alpha=0.4 epochs=4 at")
+    assert "mixup_alpha has no effect in 2 of 4 trials, the first " in printed
+    told = printed.partition("Trials differ in:\n")[2].splitlines()
+    found = dict(line.strip().split(": ") for line in told[: told.index(SHORTENED)])
+    assert {name: set(values.split(", ")) for name, values in found.items()} == {
+        "model": {"resnet50", "deit_small"},
+        "augmentations": {"none", "mixup"},
+        "batch_size": {"256", "2048"},
+        "learning_rate": {"0.0005", "0.002"},
+    }
 
 
 def test_a_studys_file_can_be_set_too(capsys, tmp_path):

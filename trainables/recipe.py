@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -238,10 +238,10 @@ class Recipe(_Frozen):
             changes["distillation"] = self.distillation.model_copy(update={"teacher": teacher})
         return self.replace(**changes)
 
-    def replace(self, **changes: Any) -> Recipe:
+    def replace(self, **changes: Any) -> Self:
         """Return this recipe with some fields changed, validated again."""
         fields = {name: getattr(self, name) for name in Recipe.model_fields}
-        return Recipe.model_validate(fields | changes)
+        return type(self).model_validate(fields | changes)
 
     def effective(self) -> dict[str, Any]:
         """Return the fields that can change the weights, as JSON values."""

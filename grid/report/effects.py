@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 
 from evaluators.ledger import CONFIDENCE
 from grid.plan import Plan, axis_value, enumerate_trials
-from grid.studies import Study, with_settings
+from grid.studies import Study
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.tracking import TrialRun
@@ -118,9 +118,10 @@ def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
     if study.base is None:
         return {}
     planned = {trial.digest for trial in plan}
-    spanned, _ = enumerate_trials(study.base, study.axes or {}, mode=study.mode)
-    trained = [with_settings(recipe, study.settings) for recipe in spanned]
-    seeded = [r.with_seed(s) if s else r for r in trained for s in range(plan.seeds)]
+    spanned, _ = enumerate_trials(
+        study.base, study.axes or {}, mode=study.mode, settings=study.settings
+    )
+    seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
     found = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)
     return {digest: recipe for digest, recipe in found if digest in planned}
 
