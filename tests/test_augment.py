@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, RandAugment
 
-from grid.studies import STRONG, deit, with_axis
+from grid.studies import CURRICULA, STRONG, deit, with_axis
 from trainables.augment import (
     CACHED_BYTES,
     KEPT_BYTES,
@@ -18,6 +18,7 @@ from trainables.augment import (
     augmented,
     augmented_epoch,
     epoch_order,
+    flipped,
     library_randomness,
     mix,
     randaugment,
@@ -41,6 +42,29 @@ def test_shift_moves_whole_images_by_at_most_a_sixteenth():
         tuple((shift(image, seed=0, epoch=e)[0, 0] == 200).nonzero()[0].tolist()) for e in range(60)
     }
     assert moves == {(r, c) for r in (7, 8, 9) for c in (7, 8, 9)}
+
+
+def test_flips_mirror_half_of_the_images_and_follow_from_seed_and_epoch():
+    ramps = torch.arange(16, dtype=torch.uint8).expand(400, 3, 16, 16)
+
+    def mirrored(**draw):
+        shown = flipped(ramps, **draw)
+        whole = torch.where((shown[:, :1, :1, :1] == 15), ramps.flip(-1), ramps)
+        assert torch.equal(shown, whole)
+        return shown[:, 0, 0, 0] == 15
+
+    draws = [mirrored(seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert all(0.4 < float(draw.float().mean()) < 0.6 for draw in draws)
+    differing = [float((draws[0] != other).float().mean()) for other in draws[1:]]
+    assert all(0.4 < share < 0.6 for share in differing)
+    assert torch.equal(draws[0], mirrored(seed=0, epoch=0))
+
+
+def test_shifts_follow_from_seed_and_epoch():
+    images = torch.rand(60, 3, 16, 16)
+    draws = [shift(images, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    still = [(draws[0] == other).flatten(1).all(dim=1).float().mean() for other in draws[1:]]
+    assert all(share < 0.3 for share in still)  # one in nine by chance
 
 
 def test_randaugment_of_an_image_depends_on_seed_epoch_and_image_alone(few_digits):
@@ -106,29 +130,104 @@ def test_library_randomness_is_put_back():
     assert (random.random(), np.random.random()) == expected
 
 
-def test_mixing_keeps_label_mass_and_follows_from_the_step():
-    recipe = DIGITS.shrink(deit()).replace(mix_probability=1.0)
-    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
+def grey_images(count=8):
+    """Return images of the grey i / 10 and their labels i: a mix's grey tells what is in it."""
+    labels = torch.arange(count)
+    return (labels / 10).view(-1, 1, 1, 1).repeat(1, 3, 16, 16), labels
 
-    def mixed(step):
-        return mix(recipe, images.clone(), labels, num_classes=10, epoch=0, step=step)
 
-    inputs, targets = mixed(1)
-    assert torch.allclose(targets.sum(dim=1), torch.ones(8))
-    assert torch.equal(inputs, mixed(1)[0])
-    assert not torch.equal(inputs, mixed(2)[0])
+def mixed(recipe, *, step=0, epoch=0):
+    """Return the mixed grey images, their soft targets and what an image was mixed with."""
+    images, labels = grey_images()
+    inputs, targets = mix(recipe, images, labels, num_classes=10, epoch=epoch, step=step)
+    return inputs, targets
+
+
+def kind_of_mix(inputs):
+    """Tell how grey images were mixed: not at all, blended (mixup) or with a piece (cutmix)."""
+    if torch.equal(inputs, grey_images()[0]):
+        return "none"
+    return "mixup" if (inputs.flatten(1).std(dim=1) < 1e-6).all() else "cutmix"
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "mixup+cutmix"])
+def test_targets_say_what_is_in_a_mixed_image(small, name):
+    recipe = small(augmentations=name, mix_probability=1.0)
+    for step in range(10):
+        inputs, targets = mixed(recipe, step=step)
+        greys = torch.arange(10) / 10
+        assert torch.allclose(inputs.mean(dim=(1, 2, 3)), targets @ greys, atol=1e-5)
+        assert (targets > 1e-6).sum(dim=1).max() <= 2
+        assert torch.equal(inputs, mixed(recipe, step=step)[0])
+    assert not torch.equal(inputs, mixed(recipe, step=0)[0])
+    assert not torch.equal(inputs, mixed(recipe.replace(seed=1), step=9)[0])
+
+
+def test_mixed_targets_are_smoothed(small):
+    recipe = small(augmentations="mixup", label_smoothing=0.1, mix_probability=0.0)
+    _, targets = mixed(recipe)
+    # 0.1 is spread over all ten classes, the true one too.
+    assert torch.allclose(targets[3], torch.full((10,), 0.01).index_fill(0, torch.tensor(3), 0.91))
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_one_kind_of_mixing_stays_that_kind(small, name):
     recipe = small(augmentations=name, mix_probability=1.0)
-    black_and_white = torch.cat([torch.zeros(4, 3, 16, 16), torch.ones(4, 3, 16, 16)])
-    labels = torch.arange(8)
-    blended = False
-    for step in range(10):
-        inputs, _ = mix(recipe, black_and_white.clone(), labels, num_classes=10, epoch=0, step=step)
-        blended |= bool(((inputs > 0) & (inputs < 1)).any())
-    assert blended == (name == "mixup")
+    assert {kind_of_mix(mixed(recipe, step=step)[0]) for step in range(10)} == {name}
+
+
+@pytest.mark.parametrize(("switch", "kind"), [(0.0, "mixup"), (1.0, "cutmix")])
+def test_switch_probability_chooses_cutmix(small, switch, kind):
+    recipe = small(
+        augmentations="mixup+cutmix", mix_probability=1.0, switch_probability=switch
+    )
+    assert {kind_of_mix(mixed(recipe, step=step)[0]) for step in range(10)} == {kind}
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_alpha_is_how_even_a_mix_is(small, kind):
+    """Of a small alpha half of the draws and more leave one image whole, of a large one none."""
+    whole = []
+    for alpha in (0.01, 100.0):
+        recipe = small(augmentations=kind, mix_probability=1.0, **{f"{kind}_alpha": alpha})
+        highest = torch.stack([mixed(recipe, step=step)[1].max() for step in range(20)])
+        whole.append(float((highest > 0.99).float().mean()))
+    assert whole[0] >= 0.4
+    assert whole[1] == 0
+
+
+def test_a_curriculum_rules_the_mixing_of_each_epoch(small):
+    """Rows of epochs without mixing, with Mixup alone, with CutMix alone, and with both."""
+    values = ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, 0.5))
+    rows = [
+        {
+            "epoch": epoch,
+            "randaug_magnitude": 0,
+            "mix_probability": probability,
+            "cutmix_alpha": alpha,
+            "switch_probability": switch,
+        }
+        for epoch, (probability, alpha, switch) in enumerate(values)
+    ]
+    recipe = small("deit", epochs=4, curriculum=rows, curriculum_epochs=4)
+    kinds = [
+        {kind_of_mix(mixed(recipe, step=step, epoch=epoch)[0]) for step in range(20)}
+        for epoch in range(4)
+    ]
+    assert kinds == [{"none"}, {"mixup"}, {"cutmix"}, {"mixup", "cutmix"}]
+
+
+def test_the_studys_curriculum_is_that_of_its_released_loop():
+    """Source: main_adv_deit.py, the branches on the epoch, here as rules."""
+    rows = CURRICULA["study"]
+    assert [row.epoch for row in rows] == list(range(11))
+    assert [row.randaug_magnitude for row in rows] == [min(max(e, 1), 9) for e in range(11)]
+    risen = [0.5 + 0.1 * e for e in range(6)]
+    chances = [*risen, 1.0, 1.0, 0.9, 0.95, 1.0]
+    assert [row.mix_probability for row in rows] == pytest.approx(chances)
+    assert [row.cutmix_alpha for row in rows] == [float(e >= 6) for e in range(11)]
+    switches = [max(e - 5, 0) / 10 for e in range(11)]
+    assert [row.switch_probability for row in rows] == pytest.approx(switches)
 
 
 def test_without_mixing_a_batch_is_left_alone(small):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from grid.studies import deit, resnet50
 from trainables.models import build_classifier
 from trainables.optim import build_optimizer, learning_rate, parameter_groups, rate_at
+from trainables.recipe import MODELS
 
 
 def test_cosine_meets_the_figure_of_the_public_log():
@@ -42,31 +44,41 @@ def test_step_drops_by_ten_at_30_60_90_of_any_length():
     assert learning_rate(recipe.replace(epochs=300), 90) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("base", ["resnet", "deit"])
-def test_no_decay_on_vectors_biases_position_and_class_token(small, base):
-    classifier = build_classifier(small(base))
-    decayed, free = parameter_groups(classifier, 0.05)
-    names = {id(p): n for n, p in classifier.named_parameters()}
-    assert decayed["weight_decay"] == 0.05
-    assert free["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"])
-    matrices = {names[id(p)] for p in free["params"] if p.ndim > 1}
-    expected = {"backbone.cls_token", "backbone.pos_embed"} if base == "deit" else set()
-    assert matrices == expected
-    assert len(names) == len(decayed["params"]) + len(free["params"])
+def names_by_decay(module, groups):
+    """Return the decay of each of a module's parameters, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
 
 
-def test_ghost_affine_is_decayed(small):
-    recipe = small(norm="ghost", ghost_batch=16)
-    decayed, _ = parameter_groups(build_classifier(recipe), 0.1)
-    assert any(p.shape[0] == 1 and p.shape[2:] == (1, 1) for p in decayed["params"])
+@pytest.mark.parametrize("model", MODELS)
+def test_weight_decay_is_where_timms_rule_has_it(small, model):
+    classifier = build_classifier(small(model=model))
+    network = classifier.backbone
+    listed = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    expected = names_by_decay(
+        network, param_groups_weight_decay(network, 0.05, no_weight_decay_list=listed)
+    )
+    found = names_by_decay(classifier, parameter_groups(classifier, 0.05))
+    assert found == {f"backbone.{name}": decay for name, decay in expected.items()}
+    assert set(found.values()) == {0.0, 0.05}
 
 
-def test_optimizers_are_the_studys(small):
-    sgd = build_optimizer(small(), build_classifier(small()))
-    assert isinstance(sgd, torch.optim.SGD)
-    assert sgd.defaults["nesterov"]
-    assert sgd.defaults["momentum"] == 0.9
-    adamw = build_optimizer(small("deit"), build_classifier(small("deit")))
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert adamw.defaults["eps"] == 1e-8
+@pytest.mark.parametrize(
+    ("optimizer", "theirs"), [("sgd", {"momentum": 0.9}), ("adamw", {"eps": 1e-8})]
+)
+def test_optimizers_step_as_timms_do_under_the_studys_options(small, optimizer, theirs):
+    recipe = small(optimizer=optimizer, learning_rate=0.01, weight_decay=0.3)
+    models = [build_classifier(recipe).double() for _ in range(2)]
+    timms = create_optimizer_v2(
+        models[1], opt=optimizer, lr=0.01, weight_decay=0.3, filter_bias_and_bn=True, **theirs
+    )
+    pairs = zip(models, (build_optimizer(recipe, models[0]), timms), strict=True)
+    images = torch.rand(3, 8, 3, 16, 16, dtype=torch.double)
+    for model, stepper in pairs:
+        for batch in images:
+            stepper.zero_grad()
+            model(batch).square().mean().backward()
+            stepper.step()
+    ours, expected = (dict(model.named_parameters()) for model in models)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-12, msg=name)

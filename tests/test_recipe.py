@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from grid.studies import CURRICULA, STRONG, deit, resnet50, with_axis
+from grid.studies import CURRICULA, STRONG, adversarial_deit, deit, resnet50, with_axis
 from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
 
 ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
@@ -20,6 +20,38 @@ def test_equal_recipes_have_equal_digests_and_any_effective_change_makes_another
     changes = {"seed": 1, "epochs": 99, "activation": "gelu", "label_smoothing": 0.1}
     digests = {base.replace(**{k: v}).digest() for k, v in changes.items()}
     assert len(digests | {base.digest()}) == len(changes) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adversary": None},
+        {"adversary": ADVERSARY | {"epsilon": 8 / 255}},
+        {"adversary": ADVERSARY | {"step_size": 2 / 255}},
+        {"adversary": ADVERSARY | {"steps": 2}},
+        {"adversary": ADVERSARY | {"plain_start": 0.2}},
+        {"curriculum": CURRICULA["study"][:-1]},
+        {"curriculum_epochs": 50},
+        {"protocol": "as-published"},
+        {"mixup_alpha": 0.3},
+        {"floor_rate": 0.0},
+        {"warmup_rate": 1e-5},
+        {"pixel_range": "data"},
+        {"micro_batch": 512},
+    ],
+)
+def test_an_eased_in_adversarial_recipe_is_told_from_one_that_differs_in_anything(change):
+    recipe = adversarial_deit().replace(adversary=ADVERSARY)
+    assert recipe.curriculum
+    assert recipe.replace(**change).digest() != recipe.digest()
+
+
+@pytest.mark.parametrize("field", [name for name in CurriculumRow.model_fields if name != "epoch"])
+def test_every_value_of_a_curriculum_is_part_of_the_identity(field):
+    recipe = adversarial_deit()
+    *rows, last = recipe.curriculum
+    changed = last.model_copy(update={field: type(getattr(last, field))(0)})
+    assert recipe.replace(curriculum=(*rows, changed)).digest() != recipe.digest()
 
 
 def test_digest_is_the_same_in_another_process():
