@@ -178,9 +178,7 @@ def test_one_kind_of_mixing_stays_that_kind(small, name):
 
 @pytest.mark.parametrize(("switch", "kind"), [(0.0, "mixup"), (1.0, "cutmix")])
 def test_switch_probability_chooses_cutmix(small, switch, kind):
-    recipe = small(
-        augmentations="mixup+cutmix", mix_probability=1.0, switch_probability=switch
-    )
+    recipe = small(augmentations="mixup+cutmix", mix_probability=1.0, switch_probability=switch)
     assert {kind_of_mix(mixed(recipe, step=step)[0]) for step in range(10)} == {kind}
 
 

@@ -1,4 +1,4 @@
-"""Images in files: as torchvision's preset shows them, decoded once, damaged ones named."""
+"""Images in files: as the study's transforms show them, decoded once, damaged ones named."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
-from torchvision.transforms._presets import ImageClassification
 
 from tests.pictures import KINDS, write_folder, write_picture
 from trainables.data import load_data
@@ -22,11 +22,9 @@ from trainables.scale import DIGITS, IMAGENET
 from trainables.source import DataSource, list_splits, scale_of
 
 BUDGET = 2**30
-PRESET = ImageClassification(
-    crop_size=224,
-    resize_size=256,
-    mean=(0, 0, 0),
-    std=(1, 1, 1),
+# As the study's datasets.py has it for evaluation, without the normalisation.
+RELEASED = transforms.Compose(
+    [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
 )
 
 
@@ -41,7 +39,7 @@ def files(root):
     return ImageFiles(root, train.paths, size=32)
 
 
-def test_validation_equals_torchvisions_own_preset_on_the_same_files(tmp_path):
+def test_validation_equals_the_studys_transforms_on_the_same_files(tmp_path):
     sizes = ((500, 375), (224, 224), (150, 301), (333, 999))
     rng = np.random.default_rng(0)
     paths = []
@@ -51,18 +49,18 @@ def test_validation_equals_torchvisions_own_preset_on_the_same_files(tmp_path):
         path = tmp_path / f"{number}.jpg"
         image.save(path)
         paths.append(path.name)
-    expected = torch.stack([PRESET(pil_loader(str(tmp_path / path))) for path in paths])
+    expected = torch.stack([RELEASED(pil_loader(str(tmp_path / path))) for path in paths])
     found = ImageFiles(tmp_path, paths, size=IMAGENET.image_size)[:]
     assert torch.equal(found.float().div(255), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_of_any_kind_is_what_the_preset_makes_of_it_upright(tmp_path, kind):
+def test_a_picture_of_any_kind_is_what_the_study_makes_of_it_upright(tmp_path, kind):
     path = write_picture(tmp_path, KINDS.index(kind), 3, side=260)
     stored = pil_loader(str(path))
     upright = stored.transpose(Image.Transpose.ROTATE_270) if kind == "turned" else stored
     found = ImageFiles(tmp_path, [path.name], size=224)[:]
-    assert torch.equal(found[0].float().div(255), PRESET(upright))
+    assert torch.equal(found[0].float().div(255), RELEASED(upright))
 
 
 def test_indexing_gives_uint8_batches_by_slice_and_by_places(files):

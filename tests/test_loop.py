@@ -137,7 +137,7 @@ def test_labels_are_smoothed_in_the_loss_and_mixed_targets_left_as_they_are(smal
 
 
 def test_a_training_smooths_its_labels(small, few_digits):
-    """The last bias's gradient is the mean of softmax - target: smoothing moves the target alone."""
+    """The last bias's gradient is the mean of softmax - target, whose target alone is moved."""
     recipe = small("deit", augmentations="none", optimizer="sgd", epochs=1, batch_size=192)
     steps = []
     for smoothing in (0.0, 0.5):

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from sklearn.svm import SVC
 from torch import nn
+from torchvision import transforms
 
 from evaluators import natural
 from evaluators.base import evaluate
 from evaluators.natural import Natural, hardest
 from trainables.data import Data, Split, load_data
 from trainables.models import Classifier
-from trainables.scale import DIGITS
+from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,20 @@ def test_answers_are_restricted_to_the_classes_present_and_mapped_by_name(source
     scores = {score.name: score.value for score in evaluator.summarize(ledger)}
     assert scores == {"natural": 0.5, "natural-1000": 0.0}
     assert evaluator.identity(source)["data"] == "ImageNet-A"
+
+
+def test_images_are_shown_as_the_study_shows_them(source, tmp_path):
+    """Resize 256 and CenterCrop 224, torchvision's bilinear default: datasets.py of the study."""
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((400, 300))
+    picture.save(tmp_path / "n01" / "a.png")
+    (tmp_path / "n01" / "a.jpg").unlink()
+    study = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
+    )
+    batch = next(iter(Natural(IMAGENET).batches(source, batch_size=2)))
+    shown = dict(zip(batch.ids, batch.images, strict=True))["n01/a"]
+    assert torch.equal(shown, study(picture))
 
 
 def test_a_folder_that_is_no_class_is_an_error(source, tmp_path):

@@ -52,10 +52,11 @@ def copy_of_the_project(folder: Path) -> Path:
 def exit_code(root: Path, tests: Iterable[str]) -> int | None:
     """Return how pytest ends on some of a copy's tests, None where it does not end in time."""
     command = [sys.executable, "-m", "pytest", *FAST, *tests]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": str(root)}
     try:
-        ended = subprocess.run(command, cwd=root, env=environment, timeout=SECONDS, **quiet)
+        ended = subprocess.run(
+            command, cwd=root, env=environment, timeout=SECONDS, check=False, capture_output=True
+        )
     except subprocess.TimeoutExpired:
         return None
     return ended.returncode

@@ -1,0 +1,66 @@
+"""Six recipes train as timm's parts and the study's steps do: see tests/golden/reference.py."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import islice
+
+import pytest
+import torch
+
+from tests.golden import (
+    RECIPES,
+    STEPS,
+    classifier_of,
+    data_of_one_batch,
+    recipe_at_digits,
+    stored,
+)
+from trainables.loader import TrainBatches
+from trainables.loop import train
+from trainables.optim import parameter_groups, rate_at
+from trainables.scale import DIGITS, IMAGENET
+
+
+@pytest.mark.parametrize("scale", [IMAGENET, DIGITS], ids=["imagenet", "digits"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_rates_are_timms_under_the_studys_options(name, scale):
+    expected = stored(name)["rates"][scale.name]
+    recipe = scale.shrink(RECIPES[name]())
+    published = recipe.replace(protocol="as-published")
+    assert recipe.epochs == len(expected)
+    found = [rate_at(published, epoch, 3, 10) for epoch in range(recipe.epochs)]
+    assert found == pytest.approx(expected, rel=1e-12)
+    # The study steps the schedule after the epoch, so its rates lag by one.
+    begun = [rate_at(recipe, epoch, 0, 10) for epoch in range(recipe.epochs - 1)]
+    assert begun == pytest.approx(expected[1:], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_are_decayed_as_by_timm(name):
+    classifier = classifier_of(recipe_at_digits(name))
+    names = {id(p): name for name, p in classifier.named_parameters()}
+    groups = parameter_groups(classifier, 0.3)
+    decay = {
+        names[id(p)]: group["weight_decay"] == 0.3 for group in groups for p in group["params"]
+    }
+    assert decay == stored(name)["decay"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_augmented_batch_has_the_same_bits(name):
+    recipe = recipe_at_digits(name)
+    images, _ = next(TrainBatches(recipe, data_of_one_batch(recipe).train, workers=0).epoch(0))
+    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    assert digest == stored(name)["batch"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_steps_have_the_references_losses(name):
+    recipe = recipe_at_digits(name)
+    reports = train(
+        recipe, classifier_of(recipe), data_of_one_batch(recipe), device=torch.device("cpu")
+    )
+    losses = [report.metrics["train/loss"] for report in islice(reports, STEPS)]
+    # The loop takes its losses in float32.
+    assert losses == pytest.approx(stored(name)["losses"], rel=1e-6)
