@@ -1,0 +1,124 @@
+"""The table of departures from the study's code: every switch it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluators.__main__ as judging
+from evaluators import EVALUATORS
+from grid import run
+from grid.studies import BASES, with_axis, with_settings
+from trainables.recipe import Distillation, Recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "departures.md"
+COLUMNS = {
+    ("What", "The study", "Ours", "Why", "Switch"),
+    ("What", "The study", "Ours", "Paper or practice", "Switch"),
+}
+CODE = re.compile(r"`([^`]+)`")
+OUR_FILE = re.compile(r"(?:grid|trainables|evaluators)/\S+\.py")
+THEIR_FILE = re.compile(r"[\w./-]+(?:\.(?:py|sh|txt|md|ipynb)|/)(?::\d+(?:-\d+)?)?")
+JUDGE = "python -m evaluators "
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+
+
+def _tables() -> list[list[tuple[str, ...]]]:
+    """Return the document's tables, each with its header and without the rule below it."""
+    tables: list[list[tuple[str, ...]]] = [[]]
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            tables[-1].append(_cells(line))
+        elif tables[-1]:
+            tables.append([])
+    return [[table[0], *table[2:]] for table in tables if table]
+
+
+ROWS = [row for table in _tables() for row in table[1:]]
+SWITCHES = {row[0]: row[-1] for row in ROWS if not row[-1].startswith("none:")}
+
+
+def test_there_are_two_tables_and_no_row_lacks_a_cell():
+    tables = _tables()
+    assert {table[0] for table in tables} == COLUMNS
+    assert all(len(row) == 5 and all(row) for row in ROWS)
+    assert len({row[0] for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_row_names_a_file_on_both_sides_and_ours_is_there(row):
+    what, theirs, ours, _, switch = row
+    assert any(THEIR_FILE.fullmatch(code) for code in CODE.findall(theirs)), what
+    files = [code for code in CODE.findall(ours) if OUR_FILE.fullmatch(code)]
+    assert files, what
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    if switch.startswith("none:"):
+        assert len(switch.removeprefix("none:").split()) >= 4, what
+
+
+@pytest.mark.parametrize("what", SWITCHES)
+def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
+    (switch,) = CODE.findall(SWITCHES[what])
+    assert SWITCHES[what] == f"`{switch}`"
+    if switch.startswith(JUDGE):
+        _judges(shlex.split(switch.removeprefix(JUDGE)))
+    elif switch.startswith("--"):
+        _runs(shlex.split(switch))
+    else:
+        _is_a_field(tomllib.loads(switch))
+
+
+def _judges(arguments: list[str]) -> None:
+    """Parse as `python -m evaluators` does."""
+    judging._check_names(judging._parser().parse_args(["--weights", "FILE", *arguments]))
+
+
+def _runs(arguments: list[str]) -> None:
+    """Parse as `grid/run.py` does; what is set changes a base recipe, every evaluator is one."""
+    options = run._parser().parse_args(arguments)
+    settings = run._parse_settings(options.settings)
+    assert set(options.evaluators or ()) <= set(EVALUATORS)
+    if settings:
+        bases = [base() for base in BASES.values()]
+        assert any(_digest(base, settings) not in (None, base.digest()) for base in bases)
+
+
+def _digest(recipe: Recipe, settings: dict[str, Any]) -> str | None:
+    """Return the digest of a recipe with some fields set; None where they do not go with it."""
+    try:
+        return with_settings(recipe, settings).digest()
+    except ValueError:
+        return None
+
+
+def _is_a_field(values: dict[str, dict[str, Any]]) -> None:
+    """Set a field of the recipe that no option sets: `distillation.reduction`."""
+    taught = with_axis(BASES["resnet50_aligned"](), "teacher", "deit_small")
+    ((field, changes),) = values.items()
+    held = getattr(taught, field)
+    assert isinstance(held, Distillation)
+    fields = {name: getattr(held, name) for name in type(held).model_fields}
+    changed = taught.replace(**{field: type(held).model_validate(fields | changes)})
+    assert changed.digest() != taught.digest()
+
+
+def test_every_value_as_published_is_named_by_a_row():
+    named = " ".join(SWITCHES.values())
+    published = {name for name in EVALUATORS if name.endswith("as-published")}
+    assert published
+    assert {name for name in published if name not in named} == set()
+    assert "protocol=as-published" in named
+
+
+def test_readers_are_led_to_the_table():
+    assert "(docs/departures.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(departures.md)" in (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
