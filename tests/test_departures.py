@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import tomllib
@@ -79,17 +80,25 @@ def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
 
 def _judges(arguments: list[str]) -> None:
     """Parse as `python -m evaluators` does."""
-    judging._check_names(judging._parser().parse_args(["--weights", "FILE", *arguments]))
+    options = _parsed(judging._parser(), ["--weights", "FILE", *arguments])
+    judging._check_names(options)
 
 
 def _runs(arguments: list[str]) -> None:
     """Parse as `grid/run.py` does; what is set changes a base recipe, every evaluator is one."""
-    options = run._parser().parse_args(arguments)
+    options = _parsed(run._parser(), arguments)
     settings = run._parse_settings(options.settings)
     assert set(options.evaluators or ()) <= set(EVALUATORS)
     if settings:
         bases = [base() for base in BASES.values()]
         assert any(_digest(base, settings) not in (None, base.digest()) for base in bases)
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse, and take no option that is only short for one."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert {argument for argument in arguments if argument.startswith("--")} <= known
+    return parser.parse_args(arguments)
 
 
 def _digest(recipe: Recipe, settings: dict[str, Any]) -> str | None:
