@@ -76,6 +76,38 @@ def test_what_a_study_is_told_is_shown_and_not_obeyed(recorded, tmp_path):
     assert page.count("<svg ") == page.count('<svg role="img" aria-label="')
 
 
+def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
+    tracker, plan = recorded
+    more = build_plan(load_study("paper"), DIGITS, tables=("T1", "T2"))
+    page = write_report(tracker, load_study("paper"), more, DIGITS, tmp_path).read_text()
+    told = (tmp_path / "tables.md").read_text()
+    waiting = [trial for trial in more if trial.digest not in {own.digest for own in plan}]
+    for trial in waiting:
+        assert f"- not judged yet: {trial.name}: health, pgd, autoattack\n" in told
+    standing = "2 models whose attacks were judged have a red flag; 7 not judged yet."
+    assert (len(waiting), standing in told, standing in page) == (7, True, True)
+
+
+def test_models_are_flagged_cleared_waited_for_or_have_nothing_to_attack(recorded):
+    tracker, plan = recorded
+    first, second = plan.trials
+    runs = tracker.trials()
+    del runs[first.digest].cells["autoattack"], runs[first.digest].cells["health"]
+    found = Verdicts(tracker, runs).health(plan)
+    assert found.waiting == {first.name: ["health", "autoattack"]}
+    assert found.flags.keys() == {first.name, second.name}
+    assert found.unchecked == ()
+    without = dataclasses.replace(first, evaluators=("clean", "pgd"))
+    assert Verdicts(tracker, runs).health([without]).unchecked == (first.name,)
+    runs[first.digest].cells.clear()
+    runs[first.digest].outcome = "collapsed"
+    assert not Verdicts(tracker, runs).health([first]).waiting
+    unread = Verdicts(tracker, {}).health([second])
+    assert unread.standing == (
+        "0 of 0 models whose attacks were judged have a red flag; 1 not judged yet."
+    )
+
+
 def test_a_studys_name_does_not_break_its_latex(tmp_path):
     table = FilledTable("my_study", "Every trial of the study", ("Clean",), ())
     write_exports([table], DIGITS, tmp_path)

@@ -72,9 +72,15 @@ def markdown(findings: Findings, title: str, versions: str) -> str:
     for table in findings.tables:
         lines += ["", f"## {table.name}: {table.question}", "", *_values(table)]
         lines += _differences(table, findings.comparisons[table.name])
-    lines += ["", f"Attack health: {findings.attacked} models looked at."]
-    lines += [f"- red flag: {model}: {flag}" for model, flag in findings.flags]
-    lines += [f"- not asked by the evaluator health: {model}" for model in findings.unchecked]
+    health = findings.health
+    lines += ["", f"Attack health: {health.standing}"]
+    lines += [
+        f"- red flag: {model}: {flag}" for model in health.flags for flag in health.flags[model]
+    ]
+    lines += [
+        f"- not judged yet: {model}: {', '.join(health.waiting[model])}" for model in health.waiting
+    ]
+    lines += [f"- not asked by the evaluator health: {model}" for model in health.unchecked]
     return "\n".join([*lines, "", versions, ""])
 
 

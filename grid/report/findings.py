@@ -23,7 +23,7 @@ from grid.report.plots import (
     training_plot,
 )
 from grid.report.tables import FilledTable, fill_tables, tables_of
-from grid.report.verdicts import Comparison, Verdicts
+from grid.report.verdicts import Comparison, Health, Verdicts
 from grid.studies import Study, Table
 from trainables.scale import Scale
 from trainables.tracking import Tracker, TrialRun
@@ -31,20 +31,14 @@ from trainables.tracking import Tracker, TrialRun
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found.
-
-    `flags`: pairs of a model and a red flag, of `attacked` models looked at; `unchecked` of them
-    were not asked what tells that gradients mislead.
-    """
+    """What was found."""
 
     study: Study
     plan: Plan
     scale: Scale
     tables: tuple[FilledTable, ...]
     comparisons: Mapping[str, tuple[Comparison, ...]]
-    flags: tuple[tuple[str, str], ...]
-    attacked: int
-    unchecked: tuple[str, ...]
+    health: Health
     judgements: tuple[Judgement, ...]
     effects: tuple[Effects, ...]
     plots: tuple[Plot, ...]
@@ -57,8 +51,6 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     verdicts = Verdicts(tracker, runs)
     tables = tables_of(study, plan, runs)
     filled = tuple(fill_tables(tables, plan.seeds, runs))
-    flags, unchecked = verdicts.red_flags(trial.digest for trial in plan)
-    described = {trial.digest: trial.name for trial in plan}
     effects = tuple(grid_effects(study, plan, scale, runs))
     plots = [
         scatter_plot(plan, runs),
@@ -71,9 +63,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         scale=scale,
         tables=filled,
         comparisons={table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
-        flags=tuple((described[digest], flag) for digest in flags for flag in flags[digest]),
-        attacked=len(flags),
-        unchecked=tuple(described[digest] for digest in unchecked),
+        health=verdicts.health(plan),
         judgements=tuple(judge_claims(tables, plan.seeds, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),

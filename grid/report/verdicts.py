@@ -11,6 +11,7 @@ import pyarrow as pa
 from evaluators.ledger import from_parquet
 from evaluators.paired import Paired, compare, image_scores
 from evaluators.red_flags import is_checked, red_flags
+from grid.plan import Trial
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
 from trainables.tracking import Tracker, TrialRun
@@ -26,6 +27,27 @@ class Comparison:
 
     label: str
     cells: tuple[Paired | None, ...]
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the attacks on models are to be believed, by the models' names.
+
+    flags: why not, of every model with a judged attack; empty where it was found sound. unchecked:
+    models that are not asked what tells misleading gradients. waiting: which attacks are asked and
+    not judged yet, so that their model is neither flagged nor cleared by them.
+    """
+
+    flags: Mapping[str, list[str]]
+    unchecked: tuple[str, ...]
+    waiting: Mapping[str, list[str]]
+
+    @property
+    def standing(self) -> str:
+        """Say in a sentence how many models were looked at, and how many are not judged yet."""
+        flagged = sum(map(bool, self.flags.values()))
+        looked = f"{flagged} of {len(self.flags)} models whose attacks were judged have a red flag"
+        return f"{looked}; {len(self.waiting)} not judged yet." if self.waiting else f"{looked}."
 
 
 class Verdicts:
@@ -50,19 +72,27 @@ class Verdicts:
         )
         return tuple(comparison for comparison in found if any(comparison.cells))
 
-    def red_flags(self, digests: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-        """Return why attacks are not to be believed, for every trial whose attacks were judged.
+    def health(self, trials: Iterable[Trial]) -> Health:
+        """Say what tells of the attacks on every trial whose attacks are asked.
 
-        A trial with an empty list was looked at and found sound; the second value are those that
-        were not asked what tells misleading gradients.
+        A collapsed trial has no model to attack.
         """
-        found, unchecked = {}, []
-        for digest in digests:
-            ledgers = [self._read(digest, name) for name in ATTACKS]
-            if known := [ledger for ledger in ledgers if ledger is not None]:
-                found[digest] = red_flags(known)
-                unchecked += [] if is_checked(known) else [digest]
-        return found, unchecked
+        flags, unchecked, waiting = {}, [], {}
+        for trial in trials:
+            asked = [name for name in ATTACKS if name in trial.evaluators]
+            found = {name: self._read(trial.digest, name) for name in ATTACKS}
+            known = [ledger for ledger in found.values() if ledger is not None]
+            if known:
+                flags[trial.name] = red_flags(known)
+            if known and "health" not in asked and not is_checked(known):
+                unchecked.append(trial.name)
+            lacking = [name for name in asked if found[name] is None]
+            if lacking and not self._is_collapsed(trial.digest):
+                waiting[trial.name] = lacking
+        return Health(flags, tuple(unchecked), waiting)
+
+    def _is_collapsed(self, digest: str) -> bool:
+        return digest in self._runs and self._runs[digest].outcome == "collapsed"
 
     def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
         """Return a row minus another in a column; None where either is not judged."""
