@@ -76,7 +76,22 @@ def test_torchvisions_archive_is_read_and_shared(tmp_path, monkeypatch):
     for _ in range(2):
         shared = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache))
         assert torch.equal(shared.train.images, data.train.images)
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["flipped", "emptied", "of the other split"])
+def test_damaged_decoded_images_are_read_again(tmp_path, monkeypatch, damage):
+    write_archive(tmp_path, monkeypatch)
+    source = DataSource(root=tmp_path, cache=tmp_path / "cache")
+    images = load_data(CIFAR10, source).train.images.clone()
+    path = source.cache / "cifar10-train.safetensors"
+    content = path.read_bytes()
+    other = path.with_name("cifar10-test.safetensors").read_bytes()
+    flipped = content[:-900] + bytes([content[-900] ^ 1]) + content[-899:]
+    path.write_bytes({"flipped": flipped, "emptied": b"", "of the other split": other}[damage])
+    again = load_data(CIFAR10, replace(source, workers=1))
+    assert torch.equal(again.train.images, images)
+    assert path.read_bytes() == content
 
 
 def test_a_packed_archive_is_unpacked_without_a_network(tmp_path, monkeypatch):
@@ -139,7 +154,7 @@ def test_class_folders_do_as_well(tmp_path):
         shared = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache))
         assert torch.equal(shared.train.images, data.train.images)
         assert torch.equal(shared.held_out.labels, data.held_out.labels)
-        assert len(list(cache.iterdir())) == 2
+        assert len(list(cache.glob("*.safetensors"))) == 2
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "val" / CLASSES[0] / "0.png")
     renewed = load_data(CIFAR10, DataSource(root=tmp_path, cache=cache, workers=1))
     assert renewed.held_out.images[0, :, 0, 0].tolist() == [1, 2, 3]

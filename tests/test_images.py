@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -154,6 +155,61 @@ def test_decoded_files_are_written_once_and_anew_when_an_image_changes(tmp_path)
     Image.new("RGB", (50, 50)).save(path)
     assert not keep_validated(files, cache, BUDGET).any()
     assert len(list(cache.glob("*.u8"))) == 2
+
+
+DAMAGES = {
+    "flipped": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "flipped in its hash": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "truncated": lambda content: content[:-1],
+    "emptied": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("keep", [keep_originals, keep_validated])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_decoded_images_are_said_and_decoded_again(files, tmp_path, caplog, keep, damage):
+    keep(files, tmp_path, BUDGET)
+    (path,) = tmp_path.glob("*.u8")
+    content = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](content))
+    keep(files, tmp_path, BUDGET)
+    assert path.read_bytes() == content
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_decoded_images_under_anothers_name_are_decoded_again(files, tmp_path):
+    for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
+        keep_validated(part, tmp_path, BUDGET)
+    first, second = tmp_path.glob("*.u8")
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
+        assert torch.equal(keep_validated(part, tmp_path, BUDGET), part[:])
+    assert (first.read_bytes(), second.read_bytes()) == contents
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next_who_opens_the_cache(
+    files, tmp_path, monkeypatch
+):
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    keep_originals(files, tmp_path, BUDGET)
+    whole = {path.name for path in tmp_path.iterdir()}
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("trainables.images.validated", die)
+        try:
+            keep_validated(files, tmp_path, BUDGET)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = {path.name for path in tmp_path.iterdir()} - whole
+    assert left.startswith(".validated-")
+    keep_originals(files, tmp_path, BUDGET)
+    assert {path.name for path in tmp_path.iterdir()} == whole
 
 
 def test_what_nobody_asked_for_in_a_month_leaves_the_cache(files, tmp_path):

@@ -39,5 +39,5 @@ def test_weights_that_are_not_those_of_the_recipe_are_refused(artifacts, small, 
         path.write_bytes(content)
     else:
         save_weights(path, build_classifier(other), other.model_dump_json())
-    with pytest.raises(ValueError, match=r"is damaged: its sha256|holds the weights of trial"):
+    with pytest.raises(ValueError, match=r"is damaged|holds the weights of trial"):
         _load_pyfunc(str(folder))

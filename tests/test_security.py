@@ -45,7 +45,7 @@ from trainables.checkpoint import (
     stored_weights,
 )
 from trainables.data import load_data
-from trainables.images import ImageFiles, keep_originals
+from trainables.images import ImageFiles, keep_originals, keep_validated
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10
 from trainables.scan import Scan
@@ -200,9 +200,17 @@ def cifar_archive(root, content, small):
 
 
 def decoded_cifar(root, content, small):
+    write_archive(root, pytest.MonkeyPatch())
     path = put(root / "decoded" / "cifar10-train.safetensors", content)
-    (root / "cifar-10-batches-py").mkdir()
     return path, lambda: load_data(CIFAR10, DataSource(root=root, cache=root / "decoded"))
+
+
+def decoded_images(root, content, small):
+    data = write_folder(root / "data", per_class=1, held_out=0)
+    images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
+    keep_validated(images, root / "decoded", 2**30)
+    (path,) = (root / "decoded").glob("*.u8")
+    return put(path, content), lambda: keep_validated(images, root / "decoded", 2**30)
 
 
 def decoded_sizes(root, content, small):
@@ -232,10 +240,10 @@ def study_file(root, content, small):
 REFUSING = [
     *(checkpoint, resumed_trial, weights(".pth"), weights(".pt"), weights(".safetensors")),
     *(mlflow_artifact, header_of_weights, teachers_weights, vgg19, texture),
-    *(cifar_10_c, cifar_10_1_labels, decoded_cifar, cifar_archive, image, study_file),
+    *(cifar_10_c, cifar_10_1_labels, cifar_archive, image, study_file),
     *(cifar_batch("data_batch_3"), cifar_batch("test_batch"), cifar_batch("batches.meta")),
 ]
-MAKING_ANEW = [shard, decoded_sizes, scan_file]
+MAKING_ANEW = [shard, decoded_cifar, decoded_images, decoded_sizes, scan_file]
 
 
 @pytest.fixture
@@ -259,7 +267,7 @@ def test_a_planted_pickle_is_refused_by_its_path(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", MAKING_ANEW, ids=lambda place: place.__name__)
 def test_a_planted_pickle_among_what_can_be_made_anew_counts_as_nothing(
-    place, form, marker, tmp_path, small
+    place, form, marker, tmp_path, small, torchvision_as_it_was
 ):
     content = FORMS[form](Planted(marker))
     path, read = place(tmp_path / "root", content, small)

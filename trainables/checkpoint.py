@@ -17,18 +17,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from trainables.recipe import Recipe
+from trainables.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
 from trainables.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
 ACCURACY = "held_out/accuracy"  # by which a checkpoint is the best
+RECIPE = "recipe"  # in a weights file's header
 DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to
-# A weights file's header begins with the file's sha256, taken with these 64 digits as zeros.
-OWN_SHA256 = "own_sha256"
-OPENING = b'{"__metadata__":{'
-FIELD = f'"{OWN_SHA256}":"'.encode()
-ZEROS = b"0" * 64
-LENGTH_BYTES = 8  # of the header's length, in front of it
 logger = logging.getLogger(__name__)
 
 
@@ -94,7 +90,7 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
     tensors: dict[str, Tensor] = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    content = _sealed(save(tensors, metadata={"recipe": recipe_json}))
+    content = sealed(save(tensors, metadata={RECIPE: recipe_json}))
     folder, name = parted(str(where))
     folder_at(folder).write(name, content)
     return hashlib.sha256(content).hexdigest()
@@ -115,7 +111,7 @@ def read_weights(
     """
     tensors = read_safetensors(content, path)
     try:
-        recipe = Recipe.model_validate_json(_metadata(content, path)["recipe"])
+        recipe = Recipe.model_validate_json(_metadata(content, path)[RECIPE])
     except (KeyError, ValueError):
         raise ValueError(f"{path} names no recipe of this project") from None
     if digest not in (None, recipe.digest()):
@@ -150,30 +146,10 @@ def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sealed(content: bytes) -> bytes:
-    """Return a safetensors file with its own sha256 as the first entry of its header."""
-    start = LENGTH_BYTES + len(OPENING)
-    length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    assert content[LENGTH_BYTES:start] == OPENING
-    entry = FIELD + ZEROS + b'",'
-    assert len(entry) % 8 == 0  # the tensors' bytes stay aligned
-    head = (length + len(entry)).to_bytes(LENGTH_BYTES, "little") + OPENING
-    digits = hashlib.sha256(head + entry + content[start:]).hexdigest().encode()
-    return head + entry.replace(ZEROS, digits) + content[start:]
-
-
-def _own_sha256(content: bytes) -> str:
-    """Return the sha256 of a sealed file, taken with its own 64 digits as zeros."""
-    first = LENGTH_BYTES + len(OPENING) + len(FIELD)
-    counted = hashlib.sha256(content[:first] + ZEROS)
-    counted.update(memoryview(content)[first + len(ZEROS) :])
-    return counted.hexdigest()
-
-
 def _metadata(content: bytes, path: str | Path) -> dict[str, str]:
     """Return the metadata of a safetensors file's header, none where it is no such file.
 
-    DamagedError where it is a file of this project and its sha256 is another than it says.
+    DamagedError where it is a file of this project and not as it was written.
     """
     length = int.from_bytes(content[:LENGTH_BYTES], "little")
     try:
@@ -181,12 +157,9 @@ def _metadata(content: bytes, path: str | Path) -> dict[str, str]:
         metadata = dict(header.get("__metadata__", {}))
     except (AttributeError, RecursionError, TypeError, ValueError):
         return {}
-    if OWN_SHA256 not in metadata and "recipe" in metadata:
-        raise DamagedError(
-            f"{path} is damaged or of an older version: it names no sha256 of its own"
-        )
-    if OWN_SHA256 in metadata and metadata[OWN_SHA256] != _own_sha256(content):
-        raise DamagedError(f"{path} is damaged: its sha256 is another than its header says")
+    # One bit in its header makes a new file look like one of before it held its sha256.
+    if metadata.keys() & {RECIPE, OWN_SHA256} and not is_sealed(content):
+        raise DamagedError(f"{path} is damaged, or of an older version: its sha256 is another")
     return metadata
 
 
@@ -224,7 +197,7 @@ def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path)
 def recipe_json_of(path: Path) -> str:
     """Return the recipe stored in a weights file's header; ValueError where there is none."""
     try:
-        return str(_metadata(path.read_bytes(), path)["recipe"])
+        return str(_metadata(path.read_bytes(), path)[RECIPE])
     except KeyError:
         raise ValueError(f"{path} names no recipe of this project") from None
 

@@ -9,13 +9,14 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainables.data import Data, Split
-from trainables.images import ImageFiles, as_tensor, remove_unused, stamps_of
+from trainables.images import ImageFiles, as_tensor, remove_unused, sole_writer, stamps_of
 from trainables.scale import Scale
+from trainables.sealed import is_sealed, sealed
 from trainables.source import DataSource, ImageList, differing_classes, list_splits
 from trainables.storage import write_atomically
 
@@ -25,6 +26,7 @@ CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+NAME = "name"  # in a decoded file's header: what it is kept as
 OTHER_SIZES = "--scale folder --image-size N takes images of N px a side and more"
 Content = dict[str, Tensor]  # images uint8 (N, 3, 32, 32) and labels int64 (N,)
 
@@ -135,25 +137,31 @@ def _unpack(archive: Path, md5: str) -> None:
 
 
 def _kept(cache: Path | None, name: str, read: Callable[[], Content]) -> Content:
-    """Return what the cache holds by a name, written on first use; processes share its pages."""
+    """Return what the cache holds by a name, written on first use; processes share its pages.
+
+    What is not as it was written is read anew.
+    """
     if cache is None:
         return read()
     file = cache / f"cifar10-{name}.safetensors"
     try:
-        if file.exists():
+        with sole_writer(cache):
+            if not _is_whole(file, name):
+                remove_unused(cache)
+                write_atomically(file, sealed(save(read(), metadata={NAME: name})))
             file.touch()
-        else:
-            cache.mkdir(parents=True, exist_ok=True)
-            remove_unused(cache)
-            write_atomically(file, save(read()))
         found: Content = load_file(file)
     except OSError as error:
         raise ValueError(f"{cache} cannot keep the decoded images: {error.strerror}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged, remove it: {error}") from None
-    if set(found) != {"images", "labels"}:
-        raise ValueError(f"{file} is damaged, remove it: it holds {sorted(found)}")
     return found
+
+
+def _is_whole(file: Path, name: str) -> bool:
+    """Tell whether a file is there as it was written under a name."""
+    if not file.exists() or not is_sealed(file.read_bytes()):
+        return False
+    with safe_open(file, framework="pt") as opened:
+        return bool(opened.metadata()[NAME] == name)
 
 
 def _from_files(listed: ImageList, scale: Scale, cache: Path | None) -> Split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
+import logging
 import os
 import time
 import uuid
@@ -19,7 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.storage import write_atomically
+from trainables.storage import ASIDE, write_atomically
+
+logger = logging.getLogger(__name__)
 
 # What bytes that are no image make a decoder raise is anything.
 UNREADABLE = Exception
@@ -29,6 +32,9 @@ CHANNELS = 3
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
 SIDEWAYS = 5
 UNUSED_SECONDS = 30 * 86400
+HASH_BYTES = 32  # behind the pixels of a decoded file
+BLOCK_BYTES = 2**24
+LOCK = ".lock"
 
 
 def read_rgb(path: str | Path) -> Image.Image:
@@ -231,7 +237,8 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImage
     write_once(decoded.file, total, write)
     if not known.exists():
         content = sizes.tobytes()
-        write_atomically(known, hashlib.sha256(content).digest() + content)
+        with sole_writer(cache):
+            write_atomically(known, hashlib.sha256(content).digest() + content)
     return decoded
 
 
@@ -304,30 +311,65 @@ def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
 
 
 def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> None:
-    """Write a file of `size` bytes unless it is there; one process does, the others wait."""
+    """Write a file of `size` bytes, and a hash of them behind, unless it is there whole.
+
+    One process does, the others wait. A damaged file is written anew.
+    """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.parent / ".lock"):
-            if file.exists() and file.stat().st_size == size:
-                file.touch()
-                return
-            remove_unused(file.parent)
-            aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-            try:
-                # Space is claimed first: a full disk is an error here and not a crash later.
-                with aside.open("wb") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, size)
-                pixels = np.memmap(aside, dtype=np.uint8, mode="r+", shape=(size,))
-                write(pixels)
-                pixels.flush()
-                aside.replace(file)
-            finally:
-                aside.unlink(missing_ok=True)
+        with sole_writer(file.parent):
+            pass  # who writes it now has written it by then
+        # Without the lock: the processes of a machine look at the same time.
+        if _is_whole(file, size):
+            return
+        with sole_writer(file.parent):
+            if not _is_whole(file, size):
+                remove_unused(file.parent)
+                _write_aside(file, size, write)
     except OSError as error:
         raise ValueError(
             f"decoded images ({size / 2**30:.2f} GiB) cannot be kept in {file.parent}: "
             f"{error.strerror}; --data-memory 0 does without"
         ) from error
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Tell whether a file is there as it was written; a damaged one is logged."""
+    if not file.exists():
+        return False
+    if file.stat().st_size == size + HASH_BYTES:
+        content = np.memmap(file, dtype=np.uint8, mode="r")
+        if _hash(file.name, content[:size]) == content[size:].tobytes():
+            file.touch()
+            return True
+    logger.warning("%s is damaged: its images are decoded again", file)
+    return False
+
+
+def _write_aside(file: Path, size: int, write: Callable[[np.ndarray], None]) -> None:
+    aside = file.with_name(f"{ASIDE}{file.name}.{uuid.uuid4().hex}")
+    try:
+        # Space is claimed first: a full disk is an error here and not a crash later.
+        with aside.open("wb") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size + HASH_BYTES)
+        content = np.memmap(aside, dtype=np.uint8, mode="r+")
+        write(content[:size])
+        content[size:] = np.frombuffer(_hash(file.name, content[:size]), np.uint8)
+        content.flush()
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _hash(name: str, content: np.ndarray) -> bytes:
+    """Return the SHA-256 of a name and of every block's SHA-256: threads share the work."""
+    hashes = [b""] * -(-len(content) // BLOCK_BYTES)
+
+    def fill(block: int) -> None:
+        part = content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        hashes[block] = hashlib.sha256(part).digest()
+
+    in_threads(fill, range(len(hashes)))
+    return hashlib.sha256(name.encode() + b"".join(hashes)).digest()
 
 
 def remove_unused(cache: Path) -> None:
@@ -339,7 +381,12 @@ def remove_unused(cache: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
+def sole_writer(cache: Path) -> Iterator[None]:
+    """Hold a cache, made where it is not there, without what killed writers left half written."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for file in cache.glob(f"{ASIDE}*"):
+            if file.name != LOCK:
+                file.unlink()
         yield
