@@ -366,7 +366,7 @@ def _hash(name: str, content: np.ndarray) -> bytes:
 
     def fill(block: int) -> None:
         part = content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-        hashes[block] = hashlib.sha256(part).digest()
+        hashes[block] = hashlib.sha256(part.data).digest()
 
     in_threads(fill, range(len(hashes)))
     return hashlib.sha256(name.encode() + b"".join(hashes)).digest()
