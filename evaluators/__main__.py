@@ -90,10 +90,16 @@ def _run(options: argparse.Namespace) -> int:
         store.clear()
     print(f"Ledgers: {folder}")
     if tracker:
+        from trainables.provenance import provenance
         from trainables.tracking import scores_as_metrics
 
         metrics = scores_as_metrics(scores)
-        run_id = tracker.log_evaluation(str(options.weights), metrics=metrics, ledgers=paths)
+        run_id = tracker.log_evaluation(
+            str(options.weights),
+            metrics=metrics,
+            ledgers=paths,
+            judged_by=provenance(str(device)),
+        )
         print(f"MLflow run: {run_id}")
     return 0
 
@@ -206,6 +212,7 @@ def _ask(
 
     from evaluators.base import evaluate
     from evaluators.ledger import to_parquet
+    from trainables.provenance import provenance
 
     print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
     missing = store.missing()
@@ -214,7 +221,9 @@ def _ask(
     for shard in track(missing, evaluator.name, console=console, disable=quiet):
         began = time.monotonic()
         ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
-        store.add(shard, to_parquet(ledger, seconds=time.monotonic() - began))
+        judged_by = provenance(str(device))
+        seconds = time.monotonic() - began
+        store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
     return store.merged()[0]
 
 
@@ -248,11 +257,14 @@ def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
 
 
 def _tracker(uri: str, scale: Scale) -> Tracker:
+    from trainables.results import ARTIFACTS, folder_of, settle
     from trainables.tracking import Tracker, check_address
 
     check_address(uri)
     remote = uri.startswith(("http://", "https://"))
-    artifacts = None if remote else Path("results/artifacts").resolve()
+    folder = folder_of(uri)
+    settle(folder)
+    artifacts = None if remote else folder.resolve() / ARTIFACTS
     return Tracker(uri, experiment=f"robustness-{scale.name}", artifacts=artifacts)
 
 

@@ -51,6 +51,7 @@ class EvaluatorActor:
         from evaluators.base import evaluate
         from evaluators.ledger import to_parquet
         from trainables.data import load_data
+        from trainables.provenance import provenance
         from trainables.watchdog import counting_steps
 
         began = time.monotonic()
@@ -59,7 +60,8 @@ class EvaluatorActor:
         question = evaluator_named(evaluator, self._scale)
         with counting_steps():
             ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
-        return to_parquet(ledger, seconds=time.monotonic() - began)
+        judged_by = provenance(str(self._device))
+        return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
         from trainables.packaged import classifier_of

@@ -6,6 +6,8 @@ Nothing here imports torch, so that what only reads ledgers need not have it.
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -30,6 +32,7 @@ LEDGER = pa.schema(
 )
 CONFIDENCE = 0.95
 SECONDS = b"seconds"
+JUDGED_BY = b"judged_by"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,16 @@ class Score:
     n: int
 
 
-def to_parquet(ledger: pa.Table, *, seconds: float) -> bytes:
-    """Return a ledger as a Parquet file that also says how long its verdicts took."""
+def to_parquet(
+    ledger: pa.Table, *, seconds: float, judged_by: Mapping[str, str] | None = None
+) -> bytes:
+    """Return a ledger as a Parquet file that also says how long its verdicts took.
+
+    judged_by: the provenance of its verdicts, where it is known.
+    """
     buffer = io.BytesIO()
-    marked = ledger.replace_schema_metadata({SECONDS: repr(seconds)})
+    notes = {SECONDS: repr(seconds), JUDGED_BY: json.dumps(dict(judged_by or {}))}
+    marked = ledger.replace_schema_metadata(notes)
     pq.write_table(marked, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
@@ -65,6 +74,12 @@ def from_parquet(content: bytes) -> tuple[pa.Table, float]:
     if not ledger.schema.equals(LEDGER):
         raise ValueError(f"it is no ledger: its columns are {ledger.schema.names}")
     return ledger, seconds
+
+
+def judged_by(content: bytes) -> dict[str, str]:
+    """Return the provenance that `to_parquet` was given; nothing of a ledger without any."""
+    noted = pq.read_schema(pa.BufferReader(content)).metadata or {}
+    return dict(json.loads(noted.get(JUDGED_BY, b"{}")))
 
 
 def survival_scores(ledger: pa.Table) -> list[Score]:

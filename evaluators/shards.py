@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
 
-from evaluators.ledger import from_parquet
+from evaluators.ledger import from_parquet, judged_by
 from trainables.data import Shard
+from trainables.provenance import joined
 from trainables.storage import write_atomically
 
 
@@ -37,6 +39,11 @@ class ShardStore:
         assert len(found) == len(read)
         ledger = pa.concat_tables([part for part, _ in found], promote_options="default")
         return ledger, sum(s for _, s in found)
+
+    def judged_by(self) -> dict[str, str]:
+        """Return the provenance of the shards, which several processes may have judged."""
+        files = [path for s in self._shards for path in self._folder.glob(f"{_name(s)}-*.parquet")]
+        return reduce(joined, (judged_by(path.read_bytes()) for path in files), {})
 
     def clear(self) -> None:
         """Remove the cell's folder, and the one above it with the last of them."""

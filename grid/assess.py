@@ -227,7 +227,8 @@ class EvaluatorPool:
     def _merge(self, cell: Cell) -> Judged:
         store, _ = self._unfinished[cell]
         ledger, seconds = store.merged()
-        return Judged(cell, to_parquet(ledger, seconds=seconds))
+        content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
+        return Judged(cell, content)
 
     def _drop(self, cell: Cell) -> None:
         del self._unfinished[cell]

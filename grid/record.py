@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluators import evaluator_named
 from evaluators.base import cell_digest
-from evaluators.ledger import from_parquet
+from evaluators.ledger import from_parquet, judged_by
 from grid.assess import Cell, EvaluatorPool, Judged
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
@@ -295,6 +295,7 @@ class Recorder(threading.Thread):
                 cell=cell.question,
                 asked=self._asked[cell.evaluator],
                 ledger=judged.ledger,
+                judged_by=judged_by(judged.ledger),
                 metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
             )
         except RunDeletedError:

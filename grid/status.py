@@ -9,9 +9,9 @@ from pathlib import Path
 
 from grid.plan import Plan
 from grid.progress import format_seconds
-from trainables.results import ARTIFACTS, DATABASE, database_uri
+from trainables.results import ARTIFACTS, DATABASE, database_uri, is_in_use
 from trainables.scale import Scale
-from trainables.tracking import Tracker, check_address, create_database
+from trainables.tracking import Tracker, TrialRun, check_address, create_database
 
 
 def open_tracker(
@@ -38,16 +38,19 @@ def open_existing(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
     """Open the experiment of a study that was run; ValueError when there is no database."""
     if not mlflow and not (results / DATABASE).exists():
         raise ValueError(f"{results} holds no {DATABASE}: run the study first, or --mlflow")
-    return open_tracker(results, mlflow, scale)
+    tracker = open_tracker(results, mlflow, scale)
+    # Other commands, which hold other folders, may be using a server.
+    tracker.live = is_in_use(results) or (None if mlflow else False)
+    return tracker
 
 
 def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
     """Say which outcomes a plan's trials have, cells judged, time spent, and what is under way.
 
-    now: seconds since the epoch. A run that was killed leaves its trials as in training.
+    now: seconds since the epoch.
     """
     runs = tracker.trials()
-    outcomes = Counter(runs[t.digest].outcome if t.digest in runs else "waiting" for t in plan)
+    states = Counter(_state(runs[t.digest]) if t.digest in runs else "waiting" for t in plan)
     there = [(trial, runs[trial.digest]) for trial in plan if trial.digest in runs]
     judgeable = [t for t in plan if t.digest not in runs or runs[t.digest].outcome != "collapsed"]
     cells = sum(len(trial.evaluators) for trial in judgeable)
@@ -55,17 +58,22 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
     spent = sum(tracker.seconds(run) for _, run in there)
     lines = [
         f"{len(plan.trials)} trials: "
-        + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())),
+        + ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
         f"{judged} of {cells} cells judged; {format_seconds(spent)} of training and judging",
     ]
     for trial, run in there:
         if run.outcome == "training":
             began = format_seconds(now - run.start_time / 1000)
             epochs = f"epoch {run.logged_epochs}/{trial.recipe.epochs}"
-            lines.append(f"training: {trial.name}: {epochs}, begun {began} ago")
+            lines.append(f"{_state(run)}: {trial.name}: {epochs}, begun {began} ago")
         elif run.outcome in ("failed", "blocked", "collapsed"):
             lines.append(f"{run.outcome}: {trial.name}: {run.reason}")
     return "\n".join(lines)
+
+
+def _state(run: TrialRun) -> str:
+    """Return a trial's state without the epoch that it stopped at."""
+    return run.state.partition(" at epoch")[0]
 
 
 def print_status(results: Path, mlflow: str | None, scale: Scale, plan: Plan) -> None:

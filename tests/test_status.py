@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from grid.plan import build_plan
-from grid.status import describe_status
+from grid.report.tables import fill_tables
+from grid.status import describe_status, open_existing, open_tracker
 from grid.studies import load_study
+from trainables.results import database_uri, sole_run
 from trainables.scale import DIGITS
 from trainables.tracking import Tracker
+
+
+def start(tracker, trial):
+    return tracker.start_trial(
+        digest=trial.digest,
+        name=trial.recipe.describe(),
+        parent="",
+        study="paper",
+        tables="T1",
+        recipe_json=trial.recipe.model_dump_json(),
+        params={},
+        dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
+    )
 
 
 def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
@@ -14,21 +29,7 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
     first, second, *rest = plan.trials
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(uri, experiment="status", artifacts=tmp_path / "artifacts")
-    parent = tracker.open_study("paper", "a study")
-
-    def start(trial):
-        return tracker.start_trial(
-            digest=trial.digest,
-            name=trial.recipe.describe(),
-            parent=parent,
-            study="paper",
-            tables="T1",
-            recipe_json=trial.recipe.model_dump_json(),
-            params={},
-            dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
-        )
-
-    done, going = start(first), start(second)
+    done, going = start(tracker, first), start(tracker, second)
     tracker.log_epochs(done, [{"epoch": 1.0, "train/seconds": 60.0}])
     tracker.end_trial(done, outcome="finished", reason="")
     tracker.record_cell(
@@ -47,3 +48,26 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
     described = second.recipe.describe()
     expected = f"training: {described}: epoch 3/{second.recipe.epochs}, begun 10 min ago"
     assert said[2] == expected
+    for live, state in [(False, "stopped"), (None, "training or stopped")]:
+        tracker.live = live
+        said = describe_status(tracker, plan, now=going.start_time / 1000 + 600).splitlines()
+        assert f"1 {state}" in said[0]
+        assert said[2] == expected.replace("training", state)
+
+
+def test_a_trial_without_a_run_that_trains_it_says_where_it_stopped(tmp_path):
+    plan = build_plan(load_study("paper"), DIGITS, tables=["T6"])
+    tracker = open_tracker(tmp_path, None, DIGITS)
+    run = start(tracker, plan.trials[0])
+    tracker.log_epochs(run, [{"epoch": 6.0}])
+
+    def state(mlflow=None):
+        found = open_existing(tmp_path, mlflow, DIGITS).trials()
+        (table,) = fill_tables(plan.tables, 1, found)
+        row = next(row for row in table.rows if row.recipe.digest() == run.digest)
+        return found[run.digest].state, row.cells[0].state
+
+    assert state() == ("stopped at epoch 6",) * 2
+    assert state(database_uri(tmp_path)) == ("training or stopped at epoch 6",) * 2
+    with sole_run(tmp_path):
+        assert state() == ("training",) * 2

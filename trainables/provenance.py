@@ -12,7 +12,7 @@ from pathlib import Path
 PROJECT = "robustness-grid"
 LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
 ROOT = Path(__file__).parents[1]
-AND = " and "
+THEN = " then "
 
 
 @cache
@@ -32,11 +32,11 @@ def provenance(device: str) -> dict[str, str]:
 
 
 def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
-    """Return the provenance of what two processes computed in turn: 'torch': '2.14 and 2.15'."""
+    """Return the provenance of what two processes computed in turn: 'torch': '2.14 then 2.15'."""
     both = dict(earlier)
     for name, value in later.items():
-        seen = earlier[name].split(AND) if name in earlier else []
-        both[name] = AND.join(dict.fromkeys([*seen, *value.split(AND)]))
+        seen = earlier[name].split(THEN) if name in earlier else []
+        both[name] = THEN.join(dict.fromkeys([*seen, *value.split(THEN)]))
     return both
 
 

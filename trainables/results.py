@@ -90,6 +90,15 @@ def database_uri(results: Path) -> str:
     return uri
 
 
+def folder_of(uri: str) -> Path:
+    """Return the folder of an SQLite database, beside which its artifacts lie; else `results`."""
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith("sqlite"):
+        return Path("results")
+    return Path(make_url(uri).database or f"results/{DATABASE}").parent
+
+
 def check_database(results: Path) -> None:
     """Raise ValueError where the folder's MLflow database, if there is one, is not sound."""
     path = results / DATABASE

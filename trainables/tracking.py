@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +46,7 @@ CELL_TAG = "cell."
 ASKED_TAG = "asked."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
+JUDGED_TAG = "judged."
 TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
 SCHEMA_TAG = f"{PROJECT}.schema"
 VERSION_TAG = f"{PROJECT}.version"
@@ -67,7 +68,8 @@ class TrialRun:
 
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
     `studies` a study's name to the tables that it serves there; `trained` is the provenance of its
-    weights. `described`: it has its parameters and its data set.
+    weights, `judged` that of each evaluator's verdicts. `described`: it has its parameters and its
+    data set. `live`: a run may be training it; None where that is not known.
     """
 
     run_id: str
@@ -83,11 +85,21 @@ class TrialRun:
     failed_cells: dict[str, str] = field(default_factory=dict)
     studies: dict[str, str] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
+    judged: dict[str, dict[str, str]] = field(default_factory=dict)
     described: bool = True
+    live: bool | None = True
 
     @property
     def logged_epochs(self) -> int:
         return int(self.metrics.get("epoch", 0))
+
+    @property
+    def state(self) -> str:
+        """The outcome; without one yet, whether it is in training or at which epoch it stopped."""
+        if self.outcome != "training" or self.live:
+            return self.outcome
+        stopped = f"stopped at epoch {self.logged_epochs}"
+        return f"training or {stopped}" if self.live is None else stopped
 
 
 class Tracker:
@@ -98,7 +110,7 @@ class Tracker:
     which takes the longer the more there are.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
     on a server that is away is waited for, which `say` is told; a run that was deleted meanwhile
-    is a RunDeletedError.
+    is a RunDeletedError. `live`: whether a run is writing there now, None where nobody knows.
     """
 
     def __init__(
@@ -111,6 +123,7 @@ class Tracker:
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.uri, self._shared = uri, shared
+        self.live: bool | None = True
         # MLflow (checked with 3.17) notes for good where a run's artifacts lie, by the run's id, of
         # which a copied folder has the same.
         mlflow_utils._artifact_repos_cache.clear()
@@ -213,7 +226,8 @@ class Tracker:
 
     def trials(self) -> dict[str, TrialRun]:
         """Return every trial of the experiment by digest."""
-        return {run.digest: run for run in map(_trial_run, self._search("tags.kind = 'trial'"))}
+        runs = [_trial_run(run) for run in self._search("tags.kind = 'trial'")]
+        return {run.digest: replace(run, live=self.live) for run in runs}
 
     def start_trial(
         self,
@@ -331,8 +345,9 @@ class Tracker:
         asked: str,
         ledger: bytes,
         metrics: Mapping[str, float],
+        judged_by: Mapping[str, str] | None = None,
     ) -> None:
-        """Store a cell's ledger, its scores and what was asked.
+        """Store a cell's ledger, its scores, their provenance and what was asked.
 
         The tag that marks it done is written last.
         """
@@ -342,6 +357,10 @@ class Tracker:
             self._client.log_artifact(run.run_id, str(path), "ledgers")
         values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
         self._client.log_batch(run.run_id, metrics=values)
+        if judged_by:
+            noted = json.dumps(dict(judged_by))
+            self._client.set_tag(run.run_id, JUDGED_TAG + evaluator, noted)
+            run.judged[evaluator] = dict(judged_by)
         self._client.set_tag(run.run_id, ASKED_TAG + evaluator, asked)
         if run.failed_cells.pop(evaluator, ""):
             self._client.set_tag(run.run_id, FAILED_TAG + evaluator, "")
@@ -371,11 +390,17 @@ class Tracker:
         return run.metrics.get(SECONDS_SO_FAR, 0.0) + sum(judged)
 
     def log_evaluation(
-        self, name: str, *, metrics: Mapping[str, float], ledgers: Iterable[Path]
+        self,
+        name: str,
+        *,
+        metrics: Mapping[str, float],
+        ledgers: Iterable[Path],
+        judged_by: Mapping[str, str],
     ) -> str:
         """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
         token = uuid.uuid4().hex
-        tags = {"kind": "evaluation", "token": token}
+        who = {JUDGED_TAG + name: value for name, value in judged_by.items()}
+        tags = {"kind": "evaluation", "token": token} | who
         run = self._create(f"tags.token = '{token}'", False, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
@@ -469,6 +494,7 @@ def _trial_run(run: Run) -> TrialRun:
         failed_cells=_tagged(tags, FAILED_TAG),
         studies=_tagged(tags, STUDY_TAG),
         trained=_tagged(tags, TRAINED_TAG),
+        judged={name: json.loads(who) for name, who in _tagged(tags, JUDGED_TAG).items()},
         described=bool(run.inputs and run.inputs.dataset_inputs),
     )
 

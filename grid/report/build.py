@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -29,7 +27,7 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     findings = find(tracker, study, plan, scale)
     page = folder / "index.html"
     write_atomically(page, _html(findings, tracker).encode())
-    write_atomically(folder / "tables.md", markdown(findings, TITLE, _versions()).encode())
+    write_atomically(folder / "tables.md", markdown(findings, TITLE).encode())
     write_exports(findings.tables, scale, folder)
     for plot in findings.plots:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.file().encode())
@@ -55,7 +53,6 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         first=claims_plot(findings.judgements) or _plot_named("scatter", findings),
         difference=difference_text,
         mlflow=tracker.page,
-        footer=_versions(),
     )
 
 
@@ -75,9 +72,3 @@ def _states(findings: Findings) -> Iterator[str]:
     cells = [cell for table in findings.tables for row in table.rows for cell in row.cells]
     for state, count in Counter(cell.kind for cell in cells).most_common():
         yield f"{count} {'not yet there' if state == 'not' else state}"
-
-
-def _versions() -> str:
-    packages = ("torch", "torchvision", "timm", "ray", "mlflow")
-    named = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"Python {platform.python_version()}, {named}."

@@ -65,7 +65,7 @@ def _cells_of(path: Path) -> bytes | None:
         return None
 
 
-def markdown(findings: Findings, title: str, versions: str) -> str:
+def markdown(findings: Findings, title: str) -> str:
     """Return every table, its comparisons and the red flags as Markdown."""
     units = "Percent [95 % interval]; paper: published figure."
     lines = [f"# {title}", "", f"{findings.scale.title}. {units} {attacks_text(findings)}"]
@@ -81,7 +81,7 @@ def markdown(findings: Findings, title: str, versions: str) -> str:
         f"- not judged yet: {model}: {', '.join(health.waiting[model])}" for model in health.waiting
     ]
     lines += [f"- not asked by the evaluator health: {model}" for model in health.unchecked]
-    return "\n".join([*lines, "", versions, ""])
+    return "\n".join([*lines, "", findings.provenance, ""])
 
 
 def attacks_text(findings: Findings) -> str:

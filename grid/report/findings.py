@@ -22,6 +22,7 @@ from grid.report.plots import (
     steps_plot,
     training_plot,
 )
+from grid.report.provenance import describe_provenance
 from grid.report.tables import FilledTable, fill_tables, tables_of
 from grid.report.verdicts import Comparison, Health, Verdicts
 from grid.studies import Study, Table
@@ -31,7 +32,7 @@ from trainables.tracking import Tracker, TrialRun
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found."""
+    """What was found; `provenance` says what trained and judged it."""
 
     study: Study
     plan: Plan
@@ -43,6 +44,7 @@ class Findings:
     effects: tuple[Effects, ...]
     plots: tuple[Plot, ...]
     gallery: tuple[Example, ...]
+    provenance: str
 
 
 def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
@@ -68,6 +70,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         effects=effects,
         plots=tuple(plot for plot in plots if plot),
         gallery=tuple(gallery(plan, verdicts, tracker.classes(study.name))),
+        provenance=describe_provenance([runs[t.digest] for t in plan if t.digest in runs]),
     )
 
 

@@ -46,7 +46,7 @@ class FilledCell:
 
     @property
     def kind(self) -> str:
-        """Return the state in a word: done, collapsed, failed, blocked, training or not."""
+        """Return the state in a word: done, collapsed, failed, blocked, training, stopped, not."""
         return self.state.partition(":")[0].split()[0]
 
 
@@ -156,4 +156,4 @@ def _state(run: TrialRun | None, column: Column) -> str:
         return f"failed: {run.reason}"
     if run.outcome == "blocked":
         return run.reason
-    return "training" if run.outcome == "training" else "not judged yet"
+    return run.state if run.outcome == "training" else "not judged yet"
