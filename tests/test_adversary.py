@@ -12,6 +12,7 @@ from trainables.adversary import (
     training_start,
 )
 from trainables.data import to_unit
+from trainables.folding import folded
 from trainables.models import build_classifier
 
 EPSILON = 16 / 255
@@ -141,6 +142,20 @@ def test_as_published_start_is_drawn_for_the_whole_batch(small, plain_start, sha
     moved = [moved_images(start(step), images) for step in range(2000)]
     assert all(m.all() or not m.any() for m in moved)
     assert sum(bool(m.all()) for m in moved) / 2000 == pytest.approx(share, abs=0.03)
+
+
+def test_an_attack_through_the_twin_is_that_on_the_weights_as_they_are(small, few_digits):
+    recipe = adversarial(small)
+    images, labels = to_unit(few_digits.train.images[:16]), few_digits.train.labels[:16]
+    model = build_classifier(recipe).double().eval()
+    twin = folded(model, images)
+    model.load_state_dict(build_classifier(recipe.replace(seed=1)).state_dict())
+
+    def attack(twin):
+        places = torch.arange(16)
+        return training_attack(recipe, model, images, labels, places, epoch=0, step=0, twin=twin)
+
+    assert torch.equal(attack(twin), attack(None))
 
 
 @pytest.mark.parametrize("protocol", ["corrected", "as-published"])

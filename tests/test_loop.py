@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from grid.studies import CURRICULA
 from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
+from trainables.data import Split
 from trainables.loop import accuracy, distillation_loss, probe, train, training_loss
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Distillation
@@ -162,12 +163,36 @@ def test_every_accumulation_step_keeps_its_own_ghost_statistics(small, few_digit
     assert (statistics != 0).all()
 
 
-def test_a_loss_that_is_not_finite_is_an_outcome(small, few_digits):
+def test_a_loss_that_is_not_finite_is_an_outcome_and_the_end(small, few_digits):
     recipe = small(epochs=3, learning_rate=1e30)
     reports = list(train(recipe, build_classifier(recipe), few_digits, device=CPU))
-    assert reports[-1].outcome == "collapsed"
+    assert [report.outcome for report in reports] == ["collapsed"]
     assert "the training loss became" in reports[-1].reason
     assert not reports[-1].sound
+
+
+def test_the_rate_falls_from_step_to_step(small, few_digits):
+    recipe = small(scheduler="cosine", learning_rate=0.2, floor_rate=0.0)
+    *_, last = train(recipe, build_classifier(recipe), few_digits, device=CPU)
+    # 192 images are three steps of 64: the last of two epochs begins at 5/6 of the training.
+    expected = 0.1 * (1 + math.cos(math.pi * 5 / 6))
+    assert last.metrics["train/rate"] == pytest.approx(expected)
+
+
+class Brightness(torch.nn.Module):
+    """Class 0 for an image brighter than the middle grey, class 1 for a darker one."""
+
+    def forward(self, images):
+        above = images.mean(dim=(1, 2, 3)) - 0.5
+        return torch.stack([above, -above], dim=1)
+
+
+def test_the_probe_attacks_within_the_recipes_radius(small):
+    greys = torch.arange(140, 150, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
+    split = Split(images=greys, labels=torch.zeros(10, dtype=torch.long), ids=tuple("abcdefghij"))
+    classifier = Classifier(Brightness(), (0.0,) * 3, (1.0,) * 3)
+    # Darker by 16/255, those from 144/255 on are still above 127.5/255.
+    assert probe(small(adversary=ADVERSARY), classifier, split, device=CPU) == 0.6
 
 
 def test_curriculum_and_probe_are_metrics(small, few_digits):

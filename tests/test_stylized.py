@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
+from torchvision import transforms
 
 from evaluators.base import Batch, evaluate, verdicts
 from evaluators.stylized import Stylized, mix_cues, texture_partners
 from trainables.data import load_data, to_unit
 from trainables.models import Classifier
-from trainables.scale import DIGITS
+from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,27 @@ def test_the_stored_set_is_read_at_native_size_and_cropped(tmp_path):
     assert scores == {"stylized": 0.5, "stylized-cropped": 0.5}
     with pytest.raises(ValueError, match="2 images instead of 50000"):
         list(stylized.batches(replace(source, name="imagenet"), batch_size=2))
+
+
+def test_the_cropped_reading_is_the_studys_and_the_native_one_as_stored(tmp_path):
+    """Resize 256 and CenterCrop 224, torchvision's bilinear default: datasets.py of the study."""
+    (tmp_path / "val" / "n01").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "val" / "n01" / "a.png")
+    source = replace(
+        load_data(DIGITS),
+        name="cut",
+        class_names=("n01",),
+        roots={"imagenet-stylized": tmp_path},
+    )
+    batches = Stylized(IMAGENET).batches(source, batch_size=1)
+    shown = {batch.question: batch.images[0] for batch in batches}
+    cropped = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
+    )
+    assert torch.equal(shown["stylized-cropped"], cropped(picture))
+    assert torch.equal(shown["stylized"], transforms.ToTensor()(picture))
 
 
 def test_halving_a_batch_halves_its_remarks_too():

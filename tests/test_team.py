@@ -11,8 +11,6 @@ from tests.teams import begun, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
 from trainables.team import Team, check_team, team_sizes
 
-pytestmark = pytest.mark.slow
-
 # Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
 # amplify that ten thousand times in two epochs: in double precision it stays far below any other
 # difference, on every processor.
@@ -43,6 +41,7 @@ def recipes(small):
     }
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does(recipes, tmp_path):
     jobs = [partial(trained, recipe, **IN_DOUBLE) for recipe in recipes.values()]
     first, second = in_a_team(tmp_path, 2, jobs)
@@ -58,6 +57,7 @@ def test_two_workers_train_what_one_does(recipes, tmp_path):
             assert of_two == pytest.approx(own, rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_with_fewer_workers_ends_as_with_one(recipes, tmp_path):
     chosen = ("deit sgd", "deit adamw", "resnet", "resnet with ghosts, accumulated")
     jobs = [partial(begun, recipes[name], **IN_DOUBLE) for name in chosen]
@@ -80,6 +80,7 @@ def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 def test_a_team_of_three_that_is_cut_short_ends_with_the_same_bits(small, tmp_path):
     adversary = Adversary(epsilon=16 / 255, step_size=16 / 255, plain_start=0.2)
     recipes = [

@@ -1,0 +1,118 @@
+"""What is written to MLflow is what a later command reads, from a real database."""
+
+from __future__ import annotations
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from evaluators.ledger import Score
+from trainables.tracking import Tracker, TrialRun, scores_as_metrics
+
+DATASET = {"name": "digits", "digest": "0", "source_type": "code", "source": "digits"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("tracking")
+
+
+def opened(results) -> Tracker:
+    uri = f"sqlite:///{results}/mlflow.db"
+    return Tracker(uri, experiment="tracking", artifacts=results / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def tracker(results) -> Tracker:
+    return opened(results)
+
+
+@pytest.fixture
+def trial(tracker, request) -> TrialRun:
+    """Return the run of a trial whose digest is the test's name."""
+    return start(tracker, request.node.name)
+
+
+def start(tracker, digest, *, tables="T2", study="paper") -> TrialRun:
+    return tracker.start_trial(
+        digest=digest,
+        name=digest,
+        parent="",
+        study=study,
+        tables=tables,
+        recipe_json="{}",
+        params={},
+        dataset=DATASET,
+    )
+
+
+def found_again(results, run) -> TrialRun:
+    return opened(results).trials()[run.digest]
+
+
+def epochs(*numbers):
+    return [{"epoch": float(n), "train/loss": 10.0 - n, "train/seconds": 2.0} for n in numbers]
+
+
+def test_epochs_are_logged_once_at_their_own_step(tracker, results, trial):
+    tracker.log_epochs(trial, epochs(1, 2))
+    tracker.log_epochs(found_again(results, trial), epochs(1, 2, 3))
+    assert tracker.history(trial, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+    again = found_again(results, trial)
+    assert again.logged_epochs == 3
+    assert tracker.seconds(again) == 6.0
+
+
+def test_a_judged_cell_adds_its_seconds_and_its_scores(tracker, results, trial):
+    tracker.log_epochs(trial, epochs(1))
+    metrics = scores_as_metrics([Score("clean", 0.5, 0.4, 0.7, 60)]) | {"clean/seconds": 5.0}
+    tracker.record_cell(
+        trial, evaluator="clean", cell="q1", asked="{}", ledger=b"rows", metrics=metrics
+    )
+    again = found_again(results, trial)
+    assert again.cells == {"clean": "q1"}
+    names = ("clean", "clean/low", "clean/high", "clean/n")
+    assert [again.metrics[name] for name in names] == [0.5, 0.4, 0.7, 60]
+    assert tracker.seconds(again) == 7.0
+    assert tracker.ledger(again, "clean") == b"rows"
+
+
+def test_a_cell_whose_ledger_was_not_stored_is_not_done(tracker, results, trial):
+    kept = results / "artifacts" / trial.run_id / "artifacts"
+    kept.mkdir(parents=True)
+    (kept / "ledgers").write_text("in the way")
+    with pytest.raises((OSError, MlflowException)):
+        tracker.record_cell(trial, evaluator="pgd", cell="q", asked="{}", ledger=b"", metrics={})
+    assert found_again(results, trial).cells == {}
+
+
+def test_a_cell_that_failed_is_done_once_it_has_an_answer(tracker, results, trial):
+    tracker.fail_cell(trial, "pgd", "no memory")
+    assert found_again(results, trial).failed_cells == {"pgd": "no memory"}
+    tracker.record_cell(trial, evaluator="pgd", cell="q", asked="{}", ledger=b"", metrics={})
+    again = found_again(results, trial)
+    assert (again.cells, again.failed_cells) == ({"pgd": "q"}, {})
+
+
+def test_a_run_that_was_killed_before_its_end_is_still_training(tracker, results, trial):
+    tracker._tag(trial, outcome="finished")
+    assert found_again(results, trial).outcome == "training"
+    tracker.end_trial(trial, outcome="finished", reason="")
+    assert found_again(results, trial).outcome == "finished"
+
+
+def test_a_failed_trial_that_goes_on_is_training_again(tracker, results, trial):
+    tracker.end_trial(trial, outcome="failed", reason="a node was lost")
+    again = found_again(results, trial)
+    assert (again.outcome, again.reason) == ("failed", "a node was lost")
+    tracker.continue_trial(again)
+    assert found_again(results, trial).outcome == "training"
+    tracker.end_trial(again, outcome="finished", reason="")
+    again = found_again(results, trial)
+    assert (again.outcome, again.reason) == ("finished", "")
+
+
+def test_a_trial_serves_the_tables_of_every_command_in_their_order(tracker, results, trial):
+    start(tracker, trial.digest, tables="T10 T1")
+    assert found_again(results, trial).studies == {"paper": "T1 T2 T10"}
+    start(tracker, trial.digest, study="own", tables="T3")
+    assert found_again(results, trial).studies == {"paper": "T1 T2 T10", "own": "T3"}
