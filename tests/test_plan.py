@@ -116,7 +116,7 @@ def test_the_rate_of_an_attacked_gelu_resnet_is_as_released_or_by_the_rule():
         },
     )
     plan = build_plan(study, DIGITS)
-    assert sorted(trial.recipe.learning_rate for trial in plan) == [0.1, 0.2]
+    assert sorted(trial.recipe.learning_rate for trial in plan) == [0.05, 0.1]
     assert len({trial.name for trial in plan}) == 2
 
 
@@ -151,7 +151,7 @@ def test_digits_shrink_by_the_stated_rule():
     attacked = DIGITS.shrink(adversarial_resnet50())
     assert attacked.adversary.epsilon == pytest.approx(16 / 255)
     assert (attacked.forward_batch, attacked.ghost_batch, attacked.accumulation) == (64, 32, 1)
-    assert attacked.warmup_rate == pytest.approx(0.2 / 16)
+    assert attacked.warmup_rate == pytest.approx(0.1 / 16)
 
 
 def test_longest_trials_come_first():

@@ -245,8 +245,10 @@ DIGITS = Scale(
     epochs_factor=Fraction(1, 10),
     strength_divisor=4,
     batch_size={"resnet": 64, "deit": 32, "hybrid": 32, "timm": 64},
+    # ResNet-50 reaches 98.0, 97.8 and 97.8 % with SGD at 0.1 (seeds 0 to 2), 95.1 to 97.2 at 0.2,
+    # and trains no more at 0.3: its residual branches start with a gain of one.
     learning_rate={
-        ("resnet", "sgd"): 0.2,
+        ("resnet", "sgd"): 0.1,
         ("resnet", "adamw"): 8e-3,
         ("deit", "sgd"): 0.1,
         ("deit", "adamw"): 2e-3,
