@@ -6,11 +6,12 @@ is multiplied by side / 224, and by 32 / 224 below 32 px, the side of the smalle
 of the kind (CIFAR-10-C), since shorter lengths vanish below a pixel; of the side of a block
 (pixelate) or flake (snow) the excess over one pixel is; strengths stay.
 
-Three kinds differ from the stored ImageNet-C. Frost: the original pastes photographs; here the
-crystals are generated, with the mean and spread of such photographs. Elastic: a displacement field
-alone, as in the package imagecorruptions, whose severities rise; the original's two lowest add an
-affine warp and are harder than its third. Glass: pixels move all at once, by displacements of the
-same variance as the original's swaps one after the other.
+Pixels are cut off to 8 bits, as the published code does; the stored ImageNet-C was compressed as
+JPEG of quality 85 after that, which is left out here. Two kinds differ further. Frost: the original
+pastes photographs; here the crystals are generated, a pane for each of the six photographs of the
+package imagecorruptions with its mean colour and spread (the original draws from five of them).
+Elastic: a displacement field alone, as in that package, whose severities rise; the original's two
+lowest add an affine warp and are harder than its third.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Draws:
 def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int) -> Tensor:
     """Corrupt float32 images in [0, 1]; each result follows from the image and its id alone.
 
-    ValueError for an unknown kind or severity and below 16 px.
+    Returns multiples of 1/255. ValueError for an unknown kind or severity and below 16 px.
     """
     if kind not in _CORRUPTIONS:
         raise ValueError(f"unknown corruption {kind!r}; one of {list(_CORRUPTIONS)}")
@@ -85,7 +86,7 @@ def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int
         raise ValueError(f"corruptions need {MINIMUM_SIDE} px, not {tuple(images_BCHW.shape[-2:])}")
     apply, constants = _CORRUPTIONS[kind]
     draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
-    return apply(images_BCHW.contiguous(), constants[severity - 1], draws).clamp_(0, 1)
+    return _cut_off(apply(images_BCHW.contiguous(), constants[severity - 1], draws).clamp_(0, 1))
 
 
 def gaussian_noise(images_BCHW: Tensor, std: float, draws: Draws) -> Tensor:
@@ -111,16 +112,16 @@ def defocus_blur(images_BCHW: Tensor, constant: tuple[float, float], draws: Draw
 
 
 def glass_blur(images_BCHW: Tensor, constant: tuple[float, int, int], draws: Draws) -> Tensor:
-    """Displace each pixel by chance between two Gaussian blurs. constant: sigma, reach, rounds.
-
-    A swap moves two pixels by an offset uniform in {-reach .. reach - 1}: twice its variance.
-    """
+    """Shuffle pixels locally between two Gaussian blurs. constant: sigma, reach, rounds."""
     sigma, reach, rounds = constant
     ratio = _length_ratio(images_BCHW)
-    spread = math.sqrt(2 * rounds * (4 * reach**2 - 1) / 12)
-    offsets = (spread * draws.normal(*images_BCHW.shape[2:], 2)).round() * ratio
-    moved = _displace(_smooth(images_BCHW, sigma * ratio), offsets, border="border")
-    return _smooth(moved, sigma * ratio)
+    blurred = _cut_off(_smooth(images_BCHW, sigma * ratio))
+    # The published loop leaves a frame of reach + 1 pixels as it is: here it shrinks by the ratio.
+    margin = max(0, round((reach + 1) * (1 - ratio)))
+    height, width = (side + 2 * margin for side in images_BCHW.shape[2:])
+    offsets = _shuffle(height, width, reach, rounds, draws)
+    inner = offsets[:, margin : height - margin, margin : width - margin]
+    return _smooth(_displace(blurred, inner * ratio, border="border"), sigma * ratio)
 
 
 def motion_blur(images_BCHW: Tensor, constant: tuple[int, float], draws: Draws) -> Tensor:
@@ -212,7 +213,7 @@ def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
     rows, columns = (
         _block_rows(side, share, ratio).to(images_BCHW.device) for side in images_BCHW.shape[2:]
     )
-    return rows @ images_BCHW @ columns.T
+    return (rows @ images_BCHW @ columns.T * 255).round() / 255
 
 
 def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
@@ -254,6 +255,11 @@ def _cover(height: int, width: int) -> float:
     return max(height, width) / FROST_SIDE
 
 
+def _cut_off(images_BCHW: Tensor) -> Tensor:
+    """Drop what is below 1/255, but not for a float that lies just under its integer."""
+    return (images_BCHW * 255 + 0.01).floor() / 255
+
+
 def _grey(images_BCHW: Tensor) -> Tensor:
     weights = images_BCHW.new_tensor([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
     return torch.einsum("bchw,c->bhw", images_BCHW, weights)[:, None]
@@ -272,19 +278,44 @@ def _correlate(images_BCHW: Tensor, kernels: Tensor, *, border: str) -> Tensor:
 
 @cache
 def _disc(radius: float, softening: float, ratio: float) -> Tensor:
+    """Return a softened disc in the published window, whose edge reflects what crosses it.
+
+    Below a ratio of 1 the image under the disc is interpolated linearly, for radii below a pixel.
+    """
     finer = 1 if ratio >= 1 else 9
-    reach = math.ceil(radius * ratio + 0.5)
+    reach = math.ceil(max(radius, 8) * ratio)
     side = 2 * reach + 1
     position = (torch.arange(side * finer) - (side * finer - 1) / 2) / finer
     inside = (position[:, None] ** 2 + position**2) <= (radius * ratio) ** 2
-    disc = inside.float().view(side, finer, side, finer).mean(dim=(1, 3))
+    nearness = (1 - (position - torch.arange(-reach, reach + 1)[:, None]).abs()).clamp(min=0)
+    disc = nearness @ inside.float() @ nearness.T
     width = 1 if radius <= 8 else 2
     taps = torch.exp(-(torch.arange(-width, width + 1) ** 2) / (2 * (softening * ratio) ** 2))
     taps = taps / taps.sum()
-    soft = F.conv2d(
-        (disc / disc.sum())[None, None], taps.outer(taps)[None, None], padding=2 * width
-    )
-    return soft[0, 0]
+    padded = F.pad((disc / disc.sum())[None, None], (width,) * 4, mode="reflect")
+    return F.conv2d(padded, taps.outer(taps)[None, None])[0, 0]
+
+
+def _shuffle(height: int, width: int, reach: int, rounds: int, draws: Draws) -> Tensor:
+    """Return the offsets (B, height, width, 2), x and y, at which pixels find their shuffled value.
+
+    In each round pixels copy, from the last to the first, the present value of a pixel at an
+    offset from {-reach .. reach - 1}, as the published loop does (its swap is of two views of one
+    array, and so copies). A value copied earlier in the round is found by following pointers.
+    """
+    drawn = (draws.uniform(rounds, 2, height * width) * 2 * reach).long() - reach
+    place = torch.arange(height * width, device=drawn.device)
+    row, column = place // width, place % width
+    inside = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
+    origin = place.expand(len(drawn), -1)
+    for dx, dy in drawn.permute(1, 2, 0, 3):
+        other = torch.where(inside, place + dy * width + dx, place)
+        pointer = torch.where((other > place) & inside[other], other, place)
+        while not torch.equal(followed := pointer.gather(1, pointer), pointer):
+            pointer = followed
+        origin = origin.gather(1, other.gather(1, pointer))
+    offsets = torch.stack((origin % width - column, origin // width - row), dim=-1)
+    return offsets.view(-1, height, width, 2)
 
 
 def _displace(images_BCHW: Tensor, offsets_BHW2: Tensor, *, border: str) -> Tensor:
@@ -371,26 +402,34 @@ def _plasma(side: int, decay: float, draws: Draws) -> Tensor:
 
 
 FROST_SIDE = 448  # of a pane, for images of 224 px
-FROST_PANES = 4
 FROST_SEEDS = 50
 FROST_ANGLES = 8
-# Mean over and spread within the six photographs that the package imagecorruptions ships.
-FROST_MEAN = (0.52, 0.61, 0.65)
-FROST_SPREAD = 0.12
+# Mean (R, G, B) and spread of each of the package imagecorruptions' photographs, over pieces of
+# 224 px drawn as it draws them. The second and third show the same.
+FROST_MEANS = (
+    (0.306, 0.582, 0.645),
+    (0.775, 0.792, 0.828),
+    (0.775, 0.792, 0.828),
+    (0.565, 0.623, 0.673),
+    (0.396, 0.441, 0.487),
+    (0.273, 0.352, 0.382),
+)
+FROST_SPREADS = (0.071, 0.082, 0.082, 0.106, 0.144, 0.150)
 
 
 @cache
 def _frost_panes(side: int) -> Tensor:
     """Return panes of frost (n, 3, side, side), reduced or enlarged from those drawn."""
     panes = F.interpolate(_drawn_panes(), size=side, mode="bilinear", antialias=True)
-    panes = (panes - panes.mean()) / panes.std() * FROST_SPREAD
-    return (panes + torch.tensor(FROST_MEAN).view(1, 3, 1, 1)).clamp(0, 1)
+    spread, mean = panes.std(dim=(2, 3), keepdim=True), panes.mean(dim=(2, 3), keepdim=True)
+    panes = (panes - mean) / spread * torch.tensor(FROST_SPREADS).view(-1, 1, 1, 1)
+    return (panes + torch.tensor(FROST_MEANS)[..., None, None]).clamp(0, 1)
 
 
 @cache
 def _drawn_panes() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([_frost_pane(generator) for _ in range(FROST_PANES)])[:, None]
+    return torch.stack([_frost_pane(generator) for _ in FROST_MEANS])[:, None]
 
 
 def _frost_pane(generator: torch.Generator) -> Tensor:
