@@ -117,9 +117,10 @@ class Corruptions:
         for name, weights in _aggregates(kinds, self.alexnet_errors).items():
             value = float(error_K @ weights)
             low, high = np.quantile(resampled_RK @ weights, (0.025, 0.975))
-            if low == high:  # every image alike: resampling them says nothing
-                alike = share(name, round(value * n), n)
-                low, high = alike.low, alike.high
+            if math.isclose(low, high):  # every image alike: resampling them says nothing
+                most = weights.sum()  # the score where every answer is wrong: 1, of mCE more
+                alike = share(name, round(value / most * n), n)
+                low, high = alike.low * most, alike.high * most
             scores.append(Score(name, value, float(low), float(high), n))
         return scores
 
@@ -203,7 +204,10 @@ def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str,
 
 
 def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    """Return the kinds, their errors, those of bootstrap resamples of images, and the images' n."""
+    """Return the kinds, their errors, those of bootstrap resamples of images, and the images' n.
+
+    A kind that lacks a severity is left out.
+    """
     images = pc.dictionary_encode(ledger["image_id"].combine_chunks())
     questions = pc.dictionary_encode(ledger["question"].combine_chunks())
     names = questions.dictionary.to_pylist()
@@ -212,7 +216,8 @@ def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray, np.ndarray, int]:
     asked_NQ, wrong_NQ = np.zeros((2, n, len(names)), dtype=np.float32)
     asked_NQ[cell] = 1
     wrong_NQ[cell] = pc.invert(ledger["survived"]).to_numpy()
-    kinds = list(dict.fromkeys(name.rpartition("-")[0] for name in names))
+    every = dict.fromkeys(name.rpartition("-")[0] for name in names)
+    kinds = [kind for kind in every if {f"{kind}-{s}" for s in SEVERITIES} <= set(names)]
     member_QK = np.array([[name.rpartition("-")[0] == kind for kind in kinds] for name in names])
     mean_QK = member_QK / member_QK.sum(axis=0)
     error_K = wrong_NQ.sum(axis=0) / asked_NQ.sum(axis=0) @ mean_QK
