@@ -343,6 +343,9 @@ class Recorder(threading.Thread):
             "digest": self._manifest or self._data.train.ids_hash(),
             "source_type": "code",
             "source": self._scale.title,
+            "profile": json.dumps(
+                {"train": len(self._data.train), "held_out": len(self._data.held_out)}
+            ),
         }
 
 

@@ -88,6 +88,22 @@ def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
     assert (len(waiting), standing in told, standing in page) == (7, True, True)
 
 
+def test_every_form_of_the_report_names_the_images_trained_and_judged(recorded, tmp_path):
+    tracker, plan = recorded
+    page = write_report(tracker, load_study("paper"), plan, DIGITS, tmp_path).read_text()
+    assert page.count("<td>1,200</td>") == 2
+    assert "PGD-5<br><small>n = 64 of 597</small>" in page
+    told = (tmp_path / "tables.md").read_text()
+    for text in (page, told):
+        assert "Images trained on: 1,200 (held out: 597)." in text
+    assert "| judged on, images |  | 597 |  | 64 of 597 |  |" in told
+    frame = pd.read_csv(tmp_path / "tables.csv")
+    assert set(frame["trained_images"]) == {1200}
+    assert set(frame["held_out_images"]) == {597}
+    assert set(frame[frame["score"] == "PGD-5"]["n"]) == {64}
+    assert r"judged on, images &  & 597 & 64 of 597 &" in (tmp_path / "tables.tex").read_text()
+
+
 def test_models_are_flagged_cleared_waited_for_or_have_nothing_to_attack(recorded):
     tracker, plan = recorded
     first, second = plan.trials
@@ -109,7 +125,7 @@ def test_models_are_flagged_cleared_waited_for_or_have_nothing_to_attack(recorde
 
 
 def test_a_studys_name_does_not_break_its_latex(tmp_path):
-    table = FilledTable("my_study", "Every trial of the study", ("Clean",), ())
+    table = FilledTable("my_study", "Every trial of the study", ("Clean",), (), ("597",))
     write_exports([table], DIGITS, tmp_path)
     latex = (tmp_path / "tables.tex").read_text()
     assert r"\caption{my\_study: Every trial of the study, on scikit-learn's handwritten" in latex

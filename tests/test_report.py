@@ -7,7 +7,14 @@ from scipy.stats import t as student
 
 from grid.plan import build_plan
 from grid.report.plots import stages_plot
-from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_tables, tables_of
+from grid.report.tables import (
+    FilledCell,
+    FilledRow,
+    FilledTable,
+    fill_tables,
+    images_text,
+    tables_of,
+)
 from grid.studies import deit, load_study, paper
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.tracking import TrialRun
@@ -182,12 +189,53 @@ def test_the_papers_stylized_figure_is_beside_the_cropped_images(scale, scores, 
     assert [cell.value for cell in cells] == [pytest.approx(shown)]
 
 
+def test_a_table_names_the_images_trained_and_judged():
+    study = paper()
+    plan = build_plan(study, CIFAR10, tables=["T1"])
+    counts = {"clean": 1000, "pgd-5": 500, "pgd-10": 500, "autoattack": 200}
+    ends = {"": 0.5, "/low": 0.4, "/high": 0.6}
+    metrics = {f"{name}{end}": value for name in counts for end, value in ends.items()}
+    metrics |= {f"{name}/n": float(n) for name, n in counts.items()}
+    images = {"train": 5_000, "held_out": 1_000}
+    first, second = plan
+    runs = {
+        first.digest: replace(trial_run(first.digest), metrics=metrics, images=images),
+        second.digest: replace(trial_run(second.digest), metrics=metrics | {"pgd-10/n": 300.0}),
+    }
+    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
+    judged = dict(zip(table.columns, table.judged_on, strict=True))
+    assert judged["Clean"] == "1,000"
+    assert judged["PGD-5"] == "500 of 1,000"
+    assert judged["PGD-10"] == "300 to 500 of 1,000"
+    assert judged["AutoAttack (cifar10)"] == "200 of 1,000"
+    assert judged["PGD-50"] == ""
+    trained = {row.recipe.digest(): row.trained_on for row in table.rows}
+    assert trained == {first.digest: "5,000 of CIFAR-10's 50,000", second.digest: ""}
+    assert images_text(runs.values(), CIFAR10) == (
+        "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 1,000 of CIFAR-10's 10,000)."
+    )
+
+
+def test_a_stored_sets_images_are_no_part_of_the_held_out_ones():
+    study = paper()
+    plan = build_plan(study, IMAGENET, tables=["T5"])
+    scores = ("natural", "natural-1000")
+    metrics = {f"{s}{end}": 7500.0 for s in scores for end in ("", "/low", "/high", "/n")}
+    images = {"train": 1_281_167, "held_out": 50_000}
+    digest = plan.tables[0].rows[0].recipe.digest()
+    runs = {digest: replace(trial_run(digest), metrics=metrics, images=images)}
+    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
+    assert dict(zip(table.columns, table.judged_on, strict=True))["ImageNet-A"] == "7,500"
+    assert table.rows[0].trained_on == "1,281,167"
+
+
 def test_the_last_stage_of_autoattack_is_that_of_its_own_radius():
     def drawn(last):
         labels = ("Clean, same images", "after APGD-CE", "after APGD-T", "after FAB-T", *last)
         cells = tuple(FilledCell("done", 9.0, 8.0, 10.0) for _ in labels)
         rows = (FilledRow("a model", deit(), "", cells),)
-        return stages_plot(FilledTable("T", "a question", labels, rows), DIGITS)
+        table = FilledTable("T", "a question", labels, rows, ("30 of 597",) * len(labels))
+        return stages_plot(table, DIGITS)
 
     small, own = "AutoAttack, small radius (digits)", "AutoAttack (digits)"
     assert drawn([small]) is None

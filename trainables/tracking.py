@@ -69,7 +69,8 @@ class TrialRun:
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
     `studies` a study's name to the tables that it serves there; `trained` is the provenance of its
     weights, `judged` that of each evaluator's verdicts. `described`: it has its parameters and its
-    data set. `live`: a run may be training it; None where that is not known.
+    data set. `live`: a run may be training it; None where that is not known. `images` counts
+    those of the data set's splits, "train" and "held_out", where that was noted.
     """
 
     run_id: str
@@ -88,6 +89,7 @@ class TrialRun:
     judged: dict[str, dict[str, str]] = field(default_factory=dict)
     described: bool = True
     live: bool | None = True
+    images: dict[str, int] = field(default_factory=dict)
 
     @property
     def logged_epochs(self) -> int:
@@ -267,7 +269,7 @@ class Tracker:
         self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
         self._client.log_inputs(run.run_id, datasets=[source])
-        run.described = True
+        run.described, run.images = True, dict(json.loads(dataset.get("profile", "{}")))
 
     def enrol(self, run: TrialRun, study: str, tables: str) -> None:
         """Note that a trial serves these tables of a study, beside those that it serves already."""
@@ -496,7 +498,14 @@ def _trial_run(run: Run) -> TrialRun:
         trained=_tagged(tags, TRAINED_TAG),
         judged={name: json.loads(who) for name, who in _tagged(tags, JUDGED_TAG).items()},
         described=bool(run.inputs and run.inputs.dataset_inputs),
+        images=_images(run),
     )
+
+
+def _images(run: Run) -> dict[str, int]:
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    profile = inputs[0].dataset.profile if inputs else None
+    return dict(json.loads(profile)) if profile else {}
 
 
 def _in_order(tables: Iterable[str]) -> str:

@@ -68,7 +68,8 @@ def _cells_of(path: Path) -> bytes | None:
 def markdown(findings: Findings, title: str) -> str:
     """Return every table, its comparisons and the red flags as Markdown."""
     units = "Percent [95 % interval]; paper: published figure."
-    lines = [f"# {title}", "", f"{findings.scale.title}. {units} {attacks_text(findings)}"]
+    told = " ".join(filter(None, (units, findings.images, attacks_text(findings))))
+    lines = [f"# {title}", "", f"{findings.scale.title}. {told}"]
     for table in findings.tables:
         lines += ["", f"## {table.name}: {table.question}", "", *_values(table)]
         lines += _differences(table, findings.comparisons[table.name])
@@ -111,12 +112,13 @@ def difference_text(paired: Paired | None) -> str:
 
 
 def _values(table: FilledTable) -> list[str]:
-    header = ["Model", *[text for column in table.columns for text in (column, "paper")]]
+    header = ["Model", "trained on", *[t for column in table.columns for t in (column, "paper")]]
+    judged = ["judged on, images", "", *[t for number in table.judged_on for t in (number, "")]]
     rows = [
-        [row.label, *[text for c in row.cells for text in (c.text(), c.published_text())]]
+        [row.label, row.trained_on, *[t for c in row.cells for t in (c.text(), c.published_text())]]
         for row in table.rows
     ]
-    return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+    return [_line(header), _line(["---"] * len(header)), *map(_line, (*rows, judged))]
 
 
 def _differences(table: FilledTable, found: Sequence[Comparison]) -> list[str]:
@@ -151,6 +153,8 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "low": cell.low,
             "high": cell.high,
             "n": cell.n or None,
+            "trained_images": row.images.get("train"),
+            "held_out_images": row.images.get("held_out"),
             "published": cell.published,
             "difference": cell.difference,
             "source": cell.source,
@@ -163,11 +167,11 @@ def _long(tables: Sequence[FilledTable]) -> pd.DataFrame:
 
 
 def _latex(table: FilledTable, scale: Scale) -> str:
-    texts = {
-        column: [_with_paper(row.cells[place]) for row in table.rows]
-        for place, column in enumerate(table.columns)
-    }
-    frame = pd.DataFrame(texts, index=[row.label for row in table.rows])
+    texts = {"trained on": [*(row.trained_on for row in table.rows), ""]}
+    for place, (column, number) in enumerate(zip(table.columns, table.judged_on, strict=True)):
+        texts[column] = [*(_with_paper(row.cells[place]) for row in table.rows), number]
+    labels = [*(row.label for row in table.rows), "judged on, images"]
+    frame = pd.DataFrame(texts, index=labels)
     named = table.name.replace("_", r"\_")
     units = "percent, 95\\% interval; figure published for ImageNet"
     caption = f"{named}: {table.question}, on {scale.title} ({units})"

@@ -23,7 +23,7 @@ from grid.report.plots import (
     training_plot,
 )
 from grid.report.provenance import describe_provenance
-from grid.report.tables import FilledTable, fill_tables, tables_of
+from grid.report.tables import FilledTable, fill_tables, images_text, tables_of
 from grid.report.verdicts import Comparison, Health, Verdicts
 from grid.studies import Study, Table
 from trainables.scale import Scale
@@ -37,6 +37,7 @@ class Findings:
     study: Study
     plan: Plan
     scale: Scale
+    images: str
     tables: tuple[FilledTable, ...]
     comparisons: Mapping[str, tuple[Comparison, ...]]
     health: Health
@@ -63,6 +64,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         study=study,
         plan=plan,
         scale=scale,
+        images=images_text((runs[t.digest] for t in plan if t.digest in runs), scale),
         tables=filled,
         comparisons={table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
         health=verdicts.health(plan),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from scipy.stats import t as student
 
+from grid.passes import HELD_OUT
 from grid.plan import Plan
 from grid.published import published
 from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
 from trainables.recipe import Recipe
+from trainables.scale import Scale, scale_named
 from trainables.tracking import TrialRun
+
+STORED = ("natural", "corruptions", "stylized")  # evaluators with images of their own
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,36 @@ class FilledCell:
 
 @dataclass(frozen=True)
 class FilledRow:
-    """One model of a table with its cells; `run_id` is its MLflow run, if there is one."""
+    """One model of a table with its cells; `run_id` is its MLflow run, if there is one.
+
+    images: how many it was trained on and how many were held out, where that was noted.
+    """
 
     label: str
     recipe: Recipe
     run_id: str
     cells: tuple[FilledCell, ...]
+    images: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def trained_on(self) -> str:
+        """Write the number of train images: '1,200', or '5,000 of CIFAR-10's 50,000'."""
+        scale = scale_named(self.recipe.scale)
+        return _of_all(self.images.get("train", 0), scale.train_images, scale)
 
 
 @dataclass(frozen=True)
 class FilledTable:
-    """One table of the study, filled as far as the runs go."""
+    """One table of the study, filled as far as the runs go.
+
+    judged_on: how many images each column's models were judged on, '64 of 597'; '' where none was.
+    """
 
     name: str
     question: str
     columns: tuple[str, ...]
     rows: tuple[FilledRow, ...]
+    judged_on: tuple[str, ...]
 
 
 def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
@@ -109,10 +127,41 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
     for row in table.rows:
         found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
         cells = tuple(_cell(table, row, column, found) for column in table.columns)
-        run_id = next((run.run_id for run in found if run), "")
-        rows.append(FilledRow(row.label, row.recipe, run_id, cells))
+        first = next(filter(None, found), None)
+        run_id, images = (first.run_id, first.images) if first else ("", {})
+        rows.append(FilledRow(row.label, row.recipe, run_id, cells, images))
     titles = tuple(column.title for column in table.columns)
-    return FilledTable(table.name, table.question, titles, tuple(rows))
+    judged_on = tuple(_judged_on(column, i, rows) for i, column in enumerate(table.columns))
+    return FilledTable(table.name, table.question, titles, tuple(rows), judged_on)
+
+
+def _judged_on(column: Column, place: int, rows: Sequence[FilledRow]) -> str:
+    counts = sorted({row.cells[place].n for row in rows} - {0})
+    if not counts:
+        return ""
+    text = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    held_out = max(row.images.get("held_out", 0) for row in rows)
+    # A stored set of its own is no part of what is held out.
+    is_part = column.evaluator not in STORED or column.heading
+    return f"{text} of {held_out:,}" if is_part and counts[-1] < held_out else text
+
+
+def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
+    """Say in a sentence how many images models were trained on and how many were held out."""
+    counts = {(r.images["train"], r.images["held_out"]) for r in runs if r.images}
+    parts = (
+        f"{_of_all(train, scale.train_images, scale)} (held out: "
+        f"{_of_all(held_out, HELD_OUT.get(scale.name, held_out), scale)})"
+        for train, held_out in sorted(counts)
+    )
+    return f"Images trained on: {'; '.join(parts)}." if counts else ""
+
+
+def _of_all(count: int, total: int, scale: Scale) -> str:
+    if not count:
+        return ""
+    name = scale.title.partition(",")[0]
+    return f"{count:,} of {name}'s {total:,}" if count < total else f"{count:,}"
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
