@@ -356,7 +356,7 @@ def test_a_rate_that_departs_from_the_studys_departs_from_the_scales_in_proporti
     study = Study("rates", base=resnet50(), axes=axes)
     asked = [trial.recipe for trial in build_plan(study, DIGITS)]
     rates = {(recipe.optimizer, recipe.learning_rate) for recipe in asked}
-    assert rates == {("sgd", 0.1), ("sgd", 0.2), ("adamw", 0.8), ("adamw", 1.6)}
+    assert rates == {("sgd", 0.05), ("sgd", 0.1), ("adamw", 0.8), ("adamw", 1.6)}
     assert {recipe.weight_decay for recipe in asked} == {2e-4}
     assert {(r.batch_size, r.epochs) for r in asked} == {(64, 10)}
     attacked = adversarial_resnet50()
