@@ -146,6 +146,16 @@ def test_residual_branches_of_a_resnet_start_with_a_gain_of_one(norm):
     assert all((gain == 1).all() for gain in gains)
 
 
+@pytest.mark.parametrize("scale", [DIGITS, IMAGENET])
+def test_residual_branches_of_a_deit_start_at_zero(scale):
+    network = build_classifier(scale.shrink(deit("small"))).backbone
+    for block in network.blocks:
+        assert not block.attn.proj.weight.any()
+        assert not block.mlp.fc2.weight.any()
+        assert block.attn.qkv.weight.any()
+    assert float(network.cls_token.std()) == pytest.approx(0.02, rel=0.35)
+
+
 def test_ghost_says_when_a_batch_does_not_split():
     with pytest.raises(ValueError, match="a batch of 7 does not split into 2"):
         GhostBatchNorm2d(4, ghosts=2, sets=1)(torch.randn(7, 4, 5, 5))

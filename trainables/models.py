@@ -270,6 +270,7 @@ def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
     )
     if scale.stem == "small":
         _rescale_init(network, scale)
+    _start_as_the_study(network)
     if network.patch_embed.num_patches <= FEW_TOKENS:
         for block in network.blocks:
             # With a few tokens the fused kernel costs more than the attention it computes.
@@ -286,6 +287,17 @@ def _hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
     # HybridEmbed takes its patch size from the trunk's output.
     embed = partial(HybridEmbed, backbone=trunk)
     return _deit("deit_mini", replace(scale, patch_size=1), embed_layer=embed)
+
+
+def _start_as_the_study(network: VisionTransformer) -> None:
+    """Start every residual branch at zero.
+
+    Source: `_init_weights_2` of the study's models/vision_transformer.py.
+    """
+    nn.init.trunc_normal_(network.cls_token, std=0.02)
+    for block in network.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.mlp.fc2.weight)
 
 
 def _rescale_init(network: VisionTransformer, scale: Scale) -> None:

@@ -240,8 +240,9 @@ DIGITS = Scale(
     resnet_width_divisor=8,
     vit_width_divisor=6,
     # At width 64 timm's 0.02 starts every token nearly alike: 20 epochs reached 60 % with it.
+    # DeiT-S reaches 96.1, 97.7 and 97.5 % at 0.5 (seeds 0 to 2), 96.3, 95.0 and 97.3 at 1.
     init_std=0.1,
-    position_std=1.0,
+    position_std=0.5,
     epochs_factor=Fraction(1, 10),
     strength_divisor=4,
     batch_size={"resnet": 64, "deit": 32, "hybrid": 32, "timm": 64},
