@@ -50,14 +50,14 @@ IMAGENET = {
 # At digits ten epochs stand for a hundred, and the rates are the scale's own.
 _DIGITS: dict[str, Any] = {"epochs": 10, "decay_epochs": 3}
 DIGITS = {
-    "resnet50": Options(sched="step", lr=0.2, **_DIGITS),
+    "resnet50": Options(sched="step", lr=0.1, **_DIGITS),
     "resnet50-aligned": Options(lr=8e-3, warmup_epochs=0.5, warmup_lr=1.6e-5, **_DIGITS),
     "deit-small": Options(lr=2e-3, warmup_epochs=0.5, **_DIGITS),
     "adversarial-resnet50": Options(
-        sched="step", lr=0.2, warmup_epochs=0.5, warmup_lr=0.0125, **_DIGITS
+        sched="step", lr=0.1, warmup_epochs=0.5, warmup_lr=0.00625, **_DIGITS
     ),
     "adversarial-resnet50-gelu": Options(
-        sched="step", lr=0.1, warmup_epochs=0.5, warmup_lr=0.0125, **_DIGITS
+        sched="step", lr=0.05, warmup_epochs=0.5, warmup_lr=0.00625, **_DIGITS
     ),
     "adversarial-deit-small": Options(lr=2e-3, warmup_epochs=1, warmup_lr=5e-7, **_DIGITS),
 }
