@@ -39,7 +39,7 @@ from trainables.results import DATABASE, sole_run
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
-from trainables.tracking import Tracker, check_address
+from trainables.tracking import DAMAGED_LEDGER, Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 
 TUNE_FOLDER = "tune"
@@ -130,7 +130,10 @@ def run_study(launch: Launch) -> Finished:
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
                 parent = _open_study(launch, recorder, data)
-                return _report(launch, recorder, parent, line, data)
+                finished = _report(launch, recorder, parent, line, data)
+                if not finished.failures:
+                    return finished
+                recorder = _recorder(launch, data, line)  # some ledgers are damaged
             connect(launch.address)
             stop_on_signals()  # again: Ray has set a handler of its own
             Room().check(launch.placements.of_all(launch.plan))
@@ -188,7 +191,8 @@ def _report(
         lambda: write_report(tracker, launch.study, plan, launch.scale, folder), say=line.say
     )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
-    complete = not recorder.failures
+    failures = (*recorder.failures, *_damaged(tracker, plan))
+    complete = not failures
     try:
         tracker.close_study(parent, folder, complete=complete)
     except RunDeletedError:
@@ -197,10 +201,19 @@ def _report(
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
-        failures=tuple(recorder.failures),
+        failures=failures,
         report=page,
         comparison=tracker.page(study=launch.study.name),
     )
+
+
+def _damaged(tracker: Tracker, plan: Plan) -> Iterator[str]:
+    """Name the cells whose ledgers the report found damaged."""
+    runs = tracker.trials()
+    for trial in (trial for trial in plan if trial.digest in runs):
+        for evaluator, reason in runs[trial.digest].failed_cells.items():
+            if reason == DAMAGED_LEDGER and evaluator not in runs[trial.digest].cells:
+                yield f"{evaluator} of {trial.name} ({trial.digest}): {reason}"
 
 
 def _check_nodes(needs: Needs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -39,12 +40,14 @@ from packaging.specifiers import SpecifierSet
 from trainables.patience import PatientClient, patiently
 from trainables.provenance import PROJECT, version_of
 from trainables.results import DATABASE, database_uri
-from trainables.storage import ASIDE
+from trainables.storage import ASIDE, DamagedError
 
 logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
 FAILED_TAG = "failed."
+LEDGER_TAG = "ledger."  # the sha256 of a cell's ledger
+DAMAGED_LEDGER = "damaged ledger: judged again by the next run"
 STUDY_TAG = "study."
 JUDGED_TAG = "judged."
 TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
@@ -67,9 +70,9 @@ class TrialRun:
     """What MLflow knows of a trial.
 
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
-    `studies` a study's name to the tables that it serves there; `trained` is the provenance of its
-    weights, `judged` that of each evaluator's verdicts. `described`: it has its parameters and its
-    data set. `live`: a run may be training it; None where that is not known. `images` counts
+    `ledgers` to the sha256 of its answer, `studies` a study's name to the tables that it serves
+    there; `trained` is the provenance of its weights, `judged` that of each evaluator's verdicts.
+    `described`: it has its parameters and its data set. `live`: a run may be training it; None where that is not known. `images` counts
     those of the data set's splits, "train" and "held_out", where that was noted.
     """
 
@@ -84,6 +87,7 @@ class TrialRun:
     metrics: dict[str, float] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
     failed_cells: dict[str, str] = field(default_factory=dict)
+    ledgers: dict[str, str] = field(default_factory=dict)
     studies: dict[str, str] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
     judged: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -359,21 +363,28 @@ class Tracker:
             self._client.log_artifact(run.run_id, str(path), "ledgers")
         values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
         self._client.log_batch(run.run_id, metrics=values)
+        sha256 = hashlib.sha256(ledger).hexdigest()
+        tags = {ASKED_TAG: asked, LEDGER_TAG: sha256}
         if judged_by:
-            noted = json.dumps(dict(judged_by))
-            self._client.set_tag(run.run_id, JUDGED_TAG + evaluator, noted)
+            tags[JUDGED_TAG] = json.dumps(dict(judged_by))
             run.judged[evaluator] = dict(judged_by)
-        self._client.set_tag(run.run_id, ASKED_TAG + evaluator, asked)
         if run.failed_cells.pop(evaluator, ""):
-            self._client.set_tag(run.run_id, FAILED_TAG + evaluator, "")
+            tags[FAILED_TAG] = ""
+        self._tag(run, **{tag + evaluator: value for tag, value in tags.items()})
         self._client.set_tag(run.run_id, CELL_TAG + evaluator, cell)
         run.metrics |= metrics
-        run.cells[evaluator] = cell
+        run.cells[evaluator], run.ledgers[evaluator] = cell, sha256
 
     def fail_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
         """Note why a cell has no answer; it is asked again by the next run of the command."""
         self._client.set_tag(run.run_id, FAILED_TAG + evaluator, reason[:LONGEST_TAG])
         run.failed_cells[evaluator] = reason
+
+    def forget_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
+        """Note that a cell's answer is lost, and why; it is asked again by the next run."""
+        self._tag(run, **{FAILED_TAG + evaluator: reason, CELL_TAG + evaluator: ""})
+        run.failed_cells[evaluator] = reason
+        run.cells.pop(evaluator, None)
 
     def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
         """Return a metric's values by step."""
@@ -381,10 +392,26 @@ class Tracker:
         return sorted((entry.step, entry.value) for entry in found)
 
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
-        """Return a cell's ledger as it was stored."""
-        return fetch_artifact(
-            self.uri, run.artifact_uri, f"ledgers/{evaluator}.parquet"
-        ).read_bytes()
+        """Return a cell's ledger as it was stored; DamagedError where it is not there so."""
+        name = f"ledgers/{evaluator}.parquet"
+        content = self._artifact(run, name)
+        if content is None:
+            raise DamagedError(f"{run.artifact_uri}/{name} is missing")
+        sha256 = hashlib.sha256(content).hexdigest()
+        if run.ledgers.get(evaluator, sha256) != sha256:
+            raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
+        return content
+
+    def _artifact(self, run: TrialRun, name: str) -> bytes | None:
+        """Return the content of an artifact, None where there is none."""
+        try:
+            return fetch_artifact(self.uri, run.artifact_uri, name).read_bytes()
+        except (MlflowException, OSError):
+            folder = name.rpartition("/")[0] or None
+            there = self._client.list_artifacts(run.run_id, folder)
+            if any(artifact.path == name for artifact in there):
+                raise
+            return None
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
@@ -494,6 +521,7 @@ def _trial_run(run: Run) -> TrialRun:
         metrics=dict(run.data.metrics),
         cells=_tagged(tags, CELL_TAG),
         failed_cells=_tagged(tags, FAILED_TAG),
+        ledgers=_tagged(tags, LEDGER_TAG),
         studies=_tagged(tags, STUDY_TAG),
         trained=_tagged(tags, TRAINED_TAG),
         judged={name: json.loads(who) for name, who in _tagged(tags, JUDGED_TAG).items()},

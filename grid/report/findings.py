@@ -52,6 +52,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
     """Gather what MLflow holds of a plan."""
     runs = tracker.trials()
     verdicts = Verdicts(tracker, runs)
+    verdicts.forget_damaged(plan)
     tables = tables_of(study, plan, runs)
     filled = tuple(fill_tables(tables, plan.seeds, runs))
     effects = tuple(grid_effects(study, plan, scale, runs))

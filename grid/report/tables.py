@@ -14,7 +14,7 @@ from grid.published import published
 from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
-from trainables.tracking import TrialRun
+from trainables.tracking import DAMAGED_LEDGER, TrialRun
 
 STORED = ("natural", "corruptions", "stylized")  # evaluators with images of their own
 
@@ -50,7 +50,7 @@ class FilledCell:
 
     @property
     def kind(self) -> str:
-        """Return the state in a word: done, collapsed, failed, blocked, training, stopped, not."""
+        """Return the state in a word: done, damaged, collapsed, failed, blocked, stopped, ..."""
         return self.state.partition(":")[0].split()[0]
 
 
@@ -168,9 +168,9 @@ def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None
     figure = published(table.name, row.label, column.label)
     paper = figure.value if figure else None
     source = figure.source if figure else ""
-    metrics = [run.metrics for run in runs if run and column.score in run.metrics]
+    metrics = [run.metrics for run in runs if run and _has_score(run, column)]
     if len(metrics) < len(runs):
-        lacking = next(r for r in runs if r is None or column.score not in r.metrics)
+        lacking = next(r for r in runs if r is None or not _has_score(r, column))
         return FilledCell(_state(lacking, column), published=paper, source=source)
     value, low, high = over_seeds(metrics, column.score)
     # Every seed is asked about the same images.
@@ -194,9 +194,20 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
     return value, min(low, value - reach), max(high, value + reach)
 
 
+def _has_score(run: TrialRun, column: Column) -> bool:
+    return column.score in run.metrics and not _has_damaged_ledger(run, column)
+
+
+def _has_damaged_ledger(run: TrialRun, column: Column) -> bool:
+    name = column.evaluator
+    return name not in run.cells and run.failed_cells.get(name) == DAMAGED_LEDGER
+
+
 def _state(run: TrialRun | None, column: Column) -> str:
     if run is None:
         return "not run yet"
+    if _has_damaged_ledger(run, column):
+        return DAMAGED_LEDGER
     if column.evaluator in run.failed_cells:
         return f"failed: {run.failed_cells[column.evaluator]}"
     if run.outcome == "collapsed":

@@ -14,7 +14,8 @@ from evaluators.red_flags import is_checked, red_flags
 from grid.plan import Trial
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
-from trainables.tracking import Tracker, TrialRun
+from trainables.storage import DamagedError
+from trainables.tracking import DAMAGED_LEDGER, Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
 KEPT_LEDGERS = 256
@@ -56,6 +57,15 @@ class Verdicts:
     def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun]) -> None:
         self._tracker, self._runs = tracker, runs
         self._read = lru_cache(KEPT_LEDGERS)(self._fetch)
+
+    def forget_damaged(self, trials: Iterable[Trial]) -> None:
+        """Count cells whose ledger is damaged or missing as not judged, here and in MLflow."""
+        for run in (self._runs[t.digest] for t in trials if t.digest in self._runs):
+            for evaluator in list(run.cells):
+                try:
+                    self._tracker.ledger(run, evaluator)
+                except DamagedError:
+                    self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
 
     def comparisons(self, table: Table, seeds: int) -> tuple[Comparison, ...]:
         """Compare each row with the first, on the images that both were asked about.
@@ -121,6 +131,6 @@ class Verdicts:
         run = self._runs[digest]
         try:
             return from_parquet(self._tracker.ledger(run, evaluator))[0]
-        except ValueError as error:
-            where = f"{run.artifact_uri}/ledgers/{evaluator}.parquet"
-            raise ValueError(f"{where}: {error}; restore it, or delete run {run.run_id}") from None
+        except ValueError:
+            self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+            return None
