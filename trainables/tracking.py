@@ -72,8 +72,9 @@ class TrialRun:
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
     `ledgers` to the sha256 of its answer, `studies` a study's name to the tables that it serves
     there; `trained` is the provenance of its weights, `judged` that of each evaluator's verdicts.
-    `described`: it has its parameters and its data set. `live`: a run may be training it; None where that is not known. `images` counts
-    those of the data set's splits, "train" and "held_out", where that was noted.
+    `described`: it has its parameters and its data set. `live`: a run may be training it; None
+    where that is not known. `images` counts those of the data set's splits, "train" and
+    "held_out", where that was noted.
     """
 
     run_id: str
