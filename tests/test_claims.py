@@ -9,6 +9,7 @@ from evaluators.base import Batch, verdicts
 from evaluators.ledger import share, to_parquet
 from evaluators.paired import Paired
 from grid.plan import build_plan
+from grid.published import published
 from grid.report.claims import CLAIMS, Claim, Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
 from grid.report.tables import tables_of
@@ -24,6 +25,7 @@ def judge(plan, runs):
     return judge_claims(tables_of(paper(), plan, runs), plan.seeds, Verdicts(None, runs), runs)
 
 
+ERROR = "ImageNet-C error"
 CNN_RECIPE = "DeiT-S, CNN recipe (M-SGD, no strong augmentation)"
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
@@ -70,6 +72,18 @@ def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
     assert not any(claim.statement.startswith(("So ", "Nor ", "Neither ")) for claim in CLAIMS)
 
 
+def test_every_claim_holds_in_the_papers_own_figures():
+    found = []
+    for claim in CLAIMS:
+        ours = published(*claim.row, claim.column)
+        theirs = published(*claim.reference, claim.column)
+        if ours and (theirs or claim.kind == "none survive"):
+            difference = (ours.value - (theirs.value if theirs else 0)) / 100
+            assert decide(claim.kind, difference, difference) == REPRODUCED, claim.statement
+            found.append(claim.row[0])
+    assert sorted(set(found)) == ["T1", "T2", "T5", "T7", "T8", "T9"]
+
+
 @pytest.mark.parametrize("scale", [DIGITS, IMAGENET, CIFAR10])
 def test_every_claim_has_its_columns_at_every_scale(scale):
     plan = build_plan(paper(), scale)
@@ -83,9 +97,9 @@ def test_every_claim_has_its_columns_at_every_scale(scale):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Runs of the trials of T2 to T4 in a real database, without verdicts, and their plan."""
+    """Runs of some tables' trials in a real database, without verdicts, and their plan."""
     results = tmp_path_factory.mktemp("claims")
-    plan = build_plan(paper(), DIGITS, tables=["T2", "T3", "T4"])
+    plan = build_plan(paper(), DIGITS, tables=["T2", "T3", "T4", "T6", "T11"])
     tracker = Tracker(
         f"sqlite:///{results}/mlflow.db", experiment="claims", artifacts=results / "artifacts"
     )
@@ -96,7 +110,7 @@ def models(tmp_path_factory):
             name=trial.name,
             parent=parent,
             study="paper",
-            tables="T2 T3 T4",
+            tables="T2 T3 T4 T6 T11",
             recipe_json=trial.recipe.model_dump_json(),
             params={},
             dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
@@ -144,6 +158,16 @@ def judge_by_hand(models, column, survivors):
             *("no gain", ("T2", "ResNet-50 with AdamW"), ("T2", "ResNet-50 ReLU"), "PGD-100"),
             *((30, 40), (70, 40)),
         ),
+        # Of an error the model that survives less has the higher one.
+        ("behind", ("T6", "cosine, SGD"), ("T6", "step, SGD"), ERROR, (70, 40), (40, 70)),
+        ("ahead", ("T6", "cosine, AdamW"), ("T6", "cosine, SGD"), ERROR, (40, 70), (70, 40)),
+        *(
+            (
+                *("behind", ("T11", f"{resnet}-Best, 300 epochs"), ("T11", "DeiT-S, 300 epochs")),
+                *("ImageNet-A", (40, 70), (70, 40)),
+            )
+            for resnet in ("ResNet-101", "ResNet-200")
+        ),
     ],
 )
 def test_each_kind_of_claim_is_decided_by_verdicts(
@@ -157,7 +181,8 @@ def test_each_kind_of_claim_is_decided_by_verdicts(
             if (j.claim.row, j.claim.reference, j.claim.kind) == (row, reference, kind)
         )
         assert (found.verdict, found.paired.n) == (verdict, 100)
-        assert found.paired.difference == pytest.approx((ours - theirs) / 100)
+        sign = -1 if column == ERROR else 1
+        assert found.paired.difference == pytest.approx(sign * (ours - theirs) / 100)
 
 
 @pytest.mark.parametrize(
