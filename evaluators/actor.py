@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from trainables.storage import WEIGHTS
+
 if TYPE_CHECKING:
     from trainables.data import Shard
     from trainables.models import Classifier
     from trainables.scale import Scale
     from trainables.source import DataSource
     from trainables.tracking import Credentials
-
-WEIGHTS = "weights.safetensors"
 
 
 class EvaluatorActor:

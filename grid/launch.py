@@ -39,7 +39,7 @@ from trainables.results import DATABASE, sole_run
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
 from trainables.source import EMBEDDED, DataSource
-from trainables.tracking import DAMAGED_LEDGER, Tracker, check_address
+from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 
 TUNE_FOLDER = "tune"
@@ -140,6 +140,7 @@ def run_study(launch: Launch) -> Finished:
             recorder = recorder or _recorder(launch, data, line)
             needs = launch.needs(recorder.tracker)
             _check_nodes(needs)
+            recorder.mend(needs.storage[0])
             pool, room = _share_out(launch, recorder.tracker.uri, line.say)
             parent = _open_study(launch, recorder, data)
             line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
@@ -191,7 +192,7 @@ def _report(
         lambda: write_report(tracker, launch.study, plan, launch.scale, folder), say=line.say
     )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
-    failures = (*recorder.failures, *_damaged(tracker, plan))
+    failures = (*recorder.failures, *_forgotten(tracker, plan))
     complete = not failures
     try:
         tracker.close_study(parent, folder, complete=complete)
@@ -207,13 +208,13 @@ def _report(
     )
 
 
-def _damaged(tracker: Tracker, plan: Plan) -> Iterator[str]:
-    """Name the cells whose ledgers the report found damaged."""
+def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
+    """Name the cells whose answers count no more: the report found their ledgers damaged."""
     runs = tracker.trials()
     for trial in (trial for trial in plan if trial.digest in runs):
-        for evaluator, reason in runs[trial.digest].failed_cells.items():
-            if reason == DAMAGED_LEDGER and evaluator not in runs[trial.digest].cells:
-                yield f"{evaluator} of {trial.name} ({trial.digest}): {reason}"
+        run = runs[trial.digest]
+        for evaluator in filter(run.is_forgotten, run.failed_cells):
+            yield f"{evaluator} of {trial.name} ({trial.digest}): {run.failed_cells[evaluator]}"
 
 
 def _check_nodes(needs: Needs) -> None:

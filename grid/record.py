@@ -16,6 +16,7 @@ from evaluators import evaluator_named
 from evaluators.base import cell_digest
 from evaluators.ledger import from_parquet, judged_by
 from grid.assess import Cell, EvaluatorPool, Judged
+from grid.mend import mend_weights
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
 from trainables.data import Data
@@ -23,7 +24,8 @@ from trainables.patience import RunDeletedError
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
 from trainables.storage import fetched
-from trainables.tracking import Tracker, TrialRun, scores_as_metrics
+from trainables.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
+from trainables.trial import weights_path
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
@@ -72,14 +74,7 @@ class Recorder(threading.Thread):
         self._deleted: set[str] = set()
         self._training_over = threading.Event()
         self._abandon = threading.Event()
-        self.progress = self._initial_progress()
-        self._coming = Counter(
-            name
-            for digest in self._trials
-            if self._outcome(digest) != "collapsed"
-            for name in self._missing(digest)
-            for _ in range(self._shards[name])
-        )
+        self._count()
 
     @property
     def is_all_done(self) -> bool:
@@ -97,6 +92,34 @@ class Recorder(threading.Thread):
             if not run.described:
                 params, dataset = _params(trial), self._dataset()
                 self.tracker.describe_trial(run, params=params, dataset=dataset)
+
+    def mend(self, storage: str) -> None:
+        """Restore weights that are to be judged or to teach; without a sound copy, train again."""
+
+        def mend(digest: str, *, judged: bool = False, teaches: bool = False) -> None:
+            run = self._runs[digest]
+            path = weights_path(storage, self._trials[digest].recipe)
+            scale, say = self._scale, self._line.say
+            if not mend_weights(
+                self.tracker, run, path, scale, judged=judged, teaches=teaches, say=say
+            ):
+                self.tracker.continue_trial(run)
+
+        finished = [d for d in self._trials if self._outcome(d) == "finished"]
+        for digest in filter(self._missing, finished):
+            mend(digest, judged=True)
+        # One that is trained again has a teacher, too.
+        checked: set[str] = set()
+        while needed := {d for d in finished if d in self._teachers()} - checked:
+            for digest in needed:
+                if self._outcome(digest) == "finished":
+                    mend(digest, teaches=True)
+            checked |= needed
+        self._count()
+
+    def _teachers(self) -> set[str]:
+        teachers = (trial.recipe.teacher for trial in self.trials_to_train())
+        return {teacher.digest() for teacher in teachers if teacher}
 
     def begin(self, parent: str, pool: EvaluatorPool) -> None:
         """Start to write, below the study's run, what trials report and the pool judges."""
@@ -244,6 +267,7 @@ class Recorder(threading.Thread):
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
         if result["outcome"] == "finished":
+            before = run.weights_sha256
             with fetched(result["weights"]) as weights:
                 self.tracker.store_weights(
                     run,
@@ -252,6 +276,8 @@ class Recorder(threading.Thread):
                     image_size=self._scale.image_size,
                     classes=self._scale.num_classes,
                 )
+            if before not in ("", result["sha256"]):
+                self._forget_cells(run)
         self.tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)
@@ -259,6 +285,13 @@ class Recorder(threading.Thread):
             described = self._described(run.digest)
             self._line.say(f"{result['outcome']}: {described}: {result['reason']}")
         self._submit_missing_cells(run)
+
+    def _forget_cells(self, run: TrialRun) -> None:
+        """Have cells judged again that other weights of the trial answered."""
+        before = len(self._missing(run.digest))
+        for evaluator in list(run.cells):
+            self.tracker.forget_cell(run, evaluator, OTHER_WEIGHTS)
+        self.progress.cells += len(self._missing(run.digest)) - before
 
     def _on_failed(self, digest: str, reason: str, trace: str) -> None:
         self.failures.append(f"{self._described(digest)}: {reason}")
@@ -320,6 +353,17 @@ class Recorder(threading.Thread):
     def _is_judgeable(self, digest: str) -> bool:
         run = self._runs.get(digest)
         return run is not None and run.outcome in ("finished", "collapsed")
+
+    def _count(self) -> None:
+        """Count what there is to do."""
+        self.progress = self._initial_progress()
+        self._coming = Counter(
+            name
+            for digest in self._trials
+            if self._outcome(digest) != "collapsed"
+            for name in self._missing(digest)
+            for _ in range(self._shards[name])
+        )
 
     def _initial_progress(self) -> Progress:
         todo = self.trials_to_train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -274,6 +275,29 @@ def test_one_run_at_a_time_uses_a_results_folder(study, tmp_path):
         ended = run(results, study)
     assert ended.returncode == 2
     assert "another run is using" in ended.stderr
+
+
+def test_what_is_damaged_in_a_finished_study_is_mended_by_the_same_command(
+    finished, study, tmp_path
+):
+    undisturbed, _ = finished
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    weights = sorted((results / "artifacts").rglob("weights.safetensors"))
+    ledgers = [path.parent / "ledgers" / "clean.parquet" for path in weights]
+    contents = [path.read_bytes() for path in (*weights, *ledgers)]
+    ledgers[0].unlink()
+    ledgers[1].write_bytes(ledgers[1].read_bytes()[:-1])
+    for path in (*weights, *(results / "trials").rglob("weights.safetensors")):
+        if path != weights[0]:  # of the first trial one copy is sound, of the second none
+            path.write_bytes(path.read_bytes()[:-1])
+    ended = run(results, study)
+    assert ended.returncode == 0, ended.stderr
+    assert "Trained 1 and judged 2 cells" in ended.stdout
+    assert "are damaged or missing: it is trained again" in ended.stderr
+    assert weights_by_digest(results) == weights_by_digest(undisturbed)
+    assert [path.read_bytes() for path in weights] == contents[: len(weights)]
+    assert run(results, study).returncode == 0
 
 
 def test_another_study_takes_over_the_trials_that_it_shares(finished, study, tmp_path):

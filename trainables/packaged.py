@@ -10,8 +10,8 @@ import torch
 from trainables.checkpoint import fit_weights, read_weights
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
+from trainables.storage import WEIGHTS
 
-WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pyarrow.fs import FileSelector, FileSystem
 
+WEIGHTS = "weights.safetensors"  # of a finished trial
 ASIDE = "."  # begins the name of a file that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -46,8 +46,11 @@ logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 ASKED_TAG = "asked."
 FAILED_TAG = "failed."
+WEIGHTS_TAG = "weights_sha256"
 LEDGER_TAG = "ledger."  # the sha256 of a cell's ledger
+# Why a cell's answer, whose scores may be there yet, counts no more.
 DAMAGED_LEDGER = "damaged ledger: judged again by the next run"
+OTHER_WEIGHTS = "other weights: judged again by the next run"
 STUDY_TAG = "study."
 JUDGED_TAG = "judged."
 TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
@@ -89,12 +92,18 @@ class TrialRun:
     cells: dict[str, str] = field(default_factory=dict)
     failed_cells: dict[str, str] = field(default_factory=dict)
     ledgers: dict[str, str] = field(default_factory=dict)
+    weights_sha256: str = ""
     studies: dict[str, str] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
     judged: dict[str, dict[str, str]] = field(default_factory=dict)
     described: bool = True
     live: bool | None = True
     images: dict[str, int] = field(default_factory=dict)
+
+    def is_forgotten(self, evaluator: str) -> bool:
+        """Say whether an evaluator's answer was there and counts no more."""
+        reason = self.failed_cells.get(evaluator)
+        return evaluator not in self.cells and reason in (DAMAGED_LEDGER, OTHER_WEIGHTS)
 
     @property
     def logged_epochs(self) -> int:
@@ -329,7 +338,8 @@ class Tracker:
             (model / "recipe.json").write_text(run.recipe)
             (model / weights.name).symlink_to(weights.resolve())
             self._client.log_artifacts(run.run_id, str(model))
-        self._tag(run, weights_sha256=sha256)
+        self._tag(run, **{WEIGHTS_TAG: sha256})
+        run.weights_sha256 = sha256
 
     def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
         """End a trial's run with its outcome; failed and blocked ones are tried again.
@@ -395,7 +405,7 @@ class Tracker:
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger as it was stored; DamagedError where it is not there so."""
         name = f"ledgers/{evaluator}.parquet"
-        content = self._artifact(run, name)
+        content = self.artifact(run, name)
         if content is None:
             raise DamagedError(f"{run.artifact_uri}/{name} is missing")
         sha256 = hashlib.sha256(content).hexdigest()
@@ -403,7 +413,7 @@ class Tracker:
             raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
         return content
 
-    def _artifact(self, run: TrialRun, name: str) -> bytes | None:
+    def artifact(self, run: TrialRun, name: str) -> bytes | None:
         """Return the content of an artifact, None where there is none."""
         try:
             return fetch_artifact(self.uri, run.artifact_uri, name).read_bytes()
@@ -523,6 +533,7 @@ def _trial_run(run: Run) -> TrialRun:
         cells=_tagged(tags, CELL_TAG),
         failed_cells=_tagged(tags, FAILED_TAG),
         ledgers=_tagged(tags, LEDGER_TAG),
+        weights_sha256=tags.get(WEIGHTS_TAG, ""),
         studies=_tagged(tags, STUDY_TAG),
         trained=_tagged(tags, TRAINED_TAG),
         judged={name: json.loads(who) for name, who in _tagged(tags, JUDGED_TAG).items()},

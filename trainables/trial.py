@@ -13,7 +13,7 @@ from ray import tune
 from trainables.provenance import joined, provenance
 from trainables.recipe import Recipe
 from trainables.retries import OWN_FAULTS
-from trainables.storage import NoRoomError, below
+from trainables.storage import WEIGHTS, NoRoomError, below
 from trainables.watchdog import counting_steps, start_watchdog
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 5.0
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
-WEIGHTS = "weights.safetensors"
 ENTRIES = {"model", "optimizer", "history", "outcome", "reason"}  # of every checkpoint
 
 

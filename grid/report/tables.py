@@ -14,7 +14,7 @@ from grid.published import published
 from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
-from trainables.tracking import DAMAGED_LEDGER, TrialRun
+from trainables.tracking import TrialRun
 
 STORED = ("natural", "corruptions", "stylized")  # evaluators with images of their own
 
@@ -195,19 +195,14 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
 
 
 def _has_score(run: TrialRun, column: Column) -> bool:
-    return column.score in run.metrics and not _has_damaged_ledger(run, column)
-
-
-def _has_damaged_ledger(run: TrialRun, column: Column) -> bool:
-    name = column.evaluator
-    return name not in run.cells and run.failed_cells.get(name) == DAMAGED_LEDGER
+    return column.score in run.metrics and not run.is_forgotten(column.evaluator)
 
 
 def _state(run: TrialRun | None, column: Column) -> str:
     if run is None:
         return "not run yet"
-    if _has_damaged_ledger(run, column):
-        return DAMAGED_LEDGER
+    if run.is_forgotten(column.evaluator):
+        return run.failed_cells[column.evaluator]
     if column.evaluator in run.failed_cells:
         return f"failed: {run.failed_cells[column.evaluator]}"
     if run.outcome == "collapsed":
