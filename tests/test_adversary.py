@@ -24,7 +24,7 @@ class Linear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         signs = torch.tensor([1.0, -1.0]).repeat(3 * 4 * 4 // 2).view(1, 3, 4, 4)
-        self.weight = nn.Parameter(signs)
+        self.weight = nn.Parameter(signs / 10)
 
     def forward(self, images):
         score = (images * self.weight).sum(dim=(1, 2, 3))
@@ -51,7 +51,7 @@ def test_pgd_reaches_the_known_worst_case_of_a_linear_model():
     images = torch.full((2, 3, 4, 4), 0.5)
     labels = torch.tensor([0, 1])
     final = run_pgd(model, images, labels, stops=(4,))[4]
-    signs = torch.stack([-model.weight[0], model.weight[0]]).detach()
+    signs = torch.stack([-model.weight[0], model.weight[0]]).detach().sign()
     assert torch.allclose(final, images + EPSILON * signs, atol=1e-6)
 
 

@@ -29,10 +29,10 @@ def test_subset_is_drawn_by_seed_and_keeps_images_labels_and_ids_together(digits
     assert digits.held_out.subset(10_000, seed=0) is digits.held_out
 
 
-def test_pixels_become_unit_floats(digits):
-    images = to_unit(digits.train.images[:4])
-    assert images.dtype == torch.float32
-    assert 0 <= images.min() < images.max() <= 1
+def test_pixels_become_unit_floats():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([0.0, 0.2, 1.0]).view(1, 3, 1, 1)
+    assert torch.equal(to_unit(pixels), expected)
 
 
 def test_a_scale_without_embedded_data_says_so():

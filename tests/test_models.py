@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
@@ -83,6 +84,11 @@ def test_normalisation_is_inside_the_model(small, pixel_range):
     mean, std = ((0.5,) * 3, (0.5,) * 3) if pixel_range == "half" else (DIGITS.mean, DIGITS.std)
     by_hand = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     assert torch.allclose(classifier(images), classifier.backbone(by_hand))
+
+
+def test_imagenets_mean_and_deviation_are_timms():
+    assert IMAGENET.mean == pytest.approx(IMAGENET_DEFAULT_MEAN)
+    assert IMAGENET.std == pytest.approx(IMAGENET_DEFAULT_STD)
 
 
 def test_an_unknown_timm_model_is_named_with_similar_ones():
