@@ -67,7 +67,8 @@ def test_artifacts_are_read_and_written_where_the_folder_lies_now(results, tmp_p
         tracker = open_tracker(moved, None, DIGITS)
         parent = tracker.open_study("s", "a study", classes=["zero", "one", "two"])
     assert tracker.classes("s") == ["zero", "one", "two"]
-    assert (moved / "artifacts" / parent / "artifacts" / "classes.json").exists()
+    written = moved / "artifacts" / parent / "artifacts" / "classes.json"
+    assert json.loads(written.read_text()) == ["zero", "one", "two"]
     assert files(results) == before
     assert {path.name for path in tmp_path.iterdir()} == {"results", name}
     # As `mlflow ui` finds them.
