@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from trainables.checkpoint import read_weights
 from trainables.scale import Scale
 from trainables.storage import WEIGHTS, folder_at, parted
 from trainables.tracking import Tracker, TrialRun
@@ -36,7 +35,7 @@ def mend_weights(
     if not damaged:
         return True
     contents = (copies[place]() for place in copies if place not in damaged)
-    sound = next((c for c in contents if c is not None and _is_sound(c, run)), None)
+    sound = next((content for content in contents if _is_sound(content, run)), None)
     if sound is None:
         say(f"the weights of trial {run.digest} are damaged or missing: it is trained again")
         return False
@@ -57,24 +56,13 @@ def _stored(path: str) -> bytes | None:
 
 
 def _is_sound(content: bytes | None, run: TrialRun) -> bool:
-    """Tell whether a copy is there, whole, the trial's own, and the one that MLflow notes."""
-    if content is None:
-        return False
-    sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != (run.weights_sha256 or sha256):
-        return False
-    try:
-        read_weights(content, WEIGHTS, run.digest)
-    except ValueError:
-        return False
-    return True
+    """Tell whether a copy is there, and is the one that was judged: its sha256 is in MLflow."""
+    return content is not None and hashlib.sha256(content).hexdigest() == run.weights_sha256
 
 
 def _store(tracker: Tracker, run: TrialRun, content: bytes, scale: Scale) -> None:
-    sha256 = hashlib.sha256(content).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, WEIGHTS)
         weights.write_bytes(content)
-        tracker.store_weights(
-            run, weights, sha256, image_size=scale.image_size, classes=scale.num_classes
-        )
+        sizes = {"image_size": scale.image_size, "classes": scale.num_classes}
+        tracker.store_weights(run, weights, run.weights_sha256, **sizes)
