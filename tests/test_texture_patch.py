@@ -125,6 +125,21 @@ def test_policy_learns_the_best_actions_and_moves_towards_them() -> None:
     assert (rewards[-1] > 0.95).all()
 
 
+@pytest.mark.parametrize(("factor", "more"), [(1.0, 5.0), (3.0, 0.0)])
+def test_a_policy_learns_from_differences_of_rewards_alone(factor: float, more: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    draws, rewards = torch.rand(2, 20, ACTIONS, generator=draw), torch.rand(2, 20, generator=draw)
+    sampled = []
+    for shown in (rewards, factor * rewards + more):
+        task = task_of(grey(2))
+        policy = LSTMPolicy(task, task.spaces(2))
+        for _ in range(5):
+            policy.sample(draws)
+            policy.learn(shown)
+        sampled.append(policy.sample(draws))
+    assert torch.equal(*sampled)
+
+
 @pytest.mark.parametrize(("policy_of", "steps"), [(LSTMPolicy, 3), (UniformPolicy, 6)])
 def test_unmoved_model_costs_the_hand_counted_queries(policy_of: PolicyOf, steps: int) -> None:
     outcome, backbone = run(unmoved, task_of(grey(4)), policy_of=policy_of)
@@ -168,6 +183,15 @@ def test_patches_lie_inside_and_cover_exactly_their_area() -> None:
     for (row, column, texture, *_), image_CHW in zip(corners, pasted, strict=True):
         assert int((image_CHW != 0.5).sum()) == 3 * 2 * 2
         assert (image_CHW[:, row : row + 2, column : column + 2] == texture).all()
+
+
+def test_a_patch_stays_where_it_is_when_the_next_is_placed() -> None:
+    task = task_of(grey(8), stored=BLACK_AND_WHITE[:, :1])
+    outcome, _ = run(unmoved, task, policy_of=UniformPolicy)
+    black = (outcome.images[:, 0] == 0).sum(dim=(1, 2))
+    # Two patches of four pixels, which may overlap.
+    assert black.max() == 8
+    assert black.min() >= 4
 
 
 def test_paste_shows_the_crop_that_the_actions_name() -> None:

@@ -2,10 +2,9 @@
 
     python -m tests.mutants [NAME ...]
 
-NAME begins the names of the mutants to run; without one all are run, in about half an hour on two
-cores. A mutant is killed where one of its tests fails; it survives where they pass, end in an
-error, or take more than five minutes; it is stale where its text is not in the file once. The exit
-code is 1 where one survived or is stale.
+NAME begins the names of the mutants to run; without one all are run, in about an hour. A mutant is
+killed where one of its tests fails; it survives where they pass, end in an error, or take more than
+five minutes; it is stale where its text is not in the file once: exit code 1 for both of these.
 """
 
 from __future__ import annotations
