@@ -10,7 +10,10 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from trainables.recipe import Recipe
     from trainables.tracking import Tracker
 
+INTERRUPTED = 130
 # Single lengths of pgd, which take its shorter trajectory.
 LENGTHS = (5, 10, 50, 100)
 SINGLE_SCORES = {f"pgd-{steps}": "pgd" for steps in LENGTHS}
@@ -52,13 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _refuse(str(error))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:
-    from evaluators.base import cell_digest, device_named
-    from evaluators.red_flags import red_flags
-    from evaluators.shards import ShardStore
+    from evaluators.base import device_named
     from trainables.data import load_data
 
     device = device_named(options.device)
@@ -74,34 +76,98 @@ def _run(options: argparse.Namespace) -> int:
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     whose = repr((weights, classifier, normalisation, scale, source.root, folders))
-    ledgers, scores, stores = {}, [], []
-    for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators):
-        evaluator = _evaluator(name, scale, options)
-        key = hashlib.sha256(f"{whose} {cell_digest(evaluator, data)}".encode()).hexdigest()[:12]
-        stores.append(ShardStore(folder / "shards" / key, evaluator.shards(data)))
-        ledgers[name] = _ask(evaluator, classifier, data, device, stores[-1])
-        scores += evaluator.summarize(ledgers[name])
+    evaluators = [
+        _evaluator(name, scale, options)
+        for name in dict.fromkeys(SINGLE_SCORES.get(asked, asked) for asked in options.evaluators)
+    ]
+    stores = [_store(evaluator, data, folder, whose) for evaluator in evaluators]
+    interrupted = False
+    for evaluator, store in zip(evaluators, stores, strict=True):
+        print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
+        if not (options.report_partial or interrupted):
+            judge = partial(_judge, evaluator, store, classifier, data, device=device)
+            interrupted = not judge(side=scale.image_size)
+    pairs = zip(evaluators, stores, strict=True)
+    answers = [_Answer.of(evaluator, store) for evaluator, store in pairs if store.judged]
+    if not answers and not interrupted:
+        raise ValueError(f"no image is judged yet in {folder}: leave --report-partial out")
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
-    _print_table(scores)
-    for flag in red_flags(ledgers.values()):
-        print(f"red flag: {flag}")
-    paths = _write(ledgers, folder)
+    paths = _report(answers, folder)
+    if any(store.judged < store.total for store in stores):
+        print("Cut short: the same command judges the other images; --report-partial does not.")
+        return INTERRUPTED if interrupted else 0
     for store in stores:
         store.clear()
-    print(f"Ledgers: {folder}")
     if tracker:
-        from trainables.provenance import provenance
-        from trainables.tracking import scores_as_metrics
-
-        metrics = scores_as_metrics(scores)
-        run_id = tracker.log_evaluation(
-            str(options.weights),
-            metrics=metrics,
-            ledgers=paths,
-            judged_by=provenance(str(device)),
-        )
-        print(f"MLflow run: {run_id}")
+        _log(tracker, options.weights, answers, paths, device=device)
     return 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An evaluator's ledger and scores, on `judged` of its `total` images."""
+
+    name: str
+    judged: int
+    total: int
+    ledger: pa.Table
+    scores: list[Score]
+
+    @classmethod
+    def of(cls, evaluator: Evaluator, store: ShardStore) -> _Answer:
+        """Read a store that holds a shard at least."""
+        ledger, _ = store.merged()
+        return cls(evaluator.name, store.judged, store.total, ledger, evaluator.summarize(ledger))
+
+    @property
+    def file(self) -> str:
+        whole = self.judged == self.total
+        return f"{self.name}.parquet" if whole else f"{self.name}-{self._part('-')}.parquet"
+
+    @property
+    def named_scores(self) -> list[Score]:
+        """Return the scores; those of a part of the images say so in their names."""
+        if self.judged == self.total:
+            return self.scores
+        part = f" ({self._part(' ')} images)"
+        return [dataclasses.replace(score, name=score.name + part) for score in self.scores]
+
+    def _part(self, space: str) -> str:
+        return f"{self.judged}{space}of{space}{self.total}"
+
+
+def _report(answers: Sequence[_Answer], folder: Path) -> list[Path]:
+    """Print the scores and write the ledgers; return their paths."""
+    from evaluators.red_flags import red_flags
+
+    if not answers:
+        return []
+    _print_table([score for answer in answers for score in answer.named_scores])
+    for flag in red_flags(answer.ledger for answer in answers):
+        print(f"red flag: {flag}")
+    paths = _write({answer.file: answer.ledger for answer in answers}, folder)
+    print(f"Ledgers: {folder}")
+    return paths
+
+
+def _log(
+    tracker: Tracker,
+    weights: Path,
+    answers: Sequence[_Answer],
+    paths: list[Path],
+    *,
+    device: torch.device,
+) -> None:
+    from trainables.provenance import provenance
+    from trainables.tracking import scores_as_metrics
+
+    run_id = tracker.log_evaluation(
+        str(weights),
+        metrics=scores_as_metrics([score for answer in answers for score in answer.scores]),
+        ledgers=paths,
+        judged_by=provenance(str(device)),
+    )
+    print(f"MLflow run: {run_id}")
 
 
 def _readable(source: DataSource) -> DataSource:
@@ -165,15 +231,16 @@ def _evaluator(name: str, scale: Scale, options: argparse.Namespace) -> Evaluato
     """Set up an evaluator as the options ask."""
     from evaluators import evaluator_named
     from evaluators.autoattack import AutoAttack
-    from evaluators.pgd import PGD, at_radius
+    from evaluators.pgd import PGD, PublishedPGD, at_radius
     from evaluators.texture_patch import TexturePatchAttack
 
     several = list(dict.fromkeys(options.epsilon or ()))
     if name == "tpa":
         return TexturePatchAttack(scale, targeted=options.targeted, rule=options.success_rule)
     if name == "pgd":
-        radii = several if len(several) > 1 else ()
-        return PGD(scale, radii=radii, steps=_lengths(options.evaluators))
+        return PGD(scale, radii=several, steps=_lengths(options.evaluators))
+    if name == "pgd-as-published":
+        return PublishedPGD(scale, radii=several)
     if name == "autoattack" and len(several) > 1:
         return AutoAttack(scale, radii={name + at_radius(r): float(r) for r in several})
     return evaluator_named(name, scale)
@@ -199,32 +266,48 @@ def _recipe_of(weights: Path) -> Recipe:
         raise ValueError(f"{weights} names no recipe of this project: give --model") from None
 
 
-def _ask(
+def _store(evaluator: Evaluator, data: Data, folder: Path, whose: str) -> ShardStore:
+    from evaluators.base import cell_digest
+    from evaluators.shards import ShardStore
+
+    key = hashlib.sha256(f"{whose} {cell_digest(evaluator, data)}".encode()).hexdigest()[:12]
+    return ShardStore(folder / "shards" / key, evaluator.total(data))
+
+
+def _judge(
     evaluator: Evaluator,
+    store: ShardStore,
     classifier: Classifier,
     data: Data,
+    *,
     device: torch.device,
-    store: ShardStore,
-) -> pa.Table:
-    """Judge the shards that are not kept yet, showing the time left, and return all of them."""
+    side: int,
+) -> bool:
+    """Judge the images that no shard holds yet, showing the time left; False on Ctrl-C."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from evaluators.base import evaluate
     from evaluators.ledger import to_parquet
+    from evaluators.shards import Pace
     from trainables.provenance import provenance
 
-    print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
-    missing = store.missing()
+    pace = Pace(side=side, least=evaluator.least_shard)
     console = Console(stderr=True)
-    quiet = evaluator.shards(data) == 1 or not console.is_terminal
-    for shard in track(missing, evaluator.name, console=console, disable=quiet):
-        began = time.monotonic()
-        ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
-        judged_by = provenance(str(device))
-        seconds = time.monotonic() - began
-        store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
-    return store.merged()[0]
+    quiet = store.total <= evaluator.least_shard or not console.is_terminal
+    with suppress(KeyboardInterrupt), Progress(console=console, disable=quiet) as progress:
+        bar = progress.add_task(evaluator.name, total=store.total, completed=store.judged)
+        while missing := store.missing():
+            shard, _ = pace.cut(missing[0])
+            began = time.monotonic()
+            ledger = evaluate(evaluator, classifier, data, device=device, shard=shard)
+            seconds = time.monotonic() - began
+            judged_by = provenance(str(device))
+            store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
+            pace.add(len(shard), seconds)
+            progress.advance(bar, len(shard))
+        return True
+    return False
 
 
 def _print_table(scores: Sequence[Score]) -> None:
@@ -248,12 +331,11 @@ def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
 
     from trainables.storage import write_atomically
 
-    paths = [folder / f"{name}.parquet" for name in ledgers]
-    for path, ledger in zip(paths, ledgers.values(), strict=True):
+    for name, ledger in ledgers.items():
         sink = pa.BufferOutputStream()
         pq.write_table(ledger, sink, compression="zstd")
-        write_atomically(path, sink.getvalue().to_pybytes())
-    return paths
+        write_atomically(folder / name, sink.getvalue().to_pybytes())
+    return [folder / name for name in ledgers]
 
 
 def _tracker(uri: str, scale: Scale) -> Tracker:
@@ -320,6 +402,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mean", type=float, metavar="M", help=f"mean {normalisation}")
     parser.add_argument("--std", type=float, metavar="S", help=f"deviation {normalisation}")
     _add_attack_options(parser)
+    parser.add_argument(
+        "--report-partial",
+        action="store_true",
+        help="judge nothing; report the images that a run of this command, cut short, has judged",
+    )
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
     parser.add_argument(
         "--ledger",

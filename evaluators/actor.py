@@ -54,10 +54,10 @@ class EvaluatorActor:
         from trainables.provenance import provenance
         from trainables.watchdog import counting_steps
 
-        began = time.monotonic()
         classifier = self._load(artifact_uri, digest)
         data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
+        began = time.monotonic()
         with counting_steps():
             ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
         judged_by = provenance(str(self._device))

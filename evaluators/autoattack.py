@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -17,13 +17,14 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from trainables.adversary import attacked
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded
 from trainables.models import Classifier
+from trainables.noise import image_numbers, uniform
 from trainables.scale import Scale
 
 CLEAN = "clean"
@@ -32,6 +33,7 @@ STANDARD_TARGETS = 9
 DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth logit
 ITERATIONS = 100
 GATHERED_BATCHES = 4
+BEFORE, UNBROKEN = 0, 2**31  # ranks of no target: of images broken before a stage, and of others
 BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,14 @@ class AutoAttack:
     fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
     time: the identity carries both. `images_at_once` bounds the rows of one forward pass, images
     times targets; the survivors of several batches share a pass. Out of memory halves it for the
-    rest of the batch, and only what did not fit is done again. Source: Croce and Hein (2020).
+    rest of the batch, and only what did not fit is done again. Every draw follows from the image,
+    the target class's rank and the iteration, and an image's answer is that of the likeliest target
+    that breaks it, so no verdict depends on what else is in the batch. Source: Croce and Hein
+    (2020).
     """
 
     name = "autoattack"
+    least_shard = 1
 
     def __init__(
         self,
@@ -60,7 +66,6 @@ class AutoAttack:
         self.radii = dict(sorted((radii or own).items(), key=lambda item: item[1]))
         self.square_queries = square_queries or scale.square_queries
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
-        self.shard_images = scale.shard_images
         self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
         self.stages = tuple(s for s in STAGES if s != "apgd-t" or scale.num_classes >= DLR_CLASSES)
         self.images_at_once = images_at_once
@@ -76,24 +81,20 @@ class AutoAttack:
             "square_queries": self.square_queries,
         }
 
-    def shards(self, source: Data) -> int:
-        return shards_of(self._images(source), self.shard_images)
+    def total(self, source: Data) -> int:
+        return len(self._images(source))
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         gathered = batch_size * GATHERED_BATCHES
         return split_batches(self._images(source), batch_size=gathered, shard=shard)
 
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
-        seed = int(torch.randint(2**31, (), generator=generator))
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         rows, smaller, images_at_once = [], None, self.images_at_once
-        # pyautoattack seeds and draws from torch's global generator, on the CPU but for Square.
-        devices = [batch.images.device] if batch.images.is_cuda else []
-        with torch.random.fork_rng(devices), attacked(classifier):
+        # APGD draws a start on the CPU even where it is given one.
+        with torch.random.fork_rng(devices=()), attacked(classifier):
             for question, epsilon in self.radii.items():
                 victims = _Victims(classifier, batch, epsilon, images_at_once)
-                self._attack(victims, smaller, seed)
+                self._attack(victims, smaller)
                 rows.append(victims.verdicts(question))
                 smaller, images_at_once = victims, victims.images_at_once
         return pa.concat_tables(rows)
@@ -117,19 +118,18 @@ class AutoAttack:
     def _images(self, source: Data) -> Split:
         return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
-    def _attack(self, victims: _Victims, smaller: _Victims | None, seed: int) -> None:
+    def _attack(self, victims: _Victims, smaller: _Victims | None) -> None:
         """Run every stage over the survivors of the one before.
 
         An image that a stage broke in a smaller ball is broken by that stage in the larger one:
         the same adversarial example lies in both.
         """
         for stage in self.stages:
-            victims.stage = stage
+            victims.begin(stage)
             if smaller is not None:
                 victims.inherit(smaller)
-            torch.manual_seed(seed)
             for run in victims.runs(self.targets if stage.endswith("-t") else 1):
-                attack = partial(_ATTACKS[stage], victims, seed=seed, queries=self.square_queries)
+                attack = partial(_ATTACKS[stage], victims, queries=self.square_queries)
                 _in_memory(attack, victims, run)
 
 
@@ -148,16 +148,20 @@ class _AllBrokenError(Exception):
 
 @dataclass(frozen=True)
 class _Run:
-    """The rows of one attack: images, labels and target classes, and whose images they are."""
+    """The rows of one attack: images, labels, target classes and their ranks, and the owners.
+
+    The owner of a row is the image of the batch that it attacks; the likeliest target has rank 2.
+    """
 
     owners: Tensor
     images: Tensor
     labels: Tensor
     targets: Tensor
+    ranks: Tensor
 
     def parts(self, rows: int) -> Iterator[_Run]:
         """Yield the run in parts of at most `rows` rows."""
-        columns = (self.owners, self.images, self.labels, self.targets)
+        columns = (self.owners, self.images, self.labels, self.targets, self.ranks)
         for part in zip(*(torch.split(column, rows) for column in columns), strict=True):
             yield _Run(*part)
 
@@ -165,9 +169,10 @@ class _Run:
 class _Victims:
     """A batch under attack within one radius, and what became of each image.
 
-    An attack asks `query`. The first answer that is wrong breaks the image, provided that the
-    classifier itself gets the image wrong once it is brought into the ball and into [0, 1];
-    from then on the image's rows cost no forward pass.
+    An attack asks `query`. A row's first answer that is wrong breaks its image, provided that the
+    classifier itself gets the image wrong once it is brought into the ball and into [0, 1]. From
+    then on the row costs no forward pass, nor do those of less likely targets; those of likelier
+    ones go on, for theirs would be the image's answer had they been asked first.
     """
 
     def __init__(
@@ -184,9 +189,15 @@ class _Victims:
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
         self.broken_B = self.predicted_B != batch.labels
-        self.stage = CLEAN
+        self.numbers_B = image_numbers(batch.ids).to(batch.labels.device)
+        self.begin(CLEAN)
         self.stages = [CLEAN if broken else None for broken in self.broken_B.tolist()]
         self.queries: list[int | None] = [None] * len(batch.ids)
+
+    def begin(self, stage: str) -> None:
+        """Go on to a stage. `rank_B` is the rank of the target that has broken an image in it."""
+        self.stage = stage
+        self.rank_B = torch.where(self.broken_B, BEFORE, UNBROKEN)
 
     def runs(self, targets: int) -> Iterator[_Run]:
         """Yield the survivors with each of their likeliest `targets` other classes, in turn.
@@ -203,6 +214,7 @@ class _Victims:
                 self.images_BCHW[owners[now]],
                 self.batch.labels[owners[now]],
                 self.ranking_BK[owners[now], -ranks[now]],
+                ranks[now],
             )
             owners, ranks = owners[later], ranks[later]
             alive = ~self.broken_B[owners]
@@ -227,37 +239,38 @@ class _Victims:
 
     def query(self, run: _Run, images_RCHW: Tensor) -> Tensor:
         """Return the logits of a run's rows; those of broken images are made up, and wrong."""
-        alive = (~self.broken_B[run.owners]).nonzero().squeeze(1)
+        alive = (run.ranks < self.rank_B[run.owners]).nonzero().squeeze(1)
         if not len(alive):
             raise _AllBrokenError
         everyone = len(alive) == len(run.owners)
         asked_RCHW = images_RCHW if everyone else images_RCHW[alive]
         logits: Tensor = self.fast(asked_RCHW)
         missed = logits.detach().argmax(dim=1) != run.labels[alive]
-        self.try_break(run.owners[alive][missed], asked_RCHW.detach()[missed])
+        rows = alive[missed]
+        self.try_break(run.owners[rows], run.ranks[rows], asked_RCHW.detach()[missed])
         if everyone:
             return logits
         wrong = torch.ones(len(run.labels), logits.shape[1], device=logits.device)
         return wrong.scatter_(1, run.labels[:, None], 0.0).index_copy(0, alive, logits)
 
     @torch.no_grad()
-    def try_break(self, owners: Tensor, images_RCHW: Tensor) -> None:
+    def try_break(self, owners: Tensor, ranks: Tensor, images_RCHW: Tensor) -> None:
         """Break the images of which the classifier gets one of these, inside the ball, wrong."""
         inside = torch.clamp(images_RCHW, self.low[owners], self.high[owners])
         near = (inside - images_RCHW).abs().amax(dim=(1, 2, 3)) <= BALL_TOLERANCE
         if not near.any():
             return
-        owners = owners[near]
         predicted = self.logits(self.classifier, inside[near]).argmax(dim=1)
-        for owner, answer in zip(owners.tolist(), predicted.tolist(), strict=True):
-            if answer != self.batch.labels[owner] and not self.broken_B[owner]:
-                self._break(owner, answer)
+        columns = (column.tolist() for column in (owners[near], ranks[near], predicted))
+        for owner, rank, answer in zip(*columns, strict=True):
+            if answer != self.batch.labels[owner] and rank < self.rank_B[owner]:
+                self._break(owner, rank, answer)
 
     def inherit(self, smaller: _Victims) -> None:
         """Break the images that the present stage broke within a smaller radius."""
         for owner, stage in enumerate(smaller.stages):
             if stage == self.stage and not self.broken_B[owner]:
-                self._break(owner, int(smaller.predicted_B[owner]))
+                self._break(owner, BEFORE, int(smaller.predicted_B[owner]))
                 self.queries[owner] = smaller.queries[owner]
 
     def verdicts(self, question: str) -> pa.Table:
@@ -271,37 +284,39 @@ class _Victims:
             queries=self.queries,
         )
 
-    def _break(self, owner: int, answer: int) -> None:
+    def _break(self, owner: int, rank: int, answer: int) -> None:
         self.broken_B[owner] = True
+        self.rank_B[owner] = rank
         self.predicted_B[owner] = answer
         self.stages[owner] = self.stage
 
 
-def _apgd_ce(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
-    attack = APGDAttack(
+def _apgd_ce(victims: _Victims, run: _Run, *, queries: int) -> None:
+    _ascend(APGDAttack, victims, run)
+
+
+def _apgd_t(victims: _Victims, run: _Run, *, queries: int) -> None:
+    _ascend(APGDAttack_targeted, victims, run)
+
+
+def _ascend(attack_of: type[APGDAttack], victims: _Victims, run: _Run) -> None:
+    """Run APGD from a start of each row's own, at the ball's surface."""
+    attack = attack_of(
         partial(victims.query, run),
         n_iter=ITERATIONS,
         eps=victims.epsilon,
-        seed=seed,
-        device=run.images.device,
-        logger=logger,
-    )
-    attack.init_hyperparam(run.images)
-    attack.attack_single_run(run.images, run.labels)
-
-
-def _apgd_t(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
-    attack = APGDAttack_targeted(
-        partial(victims.query, run),
-        n_iter=ITERATIONS,
-        eps=victims.epsilon,
-        seed=seed,
         device=run.images.device,
         logger=logger,
     )
     attack.init_hyperparam(run.images)
     attack.y_target = run.targets
-    attack.attack_single_run(run.images, run.labels)
+    noise_RCHW = torch.empty_like(run.images)
+    for rank in set(run.ranks.tolist()):
+        rows = run.ranks == rank
+        numbers = victims.numbers_B[run.owners[rows]]
+        noise_RCHW[rows] = uniform(numbers, noise_RCHW.shape[1:], key=(victims.stage, rank))
+    start_RCHW = run.images + victims.epsilon * attack.normalize(2 * noise_RCHW - 1)
+    attack.attack_single_run(run.images, run.labels, x_init=start_RCHW)
 
 
 class _FABAgainst(FABAttack_PT):  # type: ignore[misc]
@@ -318,24 +333,44 @@ class _FABAgainst(FABAttack_PT):  # type: ignore[misc]
         return found
 
 
-def _fab_t(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
+def _fab_t(victims: _Victims, run: _Run, *, queries: int) -> None:
     attack = _FABAgainst(
         run.targets,
         partial(victims.query, run),
         n_iter=ITERATIONS,
         eps=victims.epsilon,
-        seed=seed,
         device=run.images.device,
     )
     attack.attack_single_run(run.images)
 
 
-def _square(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
-    attack = SquareAttack(
+class _Square(SquareAttack):  # type: ignore[misc]
+    """Square whose first stripes follow from the image, and whose squares from the iteration."""
+
+    def __init__(self, numbers_R: Tensor, predict: Any, **options: Any) -> None:
+        super().__init__(predict, **options)
+        self.numbers_R = numbers_R
+        self.shared = torch.Generator().manual_seed(0)
+
+    def random_choice(self, shape: Sequence[int]) -> Tensor:
+        """Return signs: of every image's stripes (R, 3, 1, W), or of one square for all images."""
+        if len(shape) == 4:
+            draws = uniform(self.numbers_R, shape[1:], key=("square",))
+        else:
+            draws = torch.rand(*shape, generator=self.shared).to(self.numbers_R.device)
+        return (2 * draws - 1).sign()
+
+    def random_int(self, low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:
+        """Return whole numbers from `low` up to `high`, without it: where a square lies."""
+        return (low + (high - low) * torch.rand(*shape, generator=self.shared)).long()
+
+
+def _square(victims: _Victims, run: _Run, *, queries: int) -> None:
+    attack = _Square(
+        victims.numbers_B[run.owners],
         partial(victims.logits, victims.fast),
         n_queries=queries,
         eps=victims.epsilon,
-        seed=seed,
         resc_schedule=False,
         device=run.images.device,
     )
@@ -343,15 +378,14 @@ def _square(victims: _Victims, run: _Run, *, seed: int, queries: int) -> None:
     asked, images_RCHW = attack.attack_single_run(run.images, run.labels)
     for owner, count in zip(run.owners.tolist(), asked.tolist(), strict=True):
         victims.queries[owner] = int(count)
-    victims.try_break(run.owners, images_RCHW)
+    victims.try_break(run.owners, run.ranks, images_RCHW)
 
 
 _ATTACKS = {"apgd-ce": _apgd_ce, "apgd-t": _apgd_t, "fab-t": _fab_t, "square": _square}
 
 
 def _in_memory(attack: Callable[[_Run], None], victims: _Victims, run: _Run) -> None:
-    """Attack a run; where memory does not hold it, in halves, with the draws of the whole."""
-    state = torch.random.get_rng_state()
+    """Attack a run; where memory does not hold it, in halves."""
     try:
         attack(run)
         return
@@ -360,7 +394,6 @@ def _in_memory(attack: Callable[[_Run], None], victims: _Victims, run: _Run) -> 
     except torch.OutOfMemoryError:
         if len(run.owners) == 1:
             raise
-    torch.random.set_rng_state(state)
     rows = len(run.owners) // 2
     victims.images_at_once = min(victims.images_at_once, rows)
     for part in run.parts(rows):

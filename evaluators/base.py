@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluators.ledger import LEDGER, Score
+from evaluators.ledger import LEDGER, Score, in_order
 from trainables.data import WHOLE, Data, Shard, Split, to_unit
 from trainables.exactness import exact
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from trainables.models import Classifier
 
 EXAMPLES = 4
+FORWARD_SHARD = 10_000  # images that one forward pass each answers for
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,26 @@ class Evaluator(Protocol):
     """A question asked of a classifier.
 
     `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
-    `shards` is in how many parts the images are judged, each kept when it is done; `batches` are
-    those of one part. `judge` never aggregates; `summarize` never sees a model.
+    `total` is how many images there are; they are judged in shards of `least_shard` or more, each
+    stored when it is done, and `batches` are those of one shard. `judge` never aggregates;
+    `summarize` never sees a model.
     """
 
     @property
     def name(self) -> str: ...
 
+    @property
+    def least_shard(self) -> int: ...
+
     def identity(self, source: Data) -> dict[str, Any]: ...
 
-    def shards(self, source: Data) -> int: ...
+    def total(self, source: Data) -> int: ...
 
     def batches(
         self, source: Data, *, batch_size: int, shard: Shard = WHOLE
     ) -> Iterable[Batch]: ...
 
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table: ...
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table: ...
 
     def summarize(self, verdicts: pa.Table) -> list[Score]: ...
 
@@ -100,17 +102,12 @@ def cell_digest(evaluator: Evaluator, source: Data) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def shards_of(split: Split, per_shard: int) -> int:
-    """Return the number of shards of at most `per_shard` images."""
-    return max(1, math.ceil(len(split) / per_shard))
-
-
 def split_batches(split: Split, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
     """Yield a split's images, or a shard of them, in order, as float32 in [0, 1]."""
-    places = shard.of(len(split))
-    for first in places[::batch_size]:
-        part = slice(first, min(first + batch_size, places.stop))
-        yield Batch(to_unit(split.images[part]), split.labels[part], split.ids[part])
+    places = shard.of(split.ids)
+    for first in range(0, len(places), batch_size):
+        part = split.at(places[first : first + batch_size])
+        yield Batch(to_unit(part.images[:]), part.labels, part.ids)
 
 
 def evaluate(
@@ -122,7 +119,7 @@ def evaluate(
     batch_size: int = 200,
     shard: Shard = WHOLE,
 ) -> pa.Table:
-    """Ask an evaluator's question of a classifier; return the ledger, sorted as it was asked.
+    """Ask an evaluator's question of a classifier; return the ledger in its own order.
 
     Out of memory halves the batch and goes on at the same image.
     """
@@ -135,7 +132,7 @@ def evaluate(
         for batch in ready:
             kept = replace(batch, examples=examples & set(batch.ids))
             parts += _judge_in_memory(evaluator, classifier, kept, device)
-    return pa.concat_tables(parts)
+    return in_order(pa.concat_tables(parts))
 
 
 def one_ahead(batches: Iterable[Batch]) -> Generator[Batch]:
@@ -151,13 +148,10 @@ def one_ahead(batches: Iterable[Batch]) -> Generator[Batch]:
 def _judge_in_memory(
     evaluator: Evaluator, classifier: Classifier, batch: Batch, device: torch.device
 ) -> list[pa.Table]:
-    key = f"{evaluator.name}/{batch.ids[0]}".encode()
-    seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
     try:
         images, labels = batch.images.to(device), batch.labels.to(device)
         on_device = replace(batch, images=images, labels=labels)
-        generator = torch.Generator().manual_seed(seed)
-        return [evaluator.judge(classifier, on_device, generator=generator)]
+        return [evaluator.judge(classifier, on_device)]
     except torch.OutOfMemoryError:
         if len(batch.ids) == 1:
             raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from trainables.data import WHOLE, Data, Shard
 from trainables.scale import Scale
@@ -21,6 +21,7 @@ class Clean:
     """Top-1 accuracy on every held-out image."""
 
     name = "clean"
+    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
@@ -28,16 +29,14 @@ class Clean:
     def identity(self, source: Data) -> dict[str, Any]:
         return {"images": source.held_out.ids_hash()}
 
-    def shards(self, source: Data) -> int:
-        return 1
+    def total(self, source: Data) -> int:
+        return len(source.held_out)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(source.held_out, batch_size=batch_size, shard=shard)
 
     @torch.inference_mode()
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
         return verdicts(batch, self.name, predicted, judged_BCHW=batch.images)
 

@@ -64,6 +64,7 @@ class Corruptions:
     """
 
     name = "corruptions"
+    least_shard = SHARD_IMAGES
 
     def __init__(self, scale: Scale, *, cropped: bool = False) -> None:
         self.size = scale.image_size
@@ -84,14 +85,13 @@ class Corruptions:
         images = self._folder(root / kinds[0] / "1", source).ids_hash()
         return {"data": "ImageNet-C", "images": images, "kinds": kinds, "resize": self.resize}
 
-    def shards(self, source: Data) -> int:
+    def total(self, source: Data) -> int:
         if cifar := _cifar10_c(source):
-            return math.ceil(cifar.per_severity / SHARD_IMAGES)
+            return cifar.per_severity
         root = source.stored("imagenet-c")
         if root is None:
-            return 1
-        stored = self._folder(root / stored_kinds(root)[0] / "1", source)
-        return math.ceil(len(stored.files()) / SHARD_IMAGES)
+            return len(_chosen(source))
+        return len(self._folder(root / stored_kinds(root)[0] / "1", source).files())
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root, cifar = source.stored("imagenet-c"), _cifar10_c(source)
@@ -103,9 +103,7 @@ class Corruptions:
                 yield replace(batch, question=question)
 
     @torch.inference_mode()
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
         shown = batch.images if batch.question in SHOWN else None
         return verdicts(batch, batch.question, predicted, judged_BCHW=shown)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from evaluators.red_flags import HUGE_EPSILON
@@ -31,6 +31,7 @@ class Health:
     """
 
     name = "health"
+    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.images = min(IMAGES, scale.attack_subset)
@@ -42,15 +43,13 @@ class Health:
             "steps": HUGE_STEPS,
         }
 
-    def shards(self, source: Data) -> int:
-        return 1
+    def total(self, source: Data) -> int:
+        return len(self._images(source))
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         numbers_B = image_numbers(batch.ids)
         start = random_start(batch.images, numbers_B, epsilon=HUGE_EPSILON, key=(self.name,))
         with attacked(classifier):

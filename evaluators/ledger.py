@@ -82,6 +82,14 @@ def judged_by(content: bytes) -> dict[str, str]:
     return dict(json.loads(noted.get(JUDGED_BY, b"{}")))
 
 
+def in_order(ledger: pa.Table) -> pa.Table:
+    """Return a ledger's rows by question, as they are asked, and image id: however it was cut."""
+    rank = pc.index_in(ledger["question"], pc.unique(ledger["question"]))
+    keys = pa.table({"rank": rank, "image_id": ledger["image_id"]})
+    by = [("rank", "ascending"), ("image_id", "ascending")]
+    return ledger.take(pc.sort_indices(keys, sort_keys=by)).combine_chunks()
+
+
 def survival_scores(ledger: pa.Table) -> list[Score]:
     """Return, per question, the share of images that survived, with its Wilson interval."""
     scores = []

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.stored_cifar import load_cifar10_1
 from trainables.data import WHOLE, Data, Shard, Split
@@ -46,6 +46,7 @@ class Natural:
     """
 
     name = "natural"
+    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
@@ -64,8 +65,11 @@ class Natural:
             counterpart["reference"] = "kernel ridge regression"
         return counterpart
 
-    def shards(self, source: Data) -> int:
-        return 1
+    def total(self, source: Data) -> int:
+        root, newer = source.stored("imagenet-a"), _cifar10_1(source)
+        if root is None or newer is not None:
+            return len(newer or hardest(source))
+        return len(self._folder(root, source).files())
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root, newer = source.stored("imagenet-a"), _cifar10_1(source)
@@ -83,9 +87,7 @@ class Natural:
                 yield replace(batch, candidates=present)
 
     @torch.inference_mode()
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         logits_BK = classifier(batch.images)
         free = logits_BK.argmax(dim=1)
         if batch.candidates is None:

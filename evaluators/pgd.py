@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from trainables.adversary import attacked, half_precision, pgd_iterates, random_start
 from trainables.data import WHOLE, Data, Shard, Split
@@ -43,6 +43,7 @@ class PGD:
 
     name = "pgd"
     protocol: Protocol = "corrected"
+    least_shard = 1
 
     def __init__(
         self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = STEPS
@@ -51,7 +52,6 @@ class PGD:
         self.radii = {at_radius(r) if len(radii) > 1 else "": float(r) for r in radii}
         self.steps = sorted(steps)
         self.subset_size = scale.attack_subset
-        self.shard_images = scale.shard_images
 
     def identity(self, source: Data) -> dict[str, Any]:
         epsilons = list(self.radii.values())
@@ -62,15 +62,13 @@ class PGD:
             "protocol": self.protocol,
         }
 
-    def shards(self, source: Data) -> int:
-        return shards_of(self._images(source), self.shard_images)
+    def total(self, source: Data) -> int:
+        return len(self._images(source))
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         rows = []
         half = half_precision(batch.images.device, enabled=self.protocol == "as-published")
         with attacked(classifier), half:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from trainables.data import WHOLE, Data, Shard, to_unit
 from trainables.folders import ImageFolderByClass
@@ -37,6 +37,7 @@ class Stylized:
     """
 
     name = "stylized"
+    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
@@ -52,8 +53,9 @@ class Stylized:
             "texture": "Fourier amplitude",
         }
 
-    def shards(self, source: Data) -> int:
-        return 1
+    def total(self, source: Data) -> int:
+        root = source.stored("imagenet-stylized")
+        return len(self._folder(root, source, resize=None).files() if root else source.held_out)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root = source.stored("imagenet-stylized")
@@ -73,9 +75,7 @@ class Stylized:
                     yield replace(batch, question=question)
 
     @torch.inference_mode()
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
         return verdicts(
             batch, batch.question, predicted, stage=batch.stage, judged_BCHW=batch.images
@@ -105,15 +105,16 @@ def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batc
     held_out = source.held_out
     partners = texture_partners(held_out.ids, held_out.labels)
     textures = held_out.at(partners)
-    places = shard.of(len(held_out))
-    for first in places[::batch_size]:
-        part = slice(first, min(first + batch_size, places.stop))
+    places = shard.of(held_out.ids)
+    for first in range(0, len(places), batch_size):
+        part = places[first : first + batch_size]
+        shape, texture = held_out.at(part), textures.at(part)
         yield Batch(
-            mix_cues(to_unit(held_out.images[part]), to_unit(textures.images[part])),
-            held_out.labels[part],
-            held_out.ids[part],
+            mix_cues(to_unit(shape.images[:]), to_unit(texture.images[:])),
+            shape.labels,
+            shape.ids,
             question="stylized",
-            stage=tuple(f"{TEXTURE}{label}" for label in textures.labels[part].tolist()),
+            stage=tuple(f"{TEXTURE}{label}" for label in texture.labels.tolist()),
         )
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluators.base import Batch, shards_of, split_batches, verdicts
+from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import CONFIDENCE, Score, share, survival_scores
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
 from trainables.data import WHOLE, Data, Shard, Split
@@ -377,6 +377,7 @@ class TexturePatchAttack:
     """
 
     name = "tpa"
+    least_shard = 1
 
     def __init__(
         self,
@@ -397,7 +398,6 @@ class TexturePatchAttack:
             raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
         self.targeted, self.rule, self.seed = targeted, rule, seed
         self.forward_batch = forward_batch
-        self.shard_images = scale.shard_images
         self._given = self._dictionary = dictionary
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -411,16 +411,14 @@ class TexturePatchAttack:
             "dictionary": given.digest if given else dictionary_identity(self.scale, source),
         }
 
-    def shards(self, source: Data) -> int:
-        return shards_of(self._images(source), self.shard_images)
+    def total(self, source: Data) -> int:
+        return len(self._images(source))
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         self._dictionary = self._given or dictionary_for(self.scale, source)
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
-    def judge(
-        self, classifier: Classifier, batch: Batch, *, generator: torch.Generator
-    ) -> pa.Table:
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         with torch.no_grad():
             clean_B = classifier(batch.images).argmax(dim=1)
         search = PatchSearch(

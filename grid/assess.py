@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
 from evaluators.ledger import from_parquet, to_parquet
-from evaluators.shards import ShardStore
+from evaluators.shards import Pace, ShardStore
 from trainables.data import Shard
 from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
@@ -51,6 +51,33 @@ class Judged:
     error: str = ""
 
 
+@dataclass
+class _Work:
+    """A cell's images: judged ones in the store, `waiting` ones, and the shards to ask again."""
+
+    store: ShardStore
+    pace: Pace
+    waiting: list[Shard]
+    again: list[Shard] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.store.total - self.store.judged
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self.waiting or self.again)
+
+    def next_shard(self) -> Shard:
+        """Take the next shard out of those that wait."""
+        if self.again:
+            return self.again.pop()
+        shard, rest = self.pace.cut(self.waiting.pop())
+        if rest:
+            self.waiting.append(rest)
+        return shard
+
+
 class EvaluatorPool:
     """Long-lived actors, one shard of a cell at a time each, the cheapest evaluators first.
 
@@ -58,7 +85,8 @@ class EvaluatorPool:
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
     dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
     ran out of memory. One whose device failed is ended, for a new one. Shards that are done lie in
-    `folder` until their cell is: a run that was stopped goes on behind them. `say` is told what is
+    `folder` until their cell is: a run that was stopped judges the other images, in shards of
+    whatever size takes about 30 s. `say` is told what is
     tried again, and of a full disk.
     """
 
@@ -91,18 +119,18 @@ class EvaluatorPool:
         self._homes: dict[str, str] = {}  # the nodes of actors
         self._size, self._folder = size, folder
         self._order = itertools.count()
-        self._waiting: list[tuple[int, int, Cell, Shard]] = []
+        self._side = scale.image_size
+        self._waiting: list[tuple[int, int, Cell]] = []
         self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._whole: list[Cell] = []
-        self._unfinished: dict[Cell, tuple[ShardStore, set[Shard]]] = {}
+        self._unfinished: dict[Cell, _Work] = {}
         self._restarting: dict[Any, Any] = {}
         self._failures: Counter[tuple[Cell, Shard]] = Counter()
         self._resting: list[tuple[float, Cell, Shard]] = []
         self._say = say
-        # Of each evaluator: the seconds of the shards judged, their number, and how many wait.
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        # Of each evaluator: the images judged, and the seconds of all of them.
         self._judged: Counter[str] = Counter()
-        self._queued: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def __len__(self) -> int:
         return len(self._unfinished)
@@ -129,14 +157,17 @@ class EvaluatorPool:
         nodes = Counter(self._homes.values())
         return {node: count * self._gpus for node, count in nodes.items()}
 
-    def submit(self, cell: Cell, shards: int) -> None:
-        """Ask for the shards of a cell that are not done yet; they wait their turn."""
-        store = ShardStore(self._folder / f"{cell.trial}-{cell.question}", shards)
-        missing = store.missing()
-        self._unfinished[cell] = (store, set(missing))
-        for shard in missing:
-            self._await_turn(cell, shard)
-        if not missing:
+    def submit(self, cell: Cell, total: int, *, least: int = 1) -> None:
+        """Ask for those of a cell's `total` images that are not judged yet; they wait their turn.
+
+        least: the fewest images that are worth a shard.
+        """
+        store = ShardStore(self._folder / f"{cell.trial}-{cell.question}", total)
+        pace = Pace(side=self._side, least=least)
+        self._unfinished[cell] = work = _Work(store, pace, store.missing())
+        if work.left:
+            self._await_turn(cell)
+        else:
             self._whole.append(cell)
         self._hand_out()
 
@@ -155,21 +186,21 @@ class EvaluatorPool:
 
     def settle(self, cell: Cell) -> None:
         """Forget a judged cell, now that its ledger is kept elsewhere."""
-        store, _ = self._unfinished.pop(cell)
-        store.clear()
+        self._unfinished.pop(cell).store.clear()
 
     def seconds_left(self, coming: Counter[str]) -> float | None:
-        """Estimate the time for all shards asked for, and for those `coming`, by evaluator.
+        """Estimate the time for all images asked for, and for those `coming`, by evaluator.
 
         None until a shard of each evaluator has been timed.
         """
-        shards = coming + self._queued
-        shards += Counter(cell.evaluator for cell, _, _ in self._asked.values())
-        shards += Counter(cell.evaluator for _, cell, _ in self._resting)
-        if any(name not in self._judged for name in shards):
+        images = Counter(coming)
+        for cell, work in self._unfinished.items():
+            images[cell.evaluator] += work.left
+        images = +images
+        if any(name not in self._judged for name in images):
             return None
-        each = {name: self._seconds[name] / self._judged[name] for name in shards}
-        return sum(count * each[name] for name, count in shards.items()) / self._size
+        each = {name: self._seconds[name] / self._judged[name] for name in images}
+        return sum(count * each[name] for name, count in images.items()) / self._size
 
     def _collect(self, reference: Any) -> Judged | None:
         """Keep a shard; return its cell where that has failed."""
@@ -190,12 +221,13 @@ class EvaluatorPool:
             return None
         if error:
             return self._failed(cell, shard, error)
-        self._seconds[cell.evaluator] += from_parquet(content)[1]
-        self._judged[cell.evaluator] += 1
-        store, missing = self._unfinished[cell]
-        patiently(lambda: store.add(shard, content), say=self._say)
-        missing.discard(shard)
-        if not missing:
+        seconds = from_parquet(content)[1]
+        self._seconds[cell.evaluator] += seconds
+        self._judged[cell.evaluator] += len(shard)
+        work = self._unfinished[cell]
+        work.pace.add(len(shard), seconds)
+        patiently(lambda: work.store.add(shard, content), say=self._say)
+        if not work.left:
             self._whole.append(cell)
         return None
 
@@ -217,31 +249,34 @@ class EvaluatorPool:
         now = time.monotonic()
         for entry in [entry for entry in self._resting if entry[0] <= now]:
             self._resting.remove(entry)
-            self._await_turn(*entry[1:])
+            _, cell, shard = entry
+            work = self._unfinished[cell]
+            if not work.has_waiting:
+                self._await_turn(cell)
+            work.again.append(shard)
         self._hand_out()
 
-    def _await_turn(self, cell: Cell, shard: Shard) -> None:
-        self._queued[cell.evaluator] += 1
-        heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell, shard))
+    def _await_turn(self, cell: Cell) -> None:
+        heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell))
 
     def _merge(self, cell: Cell) -> Judged:
-        store, _ = self._unfinished[cell]
+        store = self._unfinished[cell].store
         ledger, seconds = store.merged()
         content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
         return Judged(cell, content)
 
     def _drop(self, cell: Cell) -> None:
         del self._unfinished[cell]
-        kept = [entry for entry in self._waiting if entry[2] != cell]
-        self._queued[cell.evaluator] -= len(self._waiting) - len(kept)
-        self._waiting = kept
+        self._waiting = [entry for entry in self._waiting if entry[2] != cell]
         self._resting = [entry for entry in self._resting if entry[1] != cell]
         heapq.heapify(self._waiting)
 
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
-            _, _, cell, shard = heapq.heappop(self._waiting)
-            self._queued[cell.evaluator] -= 1
+            cell = self._waiting[0][2]
+            shard = self._unfinished[cell].next_shard()
+            if not self._unfinished[cell].has_waiting:
+                heapq.heappop(self._waiting)
             actor = self._idle.pop()
             reference = actor.judge.remote(cell.artifact_uri, cell.trial, cell.evaluator, shard)
             self._asked[reference] = (cell, shard, actor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from evaluators import EVALUATORS
+from evaluators import EVALUATORS, SHARD_SECONDS
 from grid.passes import Passes, passes
 from grid.plan import Plan, Trial, build_plan
 from grid.schedule import Job
@@ -20,6 +21,7 @@ from trainables.scale import Scale
 
 HOUR = 3600.0
 MOST_TABLES = 16  # 2^16 sets of tables are looked at in a second
+MOST_SHARDS = 10  # of a cell: enough to spread it over evaluators
 CHECKPOINTS = 4  # the newest two, the newest sound one and the best
 MOMENTS = {"sgd": 1, "adamw": 2}
 # Of the models with ImageNet's classes, and at scale digits; a model of timm's as the largest.
@@ -143,7 +145,7 @@ class Forecast:
             shards: list[tuple[int, float]] = []
             for name in trial.evaluators:
                 item = (trial.digest, name)
-                count = self.asked[item].shards
+                count = min(MOST_SHARDS, math.ceil(self.seconds[item] / SHARD_SECONDS))
                 shards += [(ranks[name], self.seconds[item] / count)] * count
             teacher = trial.recipe.teacher.digest() if trial.recipe.teacher else ""
             seconds = self.seconds[trial.digest, ""] / workers

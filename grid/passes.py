@@ -14,7 +14,6 @@ GENERATED_CORRUPTED, IMAGENET_A, HARDEST_SHARE = 100, 7_500, 1 / 6
 PGD_STEPS, PGD_STOPS = 100, 4
 HEALTH_IMAGES, HEALTH_STEPS = 50, 20
 ITERATIONS, TARGETS = 100, 9
-STORED_SHARD = 5_000
 # Which share of the images withstands AutoAttack and so costs every stage, and which share of its
 # queries TPA asks before a patch succeeds: means over the tables T1 to T4 at scale digits.
 WITHSTANDING = {"small": 0.9, "vanilla": 0.2, "adversarial": 0.5}
@@ -24,14 +23,10 @@ STEPS_TO_BREAK = 10
 
 @dataclass(frozen=True)
 class Passes:
-    """Images put through a model once: forward only, or forward and back to the pixels.
-
-    They are judged in `shards` parts.
-    """
+    """Images put through a model once: forward only, or forward and back to the pixels."""
 
     forward: float
     gradient: float = 0.0
-    shards: int = 1
 
 
 def held_out_images(scale: Scale, source: DataSource) -> int:
@@ -49,24 +44,22 @@ def passes(
     """
     stored = scale.name == "imagenet"
     attacked = min(scale.attack_subset, held_out)
-    shards = math.ceil(attacked / scale.shard_images)
     if evaluator == "natural":
         return Passes(IMAGENET_A if stored else math.ceil(held_out * HARDEST_SHARE))
     if evaluator == "stylized":
         return Passes(held_out * (2 if stored else 1))
     if evaluator == "corruptions":
         images = held_out if stored else min(GENERATED_CORRUPTED, held_out)
-        return Passes(images * KINDS_AND_SEVERITIES, shards=math.ceil(images / STORED_SHARD))
+        return Passes(images * KINDS_AND_SEVERITIES)
     if evaluator == "health":
         images = min(HEALTH_IMAGES, attacked)
         return Passes(images, images * (HEALTH_STEPS + 1))
     if evaluator in ("pgd", "pgd-as-published"):
-        return Passes(attacked * PGD_STOPS, attacked * PGD_STEPS, shards)
+        return Passes(attacked * PGD_STOPS, attacked * PGD_STEPS)
     if evaluator == "tpa":
         budget, images = scale.patch, min(scale.patch.images, held_out)
         asked = 2 * budget.patches * budget.steps * budget.samples
-        shards = math.ceil(images / scale.shard_images)
-        return Passes(images * (1 + asked * (1 if at_most else ASKED_BY_PATCHES)), shards=shards)
+        return Passes(images * (1 + asked * (1 if at_most else ASKED_BY_PATCHES)))
     if evaluator.startswith("autoattack"):
         kind = "adversarial" if adversarial else "vanilla"
         share = WITHSTANDING["small" if evaluator.endswith("small") else kind]
@@ -82,5 +75,4 @@ def _autoattack(scale: Scale, images: int, withstanding: float) -> Passes:
     return Passes(
         forward=2 * images + survivors * (targets * steps + scale.square_queries),
         gradient=broken * STEPS_TO_BREAK + survivors * (steps + 2 * targets * steps),
-        shards=math.ceil(images / scale.shard_images),
     )

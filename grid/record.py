@@ -66,7 +66,7 @@ class Recorder(threading.Thread):
         self._questions = {n: cell_digest(e, data) for n, e in self._evaluators.items()}
         # Once: to say what is asked, an evaluator may have to list a stored set's images.
         self._asked = {n: json.dumps(e.identity(data)) for n, e in self._evaluators.items()}
-        self._shards = {n: e.shards(data) for n, e in self._evaluators.items()}
+        self._images = {n: e.total(data) for n, e in self._evaluators.items()}
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
@@ -303,14 +303,15 @@ class Recorder(threading.Thread):
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         missing = self._missing(run.digest)
-        self._coming -= Counter({name: self._shards[name] for name in missing})
+        self._coming -= Counter({name: self._images[name] for name in missing})
         if run.outcome not in JUDGED_OUTCOMES:
             self.progress.cells -= len(missing)
             return
         for evaluator in missing:
             question = self._questions[evaluator]
             cell = Cell(run.digest, run.artifact_uri, evaluator, question)
-            self._pool.submit(cell, self._shards[evaluator])
+            least = self._evaluators[evaluator].least_shard
+            self._pool.submit(cell, self._images[evaluator], least=least)
 
     def _record(self, judged: Judged) -> None:
         cell = judged.cell
@@ -357,13 +358,10 @@ class Recorder(threading.Thread):
     def _count(self) -> None:
         """Count what there is to do."""
         self.progress = self._initial_progress()
-        self._coming = Counter(
-            name
-            for digest in self._trials
-            if self._outcome(digest) != "collapsed"
-            for name in self._missing(digest)
-            for _ in range(self._shards[name])
-        )
+        self._coming: Counter[str] = Counter()  # images that no trial has asked for yet
+        for digest in self._trials:
+            if self._outcome(digest) != "collapsed":
+                self._coming.update({name: self._images[name] for name in self._missing(digest)})
 
     def _initial_progress(self) -> Progress:
         todo = self.trials_to_train()

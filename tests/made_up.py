@@ -90,7 +90,7 @@ class MadeUpPool:
     def __len__(self) -> int:
         return len(self._asked)
 
-    def submit(self, cell: Cell, shards: int) -> None:
+    def submit(self, cell: Cell, total: int, *, least: int) -> None:
         self._asked.append(cell)
 
     def poll(self, timeout: float) -> list[Judged]:

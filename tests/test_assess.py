@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-import pyarrow as pa
 import pytest
 import ray
 import torch
 
 from evaluators import evaluator_named
 from evaluators.base import cell_digest, evaluate
-from evaluators.ledger import LEDGER, from_parquet, to_parquet
+from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
 from trainables.checkpoint import save_weights
@@ -24,7 +23,7 @@ from trainables.models import build_classifier
 from trainables.scale import DIGITS
 from trainables.source import EMBEDDED
 
-SCALE = replace(DIGITS, attack_subset=12, shard_images=5)
+SCALE = replace(DIGITS, attack_subset=12)
 CPU = torch.device("cpu")
 
 
@@ -67,6 +66,7 @@ def shared(ray_session, tmp_path_factory):
 @pytest.fixture
 def pool(shared, monkeypatch):
     monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("evaluators.shards.FIRST_PIXELS", 5 * DIGITS.image_size**2)
     yield shared
     for cell in list(shared._unfinished):
         shared.settle(cell)
@@ -86,22 +86,20 @@ def judged(pool, count=1):
     return found
 
 
-def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial):
+def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial):
     _, classifier, _ = trial
     pgd = evaluator_named("pgd", SCALE)
     cell = cell_of(trial, "pgd")
-    assert pgd.shards(load_data(SCALE)) == 3
-    pool.submit(cell, 3)
+    assert pgd.total(load_data(SCALE)) == 12
+    pool.submit(cell, 12)
     assert pool.seconds_left(Counter()) is None
     (found,) = judged(pool)
     ledger, seconds = from_parquet(found.ledger)
     assert seconds > 0
-    parts = [
-        evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=Shard(i, 3)) for i in range(3)
-    ]
-    assert ledger.equals(pa.concat_tables(parts))
+    assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
     assert {s.name: s.n for s in pgd.summarize(ledger)}["pgd-100"] == 12
-    assert len(list(pool._folder.rglob("*.parquet"))) == 3
+    names = sorted(path.name.rpartition("-")[0] for path in pool._folder.rglob("*.parquet"))
+    assert names == ["0-5", "5-12"]
     pool.settle(cell)
     assert len(pool) == 0
     assert not pool._folder.exists()
@@ -111,43 +109,31 @@ def test_a_cell_is_judged_by_shards_and_comes_out_whole(pool, trial):
 def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
     _, classifier, _ = trial
     cell = cell_of(trial, "pgd")
-    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 3)
+    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 12)
     pgd = evaluator_named("pgd", SCALE)
-    for shard in store.missing()[:2]:
+    for shard in (Shard(2, 4), Shard(8, 12)):
         ledger = evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
         store.add(shard, to_parquet(ledger, seconds=1000.0))
-    pool.submit(cell, 3)
-    _, seconds = from_parquet(judged(pool)[0].ledger)
+    pool.submit(cell, 12)
+    ledger, seconds = from_parquet(judged(pool)[0].ledger)
     assert 2000 < seconds < 2900
+    assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
 
 
 def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial):
     cell = cell_of(trial, "clean")
-    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 1)
+    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 597)
     ledger = evaluate(evaluator_named("clean", SCALE), trial[1], load_data(SCALE), device=CPU)
-    store.add(Shard(), to_parquet(ledger, seconds=5.0))
-    pool.submit(cell, 1)
+    store.add(Shard(0, 597), to_parquet(ledger, seconds=5.0))
+    pool.submit(cell, 597)
     (found,) = pool.poll(0)
     assert from_parquet(found.ledger)[0].equals(ledger)
-
-
-def test_a_damaged_shard_is_judged_again(tmp_path):
-    store = ShardStore(tmp_path, 2)
-    table = LEDGER.empty_table()
-    for shard in store.missing():
-        store.add(shard, to_parquet(table, seconds=1.0))
-    (path,) = tmp_path.glob("1-of-2-*.parquet")
-    content = bytearray(path.read_bytes())
-    content[20] ^= 0xFF
-    path.write_bytes(content)
-    assert store.missing() == [Shard(1, 2)]
-    assert not path.exists()
 
 
 def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
     pool = new_pool(tmp_path)
     for name in ("autoattack-small", "pgd", "natural", "clean"):
-        pool.submit(cell_of(trial, name), 1)
+        pool.submit(cell_of(trial, name), 12)
     # The first one asked was handed out before the others came.
     waiting = [pool._waiting[0][2].evaluator, *sorted(e[2].evaluator for e in pool._waiting)]
     assert waiting == ["clean", "clean", "natural", "pgd"]
@@ -155,7 +141,7 @@ def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
 
 def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     digest, _, uri = trial
-    pool.submit(Cell(digest, uri + "-gone", "pgd", "q"), 3)
+    pool.submit(Cell(digest, uri + "-gone", "pgd", "q"), 12)
     (found,) = judged(pool)
     assert "No such" in found.error or "not exist" in found.error or "OSError" in found.error
     assert len(pool) == 0
@@ -192,7 +178,7 @@ def pid_of(actor):
 
 def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
     pid = pid_of(idle_actor(pool))
-    pool.submit(cell_of(trial, "pgd"), 3)
+    pool.submit(cell_of(trial, "pgd"), 12)
     os.kill(pid, 9)
     (found,) = judged(pool)
     assert not found.error
@@ -202,7 +188,7 @@ def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
 @pytest.mark.slow
 def test_an_actor_that_hangs_is_killed_and_its_shard_asked_again(pool, trial):
     pid = pid_of(idle_actor(pool))
-    pool.submit(cell_of(trial, "pgd"), 3)
+    pool.submit(cell_of(trial, "pgd"), 12)
     os.kill(pid, signal.SIGSTOP)
     (found,) = judged(pool)
     assert not found.error
@@ -219,7 +205,7 @@ def test_an_actor_whose_device_failed_is_ended_and_another_process_judges(pool, 
     actor = idle_actor(pool)
     pid = pid_of(actor)
     ray.get(actor.__ray_call__.remote(lose_device))
-    pool.submit(cell_of(trial, "pgd"), 3)
+    pool.submit(cell_of(trial, "pgd"), 12)
     (found,) = judged(pool)
     assert not found.error
     assert from_parquet(found.ledger)[0].num_rows == 4 * 12

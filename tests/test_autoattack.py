@@ -2,7 +2,10 @@
 
 import dataclasses
 import logging
+from functools import partial
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torchattacks
@@ -11,13 +14,15 @@ from torch import nn
 
 from evaluators import autoattack
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
-from evaluators.base import Batch
+from evaluators.base import Batch, evaluate
+from evaluators.ledger import in_order
 from tests.tiny import trained_classifier
 from trainables.adversary import attacked, pgd_iterates, random_start
-from trainables.data import load_data, to_unit
+from trainables.data import WHOLE, Shard, load_data, to_unit
 from trainables.models import Classifier
 from trainables.scale import DIGITS
 
+CPU = torch.device("cpu")
 EPSILON = 20 / 255
 QUERIES = 60
 IMAGES = 100
@@ -38,7 +43,7 @@ def batch():
 def judged(classifier, batch, **options):
     options = {"radii": {"autoattack": EPSILON}, "square_queries": QUERIES} | options
     evaluator = AutoAttack(DIGITS, **options)
-    return evaluator, evaluator.judge(classifier, batch, generator=torch.Generator().manual_seed(0))
+    return evaluator, evaluator.judge(classifier, batch)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +102,28 @@ def test_scores_count_survivors_after_each_stage(small_and_standard):
     assert all(score.n == FEW for score in scores.values())
 
 
-def test_the_same_generator_gives_the_same_ledger_and_leaves_the_global_one(classifier, batch):
-    few = Batch(batch.images[:10], batch.labels[:10], batch.ids[:10])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_images_verdict_is_the_same_in_any_shard_batch_and_order(
+    classifier, digits, stage, monkeypatch
+):
+    monkeypatch.setattr(autoattack, "ITERATIONS", 10)
+    few = dataclasses.replace(digits, held_out=digits.held_out.subset(30, seed=0))
+    backwards = few.held_out.at(np.arange(30)[::-1].copy())
+    radii = {"autoattack-small": 0.5 * EPSILON, "autoattack": 0.8 * EPSILON}
+
+    def ledger(*shards, data=few, batch_size=200, rows=200):
+        evaluator = AutoAttack(DIGITS, radii=radii, square_queries=QUERIES, images_at_once=rows)
+        evaluator.stages = (stage,)
+        judge = partial(evaluate, evaluator, classifier, data, device=CPU, batch_size=batch_size)
+        return in_order(pa.concat_tables([judge(shard=shard) for shard in shards]))
+
     before = torch.random.get_rng_state()
-    first, second = (judged(classifier, few)[1] for _ in range(2))
-    assert first.equals(second)
+    whole = ledger(WHOLE)
+    assert {None, stage} <= set(whole["stage"].to_pylist())
+    assert ledger(Shard(0, 3), Shard(3, 20), Shard(20, 30)).equals(whole)
+    assert ledger(WHOLE, batch_size=2).equals(whole)
+    assert ledger(WHOLE, rows=7).equals(whole)
+    assert ledger(WHOLE, data=dataclasses.replace(few, held_out=backwards)).equals(whole)
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(p.requires_grad for p in classifier.parameters())
 
@@ -164,7 +186,7 @@ def test_a_model_whose_margins_are_no_numbers_is_judged():
     images = to_unit(split.images)
     batch = Batch(images, torch.full((8,), 9), split.ids)
     evaluator = AutoAttack(DIGITS, radii={"autoattack": 16 / 255}, square_queries=20)
-    ledger = evaluator.judge(classifier, batch, generator=torch.Generator().manual_seed(0))
+    ledger = evaluator.judge(classifier, batch)
     assert len(ledger) == 8
 
 
@@ -191,11 +213,11 @@ def threshold():
 def test_a_fake_adversarial_outside_the_ball_breaks_nothing(threshold):
     batch = Batch(torch.full((3, 3, 4, 4), 0.4), torch.zeros(3, dtype=torch.long), ("a", "b", "c"))
     victims = _Victims(threshold, batch, 0.2, 10)
-    victims.stage = "fab-t"
+    victims.begin("fab-t")
     outside = torch.full((3, 3, 4, 4), 0.6 + 1e-3)
     outside[1] = float("nan")
     outside[2] = 0.6
-    victims.try_break(torch.arange(3), outside)
+    victims.try_break(torch.arange(3), torch.full((3,), 2), outside)
     assert victims.broken_B.tolist() == [False, False, True]
     assert victims.stages == [None, None, "fab-t"]
 
@@ -206,7 +228,7 @@ def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(thres
     images = torch.stack([torch.full((3, 8, 8), level) for level in levels])
     batch = Batch(images, torch.zeros(4, dtype=torch.long), tuple("abcd"))
     evaluator = AutoAttack(scale, radii={"autoattack": 0.1}, square_queries=20)
-    ledger = evaluator.judge(threshold, batch, generator=torch.Generator().manual_seed(0))
+    ledger = evaluator.judge(threshold, batch)
     assert evaluator.targets == 3
     assert ledger["survived"].to_pylist() == [True, True, False, False]
     assert ledger["stage"].to_pylist() == [None, None, "apgd-ce", "clean"]

@@ -87,6 +87,7 @@ def test_a_device_is_asked_to_be_exact_before_the_first_pass(classifier, few_dig
     monkeypatch.setattr(base, "exact", asked.append)
     monkeypatch.setattr(Clean, "judge", lambda *_, **__: asked.append("a pass"))
     monkeypatch.setattr(pa, "concat_tables", list)
+    monkeypatch.setattr(base, "in_order", list)
     evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
     assert asked == [CPU, "a pass"]
 
@@ -115,10 +116,10 @@ def test_verdicts_do_not_depend_on_the_size_of_batches_for_clean(classifier, few
 class Forgetful(Clean):
     """Runs out of memory on more than ten images."""
 
-    def judge(self, classifier, batch, *, generator):
+    def judge(self, classifier, batch):
         if len(batch.ids) > 10:
             raise torch.OutOfMemoryError("too many images")
-        return super().judge(classifier, batch, generator=generator)
+        return super().judge(classifier, batch)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on_at_the_same_image(classifier, few_digits):

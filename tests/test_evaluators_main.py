@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import pyarrow.parquet as pq
@@ -213,6 +214,70 @@ def test_a_run_goes_on_behind_its_own_verdicts_and_no_others(own_file, tmp_path,
         assert judged(folder, *cut_short)[0] == 0
     assert not pq.read_table(folder / "clean.parquet").equals(ours)
     assert not (folder / "shards").exists()
+
+
+def test_a_run_cut_short_is_reported_at_the_images_it_has(own_file, tmp_path, capsys, monkeypatch):
+    """Of twelve images five are judged when Ctrl-C comes; then the other seven are."""
+    asked = ["--weights", str(own_file), "--evaluators", "pgd-5", "--attack-images", "12"]
+    assert main([*asked, "--ledger", str(tmp_path / "alone")]) == 0
+    monkeypatch.setattr("evaluators.shards.FIRST_PIXELS", 5 * DIGITS.image_size**2)
+    asked += ["--ledger", str(tmp_path)]
+    assert "no image is judged yet" in refused([*asked, "--report-partial"], capsys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluators.base.evaluate", in_turn(evaluate, raising(KeyboardInterrupt)))
+        assert main(asked) == 130
+    interrupted = capsys.readouterr().out.splitlines()[-4:]
+    assert interrupted[1].startswith("pgd-5 (5 of 12 images) ")
+    assert interrupted[1].endswith(" 5")
+    assert interrupted[3].startswith("Cut short: the same command judges the other images")
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluators.base.evaluate", raising(AssertionError))
+        assert main([*asked, "--report-partial"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == interrupted
+    part = pq.read_table(tmp_path / "pgd-5-of-12.parquet")
+    assert part.num_rows == 5
+    assert main(asked) == 0
+    whole, alone = (pq.read_table(f / "pgd.parquet") for f in (tmp_path, tmp_path / "alone"))
+    assert whole.equals(alone)
+    assert all(row in whole.to_pylist() for row in part.to_pylist())
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_loses_the_shard_under_way_alone(own_file, tmp_path):
+    asked = ["--weights", str(own_file), "--evaluators", "autoattack", "--attack-images", "200"]
+    command = [sys.executable, "-m", "evaluators", *asked, "--ledger", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as killed:
+        while not (kept := [*tmp_path.glob("shards/*/*.parquet")]):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    judged = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "evaluators.base.evaluate",
+            lambda *a, **k: judged.append(k["shard"]) or evaluate(*a, **k),
+        )
+        patched.setattr("evaluators.shards.ShardStore.clear", lambda store: None)
+        assert main([*asked, "--ledger", str(tmp_path)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert sum(map(len, judged)) == 200 - 64
+    assert main([*asked, "--ledger", str(tmp_path / "alone")]) == 0
+    resumed, alone = (
+        pq.read_table(f / "autoattack.parquet") for f in (tmp_path, tmp_path / "alone")
+    )
+    assert resumed.equals(alone)
+
+
+def in_turn(*functions):
+    coming = iter(functions)
+
+    def replies(*a, **k):
+        return next(coming)(*a, **k)
+
+    return replies
 
 
 def raising(error):

@@ -373,10 +373,10 @@ TABLE = pa.table(
 @counted
 def test_a_mutated_shard_is_read_as_it_was_or_judged_again(tmp_path, seed):
     folder = tmp_path / str(seed)
-    store = ShardStore(folder, 1)
-    store.add(Shard(), to_parquet(TABLE, seconds=1.5))
+    ShardStore(folder, 1).add(Shard(0, 1), to_parquet(TABLE, seconds=1.5))
     (path,) = folder.iterdir()
     path.write_bytes(mutated(path.read_bytes(), seed))
+    store = ShardStore(folder, 1)
     if not store.missing():
         assert store.merged()[0].equals(TABLE)
     assert len(list(folder.iterdir())) == 1 - len(store.missing())

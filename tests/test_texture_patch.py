@@ -388,8 +388,8 @@ def test_bad_settings_are_refused_with_the_reason() -> None:
     batch = Batch(torch.rand(1, 3, 16, 16), torch.tensor([3]), ("digits/0000",))
     evaluator = TexturePatchAttack(DIGITS, dictionary=alone)
     with pytest.raises(ValueError, match="no class but the true one, 3"):
-        evaluator.judge(classifier_of(nearest_mean)[0], batch, generator=torch.Generator())
+        evaluator.judge(classifier_of(nearest_mean)[0], batch)
     large = StoredTextures(torch.rand(1, 2, 3, 24, 24), (0,), "a test")
     evaluator = TexturePatchAttack(DIGITS, dictionary=large)
     with pytest.raises(ValueError, match=r"textures are \(24, 24\)"):
-        evaluator.judge(classifier_of(nearest_mean)[0], batch, generator=torch.Generator())
+        evaluator.judge(classifier_of(nearest_mean)[0], batch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -55,17 +56,26 @@ class Split:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shard:
-    """One of `count` parts of a list of images, of sizes that differ by one at most."""
+    """The images from `first` up to `end`, without it, of a list in random order.
 
-    index: int = 0
-    count: int = 1
+    The order follows from the images' ids alone: every shard is a random sample of the list.
+    """
 
-    def of(self, total: int) -> range:
-        """Return the places of this part in a list of `total` images."""
-        first, end = (total * i // self.count for i in (self.index, self.index + 1))
-        return range(first, end)
+    first: int = 0
+    end: int = sys.maxsize
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def of(self, ids: Sequence[str]) -> np.ndarray:
+        """Return the ascending places in the list, whose ids are given, of the shard's images."""
+        if self.first == 0 and self.end >= len(ids):
+            return np.arange(len(ids))
+        hashes = [hashlib.sha256(image_id.encode()).digest() for image_id in ids]
+        order = sorted(range(len(ids)), key=hashes.__getitem__)
+        return np.sort(np.array(order[self.first : self.end], dtype=np.int64))
 
 
 WHOLE = Shard()

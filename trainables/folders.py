@@ -122,11 +122,12 @@ class ImageFolderByClass:
     def splits(self, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Split]:
         """Yield the images, or a shard of them, decoded, `batch_size` files at a time."""
         listed = self.files()
-        places = shard.of(len(listed))
-        for first in places[::batch_size]:
-            part = slice(first, min(first + batch_size, places.stop))
-            paths = listed.paths[part]
-            read = zip(self._read_all(paths), paths, listed.labels[part], strict=True)
+        places = shard.of([_id(path) for path in listed.paths]).tolist()
+        for first in range(0, len(places), batch_size):
+            part = places[first : first + batch_size]
+            paths = [listed.paths[place] for place in part]
+            of_part = [listed.labels[place] for place in part]
+            read = zip(self._read_all(paths), paths, of_part, strict=True)
             kept = [(image, label, _id(path)) for image, path, label in read if image is not None]
             if kept:
                 images, labels, ids = zip(*kept, strict=True)
@@ -134,7 +135,7 @@ class ImageFolderByClass:
         if self.damaged:
             logger.warning("%d of %d images are damaged: skipped", len(self.damaged), len(places))
 
-    def _read_all(self, below: tuple[str, ...]) -> list[Tensor | None]:
+    def _read_all(self, below: list[str]) -> list[Tensor | None]:
         paths = [self.root / path for path in below]
         read: list[Tensor | None] = [None] * len(paths)
 

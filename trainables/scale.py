@@ -88,8 +88,7 @@ class Scale:
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
     scale's own by family and optimizer, and ghost batches shrink with them; a recipe that departs
     from the study's there departs from the scale's in proportion. `flip`: a mirrored
-    image is one of its class. Attacks are judged `shard_images` at a time, the most that a killed
-    run loses.
+    image is one of its class.
     """
 
     name: str
@@ -122,7 +121,6 @@ class Scale:
     patch: PatchBudget = PatchBudget()
     autoattack_subset: int = 5000
     square_queries: int = 5000
-    shard_images: int = 500
     epoch_cost: dict[str, float] = field(default_factory=dict)
     validate_every: int = 1
 
