@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -16,8 +17,8 @@ from evaluators import autoattack
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
 from evaluators.base import Batch, evaluate
 from evaluators.ledger import in_order
-from tests.tiny import trained_classifier
-from trainables.adversary import attacked, pgd_iterates, random_start
+from evaluators.pgd import PGD
+from tests.tiny import Watched, trained_classifier
 from trainables.data import WHOLE, Shard, load_data, to_unit
 from trainables.models import Classifier
 from trainables.scale import DIGITS
@@ -263,23 +264,15 @@ class _Quantised(nn.Module):
 
 
 def test_pgd_walks_the_iterates_of_torchattacks(classifier, batch, monkeypatch):
-    epsilon, steps = 8 / 255, 10
-    images, labels = batch.images[:20].contiguous(), batch.labels[:20]
-    start = random_start(images, torch.arange(len(images)), epsilon=epsilon, key=(1,))
+    few = Batch(batch.images[:20].contiguous(), batch.labels[:20], batch.ids[:20])
+    network = Watched(classifier)
+    evaluator = PGD(dataclasses.replace(DIGITS, epsilon=Fraction(8, 255)), steps=[10])
+    evaluator.judge(Classifier(network, (0.0,) * 3, (1.0,) * 3).eval(), few)
+    start, ours = network.attacked[0], network.judged[-1]
     monkeypatch.setattr(
-        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(start - images)
+        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(start - few.images)
     )
-    theirs = torchattacks.PGD(classifier, eps=epsilon, alpha=epsilon / 4, steps=steps)(
-        images, labels
-    )
-    with attacked(classifier):
-        ((_, ours),) = pgd_iterates(
-            classifier,
-            images,
-            labels,
-            epsilon=epsilon,
-            step_size=epsilon / 4,
-            stops=(steps,),
-            start_BCHW=start,
-        )
+    attack = torchattacks.PGD(classifier, eps=8 / 255, alpha=2 / 255, steps=10)
+    theirs = attack(few.images, few.labels)
+    assert (start - few.images).abs().max() > 7.9 / 255
     assert (ours - theirs).abs().max() < 1e-6

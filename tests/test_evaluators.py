@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import pyarrow as pa
 import pytest
 import torch
 from statsmodels.stats.proportion import proportion_confint
+from torch import nn
 
 from evaluators import EVALUATORS, base, evaluator_named
 from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, STEPS, PublishedPGD
-from trainables.data import to_unit
-from trainables.models import build_classifier
+from tests.tiny import Watched
+from trainables.data import Data, Split, to_unit
+from trainables.models import Classifier, build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
@@ -102,9 +105,46 @@ def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits)
     assert ids[:64] == ids[64:128] == list(digits.held_out.subset(64, seed=0).ids)
 
 
-def test_pgd_at_the_studys_scale_steps_by_one_of_255():
-    assert list(PGD(IMAGENET).radii.values()) == pytest.approx([4 / 255])
-    assert PGD(IMAGENET).subset_size == 5000
+def test_pgd_at_the_studys_scale_starts_anywhere_in_the_ball_and_steps_by_one_of_255():
+    """Greys far from black and white, and a model whose gradient has one sign everywhere."""
+    images = torch.randint(60, 200, (8, 3, 16, 16), dtype=torch.uint8)
+    split = Split(images=images, labels=torch.arange(8) % 2, ids=tuple("abcdefgh"))
+    source = Data(name="greys", train=split, held_out=split, class_names=("0", "1"))
+    network = Watched(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)))
+    classifier = Classifier(network, (0.0,) * 3, (1.0,) * 3)
+    evaluate(PGD(IMAGENET, steps=(10,)), classifier, source, device=CPU)
+    start, second, *_ = network.attacked
+    off = start - images / 255
+    assert len(network.attacked) == 10
+    assert 3.9 / 255 < off.abs().max() < 4.0001 / 255
+    assert off.abs().mean() == pytest.approx(2 / 255, rel=0.05)
+    step = (second - start).abs()
+    assert step.median() == pytest.approx(1 / 255, rel=1e-3)
+    assert step.max() == pytest.approx(1 / 255, rel=1e-3)
+    # Eight steps lead from one side of the ball to the other.
+    final = (network.judged[-1] - images / 255).abs()
+    assert final.min() == pytest.approx(4 / 255, rel=1e-3)
+    assert final.max() == pytest.approx(4 / 255, rel=1e-3)
+
+
+BUDGET = {"images": 9, "patches": 3, "area": 0.1, "textures": 2, "samples": 9, "steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pgd", {"epsilon": Fraction(1, 255)}),
+        ("pgd", {"attack_subset": 9}),
+        ("autoattack", {"epsilon": Fraction(1, 255)}),
+        ("autoattack", {"autoattack_subset": 9}),
+        ("autoattack", {"square_queries": 9}),
+        ("autoattack-small", {"small_epsilon": Fraction(1, 255)}),
+        *(("tpa", {"patch": replace(DIGITS.patch, **{k: v})}) for k, v in BUDGET.items()),
+    ],
+)
+def test_what_a_scale_says_of_an_attack_is_part_of_the_question(name, changes, digits):
+    usual, changed = (evaluator_named(name, s) for s in (DIGITS, replace(DIGITS, **changes)))
+    assert cell_digest(usual, digits) != cell_digest(changed, digits)
 
 
 def test_verdicts_do_not_depend_on_the_size_of_batches_for_clean(classifier, few_digits):

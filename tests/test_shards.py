@@ -77,7 +77,11 @@ def test_a_damaged_shard_is_judged_again(tmp_path):
     path.write_bytes(content)
     (tmp_path / "0-of-3-0123456789abcdef.parquet").write_bytes(b"of a former version")
     assert ShardStore(tmp_path, 10).missing() == [Shard(5, 10)]
-    assert [path.name[:3] for path in tmp_path.iterdir()] == ["0-5"]
+    (path,) = tmp_path.iterdir()
+    assert path.name[:4] == "0-5-"
+    path.rename(tmp_path / "5-10-0123456789abcdef.parquet")
+    assert ShardStore(tmp_path, 10).missing() == [Shard(0, 10)]
+    assert not list(tmp_path.iterdir())
 
 
 def paced(seconds_of, *, side=16, least=1, shards=8):

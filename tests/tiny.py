@@ -21,6 +21,20 @@ RECIPE = Recipe(
 )
 
 
+class Watched(nn.Module):
+    """A network that remembers the images it was shown: to attack them, and to judge them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.attacked: list[torch.Tensor] = []
+        self.judged: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        (self.attacked if images.requires_grad else self.judged).append(images.detach().clone())
+        return self.inner(images)
+
+
 def trained_classifier() -> Classifier:
     torch.set_num_threads(1)
     with torch.random.fork_rng():
