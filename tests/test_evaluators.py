@@ -71,6 +71,14 @@ def test_a_question_is_named_by_what_its_verdicts_depend_on(name, digits, few_di
     assert cell_digest(evaluator, digits) != cell_digest(evaluator, few_digits)
 
 
+def test_two_evaluators_of_the_same_images_ask_two_questions(digits):
+    class Other(Clean):
+        name = "other"
+
+    assert Other(DIGITS).identity(digits) == Clean(DIGITS).identity(digits)
+    assert cell_digest(Other(DIGITS), digits) != cell_digest(Clean(DIGITS), digits)
+
+
 def test_an_unknown_evaluator_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"unknown evaluator 'pgf'; one of \['"):
         evaluator_named("pgf", DIGITS)
