@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
 from torch import Tensor, nn
 
 from evaluators import textures
-from evaluators.base import Batch, cell_digest, evaluate
+from evaluators.base import Batch, cell_digest, evaluate, verdicts
 from evaluators.texture_patch import (
     ACTIONS,
     LSTMPolicy,
@@ -354,6 +355,17 @@ def test_summary_states_survival_by_patches_and_mean_queries() -> None:
     rows = [r for r in ledger.to_pylist() if r["question"] == "tpa" and r["queries"]]
     assert scores["tpa/queries"].value == pytest.approx(sum(r["queries"] for r in rows) / len(rows))
     assert scores["tpa/queries"].n == len(rows)
+
+
+def test_survival_after_a_patch_leaves_out_what_it_broke() -> None:
+    stages = ("clean", "patch-1", "patch-1", "patch-2", None)
+    batch = Batch(torch.zeros(5, 3, 4, 4), torch.zeros(5, dtype=torch.long), tuple("abcde"))
+    wrong = torch.tensor([stage is not None for stage in stages]).long()
+    ledger = pa.concat_tables(
+        verdicts(batch, question, wrong, stage=stages) for question in ("tpa", "tpa-random")
+    )
+    scores = {score.name: score.value for score in small_evaluator().summarize(ledger)}
+    assert (scores["tpa/patches-1"], scores["tpa"]) == (2 / 5, 1 / 5)
 
 
 def test_verdict_does_not_depend_on_the_batch() -> None:
