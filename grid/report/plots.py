@@ -118,7 +118,8 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
                 axes.plot([low, high], [place, place], color=colour, linewidth=2)
                 axes.plot(value, place, "o", color=colour)
             else:
-                axes.text(0, place, f" {judgement.outcome}", color=colour, va="center", fontsize=8)
+                text = _wrapped(f" {judgement.outcome}", 32).replace("\n", "\n ")
+                axes.text(0, place, text, color=colour, va="center", fontsize=7)
             if judgement.published is not None:
                 axes.plot(judgement.published, place, "D", color="black", fillstyle="none")
         axes.axvline(0, color="#999999", linewidth=0.8)
