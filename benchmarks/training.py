@@ -91,7 +91,10 @@ def beside_bare(
 
     Ours, `compiled`, rounds otherwise; so what it computes is looked at in float32.
     """
-    recipe = recipe.replace(batch_size=batch, epochs=repeats + 1, warmup_epochs=0.0)
+    # A few images at the rate of a whole batch would make rounding grow from step to step.
+    learning_rate = recipe.learning_rate * batch / recipe.batch_size
+    fewer = {"batch_size": batch, "learning_rate": learning_rate}
+    recipe = recipe.replace(**fewer, epochs=repeats + 1, warmup_epochs=0.0)
     data = replace(data, held_out=few(data.held_out))
     bare_side = partial(bare_epochs, data.held_out)
     whole = recipe.replace(precision="float32") if compiled else recipe
