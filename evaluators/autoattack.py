@@ -17,9 +17,10 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from evaluators import memory
 from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
-from evaluators.pgd import SUBSET_SEED
+from evaluators.pgd import FOLDED_ON, SUBSET_SEED
 from trainables.adversary import attacked
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded
@@ -44,11 +45,11 @@ class AutoAttack:
     APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
     fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
     time: the identity carries both. `images_at_once` bounds the rows of one forward pass, images
-    times targets; the survivors of several batches share a pass. Out of memory halves it for the
-    rest of the batch, and only what did not fit is done again. Every draw follows from the image,
-    the target class's rank and the iteration, and an image's answer is that of the likeliest target
-    that breaks it, so no verdict depends on what else is in the batch. Source: Croce and Hein
-    (2020).
+    times targets, as memory does; the survivors of several batches share a pass. Out of memory
+    halves it for the rest of the batch, and only what did not fit is done again. Every draw follows
+    from the image, the target class's rank and the iteration, and an image's answer is that of the
+    likeliest target that breaks it, so no verdict depends on what else is in the batch. Source:
+    Croce and Hein (2020).
     """
 
     name = "autoattack"
@@ -179,13 +180,15 @@ class _Victims:
         self, classifier: Classifier, batch: Batch, epsilon: float, images_at_once: int
     ) -> None:
         self.classifier, self.batch, self.epsilon = classifier, batch, epsilon
-        self.images_at_once = images_at_once
         # pyautoattack flattens by view: rows must be contiguous.
         self.images_BCHW = batch.images.contiguous()
+        self.fast = folded(classifier, self.images_BCHW[:FOLDED_ON]) or classifier
+        self.images_at_once = memory.images_at_once(
+            self.fast, self.images_BCHW, most=images_at_once
+        )
         self.low = (self.images_BCHW - epsilon).clamp_(min=0)
         self.high = (self.images_BCHW + epsilon).clamp_(max=1)
         logits_BK = self.logits(classifier, self.images_BCHW)
-        self.fast = folded(classifier, self.images_BCHW[: self.images_at_once]) or classifier
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
         self.broken_B = self.predicted_B != batch.labels

@@ -48,6 +48,11 @@ class Batch:
         middle = len(self.ids) // 2
         return self._part(slice(middle)), self._part(slice(middle, None))
 
+    def parts(self, images: int) -> Iterator[Batch]:
+        """Yield the batch in parts of at most `images` images, in order."""
+        for first in range(0, len(self.ids), images):
+            yield self._part(slice(first, first + images))
+
     def _part(self, part: slice) -> Batch:
         return replace(
             self,

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import CONFIDENCE, Score, share, survival_scores
+from evaluators.memory import images_at_once
+from evaluators.pgd import FOLDED_ON
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
+from trainables.adversary import attacked
 from trainables.data import WHOLE, Data, Shard, Split
 from trainables.folding import folded
 from trainables.scale import PatchBudget, Scale
@@ -419,15 +422,22 @@ class TexturePatchAttack:
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        with torch.no_grad():
-            clean_B = classifier(batch.images).argmax(dim=1)
+        with attacked(classifier):
+            victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
+            at_once = images_at_once(victim, batch.images, most=self.forward_batch)
         search = PatchSearch(
-            classifier=folded(classifier, batch.images) or classifier,
+            classifier=victim,
             budget=self.budget,
             targeted=self.targeted,
             rule=self.rule,
-            forward_batch=self.forward_batch,
+            forward_batch=at_once,
         )
+        parts = [self._search(classifier, search, part) for part in batch.parts(at_once)]
+        return pa.concat_tables(parts)
+
+    def _search(self, classifier: Classifier, search: PatchSearch, batch: Batch) -> pa.Table:
+        with torch.no_grad():
+            clean_B = classifier(batch.images).argmax(dim=1)
         task = self._task(batch)
         parts = [verdicts(batch, "tpa/clean", clean_B)]
         for question, policy_of in POLICIES.items():
