@@ -133,14 +133,47 @@ def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch):
     few = Batch(batch.images[:6], batch.labels[:6], batch.ids[:6])
     victims = _Victims(classifier, few, EPSILON, 4)
     victims.broken_B[:] = False
-    sizes, owners = [], []
+    sizes, owners, targets = [], [], []
     for run in victims.runs(2):
         sizes.append(len(run.owners))
         owners += run.owners.tolist()
+        targets += run.targets.tolist()
         if len(sizes) == 1:
             victims.broken_B[5] = True
     assert sizes == [4, 4, 2]
     assert owners == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    second, third = classifier(few.images).topk(3).indices[:5, 1:].T.tolist()
+    assert targets == [*second, *third]
+
+
+def test_targeted_stages_run_against_nine_classes_and_the_others_once(
+    classifier, batch, monkeypatch
+):
+    ranks = {stage: set() for stage in STAGES}
+    for stage in STAGES:
+        noted = partial(lambda seen, _, run, **__: seen.update(run.ranks.tolist()), ranks[stage])
+        monkeypatch.setitem(autoattack._ATTACKS, stage, noted)
+    judged(classifier, Batch(batch.images[:3], batch.labels[:3], batch.ids[:3]))
+    nine = set(range(2, 11))
+    assert ranks == {"apgd-ce": {2}, "apgd-t": nine, "fab-t": nine, "square": {2}}
+
+
+def test_an_attack_that_finds_less_in_a_larger_ball_breaks_what_it_broke_before(
+    classifier, batch, monkeypatch
+):
+    few = Batch(batch.images[:3], batch.labels[:3], batch.ids[:3])
+    smaller, larger = (_Victims(classifier, few, radius, 10) for radius in (0.01, 0.02))
+    monkeypatch.setitem(autoattack._ATTACKS, "apgd-t", lambda victims, run, *, queries: None)
+    evaluator = AutoAttack(DIGITS)
+    evaluator.stages = ("apgd-t",)
+    for victims in (smaller, larger):
+        victims.broken_B[:] = False
+        victims.stages = [None] * 3
+    smaller.begin("apgd-t")
+    smaller._break(1, 2, 7)
+    evaluator._attack(larger, smaller)
+    assert larger.broken_B.tolist() == [False, True, False]
+    assert (larger.stages[1], int(larger.predicted_B[1])) == ("apgd-t", 7)
 
 
 class Small(nn.Module):
