@@ -40,9 +40,10 @@ ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3, 4"
 )
+# A ledger's file, and so its sha256, also says how long its verdicts took.
 TAGS = (
-    "select d.value, t.key, t.value from tags d join tags t using (run_uuid) "
-    "where d.key = 'digest' and t.key != 'mlflow.parentRunId' order by 1, 2"
+    "select d.value, t.key, t.value from tags d join tags t using (run_uuid) where "
+    "d.key = 'digest' and t.key != 'mlflow.parentRunId' and t.key not like 'ledger.%' order by 1, 2"
 )
 STATUSES = "select name, status from runs order by 1, 2"
 
