@@ -83,7 +83,7 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = copy_of_the_project(Path(folder))
         for test in sorted({test for mutant in listed for test in mutant.tests}):
-            if code := exit_code(root, [test]):
+            if (code := exit_code(root, [test])) != 0:
                 raise SystemExit(f"{test} ends with {code} where there is no mutant")
         fates: Counter[str] = Counter()
         for mutant in listed:
