@@ -14,8 +14,9 @@ import torch
 from benchmarks import autoattack, corruptions, loader, pgd, training
 from benchmarks.__main__ import BENCHMARKS, KEPT, figures, main, table
 from benchmarks.measure import DisagreementError, Figure, require
+from evaluators.base import Batch
 from grid.studies import deit, resnet50
-from trainables.scale import DIGITS
+from trainables.scale import DIGITS, IMAGENET
 
 ROOT = Path(__file__).parents[1]
 SLOWER = Figure(name="a", values=(1.0, 2.0, 3.0, 4.0, 6.0), target=3.5, same="all")
@@ -123,9 +124,13 @@ def test_what_is_measured_on_a_gpu_trains_alike_here(sides, compiled, same):
 def test_what_is_measured_on_a_gpu_attacks_alike_here():
     recipes = [DIGITS.shrink(recipe) for recipe in (resnet50(), deit())]
     for recipe in recipes:
-        attack = pgd.Attack(*pgd.untrained(recipe, 2), epsilon=4 / 255)
+        classifier, images, labels = pgd.untrained(recipe, 2)
+        batch = Batch(images, labels, ("0", "1"))
+        attack = pgd.Attack(classifier, batch, IMAGENET, epsilon=4 / 255, step_size=1 / 255)
         found = pgd.beside_torchattacks(recipe.model, attack, repeats=1)
-        assert found.same.startswith("0 of 8 verdicts differ, ours ")
+        assert found.same.startswith(
+            "0 of 8 verdicts differ, 0 of theirs from start to start, ours "
+        )
     standing = replace(autoattack.unbreakable(recipes[1], 2), queries=5)
     found = autoattack.beside_pyautoattack("deit_small", standing, repeats=1)
     assert found.same.startswith("0 of 2 verdicts differ; 2 and 2 images survive, ours ")
