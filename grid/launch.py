@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -63,7 +63,6 @@ class Launch:
 
     `manifest` names the data as the doctor found it. address: of the Ray cluster, None to start
     Ray here. storage: a path or URI for what trials keep, None for the results folder.
-    system_metrics: log this machine's load with the study's run.
     """
 
     study: Study
@@ -76,7 +75,6 @@ class Launch:
     manifest: str = ""
     address: str | None = None
     storage: str | None = None
-    system_metrics: bool = False
 
     @property
     def placements(self) -> Placements:
@@ -144,7 +142,7 @@ def run_study(launch: Launch) -> Finished:
             pool, room = _share_out(launch, recorder.tracker.uri, line.say)
             parent = _open_study(launch, recorder, data)
             line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
-            with _measuring(launch, recorder.tracker, parent), _recording(recorder, parent, pool):
+            with _recording(recorder, parent, pool):
                 _train(recorder, launch, needs.storage[0], room)
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
@@ -173,10 +171,6 @@ def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
     parent = recorder.tracker.open_study(study.name, described, scores_of(plan), data.class_names)
     recorder.enrol()
     return parent
-
-
-def _measuring(launch: Launch, tracker: Tracker, parent: str) -> AbstractContextManager[None]:
-    return tracker.measuring(parent) if launch.system_metrics else nullcontext()
 
 
 def _report(

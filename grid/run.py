@@ -191,7 +191,6 @@ def _launch(
         manifest=manifest,
         address=found_address(options.address),
         storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
-        system_metrics=options.system_metrics,
     )
 
 
@@ -356,11 +355,6 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
         help="an MLflow server (default: MLFLOW_TRACKING_URI, or a database in the results)",
-    )
-    parser.add_argument(
-        "--system-metrics",
-        action="store_true",
-        help="log the CPU, memory, disk, network and GPUs of this machine with the study's run",
     )
 
 
