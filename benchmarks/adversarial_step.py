@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
 from grid.studies import adversarial_resnet50, deit, resnet50, with_axis
 from trainables.adversary import attacked, training_attack
-from trainables.data import to_unit
+from trainables.data.base import to_unit
 from trainables.folding import FoldedClassifier, folded
 from trainables.loop import training_loss
 from trainables.models import Classifier, build_classifier

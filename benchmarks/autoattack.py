@@ -21,7 +21,7 @@ from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
 from grid.studies import deit, resnet50
 from trainables.adversary import attacked, pgd_iterates, random_start
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS

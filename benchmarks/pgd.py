@@ -17,7 +17,7 @@ from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, r
 from evaluators.base import Batch
 from evaluators.pgd import PGD
 from grid.studies import deit, resnet50
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe

@@ -124,7 +124,7 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     import torch
 
     from trainables.checkpoint import fit_weights, save_weights, stored_weights
-    from trainables.data import load_data
+    from trainables.data.base import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.recipe import Recipe

@@ -20,7 +20,7 @@ from benchmarks.pgd import trained
 from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.folding import folded
 from trainables.models import Classifier
 from trainables.scale import DIGITS, PatchBudget

@@ -39,15 +39,15 @@ from benchmarks.measure import (
     require,
 )
 from grid.studies import deit, resnet50
-from trainables.augment import mix
-from trainables.data import Data, Split, load_data, to_unit
-from trainables.loader import TrainBatches
+from trainables.data.augment import mix
+from trainables.data.base import Data, Split, load_data, to_unit
+from trainables.data.listing import DataSource, scale_of
+from trainables.data.loader import TrainBatches
 from trainables.loop import PRECISIONS, accuracy, train
 from trainables.models import Classifier, build_classifier
 from trainables.optim import build_optimizer
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
-from trainables.source import DataSource, scale_of
 from trainables.team import ALONE
 
 EPOCHS = 10

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from evaluators import EVALUATORS
+from trainables.data.listing import DataSource, scale_of, unused_test_folder
 from trainables.options import (
     add_data_options,
     count,
@@ -27,7 +28,6 @@ from trainables.options import (
 )
 from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
 from trainables.scale import SCALE_NAMES, Scale, scale_named
-from trainables.source import DataSource, scale_of, unused_test_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from evaluators.base import Evaluator
     from evaluators.ledger import Score
     from evaluators.shards import ShardStore
-    from trainables.data import Data
+    from trainables.data.base import Data
     from trainables.models import Classifier
     from trainables.recipe import Recipe
     from trainables.tracking import Tracker
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
-    from trainables.data import load_data
+    from trainables.data.base import load_data
 
     device = device_named(options.device)
     source = _readable(source_of(options))
@@ -176,7 +176,7 @@ def _readable(source: DataSource) -> DataSource:
         print(unused, file=sys.stderr)
     if source.root is None or not source.skip_damaged:
         return source
-    from trainables.scan import damaged_images
+    from trainables.data.scan import damaged_images
 
     damaged = damaged_images(source)
     for path in sorted(damaged):

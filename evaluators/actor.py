@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from trainables.storage import WEIGHTS
 
 if TYPE_CHECKING:
-    from trainables.data import Shard
+    from trainables.data.base import Shard
+    from trainables.data.listing import DataSource
     from trainables.models import Classifier
     from trainables.scale import Scale
-    from trainables.source import DataSource
     from trainables.tracking import Credentials
 
 
@@ -50,7 +50,7 @@ class EvaluatorActor:
         from evaluators import evaluator_named
         from evaluators.base import evaluate
         from evaluators.ledger import to_parquet
-        from trainables.data import load_data
+        from trainables.data.base import load_data
         from trainables.provenance import provenance
         from trainables.watchdog import counting_steps
 

@@ -22,7 +22,7 @@ from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import FOLDED_ON, SUBSET_SEED
 from trainables.adversary import attacked
-from trainables.data import WHOLE, Data, Shard, Split
+from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.folding import folded
 from trainables.models import Classifier
 from trainables.noise import image_numbers, uniform

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evaluators.ledger import LEDGER, Score, in_order
-from trainables.data import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.exactness import exact
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from trainables.data.listing import scale_of
 from trainables.options import add_data_options, source_of
 from trainables.scale import Scale
-from trainables.source import scale_of
 
 if TYPE_CHECKING:
     import torch
 
     from evaluators.textures import FeatureNetwork, TextureSettings
-    from trainables.data import Data
+    from trainables.data.base import Data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
     from evaluators.textures import FULL, LITE, own_settings
-    from trainables.data import load_data
+    from trainables.data.base import load_data
 
     source = source_of(options)
     scale = scale_of(options.scale, source, image_size=options.image_size)

@@ -10,7 +10,7 @@ import torch
 
 from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
-from trainables.data import WHOLE, Data, Shard
+from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import Scale
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from evaluators.base import Batch, split_batches, verdicts
 from evaluators.corruption_kinds import GROUPS, KINDS, corrupt
 from evaluators.ledger import Score, share
 from evaluators.stored_cifar import CIFAR10C
-from trainables.data import WHOLE, Data, Shard, Split, to_unit
-from trainables.folders import ImageFolderByClass
+from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.folders import ImageFolderByClass
 from trainables.scale import Scale
 
 if TYPE_CHECKING:

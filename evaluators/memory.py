@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainables.source import GIBIBYTE
+from trainables.data.listing import GIBIBYTE
 
 CPU_BYTES = GIBIBYTE * 3 // 2  # of the 2 GiB that an attack at 224 px may add to a process
 GPU_SHARE = 0.5  # of a GPU's free memory: training and other evaluators may come to want the rest

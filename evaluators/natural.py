@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.stored_cifar import load_cifar10_1
-from trainables.data import WHOLE, Data, Shard, Split
-from trainables.folders import ImageFolderByClass
+from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.folders import ImageFolderByClass
+from trainables.data.listing import ImageList, differing_classes
 from trainables.scale import Scale
-from trainables.source import ImageList, differing_classes
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:

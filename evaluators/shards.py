@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from evaluators import SHARD_SECONDS
 from evaluators.ledger import from_parquet, in_order, judged_by
-from trainables.data import Shard
+from trainables.data.base import Shard
 from trainables.provenance import joined
 from trainables.storage import write_atomically
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.corruption_kinds import KINDS
-from trainables.cifar import CLASSES
-from trainables.data import Split
+from trainables.data.base import Split
+from trainables.data.cifar import CLASSES
 
 CIFAR10_1_FILES = ("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy")
 

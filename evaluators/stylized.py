@@ -16,8 +16,8 @@ from torch import Tensor
 
 from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
-from trainables.data import WHOLE, Data, Shard, to_unit
-from trainables.folders import ImageFolderByClass
+from trainables.data.base import WHOLE, Data, Shard, to_unit
+from trainables.data.folders import ImageFolderByClass
 from trainables.scale import Scale
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
 from trainables.adversary import attacked
-from trainables.data import WHOLE, Data, Shard, Split
+from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.folding import folded
 from trainables.scale import PatchBudget, Scale
 

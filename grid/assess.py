@@ -20,11 +20,11 @@ from evaluators import EVALUATORS
 from evaluators.actor import EvaluatorActor
 from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import Pace, ShardStore
-from trainables.data import Shard
+from trainables.data.base import Shard
+from trainables.data.listing import DataSource
 from trainables.patience import patiently
 from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.scale import Scale
-from trainables.source import DataSource
 from trainables.tracking import Credentials
 from trainables.watchdog import HUNG_SECONDS
 

@@ -26,12 +26,9 @@ from evaluators.stylized import IMAGENET_IMAGES
 from evaluators.textures import open_dictionary
 from grid.forecast import checkpoint_bytes
 from grid.plan import Plan
-from trainables.cifar import CLASSES, OTHER_SIZES, archived, list_cifar10, load_cifar10
-from trainables.folders import check_classes
-from trainables.models import classifier_named, count_parameters
-from trainables.scale import Scale
-from trainables.scan import Opened, Scan
-from trainables.source import (
+from trainables.data.cifar import CLASSES, OTHER_SIZES, archived, list_cifar10, load_cifar10
+from trainables.data.folders import check_classes
+from trainables.data.listing import (
     GIBIBYTE,
     DataSource,
     ImageList,
@@ -40,6 +37,9 @@ from trainables.source import (
     passed_over_text,
     unused_test_folder,
 )
+from trainables.data.scan import Opened, Scan
+from trainables.models import classifier_named, count_parameters
+from trainables.scale import Scale
 
 Level = Literal["ok", "warning", "error"]
 COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}

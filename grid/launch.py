@@ -32,13 +32,13 @@ from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.studies import PGD, PGD_AS_PUBLISHED, Study
-from trainables.data import Data, load_data
+from trainables.data.base import Data, load_data
+from trainables.data.listing import EMBEDDED, DataSource
 from trainables.distributed import CONTROLLER, train_together
 from trainables.patience import RunDeletedError, patiently
 from trainables.results import DATABASE, sole_run
 from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
-from trainables.source import EMBEDDED, DataSource
 from trainables.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainables.data.listing import DataSource, list_splits
 from trainables.scale import Scale
-from trainables.source import DataSource, list_splits
 
 HELD_OUT = {"digits": 597, "cifar10": 10_000, "imagenet": 50_000}
 KINDS_AND_SEVERITIES = 15 * 5

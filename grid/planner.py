@@ -24,10 +24,10 @@ from grid.plan import Plan, field_text
 from grid.progress import format_seconds
 from grid.schedule import Interruptions, Job, Machines, gpu_machines, simulate, speed_of
 from grid.studies import Study, format_settings
+from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.options import amount, count
 from trainables.recipe import Recipe
 from trainables.scale import Scale
-from trainables.source import GIBIBYTE, DataSource
 
 INDENT = " " * 16
 MINUTES_AWAY = 10.0

@@ -19,7 +19,7 @@ from grid.assess import Cell, EvaluatorPool, Judged
 from grid.mend import mend_weights
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
-from trainables.data import Data
+from trainables.data.base import Data
 from trainables.patience import RunDeletedError
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale

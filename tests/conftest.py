@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from grid.studies import deit, resnet50
-from trainables.data import Data, Split, load_data
+from trainables.data.base import Data, Split, load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 

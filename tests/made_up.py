@@ -25,7 +25,7 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker
 from grid.studies import Study
-from trainables.data import Split, load_data, to_unit
+from trainables.data.base import Split, load_data, to_unit
 from trainables.scale import DIGITS
 from trainables.tracking import Tracker
 

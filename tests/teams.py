@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from trainables.data import Data, Split, load_data
+from trainables.data.base import Data, Split, load_data
 from trainables.loop import train
 from trainables.models import GhostBatchNorm2d, build_classifier, use_set
 from trainables.recipe import Recipe

@@ -11,7 +11,7 @@ from trainables.adversary import (
     training_attack,
     training_start,
 )
-from trainables.data import to_unit
+from trainables.data.base import to_unit
 from trainables.folding import folded
 from trainables.models import build_classifier
 

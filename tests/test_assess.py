@@ -18,10 +18,10 @@ from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
 from trainables.checkpoint import save_weights
-from trainables.data import Shard, load_data
+from trainables.data.base import Shard, load_data
+from trainables.data.listing import EMBEDDED
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
-from trainables.source import EMBEDDED
 
 SCALE = replace(DIGITS, attack_subset=12)
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, RandAugment
 
 from grid.studies import CURRICULA, STRONG, deit, with_axis
-from trainables.augment import (
+from trainables.data.augment import (
     CACHED_BYTES,
     KEPT_BYTES,
     _rand_augment,
@@ -24,7 +24,7 @@ from trainables.augment import (
     randaugment,
     shift,
 )
-from trainables.images import ImageFiles
+from trainables.data.images import ImageFiles
 from trainables.scale import DIGITS, IMAGENET
 
 
@@ -95,7 +95,7 @@ def test_randaugment_of_files_is_the_studys_in_every_setting(tmp_path, monkeypat
     (studys,) = (step for step in transform.transforms if isinstance(step, RandAugment))
     made = []
     monkeypatch.setattr(
-        "trainables.augment._rand_augment",
+        "trainables.data.augment._rand_augment",
         lambda *given, **named: made.append(_rand_augment(*given, **named)) or made[-1],
     )
     Image.new("RGB", (240, 240)).save(tmp_path / "black.png")

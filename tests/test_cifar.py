@@ -22,12 +22,12 @@ from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.natural import Natural
 from grid.studies import deit, resnet50
-from trainables.cifar import CLASSES
-from trainables.data import load_data
+from trainables.data.base import load_data
+from trainables.data.cifar import CLASSES
+from trainables.data.listing import DataSource
 from trainables.loop import train
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10
-from trainables.source import DataSource
 
 CPU = torch.device("cpu")
 PER_BATCH = 20

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.scale import DIGITS, IMAGENET
 
 

@@ -22,11 +22,11 @@ from grid.plan import build_plan
 from grid.run import main
 from grid.studies import Study, resnet50
 from tests.pictures import write_folder, write_picture
-from trainables.cifar import CLASSES as CIFAR_CLASSES
-from trainables.images import ImageFiles, keep_validated
+from trainables.data.cifar import CLASSES as CIFAR_CLASSES
+from trainables.data.images import ImageFiles, keep_validated
+from trainables.data.listing import DataSource, scale_of
+from trainables.data.scan import Scan
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
-from trainables.scan import Scan
-from trainables.source import DataSource, scale_of
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_scan_opens_only_what_has_changed(root, tmp_path, monkeypatch):
         opened.append(Path(path).name)
         return real(path, **options)
 
-    monkeypatch.setattr("trainables.images.Image.open", counted)
+    monkeypatch.setattr("trainables.data.images.Image.open", counted)
     look(root, tmp_path)
     assert opened == []
     write_picture(root / "train" / "class-00", 1, 5, side=60)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.driver import SECONDS, wait_for_checkpoint
 from trainables.checkpoint import recipe_json_of
-from trainables.data import load_data
+from trainables.data.base import load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.tracking import Tracker

@@ -19,7 +19,7 @@ from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, STEPS, PublishedPGD
 from tests.tiny import Watched
-from trainables.data import Data, Split, to_unit
+from trainables.data.base import Data, Split, to_unit
 from trainables.models import Classifier, build_classifier
 from trainables.scale import DIGITS, IMAGENET
 

@@ -19,7 +19,7 @@ from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
 from trainables.checkpoint import save_weights
-from trainables.data import load_data
+from trainables.data.base import load_data
 from trainables.loop import train
 from trainables.models import build_classifier, classifier_named
 from trainables.recipe import Recipe

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainables.folders import ImageFolderByClass
-from trainables.images import read_rgb
+from trainables.data.folders import ImageFolderByClass
+from trainables.data.images import read_rgb
 
 SIDE = 16
 CLASSES = ("n03", "n01", "n02")
@@ -44,7 +44,9 @@ def test_threads_read_a_folder_in_its_order_and_list_what_they_skip(tmp_path, mo
     for number in (3, 8):
         (tmp_path / "n01" / f"{number:02d}.png").write_text("no image")
     met = threading.Barrier(4, timeout=30)  # broken unless four read at once
-    monkeypatch.setattr("trainables.folders.read_rgb", lambda path: (met.wait(), read_rgb(path))[1])
+    monkeypatch.setattr(
+        "trainables.data.folders.read_rgb", lambda path: (met.wait(), read_rgb(path))[1]
+    )
     images = folder(tmp_path, workers=4, skip_damaged=True)
     found = torch.cat([split.images[:, 0, 0, 0] for split in images.splits(batch_size=4)])
     assert found.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]

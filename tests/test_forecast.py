@@ -25,9 +25,9 @@ from grid.passes import Passes, held_out_images, passes
 from grid.plan import build_plan
 from grid.studies import load_study
 from tests.pictures import CLASSES, write_folder
+from trainables.data.listing import EMBEDDED, DataSource, scale_of
 from trainables.models import Classifier, classifier_named, count_parameters
 from trainables.scale import DIGITS, IMAGENET, PatchBudget
-from trainables.source import EMBEDDED, DataSource, scale_of
 
 THRIFTY = replace(
     DIGITS,

@@ -14,12 +14,12 @@ from evaluators.base import evaluate
 from evaluators.textures import LAYOUT
 from grid.studies import STRONG, resnet50
 from tests.pictures import write_picture
-from trainables.data import load_data
-from trainables.images import ImageFiles
+from trainables.data.base import load_data
+from trainables.data.images import ImageFiles
+from trainables.data.listing import DataSource
 from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.scale import IMAGENET, PatchBudget
-from trainables.source import DataSource
 
 CPU = torch.device("cpu")
 THRIFTY = replace(

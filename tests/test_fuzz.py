@@ -43,13 +43,13 @@ from trainables.checkpoint import (
     save_weights,
     unpickled,
 )
-from trainables.data import Shard, load_data
-from trainables.images import ImageFiles, keep_originals
+from trainables.data.base import Shard, load_data
+from trainables.data.images import ImageFiles, keep_originals
+from trainables.data.listing import DataSource
+from trainables.data.scan import Scan
 from trainables.models import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
-from trainables.scan import Scan
-from trainables.source import DataSource
 from trainables.storage import folder_at
 
 tried = 0

@@ -16,7 +16,7 @@ from tests.golden import (
     recipe_at_digits,
     stored,
 )
-from trainables.loader import TrainBatches
+from trainables.data.loader import TrainBatches
 from trainables.loop import train
 from trainables.optim import parameter_groups, rate_at
 from trainables.scale import DIGITS, IMAGENET

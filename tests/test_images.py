@@ -17,10 +17,10 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from tests.pictures import KINDS, write_folder, write_picture
-from trainables.data import load_data
-from trainables.images import ImageFiles, keep_originals, keep_validated, read_rgb
+from trainables.data.base import load_data
+from trainables.data.images import ImageFiles, keep_originals, keep_validated, read_rgb
+from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.scale import DIGITS, IMAGENET
-from trainables.source import DataSource, list_splits, scale_of
 
 BUDGET = 2**30
 # As the study's datasets.py has it for evaluation, without the normalisation.
@@ -125,7 +125,9 @@ def test_data_workers_are_threads_that_read_beside_a_training(root, monkeypatch)
     source = DataSource(root=root, workers=3)
     data = load_data(scale_of("folder", source, image_size=32), source)
     expected = data.held_out.images[:3]
-    monkeypatch.setattr("trainables.images.read_rgb", lambda path: (met.wait(), read_rgb(path))[1])
+    monkeypatch.setattr(
+        "trainables.data.images.read_rgb", lambda path: (met.wait(), read_rgb(path))[1]
+    )
     assert torch.get_num_threads() == 1
     assert torch.equal(data.held_out.images[:3], expected)
     assert torch.equal(data.held_out.at(np.array([2, 1, 0])).images[:], expected.flip(0))
@@ -199,7 +201,7 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_who_opens_the_cache(
     whole = {path.name for path in tmp_path.iterdir()}
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr("trainables.images.validated", die)
+        monkeypatch.setattr("trainables.data.images.validated", die)
         try:
             keep_validated(files, tmp_path, BUDGET)
         finally:

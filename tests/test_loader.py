@@ -8,12 +8,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from grid.studies import STRONG, resnet50
 from tests.pictures import write_folder
-from trainables import augment
-from trainables.augment import augmented, augmented_epoch, library_randomness
-from trainables.data import Split, load_data
-from trainables.loader import TrainBatches
+from trainables.data import augment
+from trainables.data.augment import augmented, augmented_epoch, library_randomness
+from trainables.data.base import Split, load_data
+from trainables.data.listing import DataSource, scale_of
+from trainables.data.loader import TrainBatches
 from trainables.scale import CIFAR10
-from trainables.source import DataSource, scale_of
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_an_image_is_augmented_alike_in_any_company(recipe, data):
 def test_crops_cover_between_a_twelfth_and_all_and_half_are_mirrored(data, scale, tmp_path):
     from PIL import Image
 
-    from trainables.images import ImageFiles
+    from trainables.data.images import ImageFiles
 
     ramp = torch.arange(240, dtype=torch.uint8).expand(3, 240, 240).permute(1, 2, 0)
     Image.fromarray(ramp.numpy()).save(tmp_path / "ramp.png")

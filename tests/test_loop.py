@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from grid.studies import CURRICULA
 from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
-from trainables.data import Split
+from trainables.data.base import Split
 from trainables.loop import accuracy, distillation_loss, probe, train, training_loss
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Distillation

@@ -16,7 +16,7 @@ from grid.status import open_tracker
 from grid.studies import load_study
 from tests.made_up import MadeUpPool
 from trainables.checkpoint import save_weights
-from trainables.data import load_data
+from trainables.data.base import load_data
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
 from trainables.tracking import OTHER_WEIGHTS

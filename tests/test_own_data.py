@@ -11,8 +11,8 @@ import pytest
 from evaluators.__main__ import main as evaluate
 from grid.run import main
 from tests.pictures import write_folder, write_picture
+from trainables.data.listing import DataSource, scale_of
 from trainables.scale import scale_named
-from trainables.source import DataSource, scale_of
 from trainables.tracking import Tracker
 
 pytestmark = pytest.mark.slow

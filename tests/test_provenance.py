@@ -13,10 +13,10 @@ from grid.plan import build_plan
 from grid.report.provenance import describe_provenance
 from grid.studies import load_study
 from tests.made_up import record
-from trainables.data import Shard
+from trainables.data.base import Shard
+from trainables.data.listing import EMBEDDED
 from trainables.provenance import joined, provenance
 from trainables.scale import DIGITS
-from trainables.source import EMBEDDED
 from trainables.tracking import TrialRun
 from trainables.trial import next_result, open_trial
 

@@ -44,12 +44,12 @@ from trainables.checkpoint import (
     save_weights,
     stored_weights,
 )
-from trainables.data import load_data
-from trainables.images import ImageFiles, keep_originals, keep_validated
+from trainables.data.base import load_data
+from trainables.data.images import ImageFiles, keep_originals, keep_validated
+from trainables.data.listing import EMBEDDED, DataSource
+from trainables.data.scan import Scan
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10
-from trainables.scan import Scan
-from trainables.source import EMBEDDED, DataSource
 from trainables.trial import open_trial
 
 ROOT = Path(__file__).parents[1]
@@ -364,7 +364,7 @@ def test_a_name_that_is_no_utf_8_is_refused(tmp_path):
 
 
 def load_study_of(root):
-    from trainables.source import list_splits
+    from trainables.data.listing import list_splits
 
     return list_splits(DataSource(root=root))
 

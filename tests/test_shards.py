@@ -7,7 +7,7 @@ import pytest
 
 from evaluators.ledger import LEDGER, to_parquet
 from evaluators.shards import GROWTH, Pace, ShardStore
-from trainables.data import WHOLE, Shard
+from trainables.data.base import WHOLE, Shard
 
 IDS = tuple(f"class-{k}/{i:03d}" for k in range(10) for i in range(100))
 

@@ -10,15 +10,15 @@ import shutil
 import pytest
 
 from tests.pictures import CLASSES, write_folder, write_picture
-from trainables.options import add_data_options, source_of
-from trainables.scale import IMAGENET, folder_scale, scale_named
-from trainables.source import (
+from trainables.data.listing import (
     DataSource,
     list_splits,
     passed_over_text,
     scale_of,
     unused_test_folder,
 )
+from trainables.options import add_data_options, source_of
+from trainables.scale import IMAGENET, folder_scale, scale_named
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from trainables.checkpoint import (
     save_weights,
     stored_weights,
 )
+from trainables.data.listing import EMBEDDED
 from trainables.models import build_classifier
-from trainables.source import EMBEDDED
 from trainables.storage import below, fetched, folder_at, parted
 from trainables.trial import RecipeTrial
 
@@ -79,7 +79,7 @@ def test_weights_are_stored_found_and_lent(where, small):
 def test_a_trial_goes_on_from_its_checkpoint_on_s3(
     bucket, small, few_digits, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("trainables.data.load_data", lambda *_: few_digits)
+    monkeypatch.setattr("trainables.data.base.load_data", lambda *_: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
     recipe = small("deit", epochs=2)
 

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from evaluators.base import Batch, evaluate, verdicts
 from evaluators.stylized import Stylized, mix_cues, texture_partners
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.models import Classifier
 from trainables.scale import DIGITS, IMAGENET
 

@@ -26,7 +26,7 @@ from evaluators.texture_patch import (
     paste,
 )
 from evaluators.textures import StoredTextures
-from trainables.data import load_data, to_unit
+from trainables.data.base import load_data, to_unit
 from trainables.models import Classifier
 from trainables.scale import PatchBudget, scale_named
 

@@ -12,15 +12,15 @@ import pytest
 
 from tests.disks import fill, small_disk
 from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
+from trainables.data.listing import EMBEDDED
 from trainables.recipe import Distillation
-from trainables.source import EMBEDDED
 from trainables.trial import SECONDS, RecipeTrial, weights_path
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, few_digits):
     """Return a function that makes a trial actor for a recipe on few digits."""
-    monkeypatch.setattr("trainables.data.load_data", lambda scale, source: few_digits)
+    monkeypatch.setattr("trainables.data.base.load_data", lambda scale, source: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
 
     def config(recipe):

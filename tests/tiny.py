@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from trainables.data import load_data
+from trainables.data.base import load_data
 from trainables.loop import train
 from trainables.models import Classifier
 from trainables.recipe import Recipe

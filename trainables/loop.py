@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainables.adversary import attacked, pgd_iterates, training_attack
-from trainables.augment import mix
-from trainables.data import Data, Split, to_unit
+from trainables.data.augment import mix
+from trainables.data.base import Data, Split, to_unit
+from trainables.data.loader import TrainBatches
 from trainables.exactness import exact
 from trainables.folding import FoldedClassifier, folded
-from trainables.loader import TrainBatches
 from trainables.models import Classifier, use_set
 from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe

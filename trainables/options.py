@@ -9,7 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
-from trainables.source import GIBIBYTE, STORED_SETS, DataSource
+from trainables.data.listing import GIBIBYTE, STORED_SETS, DataSource
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

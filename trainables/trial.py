@@ -150,7 +150,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     import torch
 
     from trainables.checkpoint import load_newest_checkpoint
-    from trainables.data import load_data
+    from trainables.data.base import load_data
     from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.scale import scale_named

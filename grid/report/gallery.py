@@ -14,7 +14,7 @@ from PIL import Image
 
 from grid.plan import Plan, Trial
 from grid.report.verdicts import Verdicts
-from trainables.source import WORDNET_ID
+from trainables.data.listing import WORDNET_ID
 
 CLEAN, ATTACKED, CONFLICT = "clean", "PGD-100", "cue conflict"
 # heading -> the evaluator and the question whose images are shown

@@ -23,7 +23,7 @@ from grid.studies import (
     resnet50,
     resnet_aligned,
 )
-from trainables.data import Data, Split
+from trainables.data.base import Data, Split
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainables.images import ImageFiles
+from trainables.data.images import ImageFiles
+from trainables.data.listing import EMBEDDED, DataSource
 from trainables.scale import Scale
-from trainables.source import EMBEDDED, DataSource
 
 HELD_OUT_DIGITS = 597
 
@@ -141,8 +141,8 @@ class _Named:
 
 @cache
 def _stored(named: _Named, source: DataSource) -> Data:
-    from trainables.cifar import load_cifar10
-    from trainables.folders import load_folders
+    from trainables.data.cifar import load_cifar10
+    from trainables.data.folders import load_folders
 
     load = load_cifar10 if named.scale.name == "cifar10" else load_folders
     return load(named.scale, source)

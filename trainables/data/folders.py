@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainables.data import WHOLE, Data, Shard, Split
-from trainables.images import (
+from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.images import (
     UNREADABLE,
     ImageFiles,
     as_tensor,
@@ -26,14 +26,14 @@ from trainables.images import (
     unreadable,
     validated,
 )
-from trainables.scale import Scale
-from trainables.source import (
+from trainables.data.listing import (
     DataSource,
     ImageList,
     differing_classes,
     list_by_class,
     list_splits,
 )
+from trainables.scale import Scale
 
 logger = logging.getLogger(__name__)
 

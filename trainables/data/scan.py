@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainables.images import UNREADABLE, as_rgb, opened
-from trainables.source import DataSource, list_splits
+from trainables.data.images import UNREADABLE, as_rgb, opened
+from trainables.data.listing import DataSource, list_splits
 from trainables.storage import write_atomically
 
 SCHEMA = pa.schema(

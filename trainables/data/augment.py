@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
-from trainables.images import ImageFiles
+from trainables.data.images import ImageFiles
 from trainables.recipe import Recipe
 from trainables.scale import scale_named
 

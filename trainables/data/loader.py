@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainables.augment import augmented, epoch_order, is_cached
-from trainables.data import Split
-from trainables.images import ImageFiles
+from trainables.data.augment import augmented, epoch_order, is_cached
+from trainables.data.base import Split
+from trainables.data.images import ImageFiles
 from trainables.recipe import Recipe
 from trainables.team import ALONE, Team
 

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trainables.data import Data, Split
-from trainables.images import ImageFiles, as_tensor, remove_unused, sole_writer, stamps_of
+from trainables.data.base import Data, Split
+from trainables.data.images import ImageFiles, as_tensor, remove_unused, sole_writer, stamps_of
+from trainables.data.listing import DataSource, ImageList, differing_classes, list_splits
 from trainables.scale import Scale
 from trainables.sealed import is_sealed, sealed
-from trainables.source import DataSource, ImageList, differing_classes, list_splits
 from trainables.storage import write_atomically
 
 ARCHIVE = "cifar-10-python.tar.gz"

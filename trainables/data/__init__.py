@@ -1,0 +1,1 @@
+"""Data sets: listed, decoded, cached, augmented and served in batches."""
