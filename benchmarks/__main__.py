@@ -67,7 +67,7 @@ def figures(name: str, *, quick: bool) -> Iterator[Figure]:
     import torch
 
     from benchmarks.measure import DEVICE
-    from trainables.exactness import exact
+    from trainables.train.exactness import exact
 
     exact(DEVICE)
     torch.set_num_threads(1)

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require
 from grid.studies import adversarial_resnet50, deit, resnet50, with_axis
-from trainables.adversary import attacked, training_attack
 from trainables.data.base import to_unit
-from trainables.folding import FoldedClassifier, folded
-from trainables.loop import training_loss
 from trainables.models import Classifier, build_classifier
-from trainables.optim import build_optimizer
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, IMAGENET
+from trainables.train.adversary import attacked, training_attack
+from trainables.train.folding import FoldedClassifier, folded
+from trainables.train.loop import training_loss
+from trainables.train.optim import build_optimizer
 
 SAME = "input gradients, within 1e-4 of the largest"
 

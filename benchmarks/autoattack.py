@@ -20,11 +20,11 @@ from benchmarks.pgd import untrained
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
 from grid.studies import deit, resnet50
-from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data.base import load_data, to_unit
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
+from trainables.train.adversary import attacked, pgd_iterates, random_start
 
 # model, epochs, PGD steps while training, images, Square's queries (the standard ones, or fewer)
 CASES = (("resnet18", 6, 0, 100, 5000), ("resnet50", 8, 3, 20, 1000))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Figure, require, seconds
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 STUDY = 'name = "overhead"\nbase = "resnet50"\nevaluators = []\n[set]\nsize = "small"\n'
 LANES = 2

@@ -18,10 +18,10 @@ from evaluators.base import Batch
 from evaluators.pgd import PGD
 from grid.studies import deit, resnet50
 from trainables.data.base import load_data, to_unit
-from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, IMAGENET, Scale, scale_named
+from trainables.train.loop import train
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:

@@ -31,7 +31,7 @@ from grid.run import ENVIRONMENT
 from grid.studies import Study, resnet50
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
-from trainables.storage import below
+from trainables.store.storage import below
 from trainables.trial import RecipeTrial
 
 DECAYS = tuple(1e-5 * (place + 1) for place in range(10))

@@ -25,7 +25,7 @@ from grid.plan import Trial, build_plan
 from grid.run import _parser
 from grid.studies import load_study
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 AT_ONCE = 2
 
@@ -123,11 +123,11 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     """Train a recipe and store its weights: what a script of its own does."""
     import torch
 
-    from trainables.checkpoint import fit_weights, save_weights, stored_weights
     from trainables.data.base import load_data
-    from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.recipe import Recipe
+    from trainables.store.checkpoint import fit_weights, save_weights, stored_weights
+    from trainables.train.loop import train
 
     recipe = Recipe.model_validate_json(recipe_json)
     classifier, teacher = build_classifier(recipe), None

@@ -21,9 +21,9 @@ from evaluators.texture_patch import LSTMPolicy, PatchSearch, Task
 from evaluators.textures import StoredTextures
 from grid.studies import deit, resnet50
 from trainables.data.base import load_data, to_unit
-from trainables.folding import folded
 from trainables.models import Classifier
 from trainables.scale import DIGITS, PatchBudget
+from trainables.train.folding import folded
 
 TINY = torch.finfo(torch.float32).eps
 ALIKE = 0.15  # of the images: what two searches with other draws may differ by

@@ -43,12 +43,12 @@ from trainables.data.augment import mix
 from trainables.data.base import Data, Split, load_data, to_unit
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.loader import TrainBatches
-from trainables.loop import PRECISIONS, accuracy, train
 from trainables.models import Classifier, build_classifier
-from trainables.optim import build_optimizer
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
-from trainables.team import ALONE
+from trainables.train.loop import PRECISIONS, accuracy, train
+from trainables.train.optim import build_optimizer
+from trainables.train.team import ALONE
 
 EPOCHS = 10
 ALIKE = 0.1  # of held-out accuracy: the sides draw otherwise

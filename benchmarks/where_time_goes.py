@@ -29,8 +29,12 @@ import psutil
 from grid.run import ENVIRONMENT
 
 LOOK_SECONDS = 0.5
-TRAINS = "import trainables.trial, trainables.loop, trainables.models, trainables.checkpoint"
-JUDGES = f"{TRAINS}, evaluators.actor, evaluators.autoattack, evaluators.pgd, trainables.tracking"
+TRAINS = (
+    "import trainables.trial, trainables.train.loop, trainables.models, trainables.store.checkpoint"
+)
+JUDGES = (
+    f"{TRAINS}, evaluators.actor, evaluators.autoattack, evaluators.pgd, trainables.store.tracking"
+)
 ROLES = {"ray::RecipeTrial": "training", "ray::EvaluatorActor": "judging"}
 ARITHMETIC = ("training", "judging")
 IDLE, HOST, ELSEWHERE = "idle", "taken by the host", "not seen"

@@ -17,7 +17,7 @@ from grid.status import open_existing
 from tests.browser import browser
 from tests.servers import MlflowServer
 from trainables.scale import scale_named
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 HERE = Path(__file__).parent
 STUDY = "paper"

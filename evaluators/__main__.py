@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from trainables.data.base import Data
     from trainables.models import Classifier
     from trainables.recipe import Recipe
-    from trainables.tracking import Tracker
+    from trainables.store.tracking import Tracker
 
 INTERRUPTED = 130
 # Single lengths of pgd, which take its shorter trajectory.
@@ -158,8 +158,8 @@ def _log(
     *,
     device: torch.device,
 ) -> None:
-    from trainables.provenance import provenance
-    from trainables.tracking import scores_as_metrics
+    from trainables.store.provenance import provenance
+    from trainables.store.tracking import scores_as_metrics
 
     run_id = tracker.log_evaluation(
         str(weights),
@@ -252,9 +252,9 @@ def _lengths(asked: Sequence[str]) -> list[int]:
 
 
 def _recipe_of(weights: Path) -> Recipe:
-    from trainables.checkpoint import recipe_json_of
     from trainables.recipe import Recipe
-    from trainables.storage import DamagedError
+    from trainables.store.checkpoint import recipe_json_of
+    from trainables.store.storage import DamagedError
 
     try:
         return Recipe.model_validate_json(recipe_json_of(weights))
@@ -290,7 +290,7 @@ def _judge(
     from evaluators.base import evaluate
     from evaluators.ledger import to_parquet
     from evaluators.shards import Pace
-    from trainables.provenance import provenance
+    from trainables.store.provenance import provenance
 
     pace = Pace(side=side, least=evaluator.least_shard)
     console = Console(stderr=True)
@@ -329,7 +329,7 @@ def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from trainables.storage import write_atomically
+    from trainables.store.storage import write_atomically
 
     for name, ledger in ledgers.items():
         sink = pa.BufferOutputStream()
@@ -339,8 +339,8 @@ def _write(ledgers: dict[str, pa.Table], folder: Path) -> list[Path]:
 
 
 def _tracker(uri: str, scale: Scale) -> Tracker:
-    from trainables.results import ARTIFACTS, folder_of, settle
-    from trainables.tracking import Tracker, check_address
+    from trainables.store.results import ARTIFACTS, folder_of, settle
+    from trainables.store.tracking import Tracker, check_address
 
     check_address(uri)
     remote = uri.startswith(("http://", "https://"))

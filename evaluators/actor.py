@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from trainables.storage import WEIGHTS
+from trainables.store.storage import WEIGHTS
 
 if TYPE_CHECKING:
     from trainables.data.base import Shard
     from trainables.data.listing import DataSource
     from trainables.models import Classifier
     from trainables.scale import Scale
-    from trainables.tracking import Credentials
+    from trainables.store.tracking import Credentials
 
 
 class EvaluatorActor:
@@ -51,7 +51,7 @@ class EvaluatorActor:
         from evaluators.base import evaluate
         from evaluators.ledger import to_parquet
         from trainables.data.base import load_data
-        from trainables.provenance import provenance
+        from trainables.store.provenance import provenance
         from trainables.watchdog import counting_steps
 
         classifier = self._load(artifact_uri, digest)
@@ -64,8 +64,8 @@ class EvaluatorActor:
         return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
-        from trainables.packaged import classifier_of
-        from trainables.tracking import fetch_artifact
+        from trainables.store.packaged import classifier_of
+        from trainables.store.tracking import fetch_artifact
         from trainables.watchdog import beat
 
         if self._loaded is None or self._loaded[0] != artifact_uri:

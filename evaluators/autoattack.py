@@ -21,12 +21,12 @@ from evaluators import memory
 from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import FOLDED_ON, SUBSET_SEED
-from trainables.adversary import attacked
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.folding import folded
 from trainables.models import Classifier
-from trainables.noise import image_numbers, uniform
 from trainables.scale import Scale
+from trainables.train.adversary import attacked
+from trainables.train.folding import folded
+from trainables.train.noise import image_numbers, uniform
 
 CLEAN = "clean"
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")

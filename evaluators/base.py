@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluators.ledger import LEDGER, Score, in_order
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
-from trainables.exactness import exact
+from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
     from trainables.models import Classifier

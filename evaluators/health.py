@@ -13,11 +13,11 @@ from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from evaluators.red_flags import HUGE_EPSILON
-from trainables.adversary import attacked, pgd_iterates, random_start
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.models import Classifier
-from trainables.noise import image_numbers
 from trainables.scale import Scale
+from trainables.train.adversary import attacked, pgd_iterates, random_start
+from trainables.train.noise import image_numbers
 
 HUGE_STEPS = 20
 IMAGES = 50

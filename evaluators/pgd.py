@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.memory import images_at_once
-from trainables.adversary import attacked, half_precision, pgd_iterates, random_start
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.folding import folded
-from trainables.noise import image_numbers, uniform
 from trainables.recipe import Protocol
 from trainables.scale import Scale
+from trainables.train.adversary import attacked, half_precision, pgd_iterates, random_start
+from trainables.train.folding import folded
+from trainables.train.noise import image_numbers, uniform
 
 if TYPE_CHECKING:
     from trainables.models import Classifier

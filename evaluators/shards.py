@@ -15,8 +15,8 @@ import pyarrow as pa
 from evaluators import SHARD_SECONDS
 from evaluators.ledger import from_parquet, in_order, judged_by
 from trainables.data.base import Shard
-from trainables.provenance import joined
-from trainables.storage import write_atomically
+from trainables.store.provenance import joined
+from trainables.store.storage import write_atomically
 
 FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]{16})\.parquet")
 FIRST_PIXELS = 2**14  # of the first shard, whose speed nobody knows: 64 images at 16 px, 1 at 224

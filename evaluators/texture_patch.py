@@ -22,10 +22,10 @@ from evaluators.ledger import CONFIDENCE, Score, share, survival_scores
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
-from trainables.adversary import attacked
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.folding import folded
 from trainables.scale import PatchBudget, Scale
+from trainables.train.adversary import attacked
+from trainables.train.folding import folded
 
 if TYPE_CHECKING:
     from trainables.models import Classifier

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluators.weights import is_plain, read_tensors
-from trainables.checkpoint import unpickled
 from trainables.data.base import Data, Split, to_unit
 from trainables.scale import Scale
-from trainables.storage import write_atomically
+from trainables.store.checkpoint import unpickled
+from trainables.store.storage import write_atomically
 from trainables.watchdog import beat
 
 LAYOUT = (

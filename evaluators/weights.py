@@ -9,8 +9,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from trainables.checkpoint import read_safetensors, unpickled
 from trainables.models import Classifier
+from trainables.store.checkpoint import read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
 BACKBONE = "backbone."

@@ -22,10 +22,10 @@ from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import Pace, ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
-from trainables.patience import patiently
-from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.scale import Scale
-from trainables.tracking import Credentials
+from trainables.store.patience import patiently
+from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
+from trainables.store.tracking import Credentials
 from trainables.watchdog import HUNG_SECONDS
 
 PLACED_SECONDS = 1800

@@ -22,14 +22,14 @@ from evaluators.base import evaluate, split_batches
 from evaluators.clean import Clean
 from grid.forecast import Calibration, Throughput, kind_of
 from grid.plan import Plan
-from trainables.adversary import attacked, pgd_iterates
 from trainables.data.base import Data, load_data
 from trainables.data.listing import DataSource
-from trainables.folding import folded
-from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
+from trainables.train.adversary import attacked, pgd_iterates
+from trainables.train.folding import folded
+from trainables.train.loop import train
 
 RUN = Path(__file__).with_name("run.py")
 TRAIN_IMAGES = 1200  # at least; and at least a batch

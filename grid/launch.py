@@ -35,11 +35,11 @@ from grid.studies import PGD, PGD_AS_PUBLISHED, Study
 from trainables.data.base import Data, load_data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.distributed import CONTROLLER, train_together
-from trainables.patience import RunDeletedError, patiently
-from trainables.results import DATABASE, sole_run
-from trainables.retries import MAX_FAILURES, wait_after
 from trainables.scale import Scale
-from trainables.tracking import Tracker, check_address
+from trainables.store.patience import RunDeletedError, patiently
+from trainables.store.results import DATABASE, sole_run
+from trainables.store.retries import MAX_FAILURES, wait_after
+from trainables.store.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 
 TUNE_FOLDER = "tune"
@@ -305,7 +305,7 @@ def _check_plan(launch: Launch) -> None:
     for trial in plan:
         placement = placements.of(trial.recipe.family)
         if placement.workers > 1:
-            from trainables.team import check_team
+            from trainables.train.team import check_team
 
             check_team(trial.recipe, placement.workers)
             check_team(trial.recipe, placement.least.workers)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainables.scale import Scale
-from trainables.storage import WEIGHTS, folder_at, parted
-from trainables.tracking import Tracker, TrialRun
+from trainables.store.storage import WEIGHTS, folder_at, parted
+from trainables.store.tracking import Tracker, TrialRun
 
 
 def mend_weights(

@@ -18,10 +18,10 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.cluster import cluster_file, node_types
-from trainables.storage import Folder, folder_at
+from trainables.store.storage import Folder, folder_at
 
 if TYPE_CHECKING:
-    from trainables.tracking import Credentials
+    from trainables.store.tracking import Credentials
 
 CHECK_SECONDS = 300
 POLL_SECONDS = 1.0
@@ -157,7 +157,7 @@ def _credentials(needs: Needs) -> Credentials | None:
     """Return what MLflow is told on other nodes, which need not import it if they do not ask it."""
     if needs.mlflow is None:
         return None
-    from trainables.tracking import Credentials
+    from trainables.store.tracking import Credentials
 
     return Credentials.of_environment()
 
@@ -202,7 +202,7 @@ def _try_data(path: Path, expected: str) -> None:
 
 
 def _try_mlflow(uri: str, credentials: Credentials) -> None:
-    from trainables.tracking import check_address
+    from trainables.store.tracking import check_address
 
     credentials.use()
     check_address(uri)

@@ -20,11 +20,11 @@ from grid.mend import mend_weights
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
 from trainables.data.base import Data
-from trainables.patience import RunDeletedError
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.storage import fetched
-from trainables.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
+from trainables.store.patience import RunDeletedError
+from trainables.store.storage import fetched
+from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
 from trainables.trial import weights_path
 
 POLL_SECONDS = 0.2

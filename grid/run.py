@@ -23,8 +23,8 @@ from grid.signals import stop_on_signals
 from grid.studies import AXES, SETTABLE, STUDIES, Study, load_study, problem
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
-from trainables.results import check_database, check_results, database_uri, settle
 from trainables.scale import SCALE_NAMES, Scale
+from trainables.store.results import check_database, check_results, database_uri, settle
 from trainables.watchdog import HUNG_SECONDS
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from grid.plan import Plan
 from grid.progress import format_seconds
-from trainables.results import ARTIFACTS, DATABASE, database_uri, is_in_use
 from trainables.scale import Scale
-from trainables.tracking import Tracker, TrialRun, check_address, create_database
+from trainables.store.results import ARTIFACTS, DATABASE, database_uri, is_in_use
+from trainables.store.tracking import Tracker, TrialRun, check_address, create_database
 
 
 def open_tracker(

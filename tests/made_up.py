@@ -27,7 +27,7 @@ from grid.status import open_tracker
 from grid.studies import Study
 from trainables.data.base import Split, load_data, to_unit
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 SIZES = {"clean": 597, "health": 50, "autoattack": 30, "autoattack-small": 30, "tpa": 50,
          "natural": 100, "corruptions": 100, "stylized": 597, "pgd": 64}  # fmt: skip

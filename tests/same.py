@@ -22,10 +22,10 @@ from evaluators.base import evaluate
 from grid.plan import build_plan
 from grid.studies import load_study
 from trainables.data import load_data
-from trainables.loop import train
 from trainables.models import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import SCALES, scale_named
+from trainables.train.loop import train
 
 STORED = Path(__file__).with_name("same.json")
 STUDIES = {"paper": "paper", "full": "full"}  # by today's name

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from trainables.data.base import Data, Split, load_data
-from trainables.loop import train
 from trainables.models import GhostBatchNorm2d, build_classifier, use_set
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
-from trainables.team import ALONE, Team, gathered
+from trainables.train.loop import train
+from trainables.train.team import ALONE, Team, gathered
 
 Job = Callable[[Team], Any]
 

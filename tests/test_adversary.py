@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.adversary import (
+from trainables.data.base import to_unit
+from trainables.models import build_classifier
+from trainables.train.adversary import (
     attacked,
     pgd_iterates,
     random_start,
     training_attack,
     training_start,
 )
-from trainables.data.base import to_unit
-from trainables.folding import folded
-from trainables.models import build_classifier
+from trainables.train.folding import folded
 
 EPSILON = 16 / 255
 

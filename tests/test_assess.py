@@ -17,11 +17,11 @@ from evaluators.base import cell_digest, evaluate
 from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
-from trainables.checkpoint import save_weights
 from trainables.data.base import Shard, load_data
 from trainables.data.listing import EMBEDDED
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
+from trainables.store.checkpoint import save_weights
 
 SCALE = replace(DIGITS, attack_subset=12)
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def shared(ray_session, tmp_path_factory):
 
 @pytest.fixture
 def pool(shared, monkeypatch):
-    monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("evaluators.shards.FIRST_PIXELS", 5 * DIGITS.image_size**2)
     yield shared
     for cell in list(shared._unfinished):

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evaluators.weights import load_any_weights
-from trainables.checkpoint import (
+from trainables.models import build_classifier
+from trainables.store.checkpoint import (
     load_newest_checkpoint,
     load_weights,
     recipe_json_of,
@@ -17,8 +18,7 @@ from trainables.checkpoint import (
     save_weights,
     stored_weights,
 )
-from trainables.models import build_classifier
-from trainables.storage import write_atomically
+from trainables.store.storage import write_atomically
 
 
 def state(value):

@@ -25,9 +25,9 @@ from grid.studies import deit, resnet50
 from trainables.data.base import load_data
 from trainables.data.cifar import CLASSES
 from trainables.data.listing import DataSource
-from trainables.loop import train
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10
+from trainables.train.loop import train
 
 CPU = torch.device("cpu")
 PER_BATCH = 20

@@ -18,7 +18,7 @@ from grid.studies import paper
 from tests.made_up import record
 from tests.test_report import trial_run
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
-from trainables.tracking import Tracker, scores_as_metrics
+from trainables.store.tracking import Tracker, scores_as_metrics
 
 
 def judge(plan, runs):

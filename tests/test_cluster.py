@@ -27,8 +27,8 @@ from tests.driver import SECONDS, study_of_one, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
-from trainables.storage import below, folder_at
-from trainables.tracking import Tracker
+from trainables.store.storage import below, folder_at
+from trainables.store.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
 LONG = pytest.mark.long

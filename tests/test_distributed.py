@@ -21,7 +21,7 @@ BUSY = {0: RuntimeError("NCCL error\nmore of it"), 1: ActorDiedError()}
 @pytest.fixture
 def tried(small, tmp_path, monkeypatch):
     """Return how often a team is tried that ends in errors, and what is raised in the end."""
-    monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     trial = {"recipe": small().model_dump(mode="json"), "digest": small().digest()}
     trial |= {"storage": str(tmp_path), "workers": 2, "min_workers": 2}
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.driver import SECONDS, wait_for_checkpoint
-from trainables.checkpoint import recipe_json_of
 from trainables.data.base import load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.checkpoint import recipe_json_of
+from trainables.store.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 # Long enough to be stopped in the middle.
@@ -255,7 +255,7 @@ def test_a_trial_too_big_for_the_machine_is_refused_before_any_compute(study, tm
 
 
 def test_one_run_at_a_time_uses_a_results_folder(study, tmp_path):
-    from trainables.results import sole_run
+    from trainables.store.results import sole_run
 
     results = tmp_path / "results"
     with sole_run(results):

@@ -18,12 +18,12 @@ from evaluators.__main__ import SINGLE_SCORES, _radius, main
 from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
-from trainables.checkpoint import save_weights
 from trainables.data.base import load_data
-from trainables.loop import train
 from trainables.models import build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, SCALES
+from trainables.store.checkpoint import save_weights
+from trainables.train.loop import train
 
 RECIPE = Recipe(
     scale="digits",

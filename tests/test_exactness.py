@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
-from trainables.exactness import exact
-from trainables.loop import train
 from trainables.models import build_classifier
+from trainables.train.exactness import exact
+from trainables.train.loop import train
 
 CUDA = torch.backends.cuda
 ROUNDED = {

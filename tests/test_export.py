@@ -18,7 +18,7 @@ from grid.report.verdicts import Verdicts
 from grid.studies import load_study
 from tests.made_up import record
 from trainables.scale import DIGITS
-from trainables.tracking import _trial_run
+from trainables.store.tracking import _trial_run
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.adversary import attacked
-from trainables.folding import folded
 from trainables.models import Classifier, build_classifier
-from trainables.optim import build_optimizer
+from trainables.train.adversary import attacked
+from trainables.train.folding import folded
+from trainables.train.optim import build_optimizer
 
 
 def trained_a_little(recipe, images):

@@ -17,9 +17,9 @@ from tests.pictures import write_picture
 from trainables.data.base import load_data
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
-from trainables.loop import train
 from trainables.models import Classifier, build_classifier
 from trainables.scale import IMAGENET, PatchBudget
+from trainables.train.loop import train
 
 CPU = torch.device("cpu")
 THRIFTY = replace(

@@ -35,14 +35,6 @@ from grid.plan import build_plan
 from grid.studies import AXES, BASES, deit, load_study, resnet50
 from tests.pictures import write_folder
 from tests.test_cifar import write_archive
-from trainables.checkpoint import (
-    load_newest_checkpoint,
-    load_weights,
-    recipe_json_of,
-    save_checkpoint,
-    save_weights,
-    unpickled,
-)
 from trainables.data.base import Shard, load_data
 from trainables.data.images import ImageFiles, keep_originals
 from trainables.data.listing import DataSource
@@ -50,7 +42,15 @@ from trainables.data.scan import Scan
 from trainables.models import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
-from trainables.storage import folder_at
+from trainables.store.checkpoint import (
+    load_newest_checkpoint,
+    load_weights,
+    recipe_json_of,
+    save_checkpoint,
+    save_weights,
+    unpickled,
+)
+from trainables.store.storage import folder_at
 
 tried = 0
 

@@ -17,9 +17,9 @@ from tests.golden import (
     stored,
 )
 from trainables.data.loader import TrainBatches
-from trainables.loop import train
-from trainables.optim import parameter_groups, rate_at
 from trainables.scale import DIGITS, IMAGENET
+from trainables.train.loop import train
+from trainables.train.optim import parameter_groups, rate_at
 
 
 @pytest.mark.parametrize("scale", [IMAGENET, DIGITS], ids=["imagenet", "digits"])

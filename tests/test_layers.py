@@ -22,13 +22,13 @@ MAY_IMPORT = {
         "trainables/distributed.py",
         "evaluators/actor.py",
     },
-    "mlflow": {"trainables/tracking.py", "trainables/patience.py"},
+    "mlflow": {"trainables/store/tracking.py", "trainables/store/patience.py"},
 }
 LIGHT = (
     "grid/run.py",
     "grid/address.py",
     "grid/signals.py",
-    "trainables/results.py",
+    "trainables/store/results.py",
     "grid/studies.py",
     "grid/plan.py",
     "grid/schedule.py",

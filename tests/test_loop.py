@@ -9,13 +9,13 @@ from scipy.stats import binom
 from torch.nn import functional as F
 
 from grid.studies import CURRICULA
-from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.data.base import Split
-from trainables.loop import accuracy, distillation_loss, probe, train, training_loss
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Distillation
-from trainables.sentinel import PROBE, chance_limit, collapse_reason
-from trainables.team import Team
+from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
+from trainables.train.loop import accuracy, distillation_loss, probe, train, training_loss
+from trainables.train.sentinel import PROBE, chance_limit, collapse_reason
+from trainables.train.team import Team
 
 CPU = torch.device("cpu")
 ADVERSARY = {"epsilon": 16 / 255, "step_size": 16 / 255, "plain_start": 0.2}
@@ -225,7 +225,7 @@ def test_the_probe_takes_as_many_images_as_fit_and_finds_the_same(small, digits,
     few = FewAtOnce(classifier, most)
     whole = FewAtOnce(classifier, 300)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainables.loop.EVALUATION_BATCH", 300)
+        patched.setattr("trainables.train.loop.EVALUATION_BATCH", 300)
         expected = probe(recipe, whole, split, device=CPU)
     assert set(whole.shown) == {300}
     assert probe(recipe, few, split, device=CPU) == expected

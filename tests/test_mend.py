@@ -15,11 +15,11 @@ from grid.record import Recorder
 from grid.status import open_tracker
 from grid.studies import load_study
 from tests.made_up import MadeUpPool
-from trainables.checkpoint import save_weights
 from trainables.data.base import load_data
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
-from trainables.tracking import OTHER_WEIGHTS
+from trainables.store.checkpoint import save_weights
+from trainables.store.tracking import OTHER_WEIGHTS
 from trainables.trial import weights_path
 
 STUDY = load_study("paper")

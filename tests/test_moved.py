@@ -13,8 +13,8 @@ import pytest
 
 from grid.run import main
 from tests.driver import SECONDS, study_of_one
-from trainables.provenance import provenance
-from trainables.results import database_uri
+from trainables.store.provenance import provenance
+from trainables.store.results import database_uri
 
 ROOT = Path(__file__).parents[1]
 STRANGE = "100% of?a=1#b %2F é"

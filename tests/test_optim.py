@@ -6,8 +6,8 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from grid.studies import deit, resnet50
 from trainables.models import build_classifier
-from trainables.optim import build_optimizer, learning_rate, parameter_groups, rate_at
 from trainables.recipe import MODELS
+from trainables.train.optim import build_optimizer, learning_rate, parameter_groups, rate_at
 
 
 def test_cosine_meets_the_figure_of_the_public_log():

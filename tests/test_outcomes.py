@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grid.run import ENVIRONMENT
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from grid.run import main
 from tests.pictures import write_folder, write_picture
 from trainables.data.listing import DataSource, scale_of
 from trainables.scale import scale_named
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 

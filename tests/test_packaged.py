@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainables.checkpoint import save_weights
 from trainables.models import build_classifier
-from trainables.packaged import _load_pyfunc
+from trainables.store.checkpoint import save_weights
+from trainables.store.packaged import _load_pyfunc
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.made_up import record
 from tests.servers import MlflowServer
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 pytestmark = [
     pytest.mark.slow,

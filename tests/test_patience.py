@@ -18,9 +18,9 @@ from mlflow.tracking import MlflowClient
 
 from tests.driver import SECONDS, wait_for_checkpoint
 from tests.servers import MlflowServer
-from trainables.patience import PatientClient, RunDeletedError, patiently
-from trainables.storage import NoRoomError
-from trainables.tracking import Tracker
+from trainables.store.patience import PatientClient, RunDeletedError, patiently
+from trainables.store.storage import NoRoomError
+from trainables.store.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 STUDY = """
@@ -258,7 +258,7 @@ def answering(*answers):
     ],
 )
 def test_what_time_mends_is_waited_for_and_said_once(error, said, monkeypatch):
-    monkeypatch.setattr("trainables.patience.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("trainables.store.patience.FIRST_WAIT_SECONDS", 0.01)
     heard = []
     assert patiently(answering(error, error, "there"), say=heard.append) == "there"
     waits, over = heard

@@ -15,9 +15,9 @@ from grid.studies import load_study
 from tests.made_up import record
 from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
-from trainables.provenance import joined, provenance
 from trainables.scale import DIGITS
-from trainables.tracking import TrialRun
+from trainables.store.provenance import joined, provenance
+from trainables.store.tracking import TrialRun
 from trainables.trial import next_result, open_trial
 
 

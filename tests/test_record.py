@@ -6,7 +6,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from evaluators.ledger import Score
-from trainables.tracking import Tracker, TrialRun, scores_as_metrics
+from trainables.store.tracking import Tracker, TrialRun, scores_as_metrics
 
 DATASET = {"name": "digits", "digest": "0", "source_type": "code", "source": "digits"}
 

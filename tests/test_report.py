@@ -16,7 +16,7 @@ from grid.report.tables import (
 )
 from grid.studies import deit, load_study, paper
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
-from trainables.tracking import TrialRun
+from trainables.store.tracking import TrialRun
 
 
 def trial_run(digest, outcome="finished", reason="", **metrics):

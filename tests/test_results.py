@@ -15,9 +15,9 @@ import pytest
 
 from grid.run import main
 from grid.status import open_existing, open_tracker
-from trainables.results import database_uri, is_in_use, settle, sole_run
 from trainables.scale import CIFAR10, DIGITS
-from trainables.tracking import SCHEMA_TAG
+from trainables.store.results import database_uri, is_in_use, settle, sole_run
+from trainables.store.tracking import SCHEMA_TAG
 
 ROOT = Path(__file__).parents[1]
 STRANGE = "100% of?a=1&b#c %2F é"

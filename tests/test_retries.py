@@ -12,7 +12,7 @@ from ray import tune
 from grid.cluster import Placement, Room
 from grid.launch import _PlanOrder
 from tests.dying import Dying
-from trainables.retries import OWN_FAULTS, wait_after
+from trainables.store.retries import OWN_FAULTS, wait_after
 
 MAX_FAILURES, EPOCHS = 1, 4
 
@@ -26,7 +26,7 @@ def ray_session():
 
 def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    monkeypatch.setattr("trainables.retries.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     trials = [
         {"digest": name, "further": further, "teacher": None, "folder": str(tmp_path)}
         | {"epochs": EPOCHS}

@@ -18,7 +18,7 @@ import yaml
 from grid.run import main
 from tests.driver import wait_until
 from tests.servers import MlflowServer, free_port
-from trainables.tracking import Credentials, Tracker, check_address
+from trainables.store.tracking import Credentials, Tracker, check_address
 
 ROOT = Path(__file__).parents[1]
 WRITERS, EPOCHS = 8, 30

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
-from trainables.results import is_in_use
+from trainables.store.results import is_in_use
 
 ROOT = Path(__file__).parents[1]
 

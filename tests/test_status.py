@@ -6,9 +6,9 @@ from grid.plan import build_plan
 from grid.report.tables import fill_tables
 from grid.status import describe_status, open_existing, open_tracker
 from grid.studies import load_study
-from trainables.results import database_uri, sole_run
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.results import database_uri, sole_run
+from trainables.store.tracking import Tracker
 
 
 def start(tracker, trial):

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from tests.servers import s3_bucket
-from trainables.checkpoint import (
+from trainables.data.listing import EMBEDDED
+from trainables.models import build_classifier
+from trainables.store.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
     save_weights,
     stored_weights,
 )
-from trainables.data.listing import EMBEDDED
-from trainables.models import build_classifier
-from trainables.storage import below, fetched, folder_at, parted
+from trainables.store.storage import below, fetched, folder_at, parted
 from trainables.trial import RecipeTrial
 
 

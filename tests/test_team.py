@@ -9,7 +9,7 @@ import torch
 
 from tests.teams import begun, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
-from trainables.team import Team, check_team, team_sizes
+from trainables.train.team import Team, check_team, team_sizes
 
 # Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
 # amplify that ten thousand times in two epochs: in double precision it stays far below any other

@@ -14,7 +14,7 @@ from grid.studies import load_study
 from tests.servers import MlflowServer
 from trainables.data.base import load_data
 from trainables.scale import DIGITS
-from trainables.tracking import Tracker
+from trainables.store.tracking import Tracker
 
 EPOCHS, KEYS, PARAMS = 300, 8, 250
 DATASET = {"name": "d", "digest": "0", "source_type": "code", "source": "d"}

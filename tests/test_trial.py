@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.disks import fill, small_disk
-from trainables.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.data.listing import EMBEDDED
 from trainables.recipe import Distillation
+from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.trial import SECONDS, RecipeTrial, weights_path
 
 

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from trainables.data.base import load_data
-from trainables.loop import train
 from trainables.models import Classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
+from trainables.train.loop import train
 
 RECIPE = Recipe(
     scale="digits",

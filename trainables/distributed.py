@@ -11,14 +11,14 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from trainables.recipe import Recipe
-from trainables.retries import MAX_FAILURES, OWN_FAULTS, wait_after
-from trainables.storage import below, folder_at
+from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
+from trainables.store.storage import below, folder_at
 from trainables.trial import failed_result, trial_config
 
 if TYPE_CHECKING:
     from ray.train import ControllerError
 
-    from trainables.team import Team
+    from trainables.train.team import Team
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
 # It takes none of what workers need, so that no trial can wait for another's workers.
@@ -63,7 +63,7 @@ def _train_to_the_end(trial: dict[str, Any]) -> None:
     from ray.exceptions import RayError, RayTaskError
     from ray.train import ControllerError, WorkerGroupError
 
-    from trainables.team import team_sizes
+    from trainables.train.team import team_sizes
 
     recipe = Recipe.model_validate(trial["recipe"])
     sizes = team_sizes(recipe, trial["min_workers"], trial["workers"])
@@ -243,7 +243,7 @@ def _work(trial: dict[str, Any]) -> int | None:
     from ray import train
     from ray.train.torch import get_device
 
-    from trainables.team import Team
+    from trainables.train.team import Team
     from trainables.trial import next_result, open_trial
     from trainables.watchdog import counting_steps, start_watchdog
 

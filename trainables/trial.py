@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from trainables.provenance import joined, provenance
 from trainables.recipe import Recipe
-from trainables.retries import OWN_FAULTS
-from trainables.storage import WEIGHTS, NoRoomError, below
+from trainables.store.provenance import joined, provenance
+from trainables.store.retries import OWN_FAULTS
+from trainables.store.storage import WEIGHTS, NoRoomError, below
 from trainables.watchdog import counting_steps, start_watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trainables.loop import EpochReport
     from trainables.models import Classifier
-    from trainables.team import Team
+    from trainables.train.loop import EpochReport
+    from trainables.train.team import Team
 
 CHECKPOINT_SECONDS = 5.0
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
@@ -149,12 +149,12 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     """
     import torch
 
-    from trainables.checkpoint import load_newest_checkpoint
     from trainables.data.base import load_data
-    from trainables.loop import train
     from trainables.models import build_classifier
     from trainables.scale import scale_named
-    from trainables.team import ALONE
+    from trainables.store.checkpoint import load_newest_checkpoint
+    from trainables.train.loop import train
+    from trainables.train.team import ALONE
 
     team = team or ALONE
     torch.set_num_threads(config["threads"])
@@ -197,8 +197,8 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
 
 def _teacher(running: RunningTrial, storage: str) -> Classifier | None:
     """Return a student's teacher with its trained weights; None without one, or without those."""
-    from trainables.checkpoint import fit_weights, stored_weights
     from trainables.models import build_classifier
+    from trainables.store.checkpoint import fit_weights, stored_weights
 
     recipe = running.recipe.teacher
     if recipe is None:
@@ -251,7 +251,7 @@ def _keep(running: RunningTrial) -> dict[str, str]:
 
 
 def _save_checkpoint(running: RunningTrial) -> None:
-    from trainables.checkpoint import save_checkpoint
+    from trainables.store.checkpoint import save_checkpoint
 
     if report := running.unkept:
         state = report.state | {
@@ -266,7 +266,7 @@ def _save_checkpoint(running: RunningTrial) -> None:
 
 
 def _store_weights(running: RunningTrial) -> dict[str, str]:
-    from trainables.checkpoint import save_weights
+    from trainables.store.checkpoint import save_weights
 
     assert running.classifier is not None
     path = below(running.folder, WEIGHTS)

@@ -16,8 +16,8 @@ from grid.report.findings import Findings, find
 from grid.report.plots import Plot, claims_plot
 from grid.studies import Study
 from trainables.scale import Scale
-from trainables.storage import write_atomically
-from trainables.tracking import Tracker
+from trainables.store.storage import write_atomically
+from trainables.store.tracking import Tracker
 
 TITLE = "Are Transformers More Robust Than CNNs? Re-run"
 

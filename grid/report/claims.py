@@ -12,7 +12,7 @@ from grid.published import published
 from grid.report.tables import digests_of, over_seeds
 from grid.report.verdicts import Verdicts
 from grid.studies import Column, Row, Table
-from trainables.tracking import TrialRun
+from trainables.store.tracking import TrialRun
 
 Kind = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
 Verdict = Literal[

@@ -17,7 +17,7 @@ from grid.plan import Plan, axis_value, enumerate_trials
 from grid.studies import Study
 from trainables.recipe import Recipe
 from trainables.scale import Scale
-from trainables.tracking import TrialRun
+from trainables.store.tracking import TrialRun
 
 SCORES = (
     *("clean", "pgd-100", "autoattack", "tpa"),

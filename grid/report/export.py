@@ -16,8 +16,8 @@ from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable
 from grid.report.verdicts import Comparison, Verdicts
 from trainables.scale import Scale
-from trainables.storage import write_atomically
-from trainables.tracking import Tracker
+from trainables.store.storage import write_atomically
+from trainables.store.tracking import Tracker
 
 CELLS = b"cells"  # of a file of verdicts: which trials' answers to which questions it holds
 JUDGED = tuple(name for name in LEDGER.names if name != "image")

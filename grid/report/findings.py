@@ -27,7 +27,7 @@ from grid.report.tables import FilledTable, fill_tables, images_text, tables_of
 from grid.report.verdicts import Comparison, Health, Verdicts
 from grid.studies import Study, Table
 from trainables.scale import Scale
-from trainables.tracking import Tracker, TrialRun
+from trainables.store.tracking import Tracker, TrialRun
 
 
 @dataclass(frozen=True, kw_only=True)

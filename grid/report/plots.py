@@ -32,7 +32,7 @@ from grid.studies import (
     Table,
 )
 from trainables.scale import Scale
-from trainables.tracking import Tracker, TrialRun
+from trainables.store.tracking import Tracker, TrialRun
 
 # Okabe and Ito's colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

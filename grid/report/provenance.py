@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from trainables.tracking import TrialRun
+from trainables.store.tracking import TrialRun
 
 LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 UNKNOWN = "unknown"

@@ -14,7 +14,7 @@ from grid.published import published
 from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
-from trainables.tracking import TrialRun
+from trainables.store.tracking import TrialRun
 
 STORED = ("natural", "corruptions", "stylized")  # evaluators with images of their own
 

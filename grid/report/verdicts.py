@@ -14,8 +14,8 @@ from evaluators.red_flags import is_checked, red_flags
 from grid.plan import Trial
 from grid.report.tables import digests_of
 from grid.studies import Column, Row, Table
-from trainables.storage import DamagedError
-from trainables.tracking import DAMAGED_LEDGER, Tracker, TrialRun
+from trainables.store.storage import DamagedError
+from trainables.store.tracking import DAMAGED_LEDGER, Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
 KEPT_LEDGERS = 256

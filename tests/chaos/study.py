@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from tests.driver import study_of_one
 from tests.servers import MlflowServer
-from trainables.tracking import Tracker, fetch_artifact
+from trainables.store.tracking import Tracker, fetch_artifact
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600

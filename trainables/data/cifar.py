@@ -17,8 +17,8 @@ from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, as_tensor, remove_unused, sole_writer, stamps_of
 from trainables.data.listing import DataSource, ImageList, differing_classes, list_splits
 from trainables.scale import Scale
-from trainables.sealed import is_sealed, sealed
-from trainables.storage import write_atomically
+from trainables.store.sealed import is_sealed, sealed
+from trainables.store.storage import write_atomically
 
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = "cifar-10-batches-py"

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.storage import ASIDE, write_atomically
+from trainables.store.storage import ASIDE, write_atomically
 
 logger = logging.getLogger(__name__)
 

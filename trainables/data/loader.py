@@ -13,7 +13,7 @@ from trainables.data.augment import augmented, epoch_order, is_cached
 from trainables.data.base import Split
 from trainables.data.images import ImageFiles
 from trainables.recipe import Recipe
-from trainables.team import ALONE, Team
+from trainables.train.team import ALONE, Team
 
 Key = tuple[int, int]  # epoch, place
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from trainables.data.images import UNREADABLE, as_rgb, opened
 from trainables.data.listing import DataSource, list_splits
-from trainables.storage import write_atomically
+from trainables.store.storage import write_atomically
 
 SCHEMA = pa.schema(
     [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from trainables.models import Classifier, GhostBatchNorm2d
-from trainables.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
+from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 from trainables.watchdog import beat
 
 TOLERANCE = 1e-4

@@ -14,18 +14,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainables.adversary import attacked, pgd_iterates, training_attack
 from trainables.data.augment import mix
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.loader import TrainBatches
-from trainables.exactness import exact
-from trainables.folding import FoldedClassifier, folded
 from trainables.models import Classifier, use_set
-from trainables.optim import build_optimizer, rate_at, set_rate
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
-from trainables.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
-from trainables.team import ALONE, Team, gathered
+from trainables.train.adversary import attacked, pgd_iterates, training_attack
+from trainables.train.exactness import exact
+from trainables.train.folding import FoldedClassifier, folded
+from trainables.train.optim import build_optimizer, rate_at, set_rate
+from trainables.train.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
+from trainables.train.team import ALONE, Team, gathered
 from trainables.watchdog import beat
 
 Outcome = Literal["training", "finished", "collapsed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PROJECT = "robustness-grid"
 LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 THEN = " then "
 
 

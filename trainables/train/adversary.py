@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.folding import FoldedClassifier
 from trainables.models import by_own_ghost
-from trainables.noise import uniform
 from trainables.recipe import Adversary, Recipe
+from trainables.train.folding import FoldedClassifier
+from trainables.train.noise import uniform
 from trainables.watchdog import beat
 
 

@@ -11,7 +11,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from trainables.storage import FULL, NoRoomError
+from trainables.store.storage import FULL, NoRoomError
 
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 15.0

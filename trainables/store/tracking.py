@@ -37,10 +37,10 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from packaging.specifiers import SpecifierSet
 
-from trainables.patience import PatientClient, patiently
-from trainables.provenance import PROJECT, version_of
-from trainables.results import DATABASE, database_uri
-from trainables.storage import ASIDE, DamagedError
+from trainables.store.patience import PatientClient, patiently
+from trainables.store.provenance import PROJECT, version_of
+from trainables.store.results import DATABASE, database_uri
+from trainables.store.storage import ASIDE, DamagedError
 
 logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
@@ -566,7 +566,7 @@ def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
     number, shape = np.dtype("float32"), (3, image_size, image_size)
     mlflow.pyfunc.save_model(
         folder,
-        loader_module="trainables.packaged",
+        loader_module="trainables.store.packaged",
         pip_requirements=["robustness-grid"],
         signature=ModelSignature(
             Schema([TensorSpec(number, (-1, *shape))]), Schema([TensorSpec(number, (-1, classes))])

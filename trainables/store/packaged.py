@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainables.checkpoint import fit_weights, read_weights
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
-from trainables.storage import WEIGHTS
+from trainables.store.checkpoint import fit_weights, read_weights
+from trainables.store.storage import WEIGHTS
 
 RECIPE = "recipe.json"
 

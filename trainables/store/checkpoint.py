@@ -17,8 +17,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from trainables.recipe import Recipe
-from trainables.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
-from trainables.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
+from trainables.store.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
+from trainables.store.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
 
 KEPT = 2
 SOUND = "sound"
