@@ -1,9 +1,7 @@
 """Measure this project beside other packages: `python -m benchmarks [NAME ...] [--quick]`.
 
-Commands of their own are `python -m benchmarks.scale`, `.report`, `.planner` and
-`.where_time_goes`: nothing else does their work, so they have no other side to agree with and no
-quick form, and print absolute figures of the whole command, which wants minutes to an hour of a
-quiet machine.
+`python -m benchmarks.scale` stands apart: it has no other side, and prints what a trial costs the
+grid in seconds and memory.
 """
 
 from __future__ import annotations
@@ -24,12 +22,10 @@ from pathlib import Path
 from benchmarks.measure import Figure, device_name
 
 BENCHMARKS = (
-    "adversarial_step",
     "training",
     "loader",
     "pgd",
     "autoattack",
-    "texture_patch",
     "corruptions",
     "overhead",
     "study",

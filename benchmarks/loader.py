@@ -10,7 +10,6 @@ crop (RandomResizedCrop 0.08-1, bicubic) and flip: at 224 px from files of 500 x
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 from collections import deque
@@ -50,21 +49,12 @@ ALIKE = 16  # of 255, of an epoch's mean pixel: crops differ, and what is shifte
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
-    """Yield how the workers' memory grows over 20 epochs, and the ratios at 224 px and 32 px."""
-    repeats, epochs = (1, 2) if quick else (5, 20)
+    """Yield the ratios at 224 px and 32 px."""
+    repeats = 1 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
         root, cache = Path(folder) / "large", Path(folder) / "cache"
         write_images(root, 64 if quick else 256, (500, 375))
         recipe, train = from_files(root, side=224)
-        batches = TrainBatches(recipe.replace(batch_size=BATCH), train, workers=2)
-        megabytes = [memory_after(batches, epoch) for epoch in range(epochs)]
-        yield Figure(
-            name=f"memory of 2 loader workers after {epochs} epochs / after the first",
-            values=(megabytes[-1] / megabytes[0],),
-            target=1.05,
-            better="less",
-            same=f"{megabytes[0]:.0f} and {megabytes[-1]:.0f} MB",
-        )
         name = "files at 224 px, crop and flip"
         yield beside_timm(name, recipe, train, root, target=1.0, repeats=3 * repeats)
         root = Path(folder) / "small"
@@ -176,33 +166,6 @@ def timm_batches(root: Path, side: int, *, shifted: bool) -> torch.utils.data.Da
         shift = RandomCrop(side, padding=side // SHIFT_FRACTION)
         files.transform = Compose([shift, RandomHorizontalFlip(), ToNumpy()])
     return prefetched.loader
-
-
-def memory_after(batches: TrainBatches, epoch: int) -> float:
-    """Go through an epoch; return the megabytes of this process and its workers then."""
-    for _ in batches.epoch(epoch):
-        pass
-    return resident_megabytes()
-
-
-def resident_megabytes() -> float:
-    """Return the memory of this process and its children, pages that they share counted once.
-
-    Files are left out: libraries are shared with whatever else runs on the machine.
-    """
-    total, me = 0, os.getpid()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if me in (parent, int(folder.name)):
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                own = (line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-                total += sum(int(line.split()[1]) for line in own)
-        except (OSError, ValueError, IndexError):
-            continue  # a process that has just ended
-    return total / 1024
 
 
 def from_files(root: Path, *, side: int, cache: Path | None = None) -> tuple[Recipe, Split]:
