@@ -56,16 +56,11 @@ DECODED_FOLDER = "decoded"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(given)
-    options.sent = _without_on(given)
+    options = _parser().parse_args(arguments)
     try:
         study = load_study(options.study)
         settings = {**study.settings, **_parse_settings(options.settings)}
         study = replace(study, settings=settings)
-        if options.on and options.data:
-            # What lies there, only the cluster can say.
-            return _run_on(options)
         source = source_of(options, cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         check_plan_options(options)
@@ -74,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if options.on:
-            return _run_on(options)
         _check_places(options)
         manifest = ""
         if options.check or source.root is not None:
@@ -222,18 +215,6 @@ def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale)
     return 0
 
 
-def _run_on(options: argparse.Namespace) -> int:
-    from grid.remote import ROOT, run_on
-
-    if Path(options.study).suffix and not (ROOT / options.study).resolve().is_relative_to(ROOT):
-        raise ValueError(f"--on sends this project, and {options.study} is not in it")
-    try:
-        return run_on(options.on, options.sent)
-    except KeyboardInterrupt:
-        _say_stopped(f"It goes on without you. Return with: {_command()}")
-        return INTERRUPTED
-
-
 def _say_stopped(message: str) -> None:
     with suppress(OSError):  # the terminal may be gone
         print(f"\n{message}", file=sys.stderr)
@@ -257,13 +238,6 @@ def _ui_command(options: argparse.Namespace) -> str:
     if options.mlflow:
         return str(options.mlflow)
     return f"mlflow ui --backend-store-uri {shlex.quote(database_uri(options.results))}, then"
-
-
-def _without_on(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments as the head of a cluster gets them: without --on and its value."""
-    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    taker.add_argument("--on")
-    return taker.parse_known_args(arguments)[1]
 
 
 def _command() -> str:
@@ -359,12 +333,6 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--on",
-        type=Path,
-        metavar="CLUSTER.yaml",
-        help="run on a cluster that `ray up` started: send this project, follow the log",
-    )
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import stat
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli
 
 ROOT = Path(__file__).parents[1]
 FILES = ("cluster.yaml", "cluster-local.yaml")
@@ -46,6 +50,24 @@ def test_the_workers_are_spot_instances_between_a_minimum_and_a_maximum():
     assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert 0 < gpu["min_workers"] <= gpu["max_workers"] <= config["max_workers"]
     assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+
+
+def commands_of(path):
+    """Return every `ray` command in a page's code blocks, split as a shell splits it."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text().replace("\\\n", " "), re.DOTALL)
+    lines = (shlex.split(line, comments=True) for block in blocks for line in block.splitlines())
+    return [words[1:] for words in lines if words[:1] == ["ray"]]
+
+
+def test_the_documented_commands_are_commands_of_ray_with_options_it_knows():
+    documented = commands_of(ROOT / "docs" / "cluster.md")
+    assert {words[0] for words in documented} >= {"up", "exec", "rsync-down", "job", "down"}
+    for words in documented:
+        with cli.make_context("ray", list(words)) as context:
+            name, command, rest = cli.resolve_command(context, words)
+            if isinstance(command, click.Group):
+                name, command, rest = command.resolve_command(context, rest)
+            command.make_context(name, rest)
 
 
 class Commands:

@@ -16,7 +16,6 @@ MAY_IMPORT = {
         "grid/cluster.py",
         "grid/launch.py",
         "grid/nodes.py",
-        "grid/remote.py",
         "grid/assess.py",
         "trainables/trial.py",
         "trainables/distributed.py",

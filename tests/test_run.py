@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grid.run import _without_on, main
+from grid.run import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,6 @@ def refusal(capsys, *arguments):
             ["--plan", "--interruptions-per-node-day", "1"],
             "--interruptions-per-node-day goes with --nodes",
         ),
-        (["--on", "none.yaml"], "--on wants a cluster file, and none.yaml is none"),
         (["--set", "precision"], "--set wants FIELD=VALUE, not 'precision'"),
         (["--set", "=1"], "unknown field '' in --set; one of optimizer, augmentation"),
         (["--set", "model=resnet18"], "unknown field 'model' in --set; one of optimizer"),
@@ -62,8 +61,7 @@ def refusal(capsys, *arguments):
         (["--set", "learning_rate=nan"], "learning_rate: Input should be a finite number"),
         (["--set", "micro_batch=1\nseed=2"], "micro_batch: Input should be a valid integer"),
         (["--set", "curriculum=" + "[" * 5000], "unknown curriculum"),
-        (["--set", "precision=bf17", "--on", "none.yaml", "--data", "d"], "--on wants a cluster"),
-        (["--set", "colour=red", "--on", "none.yaml", "--data", "d"], "unknown field 'colour'"),
+        (["--set", "colour=red", "--data", "d"], "unknown field 'colour'"),
         (
             ["--plan", "--seconds-per-unit", "500", "--nodes", "1", "--gpus-per-node", "1"],
             "beside the evaluators' 0.25 GPUs: give --gpus-per-worker 0.75",
@@ -132,11 +130,6 @@ def test_a_placement_changes_no_digest(capsys, tmp_path):
     assert plans[0] == plans[1]
 
 
-def test_data_that_only_the_cluster_has_is_not_looked_for_here(capsys):
-    arguments = ["--scale", "imagenet", "--data", "/not/here", "--on", "none.yaml"]
-    assert "--on wants a cluster file, and none.yaml is none" in refusal(capsys, *arguments)
-
-
 @pytest.mark.parametrize("asked", ["--report", "--status"])
 def test_what_reads_a_study_is_refused_without_one(capsys, tmp_path, asked):
     message = refusal(capsys, asked, "--results", str(tmp_path / "none"))
@@ -157,19 +150,6 @@ def test_a_cluster_that_does_not_answer_is_refused(capsys, tmp_path):
     message = refusal(capsys, "--address", "127.0.0.1:9", "--results", str(tmp_path / "r"))
     assert "no Ray cluster answers at 127.0.0.1:9" in message
     assert not (tmp_path / "r").exists()
-
-
-def test_a_study_file_that_is_not_sent_with_the_project_is_refused(capsys, tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text('name="s"\nbase="resnet50"\nevaluators=["clean"]\n')
-    message = refusal(capsys, "--study", str(path), "--on", "cluster.yaml")
-    assert "--on sends this project, and" in message
-
-
-def test_a_cluster_gets_the_command_without_where_it_was_sent():
-    sent = ["--study", "s.toml", "--workers", "2"]
-    assert _without_on([*sent[:2], "--on", "c.yaml", *sent[2:]]) == sent
-    assert _without_on(["--on=c.yaml", *sent]) == sent
 
 
 def test_a_scale_without_data_is_refused(capsys, tmp_path):

@@ -2,7 +2,7 @@
 
     sudo -E python tests/cluster/namespaces.py
 
-`ray up`, `--check`, a trial of two workers sent by `--on`, one machine killed in the middle of it,
+`ray up`, `--check`, a trial of two workers by `ray exec`, one machine killed in the middle of it,
 which `--check` then names, `--status`, `ray down`, and nothing left running. Needs root, sshd,
 rsync and ip; where these or namespaces are missing it says so and ends with 0. Six minutes on two
 busy cores.
@@ -188,12 +188,15 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     cluster = write_cluster_file(folder, nodes)
     wait_for("sshd", lambda: all(m.process.poll() is None for m in nodes.values()))
     print(sh(f"ray up -y --no-config-cache {cluster}", env=environment, cwd=ROOT)[-300:])
-    command = [sys.executable, "grid/run.py", "--study", STUDY, "--workers", "2"]
-    command += ["--on", str(cluster)]
-    said = sh(shlex.join([*command, "--check", str(PATIENCE)]), env=environment, cwd=ROOT)
+    command = f"cd ~/robustness-grid && python grid/run.py --study {STUDY} --workers 2"
+
+    def on_head(options: str = "") -> list[str]:
+        return ["ray", "exec", "--no-config-cache", str(cluster), f"{command} {options}"]
+
+    said = sh(shlex.join(on_head(f"--check {PATIENCE}")), env=environment, cwd=ROOT)
     print(said)
     assert "3 nodes, 3 CPUs" in said
-    driver = subprocess.Popen(command, cwd=ROOT, env=environment)
+    driver = subprocess.Popen(on_head(), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
     results = folder / "shared" / "results"
     wait_for("a checkpoint", lambda: driver.poll() or list(results.glob("trials/*/epoch-*.pt")))
     doomed = next(nodes[n] for n in NODES[1:] if nodes[n].processes("TrainWorker"))
@@ -203,7 +206,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     assert code == 0, f"the study ended with {code}"
     assert len(list(results.glob("trials/*/weights.safetensors"))) == 1
     checked = subprocess.run(
-        [*command, "--check", "1"],
+        on_head("--check 1"),
         cwd=ROOT,
         env=environment,
         text=True,
@@ -212,8 +215,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     )
     assert checked.returncode == 1, checked.stdout
     assert f"node {doomed.address}: it does not answer on port 22" in checked.stdout
-    asked = [sys.executable, "grid/run.py", "--study", STUDY, "--status", "--on", str(cluster)]
-    said = sh(shlex.join(asked), env=environment, cwd=ROOT)
+    said = sh(shlex.join(on_head("--status")), env=environment, cwd=ROOT)
     print(said)
     assert "1 trials: 1 finished" in said
     assert "1 of 1 cells judged" in said
