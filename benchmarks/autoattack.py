@@ -20,7 +20,8 @@ from benchmarks.pgd import untrained
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
 from grid.studies import deit, resnet50
-from trainables.data.base import load_data, to_unit
+from trainables.data.base import to_unit
+from trainables.data.load import load_data
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS

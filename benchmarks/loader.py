@@ -34,9 +34,10 @@ from torchvision.transforms import (  # type: ignore[import-untyped]
 from benchmarks.measure import Figure, in_turns, require
 from grid.studies import resnet50
 from trainables.data.augment import SHIFT_FRACTION
-from trainables.data.base import Split, load_data
+from trainables.data.base import Split
 from trainables.data.images import ImageFiles, as_tensor
 from trainables.data.listing import DataSource, scale_of
+from trainables.data.load import load_data
 from trainables.data.loader import TrainBatches
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10

@@ -17,7 +17,8 @@ from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, r
 from evaluators.base import Batch
 from evaluators.pgd import PGD
 from grid.studies import deit, resnet50
-from trainables.data.base import load_data, to_unit
+from trainables.data.base import to_unit
+from trainables.data.load import load_data
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, IMAGENET, Scale, scale_named

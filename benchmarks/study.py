@@ -123,7 +123,7 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     """Train a recipe and store its weights: what a script of its own does."""
     import torch
 
-    from trainables.data.base import load_data
+    from trainables.data.load import load_data
     from trainables.models import build_classifier
     from trainables.recipe import Recipe
     from trainables.store.checkpoint import fit_weights, save_weights, stored_weights

@@ -40,8 +40,9 @@ from benchmarks.measure import (
 )
 from grid.studies import deit, resnet50
 from trainables.data.augment import mix
-from trainables.data.base import Data, Split, load_data, to_unit
+from trainables.data.base import Data, Split, to_unit
 from trainables.data.listing import DataSource, scale_of
+from trainables.data.load import load_data
 from trainables.data.loader import TrainBatches
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe

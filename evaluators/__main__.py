@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
-    from trainables.data.base import load_data
+    from trainables.data.load import load_data
 
     device = device_named(options.device)
     source = _readable(source_of(options))

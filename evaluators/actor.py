@@ -50,7 +50,7 @@ class EvaluatorActor:
         from evaluators import evaluator_named
         from evaluators.base import evaluate
         from evaluators.ledger import to_parquet
-        from trainables.data.base import load_data
+        from trainables.data.load import load_data
         from trainables.store.provenance import provenance
         from trainables.watchdog import counting_steps
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
     from evaluators.textures import FULL, LITE, own_settings
-    from trainables.data.base import load_data
+    from trainables.data.load import load_data
 
     source = source_of(options)
     scale = scale_of(options.scale, source, image_size=options.image_size)

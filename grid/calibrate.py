@@ -22,8 +22,9 @@ from evaluators.base import evaluate, split_batches
 from evaluators.clean import Clean
 from grid.forecast import Calibration, Throughput, kind_of
 from grid.plan import Plan
-from trainables.data.base import Data, load_data
+from trainables.data.base import Data
 from trainables.data.listing import DataSource
+from trainables.data.load import load_data
 from trainables.models import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named

@@ -32,8 +32,9 @@ from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.studies import PGD, PGD_AS_PUBLISHED, Study
-from trainables.data.base import Data, load_data
+from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
+from trainables.data.load import load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
 from trainables.store.patience import RunDeletedError, patiently

@@ -19,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from grid.studies import deit, resnet50
-from trainables.data.base import Data, Split, load_data
+from trainables.data.base import Data, Split
+from trainables.data.load import load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 

@@ -25,7 +25,8 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker
 from grid.studies import Study
-from trainables.data.base import Split, load_data, to_unit
+from trainables.data.base import Split, to_unit
+from trainables.data.load import load_data
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 

@@ -21,7 +21,7 @@ from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import evaluate
 from grid.plan import build_plan
 from grid.studies import load_study
-from trainables.data import load_data
+from trainables.data.load import load_data
 from trainables.models import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import SCALES, scale_named

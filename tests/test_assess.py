@@ -17,8 +17,9 @@ from evaluators.base import cell_digest, evaluate
 from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
-from trainables.data.base import Shard, load_data
+from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
+from trainables.data.load import load_data
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights

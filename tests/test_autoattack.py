@@ -19,7 +19,8 @@ from evaluators.base import Batch, evaluate
 from evaluators.ledger import in_order
 from evaluators.pgd import PGD
 from tests.tiny import Watched, trained_classifier
-from trainables.data.base import WHOLE, Shard, load_data, to_unit
+from trainables.data.base import WHOLE, Shard, to_unit
+from trainables.data.load import load_data
 from trainables.models import Classifier
 from trainables.scale import DIGITS
 

@@ -22,9 +22,9 @@ from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.natural import Natural
 from grid.studies import deit, resnet50
-from trainables.data.base import load_data
 from trainables.data.cifar import CLASSES
 from trainables.data.listing import DataSource
+from trainables.data.load import load_data
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10
 from trainables.train.loop import train

@@ -16,7 +16,7 @@ from grid.report.build import write_report
 from grid.status import open_tracker
 from grid.studies import load_study
 from tests.made_up import MadeUpPool, record
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.scale import DIGITS
 
 STATE = "damaged ledger: judged again by the next run"

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainables.data.base import load_data, to_unit
+from trainables.data.base import to_unit
+from trainables.data.load import load_data
 from trainables.scale import DIGITS, IMAGENET
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.driver import SECONDS, wait_for_checkpoint
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import recipe_json_of

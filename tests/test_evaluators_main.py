@@ -18,7 +18,7 @@ from evaluators.__main__ import SINGLE_SCORES, _radius, main
 from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.models import build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, SCALES

@@ -14,9 +14,9 @@ from evaluators.base import evaluate
 from evaluators.textures import LAYOUT
 from grid.studies import STRONG, resnet50
 from tests.pictures import write_picture
-from trainables.data.base import load_data
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
+from trainables.data.load import load_data
 from trainables.models import Classifier, build_classifier
 from trainables.scale import IMAGENET, PatchBudget
 from trainables.train.loop import train

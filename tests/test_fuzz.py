@@ -35,9 +35,10 @@ from grid.plan import build_plan
 from grid.studies import AXES, BASES, deit, load_study, resnet50
 from tests.pictures import write_folder
 from tests.test_cifar import write_archive
-from trainables.data.base import Shard, load_data
+from trainables.data.base import Shard
 from trainables.data.images import ImageFiles, keep_originals
 from trainables.data.listing import DataSource
+from trainables.data.load import load_data
 from trainables.data.scan import Scan
 from trainables.models import build_classifier
 from trainables.recipe import Recipe

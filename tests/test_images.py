@@ -17,9 +17,9 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from tests.pictures import KINDS, write_folder, write_picture
-from trainables.data.base import load_data
 from trainables.data.images import ImageFiles, keep_originals, keep_validated, read_rgb
 from trainables.data.listing import DataSource, list_splits, scale_of
+from trainables.data.load import load_data
 from trainables.scale import DIGITS, IMAGENET
 
 BUDGET = 2**30

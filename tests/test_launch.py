@@ -14,7 +14,7 @@ from grid.progress import ProgressLine
 from grid.studies import load_study
 from tests.driver import study_of_one
 from tests.made_up import record
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.scale import DIGITS
 
 CLUSTER = """

@@ -10,8 +10,9 @@ from grid.studies import STRONG, resnet50
 from tests.pictures import write_folder
 from trainables.data import augment
 from trainables.data.augment import augmented, augmented_epoch, library_randomness
-from trainables.data.base import Split, load_data
+from trainables.data.base import Split
 from trainables.data.listing import DataSource, scale_of
+from trainables.data.load import load_data
 from trainables.data.loader import TrainBatches
 from trainables.scale import CIFAR10
 

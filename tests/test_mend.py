@@ -15,7 +15,7 @@ from grid.record import Recorder
 from grid.status import open_tracker
 from grid.studies import load_study
 from tests.made_up import MadeUpPool
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.models import build_classifier
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights

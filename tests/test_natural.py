@@ -13,7 +13,8 @@ from torchvision import transforms
 from evaluators import natural
 from evaluators.base import evaluate
 from evaluators.natural import Natural, hardest
-from trainables.data.base import Data, Split, load_data
+from trainables.data.base import Data, Split
+from trainables.data.load import load_data
 from trainables.models import Classifier
 from trainables.scale import DIGITS, IMAGENET
 

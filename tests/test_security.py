@@ -37,9 +37,9 @@ from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer
 from tests.test_cifar import write_archive
-from trainables.data.base import load_data
 from trainables.data.images import ImageFiles, keep_originals, keep_validated
 from trainables.data.listing import EMBEDDED, DataSource
+from trainables.data.load import load_data
 from trainables.data.scan import Scan
 from trainables.models import build_classifier
 from trainables.scale import CIFAR10

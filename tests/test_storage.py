@@ -79,7 +79,7 @@ def test_weights_are_stored_found_and_lent(where, small):
 def test_a_trial_goes_on_from_its_checkpoint_on_s3(
     bucket, small, few_digits, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("trainables.data.base.load_data", lambda *_: few_digits)
+    monkeypatch.setattr("trainables.data.load.load_data", lambda *_: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
     recipe = small("deit", epochs=2)
 

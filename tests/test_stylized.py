@@ -12,7 +12,8 @@ from torchvision import transforms
 
 from evaluators.base import Batch, evaluate, verdicts
 from evaluators.stylized import Stylized, mix_cues, texture_partners
-from trainables.data.base import load_data, to_unit
+from trainables.data.base import to_unit
+from trainables.data.load import load_data
 from trainables.models import Classifier
 from trainables.scale import DIGITS, IMAGENET
 

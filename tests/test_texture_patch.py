@@ -26,7 +26,8 @@ from evaluators.texture_patch import (
     paste,
 )
 from evaluators.textures import StoredTextures
-from trainables.data.base import load_data, to_unit
+from trainables.data.base import to_unit
+from trainables.data.load import load_data
 from trainables.models import Classifier
 from trainables.scale import PatchBudget, scale_named
 

@@ -29,7 +29,8 @@ from evaluators.textures import (
     vgg19_network,
     write_published,
 )
-from trainables.data.base import Data, load_data
+from trainables.data.base import Data
+from trainables.data.load import load_data
 from trainables.scale import scale_named
 
 DIGITS = scale_named("digits")

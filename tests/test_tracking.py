@@ -12,7 +12,7 @@ from grid.record import Recorder
 from grid.status import open_tracker
 from grid.studies import load_study
 from tests.servers import MlflowServer
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 

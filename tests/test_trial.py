@@ -20,7 +20,7 @@ from trainables.trial import SECONDS, RecipeTrial, weights_path
 @pytest.fixture
 def start(tmp_path, monkeypatch, few_digits):
     """Return a function that makes a trial actor for a recipe on few digits."""
-    monkeypatch.setattr("trainables.data.base.load_data", lambda scale, source: few_digits)
+    monkeypatch.setattr("trainables.data.load.load_data", lambda scale, source: few_digits)
     monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
 
     def config(recipe):

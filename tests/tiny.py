@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from trainables.data.base import load_data
+from trainables.data.load import load_data
 from trainables.models import Classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS

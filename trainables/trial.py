@@ -149,7 +149,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     """
     import torch
 
-    from trainables.data.base import load_data
+    from trainables.data.load import load_data
     from trainables.models import build_classifier
     from trainables.scale import scale_named
     from trainables.store.checkpoint import load_newest_checkpoint
