@@ -232,11 +232,8 @@ def _evaluator(name: str, scale: Scale, options: argparse.Namespace) -> Evaluato
     from evaluators import evaluator_named
     from evaluators.autoattack import AutoAttack
     from evaluators.pgd import PGD, PublishedPGD, at_radius
-    from evaluators.texture_patch import TexturePatchAttack
 
     several = list(dict.fromkeys(options.epsilon or ()))
-    if name == "tpa":
-        return TexturePatchAttack(scale, targeted=options.targeted, rule=options.success_rule)
     if name == "pgd":
         return PGD(scale, radii=several, steps=_lengths(options.evaluators))
     if name == "pgd-as-published":
@@ -442,16 +439,6 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patches", type=count, metavar="N", help="of tpa, at most, per image")
     parser.add_argument(
         "--patch-area", type=_area, metavar="A", help="share of the image that one patch covers"
-    )
-    parser.add_argument(
-        "--targeted", action="store_true", help="tpa: towards a random wrong class, not just away"
-    )
-    parser.add_argument(
-        "--success-rule",
-        choices=("fixed", "faithful"),
-        default="fixed",
-        help="tpa: keep a successful sample before any other, or, as published, the one of the "
-        "best reward (default: fixed)",
     )
 
 

@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
-    from evaluators.textures import FULL, LITE, own_settings
+    from evaluators.textures import FULL, own_settings
     from trainables.data.load import load_data
 
     source = source_of(options)
     scale = scale_of(options.scale, source, image_size=options.image_size)
     data = load_data(scale, source)
-    settings = (LITE if options.lite else FULL) if options.weights else own_settings(scale)
+    settings = FULL if options.weights else own_settings(scale)
     settings = replace(settings, clusters=scale.patch.textures, classes_at_once=1)
     device = device_named(options.device)
     network = _network(options.weights, scale, data, settings)
@@ -93,9 +93,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="VGG-19's, .safetensors or .pth (default: a small network trained on the data)",
-    )
-    parser.add_argument(
-        "--lite", action="store_true", help="50 classes, 500 steps instead of 10,000"
     )
     parser.add_argument("--scale", default="digits", help="as for grid/run.py (default: digits)")
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")

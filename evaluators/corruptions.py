@@ -59,16 +59,15 @@ ALEXNET_ERRORS = {
 class Corruptions:
     """Error on corrupted images: mean over 15 kinds, over 19, mCE, per group and per kind.
 
-    ImageNet-C is read as stored, 224 px (`cropped`: Resize 256, CenterCrop 224). Without a stored
-    set the 15 kinds are generated from 100 held-out images, kept for the process's next model.
+    ImageNet-C is read as stored, 224 px. Without a stored set the 15 kinds are generated from 100
+    held-out images, kept for the process's next model.
     """
 
     name = "corruptions"
     least_shard = SHARD_IMAGES
 
-    def __init__(self, scale: Scale, *, cropped: bool = False) -> None:
+    def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
-        self.resize = round(self.size * 256 / 224) if cropped else None
         self.alexnet_errors = ALEXNET_ERRORS if scale.name == "imagenet" else {}
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -83,7 +82,7 @@ class Corruptions:
             }
         kinds = stored_kinds(root)
         images = self._folder(root / kinds[0] / "1", source).ids_hash()
-        return {"data": "ImageNet-C", "images": images, "kinds": kinds, "resize": self.resize}
+        return {"data": "ImageNet-C", "images": images, "kinds": kinds}
 
     def total(self, source: Data) -> int:
         if cifar := _cifar10_c(source):
@@ -134,7 +133,7 @@ class Corruptions:
             root=root,
             class_names=source.class_names,
             size=self.size,
-            resize=self.resize,
+            resize=None,
             complete=True,
             skip_damaged=source.skip_damaged,
             workers=source.workers,

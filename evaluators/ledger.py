@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-# One row per image and question. `survived`: the model's answer is still the true label (for a
-# targeted attack: not yet the target). `stage`: which attack broke it. `queries`: forward passes
-# of this image that a black-box attack asked for. `image`: what was judged, as PNG, for a few
-# example images of some questions.
+# One row per image and question. `survived`: the model's answer is still the true label.
+# `stage`: which attack broke it. `queries`: forward passes of this image by a black-box attack.
+# `image`: the judged image as PNG, for a few example images of some questions.
 LEDGER = pa.schema(
     [
         ("image_id", pa.string()),

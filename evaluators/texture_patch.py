@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,7 +30,6 @@ from trainables.train.folding import folded
 if TYPE_CHECKING:
     from trainables.models import Classifier
 
-Rule = Literal["fixed", "faithful"]
 ACTIONS = 5  # row, column, texture, crop row, crop column
 WIDTH = 30  # of the embedding and of the LSTM
 RATE = 0.03
@@ -39,7 +38,6 @@ FLAT = 1e-4
 FIRST_STOP = 3
 BONUS = 100.0  # more than any two rewards differ: they lie between log(1.19e-7) and 0
 FORWARD_BATCH = 256
-RULES = get_args(Rule)
 SUBSET_SEED = 0
 
 
@@ -47,12 +45,11 @@ SUBSET_SEED = 0
 class Task:
     """The images of a search, a row each: each has its own class, textures and generator.
 
-    goal: the class whose score is read, the true one or, targeted, the wanted one.
     textures_PTCHW are the palettes in use; `palette` says which is each image's.
     """
 
     images: Tensor
-    goal: Tensor
+    labels: Tensor
     textures: Tensor
     palette: Tensor
     generators: tuple[torch.Generator, ...]
@@ -62,7 +59,7 @@ class Task:
         return replace(
             self,
             images=self.images[index],
-            goal=self.goal[index],
+            labels=self.labels[index],
             palette=self.palette[index],
             generators=tuple(self.generators[i] for i in index.tolist()),
         )
@@ -236,10 +233,9 @@ class Answers:
 
 
 class Best:
-    """The sample kept for each image: the best reward and, under the fixed rule, success first."""
+    """The best sample of each image so far: a successful one before any other, then by reward."""
 
-    def __init__(self, count: int, rule: Rule, device: torch.device) -> None:
-        self._bonus = BONUS if rule == "fixed" else 0.0
+    def __init__(self, count: int, device: torch.device) -> None:
         self._rank = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
         self.actions = torch.zeros((count, ACTIONS), dtype=torch.long, device=device)
         self.predicted = torch.zeros(count, dtype=torch.long, device=device)
@@ -248,7 +244,7 @@ class Best:
 
     def update(self, active_M: Tensor, actions_MSA: Tensor, answers: Answers) -> None:
         """Keep a step's best sample of each active image where it beats the one kept so far."""
-        ranks = answers.reward.double() + self._bonus * answers.success
+        ranks = answers.reward.double() + BONUS * answers.success
         rank, sample = ranks.max(dim=1)
         image = torch.arange(len(active_M), device=active_M.device)
         better = rank > self._rank[active_M]
@@ -265,16 +261,10 @@ PolicyOf = Callable[[Task, tuple[int, ...]], Policy]
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSearch:
-    """The search for patches: all images and all samples of a step in the same forward passes.
-
-    rule: which sample is kept. faithful: the one of the best reward, and success is judged on it,
-    so that a success seen in a batch may be lost. fixed: a successful one before any other.
-    """
+    """The search for patches: all images and all samples of a step in the same forward passes."""
 
     classifier: nn.Module
     budget: PatchBudget
-    targeted: bool = False
-    rule: Rule = "fixed"
     forward_batch: int = FORWARD_BATCH
 
     def run(self, task: Task, clean_M: Tensor, policy_of: PolicyOf) -> Outcome:
@@ -282,8 +272,8 @@ class PatchSearch:
 
         clean_M: the classes predicted without a patch; an image broken by none costs no query.
         """
-        none = torch.zeros_like(task.goal)
-        broken = (clean_M == task.goal) == self.targeted
+        none = torch.zeros_like(task.labels)
+        broken = clean_M != task.labels
         outcome = Outcome(task.images.clone(), clean_M.clone(), broken, none, none.clone())
         for _ in range(self.budget.patches):
             standing = (~outcome.success).nonzero().flatten()
@@ -297,8 +287,8 @@ class PatchSearch:
         """Search the place and texture of one patch for every image of the task."""
         side = self.budget.side(task.images.shape[-1])
         policy = policy_of(task, task.spaces(side))
-        best = Best(len(task.goal), self.rule, task.images.device)
-        everyone = active = torch.arange(len(task.goal), device=task.images.device)
+        best = Best(len(task.labels), task.images.device)
+        everyone = active = torch.arange(len(task.labels), device=task.images.device)
         queries = torch.zeros_like(active)
         means = task.images.new_zeros((len(active), self.budget.steps))
         for step in range(self.budget.steps):
@@ -335,23 +325,20 @@ class PatchSearch:
         )
         parts = [self._forward(task, actions, owner, side) for actions, owner in chunks]
         score, predicted = (torch.cat(p).view(count, samples) for p in zip(*parts, strict=True))
-        reached = predicted == task.goal[:, None]
-        if self.targeted:
-            return Answers((score + TINY).log(), predicted, reached)
-        return Answers((1 - score + TINY).log(), predicted, ~reached)
+        return Answers((1 - score + TINY).log(), predicted, predicted != task.labels[:, None])
 
     @torch.inference_mode()
     def _forward(
         self, task: Task, actions_NA: Tensor, owner_N: Tensor, side: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the goal's softmax score and the class predicted for each sample.
+        """Return the true class's softmax score and the class predicted for each sample.
 
         Out of memory halves the batch.
         """
         try:
             scores_NK = self.classifier(paste(task, actions_NA, owner_N, side=side)).softmax(dim=1)
-            goal = task.goal[owner_N, None]
-            return scores_NK.gather(1, goal)[:, 0], scores_NK.argmax(dim=1)
+            labels_N1 = task.labels[owner_N, None]
+            return scores_NK.gather(1, labels_N1)[:, 0], scores_NK.argmax(dim=1)
         except torch.OutOfMemoryError:
             if len(owner_N) == 1:
                 raise
@@ -372,8 +359,8 @@ class TexturePatchAttack:
     """Survival under up to N texture patches, by REINFORCE (tpa) and by random search beside it.
 
     Both have the same budget and, per image, the same textures: those of one random class, not
-    the true one; targeted, those of a random target. `dictionary`: unless given, the one stored
-    with the data that `batches` is asked for, or else built from that data.
+    the true one. `dictionary`: by default the one stored with the data that `batches` reads, or
+    else built from that data.
     Budgets (images x patches x steps x samples), of each of the two searches: imagenet
     5000 x 4 x 50 x 500, digits 50 x 4 x 8 x 25. An image draws from a generator of its own,
     seeded by its id, so its verdict does not depend on its batch.
@@ -388,19 +375,14 @@ class TexturePatchAttack:
         *,
         dictionary: TextureDictionary | None = None,
         budget: PatchBudget | None = None,
-        targeted: bool = False,
-        rule: Rule = "fixed",
         forward_batch: int = FORWARD_BATCH,
         seed: int = 0,
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"unknown success rule {rule!r}; one of {RULES}")
         self.scale = scale
         self.budget = budget or scale.patch
         if self.budget.samples < 2:
             raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
-        self.targeted, self.rule, self.seed = targeted, rule, seed
-        self.forward_batch = forward_batch
+        self.seed, self.forward_batch = seed, forward_batch
         self._given = self._dictionary = dictionary
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -408,8 +390,6 @@ class TexturePatchAttack:
         return {
             "images": self._images(source).ids_hash(),
             "budget": asdict(self.budget),
-            "targeted": self.targeted,
-            "rule": self.rule,
             "seed": self.seed,
             "dictionary": given.digest if given else dictionary_identity(self.scale, source),
         }
@@ -425,13 +405,7 @@ class TexturePatchAttack:
         with attacked(classifier):
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
             at_once = images_at_once(victim, batch.images, most=self.forward_batch)
-        search = PatchSearch(
-            classifier=victim,
-            budget=self.budget,
-            targeted=self.targeted,
-            rule=self.rule,
-            forward_batch=at_once,
-        )
+        search = PatchSearch(classifier=victim, budget=self.budget, forward_batch=at_once)
         parts = [self._search(classifier, search, part) for part in batch.parts(at_once)]
         return pa.concat_tables(parts)
 
@@ -459,7 +433,7 @@ class TexturePatchAttack:
             )
         return Task(
             images=batch.images,
-            goal=torch.tensor(chosen, device=device) if self.targeted else batch.labels,
+            labels=batch.labels,
             textures=textures.to(device),
             palette=torch.tensor([used.index(k) for k in chosen], device=device),
             generators=(),

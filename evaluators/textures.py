@@ -171,7 +171,6 @@ class TextureSettings:
 
 
 FULL = TextureSettings()
-LITE = TextureSettings(classes=50, images=200, clusters=10, steps=500, rate=0.05)
 SMALL = TextureSettings(images=120, clusters=5, steps=120, rate=0.05, classes_at_once=10)
 
 

@@ -325,9 +325,6 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
     scores = {score.name: score.value for score in corruptions.summarize(ledger)}
     assert scores["corruptions"] == scores["corruptions/spatter"] == scores["corruptions/mCE"] == 0
     assert corruptions.identity(source)["kinds"] == (*KINDS, "spatter")
-    cropped = Corruptions(replace(IMAGENET, image_size=16), cropped=True)
-    assert cropped.identity(source) != corruptions.identity(source)
-    assert next(iter(cropped.batches(source, batch_size=2))).images.shape == (2, 3, 16, 16)
 
 
 def test_kinds_and_severities_that_lack_are_named(tmp_path):

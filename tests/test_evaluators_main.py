@@ -400,14 +400,12 @@ def test_several_radii_are_asked_in_one_run(own_file, tmp_path, capsys, monkeypa
     assert ledger.num_rows == 2 * 8
 
 
-def test_the_patch_attack_takes_its_budget_and_rules(own_file, tmp_path, capsys):
+def test_the_patch_attack_takes_its_budget(own_file, tmp_path, capsys):
     asked = ["--patches", "2", "--patch-area", "0.1", "--attack-images", "4"]
-    rules = ["--targeted", "--success-rule", "faithful"]
-    arguments = ["--weights", own_file, "--evaluators", "tpa", *asked, *rules]
+    arguments = ["--weights", own_file, "--evaluators", "tpa", *asked]
     assert main([str(a) for a in (*arguments, "--ledger", tmp_path)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpa: "))
     identity = json.loads(line.removeprefix("tpa: "))
-    assert (identity["targeted"], identity["rule"]) == (True, "faithful")
     assert identity["budget"] == {
         **dataclasses.asdict(DIGITS.patch),
         **{"images": 4, "patches": 2, "area": 0.1},
@@ -423,7 +421,6 @@ def test_the_patch_attack_takes_its_budget_and_rules(own_file, tmp_path, capsys)
         ("--attack-images", "1.5", "at least 1"),
         ("--patch-area", "0", "above 0 and at most 1, like 0.025"),
         ("--patch-area", "1", "does not fit 16 px"),
-        ("--success-rule", "lucky", "invalid choice"),
     ],
 )
 def test_an_attack_option_out_of_bounds_is_refused(own_file, option, value, said, capsys):
