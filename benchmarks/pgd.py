@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torchattacks
 from torch import Tensor
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, require
@@ -100,6 +99,8 @@ def one_trajectory(attack: Attack) -> Tensor:
 
 def four_calls(attack: Attack) -> Tensor:
     """Return right_SB by one call of torchattacks for each length."""
+    import torchattacks  # asks for a requests of 2021: pip install --no-deps torchattacks==3.5.1
+
     images, labels = attack.batch.images, attack.batch.labels
     found = []
     for steps in (5, 10, 50, 100):

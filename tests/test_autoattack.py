@@ -1,15 +1,13 @@
-"""AutoAttack against pyautoattack called plainly, and PGD against torchattacks."""
+"""AutoAttack against pyautoattack called plainly."""
 
 import dataclasses
 import logging
-from fractions import Fraction
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torchattacks
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch import nn
 
@@ -17,8 +15,7 @@ from evaluators import autoattack
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
 from evaluators.base import Batch, evaluate
 from evaluators.ledger import in_order
-from evaluators.pgd import PGD
-from tests.tiny import Watched, trained_classifier
+from tests.tiny import trained_classifier
 from trainables.data.base import WHOLE, Shard, to_unit
 from trainables.data.load import load_data
 from trainables.models import Classifier
@@ -295,18 +292,3 @@ class _Quantised(nn.Module):
 
     def forward(self, images):
         return self.inner((images * 4).round() / 4)
-
-
-def test_pgd_walks_the_iterates_of_torchattacks(classifier, batch, monkeypatch):
-    few = Batch(batch.images[:20].contiguous(), batch.labels[:20], batch.ids[:20])
-    network = Watched(classifier)
-    evaluator = PGD(dataclasses.replace(DIGITS, epsilon=Fraction(8, 255)), steps=[10])
-    evaluator.judge(Classifier(network, (0.0,) * 3, (1.0,) * 3).eval(), few)
-    start, ours = network.attacked[0], network.judged[-1]
-    monkeypatch.setattr(
-        torch.Tensor, "uniform_", lambda self, low, high: self.copy_(start - few.images)
-    )
-    attack = torchattacks.PGD(classifier, eps=8 / 255, alpha=2 / 255, steps=10)
-    theirs = attack(few.images, few.labels)
-    assert (start - few.images).abs().max() > 7.9 / 255
-    assert (ours - theirs).abs().max() < 1e-6

@@ -26,6 +26,8 @@ SLOWER = Figure(name="a", values=(1.0, 2.0, 3.0, 4.0, 6.0), target=3.5, same="al
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_both_sides_compute_the_same(name):
+    if name == "pgd":
+        pytest.importorskip("torchattacks")
     found = list(figures(name, quick=True))
     assert found
     for figure in found:
@@ -122,6 +124,7 @@ def test_what_is_measured_on_a_gpu_trains_alike_here(sides, compiled, same):
 
 @pytest.mark.slow
 def test_what_is_measured_on_a_gpu_attacks_alike_here():
+    pytest.importorskip("torchattacks")
     recipes = [DIGITS.shrink(recipe) for recipe in (resnet50(), deit())]
     for recipe in recipes:
         classifier, images, labels = pgd.untrained(recipe, 2)

@@ -1,8 +1,9 @@
-"""Six recipes train as timm's parts and the study's steps do: see tests/golden/reference.py."""
+"""Recipes train and PGD attacks as references do: timm and torchattacks, see tests/golden/."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from itertools import islice
 
 import pytest
@@ -16,8 +17,11 @@ from tests.golden import (
     recipe_at_digits,
     stored,
 )
+from tests.golden.pgd import EPSILON, STEP_SIZE, STORED, attack_inputs
+from tests.golden.pgd import STEPS as ATTACK_STEPS
 from trainables.data.loader import TrainBatches
 from trainables.scale import DIGITS, IMAGENET
+from trainables.train.adversary import attacked, pgd_iterates
 from trainables.train.loop import train
 from trainables.train.optim import parameter_groups, rate_at
 
@@ -64,3 +68,21 @@ def test_three_steps_have_the_references_losses(name):
     losses = [report.metrics["train/loss"] for report in islice(reports, STEPS)]
     # The loop takes its losses in float32.
     assert losses == pytest.approx(stored(name)["losses"], rel=1e-6)
+
+
+def test_pgd_walks_to_the_iterate_of_torchattacks():
+    classifier, images, labels, start = attack_inputs()
+    with attacked(classifier):
+        ((_, iterate),) = pgd_iterates(
+            classifier,
+            images,
+            labels,
+            epsilon=EPSILON,
+            step_size=STEP_SIZE,
+            stops=(ATTACK_STEPS,),
+            start_BCHW=start,
+        )
+    expected = torch.tensor(json.loads(STORED.read_text())).view_as(images) / 1e7
+    assert (start - images).abs().max() > 7.9 / 255
+    assert (expected - start).abs().max() > 7.9 / 255
+    assert (iterate - expected).abs().max() < 1e-6
