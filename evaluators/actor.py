@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class EvaluatorActor:
     """One long-lived process of the pool; it keeps the model it judged last.
 
-    Each time a model is asked counts as a step; without one for `hung_after` seconds it is killed.
+    Each forward pass counts as a step; without one for `hung_after` seconds the process ends.
 
     Heavy imports are made here and not on top, so that the driver need not have them.
     """
@@ -36,13 +36,10 @@ class EvaluatorActor:
     ) -> None:
         import torch
 
-        from trainables.watchdog import start_watchdog
-
-        start_watchdog(hung_after)
         credentials.use()
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
-        self._device = torch.device(device)
+        self._device, self._hung_after = torch.device(device), hung_after
         self._loaded: tuple[str, Classifier] | None = None
 
     def judge(self, artifact_uri: str, digest: str, evaluator: str, shard: Shard) -> bytes:
@@ -58,7 +55,7 @@ class EvaluatorActor:
         data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
         began = time.monotonic()
-        with counting_steps():
+        with counting_steps(self._hung_after):
             ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
         judged_by = provenance(str(self._device))
         return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)

@@ -245,9 +245,7 @@ def _work(trial: dict[str, Any]) -> int | None:
 
     from trainables.train.team import Team
     from trainables.trial import next_result, open_trial
-    from trainables.watchdog import counting_steps, start_watchdog
-
-    start_watchdog(trial["hung_after"])
+    from trainables.watchdog import counting_steps
 
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
@@ -257,7 +255,7 @@ def _work(trial: dict[str, Any]) -> int | None:
         larger = _larger(trial, team)
         # The larger team goes on from here.
         running.save_now = larger is not None
-        with counting_steps():
+        with counting_steps(trial["hung_after"]):
             result = next_result(running)
         # Tune must not take the trial for over while its workers are being put away.
         over = result.pop("done")

@@ -20,8 +20,8 @@ DECADE = 10 * 365 * 86400
 Fault = Callable[[Disturbed, random.Random], bool]
 
 
-def _kill(title: str, number: int = signal.SIGKILL) -> Fault:
-    """Return the fault that sends a signal to one of the processes with a title."""
+def _kill(title: str) -> Fault:
+    """Return the fault that kills one of the processes with a title."""
 
     def inject(study: Disturbed, chance: random.Random) -> bool:
         if not study.wait_for(lambda: study.processes(title)):
@@ -31,7 +31,7 @@ def _kill(title: str, number: int = signal.SIGKILL) -> Fault:
         if found:
             victim = chance.choice(found)
             try:
-                victim.send_signal(number)
+                victim.kill()
             except psutil.NoSuchProcess:
                 return False
         return bool(found)
@@ -97,9 +97,7 @@ def _jump(study: Disturbed, chance: random.Random) -> bool:
 
 FAULTS: dict[str, Fault] = {
     "trial actor killed": _kill(TRIAL),
-    "trial actor stopped": _kill(TRIAL, signal.SIGSTOP),
     "evaluator killed": _kill(EVALUATOR),
-    "evaluator stopped": _kill(EVALUATOR, signal.SIGSTOP),
     "raylet killed": _kill("raylet"),
     "driver killed": _kill_driver,
     "driver terminated": _terminate_driver,
@@ -108,7 +106,6 @@ FAULTS: dict[str, Fault] = {
     "clock jumped": _jump,
     "MLflow server killed": _kill_server,
     "Train worker killed": _kill(WORKER),
-    "Train worker stopped": _kill(WORKER, signal.SIGSTOP),
     "Train controller killed": _kill(CONTROLLER),
     "team's trial killed": _kill(TEAM),
 }
@@ -116,7 +113,6 @@ FILLED = ("disk full",)
 ON_SERVER = ("MLflow server killed",)
 ON_TEAM = (
     "Train worker killed",
-    "Train worker stopped",
     "Train controller killed",
     "team's trial killed",
 )
