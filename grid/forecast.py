@@ -22,7 +22,7 @@ from trainables.scale import Scale
 HOUR = 3600.0
 MOST_TABLES = 16  # 2^16 sets of tables are looked at in a second
 MOST_SHARDS = 10  # of a cell: enough to spread it over evaluators
-CHECKPOINTS = 4  # the newest two, the newest sound one and the best
+CHECKPOINTS = 2  # the newest two
 MOMENTS = {"sgd": 1, "adamw": 2}
 # Of the models with ImageNet's classes, and at scale digits; a model of timm's as the largest.
 PARAMETERS = {

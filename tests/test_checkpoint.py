@@ -33,45 +33,6 @@ def test_newest_checkpoint_is_loaded_and_two_are_kept(tmp_path):
     assert sorted(p.name[:11] for p in tmp_path.iterdir()) == ["epoch-00002", "epoch-00010"]
 
 
-def test_newest_sound_checkpoint_outlives_doubtful_ones(tmp_path):
-    save_checkpoint(tmp_path, 1, state(1), sound=True)
-    for epoch in (2, 3, 4):
-        save_checkpoint(tmp_path, epoch, state(epoch), sound=False)
-    kept = sorted(p.name.rsplit("-", 1)[0] for p in tmp_path.iterdir())
-    assert kept == ["epoch-00001-sound", "epoch-00003-doubtful", "epoch-00004-doubtful"]
-
-
-def accurate(*accuracies):
-    """Return a state whose epochs, from the first on, were so accurate; None: not asked."""
-    asked = [{} if a is None else {"held_out/accuracy": a} for a in accuracies]
-    return {"history": [{"epoch": e + 1.0} | metrics for e, metrics in enumerate(asked)]}
-
-
-def kept_in(folder):
-    return sorted(int(path.name.split("-")[1]) for path in folder.iterdir())
-
-
-def test_the_best_sound_checkpoint_is_kept_beside_the_newest(tmp_path):
-    accuracies = (0.5, 0.9, None, 0.7, 0.9, 0.8, 0.99, 0.6, 0.4)
-    found = []
-    for epoch in range(1, 10):
-        sound = epoch != 7
-        save_checkpoint(tmp_path, epoch, accurate(*accuracies[:epoch]), sound=sound)
-        found.append(kept_in(tmp_path))
-    assert found[2:6] == [[2, 3], [2, 3, 4], [4, 5], [5, 6]]
-    assert found[6:] == [[5, 6, 7], [5, 7, 8], [5, 8, 9]]
-
-
-def test_a_best_checkpoint_that_is_damaged_is_kept_aside_like_any_other(tmp_path):
-    best = tmp_path / save_checkpoint(tmp_path, 1, accurate(0.9))
-    for epoch in (2, 3):
-        newest = tmp_path / save_checkpoint(tmp_path, epoch, accurate(0.9, *[0.5] * (epoch - 1)))
-        newest.write_bytes(b"")
-    best.write_bytes(b"")
-    assert load_newest_checkpoint(tmp_path) is None
-    assert best.with_suffix(".damaged").exists()
-
-
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
     save_checkpoint(tmp_path, 1, state(1))
@@ -110,7 +71,7 @@ def test_a_checkpoint_that_names_no_trial_is_not_taken_for_anyones(tmp_path, cap
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     save_checkpoint(tmp_path, 1, state(1))
-    (tmp_path / ".epoch-00002-sound-0.pt.0").write_bytes(b"half")
+    (tmp_path / ".epoch-00002-0.pt.0").write_bytes(b"half")
     assert load_newest_checkpoint(tmp_path)["model"]["w"][0] == 1
     assert [path.name[:11] for path in tmp_path.iterdir()] == ["epoch-00001"]
 
@@ -126,7 +87,7 @@ class Planted:
 def test_a_checkpoint_can_not_run_code(tmp_path):
     planted = tmp_path / "planted"
     save_checkpoint(tmp_path, 1, {"outcome": Planted(planted)})
-    with pytest.raises(ValueError, match=r"epoch-00001-sound-.* holds more than weights"):
+    with pytest.raises(ValueError, match=r"epoch-00001-.* holds more than weights"):
         load_newest_checkpoint(tmp_path)
     assert not planted.exists()
 

@@ -122,14 +122,14 @@ def digest(content):
 
 
 def checkpoint(root, content, small):
-    path = put(root / f"epoch-00001-sound-{digest(content)}.pt", content)
+    path = put(root / f"epoch-00001-{digest(content)}.pt", content)
     return path, lambda: load_newest_checkpoint(root)
 
 
 def resumed_trial(root, content, small):
     recipe = small()
     folder = root / "trials" / recipe.digest()
-    path = put(folder / f"epoch-00001-sound-{digest(content)}.pt", content)
+    path = put(folder / f"epoch-00001-{digest(content)}.pt", content)
     trial = {"recipe": recipe.model_dump(mode="json"), "threads": 1, "device": "cpu"}
     trial |= {"source": EMBEDDED, "compile": False, "storage": str(root)}
     return path, lambda: open_trial(trial)

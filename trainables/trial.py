@@ -14,7 +14,7 @@ from trainables.recipe import Recipe
 from trainables.store.provenance import joined, provenance
 from trainables.store.retries import OWN_FAULTS
 from trainables.store.storage import WEIGHTS, NoRoomError, below
-from trainables.watchdog import counting_steps, start_watchdog
+from trainables.watchdog import counting_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,9 +60,9 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     """Train one recipe, an epoch a step, in `storage`/trials/<digest>.
 
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
-    newest sound checkpoint by its digest. An actor serves many trials one after another, and
+    newest whole checkpoint by its digest. An actor serves many trials one after another, and
     builds everything anew for each. config["trial"], as JSON: recipe, storage, threads, device,
-    compile, hung_after (seconds without a step, after which the process is killed).
+    compile, hung_after (seconds without a step, after which the process ends).
     config["source"]: a DataSource. torch and timm are imported by the first step, so that the
     driver need not have them. What is the program's own fault fails the trial, and Tune does not
     try it again.
@@ -78,14 +78,13 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
         self._trial_config = trial_config(config)
-        start_watchdog(self._trial_config["hung_after"])
         self._running: RunningTrial | None = None
 
     def step(self) -> dict[str, Any]:
         try:
             if self._running is None:
                 self._running = open_trial(self._trial_config)
-            with counting_steps():
+            with counting_steps(self._trial_config["hung_after"]):
                 return next_result(self._running)
         except OWN_FAULTS as error:
             return failed_result(self._trial_config["digest"], error)
@@ -143,7 +142,7 @@ def failed_result(digest: str, error: BaseException, trace: str = "") -> dict[st
 
 
 def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial:
-    """Build a trial anew, as far as its newest sound checkpoint has it.
+    """Build a trial anew, as far as its newest whole checkpoint has it.
 
     Of a team only the first worker reads and writes the storage. config: as of `RecipeTrial`.
     """
@@ -261,7 +260,7 @@ def _save_checkpoint(running: RunningTrial) -> None:
             "seconds": running.seconds,
             "trained": running.trained,
         }
-        save_checkpoint(running.folder, report.epoch, state, sound=report.sound)
+        save_checkpoint(running.folder, report.epoch, state)
     running.unkept = None
 
 

@@ -21,35 +21,24 @@ from trainables.store.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
 from trainables.store.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
 
 KEPT = 2
-SOUND = "sound"
-ACCURACY = "held_out/accuracy"  # by which a checkpoint is the best
 RECIPE = "recipe"  # in a weights file's header
 DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    where: str | Path, epoch: int, state: dict[str, Any], *, sound: bool = True
-) -> str:
-    """Save the state after `epoch` epochs; keep the newest two, the newest and the best sound one.
+def save_checkpoint(where: str | Path, epoch: int, state: dict[str, Any]) -> str:
+    """Save the state after `epoch` epochs and drop all but the newest two checkpoints.
 
-    The best got most held-out images right, by the state's `history`; the others are dropped.
-    `where` is a path or URI; returns the checkpoint's name in it. `sound` is False for a state in
-    which the training may have begun to collapse.
+    `where` is a path or URI; returns the checkpoint's name in it.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    judged = SOUND if sound else "doubtful"
-    name = f"epoch-{epoch:05d}-{judged}-{_short_hash(content)}.pt"
+    name = f"epoch-{epoch:05d}-{_short_hash(content)}.pt"
     folder = folder_at(where)
     folder.write(name, content)
-    newest = _newest_first(folder)
-    sound_ones = [old for old in newest if f"-{SOUND}-" in old]
-    kept = {*newest[:KEPT], *sound_ones[:1], *_best(sound_ones, state.get("history", []))}
-    for old in newest:
-        if old not in kept:
-            folder.remove(old)
+    for old in _newest_first(folder)[KEPT:]:
+        folder.remove(old)
     return name
 
 
@@ -202,20 +191,9 @@ def recipe_json_of(path: Path) -> str:
         raise ValueError(f"{path} names no recipe of this project") from None
 
 
-def _best(names: list[str], history: list[dict[str, float]]) -> list[str]:
-    """Return the first of the names whose epoch got most held-out images right, if known."""
-    accuracies = {f"epoch-{int(m['epoch']):05d}": m[ACCURACY] for m in history if ACCURACY in m}
-    known = [name for name in names if _epoch(name) in accuracies]
-    return sorted(known, key=lambda name: -accuracies[_epoch(name)])[:1]
-
-
-def _epoch(name: str) -> str:
-    return name.rsplit("-", 2)[0]
-
-
 def _newest_first(folder: Folder) -> list[str]:
-    found = (n for n in folder.names() if n.startswith("epoch-") and n.endswith(".pt"))
-    return sorted(found, reverse=True)
+    names = (n for n in folder.names() if n.startswith("epoch-") and n.endswith(".pt"))
+    return sorted(names, reverse=True)
 
 
 def _short_hash(content: bytes) -> str:

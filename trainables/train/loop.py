@@ -24,7 +24,7 @@ from trainables.train.adversary import attacked, pgd_iterates, training_attack
 from trainables.train.exactness import exact
 from trainables.train.folding import FoldedClassifier, folded
 from trainables.train.optim import build_optimizer, rate_at, set_rate
-from trainables.train.sentinel import PROBE, PROBE_STEPS, at_chance, collapse_reason
+from trainables.train.sentinel import PROBE, PROBE_STEPS, collapse_reason
 from trainables.train.team import ALONE, Team, gathered
 from trainables.watchdog import beat
 
@@ -37,16 +37,14 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 class EpochReport:
     """What one epoch did.
 
-    `metrics` are this epoch's figures; `sound` is False where a collapse may have begun; `state`
-    is all that the next epoch needs: its tensors are the live ones, valid until the next report
-    is asked for.
+    `metrics` are this epoch's figures; `state` is all that the next epoch needs: its tensors are
+    the live ones, valid until the next report is asked for.
     """
 
     epoch: int
     metrics: dict[str, float]
     outcome: Outcome
     reason: str
-    sound: bool
     state: dict[str, Any]
 
 
@@ -161,7 +159,6 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
         metrics=last,
         outcome="collapsed" if reason else outcome,
         reason=reason,
-        sound=not reason and not at_chance(last, **chance),
         state={
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
