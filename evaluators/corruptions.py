@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -19,7 +18,8 @@ from torch import Tensor
 from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, split_batches, verdicts
 from evaluators.corruption_kinds import GROUPS, KINDS, corrupt
-from evaluators.ledger import Score, share
+from evaluators.intervals import of_mean
+from evaluators.ledger import Score
 from evaluators.stored_cifar import CIFAR10C
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.folders import ImageFolderByClass
@@ -32,7 +32,6 @@ SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 2  # raise it when generated images change: it is part of a cell's identity
 KEPT_BYTES = 2**28
-RESAMPLES = 1000
 SHOWN = ("gaussian_noise-3", "defocus_blur-3", "fog-3")  # of which the ledger keeps examples
 # AlexNet's errors, by which Hendrycks and Dietterich (2019) normalise. Source: google-research/
 # augmix, imagenet.py ("Raw AlexNet errors taken from github.com/hendrycks/robustness"); equal to
@@ -108,17 +107,14 @@ class Corruptions:
         return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
-        """Return errors, not accuracies; n counts images, the unit that is resampled."""
-        kinds, error_K, resampled_RK, n = _errors(ledger)
+        """Return errors, not accuracies, with Student's interval over the n images."""
+        kinds, errors_NK = _errors(ledger)
         scores = []
         for name, weights in _aggregates(kinds, self.alexnet_errors).items():
-            value = float(error_K @ weights)
-            low, high = np.quantile(resampled_RK @ weights, (0.025, 0.975))
-            if math.isclose(low, high):  # every image alike: resampling them says nothing
-                most = weights.sum()  # the score where every answer is wrong: 1, of mCE more
-                alike = share(name, round(value / most * n), n)
-                low, high = alike.low * most, alike.high * most
-            scores.append(Score(name, value, float(low), float(high), n))
+            errors_N = errors_NK @ weights
+            # Of mCE the most, where every answer is wrong, is above 1.
+            low, high = of_mean(errors_N, least=0, most=float(weights.sum()))
+            scores.append(Score(name, float(errors_N.mean()), low, high, len(errors_N)))
         return scores
 
     def _stored(self, root: Path, source: Data, batch_size: int, shard: Shard) -> Iterator[Batch]:
@@ -200,35 +196,22 @@ def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str,
     return weights
 
 
-def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    """Return the kinds, their errors, those of bootstrap resamples of images, and the images' n.
+def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray]:
+    """Return the kinds that have all severities, and errors_NK of each image under each kind.
 
-    A kind that lacks a severity is left out.
+    Where images lack a question the errors are those of the ratio's linear approximation, so that
+    their mean is the error over the images that have it.
     """
     images = pc.dictionary_encode(ledger["image_id"].combine_chunks())
     questions = pc.dictionary_encode(ledger["question"].combine_chunks())
     names = questions.dictionary.to_pylist()
     cell = (images.indices.to_numpy(), questions.indices.to_numpy())
-    n = len(images.dictionary)
-    asked_NQ, wrong_NQ = np.zeros((2, n, len(names)), dtype=np.float32)
-    asked_NQ[cell] = 1
+    judged_NQ, wrong_NQ = np.zeros((2, len(images.dictionary), len(names)))
+    judged_NQ[cell] = 1
     wrong_NQ[cell] = pc.invert(ledger["survived"]).to_numpy()
+    error_Q = wrong_NQ.sum(axis=0) / judged_NQ.sum(axis=0)
+    error_NQ = error_Q + (wrong_NQ - judged_NQ * error_Q) / judged_NQ.mean(axis=0)
     every = dict.fromkeys(name.rpartition("-")[0] for name in names)
     kinds = [kind for kind in every if {f"{kind}-{s}" for s in SEVERITIES} <= set(names)]
     member_QK = np.array([[name.rpartition("-")[0] == kind for kind in kinds] for name in names])
-    mean_QK = member_QK / member_QK.sum(axis=0)
-    error_K = wrong_NQ.sum(axis=0) / asked_NQ.sum(axis=0) @ mean_QK
-    resampled_RQ = [(times @ wrong_NQ) / (times @ asked_NQ) for times in _resamples(n)]
-    return kinds, error_K, np.concatenate(resampled_RQ) @ mean_QK, n
-
-
-def _resamples(n: int) -> Iterator[np.ndarray]:
-    """Yield how often each of n images is drawn, for 1,000 bootstrap resamples in chunks."""
-    rng = np.random.default_rng(0)
-    chunk = max(1, min(RESAMPLES, 4_000_000 // n))
-    for first in range(0, RESAMPLES, chunk):
-        rows = [
-            np.bincount(rng.integers(n, size=n), minlength=n)
-            for _ in range(min(chunk, RESAMPLES - first))
-        ]
-        yield np.stack(rows).astype(np.float32)
+    return kinds, error_NQ @ (member_QK / member_QK.sum(axis=0))

@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.base import Batch, split_batches, verdicts
-from evaluators.ledger import CONFIDENCE, Score, share, survival_scores
+from evaluators.intervals import of_mean
+from evaluators.ledger import Score, share, survival_scores
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
@@ -458,10 +458,11 @@ class TexturePatchAttack:
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return survival of each question, after each number of patches, and mean queries."""
         scores = survival_scores(ledger)
+        most = self.budget.patches * self.budget.steps * self.budget.samples
         for question in POLICIES:
             rows = ledger.filter(pc.equal(ledger["question"], question))
             scores += _by_patches(rows, question, self.budget.patches)
-            scores += _mean_queries(rows, question)
+            scores += _mean_queries(rows, question, most)
         return scores
 
     def _images(self, source: Data) -> Split:
@@ -491,15 +492,13 @@ def _by_patches(rows: pa.Table, question: str, patches: int) -> list[Score]:
     return scores
 
 
-def _mean_queries(rows: pa.Table, question: str) -> list[Score]:
-    """Return the attacked images' mean queries with a normal interval; none if none was."""
-    spent = rows.filter(pc.greater(rows["queries"], 0))["queries"].to_numpy()
-    if not len(spent):
+def _mean_queries(rows: pa.Table, question: str, most: int) -> list[Score]:
+    """Return the attacked images' mean queries; none if no image was attacked."""
+    queries = rows.filter(pc.greater(rows["queries"], 0))["queries"].to_numpy()
+    if not len(queries):
         return []
-    mean = float(spent.mean())
-    error = float(spent.std(ddof=1)) / math.sqrt(len(spent)) if len(spent) > 1 else 0.0
-    reach = float(NormalDist().inv_cdf((1 + CONFIDENCE) / 2)) * error
-    return [Score(f"{question}/queries", mean, mean - reach, mean + reach, len(spent))]
+    low, high = of_mean(queries, least=0, most=most)
+    return [Score(f"{question}/queries", float(queries.mean()), low, high, len(queries))]
 
 
 POLICIES: dict[str, PolicyOf] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -186,16 +188,16 @@ def test_each_kind_of_claim_is_decided_by_verdicts(
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict", "mean", "reach"),
+    ("gains", "verdict", "mean", "reach", "images"),
     [
         # Student's t of three degrees of freedom is 3.1824; the spread of 10 to 40 is 12.910.
-        ((10, 20, 30, 40), REPRODUCED, 0.25, 3.1824 * 0.12910 / 2),
-        ((-10, -20, -30, -40), FAILED, -0.25, 3.1824 * 0.12910 / 2),
-        ((10, 20, 30, -40), OPEN, 0.05, 3.1824 * 0.31091 / 2),
+        ((10, 20, 30, 40), REPRODUCED, 0.25, 3.1824 * 0.12910 / 2, (0.0856, 0.0927)),
+        ((-10, -20, -30, -40), FAILED, -0.25, 3.1824 * 0.12910 / 2, (0.0927, 0.0856)),
+        ((10, 20, 30, -40), OPEN, 0.05, 3.1824 * 0.31091 / 2, (0.0855, 0.0928)),
     ],
 )
 def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
-    models, gains, verdict, mean, reach
+    models, gains, verdict, mean, reach, images
 ):
     without = ("none", "randaug", "mixup", "randaug+mixup")
     having = ("cutmix", "randaug+cutmix", "mixup+cutmix", "randaug+mixup+cutmix")
@@ -205,8 +207,10 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
     (found,) = (j for j in judged if j.claim.also)
     assert (found.verdict, found.paired.n, found.paired.p) == (verdict, 100, None)
     assert found.paired.difference == pytest.approx(mean)
-    assert found.paired.low == pytest.approx(mean - reach, abs=1e-4)
-    assert found.paired.high == pytest.approx(mean + reach, abs=1e-4)
+    # `images`: how far the ends of the four intervals over images lie, on average; of 10 images
+    # gained and none lost the lower end lies hypot(0.1 - 0.0490, 0.0362) away.
+    assert found.paired.low == pytest.approx(mean - math.hypot(reach, images[0]), abs=1e-4)
+    assert found.paired.high == pytest.approx(mean + math.hypot(reach, images[1]), abs=1e-4)
     assert found.test.startswith("mean of 4 pairs, cutmix minus none and randaug+cutmix minus")
 
 

@@ -213,9 +213,9 @@ def test_errors_and_mce_of_a_hand_worked_example():
     for name, value in expected.items():
         assert scores[name].value == pytest.approx(value, abs=1e-6)
     assert "corruptions-19" not in scores
-    # Fog: of four draws from {1, 0, 0, 0} the share of 1 has these 95 % bounds.
+    # Fog: {1, 0, 0, 0} has a standard error of 1/4 and three degrees of freedom: 0.25 +- 0.796.
     fog = scores["corruptions/fog"]
-    assert (fog.low, fog.high) == pytest.approx((0.0, 0.75))
+    assert (fog.low, fog.high) == (0.0, 1.0)
     assert scores["corruptions/blur"].high > 0.4  # four images without an error prove little
 
 
@@ -269,8 +269,8 @@ def test_who_is_always_wrong_has_an_mce_above_one_and_an_interval():
     scores = {s.name: s for s in Corruptions(IMAGENET).summarize(ledger)}
     mce = scores["corruptions/mCE"]
     assert mce.value == pytest.approx(1.29345, abs=1e-5)  # the mean of the fifteen 1 / error
-    # Wilson, 4 of 4: from 4 / (4 + 1.96^2) = 0.5101 up to 1, here times 1.29345.
-    assert (mce.low, mce.high) == pytest.approx((0.6598, 1.2935), abs=1e-4)
+    # Clopper and Pearson, 4 of 4: from 0.025 ** (1 / 4) = 0.3976 up to 1, here times 1.29345.
+    assert (mce.low, mce.high) == pytest.approx((0.5143, 1.2935), abs=1e-4)
 
 
 @pytest.mark.parametrize(

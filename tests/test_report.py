@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_trial_under_way_or_not_judged_is_shown_as_such():
     assert [r.cells[0].state for r in fill(runs).rows][:2] == ["training", "not judged yet"]
 
 
-def test_seeds_are_replicates_with_students_interval():
+def test_seeds_widen_the_interval_over_images_by_students():
     values = (0.90, 0.94, 0.95)
 
     def runs(plan):
@@ -97,7 +98,9 @@ def test_seeds_are_replicates_with_students_interval():
     mean, deviation = 93.0, 2.6457513
     reach = 4.3027 * deviation / 3**0.5  # Student's t of two degrees of freedom
     assert (cell.value, cell.low, cell.high) == pytest.approx(
-        (mean, mean - reach, mean + reach), abs=1e-3
+        # Their intervals over images reach from 1 below to 2 above.
+        (mean, mean - math.hypot(reach, 1), mean + math.hypot(reach, 2)),
+        abs=1e-3,
     )
     assert cell.n == 597
 

@@ -57,10 +57,8 @@ def _html(findings: Findings, tracker: Tracker) -> str:
 
 
 def _interval(seeds: int) -> str:
-    own = "Wilson; of corruptions a bootstrap of images"
-    if seeds == 1:
-        return own
-    return f"Student's t over {seeds} seeds, or the mean of their own where that is wider: {own}"
+    own = "Wilson; of corruptions Student's t over images"
+    return own if seeds == 1 else f"{own}; widened by Student's t over {seeds} seeds"
 
 
 def _plot_named(name: str, findings: Findings) -> Plot | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from scipy.stats import t as student
 
+from evaluators.intervals import with_trainings
 from grid.passes import HELD_OUT
 from grid.plan import Plan
 from grid.published import published
@@ -179,9 +180,9 @@ def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None
 
 
 def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
-    """Return value, low and high in percent: of one seed as judged, of several by Student's t.
+    """Return value, low and high in percent: of one seed as judged.
 
-    Seeds share their images: where their own intervals are wider on average, those are taken.
+    Of several: their mean interval over images, widened by Student's t over the trainings.
     """
     value, low, high = (
         100 * statistics.fmean(found[score + end] for found in metrics)
@@ -191,7 +192,7 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
         return value, low, high
     spread = 100 * statistics.stdev(found[score] for found in metrics) / len(metrics) ** 0.5
     reach = float(student.ppf(0.975, len(metrics) - 1)) * spread
-    return value, min(low, value - reach), max(high, value + reach)
+    return value, *with_trainings(value, (low, high), reach)
 
 
 def _has_score(run: TrialRun, column: Column) -> bool:
