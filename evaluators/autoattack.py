@@ -34,6 +34,8 @@ STANDARD_TARGETS = 9
 DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth logit
 ITERATIONS = 100
 GATHERED_BATCHES = 4
+STEPS_TO_BREAK = 10  # of the images that APGD-CE breaks, about
+SMALL_WITHSTANDING = 0.9  # the share of images that withstands the small radius, about
 BEFORE, UNBROKEN = 0, 2**31  # ranks of no target: of images broken before a stage, and of others
 BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
 logger = logging.getLogger(__name__)
@@ -84,6 +86,15 @@ class AutoAttack:
 
     def total(self, source: Data) -> int:
         return len(self._images(source))
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        """Count two passes for a step of APGD and three for one of FAB-T, and Square's queries."""
+        images = min(self.subset_size, held_out)
+        steps = ITERATIONS + 1
+        every_stage = 2 * steps + self.targets * steps * (2 + 3) + self.square_queries
+        broken = 2 * STEPS_TO_BREAK
+        each = 2 + withstanding * every_stage + (1 - withstanding) * broken
+        return len(self.radii) * images * each
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         gathered = batch_size * GATHERED_BATCHES
@@ -138,6 +149,9 @@ class SmallAutoAttack(AutoAttack):
     """AutoAttack at the scale's small radius, which vanilla models survive in part (T1)."""
 
     name = "autoattack-small"
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        return super().cost(held_out, withstanding=max(withstanding, SMALL_WITHSTANDING))
 
     def _radius(self, scale: Scale) -> Fraction:
         return scale.small_epsilon

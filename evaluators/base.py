@@ -69,7 +69,9 @@ class Evaluator(Protocol):
     `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
     `total` is how many images there are; they are judged in shards of `least_shard` or more, each
     stored when it is done, and `batches` are those of one shard. `judge` never aggregates;
-    `summarize` never sees a model.
+    `summarize` never sees a model. `cost`, from which a plan's hours follow, counts the forward
+    passes, of one image each, that a cell takes where `held_out` images are held out; a pass with a
+    gradient counts two. `withstanding`: the share of images that no attack breaks.
     """
 
     @property
@@ -81,6 +83,8 @@ class Evaluator(Protocol):
     def identity(self, source: Data) -> dict[str, Any]: ...
 
     def total(self, source: Data) -> int: ...
+
+    def cost(self, held_out: int, *, withstanding: float) -> float: ...
 
     def batches(
         self, source: Data, *, batch_size: int, shard: Shard = WHOLE

@@ -32,6 +32,9 @@ class Clean:
     def total(self, source: Data) -> int:
         return len(source.held_out)
 
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        return held_out
+
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(source.held_out, batch_size=batch_size, shard=shard)
 

@@ -67,6 +67,7 @@ class Corruptions:
 
     def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
+        self.stored = scale.name == "imagenet"
         self.alexnet_errors = ALEXNET_ERRORS if scale.name == "imagenet" else {}
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -90,6 +91,10 @@ class Corruptions:
         if root is None:
             return len(_chosen(source))
         return len(self._folder(root / stored_kinds(root)[0] / "1", source).files())
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        images = held_out if self.stored else min(GENERATED_IMAGES, held_out)
+        return images * len(ALEXNET_ERRORS) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root, cifar = source.stored("imagenet-c"), _cifar10_c(source)

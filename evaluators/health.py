@@ -46,6 +46,9 @@ class Health:
     def total(self, source: Data) -> int:
         return len(self._images(source))
 
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        return min(self.images, held_out) * (1 + 2 * (HUGE_STEPS + 1))
+
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 

@@ -50,6 +50,7 @@ class Natural:
 
     def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
+        self.stored = scale.name == "imagenet"
 
     def identity(self, source: Data) -> dict[str, Any]:
         if (newer := _cifar10_1(source)) is not None:
@@ -70,6 +71,9 @@ class Natural:
         if root is None or newer is not None:
             return len(newer or hardest(source))
         return len(self._folder(root, source).files())
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        return IMAGENET_A_IMAGES if self.stored else math.ceil(held_out * HARDEST_SHARE)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root, newer = source.stored("imagenet-a"), _cifar10_1(source)

@@ -67,6 +67,10 @@ class PGD:
     def total(self, source: Data) -> int:
         return len(self._images(source))
 
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        each = len(self.radii) * (len(self.steps) + 2 * self.steps[-1])
+        return min(self.subset_size, held_out) * each
+
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)
 

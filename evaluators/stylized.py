@@ -41,6 +41,7 @@ class Stylized:
 
     def __init__(self, scale: Scale) -> None:
         self.size = scale.image_size
+        self.readings = 2 if scale.name == "imagenet" else 1
 
     def identity(self, source: Data) -> dict[str, Any]:
         root = source.stored("imagenet-stylized")
@@ -56,6 +57,9 @@ class Stylized:
     def total(self, source: Data) -> int:
         root = source.stored("imagenet-stylized")
         return len(self._folder(root, source, resize=None).files() if root else source.held_out)
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        return self.readings * held_out
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         root = source.stored("imagenet-stylized")

@@ -397,6 +397,12 @@ class TexturePatchAttack:
     def total(self, source: Data) -> int:
         return len(self._images(source))
 
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        """Count the queries of both searches, for the share of the budget that they use up."""
+        budget = self.budget
+        queries = 2 * budget.patches * budget.steps * budget.samples
+        return min(budget.images, held_out) * (1 + withstanding * queries)
+
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         self._dictionary = self._given or dictionary_for(self.scale, source)
         return split_batches(self._images(source), batch_size=batch_size, shard=shard)

@@ -24,7 +24,7 @@ from evaluators.natural import IMAGENET_A_IMAGES, check_imagenet_a
 from evaluators.stored_cifar import CIFAR10_1_FILES, CIFAR10C, load_cifar10_1
 from evaluators.stylized import IMAGENET_IMAGES
 from evaluators.textures import open_dictionary
-from grid.forecast import checkpoint_bytes
+from grid.estimate import checkpoint_bytes
 from grid.plan import Plan
 from trainables.data.cifar import CLASSES, OTHER_SIZES, archived, list_cifar10, load_cifar10
 from trainables.data.folders import check_classes

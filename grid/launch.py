@@ -28,7 +28,6 @@ from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
 from grid.plan import Plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.schedule import EVALUATOR_GPUS, GPUS_BESIDE, evaluators_beside
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.studies import PGD, PGD_AS_PUBLISHED, Study
@@ -45,6 +44,8 @@ from trainables.trial import RecipeTrial, trial_config
 
 TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
+EVALUATOR_GPUS = 0.25
+GPUS_BESIDE = 1 - EVALUATOR_GPUS  # what one evaluator leaves of its GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +264,7 @@ def _share_out(
     room = Room()
     room.check(placements)
     on_gpus = any(placement.gpus for placement in placements)
-    size = evaluators_beside(room.gpus) if on_gpus else room.lanes(usual.least)
+    size = max(1, room.gpus // 2) if on_gpus else room.lanes(usual.least)
     pool = EvaluatorPool(
         size,
         uri,

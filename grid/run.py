@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from grid.address import found_address
 from grid.plan import Plan, build_plan
-from grid.planner import add_plan_options, check_plan_options, print_plan
 from grid.progress import format_seconds
 from grid.signals import stop_on_signals
 from grid.studies import AXES, SETTABLE, STUDIES, Study, load_study, problem
+from grid.summary import add_plan_options, check_plan_options, print_plan
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
 from trainables.scale import SCALE_NAMES, Scale
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = source_of(options, cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         check_plan_options(options)
-        if options.plan or options.calibrate:
+        if options.plan:
             print_plan(options, study, plan, scale, source)
             return 0
         for name, value in ENVIRONMENT.items():

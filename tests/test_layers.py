@@ -31,7 +31,8 @@ LIGHT = (
     "trainables/store/results.py",
     "grid/studies.py",
     "grid/plan.py",
-    "grid/schedule.py",
+    "grid/estimate.py",
+    "grid/summary.py",
     "grid/published.py",
     "grid/progress.py",
 )

@@ -88,7 +88,7 @@ class Scale:
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
     scale's own by family and optimizer, and ghost batches shrink with them; a recipe that departs
     from the study's there departs from the scale's in proportion. `flip`: a mirrored
-    image is one of its class.
+    image is one of its class. `held_out_images` is 0 where only a listing of the folder can tell.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Scale:
     image_size: int
     num_classes: int
     train_images: int
+    held_out_images: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     epsilon: Fraction
@@ -203,6 +204,7 @@ IMAGENET = Scale(
     image_size=224,
     num_classes=1000,
     train_images=1_281_167,
+    held_out_images=50_000,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
     epsilon=PUBLISHED_EPSILON,
@@ -226,6 +228,7 @@ DIGITS = Scale(
     image_size=16,
     num_classes=10,
     train_images=1200,
+    held_out_images=597,
     mean=(0.3, 0.3, 0.3),
     std=(0.35, 0.35, 0.35),
     epsilon=Fraction(16, 255),
@@ -282,6 +285,7 @@ CIFAR10 = Scale(
     image_size=32,
     num_classes=10,
     train_images=50_000,
+    held_out_images=10_000,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
     # The radius that the field judges CIFAR-10 by (RobustBench); the small one is a quarter.
@@ -351,6 +355,7 @@ def folder_scale(*, image_size: int, num_classes: int, train_images: int, conten
         image_size=image_size,
         num_classes=num_classes,
         train_images=train_images,
+        held_out_images=0,
         mean=IMAGENET.mean,
         std=IMAGENET.std,
         epsilon=PUBLISHED_EPSILON,

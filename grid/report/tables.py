@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from scipy.stats import t as student
 
 from evaluators.intervals import with_trainings
-from grid.passes import HELD_OUT
 from grid.plan import Plan
 from grid.published import published
 from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
@@ -152,7 +151,7 @@ def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
     counts = {(r.images["train"], r.images["held_out"]) for r in runs if r.images}
     parts = (
         f"{_of_all(train, scale.train_images, scale)} (held out: "
-        f"{_of_all(held_out, HELD_OUT.get(scale.name, held_out), scale)})"
+        f"{_of_all(held_out, scale.held_out_images or held_out, scale)})"
         for train, held_out in sorted(counts)
     )
     return f"Images trained on: {'; '.join(parts)}." if counts else ""
