@@ -36,7 +36,7 @@ from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.distributed import CONTROLLER, train_together
 from trainables.scale import Scale
-from trainables.store.patience import RunDeletedError, patiently
+from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, wait_after
 from trainables.store.tracking import Tracker, check_address
@@ -130,7 +130,7 @@ def run_study(launch: Launch) -> Finished:
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
                 parent = _open_study(launch, recorder, data)
-                finished = _report(launch, recorder, parent, line, data)
+                finished = _report(launch, recorder, parent, line)
                 if not finished.failures:
                     return finished
                 recorder = _recorder(launch, data, line)  # some ledgers are damaged
@@ -148,7 +148,7 @@ def run_study(launch: Launch) -> Finished:
                 _train(recorder, launch, needs.storage[0], room)
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
-            return _report(launch, recorder, parent, line, data)
+            return _report(launch, recorder, parent, line)
         finally:
             line.close()
             ray.shutdown()
@@ -175,9 +175,7 @@ def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
     return parent
 
 
-def _report(
-    launch: Launch, recorder: Recorder, parent: str, line: ProgressLine, data: Data
-) -> Finished:
+def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine) -> Finished:
     """Write the report of all that there is by now, and end the study's run."""
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_report
@@ -190,11 +188,7 @@ def _report(
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
     failures = (*recorder.failures, *_forgotten(tracker, plan))
     complete = not failures
-    try:
-        tracker.close_study(parent, folder, complete=complete)
-    except RunDeletedError:
-        line.say("the study's run in MLflow was deleted meanwhile; it is written anew")
-        tracker.close_study(_open_study(launch, recorder, data), folder, complete=complete)
+    tracker.close_study(parent, folder, complete=complete)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
@@ -226,9 +220,11 @@ def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator
     try:
         yield
         recorder.finish()
-    except BaseException:
+    except BaseException as error:
         # What asks Ray again once it is shut down would start another one.
         recorder.abandon()
+        if isinstance(recorder.error, ValueError):
+            raise recorder.error from error
         raise
 
 

@@ -8,8 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from evaluators import evaluator_named
@@ -22,7 +21,6 @@ from grid.progress import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.store.patience import RunDeletedError
 from trainables.store.storage import fetched
 from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
 from trainables.trial import weights_path
@@ -71,7 +69,6 @@ class Recorder(threading.Thread):
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
         self._workers: dict[str, int] = {}
-        self._deleted: set[str] = set()
         self._training_over = threading.Event()
         self._abandon = threading.Event()
         self._count()
@@ -171,8 +168,7 @@ class Recorder(threading.Thread):
                 self._handle_events(EVENTS_SECONDS)
                 wait = POLL_SECONDS if self._events.empty() else 0.0
                 for judged in self._pool.poll(wait):
-                    with self._noticing_deletion(judged.cell.trial):
-                        self._record(judged)
+                    self._record(judged)
                 if len(self._pool) == 0:
                     time.sleep(wait)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
@@ -191,35 +187,16 @@ class Recorder(threading.Thread):
         until = time.monotonic() + seconds
         while not self._events.empty():
             kind, digest, payload = self._events.get()
-            if digest in self._deleted:
-                continue
-            with self._noticing_deletion(digest):
-                if kind == "started":
-                    self._on_started(digest)
-                elif kind == "reported" and payload["outcome"] != "failed":
-                    self._on_reported(digest, payload)
-                else:
-                    self._on_failed(digest, payload["reason"], payload["trace"])
+            if kind == "started":
+                self._on_started(digest)
+            elif kind == "reported" and payload["outcome"] != "failed":
+                self._on_reported(digest, payload)
+            else:
+                self._on_failed(digest, payload["reason"], payload["trace"])
             if time.monotonic() >= until:
                 break
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
-
-    @contextmanager
-    def _noticing_deletion(self, digest: str) -> Iterator[None]:
-        """Turn a run that was deleted meanwhile, by whomever, into a failure of its trial."""
-        try:
-            yield
-        except RunDeletedError:
-            if digest in self._deleted:
-                return
-            self._deleted.add(digest)
-            self._unlogged.pop(digest, None)
-            self.progress.running.pop(digest, None)
-            self.failures.append(
-                f"{self._described(digest)}: its MLflow run was deleted; the next run of the "
-                "command writes it anew, from what the trial has kept"
-            )
 
     def _on_started(self, digest: str) -> None:
         trial = self._trials[digest]
@@ -322,27 +299,22 @@ class Recorder(threading.Thread):
             return
         ledger, seconds = from_parquet(judged.ledger)
         scores = self._evaluators[cell.evaluator].summarize(ledger)
-        try:
-            self.tracker.record_cell(
-                self._runs[cell.trial],
-                evaluator=cell.evaluator,
-                cell=cell.question,
-                asked=self._asked[cell.evaluator],
-                ledger=judged.ledger,
-                judged_by=judged_by(judged.ledger),
-                metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
-            )
-        except RunDeletedError:
-            self._pool.settle(cell)
-            raise
+        self.tracker.record_cell(
+            self._runs[cell.trial],
+            evaluator=cell.evaluator,
+            cell=cell.question,
+            asked=self._asked[cell.evaluator],
+            ledger=judged.ledger,
+            judged_by=judged_by(judged.ledger),
+            metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
+        )
         self._pool.settle(cell)
         self.progress.cells_done += 1
 
     def _flush(self) -> None:
         for digest in list(self._unlogged):
-            with self._noticing_deletion(digest):
-                self.tracker.log_epochs(self._runs[digest], self._unlogged[digest])
-                del self._unlogged[digest]
+            self.tracker.log_epochs(self._runs[digest], self._unlogged[digest])
+            del self._unlogged[digest]
         self._flushed_at = time.monotonic()
 
     def _missing(self, digest: str) -> list[str]:

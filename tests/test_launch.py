@@ -84,16 +84,15 @@ def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_pat
     assert stands == sorted(stands)
 
 
-def test_a_studys_run_that_was_deleted_meanwhile_is_written_anew(launch, capsys):
+def test_a_study_whose_run_was_deleted_meanwhile_ends_and_the_next_command_writes_it(launch):
     launch.results.mkdir()
-    data, line = load_data(DIGITS), ProgressLine()
-    recorder = _recorder(launch, data, line)
+    recorder = _recorder(launch, load_data(DIGITS), ProgressLine())
     tracker = recorder.tracker
-    parent = _open_study(launch, recorder, data)
-    tracker._client.delete_run(parent)
-    finished = _report(launch, recorder, parent, line, data)
-    assert finished.report.exists()
-    assert "was deleted meanwhile; it is written anew" in "".join(capsys.readouterr())
+    tracker._client.delete_run(parent := _open_study(launch, recorder, load_data(DIGITS)))
+    with pytest.raises(ValueError, match="deleted in MLflow meanwhile: give the same command"):
+        _report(launch, recorder, parent, ProgressLine())
+    parent = _open_study(launch, recorder, load_data(DIGITS))
+    assert _report(launch, recorder, parent, ProgressLine()).report.exists()
     (run,) = tracker._search("tags.kind = 'study'")
     assert run.info.status == "FINISHED"
     assert [file.path for file in tracker._client.list_artifacts(run.info.run_id)] == [

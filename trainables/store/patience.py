@@ -27,10 +27,6 @@ SILENT = "MLflow does not answer"
 Answer = TypeVar("Answer")
 
 
-class RunDeletedError(Exception):
-    """The run that was written to has been deleted."""
-
-
 def patiently(
     ask: Callable[[], Answer],
     *,
@@ -40,8 +36,8 @@ def patiently(
     """Ask until the server answers and its disk has room, or until `given_up` is set.
 
     `say` is told once what is waited for, and once that it is over. Where another writer made
-    the same row at the same time, it is asked again and finds that row. RunDeletedError where a
-    run is there no more; any other answer that is an error is raised as it is.
+    the same row at the same time, it is asked again and finds that row. ValueError where a run
+    was deleted meanwhile; any other answer that is an error is raised as it is.
     """
     stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, ""
     collisions = 0
@@ -50,7 +46,10 @@ def patiently(
             answer = ask()
         except (MlflowException, OSError) as error:
             if DELETED in str(error):
-                raise RunDeletedError(str(error)) from error
+                raise ValueError(
+                    "a run of this study was deleted in MLflow meanwhile: give the same command "
+                    "again, and it is written anew from what its trial has kept"
+                ) from error
             if COLLIDED.search(str(error)) and collisions < MOST_COLLISIONS:
                 collisions += 1
                 continue

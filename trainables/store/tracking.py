@@ -10,8 +10,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ JUDGED_TAG = "judged."
 TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
 SCHEMA_TAG = f"{PROJECT}.schema"
 VERSION_TAG = f"{PROJECT}.version"
-SCHEMA = 2  # of runs, tags and artifacts as written here; the first had no tag
+SCHEMA = 3  # of runs, tags and artifacts as written here; the first had no tag
 EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
 PAGE = 250  # runs asked for at once, which bounds the memory they take
 LONGEST_TAG = 5000
@@ -126,7 +125,7 @@ class Tracker:
     which takes the longer the more there are.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
     on a server that is away is waited for, which `say` is told; a run that was deleted meanwhile
-    is a RunDeletedError. `live`: whether a run is writing there now, None where nobody knows.
+    is a ValueError. `live`: whether a run is writing there now, None where nobody knows.
     """
 
     def __init__(
@@ -217,18 +216,6 @@ class Tracker:
         """Keep the folder of a report with the parent run and end it."""
         self._client.log_artifacts(run_id, str(report), "report")
         self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
-
-    @contextmanager
-    def measuring(self, run_id: str) -> Iterator[None]:
-        """Log this machine's CPU, memory, disk, network and GPUs to a run meanwhile."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(run_id, tracking_uri=self.uri, resume_logging=True)
-        monitor.start()
-        try:
-            yield
-        finally:
-            monitor.finish()
 
     def page(self, *, run_id: str = "", study: str = "") -> str:
         """Return where the MLflow UI shows a run, or compares a study's; never a password."""
