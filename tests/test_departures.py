@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import pytest
 import evaluators.__main__ as judging
 from evaluators import EVALUATORS
 from grid import run
-from grid.studies import BASES, with_axis, with_settings
-from trainables.recipe import Distillation, Recipe
+from grid.studies import BASES, with_settings
+from trainables.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "departures.md"
@@ -72,10 +71,8 @@ def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
     assert SWITCHES[what] == f"`{switch}`"
     if switch.startswith(JUDGE):
         _judges(shlex.split(switch.removeprefix(JUDGE)))
-    elif switch.startswith("--"):
-        _runs(shlex.split(switch))
     else:
-        _is_a_field(tomllib.loads(switch))
+        _runs(shlex.split(switch))
 
 
 def _judges(arguments: list[str]) -> None:
@@ -107,17 +104,6 @@ def _digest(recipe: Recipe, settings: dict[str, Any]) -> str | None:
         return with_settings(recipe, settings).digest()
     except ValueError:
         return None
-
-
-def _is_a_field(values: dict[str, dict[str, Any]]) -> None:
-    """Set a field of the recipe that no option sets: `distillation.reduction`."""
-    taught = with_axis(BASES["resnet50_aligned"](), "teacher", "deit_small")
-    ((field, changes),) = values.items()
-    held = getattr(taught, field)
-    assert isinstance(held, Distillation)
-    fields = {name: getattr(held, name) for name in type(held).model_fields}
-    changed = taught.replace(**{field: type(held).model_validate(fields | changes)})
-    assert changed.digest() != taught.digest()
 
 
 def test_every_value_as_published_is_named_by_a_row():

@@ -24,12 +24,11 @@ def recipes(small):
     deit, resnet = small("deit"), small()
     sgd = deit.replace(optimizer="sgd", learning_rate=0.1)
     mixed = deit.replace(augmentations="mixup+cutmix")
-    averaged = Distillation(teacher=resnet, reduction="mean")
     return {
         "deit sgd": sgd,
         "deit adamw": mixed,
         "deit attacked as published": sgd.replace(adversary=adversary, protocol="as-published"),
-        "student of a mean divergence": deit.replace(distillation=averaged),
+        "student": deit.replace(distillation=Distillation(teacher=resnet)),
         "resnet": resnet,
         "resnet attacked": resnet.replace(adversary=adversary),
         "resnet with ghosts, accumulated": resnet.replace(

@@ -119,14 +119,12 @@ class Distillation(_Frozen):
     """Learn from a teacher's plain logits beside the labels; the teacher is a trial of its own.
 
     loss = (1 - alpha) * cross-entropy + alpha * tau^2 * KL(teacher || student) at temperature tau.
-    The divergence is summed over classes and averaged over images (`batchmean`), or, as in the
-    study's code, averaged over both (`mean`).
+    The divergence is summed over classes and averaged over images.
     """
 
     teacher: Recipe
     alpha: float = Field(default=0.5, ge=0, le=1)
     tau: float = Field(default=1, gt=0)
-    reduction: Literal["batchmean", "mean"] = "batchmean"
 
 
 class CurriculumRow(_Frozen):

@@ -283,8 +283,6 @@ def distillation_loss(
         log_target=True,
         reduction="batchmean",
     )
-    if distillation.reduction == "mean":
-        divergence = divergence / logits_BK.shape[1]
     return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 
