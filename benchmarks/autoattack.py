@@ -22,7 +22,7 @@ from evaluators.base import Batch
 from grid.studies import deit, resnet50
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.train.adversary import attacked, pgd_iterates, random_start

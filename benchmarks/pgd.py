@@ -18,7 +18,7 @@ from evaluators.pgd import PGD
 from grid.studies import deit, resnet50
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, IMAGENET, Scale, scale_named
 from trainables.train.loop import train

@@ -124,7 +124,7 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     import torch
 
     from trainables.data.load import load_data
-    from trainables.models import build_classifier
+    from trainables.networks import build_classifier
     from trainables.recipe import Recipe
     from trainables.store.checkpoint import fit_weights, save_weights, stored_weights
     from trainables.train.loop import train

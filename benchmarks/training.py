@@ -44,7 +44,7 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.data.loader import TrainBatches
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
 from trainables.train.loop import PRECISIONS, accuracy, train

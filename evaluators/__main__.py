@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from evaluators.ledger import Score
     from evaluators.shards import ShardStore
     from trainables.data.base import Data
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
     from trainables.recipe import Recipe
     from trainables.store.tracking import Tracker
 
@@ -187,7 +187,7 @@ def _readable(source: DataSource) -> DataSource:
 def _load(options: argparse.Namespace, source: DataSource) -> tuple[Scale, Classifier]:
     """Build the model that the options, or the weights file's own header, name; load it."""
     from evaluators.weights import load_any_weights
-    from trainables.models import build_classifier, classifier_named
+    from trainables.networks import build_classifier, classifier_named
 
     if options.model is None:
         recipe = _recipe_of(options.weights)

@@ -10,7 +10,7 @@ from trainables.store.storage import WEIGHTS
 if TYPE_CHECKING:
     from trainables.data.base import Shard
     from trainables.data.listing import DataSource
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
     from trainables.scale import Scale
     from trainables.store.tracking import Credentials
 

@@ -22,7 +22,7 @@ from evaluators.base import Batch, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import FOLDED_ON, SUBSET_SEED
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked
 from trainables.train.folding import folded

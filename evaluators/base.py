@@ -20,7 +20,7 @@ from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 EXAMPLES = 4
 FORWARD_SHARD = 10_000  # images that one forward pass each answers for

@@ -14,7 +14,7 @@ from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 
 class Clean:

@@ -26,7 +26,7 @@ from trainables.data.folders import ImageFolderByClass
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts

@@ -14,7 +14,7 @@ from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import SUBSET_SEED
 from evaluators.red_flags import HUGE_EPSILON
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
 from trainables.train.noise import image_numbers

@@ -25,7 +25,7 @@ from trainables.scale import Scale
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 IMAGENET_A_IMAGES = 7500
 HARDEST_SHARE = 1 / 6

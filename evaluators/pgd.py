@@ -21,7 +21,7 @@ from trainables.train.folding import folded
 from trainables.train.noise import image_numbers, uniform
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 STEPS = (5, 10, 50, 100)
 SUBSET_SEED = 0

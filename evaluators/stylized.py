@@ -21,7 +21,7 @@ from trainables.data.folders import ImageFolderByClass
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 IMAGENET_IMAGES = 50_000
 TEXTURE = "texture:"

@@ -28,7 +28,7 @@ from trainables.train.adversary import attacked
 from trainables.train.folding import folded
 
 if TYPE_CHECKING:
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
 
 ACTIONS = 5  # row, column, texture, crop row, crop column
 WIDTH = 30  # of the embedding and of the LSTM

@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.store.checkpoint import read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")

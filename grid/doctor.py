@@ -38,7 +38,7 @@ from trainables.data.listing import (
     unused_test_folder,
 )
 from trainables.data.scan import Opened, Scan
-from trainables.models import classifier_named, count_parameters
+from trainables.networks import classifier_named, count_parameters
 from trainables.scale import Scale
 
 Level = Literal["ok", "warning", "error"]

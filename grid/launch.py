@@ -311,7 +311,7 @@ def _check_plan(launch: Launch) -> None:
         evaluator_named(name, launch.scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
     if from_timm:
-        from trainables.models import check_model
+        from trainables.networks import check_model
 
         for recipe in from_timm.values():
             check_model(recipe)

@@ -22,7 +22,7 @@ from evaluators.base import evaluate
 from grid.plan import build_plan
 from grid.studies import load_study
 from trainables.data.load import load_data
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import SCALES, scale_named
 from trainables.train.loop import train

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from trainables.data.base import Data, Split
 from trainables.data.load import load_data
-from trainables.models import GhostBatchNorm2d, build_classifier, use_set
+from trainables.networks import GhostBatchNorm2d, build_classifier, use_set
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.train.loop import train

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from trainables.data.base import to_unit
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.train.adversary import (
     attacked,
     pgd_iterates,

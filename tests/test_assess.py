@@ -19,7 +19,7 @@ from grid.assess import Cell, EvaluatorPool
 from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
 from trainables.data.load import load_data
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
 

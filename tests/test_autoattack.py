@@ -18,7 +18,7 @@ from evaluators.ledger import in_order
 from tests.tiny import trained_classifier
 from trainables.data.base import WHOLE, Shard, to_unit
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evaluators.weights import load_any_weights
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
     load_weights,

@@ -25,7 +25,7 @@ from grid.studies import deit, resnet50
 from trainables.data.cifar import CLASSES
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.scale import CIFAR10
 from trainables.train.loop import train
 

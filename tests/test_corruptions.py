@@ -27,7 +27,7 @@ from evaluators.corruptions import (
 from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from grid.plan import build_plan
 from grid.run import main
 from grid.studies import load_study
 from tests.made_up import record
-from trainables.models import Classifier, classifier_named, count_parameters
+from trainables.networks import Classifier, classifier_named, count_parameters
 from trainables.scale import DIGITS, IMAGENET, PatchBudget
 
 THRIFTY = replace(

@@ -20,7 +20,7 @@ from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, STEPS, PublishedPGD
 from tests.tiny import Watched
 from trainables.data.base import Data, Split, to_unit
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")

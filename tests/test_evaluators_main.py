@@ -19,7 +19,7 @@ from evaluators.base import evaluate
 from evaluators.pgd import STEPS
 from evaluators.weights import load_any_weights, plain_names
 from trainables.data.load import load_data
-from trainables.models import build_classifier, classifier_named
+from trainables.networks import build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, SCALES
 from trainables.store.checkpoint import save_weights

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.train.exactness import exact
 from trainables.train.loop import train
 

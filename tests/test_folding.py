@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.train.adversary import attacked
 from trainables.train.folding import folded
 from trainables.train.optim import build_optimizer

@@ -17,7 +17,7 @@ from tests.pictures import write_picture
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.scale import IMAGENET, PatchBudget
 from trainables.train.loop import train
 

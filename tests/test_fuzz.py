@@ -40,7 +40,7 @@ from trainables.data.images import ImageFiles, keep_originals
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
 from trainables.data.scan import Scan
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
 from trainables.store.checkpoint import (

@@ -15,7 +15,7 @@ from evaluators.pgd import PGD
 from evaluators.red_flags import is_checked, red_flags
 from tests.tiny import trained_classifier
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS
 
 

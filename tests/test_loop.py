@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from grid.studies import CURRICULA
 from trainables.data.base import Split
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Distillation
 from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.train.loop import accuracy, distillation_loss, probe, train, training_loss

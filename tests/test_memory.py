@@ -13,7 +13,7 @@ from evaluators.base import evaluate
 from evaluators.memory import images_at_once
 from evaluators.pgd import PGD
 from tests.tiny import Watched
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from grid.status import open_tracker
 from grid.studies import load_study
 from tests.made_up import MadeUpPool
 from trainables.data.load import load_data
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
 from trainables.store.tracking import OTHER_WEIGHTS

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from grid.studies import adversarial_resnet50, deit, resnet50
-from trainables.models import (
+from trainables.networks import (
     ACTIVATION_LAYERS,
     GhostBatchNorm2d,
     build_classifier,

@@ -15,7 +15,7 @@ from evaluators.base import evaluate
 from evaluators.natural import Natural, hardest
 from trainables.data.base import Data, Split
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")

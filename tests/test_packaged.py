@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.store.checkpoint import save_weights
 from trainables.store.packaged import _load_pyfunc
 

@@ -41,7 +41,7 @@ from trainables.data.images import ImageFiles, keep_originals, keep_validated
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.data.scan import Scan
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
     load_newest_checkpoint,

@@ -9,7 +9,7 @@ import torch
 
 from tests.servers import s3_bucket
 from trainables.data.listing import EMBEDDED
-from trainables.models import build_classifier
+from trainables.networks import build_classifier
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,

@@ -14,7 +14,7 @@ from evaluators.base import Batch, evaluate, verdicts
 from evaluators.stylized import Stylized, mix_cues, texture_partners
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from evaluators.texture_patch import (
 from evaluators.textures import StoredTextures
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.models import Classifier
+from trainables.networks import Classifier
 from trainables.scale import PatchBudget, scale_named
 
 SIDE = 8

@@ -19,7 +19,7 @@ from trainables.watchdog import counting_steps
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trainables.models import Classifier
+    from trainables.networks import Classifier
     from trainables.train.loop import EpochReport
     from trainables.train.team import Team
 
@@ -149,7 +149,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
     import torch
 
     from trainables.data.load import load_data
-    from trainables.models import build_classifier
+    from trainables.networks import build_classifier
     from trainables.scale import scale_named
     from trainables.store.checkpoint import load_newest_checkpoint
     from trainables.train.loop import train
@@ -196,7 +196,7 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
 
 def _teacher(running: RunningTrial, storage: str) -> Classifier | None:
     """Return a student's teacher with its trained weights; None without one, or without those."""
-    from trainables.models import build_classifier
+    from trainables.networks import build_classifier
     from trainables.store.checkpoint import fit_weights, stored_weights
 
     recipe = running.recipe.teacher

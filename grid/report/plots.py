@@ -319,7 +319,7 @@ def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
 
 def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw clean accuracy and corruption error against the number of parameters."""
-    from trainables.models import build_classifier, count_parameters
+    from trainables.networks import build_classifier, count_parameters
 
     scores = {"clean": "clean accuracy", "corruptions": "corruption error"}
     judged = [row for row in table.rows if (d := row.recipe.digest()) in runs and runs[d].metrics]

@@ -24,7 +24,7 @@ from grid.studies import (
     resnet_aligned,
 )
 from trainables.data.base import Data, Split
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainables.models import Classifier, build_classifier
+from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.store.checkpoint import fit_weights, read_weights
 from trainables.store.storage import WEIGHTS

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.models import by_own_ghost
+from trainables.networks import by_own_ghost
 from trainables.recipe import Adversary, Recipe
 from trainables.train.folding import FoldedClassifier
 from trainables.train.noise import uniform

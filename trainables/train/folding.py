@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from trainables.models import Classifier, GhostBatchNorm2d
+from trainables.networks import Classifier, GhostBatchNorm2d
 from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 from trainables.watchdog import beat
 

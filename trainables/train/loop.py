@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainables.data.augment import mix
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.loader import TrainBatches
-from trainables.models import Classifier, use_set
+from trainables.networks import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
 from trainables.train.adversary import attacked, pgd_iterates, training_attack

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainables.models import Classifier, GhostBatchNorm2d
+from trainables.networks import Classifier, GhostBatchNorm2d
 from trainables.recipe import Recipe
 
 
