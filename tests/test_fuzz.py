@@ -24,11 +24,11 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from evaluators import __main__ as evaluators_main
-from evaluators import build_textures
 from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
 from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published, vgg19_network
+from evaluators.textures_build import __main__ as textures_build
 from evaluators.weights import load_any_weights
 from grid import run
 from grid.plan import build_plan
@@ -222,11 +222,11 @@ def test_any_words_to_the_evaluators_end_in_0_or_2(arguments, no_weights, capsys
     )
 
 
-@given(arguments=words(build_textures._parser()))
+@given(arguments=words(textures_build._parser()))
 @counted
 def test_any_words_to_the_texture_builder_end_in_0_or_2(arguments, no_weights, tmp_path, capsys):
     fixed = ["--weights", no_weights, "--out", str(tmp_path / "out")]
-    assert ends_well(build_textures.main, [*arguments, *fixed], capsys)
+    assert ends_well(textures_build.main, [*arguments, *fixed], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -300,7 +300,7 @@ def test_weights_that_do_not_fit_vgg19_are_refused(tmp_path: Path) -> None:
 def test_the_command_builds_a_dictionary_that_is_read_again_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from evaluators.build_textures import main
+    from evaluators.textures_build.__main__ import main
 
     assert main(["--out", str(tmp_path)]) == 0
     assert "features: " in capsys.readouterr().out
@@ -317,7 +317,7 @@ def test_the_command_builds_a_dictionary_that_is_read_again_and_goes_on(
 
 
 def test_weights_that_are_no_vgg19_are_refused(tmp_path: Path) -> None:
-    from evaluators.build_textures import main
+    from evaluators.textures_build.__main__ import main
 
     (tmp_path / "vgg19.pth").write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="2"):

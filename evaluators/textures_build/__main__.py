@@ -1,4 +1,4 @@
-"""The command line that builds a texture dictionary: `python -m evaluators.build_textures`."""
+"""The command line that builds a texture dictionary: `python -m evaluators.textures_build`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _network(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluators.build_textures",
+        prog="python -m evaluators.textures_build",
         description="Build the texture patch attack's dictionary from a data set's train images.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes")
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"python -m evaluators.build_textures: {message}", file=sys.stderr)
+    print(f"python -m evaluators.textures_build: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
