@@ -27,8 +27,9 @@ from evaluators import __main__ as evaluators_main
 from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
 from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
-from evaluators.textures import LAYOUT, read_published, vgg19_network
+from evaluators.textures import LAYOUT, read_published
 from evaluators.textures_build import __main__ as textures_build
+from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
 from grid import run
 from grid.plan import build_plan

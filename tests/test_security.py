@@ -29,7 +29,8 @@ from torchvision.datasets import CIFAR10 as TORCHVISION
 from evaluators.__main__ import main as evaluators_main
 from evaluators.shards import ShardStore
 from evaluators.stored_cifar import stored_images, stored_labels
-from evaluators.textures import LAYOUT, read_published, vgg19_network
+from evaluators.textures import LAYOUT, read_published
+from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
 from grid import address, run
 from grid.studies import load_study

@@ -13,34 +13,35 @@ from torch import nn
 from evaluators import textures
 from evaluators.textures import (
     LAYOUT,
-    SMALL,
-    FeatureNetwork,
     StoredTextures,
-    build_dictionary,
-    cam_mask,
     dictionary_for,
-    grad_cam,
-    gram,
     load_or_build,
     open_dictionary,
     own_settings,
     read_published,
-    small_network,
-    vgg19_network,
     write_published,
 )
+from evaluators.textures_build import builder, networks
+from evaluators.textures_build.builder import SMALL, build_textures, cam_mask, grad_cam, gram
+from evaluators.textures_build.networks import FeatureNetwork, small_network, vgg19_network
 from trainables.data.base import Data
 from trainables.data.load import load_data
 from trainables.scale import scale_named
 
 DIGITS = scale_named("digits")
 CPU = torch.device("cpu")
-QUICK = replace(SMALL, classes=2, images=30, clusters=2, steps=4)
+QUICK = replace(SMALL, images=30, clusters=2, steps=4)
 
 
 @pytest.fixture(scope="module")
 def data() -> Data:
     return load_data(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def two(data: Data) -> Data:
+    """The digits 0 and 1 alone."""
+    return replace(data, train=data.train.at(np.flatnonzero(data.train.labels < 2)))
 
 
 @pytest.fixture(scope="module")
@@ -169,98 +170,99 @@ def test_grad_cam_is_the_weighted_activation() -> None:
     assert right.tolist() == (head(inputs).argmax(dim=1) == 0).tolist()
 
 
-def test_build_is_the_same_bits_each_time(data: Data, network: FeatureNetwork) -> None:
-    first = build_dictionary(network, data.train, QUICK, device=CPU)
-    assert first.textures.shape == (2, 2, 3, 16, 16)
-    assert first.digest == build_dictionary(network, data.train, QUICK, device=CPU).digest
+def test_build_is_the_same_bits_each_time(data: Data, two: Data, network: FeatureNetwork) -> None:
+    first, classes = build_textures(network, two.train, QUICK, device=CPU)
+    assert (first.shape, classes) == ((2, 2, 3, 16, 16), (0, 1))
     again = small_network(DIGITS, data, seed=0, epochs=4)
-    assert first.digest == build_dictionary(again, data.train, QUICK, device=CPU).digest
+    for other in (network, again):
+        assert torch.equal(first, build_textures(other, two.train, QUICK, device=CPU)[0])
 
 
-def test_synthesis_brings_the_grams_nearer(data: Data, network: FeatureNetwork) -> None:
+def test_synthesis_brings_the_grams_nearer(two: Data, network: FeatureNetwork) -> None:
     def distance(steps: int) -> float:
-        settings = replace(QUICK, steps=steps, classes=1)
-        built = build_dictionary(network, data.train, settings, device=CPU)
-        centres = textures._gram_centres(network, data.train, 0, settings, CPU)
-        inputs = network.normalised(built.of_class(0))
-        found = textures._activations(network.averaging(), network.style_layers, inputs)
+        settings = replace(QUICK, steps=steps)
+        built, _ = build_textures(network, two.train, settings, device=CPU)
+        centres = builder._gram_centres(network, two.train, 0, settings, CPU)
+        inputs = network.normalised(built[0])
+        found = builder._activations(network.averaging(), network.style_layers, inputs)
         return sum(float((gram(a) - g).square().sum()) for a, g in zip(found, centres, strict=True))
 
     assert distance(60) < 0.5 * distance(0)
 
 
 def test_building_is_a_sign_of_life_to_the_watchdog(
-    data: Data, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+    data: Data, two: Data, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[None] = []
-    monkeypatch.setattr(textures, "beat", lambda: beats.append(None))
+    for module in (networks, builder):
+        monkeypatch.setattr(module, "beat", lambda: beats.append(None))
     small_network(DIGITS, data, seed=0, epochs=2)
     assert len(beats) == 2 * 1200 // 50
     beats.clear()
-    build_dictionary(network, data.train, QUICK, device=CPU)
+    build_textures(network, two.train, QUICK, device=CPU)
     assert len(beats) == 2 + QUICK.steps  # a batch of images per class, and the synthesis
 
 
-def test_textures_of_grey_images_are_grey(data: Data, network: FeatureNetwork) -> None:
-    built = build_dictionary(network, data.train, QUICK, device=CPU).textures
+def test_textures_of_grey_images_are_grey(two: Data, network: FeatureNetwork) -> None:
+    built, _ = build_textures(network, two.train, QUICK, device=CPU)
     assert torch.equal(built[:, :, :1].expand_as(built), built)
     assert 0 <= float(built.min()) <= float(built.max()) <= 1
 
 
 def test_too_few_images_for_the_clusters_are_refused(data: Data, network: FeatureNetwork) -> None:
     with pytest.raises(ValueError, match=r"class 0: .* too few for 99 textures"):
-        build_dictionary(network, data.train, replace(QUICK, clusters=99), device=CPU)
+        build_textures(network, data.train, replace(QUICK, clusters=99), device=CPU)
 
 
 def test_a_class_with_too_few_images_is_left_out(
     data: Data, network: FeatureNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = data.train.at(np.concatenate([np.arange(200), np.flatnonzero(data.train.labels == 7)]))
-    several = replace(QUICK, classes=None, clusters=18, images=100, steps=1)
-    built = build_dictionary(network, few, several, device=CPU)
-    assert 7 in built.classes
-    assert 2 <= len(built.classes) < 10
-    assert built.textures.shape[:2] == (len(built.classes), 18)
+    several = replace(QUICK, clusters=18, images=100, steps=1)
+    built, classes = build_textures(network, few, several, device=CPU)
+    assert 7 in classes
+    assert 2 <= len(classes) < 10
+    assert built.shape[:2] == (len(classes), 18)
     assert "left out of the texture dictionary: class" in caplog.text
 
 
 def test_own_dictionary_is_built_once_and_kept_in_a_file(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(textures, "own_settings", lambda scale: QUICK)
     monkeypatch.setattr(textures, "_built", {})
-    first = load_or_build(DIGITS, data, tmp_path)
-    assert dictionary_for(DIGITS, data) is first
+    first = load_or_build(DIGITS, two, tmp_path)
+    assert dictionary_for(DIGITS, two) is first
     assert "no VGG-19 weights" in first.source
     textures._built.clear()
-    second = load_or_build(DIGITS, data, tmp_path)
+    second = load_or_build(DIGITS, two, tmp_path)
     assert textures._built == {}
     assert (second.digest, second.source, second.classes) == (first.digest, first.source, (0, 1))
 
 
 def test_data_with_a_cache_have_their_dictionary_built_once_for_all_processes(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(textures, "own_settings", lambda scale: QUICK)
     monkeypatch.setattr(textures, "_built", {})
-    cached = replace(data, cache=tmp_path / "cache")
+    cached = replace(two, cache=tmp_path / "cache")
     first = dictionary_for(DIGITS, cached)
     textures._built.clear()
-    monkeypatch.setattr(textures, "build_dictionary", None)
+    monkeypatch.setattr(textures, "build_textures", None)
     assert dictionary_for(DIGITS, cached).digest == first.digest
     with pytest.raises(TypeError):
-        dictionary_for(DIGITS, data)
+        dictionary_for(DIGITS, two)
 
 
 def test_damaged_file_is_reported_and_built_again(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    two: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(textures, "own_settings", lambda scale: QUICK)
     monkeypatch.setattr(textures, "_built", {})
-    first = load_or_build(DIGITS, data, tmp_path)
+    first = load_or_build(DIGITS, two, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    assert load_or_build(DIGITS, data, tmp_path).digest == first.digest
+    assert load_or_build(DIGITS, two, tmp_path).digest == first.digest
     assert "is damaged" in caplog.text
     assert path.stat().st_size > 100
 

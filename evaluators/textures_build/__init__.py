@@ -1,1 +1,1 @@
-"""Builds the texture patch attack's dictionary from a data set: `python -m evaluators.textures_build`."""
+"""The builder of texture dictionaries: `python -m evaluators.textures_build`."""

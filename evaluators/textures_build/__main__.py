@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from trainables.data.listing import scale_of
 from trainables.options import add_data_options, source_of
-from trainables.scale import Scale
 
 if TYPE_CHECKING:
     import torch
 
-    from evaluators.textures import FeatureNetwork, TextureSettings
+    from evaluators.textures_build.builder import TextureSettings
+    from evaluators.textures_build.networks import FeatureNetwork
     from trainables.data.base import Data
 
 
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from evaluators.base import device_named
-    from evaluators.textures import FULL, own_settings
+    from evaluators.textures import own_settings
+    from evaluators.textures_build.builder import FULL
+    from evaluators.textures_build.networks import small_network, vgg19_network
     from trainables.data.load import load_data
 
     source = source_of(options)
@@ -42,7 +44,11 @@ def _run(options: argparse.Namespace) -> int:
     settings = FULL if options.weights else own_settings(scale)
     settings = replace(settings, clusters=scale.patch.textures, classes_at_once=1)
     device = device_named(options.device)
-    network = _network(options.weights, scale, data, settings)
+    network = (
+        vgg19_network(options.weights)
+        if options.weights
+        else small_network(scale, data, seed=settings.seed, epochs=settings.network_epochs)
+    )
     print(f"features: {network.source}; {settings}")
     build(network, data, settings, options.out, device)
     return 0
@@ -55,31 +61,22 @@ def build(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Build class after class into a folder in the published layout; what is there is kept."""
+    """Build class after class into a folder in the published layout, but for those it holds."""
     from rich.progress import track
 
-    from evaluators.textures import TooFewImagesError, build_dictionary, has_class, write_published
+    from evaluators.textures import StoredTextures, has_class, write_published
+    from evaluators.textures_build.builder import TooFewImagesError, build_textures
 
-    for label in track(range(len(data.class_names))[: settings.classes], "classes"):
+    for label in track(range(len(data.class_names)), "classes"):
         if has_class(folder, label, settings.clusters):
             continue
         of_class = data.train.at((data.train.labels == label).nonzero().flatten().numpy())
         try:
-            dictionary = build_dictionary(network, of_class, settings, device=device)
+            built = build_textures(network, of_class, settings, device=device)
         except TooFewImagesError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        write_published(dictionary, folder)
-
-
-def _network(
-    weights: Path | None, scale: Scale, data: Data, settings: TextureSettings
-) -> FeatureNetwork:
-    from evaluators.textures import small_network, vgg19_network
-
-    if weights:
-        return vgg19_network(weights)
-    return small_network(scale, data, seed=settings.seed, epochs=settings.network_epochs)
+        write_published(StoredTextures(*built, network.source), folder)
 
 
 def _parser() -> argparse.ArgumentParser:
