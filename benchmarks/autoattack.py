@@ -19,7 +19,7 @@ from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, r
 from benchmarks.pgd import untrained
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
-from grid.studies import deit, resnet50
+from grid.study import base_named
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
 from trainables.networks import Classifier, build_classifier
@@ -49,7 +49,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         name = f"{model}{f' trained against PGD-{steps}' if steps else ''}"
         yield beside_pyautoattack(name, attack, repeats=1 if quick else 5)
     if DEVICE.type == "cuda":
-        for recipe in (resnet50(), deit()):
+        for recipe in (base_named("resnet50"), base_named("deit_small")):
             yield beside_pyautoattack(
                 f"{recipe.model} at 224 px", unbreakable(recipe, 8), repeats=3
             )

@@ -32,7 +32,7 @@ from torchvision.transforms import (  # type: ignore[import-untyped]
 )
 
 from benchmarks.measure import Figure, in_turns, require
-from grid.studies import resnet50
+from grid.study import base_named
 from trainables.data.augment import SHIFT_FRACTION
 from trainables.data.base import Split
 from trainables.data.images import ImageFiles, as_tensor
@@ -63,7 +63,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         recipe, train = from_files(root, side=32, cache=cache)
         name = "memory at 32 px, crop and flip"
         yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats)
-        recipe, train = CIFAR10.shrink(resnet50()), in_memory(train)
+        recipe, train = CIFAR10.shrink(base_named("resnet50")), in_memory(train)
         name = "memory at 32 px, shift and flip"
         yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats, shifted=True)
 
@@ -173,7 +173,7 @@ def from_files(root: Path, *, side: int, cache: Path | None = None) -> tuple[Rec
     """Return a recipe and the train images of files, kept decoded where there is a cache."""
     source = DataSource(root=root, cache=cache)
     scale = scale_of("folder", source, image_size=side)
-    return scale.shrink(resnet50()), load_data(scale, source).train
+    return scale.shrink(base_named("resnet50")), load_data(scale, source).train
 
 
 def in_memory(train: Split) -> Split:

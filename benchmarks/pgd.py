@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, require
 from evaluators.base import Batch
 from evaluators.pgd import PGD
-from grid.studies import deit, resnet50
+from grid.study import base_named
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
 from trainables.networks import Classifier, build_classifier
@@ -29,12 +29,12 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     held_out = load_data(DIGITS).held_out.subset(8 if quick else DIGITS.attack_subset, seed=0)
     images, labels = to_unit(held_out.images.to(DEVICE)), held_out.labels.to(DEVICE)
     batch = Batch(images, labels, held_out.ids)
-    for recipe in (resnet50(), deit()):
+    for recipe in (base_named("resnet50"), base_named("deit_small")):
         classifier = trained(recipe, epochs=1 if quick else 4)
         attack = Attack(classifier, batch, DIGITS, epsilon=16 / 255, step_size=4 / 255)
         yield beside_torchattacks(recipe.model, attack, repeats=1 if quick else 7)
     if DEVICE.type == "cuda":
-        for recipe in (resnet50(), deit()):
+        for recipe in (base_named("resnet50"), base_named("deit_small")):
             classifier, images, labels = untrained(recipe, 128)
             batch = Batch(images, labels, tuple(map(str, range(128))))
             attack = Attack(classifier, batch, IMAGENET, epsilon=4 / 255, step_size=1 / 255)

@@ -28,14 +28,16 @@ from typing import Any
 
 from grid.plan import Plan, build_plan
 from grid.run import ENVIRONMENT
-from grid.studies import Study, resnet50
+from grid.study import Study, base_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.storage import below
 from trainables.trial import RecipeTrial
 
 DECAYS = tuple(1e-5 * (place + 1) for place in range(10))
-STUDY = Study(name="scale", base=resnet50(), axes={"weight_decay": DECAYS}, evaluators=())
+STUDY = Study(
+    name="scale", base=base_named("resnet50"), axes={"weight_decay": DECAYS}, evaluators=()
+)
 EPOCH = {"epoch": 1.0, "train/loss": 0.5, "train/rate": 0.1, "train/seconds": 0.0}
 EACH = ("enumerate", "run", "of it driver", "look up", "report")
 ONCE = ("resume s", "Ray up s")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import Figure, require, seconds
 from grid.plan import Trial, build_plan
 from grid.run import _parser
-from grid.studies import load_study
+from grid.study import load_study
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 

@@ -38,7 +38,7 @@ from benchmarks.measure import (
     rate,
     require,
 )
-from grid.studies import deit, resnet50
+from grid.study import base_named
 from trainables.data.augment import mix
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.listing import DataSource, scale_of
@@ -73,7 +73,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         yield beside_bare(*pictures, batch=4, repeats=8 * repeats, clock=time.perf_counter)
         yield from beside_timm(root / "digits", 1 if quick else EPOCHS - 1)
     if DEVICE.type == "cuda":
-        for recipe in (resnet50(), deit()):
+        for recipe in (base_named("resnet50"), base_named("deit_small")):
             for precision, compiled in (("float32", False), ("bf16", False), ("bf16", True)):
                 sides = full_size(recipe, precision, 512)
                 yield beside_bare(*sides, batch=64, repeats=repeats, compiled=compiled)
@@ -155,7 +155,7 @@ def beside_timm(root: Path, repeats: int) -> Iterator[Figure]:
     A process keeps its augmented epochs for the trainings after the first, so two of ours are
     timed: one that makes them, and the same once more behind it.
     """
-    recipe = DIGITS.shrink(deit()).replace(epochs=repeats + 1)
+    recipe = DIGITS.shrink(base_named("deit_small")).replace(epochs=repeats + 1)
     data = load_data(DIGITS)
     judged_by_one = replace(data, held_out=few(data.held_out))
     drift = drift_from(timm_epochs, recipe, judged_by_one)
@@ -272,7 +272,9 @@ def bare_epochs(
 
 def small(count: int) -> tuple[Recipe, Data]:
     """Return ResNet-18's recipe at CIFAR-10's scale, and noise in memory at 32 px."""
-    return CIFAR10.shrink(resnet50()).replace(model="resnet18"), noise("cifar10", count, 32)
+    return CIFAR10.shrink(base_named("resnet50")).replace(model="resnet18"), noise(
+        "cifar10", count, 32
+    )
 
 
 def noise(name: str, count: int, side: int) -> Data:
@@ -289,7 +291,7 @@ def large(root: Path, count: int) -> tuple[Recipe, Data]:
     source = DataSource(root=root, workers=1)
     scale = scale_of("folder", source, image_size=224)
     data = load_data(scale, source)
-    return scale.shrink(resnet50()), data
+    return scale.shrink(base_named("resnet50")), data
 
 
 def full_size(recipe: Recipe, precision: str, count: int) -> tuple[Recipe, Data]:

@@ -20,7 +20,7 @@ from trainables.scale import scale_named
 from trainables.store.tracking import Tracker
 
 HERE = Path(__file__).parent
-STUDY = "paper"
+STUDY = "bai2021"
 
 
 def main(results: Path, scale: str = "digits") -> None:

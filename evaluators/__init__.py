@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from trainables.recipe import unknown
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
-    from evaluators.base import Evaluator
+    from evaluators.base import Column, Evaluator
 
 # Where each evaluator is, the cheapest first; it is imported when it is asked for, so that
 # `--help` stays quick.
@@ -31,7 +32,33 @@ EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not o
 
 def evaluator_named(name: str, scale: Scale) -> Evaluator:
     """Return an evaluator set up for a scale; ValueError lists the names."""
+    return cast("Evaluator", _class_named(name)(scale))
+
+
+def _class_named(name: str) -> Any:
     if name not in EVALUATORS:
-        raise ValueError(f"unknown evaluator {name!r}; one of {sorted(EVALUATORS)}")
+        raise ValueError(unknown("evaluator", name, EVALUATORS))
     module, _, made = EVALUATORS[name].partition(":")
-    return cast("Evaluator", getattr(import_module(module), made)(scale))
+    return getattr(import_module(module), made)
+
+
+def evaluator_of(score: str) -> str:
+    """Return the evaluator of a score by its name: 'pgd' of 'pgd-100'. ValueError lists them."""
+    owners = [n for n in EVALUATORS if score == n or score.startswith((f"{n}-", f"{n}/"))]
+    if not owners:
+        raise ValueError(unknown("score", score, EVALUATORS))
+    return max(owners, key=len)
+
+
+def columns_of(evaluator: str) -> dict[str, Column]:
+    """Return the columns that an evaluator states, by the name of their score."""
+    columns: tuple[Column, ...] = _class_named(evaluator).columns
+    return {column.name: column for column in columns}
+
+
+def column_named(score: str) -> Column:
+    """Return the column of a score; ValueError lists those of its evaluator."""
+    columns = columns_of(evaluator_of(score))
+    if score not in columns:
+        raise ValueError(unknown("score", score, columns))
+    return columns[score]

@@ -18,7 +18,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from evaluators import memory
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.pgd import FOLDED_ON, SUBSET_SEED
 from trainables.data.base import WHOLE, Data, Shard, Split
@@ -55,6 +55,13 @@ class AutoAttack:
     """
 
     name = "autoattack"
+    columns: tuple[Column, ...] = (
+        Column("autoattack/clean", "Clean, same images"),
+        Column("autoattack/after-apgd-ce", "after APGD-CE"),
+        Column("autoattack/after-apgd-t", "after APGD-T"),
+        Column("autoattack/after-fab-t", "after FAB-T"),
+        Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
+    )
     least_shard = 1
 
     def __init__(
@@ -149,6 +156,7 @@ class SmallAutoAttack(AutoAttack):
     """AutoAttack at the scale's small radius, which vanilla models survive in part (T1)."""
 
     name = "autoattack-small"
+    columns = (Column("autoattack-small", "AutoAttack 0.001", "AutoAttack, small radius"),)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return super().cost(held_out, withstanding=max(withstanding, SMALL_WITHSTANDING))

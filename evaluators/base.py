@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from evaluators import evaluator_of
 from evaluators.ledger import LEDGER, Score, in_order
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.train.exactness import exact
@@ -63,8 +64,56 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: one score of an evaluator, by its name on the study's own data.
+
+    A score's name begins with its evaluator's: pgd-100. Other data have a `counterpart` of that
+    title, whose score is `counterpart_score` ("": the same), or no such column. `own_score`: a
+    score that only the study's own data give. `heading`: the title on other data.
+    """
+
+    name: str
+    label: str
+    counterpart: str = ""
+    counterpart_score: str = ""
+    own_score: str = ""
+    heading: str = ""
+
+    @property
+    def evaluator(self) -> str:
+        """Return the name of the evaluator whose cell yields the score."""
+        return evaluator_of(self.name)
+
+    @property
+    def score(self) -> str:
+        """Return the name of the score on the data that the column is shown for."""
+        return (self.heading and self.counterpart_score) or self.name
+
+    @property
+    def title(self) -> str:
+        """Return the column's honest name."""
+        return self.heading or self.label
+
+    def at(self, scale: str, scores: Collection[str] = ()) -> Column | None:
+        """Return the column as a scale shows it; None where its score does not exist there.
+
+        scores: those of the models judged so far, which tell what data they were judged on.
+        """
+        own = scale == "imagenet"
+        if self.own_score and self.evaluator in scores:
+            own = self.own_score in scores
+        if own or not (self.counterpart or self.own_score):
+            return self
+        if not self.counterpart:
+            return None
+        return replace(self, heading=f"{self.counterpart} ({scale})")
+
+
 class Evaluator(Protocol):
     """A question asked of a classifier.
+
+    `columns` are the scores that tables may show.
 
     `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
     `total` is how many images there are; they are judged in shards of `least_shard` or more, each
@@ -76,6 +125,9 @@ class Evaluator(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def columns(self) -> tuple[Column, ...]: ...
 
     @property
     def least_shard(self) -> int: ...

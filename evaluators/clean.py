@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import Scale
@@ -21,6 +21,7 @@ class Clean:
     """Top-1 accuracy on every held-out image."""
 
     name = "clean"
+    columns = (Column("clean", "Clean"),)
     least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:

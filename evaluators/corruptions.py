@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evaluators import EXTRA_KINDS, SEVERITIES
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.corruption_kinds import GROUPS, KINDS, corrupt
 from evaluators.intervals import of_mean
 from evaluators.ledger import Score
@@ -63,6 +63,11 @@ class Corruptions:
     """
 
     name = "corruptions"
+    columns = (
+        Column("corruptions", "ImageNet-C error", "Corruptions error"),
+        Column("corruptions-19", "Error, 19 corruptions", own_score="corruptions-19"),
+        Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE"),
+    )
     least_shard = SHARD_IMAGES
 
     def __init__(self, scale: Scale) -> None:

@@ -31,6 +31,7 @@ class Health:
     """
 
     name = "health"
+    columns = ()
     least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
+from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.stored_cifar import load_cifar10_1
 from trainables.data.base import WHOLE, Data, Shard, Split
@@ -46,6 +46,10 @@ class Natural:
     """
 
     name = "natural"
+    columns = (
+        Column("natural", "ImageNet-A", "Natural-adversarial", own_score="natural-1000"),
+        Column("natural-1000", "ImageNet-A, among all 1,000", own_score="natural-1000"),
+    )
     least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:

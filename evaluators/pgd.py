@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.memory import images_at_once
 from trainables.data.base import WHOLE, Data, Shard, Split
@@ -44,6 +44,7 @@ class PGD:
     """
 
     name = "pgd"
+    columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in STEPS)
     protocol: Protocol = "corrected"
     least_shard = 1
 
@@ -133,6 +134,7 @@ class PublishedPGD(PGD):
     """
 
     name = "pgd-as-published"
+    columns = tuple(Column(f"pgd-as-published-{n}", f"PGD-{n} as published") for n in STEPS)
     protocol: Protocol = "as-published"
 
     def _start(self, batch: Batch, epsilon: float) -> Tensor:

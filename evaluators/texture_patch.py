@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluators.base import Batch, split_batches, verdicts
+from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.intervals import of_mean
 from evaluators.ledger import Score, share, survival_scores
 from evaluators.memory import images_at_once
@@ -367,6 +367,11 @@ class TexturePatchAttack:
     """
 
     name = "tpa"
+    columns = (
+        Column("tpa", "TPA"),
+        Column("tpa/patches-1", "TPA, 1 patch"),
+        Column("tpa-random", "Random patches"),
+    )
     least_shard = 1
 
     def __init__(

@@ -21,7 +21,7 @@ from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from evaluators import EVALUATORS, evaluator_named
+from evaluators import EVALUATORS, columns_of, evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import Placement, Placements, Room, connect
 from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
@@ -30,7 +30,7 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
-from grid.studies import PGD, PGD_AS_PUBLISHED, Study
+from grid.study import Study
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
@@ -494,9 +494,9 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
 
 def scores_of(plan: Plan) -> list[str]:
     """Return the score that stands for each evaluator of a plan, the cheapest first."""
-    asked = {name for trial in plan for name in trial.evaluators}
-    longest = {column.evaluator: column.score for column in (*PGD, *PGD_AS_PUBLISHED)}
-    return [longest.get(name, name) for name in EVALUATORS if name in asked - {"health"}]
+    names = {name for trial in plan for name in trial.evaluators}
+    columns = {name: list(columns_of(name)) for name in EVALUATORS if name in names}
+    return [name if name in scores else scores[-1] for name, scores in columns.items() if scores]
 
 
 def describe(study: Study, plan: Plan, scale: Scale) -> str:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
-from operator import attrgetter
 from typing import Any
 
-from evaluators import EVALUATORS
-from grid.studies import (
-    ADVERSARIAL_RATE,
-    AS_RELEASED,
-    BASES,
-    BY_RULE,
-    CURRICULA,
+from evaluators import EVALUATORS, evaluator_of
+from grid.axes import (
     Axes,
-    Mode,
-    Study,
-    Table,
+    Library,
+    axis_value,
     check_settings,
     format_settings,
     problem,
     warmup_notes,
     with_settings,
 )
-from trainables.recipe import CurriculumRow, Recipe, format_augmentations
-from trainables.scale import Scale, scale_named
+from grid.study import Mode, Study, Table
+from trainables.recipe import Recipe, unknown
+from trainables.scale import Scale
 
-Asked = tuple[Recipe, str, list[str]]  # a recipe, what it serves, the evaluators that ask it
+# A recipe, what it serves, and the evaluators of its columns.
+Request = tuple[Recipe, str, tuple[str, ...]]
 MOST_RECIPES = 100_000
 # The axes that a recipe's description tells of.
 DESCRIBED = {
@@ -95,6 +89,7 @@ def enumerate_trials(
     *,
     mode: Mode = "product",
     settings: Mapping[str, Any] | None = None,
+    library: Library | None = None,
 ) -> tuple[list[Recipe], list[Refused]]:
     """Return every recipe that the axes span over a base, and what was refused.
 
@@ -104,7 +99,7 @@ def enumerate_trials(
     recipes, refused = [], []
     for combination in _combinations(axes, mode):
         try:
-            recipes.append(with_settings(base, settings or {}, combination))
+            recipes.append(with_settings(base, settings or {}, combination, library))
         except ValueError as error:
             named = " ".join(f"{axis}={value}" for axis, value in combination.items())
             refused.append(Refused(named, problem(error)))
@@ -131,10 +126,10 @@ def build_plan(
     seeds: int = 1,
     evaluators: Iterable[str] | None = None,
 ) -> Plan:
-    """Turn a study into trials at a scale; ValueError teaches what was asked wrongly.
+    """Turn a study into trials at a scale; ValueError teaches which request is wrong.
 
     Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values;
-    `evaluators` are the only ones asked: of a grid any, of tables those that their columns ask.
+    `evaluators` are the only ones to judge: of a grid any, of tables those of their columns.
     """
     if study.base is not None and evaluators is not None:
         evaluators = tuple(evaluators)
@@ -142,24 +137,24 @@ def build_plan(
     chosen = _choose_tables(study, tables)
     _check_size(study, seeds)
     check_settings(study.settings, study.axes or {})
-    asked, refused = _ask(study, chosen)
-    asked = [(_shrunk(recipe, scale), serves, columns) for recipe, serves, columns in asked]
+    requests, refused = _requests(study, chosen)
+    requests = [(_shrunk(recipe, scale), serves, names) for recipe, serves, names in requests]
     if only:
-        asked = _keep_only(asked, only, study.name)
+        requests = _keep_only(requests, only, study)
     drafts: dict[str, _Draft] = {}
-    for recipe, serves, columns in asked:
+    for recipe, serves, names in requests:
         for seed in range(seeds):
             seeded = recipe.with_seed(seed) if seed else recipe
             draft = drafts.setdefault(seeded.digest(), _Draft(seeded))
             draft.serves[serves] = None
-            draft.evaluators |= dict.fromkeys((*study.evaluators, *columns))
-    count = len(asked) * seeds + _add_teachers(drafts, study)
+            draft.evaluators |= dict.fromkeys((*study.evaluators, *names))
+    count = len(requests) * seeds + _add_teachers(drafts, study)
     chosen_evaluators = _choose_evaluators(drafts, evaluators)
     trials = [
         Trial(
             d.recipe,
             digest,
-            _name(d.recipe, (*(study.axes or {}), *study.settings)),
+            _name(d.recipe, study),
             tuple(d.serves),
             tuple(name for name in d.evaluators if name in chosen_evaluators),
             scale.cost(d.recipe),
@@ -181,19 +176,27 @@ def _check_size(study: Study, seeds: int) -> None:
         )
 
 
-def _ask(study: Study, tables: Iterable[Table]) -> tuple[list[Asked], list[Refused]]:
-    """Return what tables and axes ask for, set as all are, and what was refused."""
-    asked: list[Asked] = [
-        (_set(row.recipe, study), f"{table.name} {row.label}", [c.evaluator for c in table.columns])
+def _requests(study: Study, tables: Iterable[Table]) -> tuple[list[Request], list[Refused]]:
+    """Return the recipes that tables and axes need, set as all are, and what was refused."""
+    requests: list[Request] = [
+        (
+            _set(row.recipe, study),
+            f"{table.name} {row.label}",
+            tuple(map(evaluator_of, table.columns)),
+        )
         for table in tables
         for row in table.rows
     ]
     if study.settings:
-        _check_still_apart(asked, tables, study.settings)
+        _check_still_apart(requests, tables, study.settings)
     if study.base is None:
-        return asked, []
+        return requests, []
     recipes, refused = enumerate_trials(
-        study.base, study.axes or {}, mode=study.mode, settings=study.settings
+        study.base,
+        study.axes or {},
+        mode=study.mode,
+        settings=study.settings,
+        library=study.library,
     )
     if refused and not recipes:
         named = " ".join(filter(None, (format_settings(study.settings), refused[0].combination)))
@@ -201,7 +204,7 @@ def _ask(study: Study, tables: Iterable[Table]) -> tuple[list[Asked], list[Refus
             f"study {study.name!r} has no trial left, all {len(refused)} are refused; "
             f"the first, {named}: {refused[0].reason}"
         )
-    return [*asked, *((recipe, study.name, []) for recipe in recipes)], refused
+    return [*requests, *((recipe, study.name, ()) for recipe in recipes)], refused
 
 
 def _notes(study: Study, tables: Iterable[Table]) -> tuple[str, ...]:
@@ -214,27 +217,38 @@ def _notes(study: Study, tables: Iterable[Table]) -> tuple[str, ...]:
     notes: dict[str, None] = {}
     for recipe, values in rows:
         with suppress(ValueError):  # a combination that is refused
-            notes |= dict.fromkeys(warmup_notes(recipe, study.settings, values))
+            notes |= dict.fromkeys(warmup_notes(recipe, study.settings, values, study.library))
     return tuple(notes)
 
 
-def _name(recipe: Recipe, axes: Iterable[str]) -> str:
-    """Describe a recipe, and what it has on those axes that its description does not tell."""
-    untold = dict.fromkeys(axis for axis in axes if axis not in DESCRIBED)
-    told = (f"{axis}={axis_value(recipe, axis)}" for axis in untold)
-    return " ".join([recipe.describe(), *told])
+def _name(recipe: Recipe, study: Study) -> str:
+    """Describe a recipe, and the study's axes that its description does not tell of."""
+    axes = dict.fromkeys((*(study.axes or {}), *study.settings))
+    others = (
+        f"{axis}={axis_value(recipe, axis, study.library)}"
+        for axis in axes
+        if axis not in DESCRIBED
+    )
+    return " ".join([recipe.describe(), *others])
+
+
+def _teachers(recipe: Recipe) -> Iterator[Recipe]:
+    """Yield a recipe's teacher, the teacher's teacher and so on."""
+    while recipe.teacher is not None:
+        recipe = recipe.teacher
+        yield recipe
 
 
 def _add_teachers(drafts: dict[str, _Draft], study: Study) -> int:
     """Make every teacher a trial, judged as all of the study's are; return how many were not."""
     before = len(drafts)
     for draft in list(drafts.values()):
-        student, teacher = draft.recipe, draft.recipe.teacher
-        while teacher is not None:
-            taught = drafts.setdefault(teacher.digest(), _Draft(teacher))
-            taught.serves.setdefault(f"teacher of {student.digest()}")
-            taught.evaluators |= dict.fromkeys(study.evaluators)
-            student, teacher = teacher, teacher.teacher
+        student = draft.recipe
+        for teacher in _teachers(draft.recipe):
+            teaching = drafts.setdefault(teacher.digest(), _Draft(teacher))
+            teaching.serves.setdefault(f"teacher of {student.digest()}")
+            teaching.evaluators |= dict.fromkeys(study.evaluators)
+            student = teacher
     return len(drafts) - before
 
 
@@ -242,10 +256,10 @@ def _choose_evaluators(drafts: Mapping[str, _Draft], names: Iterable[str] | None
     known = {name for draft in drafts.values() for name in draft.evaluators}
     chosen = known if names is None else set(names)
     if no_evaluators := sorted(chosen - EVALUATORS.keys()):
-        raise ValueError(f"unknown evaluator {no_evaluators[0]!r}; one of {', '.join(EVALUATORS)}")
-    if unknown := sorted(chosen - known):
+        raise ValueError(unknown("evaluator", no_evaluators[0], EVALUATORS))
+    if elsewhere := sorted(chosen - known):
         raise ValueError(
-            f"no trial here asks evaluator {unknown[0]!r}; they ask {', '.join(sorted(known))}"
+            f"no trial here asks evaluator {elsewhere[0]!r}; they ask {', '.join(sorted(known))}"
         )
     return chosen
 
@@ -254,40 +268,35 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     """Return each trial's cost with the longest chain of students behind it."""
     own = {trial.digest: trial.cost for trial in trials}
     chains = dict(own)
-    for trial in sorted(trials, key=_depth, reverse=True):
+    for trial in sorted(trials, key=lambda t: len(list(_teachers(t.recipe))), reverse=True):
         if trial.recipe.teacher is not None:
             teacher = trial.recipe.teacher.digest()
             chains[teacher] = max(chains[teacher], own[teacher] + chains[trial.digest])
     return chains
 
 
-def _depth(trial: Trial) -> int:
-    depth, teacher = 0, trial.recipe.teacher
-    while teacher is not None:
-        depth, teacher = depth + 1, teacher.teacher
-    return depth
-
-
 def _check_still_apart(
-    asked: Iterable[Asked], tables: Iterable[Table], settings: Mapping[str, Any]
+    requests: Iterable[Request], tables: Iterable[Table], settings: Mapping[str, Any]
 ) -> None:
     """Raise ValueError where what is set for all makes one recipe of two: no row says so."""
-    found: dict[str, tuple[str, str]] = {}
+    first: dict[str, tuple[str, str]] = {}
     rows = (row.recipe for table in tables for row in table.rows)
-    for (changed, serves, _), recipe in zip(asked, rows, strict=True):
+    for (changed, serves, _), recipe in zip(requests, rows, strict=True):
         digest, name = recipe.digest(), f"{serves} ({recipe.describe()})"
-        first, other = found.setdefault(changed.digest(), (digest, name))
-        if first != digest:
+        other, other_name = first.setdefault(changed.digest(), (digest, name))
+        if other != digest:
             raise ValueError(
-                f"--set {format_settings(settings)} makes one trial of {other} and {name}, which "
-                "the study tells apart: leave it out, or choose --tables without one of them"
+                f"--set {format_settings(settings)} makes one trial of {other_name} and {name}, "
+                "which the study tells apart: leave it out, or choose --tables without one of them"
             )
 
 
 def _set(recipe: Recipe, study: Study) -> Recipe:
     """Return a row's recipe as all trials are set; ValueError names the row."""
+    if not study.settings:
+        return recipe
     try:
-        return with_settings(recipe, study.settings) if study.settings else recipe
+        return with_settings(recipe, study.settings, library=study.library)
     except ValueError as error:
         raise ValueError(
             f"--set {format_settings(study.settings)}: {recipe.describe()}: {problem(error)}"
@@ -304,8 +313,8 @@ def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
 def _as_trained(table: Table, study: Study, scale: Scale) -> Table:
     """Return a table with its rows' recipes as they are trained; its question tells what is set."""
     rows = tuple(replace(row, recipe=_shrunk(_set(row.recipe, study), scale)) for row in table.rows)
-    told = ", ".join(f"{axis.replace('_', ' ')} {v}" for axis, v in study.settings.items())
-    question = f"{table.question} (every trial: {told})" if told else table.question
+    settings = ", ".join(f"{axis.replace('_', ' ')} {v}" for axis, v in study.settings.items())
+    question = f"{table.question} (every trial: {settings})" if settings else table.question
     return replace(table, question=question, rows=rows)
 
 
@@ -315,69 +324,20 @@ def _choose_tables(study: Study, names: Iterable[str] | None) -> list[Table]:
     known = {table.name: table for table in study.tables}
     if not known:
         raise ValueError(f"study {study.name!r} has no tables to choose from")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"unknown table {unknown[0]!r}; study {study.name!r} has {', '.join(known)}"
-        )
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"study {study.name!r}: {unknown('table', wrong[0], known)}")
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def axis_value(recipe: Recipe, axis: str) -> str:
-    """Return the value a recipe has on an axis, as a user would write it."""
-    if axis in ("augmentation", "augmentations"):
-        return format_augmentations(recipe.augmentations)
-    if axis == "teacher":
-        return _base_of(recipe.teacher) if recipe.teacher else "none"
-    if axis == ADVERSARIAL_RATE:
-        return _adversarial_rate(recipe)
-    value = getattr(recipe, axis)
-    return _curriculum_name(value) if axis == "curriculum" else str(value)
-
-
-def _adversarial_rate(recipe: Recipe) -> str:
-    released = scale_named(recipe.scale).shrink(BASES["adversarial_resnet50_gelu"]())
-    same_kind = attrgetter("family", "activation", "optimizer", "training", "learning_rate")
-    return AS_RELEASED if same_kind(recipe) == same_kind(released) else BY_RULE
-
-
-def field_text(recipe: Recipe, name: str) -> str:
-    """Return the value of a recipe's field as a plan shows it, in a few words."""
-    if name == "adversary" and recipe.adversary:
-        attack = recipe.adversary
-        return (
-            f"epsilon {attack.epsilon * 255:g}/255 in {attack.steps} steps of "
-            f"{attack.step_size * 255:g}/255 (plain start {attack.plain_start:g})"
-        )
-    if name == "distillation":
-        return f"teacher {axis_value(recipe, 'teacher')}"
-    value = getattr(recipe, name)
-    return f"{value:g}" if isinstance(value, float) else axis_value(recipe, name)
-
-
-def _base_of(teacher: Recipe) -> str:
-    """Return the base that a recipe was shrunk from, by what no scale changes."""
-    kept = attrgetter(
-        "model", "activation", "optimizer", "scheduler", "augmentations", "pixel_range"
-    )
-    named = (name for name, base in BASES.items() if kept(base()) == kept(teacher))
-    return next(named, teacher.model)
-
-
-def _curriculum_name(rows: tuple[CurriculumRow, ...]) -> str:
-    named = (name for name, known in CURRICULA.items() if known == rows)
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:4]
-    return next(named, f"{len(rows)}-rows-{digest}")
-
-
-def _keep_only(asked: list[Asked], only: Mapping[str, tuple[str, ...]], study: str) -> list[Asked]:
+def _keep_only(
+    requests: list[Request], only: Mapping[str, tuple[str, ...]], study: Study
+) -> list[Request]:
     for axis, values in only.items():
-        present = {axis_value(recipe, axis) for recipe, _, _ in asked}
-        unknown = [value for value in values if value not in present]
-        if unknown:
+        present = {axis_value(recipe, axis, study.library) for recipe, *_ in requests}
+        if wrong := [value for value in values if value not in present]:
             raise ValueError(
-                f"no trial of study {study!r} left has {axis}={unknown[0]}; "
+                f"no trial of study {study.name!r} left has {axis}={wrong[0]}; "
                 f"values there: {', '.join(sorted(present))}"
             )
-        asked = [entry for entry in asked if axis_value(entry[0], axis) in values]
-    return asked
+        requests = [r for r in requests if axis_value(r[0], axis, study.library) in values]
+    return requests

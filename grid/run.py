@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grid.address import found_address
+from grid.axes import AXES, SETTABLE, problem
 from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
 from grid.signals import stop_on_signals
-from grid.studies import AXES, SETTABLE, STUDIES, Study, load_study, problem
+from grid.study import DEFAULT, STUDIES, Study, load_study
 from grid.summary import add_plan_options, check_plan_options, print_plan
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
+from trainables.recipe import unknown
 from trainables.scale import SCALE_NAMES, Scale
 from trainables.store.results import check_database, check_results, database_uri, settle
 from trainables.watchdog import HUNG_SECONDS
@@ -253,9 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--study",
-        default="paper",
+        default=DEFAULT,
         metavar="NAME|FILE",
-        help=f"{', '.join(STUDIES)}, or a .toml file (default: paper)",
+        help=f"{', '.join(STUDIES)}, or a .toml file (default: {DEFAULT})",
     )
     parser.add_argument("--tables", nargs="+", metavar="T", help="only these tables, e.g. T5 T7")
     parser.add_argument(
@@ -393,7 +395,7 @@ def _parse_only(text: str | None) -> dict[str, tuple[str, ...]]:
         if not equals or not values:
             raise ValueError(f"--only wants AXIS=VALUE, not {part!r}")
         if axis not in AXES:
-            raise ValueError(f"unknown axis {axis!r} in --only; one of {', '.join(AXES)}")
+            raise ValueError(f"--only: {unknown('axis', axis, AXES)}")
         only[axis] = tuple(values.split(","))
     return only
 
@@ -405,7 +407,7 @@ def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or not value:
             raise ValueError(f"--set wants FIELD=VALUE, not {text!r}")
         if field not in SETTABLE:
-            raise ValueError(f"unknown field {field!r} in --set; one of {', '.join(SETTABLE)}")
+            raise ValueError(f"--set: {unknown('field', field, SETTABLE)}")
         if field in settings:
             raise ValueError(f"--set has two values of {field}; leave one out")
         settings[field] = _parse_value(value)

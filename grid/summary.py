@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from grid.axes import field_text, format_settings
 from grid.estimate import Item, Machines, disk_bytes, longest_chain, work_of
-from grid.plan import Plan, Trial, field_text
+from grid.plan import Plan, Trial
 from grid.progress import format_seconds
-from grid.studies import Study, format_settings
+from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
 from trainables.options import amount, count
 from trainables.recipe import Recipe
@@ -62,7 +63,7 @@ def print_plan(
     settings = f" with {format_settings(study.settings)}" if study.settings else ""
     print(f"Study {study.name}{settings} at scale {scale.name}: {scale.title}")
     if options.all:
-        _print_lines(_every_trial(plan))
+        _print_lines(_every_trial(study, plan))
     rate, origin = options.seconds_per_unit, "--seconds-per-unit"
     work: dict[Item, float] = {}
     measurable = options.mlflow or (options.results / DATABASE).exists()
@@ -177,14 +178,14 @@ def _without_effect(study: Study, plan: Plan) -> Iterator[str]:
             )
 
 
-def _every_trial(plan: Plan) -> Iterator[str]:
+def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
     """Say every trial with its hyper-parameters, then every field in which trials differ."""
     for trial in plan:
         yield f"  {trial.digest}  {trial.name}"
         yield f"{INDENT}{_hyperparameters(trial)}"
         yield f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}"
     values = {
-        name: list(dict.fromkeys(field_text(trial.recipe, name) for trial in plan))
+        name: list(dict.fromkeys(field_text(trial.recipe, name, study.library) for trial in plan))
         for name in Recipe.model_fields
     }
     differing = {name: texts for name, texts in values.items() if len(texts) > 1}

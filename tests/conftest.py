@@ -18,7 +18,7 @@ os.environ |= {
 import torch
 from hypothesis import HealthCheck, settings
 
-from grid.studies import deit, resnet50
+from tests.paper import deit, resnet50
 from trainables.data.base import Data, Split
 from trainables.data.load import load_data
 from trainables.recipe import Recipe

@@ -24,7 +24,7 @@ from grid.plan import Plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker
-from grid.studies import Study
+from grid.study import Study
 from trainables.data.base import Split, to_unit
 from trainables.data.load import load_data
 from trainables.scale import DIGITS

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from evaluators import EVALUATORS, evaluator_named
+from evaluators import EVALUATORS, column_named, evaluator_named
 from evaluators.base import evaluate
 from grid.plan import build_plan
-from grid.studies import load_study
+from grid.study import base_named, load_study
 from trainables.data.load import load_data
 from trainables.networks import build_classifier
 from trainables.recipe import Recipe
@@ -28,7 +28,7 @@ from trainables.scale import SCALES, scale_named
 from trainables.train.loop import train
 
 STORED = Path(__file__).with_name("same.json")
-STUDIES = {"paper": "paper", "full": "full"}  # by today's name
+STUDIES = {"paper": "bai2021", "full": "full"}  # by today's name
 JUDGED = ("resnet50", "deit-small")
 
 
@@ -44,7 +44,9 @@ def plans() -> dict[str, Any]:
             tables = {
                 table.name: {
                     "question": table.question,
-                    "columns": [[c.label, c.evaluator, c.score] for c in table.columns],
+                    "columns": [
+                        [c.label, c.evaluator, c.score] for c in map(column_named, table.columns)
+                    ],
                     "rows": [[row.label, row.recipe.digest()] for row in table.rows],
                 }
                 for table in plan.tables
@@ -87,10 +89,10 @@ def main() -> None:
 
         recipes = {
             name: scale_named("digits")
-            .shrink(make())
+            .shrink(base_named(base))
             .replace(epochs=2, warmup_epochs=0.5)
             .model_dump(mode="json")
-            for name, make in RECIPES.items()
+            for name, base in RECIPES.items()
         }
         stored = {"recipes": recipes, "plans": plans(), "trained": trained(recipes, [*JUDGED])}
         STORED.write_text(json.dumps(stored, indent=1) + "\n")

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, RandAugment
 
-from grid.studies import CURRICULA, STRONG, deit, with_axis
+from tests.paper import CURRICULA, STRONG, deit, with_axis
 from trainables.data.augment import (
     CACHED_BYTES,
     KEPT_BYTES,

@@ -15,7 +15,7 @@ from benchmarks import autoattack, corruptions, loader, pgd, training
 from benchmarks.__main__ import BENCHMARKS, KEPT, figures, main, table
 from benchmarks.measure import DisagreementError, Figure, require
 from evaluators.base import Batch
-from grid.studies import deit, resnet50
+from tests.paper import deit, resnet50
 from trainables.scale import DIGITS, IMAGENET
 
 ROOT = Path(__file__).parents[1]

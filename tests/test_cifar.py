@@ -21,7 +21,7 @@ from evaluators.base import cell_digest, evaluate
 from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.natural import Natural
-from grid.studies import deit, resnet50
+from tests.paper import deit, resnet50
 from trainables.data.cifar import CLASSES
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data

@@ -11,23 +11,25 @@ from evaluators.base import Batch, verdicts
 from evaluators.ledger import share, to_parquet
 from evaluators.paired import Paired
 from grid.plan import build_plan
-from grid.published import published
-from grid.report.claims import CLAIMS, Claim, Judgement, answer, decide, judge_claims
+from grid.report.claims import Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
 from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
-from grid.studies import paper
+from grid.study import Claim
 from tests.made_up import record
+from tests.paper import STUDY
 from tests.test_report import trial_run
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.store.tracking import Tracker, scores_as_metrics
 
 
 def judge(plan, runs):
-    return judge_claims(tables_of(paper(), plan, runs), plan.seeds, Verdicts(None, runs), runs)
+    return judge_claims(
+        STUDY.claims, tables_of(STUDY, plan, runs), plan.seeds, Verdicts(None, runs), runs
+    )
 
 
-ERROR = "ImageNet-C error"
+ERROR = "corruptions"
 CNN_RECIPE = "DeiT-S, CNN recipe (M-SGD, no strong augmentation)"
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
@@ -57,61 +59,51 @@ def test_a_claim_is_decided_by_its_interval(kind, low, high, verdict):
     assert decide(kind, low, high) == verdict
 
 
-def test_every_table_has_a_claim_and_every_claim_its_rows_and_column():
-    tables = {table.name: table for table in paper().tables}
-    rows = {(table.name, row.label) for table in tables.values() for row in table.rows}
-    assert {claim.row[0] for claim in CLAIMS} == set(tables)
-    for claim in CLAIMS:
-        assert claim.row in rows
-        alone = claim.kind in ("collapses", "none survive")
-        assert claim.reference == ("", "") if alone else claim.reference in rows
-        assert alone or {place for pair in claim.pairs for place in pair} <= rows
-        for table, _ in {claim.row, claim.reference} - {("", "")}:
-            columns = [column.label for column in tables[table].columns]
-            assert claim.kind == "collapses" or claim.column in columns
-    assert len({claim.statement for claim in CLAIMS}) == len(CLAIMS)
-    # Each is read by itself, below its table.
-    assert not any(claim.statement.startswith(("So ", "Nor ", "Neither ")) for claim in CLAIMS)
+def test_every_table_has_a_claim_that_can_be_read_by_itself():
+    assert {claim.row[0] for claim in STUDY.claims} == {table.name for table in STUDY.tables}
+    assert len({claim.says for claim in STUDY.claims}) == len(STUDY.claims)
+    assert not any(claim.says.startswith(("So ", "Nor ", "Neither ")) for claim in STUDY.claims)
 
 
 def test_every_claim_holds_in_the_papers_own_figures():
-    found = []
-    for claim in CLAIMS:
-        ours = published(*claim.row, claim.column)
-        theirs = published(*claim.reference, claim.column)
-        if ours and (theirs or claim.kind == "none survive"):
-            difference = (ours.value - (theirs.value if theirs else 0)) / 100
-            assert decide(claim.kind, difference, difference) == REPRODUCED, claim.statement
-            found.append(claim.row[0])
-    assert sorted(set(found)) == ["T1", "T2", "T5", "T7", "T8", "T9"]
+    figures = {(t.name, *cell): f.value for t in STUDY.tables for cell, f in t.published.items()}
+    tables = set()
+    for claim in STUDY.claims:
+        ours = figures.get((*claim.row, claim.column))
+        theirs = 0 if claim.test == "none survive" else figures.get((*claim.of, claim.column))
+        if ours is not None and theirs is not None:
+            difference = (ours - theirs) / 100
+            assert decide(claim.test, difference, difference) == REPRODUCED, claim.says
+            tables.add(claim.row[0])
+    assert tables == {"T1", "T2", "T5", "T7", "T8", "T9"}
 
 
 @pytest.mark.parametrize("scale", [DIGITS, IMAGENET, CIFAR10])
 def test_every_claim_has_its_columns_at_every_scale(scale):
-    plan = build_plan(paper(), scale)
-    tables = tables_of(paper(), plan, {})
-    columns = {(table.name, column.label): column for table in tables for column in table.columns}
-    for claim in CLAIMS:
-        assert claim.kind == "collapses" or (claim.row[0], claim.column) in columns
+    plan = build_plan(STUDY, scale)
+    tables = tables_of(STUDY, plan, {})
+    columns = {(table.name, column.name): column for table in tables for column in table.shown}
+    for claim in STUDY.claims:
+        assert claim.test == "collapses" or (claim.row[0], claim.column) in columns
     stylized = "stylized-cropped" if scale is IMAGENET else "stylized"
-    assert columns["T5", "Stylized"].score == stylized
+    assert columns["T5", "stylized-cropped"].score == stylized
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Runs of some tables' trials in a real database, without verdicts, and their plan."""
     results = tmp_path_factory.mktemp("claims")
-    plan = build_plan(paper(), DIGITS, tables=["T2", "T3", "T4", "T6", "T11"])
+    plan = build_plan(STUDY, DIGITS, tables=["T2", "T3", "T4", "T6", "T11"])
     tracker = Tracker(
         f"sqlite:///{results}/mlflow.db", experiment="claims", artifacts=results / "artifacts"
     )
-    parent = tracker.open_study("paper", "hand-made verdicts")
+    parent = tracker.open_study("bai2021", "hand-made verdicts")
     runs = {
         trial.digest: tracker.start_trial(
             digest=trial.digest,
             name=trial.name,
             parent=parent,
-            study="paper",
+            study="bai2021",
             tables="T2 T3 T4 T6 T11",
             recipe_json=trial.recipe.model_dump_json(),
             params={},
@@ -125,8 +117,8 @@ def models(tmp_path_factory):
 def judge_by_hand(models, column, survivors):
     """Judge the claims about a column where so many of a row's 100 images survive, the first."""
     tracker, plan, runs = models
-    tables = tables_of(paper(), plan, runs)
-    score = next(c for table in tables for c in table.columns if c.label == column)
+    tables = tables_of(STUDY, plan, runs)
+    score = next(c for table in tables for c in table.shown if c.name == column)
     batch = Batch(torch.zeros(100, 3, 1, 1), torch.zeros(100).long(), tuple(map(str, range(100))))
     for table in tables:
         for row in table.rows:
@@ -141,23 +133,23 @@ def judge_by_hand(models, column, survivors):
                     ledger=ledger,
                     metrics={},
                 )
-    found = judge_claims(tables, 1, Verdicts(tracker, runs), runs)
+    found = judge_claims(STUDY.claims, tables, 1, Verdicts(tracker, runs), runs)
     return [judgement for judgement in found if judgement.claim.column == column]
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "reference", "column", "holds", "fails"),
     [
-        ("ahead", ("T3", "DeiT-S"), ("T3", "ResNet-50"), "TPA", (70, 40), (40, 70)),
-        ("ahead", ("T4", "randaug+cutmix"), ("T3", "DeiT-S"), "TPA", (70, 40), (40, 70)),
-        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "PGD-100", (20, 60), (60, 20)),
-        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "Clean", (60, 90), (90, 60)),
+        ("ahead", ("T3", "DeiT-S"), ("T3", "ResNet-50"), "tpa", (70, 40), (40, 70)),
+        ("ahead", ("T4", "randaug+cutmix"), ("T3", "DeiT-S"), "tpa", (70, 40), (40, 70)),
+        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "pgd-100", (20, 60), (60, 20)),
+        ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "clean", (60, 90), (90, 60)),
         (
-            *("level", ("T2", "ResNet-50 GELU"), ("T2", "DeiT-S"), "AutoAttack 4/255"),
+            *("level", ("T2", "ResNet-50 GELU"), ("T2", "DeiT-S"), "autoattack"),
             *((50, 50), (80, 50)),
         ),
         (
-            *("no gain", ("T2", "ResNet-50 with AdamW"), ("T2", "ResNet-50 ReLU"), "PGD-100"),
+            *("no gain", ("T2", "ResNet-50 with AdamW"), ("T2", "ResNet-50 ReLU"), "pgd-100"),
             *((30, 40), (70, 40)),
         ),
         # Of an error the model that survives less has the higher one.
@@ -166,7 +158,7 @@ def judge_by_hand(models, column, survivors):
         *(
             (
                 *("behind", ("T11", f"{resnet}-Best, 300 epochs"), ("T11", "DeiT-S, 300 epochs")),
-                *("ImageNet-A", (40, 70), (70, 40)),
+                *("natural", (40, 70), (70, 40)),
             )
             for resnet in ("ResNet-101", "ResNet-200")
         ),
@@ -178,9 +170,7 @@ def test_each_kind_of_claim_is_decided_by_verdicts(
     for (ours, theirs), verdict in ((holds, REPRODUCED), (fails, FAILED)):
         judged = judge_by_hand(models, column, {row: ours, reference: theirs})
         found = next(
-            j
-            for j in judged
-            if (j.claim.row, j.claim.reference, j.claim.kind) == (row, reference, kind)
+            j for j in judged if (j.claim.row, j.claim.of, j.claim.test) == (row, reference, kind)
         )
         assert (found.verdict, found.paired.n) == (verdict, 100)
         sign = -1 if column == ERROR else 1
@@ -203,7 +193,7 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
     having = ("cutmix", "randaug+cutmix", "mixup+cutmix", "randaug+mixup+cutmix")
     survivors = {("T4", label): 50 for label in without}
     survivors |= {("T4", w): 50 + gain for w, gain in zip(having, gains, strict=True)}
-    judged = judge_by_hand(models, "TPA", survivors)
+    judged = judge_by_hand(models, "tpa", survivors)
     (found,) = (j for j in judged if j.claim.also)
     assert (found.verdict, found.paired.n, found.paired.p) == (verdict, 100, None)
     assert found.paired.difference == pytest.approx(mean)
@@ -219,7 +209,7 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
     [(0, 30, OPEN), (1, 30, OPEN), (4, 30, FAILED), (0, 100, REPRODUCED)],
 )
 def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, verdict):
-    plan = build_plan(paper(), DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
+    plan = build_plan(STUDY, DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
     own = share("autoattack", survivors, n)
     metrics = {name.replace("/", "__"): value for name, value in scores_as_metrics([own]).items()}
     runs = {trial.digest: trial_run(trial.digest, **metrics) for trial in plan}
@@ -231,7 +221,7 @@ def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, 
 
 
 def test_a_claim_about_a_collapsed_model_says_so():
-    plan = build_plan(paper(), DIGITS, tables=["T2"])
+    plan = build_plan(STUDY, DIGITS, tables=["T2"])
     rows = {row.label: row.recipe.digest() for row in plan.tables[0].rows}
     runs = {digest: trial_run(digest) for digest in rows.values()}
     for label, outcome, verdict in [
@@ -243,34 +233,34 @@ def test_a_claim_about_a_collapsed_model_says_so():
         found = next(judgement for judgement in judged if judgement.claim.row[1] == label)
         assert (found.verdict, found.outcome) == (verdict, f"{label} {outcome}")
         assert found.outcome in claims_plot(judged).svg
-        assert "not judged yet" in answer(judged)
+        assert "not judged yet" in answer(STUDY, judged)
 
 
 @pytest.mark.slow
 def test_every_claim_of_a_whole_study_is_judged(tmp_path):
-    study = paper()
+    study = STUDY
     plan = build_plan(study, DIGITS)
     tracker = record(tmp_path, study, plan)
     runs = tracker.trials()
     tables = tables_of(study, plan, runs)
-    judged = judge_claims(tables, plan.seeds, Verdicts(tracker, runs), runs)
-    assert [judgement.claim for judgement in judged] == list(CLAIMS)
+    judged = judge_claims(STUDY.claims, tables, plan.seeds, Verdicts(tracker, runs), runs)
+    assert [judgement.claim for judgement in judged] == list(STUDY.claims)
     for judgement in judged:
         assert judgement.verdict in (REPRODUCED, FAILED, OPEN)
         assert bool(judgement.paired) != bool(judgement.outcome)
-        ahead = judgement.claim.kind in ("ahead", "behind") and judgement.verdict == REPRODUCED
+        ahead = judgement.claim.test in ("ahead", "behind") and judgement.verdict == REPRODUCED
         if ahead and judgement.paired.p is not None:
             assert judgement.paired.p < 0.05
-    collapses = [j for j in judged if j.claim.kind == "collapses"]
+    collapses = [j for j in judged if j.claim.test == "collapses"]
     assert {(j.verdict, j.outcome) for j in collapses} == {(FAILED, "0 of 1 collapsed")}
     drawn = claims_plot(judged).svg
     assert drawn.count("0 of 1 collapsed") == len(collapses)
-    assert f"Of {len(CLAIMS)} claims of the paper" in answer(judged)
+    assert f"Of {len(STUDY.claims)} claims of the study" in answer(STUDY, judged)
 
 
 def test_a_collapse_is_claimed_of_every_seed():
-    plan = build_plan(paper(), DIGITS, tables=["T2"], seeds=2)
-    claim = next(c for c in CLAIMS if c.kind == "collapses")
+    plan = build_plan(STUDY, DIGITS, tables=["T2"], seeds=2)
+    claim = next(c for c in STUDY.claims if c.test == "collapses")
     row = next(r for r in plan.tables[0].rows if r.label == claim.row[1])
     digests = [row.recipe.with_seed(seed).digest() for seed in range(2)]
     for outcomes, expected in [
@@ -286,11 +276,16 @@ def test_a_collapse_is_claimed_of_every_seed():
 
 
 def test_the_answer_says_who_is_ahead_whatever_the_sign_of_the_difference():
-    def judged(sign, difference, low, high):
-        claim = Claim("s", "ahead", ("T5", "a"), ("T5", "b"), "c", headline="h", sign=sign)
-        return Judgement(claim, OPEN, "t", Paired(difference, low, high, 9, None))
+    def said(sign, difference, low, high):
+        claim = Claim(
+            says="s", test="ahead", row="T5/a", of="T5/b", column="c", headline="h", sign=sign
+        )
+        paired = Paired(difference, low, high, 9, None)
+        return answer(STUDY, [Judgement(claim, OPEN, "t", paired)])
 
-    assert "ahead h (+10.0 points [+5.0, +15.0], n = 9)" in answer([judged(1, 0.1, 0.05, 0.15)])
-    assert "ahead h (+10.0 points [+5.0, +15.0], n = 9)" in answer([judged(-1, -0.1, -0.15, -0.05)])
-    assert "behind h (-10.0 points" in answer([judged(-1, 0.1, 0.05, 0.15)])
-    assert "not to be told apart h (+0.0 points [-5.0" in answer([judged(-1, 0.0, -0.05, 0.05)])
+    assert "Here the transformer is ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(
+        1, 0.1, 0.05, 0.15
+    )
+    assert "ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(-1, -0.1, -0.15, -0.05)
+    assert "behind h (-10.0 points" in said(-1, 0.1, 0.05, 0.15)
+    assert "not to be told apart h (+0.0 points [-5.0" in said(-1, 0.0, -0.05, 0.05)

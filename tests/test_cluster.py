@@ -22,7 +22,7 @@ from grid.cluster import Placement, Room
 from grid.launch import Launch, _share_out
 from grid.nodes import Needs, check_nodes, wait_for_nodes
 from grid.plan import build_plan
-from grid.studies import load_study
+from grid.study import load_study
 from tests.driver import SECONDS, study_of_one, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
@@ -386,7 +386,7 @@ def joined(with_gpu):
 
 
 def on_gpus(number, results):
-    study = load_study("paper")
+    study = load_study("bai2021")
     return Launch(
         study=study,
         plan=build_plan(study, DIGITS),

@@ -14,7 +14,7 @@ from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.report.build import write_report
 from grid.status import open_tracker
-from grid.studies import load_study
+from grid.study import load_study
 from tests.made_up import MadeUpPool, record
 from trainables.data.load import load_data
 from trainables.scale import DIGITS
@@ -45,7 +45,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=("T6",), evaluators=["clean", "pgd"])
     return results, record(results, study, plan), study, plan
 

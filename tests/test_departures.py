@@ -13,7 +13,7 @@ import pytest
 import evaluators.__main__ as judging
 from evaluators import EVALUATORS
 from grid import run
-from grid.studies import BASES, with_settings
+from tests.paper import BASES, with_settings
 from trainables.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ COLUMNS = {
     ("What", "The study", "Ours", "Paper or practice", "Switch"),
 }
 CODE = re.compile(r"`([^`]+)`")
-OUR_FILE = re.compile(r"(?:grid|trainables|evaluators)/\S+\.py")
+OUR_FILE = re.compile(r"(?:grid|trainables|evaluators)/\S+\.(?:py|toml)")
 THEIR_FILE = re.compile(r"[\w./-]+(?:\.(?:py|sh|txt|md|ipynb)|/)(?::\d+(?:-\d+)?)?")
 JUDGE = "python -m evaluators "
 
@@ -87,7 +87,7 @@ def _runs(arguments: list[str]) -> None:
     settings = run._parse_settings(options.settings)
     assert set(options.evaluators or ()) <= set(EVALUATORS)
     if settings:
-        bases = [base() for base in BASES.values()]
+        bases = list(BASES.values())
         assert any(_digest(base, settings) not in (None, base.digest()) for base in bases)
 
 

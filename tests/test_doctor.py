@@ -20,7 +20,8 @@ from grid import doctor
 from grid.doctor import examine, without_damaged
 from grid.plan import build_plan
 from grid.run import main
-from grid.studies import Study, resnet50
+from grid.study import Study
+from tests.paper import resnet50
 from tests.pictures import write_folder, write_picture
 from trainables.data.cifar import CLASSES as CIFAR_CLASSES
 from trainables.data.images import ImageFiles, keep_validated

@@ -16,7 +16,7 @@ from grid.report.effects import (
     variance_shares,
 )
 from grid.report.plots import effects_plot
-from grid.studies import load_study
+from grid.study import load_study
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
 

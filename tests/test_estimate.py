@@ -13,7 +13,7 @@ from evaluators.base import evaluate
 from grid.estimate import PARAMETERS, SHRUNK, Machines, disk_bytes, longest_chain, work_of
 from grid.plan import build_plan
 from grid.run import main
-from grid.studies import load_study
+from grid.study import load_study
 from tests.made_up import record
 from trainables.networks import Classifier, classifier_named, count_parameters
 from trainables.scale import DIGITS, IMAGENET, PatchBudget
@@ -90,14 +90,14 @@ def test_parameters_are_at_least_those_of_the_models_and_seldom_far_above(scale)
 
 
 def test_disk_holds_two_checkpoints_and_the_weights_twice():
-    plan = build_plan(load_study("paper"), IMAGENET, tables=["T6"])
+    plan = build_plan(load_study("bai2021"), IMAGENET, tables=["T6"])
     # Weights and one moment (SGD) or two (AdamW), two times; then the weights, twice.
     sgd, adamw = 4 * 25_557_032 * (2 * 2 + 2), 4 * 25_557_032 * (2 * 3 + 2)
     assert disk_bytes(plan) == 2 * sgd + adamw
 
 
 def test_work_is_trainings_and_cells_in_the_units_of_the_scale():
-    plan = build_plan(load_study("paper"), IMAGENET, tables=["T6"], evaluators=["pgd"])
+    plan = build_plan(load_study("bai2021"), IMAGENET, tables=["T6"], evaluators=["pgd"])
     work = work_of(plan, IMAGENET, 50_000)
     assert len(work) == 6
     assert sum(work[trial.digest, ""] for trial in plan) == pytest.approx(3 * 100 * 4.1)
@@ -107,7 +107,9 @@ def test_work_is_trainings_and_cells_in_the_units_of_the_scale():
 
 
 def test_adversarially_trained_models_withstand_more_and_cost_more_to_judge():
-    plan = build_plan(load_study("paper"), IMAGENET, tables=["T1", "T2"], evaluators=["autoattack"])
+    plan = build_plan(
+        load_study("bai2021"), IMAGENET, tables=["T1", "T2"], evaluators=["autoattack"]
+    )
     work = work_of(plan, IMAGENET, 50_000)
     judged = {
         trial.recipe.adversary is not None: work[trial.digest, "autoattack"]
@@ -119,7 +121,7 @@ def test_adversarially_trained_models_withstand_more_and_cost_more_to_judge():
 
 
 def test_a_student_follows_its_teacher_and_a_chain_bounds_the_wall_clock():
-    plan = build_plan(load_study("paper"), DIGITS, tables=["T9"])
+    plan = build_plan(load_study("bai2021"), DIGITS, tables=["T9"])
     students = [trial for trial in plan if trial.recipe.teacher]
     costs = {trial.digest: trial.cost for trial in plan}
     chains = [costs[t.recipe.teacher.digest()] + t.cost for t in students]
@@ -132,7 +134,7 @@ def test_a_student_follows_its_teacher_and_a_chain_bounds_the_wall_clock():
 
 
 def test_finished_trials_of_the_plan_tell_the_seconds_of_a_unit(tmp_path, capsys):
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     record(tmp_path, study, plan)
     asked = ["--plan", "--tables", "T6", "T7", "--evaluators", "clean"]

@@ -36,7 +36,7 @@ THRIFTY = replace(
 
 @pytest.fixture(scope="module")
 def classifier(few_digits):
-    from grid.studies import resnet50
+    from tests.paper import resnet50
     from trainables.train.loop import train
 
     recipe = DIGITS.shrink(resnet50()).replace(model="resnet18", epochs=6, scheduler="cosine")

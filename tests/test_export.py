@@ -13,9 +13,9 @@ from grid.plan import build_plan
 from grid.report.build import write_report
 from grid.report.export import write_exports, write_ledgers
 from grid.report.gallery import gallery
-from grid.report.tables import FilledTable, fill_tables
+from grid.report.tables import FilledTable, fill_tables, tables_of
 from grid.report.verdicts import Verdicts
-from grid.studies import load_study
+from grid.study import load_study
 from tests.made_up import record
 from trainables.scale import DIGITS
 from trainables.store.tracking import _trial_run
@@ -23,7 +23,7 @@ from trainables.store.tracking import _trial_run
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=("T1",))
     return record(tmp_path_factory.mktemp("results"), study, plan), plan
 
@@ -62,7 +62,7 @@ def test_a_file_is_written_anew_when_its_cells_are_others(recorded, tmp_path):
 
 def test_what_a_study_is_told_is_shown_and_not_obeyed(recorded, tmp_path):
     tracker, plan = recorded
-    study = dataclasses.replace(load_study("paper"), name="my_study")
+    study = dataclasses.replace(load_study("bai2021"), name="my_study")
     planted = "<img src=x onerror=alert(1)>"
     tracker.open_study(study.name, "", classes=[f"{planted}{n}" for n in range(10)])
     run = next(iter(tracker.trials().values()))
@@ -78,8 +78,8 @@ def test_what_a_study_is_told_is_shown_and_not_obeyed(recorded, tmp_path):
 
 def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
     tracker, plan = recorded
-    more = build_plan(load_study("paper"), DIGITS, tables=("T1", "T2"))
-    page = write_report(tracker, load_study("paper"), more, DIGITS, tmp_path).read_text()
+    more = build_plan(load_study("bai2021"), DIGITS, tables=("T1", "T2"))
+    page = write_report(tracker, load_study("bai2021"), more, DIGITS, tmp_path).read_text()
     told = (tmp_path / "tables.md").read_text()
     waiting = [trial for trial in more if trial.digest not in {own.digest for own in plan}]
     for trial in waiting:
@@ -90,7 +90,7 @@ def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
 
 def test_every_form_of_the_report_names_the_images_trained_and_judged(recorded, tmp_path):
     tracker, plan = recorded
-    page = write_report(tracker, load_study("paper"), plan, DIGITS, tmp_path).read_text()
+    page = write_report(tracker, load_study("bai2021"), plan, DIGITS, tmp_path).read_text()
     assert page.count("<td>1,200</td>") == 2
     assert "PGD-5<br><small>n = 64 of 597</small>" in page
     told = (tmp_path / "tables.md").read_text()
@@ -133,7 +133,7 @@ def test_a_studys_name_does_not_break_its_latex(tmp_path):
 
 def test_a_study_that_was_never_opened_can_be_reported(recorded, tmp_path):
     tracker, plan = recorded
-    other = dataclasses.replace(load_study("paper"), name="never-opened")
+    other = dataclasses.replace(load_study("bai2021"), name="never-opened")
     page = write_report(tracker, other, plan, DIGITS, tmp_path).read_text()
     assert re.search(r"<h3>digits/\d+, class \d</h3>", page)
 
@@ -146,7 +146,7 @@ def test_a_cell_that_failed_says_why_until_it_is_judged(recorded):
     runs = tracker.trials()
     scores = runs[run.digest].metrics
     del scores["clean"]
-    filled = fill_tables(plan.tables, plan.seeds, runs)[0]
+    filled = fill_tables(tables_of(load_study("bai2021"), plan, runs), plan.seeds, runs)[0]
     row = next(row for row in filled.rows if row.recipe.digest() == run.digest)
     assert row.cells[0].text() == "failed: RuntimeError: no"
     tracker.record_cell(run, ledger=tracker.ledger(run, "clean"), **asked)
@@ -157,10 +157,10 @@ def test_a_trial_is_found_in_every_study_that_it_serves(recorded):
     tracker, plan = recorded
     run = tracker.trials()[plan.trials[0].digest]
     tracker.enrol(run, "mine", "mine")
-    tracker.enrol(run, "paper", "T10 T5")
+    tracker.enrol(run, "bai2021", "T10 T5")
     runs = tracker.trials()
-    assert runs.pop(run.digest).studies == {"mine": "mine", "paper": "T1 T5 T10"}
-    assert {tuple(other.studies.items()) for other in runs.values()} == {(("paper", "T1"),)}
+    assert runs.pop(run.digest).studies == {"mine": "mine", "bai2021": "T1 T5 T10"}
+    assert {tuple(other.studies.items()) for other in runs.values()} == {(("bai2021", "T1"),)}
     query = "tags.kind = 'trial' and tags.`study.mine` LIKE '%'"
     assert [found.digest for found in map(_trial_run, tracker._search(query))] == [run.digest]
 
@@ -168,7 +168,7 @@ def test_a_trial_is_found_in_every_study_that_it_serves(recorded):
 def test_the_gallery_names_classes_as_people_do(recorded):
     tracker, plan = recorded
     verdicts = Verdicts(tracker, tracker.trials())
-    assert tracker.classes("paper") == [str(digit) for digit in range(10)]
+    assert tracker.classes("bai2021") == [str(digit) for digit in range(10)]
     assert tracker.classes("another") == []
     wordnet = ["n01440764", "n01443537", *["n02085620"] * 8]
     examples = gallery(plan, verdicts, wordnet)

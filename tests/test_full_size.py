@@ -12,7 +12,7 @@ from torch import nn
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import evaluate
 from evaluators.textures import LAYOUT
-from grid.studies import STRONG, resnet50
+from tests.paper import STRONG, resnet50
 from tests.pictures import write_picture
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource

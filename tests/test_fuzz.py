@@ -32,8 +32,10 @@ from evaluators.textures_build import __main__ as textures_build
 from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
 from grid import run
+from grid.axes import AXES
 from grid.plan import build_plan
-from grid.studies import AXES, BASES, deit, load_study, resnet50
+from grid.study import load_study
+from tests.paper import BASES, deit, resnet50
 from tests.pictures import write_folder
 from tests.test_cifar import write_archive
 from trainables.data.base import Shard

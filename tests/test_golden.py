@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
+from grid.study import base_named
 from tests.golden import (
     RECIPES,
     STEPS,
@@ -30,7 +31,7 @@ from trainables.train.optim import parameter_groups, rate_at
 @pytest.mark.parametrize("name", RECIPES)
 def test_rates_are_timms_under_the_studys_options(name, scale):
     expected = stored(name)["rates"][scale.name]
-    recipe = scale.shrink(RECIPES[name]())
+    recipe = scale.shrink(base_named(RECIPES[name]))
     published = recipe.replace(protocol="as-published")
     assert recipe.epochs == len(expected)
     found = [rate_at(published, epoch, 3, 10) for epoch in range(recipe.epochs)]

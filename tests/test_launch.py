@@ -11,7 +11,7 @@ from grid.cluster import Placement, Room, cluster_file
 from grid.launch import Launch, _open_study, _recorder, _report, _share_out
 from grid.plan import build_plan
 from grid.progress import ProgressLine
-from grid.studies import load_study
+from grid.study import load_study
 from tests.driver import study_of_one
 from tests.made_up import record
 from trainables.data.load import load_data
@@ -75,7 +75,7 @@ def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_pat
     shown = []
     monkeypatch.setattr("grid.record.EVENTS_SECONDS", 0.0)
     monkeypatch.setattr(ProgressLine, "show", lambda _, text: shown.append(text))
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     record(tmp_path, study, plan)
     stands = [re.findall(r"trials (\d) done.* cells (\d)/3", text)[0] for text in shown]

@@ -29,11 +29,11 @@ LIGHT = (
     "grid/address.py",
     "grid/signals.py",
     "trainables/store/results.py",
-    "grid/studies.py",
+    "grid/study.py",
+    "grid/axes.py",
     "grid/plan.py",
     "grid/estimate.py",
     "grid/summary.py",
-    "grid/published.py",
     "grid/progress.py",
 )
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "sklearn", "scipy", "pyarrow", "numpy"}

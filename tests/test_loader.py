@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from grid.studies import STRONG, resnet50
+from tests.paper import STRONG, resnet50
 from tests.pictures import write_folder
 from trainables.data import augment
 from trainables.data.augment import augmented, augmented_epoch, library_randomness

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binom
 from torch.nn import functional as F
 
-from grid.studies import CURRICULA
+from tests.paper import CURRICULA
 from trainables.data.base import Split
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Distillation

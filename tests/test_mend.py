@@ -13,7 +13,7 @@ from grid.plan import build_plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker
-from grid.studies import load_study
+from grid.study import load_study
 from tests.made_up import MadeUpPool
 from trainables.data.load import load_data
 from trainables.networks import build_classifier
@@ -22,7 +22,7 @@ from trainables.store.checkpoint import save_weights
 from trainables.store.tracking import OTHER_WEIGHTS
 from trainables.trial import weights_path
 
-STUDY = load_study("paper")
+STUDY = load_study("bai2021")
 PLAN = build_plan(STUDY, DIGITS, tables=("T9",), evaluators=["clean"])
 TEACHER = next(trial.recipe.teacher for trial in PLAN if trial.recipe.teacher)
 

@@ -7,7 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
-from grid.studies import adversarial_resnet50, deit, resnet50
+from tests.paper import adversarial_resnet50, deit, resnet50
 from trainables.networks import (
     ACTIVATION_LAYERS,
     GhostBatchNorm2d,

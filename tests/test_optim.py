@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-from grid.studies import deit, resnet50
+from tests.paper import deit, resnet50
 from trainables.networks import build_classifier
 from trainables.recipe import MODELS
 from trainables.train.optim import build_optimizer, learning_rate, parameter_groups, rate_at

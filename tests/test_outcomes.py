@@ -22,7 +22,8 @@ import sys
 from grid.cluster import Placement
 from grid.launch import Launch, run_study
 from grid.plan import build_plan
-from grid.studies import Study, resnet50
+from grid.study import Study
+from tests.paper import resnet50
 from trainables.recipe import Distillation
 from trainables.scale import DIGITS
 

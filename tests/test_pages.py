@@ -9,7 +9,7 @@ import pytest
 
 from grid.plan import build_plan
 from grid.report.build import write_report
-from grid.studies import load_study
+from grid.study import load_study
 from tests import browser as chromium
 from tests.made_up import record
 from tests.servers import MlflowServer
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not chromium.installed(), reason="no Chromium: apt-get install chromium"),
 ]
-TABLES = tuple(table.name for table in load_study("paper").tables)
+TABLES = tuple(table.name for table in load_study("bai2021").tables)
 FIGURES = {
     "claims",
     "scatter",
@@ -61,7 +61,7 @@ CUT_OFF = """() => [...document.querySelectorAll('h1, h2, h3, p, figure, figcapt
 def study(tmp_path_factory):
     """A recorded study under a running MLflow server, and its report's page."""
     results = tmp_path_factory.mktemp("pages")
-    paper = load_study("paper")
+    paper = load_study("bai2021")
     plan = build_plan(paper, DIGITS, tables=TABLES)
     record(results, paper, plan, collapsed=1)
     server = MlflowServer(results)
@@ -179,7 +179,7 @@ def test_every_link_of_the_report_leads_somewhere(study, browser):
     assert {link for link in outside if "/runs/" in link} == {
         tracker.page(run_id=run) for run in runs
     }
-    assert outside == {tracker.page(run_id=run) for run in runs} | {tracker.page(study="paper")}
+    assert outside == {tracker.page(run_id=run) for run in runs} | {tracker.page(study="bai2021")}
     page.close()
 
 
@@ -187,7 +187,7 @@ def test_the_mlflow_ui_compares_runs_named_by_what_they_are(study, browser):
     _, tracker = study
     said = []
     page = opened(
-        browser, tracker.page(study="paper"), said, viewport={"width": 1600, "height": 1000}
+        browser, tracker.page(study="bai2021"), said, viewport={"width": 1600, "height": 1000}
     )
     names = {Recipe.model_validate_json(r.recipe).describe() for r in tracker.trials().values()}
     page.get_by_text(re.compile("^(" + "|".join(map(re.escape, names)) + ")$")).first.wait_for()

@@ -11,7 +11,7 @@ from evaluators.ledger import LEDGER, judged_by, to_parquet
 from evaluators.shards import ShardStore
 from grid.plan import build_plan
 from grid.report.provenance import describe_provenance
-from grid.studies import load_study
+from grid.study import load_study
 from tests.made_up import record
 from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
@@ -80,7 +80,7 @@ def test_trials_of_unknown_versions_are_counted_as_such():
 def test_a_report_says_what_trained_the_trials_and_not_what_draws_it(tmp_path):
     from grid.report.build import write_report
 
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     tracker = record(tmp_path, study, plan)
     first, *others = tracker.trials().values()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from grid.studies import CURRICULA, STRONG, adversarial_deit, deit, resnet50, with_axis
+from tests.paper import CURRICULA, STRONG, adversarial_deit, deit, resnet50, with_axis
 from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
 
 ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
@@ -55,7 +55,7 @@ def test_every_value_of_a_curriculum_is_part_of_the_identity(field):
 
 
 def test_digest_is_the_same_in_another_process():
-    code = "from grid.studies import deit; print(deit().digest())"
+    code = "from tests.paper import deit; print(deit().digest())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == deit().digest()
     assert len(deit().digest()) == 12

@@ -32,7 +32,7 @@ def trial(tracker, request) -> TrialRun:
     return start(tracker, request.node.name)
 
 
-def start(tracker, digest, *, tables="T2", study="paper") -> TrialRun:
+def start(tracker, digest, *, tables="T2", study="bai2021") -> TrialRun:
     return tracker.start_trial(
         digest=digest,
         name=digest,
@@ -113,6 +113,6 @@ def test_a_failed_trial_that_goes_on_is_training_again(tracker, results, trial):
 
 def test_a_trial_serves_the_tables_of_every_command_in_their_order(tracker, results, trial):
     start(tracker, trial.digest, tables="T10 T1")
-    assert found_again(results, trial).studies == {"paper": "T1 T2 T10"}
+    assert found_again(results, trial).studies == {"bai2021": "T1 T2 T10"}
     start(tracker, trial.digest, study="own", tables="T3")
-    assert found_again(results, trial).studies == {"paper": "T1 T2 T10", "own": "T3"}
+    assert found_again(results, trial).studies == {"bai2021": "T1 T2 T10", "own": "T3"}

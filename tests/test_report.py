@@ -15,7 +15,8 @@ from grid.report.tables import (
     images_text,
     tables_of,
 )
-from grid.studies import deit, load_study, paper
+from grid.study import load_study
+from tests.paper import STUDY, deit
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.store.tracking import TrialRun
 
@@ -41,14 +42,14 @@ def judged(digest, value):
 
 
 def fill(runs, *, tables=("T6",), seeds=1):
-    study = paper()
+    study = STUDY
     plan = build_plan(study, DIGITS, tables=tables, seeds=seeds)
     found = {run.digest: run for run in runs(plan)}
     return fill_tables(tables_of(study, plan, found), plan.seeds, found)[0]
 
 
 def titles(table):
-    return tuple(column.title for column in table.columns)
+    return tuple(column.title for column in table.shown)
 
 
 def row_digests(plan, seed=0):
@@ -169,7 +170,7 @@ COUNTERPARTS = ("Clean", "Natural-adversarial", "Corruptions error", "Cue confli
     ],
 )
 def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
-    study = paper()
+    study = STUDY
     plan = build_plan(study, scale, tables=["T5"])
     metrics = {name.replace("/", "__"): 0.5 for name in scores}
     runs = {plan.trials[0].digest: trial_run(plan.trials[0].digest, **metrics)}
@@ -182,7 +183,7 @@ def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
     [(IMAGENET, {"stylized": 0.1, "stylized-cropped": 0.2}, 20.0), (DIGITS, {"stylized": 0.1}, 10)],
 )
 def test_the_papers_stylized_figure_is_beside_the_cropped_images(scale, scores, shown):
-    study = paper()
+    study = STUDY
     plan = build_plan(study, scale, tables=["T5"])
     digest = plan.tables[0].rows[0].recipe.digest()
     ends = ("", "/low", "/high", "/n")
@@ -194,7 +195,7 @@ def test_the_papers_stylized_figure_is_beside_the_cropped_images(scale, scores, 
 
 
 def test_a_table_names_the_images_trained_and_judged():
-    study = paper()
+    study = STUDY
     plan = build_plan(study, CIFAR10, tables=["T1"])
     counts = {"clean": 1000, "pgd-5": 500, "pgd-10": 500, "autoattack": 200}
     ends = {"": 0.5, "/low": 0.4, "/high": 0.6}
@@ -221,7 +222,7 @@ def test_a_table_names_the_images_trained_and_judged():
 
 
 def test_a_stored_sets_images_are_no_part_of_the_held_out_ones():
-    study = paper()
+    study = STUDY
     plan = build_plan(study, IMAGENET, tables=["T5"])
     scores = ("natural", "natural-1000")
     metrics = {f"{s}{end}": 7500.0 for s in scores for end in ("", "/low", "/high", "/n")}

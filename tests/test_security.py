@@ -33,7 +33,7 @@ from evaluators.textures import LAYOUT, read_published
 from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
 from grid import address, run
-from grid.studies import load_study
+from grid.study import load_study
 from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from grid.plan import build_plan
-from grid.report.tables import fill_tables
+from grid.report.tables import fill_tables, tables_of
 from grid.status import describe_status, open_existing, open_tracker
-from grid.studies import load_study
+from grid.study import load_study
 from trainables.scale import DIGITS
 from trainables.store.results import database_uri, sole_run
 from trainables.store.tracking import Tracker
@@ -16,7 +16,7 @@ def start(tracker, trial):
         digest=trial.digest,
         name=trial.recipe.describe(),
         parent="",
-        study="paper",
+        study="bai2021",
         tables="T1",
         recipe_json=trial.recipe.model_dump_json(),
         params={},
@@ -25,7 +25,7 @@ def start(tracker, trial):
 
 
 def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
-    plan = build_plan(load_study("paper"), DIGITS, tables=["T1"], evaluators=["clean", "pgd"])
+    plan = build_plan(load_study("bai2021"), DIGITS, tables=["T1"], evaluators=["clean", "pgd"])
     first, second, *rest = plan.trials
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = Tracker(uri, experiment="status", artifacts=tmp_path / "artifacts")
@@ -56,14 +56,14 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
 
 
 def test_a_trial_without_a_run_that_trains_it_says_where_it_stopped(tmp_path):
-    plan = build_plan(load_study("paper"), DIGITS, tables=["T6"])
+    plan = build_plan(load_study("bai2021"), DIGITS, tables=["T6"])
     tracker = open_tracker(tmp_path, None, DIGITS)
     run = start(tracker, plan.trials[0])
     tracker.log_epochs(run, [{"epoch": 6.0}])
 
     def state(mlflow=None):
         found = open_existing(tmp_path, mlflow, DIGITS).trials()
-        (table,) = fill_tables(plan.tables, 1, found)
+        (table,) = fill_tables(tables_of(load_study("bai2021"), plan, found), 1, found)
         row = next(row for row in table.rows if row.recipe.digest() == run.digest)
         return found[run.digest].state, row.cells[0].state
 

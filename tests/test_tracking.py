@@ -10,7 +10,7 @@ from grid.plan import build_plan
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.status import open_tracker
-from grid.studies import load_study
+from grid.study import load_study
 from tests.servers import MlflowServer
 from trainables.data.load import load_data
 from trainables.scale import DIGITS
@@ -96,7 +96,7 @@ def test_an_epoch_that_a_kill_cut_in_two_is_logged_again(tmp_path):
 
 @pytest.mark.parametrize("outcome", ["training", "finished"])
 def test_a_run_killed_before_its_parameters_is_completed_by_the_next_start(tmp_path, outcome):
-    study = load_study("paper")
+    study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     tracker = open_tracker(tmp_path, None, DIGITS)
     trial = plan.trials[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -36,6 +37,14 @@ MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
 MOST_IMAGES = 2**20
 LARGEST_SEED = 2**32 - 1
+
+
+def unknown(kind: str, word: str, known: Iterable[str]) -> str:
+    """Say that a word is not known, which words are, and the nearest of them."""
+    words = list(known)
+    text = f"unknown {kind} {word!r}; one of {', '.join(words)}"
+    nearest = difflib.get_close_matches(word, words, n=1)
+    return f"{text}. Did you mean {nearest[0]!r}?" if nearest else text
 
 
 def family_of(model: str) -> str:

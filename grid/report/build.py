@@ -14,12 +14,10 @@ from grid.report.effects import leading
 from grid.report.export import attacks_text, difference_text, markdown, write_exports
 from grid.report.findings import Findings, find
 from grid.report.plots import Plot, claims_plot
-from grid.studies import Study
+from grid.study import Study
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
 from trainables.store.tracking import Tracker
-
-TITLE = "Are Transformers More Robust Than CNNs? Re-run"
 
 
 def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folder: Path) -> Path:
@@ -27,7 +25,7 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     findings = find(tracker, study, plan, scale)
     page = folder / "index.html"
     write_atomically(page, _html(findings, tracker).encode())
-    write_atomically(folder / "tables.md", markdown(findings, TITLE).encode())
+    write_atomically(folder / "tables.md", markdown(findings, _title(study)).encode())
     write_exports(findings.tables, scale, folder)
     for plot in findings.plots:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.file().encode())
@@ -40,7 +38,7 @@ def _html(findings: Findings, tracker: Tracker) -> str:
     )
     plan, scale = findings.plan, findings.scale
     return environment.get_template("page.html.j2").render(
-        title=TITLE,
+        title=_title(findings.study),
         subtitle=f"Study {findings.study.name} on {scale.title}: {len(plan.trials)} trainings.",
         scale_title=scale.title,
         same_data=scale.name == "imagenet",
@@ -48,12 +46,16 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         attacks=attacks_text(findings),
         states=", ".join(_states(findings)),
         found=findings,
-        answer=answer(findings.judgements),
+        answer=answer(findings.study, findings.judgements),
         leading=leading(findings.effects),
         first=claims_plot(findings.judgements) or _plot_named("scatter", findings),
         difference=difference_text,
         mlflow=tracker.page,
     )
+
+
+def _title(study: Study) -> str:
+    return study.title or f"Study {study.name}"
 
 
 def _interval(seeds: int) -> str:

@@ -13,8 +13,9 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from evaluators.ledger import CONFIDENCE
-from grid.plan import Plan, axis_value, enumerate_trials
-from grid.studies import Study
+from grid.axes import axis_value
+from grid.plan import Plan, enumerate_trials
+from grid.study import Study
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import TrialRun
@@ -89,7 +90,7 @@ def grid_effects(
     found = []
     for score in SCORES:
         rows = [
-            {axis: axis_value(recipe, axis) for axis in axes}
+            {axis: axis_value(recipe, axis, study.library) for axis in axes}
             | {"seed": str(recipe.seed), "score": runs[digest].metrics[score]}
             for digest, recipe in recipes.items()
             if digest in runs and score in runs[digest].metrics
@@ -119,7 +120,11 @@ def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
         return {}
     planned = {trial.digest for trial in plan}
     spanned, _ = enumerate_trials(
-        study.base, study.axes or {}, mode=study.mode, settings=study.settings
+        study.base,
+        study.axes or {},
+        mode=study.mode,
+        settings=study.settings,
+        library=study.library,
     )
     seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
     found = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)

@@ -25,7 +25,7 @@ from grid.report.plots import (
 from grid.report.provenance import describe_provenance
 from grid.report.tables import FilledTable, fill_tables, images_text, tables_of
 from grid.report.verdicts import Comparison, Health, Verdicts
-from grid.studies import Study, Table
+from grid.study import Study, Table
 from trainables.scale import Scale
 from trainables.store.tracking import Tracker, TrialRun
 
@@ -69,7 +69,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
         tables=filled,
         comparisons={table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
         health=verdicts.health(plan),
-        judgements=tuple(judge_claims(tables, plan.seeds, verdicts, runs)),
+        judgements=tuple(judge_claims(study.claims, tables, plan.seeds, verdicts, runs)),
         effects=effects,
         plots=tuple(plot for plot in plots if plot),
         gallery=tuple(gallery(plan, verdicts, tracker.classes(study.name))),
@@ -88,13 +88,13 @@ def _plots(
     """Draw every table's figures, for which there is something to draw."""
     drawn: list[Plot | None] = [shape_bias_plot(asked, runs)]
     for table, values in zip(asked, filled, strict=True):
-        asks = {column.evaluator for column in table.columns}
+        asks = {column.evaluator for column in table.shown}
         drawn += [steps_plot(values), radii_plot(values, scale), stages_plot(values, scale)]
         if "tpa" in asks:
             drawn.append(patches_plot(table, verdicts, scale))
         if "corruptions" in asks:
             drawn.append(corruptions_plot(table, verdicts))
-        if table.name == "T8":
+        if "size" in table.plots:
             drawn.append(size_plot(table, runs))
         if len(asked) == 1 or _is_about_training(table, runs):
             drawn.append(training_plot(table, tracker, runs))

@@ -16,21 +16,13 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators import SEVERITIES
+from evaluators import SEVERITIES, column_named, columns_of
 from grid.plan import Plan
 from grid.report.claims import Judgement
 from grid.report.effects import Effects, Interaction
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.studies import (
-    ATTACKED_CLEAN,
-    AUTOATTACK,
-    AUTOATTACK_SMALL,
-    AUTOATTACK_STAGES,
-    PGD,
-    Row,
-    Table,
-)
+from grid.study import Row, Table
 from trainables.scale import Scale
 from trainables.store.tracking import Tracker, TrialRun
 
@@ -123,7 +115,7 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
             if judgement.published is not None:
                 axes.plot(judgement.published, place, "D", color="black", fillstyle="none")
         axes.axvline(0, color="#999999", linewidth=0.8)
-        labels = [_wrapped(j.claim.statement) for j in reversed(shown)]
+        labels = [_wrapped(j.claim.says) for j in reversed(shown)]
         axes.set_yticks(range(len(shown)), labels, fontsize=8)
         axes.set_xlabel("difference, points")
     return Plot(
@@ -142,29 +134,27 @@ def _wrapped(text: str, width: int = 52) -> str:
 
 def steps_plot(table: FilledTable) -> Plot | None:
     """Draw robust accuracy against the number of PGD steps."""
-    columns = {c.label: float(c.label.removeprefix("PGD-")) for c in PGD}
+    columns = {c.label: float(c.label.removeprefix("PGD-")) for c in columns_of("pgd").values()}
     caption = f"Accuracy under PGD against its steps, {table.name}."
     return _lines(table, columns, "steps", caption, "PGD steps, number")
 
 
 def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
     """Draw accuracy against the radius: clean, and under AutoAttack at the radii asked."""
-    radii = {AUTOATTACK_SMALL: scale.small_epsilon, AUTOATTACK: scale.epsilon}
-    shown = {column.at(scale.name): 255 * float(e) for column, e in radii.items()}
-    columns = {column.title: radius for column, radius in shown.items() if column}
+    radii = {"autoattack-small": scale.small_epsilon, "autoattack": scale.epsilon}
+    shown = {column_named(name).at(scale.name): 255 * float(e) for name, e in radii.items()}
+    clean = column_named("autoattack/clean").label
+    columns = {clean: 0.0} | {column.title: radius for column, radius in shown.items() if column}
     caption = (
         f"Accuracy under AutoAttack against epsilon, {table.name}; more radii for a model: "
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
     )
-    return _lines(
-        table, {ATTACKED_CLEAN.label: 0.0} | columns, "epsilon", caption, "epsilon, 1/255"
-    )
+    return _lines(table, columns, "epsilon", caption, "epsilon, 1/255")
 
 
 def stages_plot(table: FilledTable, scale: Scale) -> Plot | None:
     """Draw the survivors after each stage of AutoAttack."""
-    stages = (ATTACKED_CLEAN, *AUTOATTACK_STAGES, AUTOATTACK)
-    shown = filter(None, (column.at(scale.name) for column in stages))
+    shown = filter(None, (column.at(scale.name) for column in columns_of("autoattack").values()))
     columns = {column.title: float(place) for place, column in enumerate(shown)}
     caption = f"Survivors after each of AutoAttack's stages, {table.name}."
     ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from scipy.stats import t as student
 
+from evaluators import EVALUATORS, column_named, columns_of
+from evaluators.base import Column
 from evaluators.intervals import with_trainings
 from grid.plan import Plan
-from grid.published import published
-from grid.studies import EVERY_COLUMN, Column, Row, Study, Table
+from grid.study import Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
 from trainables.store.tracking import TrialRun
@@ -89,7 +90,7 @@ class FilledTable:
 
 
 def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
-    """Return a plan's tables with the columns that exist for its data.
+    """Return a plan's tables with the columns `shown` that exist for its data.
 
     A study without tables gets one of all its trials.
     """
@@ -97,7 +98,10 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
     return tuple(
-        replace(table, columns=tuple(filter(None, (c.at(scale, scores) for c in table.columns))))
+        replace(
+            table,
+            shown=tuple(filter(None, (column_named(c).at(scale, scores) for c in table.columns))),
+        )
         for table in tables
     )
 
@@ -115,23 +119,23 @@ def fill_tables(
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
-    asked = {name for trial in plan for name in trial.evaluators}
-    columns = [column for column in EVERY_COLUMN if column.evaluator in asked]
+    names = {name for trial in plan for name in trial.evaluators}
+    columns = tuple(c for name in EVALUATORS if name in names for c in columns_of(name))
     first = [trial for trial in plan if trial.recipe.seed == 0] or list(plan)
     rows = tuple(Row(trial.name, trial.recipe) for trial in first)
-    return Table(study.name, "Every trial of the study", rows, tuple(columns))
+    return Table(study.name, "Every trial of the study", rows, columns)
 
 
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
         found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
-        cells = tuple(_cell(table, row, column, found) for column in table.columns)
+        cells = tuple(_cell(table, row, column, found) for column in table.shown)
         first = next(filter(None, found), None)
         run_id, images = (first.run_id, first.images) if first else ("", {})
         rows.append(FilledRow(row.label, row.recipe, run_id, cells, images))
-    titles = tuple(column.title for column in table.columns)
-    judged_on = tuple(_judged_on(column, i, rows) for i, column in enumerate(table.columns))
+    titles = tuple(column.title for column in table.shown)
+    judged_on = tuple(_judged_on(column, i, rows) for i, column in enumerate(table.shown))
     return FilledTable(table.name, table.question, titles, tuple(rows), judged_on)
 
 
@@ -165,7 +169,7 @@ def _of_all(count: int, total: int, scale: Scale) -> str:
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    figure = published(table.name, row.label, column.label)
+    figure = table.published.get((row.label, column.name))
     paper = figure.value if figure else None
     source = figure.source if figure else ""
     metrics = [run.metrics for run in runs if run and _has_score(run, column)]

@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import pyarrow as pa
 
+from evaluators.base import Column
 from evaluators.ledger import from_parquet
 from evaluators.paired import Paired, compare, image_scores
 from evaluators.red_flags import is_checked, red_flags
 from grid.plan import Trial
 from grid.report.tables import digests_of
-from grid.studies import Column, Row, Table
+from grid.study import Row, Table
 from trainables.store.storage import DamagedError
 from trainables.store.tracking import DAMAGED_LEDGER, Tracker, TrialRun
 
@@ -76,7 +77,7 @@ class Verdicts:
         found = (
             Comparison(
                 row.label,
-                tuple(self.compare(row, reference, column, seeds) for column in table.columns),
+                tuple(self.compare(row, reference, column, seeds) for column in table.shown),
             )
             for row in others
         )

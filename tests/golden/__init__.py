@@ -7,7 +7,6 @@ depend on the processor.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grid.studies import (
-    adversarial_deit,
-    adversarial_resnet50,
-    adversarial_resnet50_gelu,
-    deit,
-    resnet50,
-    resnet_aligned,
-)
+from grid.study import base_named
 from trainables.data.base import Data, Split
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
@@ -30,13 +22,13 @@ from trainables.scale import DIGITS
 
 FOLDER = Path(__file__).parent
 STEPS = 3
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "resnet50": resnet50,
-    "resnet50-aligned": resnet_aligned,
-    "deit-small": deit,
-    "adversarial-resnet50": adversarial_resnet50,
-    "adversarial-resnet50-gelu": adversarial_resnet50_gelu,
-    "adversarial-deit-small": adversarial_deit,
+RECIPES = {
+    "resnet50": "resnet50",
+    "resnet50-aligned": "resnet50_aligned",
+    "deit-small": "deit_small",
+    "adversarial-resnet50": "adversarial_resnet50",
+    "adversarial-resnet50-gelu": "adversarial_resnet50_gelu",
+    "adversarial-deit-small": "adversarial_deit_small",
 }
 
 
@@ -48,7 +40,7 @@ def stored(name: str) -> dict[str, Any]:
 
 def recipe_at_digits(name: str) -> Recipe:
     """Return a recipe as it is trained at digits; ghost batches accumulate in four parts, too."""
-    recipe = DIGITS.shrink(RECIPES[name]())
+    recipe = DIGITS.shrink(base_named(RECIPES[name]))
     return recipe.replace(micro_batch=16, ghost_batch=8) if recipe.norm == "ghost" else recipe
 
 

@@ -1,0 +1,367 @@
+"""Axes: how a recipe changes when one thing that a study varies is set on it. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from trainables.recipe import (
+    TIMM_PREFIX,
+    Adversary,
+    CurriculumRow,
+    Distillation,
+    Recipe,
+    format_augmentations,
+    model_of,
+    unknown,
+)
+from trainables.scale import AT_BATCH, PUBLISHED_SETTINGS, scale_named
+
+Axes = Mapping[str, tuple[Any, ...]]
+AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
+ADVERSARIAL_RATE = "adversarial_rate"
+AS_RELEASED, BY_RULE = "as-released", "by-rule"
+CURRICULUM_EPOCHS = 100  # that a library's curricula are written for
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a study's files name: bases, which may be teachers, and curricula."""
+
+    bases: Mapping[str, Recipe] = field(default_factory=dict)
+    curricula: Mapping[str, tuple[CurriculumRow, ...]] = field(default_factory=dict)
+
+
+def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None = None) -> Recipe:
+    """Return the recipe with some axes set, in whatever order they are named.
+
+    An axis is a field of the recipe, or one that brings other fields along: family (or timm:NAME)
+    and size choose the model; optimizer brings its rate, decay, batch and warm-up; augmentation
+    brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
+    smoothing and ghost batches; adversarial_rate is the peak rate of an adversarially trained
+    ResNet with GELU, 'as-released' (0.8) or 'by-rule' (1.6); curriculum is 'none', one of the
+    library or a table of rows; teacher is a base of the library.
+
+    Axes that bring fields along come first; then fields, all at once, so that a named field wins
+    over one that is brought along; then the axes that depend on fields. Epochs that would end
+    before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
+    cannot be.
+    """
+    for axis in values:
+        if axis not in AXES:
+            raise ValueError(unknown("axis", axis, AXES))
+        if axis in _NAMED and not isinstance(values[axis], str):
+            raise ValueError(f"{axis} is a name, not {values[axis]!r}")
+    values = dict(values) | _looked_up(values, library or Library())
+    draft: Recipe = _Draft.model_validate(_fields_of(recipe))
+    for axis in sorted(values.keys() & _SETTERS.keys() - {ADVERSARIAL_RATE}, key=AXES.index):
+        draft = _SETTERS[axis](draft, values[axis])
+    fields = {axis: value for axis, value in values.items() if axis not in _SETTERS}
+    draft = draft.replace(**(fields | _shortened_warmup(draft, fields)))
+    if ADVERSARIAL_RATE in values:
+        draft = _with_adversarial_rate(draft, values[ADVERSARIAL_RATE])
+    changed = Recipe.model_validate(_fields_of(draft))
+    if changed.training != values.get("training", changed.training):
+        raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
+    return changed
+
+
+def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
+    """Return the curriculum and the teacher that the values name."""
+    named: dict[str, Any] = {}
+    if isinstance(name := values.get("curriculum"), str):
+        if name != "none" and name not in library.curricula:
+            known = ["none", *library.curricula, "a table of rows"]
+            raise ValueError(unknown("curriculum", name, known))
+        named["curriculum"] = library.curricula.get(name, ())
+        named["curriculum_epochs"] = values.get("curriculum_epochs", CURRICULUM_EPOCHS)
+    if (name := values.get("teacher")) is not None:
+        if name != "none" and name not in library.bases:
+            raise ValueError(unknown("teacher", name, ["none", *library.bases]))
+        named["teacher"] = library.bases.get(name)
+    return named
+
+
+class _Draft(Recipe):
+    """A recipe while axes are set on it, whose fields are not yet checked together."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> _Draft:
+        return self
+
+
+def _fields_of(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in Recipe.model_fields}
+
+
+def _shortened_warmup(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, float]:
+    epochs = fields.get("epochs")
+    if "warmup_epochs" in fields or not isinstance(epochs, int):
+        return {}
+    if not 0 < epochs < recipe.warmup_epochs:
+        return {}
+    return {"warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs}
+
+
+def with_settings(
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    axes: Mapping[str, Any] | None = None,
+    library: Library | None = None,
+) -> Recipe:
+    """Return the recipe with some axes, and with what is set for every trial and its teachers.
+
+    What is set wins over what an axis brings along. A teacher has its own model, training and
+    seed. ValueError where the trial or a teacher cannot be so.
+    """
+    changed = with_axes(recipe, {**(axes or {}), **settings}, library)
+    if changed.distillation is None:
+        return changed
+    teacher = changed.distillation.teacher
+    try:
+        teacher = with_settings(teacher, _of_teachers(settings), library=library)
+    except ValueError as error:
+        raise ValueError(f"teacher {teacher.describe()}: {problem(error)}") from None
+    distillation = changed.distillation.model_copy(update={"teacher": teacher})
+    return changed.replace(distillation=distillation)
+
+
+def warmup_notes(
+    recipe: Recipe, settings: Mapping[str, Any], axes: Mapping[str, Any], library: Library
+) -> Iterator[str]:
+    """Say where `with_settings` shortens the warm-up of the recipe or a teacher."""
+    values = {**axes, **settings}
+    changed = with_axes(recipe, values, library)
+    others = {axis: value for axis, value in values.items() if axis != "epochs"}
+    whole = with_axes(recipe, others, library)
+    if whole.warmup_epochs > changed.epochs:
+        yield (
+            f"the warm-up of {whole.warmup_epochs:g} of {whole.epochs} epochs is shortened to "
+            f"{changed.warmup_epochs:g} of {changed.epochs}"
+        )
+    if changed.teacher:
+        yield from warmup_notes(changed.teacher, _of_teachers(settings), {}, library)
+
+
+def _of_teachers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {axis: value for axis, value in settings.items() if axis in SETTABLE}
+
+
+def check_settings(settings: Mapping[str, Any], axes: Axes) -> None:
+    """Raise ValueError where two of what is set and what is varied are about the same thing."""
+    uses = {axis: f"{axis}={value} is set for every trial" for axis, value in settings.items()}
+    for axis, values in axes.items():
+        varied = f"the study varies {axis} ({', '.join(map(str, values))})"
+        if axis in uses:
+            raise ValueError(f"{uses[axis]}, and {varied}: leave one out")
+        uses[axis] = varied
+    for one, other in _SAME:
+        if one in uses and other in uses:
+            raise ValueError(f"{uses[one]}, and {uses[other]}: both choose the {one}")
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Write settings as users do: 'precision=bf16 micro_batch=256'."""
+    return " ".join(f"{axis}={value}" for axis, value in settings.items())
+
+
+def _with_model(recipe: Recipe, model: str) -> Recipe:
+    changed = recipe.replace(model=model)
+    if changed.family == recipe.family or recipe.adversary:
+        return changed
+    return _with_optimizer(changed, recipe.optimizer)
+
+
+def _with_family(recipe: Recipe, family: str) -> Recipe:
+    if family.startswith(TIMM_PREFIX):
+        return _with_model(recipe, family)
+    return _with_model(recipe, model_of(family, recipe.size))
+
+
+def _with_size(recipe: Recipe, size: str) -> Recipe:
+    return _with_model(recipe, model_of(recipe.family, size))
+
+
+def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
+    family = recipe.family if recipe.family == "resnet" else "deit"
+    settings = PUBLISHED_SETTINGS.get((family, optimizer), {})
+    changed = recipe.replace(optimizer=optimizer, micro_batch=None, **settings)
+    return _adversarial(changed) if recipe.adversary else changed
+
+
+def _with_augmentation(recipe: Recipe, augmentations: Any) -> Recipe:
+    changed = recipe.replace(augmentations=augmentations)
+    smoothed = changed.augmentations or changed.adversary
+    return changed.replace(label_smoothing=0.1 if smoothed else 0.0)
+
+
+def _with_training(recipe: Recipe, training: str) -> Recipe:
+    if training not in ("clean", "adversarial"):
+        raise ValueError(f"unknown training {training!r}; one of ['adversarial', 'clean']")
+    if training == "adversarial":
+        return _adversarial(recipe)
+    changed = recipe.replace(adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
+    changed = _with_optimizer(changed, recipe.optimizer)
+    return _with_augmentation(changed, changed.augmentations)
+
+
+def _adversarial(recipe: Recipe) -> Recipe:
+    """Adversarial training as in the study: total batch 4096, the rate in proportion.
+
+    Labels are smoothed with and without augmentation: the default of main_adv_res.py, which
+    advres.sh leaves as it is.
+    """
+    sgd, resnet = recipe.optimizer == "sgd", recipe.family == "resnet"
+    return recipe.replace(
+        adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if resnet else 0.0),
+        pixel_range="half",
+        batch_size=AT_BATCH,
+        learning_rate=recipe.learning_rate * (AT_BATCH / recipe.batch_size),
+        warmup_epochs=5.0 if sgd else 10.0,
+        warmup_rate=0.1 if sgd else 1e-6,
+        label_smoothing=0.1,
+        **({"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD} if resnet else {}),
+    )
+
+
+def _with_adversarial_rate(recipe: Recipe, rule: str) -> Recipe:
+    """Set the peak rate of an adversarially trained ResNet with GELU and SGD.
+
+    by-rule: 0.1 per 256 images, as with ReLU. as-released: half of it, since advres.sh accumulates
+    8 batches and main_adv_res.py counts 4 (0.1 * 128 * 4 * 4 / 256). Other recipes have one rate.
+    """
+    if rule not in (AS_RELEASED, BY_RULE):
+        raise ValueError(f"unknown adversarial_rate {rule!r}; one of {[AS_RELEASED, BY_RULE]}")
+    if not _has_two_rates(recipe):
+        return recipe
+    rate = 0.1 * recipe.batch_size / 256
+    return recipe.replace(learning_rate=rate if rule == BY_RULE else rate / 2)
+
+
+def _with_curriculum(recipe: Recipe, rows: Any) -> Recipe:
+    return recipe.replace(curriculum=rows, curriculum_epochs=recipe.epochs)
+
+
+def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
+    return recipe.replace(distillation=Distillation(teacher=teacher) if teacher else None)
+
+
+_SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
+    "model": _with_model,
+    "family": _with_family,
+    "size": _with_size,
+    "optimizer": _with_optimizer,
+    "augmentation": _with_augmentation,
+    "training": _with_training,
+    ADVERSARIAL_RATE: _with_adversarial_rate,
+    "curriculum": _with_curriculum,
+    "teacher": _with_teacher,
+}
+_NAMED = ("model", "family", "size", "optimizer", "training", ADVERSARIAL_RATE, "teacher")
+AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
+# Pairs of axes of which one would undo the other.
+_SAME = (
+    *(("model", "family"), ("model", "size")),
+    *(("augmentation", "augmentations"), ("teacher", "distillation")),
+    ("learning_rate", ADVERSARIAL_RATE),
+)
+# What a table's row or column is about, and what --scale and --seeds choose.
+_NOT_FOR_ALL = {
+    *("model", "family", "size", "training", "adversary", "teacher", "distillation"),
+    *("scale", "seed"),
+}
+SETTABLE = tuple(axis for axis in AXES if axis not in _NOT_FOR_ALL)
+
+
+def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
+    """Return the value a recipe has on an axis, as a user would write it."""
+    if axis in ("augmentation", "augmentations"):
+        return format_augmentations(recipe.augmentations)
+    if axis == "teacher":
+        return _base_of(recipe.teacher, library) if recipe.teacher else "none"
+    if axis == ADVERSARIAL_RATE:
+        return _adversarial_rate(recipe)
+    value = getattr(recipe, axis)
+    return _curriculum_name(value, library) if axis == "curriculum" else str(value)
+
+
+def _has_two_rates(recipe: Recipe) -> bool:
+    kind = recipe.family, recipe.activation, recipe.optimizer, recipe.training
+    return kind == ("resnet", "gelu", "sgd", "adversarial")
+
+
+def _adversarial_rate(recipe: Recipe) -> str:
+    if not _has_two_rates(recipe):
+        return BY_RULE
+    study = _with_optimizer(_Draft.model_validate(_fields_of(recipe)), recipe.optimizer)
+    released = scale_named(recipe.scale).shrink(_with_adversarial_rate(study, AS_RELEASED))
+    return AS_RELEASED if recipe.learning_rate == released.learning_rate else BY_RULE
+
+
+def field_text(recipe: Recipe, name: str, library: Library) -> str:
+    """Return the value of a recipe's field as a plan shows it, in a few words."""
+    if name == "adversary" and recipe.adversary:
+        attack = recipe.adversary
+        return (
+            f"epsilon {attack.epsilon * 255:g}/255 in {attack.steps} steps of "
+            f"{attack.step_size * 255:g}/255 (plain start {attack.plain_start:g})"
+        )
+    if name == "distillation":
+        return f"teacher {axis_value(recipe, 'teacher', library)}"
+    value = getattr(recipe, name)
+    return f"{value:g}" if isinstance(value, float) else axis_value(recipe, name, library)
+
+
+def _base_of(teacher: Recipe, library: Library) -> str:
+    """Return the base that a recipe was shrunk from, by what no scale changes."""
+    unscaled = attrgetter(
+        "model", "activation", "optimizer", "scheduler", "augmentations", "pixel_range"
+    )
+    names = (name for name, base in library.bases.items() if unscaled(base) == unscaled(teacher))
+    return next(names, teacher.model)
+
+
+def _curriculum_name(rows: tuple[CurriculumRow, ...], library: Library) -> str:
+    if not rows:
+        return "none"
+    names = (name for name, known in library.curricula.items() if known == rows)
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:4]
+    return next(names, f"{len(rows)}-rows-{digest}")
+
+
+def problem(error: ValueError, model: type[BaseModel] = Recipe) -> str:
+    """Say in a sentence the first problem of a ValueError; a validation's: of which key.
+
+    model: what was validated, whose keys are known.
+    """
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("value_error", "missing"):
+        return f"{key}: {message}" if key else message
+    if first["type"] == "extra_forbidden":
+        return unknown("key", key, _keys_at(model, first["loc"]))
+    return f"{key}: {message}, not {first['input']!r}"
+
+
+def _keys_at(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that a validated model knows at the place of a problem, in full."""
+    above = place[:-1]
+    for part in above:
+        field = model.model_fields.get(str(part))
+        inner = _models_in(field.annotation) if field else []
+        model = inner[0] if inner else model
+    return [".".join(map(str, (*above, name))) for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
