@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,7 +54,7 @@ def evaluator_of(score: str) -> str:
 def columns_of(evaluator: str) -> dict[str, Column]:
     """Return the columns that an evaluator states, by the name of their score."""
     columns: tuple[Column, ...] = _class_named(evaluator).columns
-    return {column.name: column for column in columns}
+    return {column.name: replace(column, evaluator=evaluator) for column in columns}
 
 
 def column_named(score: str) -> Column:

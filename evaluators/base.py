@@ -15,7 +15,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluators import evaluator_of
 from evaluators.ledger import LEDGER, Score, in_order
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.train.exactness import exact
@@ -70,7 +69,8 @@ class Column:
 
     A score's name begins with its evaluator's: pgd-100. Other data have a `counterpart` of that
     title, whose score is `counterpart_score` ("": the same), or no such column. `own_score`: a
-    score that only the study's own data give. `heading`: the title on other data.
+    score that only the study's own data give. `heading`: the title on other data. `evaluator`: its
+    name, as the registry has it.
     """
 
     name: str
@@ -79,11 +79,7 @@ class Column:
     counterpart_score: str = ""
     own_score: str = ""
     heading: str = ""
-
-    @property
-    def evaluator(self) -> str:
-        """Return the name of the evaluator whose cell yields the score."""
-        return evaluator_of(self.name)
+    evaluator: str = ""
 
     @property
     def score(self) -> str:

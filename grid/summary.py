@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
+from evaluators import evaluator_of
 from grid.axes import field_text, format_settings
 from grid.estimate import Item, Machines, disk_bytes, longest_chain, work_of
 from grid.plan import Plan, Trial
@@ -150,7 +151,7 @@ def _tables(
     """Say how many trials each table needs, and their hours; a shared trial counts in each."""
     for table in plan.tables:
         serving = {t.digest for t in plan if table.name in {s.split()[0] for s in t.serves}}
-        columns = {"", *study.evaluators, *(column.evaluator for column in table.columns)}
+        columns = {"", *study.evaluators, *map(evaluator_of, table.columns)}
         spent = sum(work.get((digest, name), 0.0) for digest in serving for name in columns)
         hours = f"{_short(machines.hours(spent)):>8} h" if machines else ""
         yield f"  {table.name:<4}{len(serving):>4} trials{hours}  {table.question}"
