@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -43,6 +44,17 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def migrated_once() -> Iterator[None]:
+    """Spare the tests MLflow's migrations, in a session that has to do with MLflow at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "mlflow" in sys.modules:
+            from tests.databases import migrate_once
+
+            migrate_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

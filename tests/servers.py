@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.databases import migrate
 from tests.driver import wait_until
 
 # Its jobs, which nobody asks for here, would be ten processes more.
@@ -37,6 +38,7 @@ class MlflowServer:
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        migrate(self.folder / "mlflow.db")
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         store += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
         with (self.folder / "server.log").open("ab") as log:

@@ -44,6 +44,14 @@ def server(tmp_path):
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def standing_server(tmp_path_factory):
+    server = MlflowServer(tmp_path_factory.mktemp("standing"))
+    server.start()
+    yield server
+    server.kill()
+
+
 def rows(database):
     with sqlite3.connect(database) as opened:
         return opened.execute(ROWS).fetchall()
@@ -162,8 +170,8 @@ def test_two_commands_on_one_server_make_one_run_of_a_study(tmp_path):
     assert one._search("tags.kind = 'study'")[0].info.status == "RUNNING"
 
 
-def test_a_study_whose_classes_were_never_written_has_none(server, tmp_path):
-    at_server = Tracker(server.uri, experiment="x", artifacts=None)
+def test_a_study_whose_classes_were_never_written_has_none(standing_server, tmp_path):
+    at_server = Tracker(standing_server.uri, experiment="x", artifacts=None)
     for tracker in (tracker_in(tmp_path), at_server):
         tracker.open_study("s", "a study cut short")
         assert tracker.classes("s") == []
@@ -194,7 +202,7 @@ def test_a_studys_classes_are_waited_for_but_not_where_they_are_refused(tmp_path
         tracker.classes("s")
 
 
-def test_a_request_is_sent_once_and_asked_again_by_patience_alone(server):
+def test_a_request_is_sent_once_and_asked_again_by_patience_alone(standing_server):
     code = (
         "import os; from grid.run import ENVIRONMENT; os.environ.update(ENVIRONMENT)\n"
         "from mlflow.tracking import MlflowClient\n"
@@ -208,7 +216,7 @@ def test_a_request_is_sent_once_and_asked_again_by_patience_alone(server):
         "try: client.create_run('0')\n"
         "except Exception as error: print(len(sent), 'failed with exception' in str(error))\n"
     )
-    told = [sys.executable, "-c", code.replace("ADDRESS", repr(server.uri))]
+    told = [sys.executable, "-c", code.replace("ADDRESS", repr(standing_server.uri))]
     said = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["1", "True"]
 
