@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from evaluators import EVALUATORS
 from trainables.data.listing import DataSource, scale_of, unused_test_folder
+from trainables.models import MODELS, check_model_name
 from trainables.options import (
     add_data_options,
     count,
@@ -26,7 +27,7 @@ from trainables.options import (
     source_of,
     uri_without_password,
 )
-from trainables.recipe import ACTIVATIONS, MODELS, TIMM_PREFIX
+from trainables.recipe import ACTIVATIONS
 from trainables.scale import SCALE_NAMES, Scale, scale_named
 
 if TYPE_CHECKING:
@@ -353,8 +354,8 @@ def _check_names(options: argparse.Namespace) -> None:
         if name not in known:
             raise ValueError(f"unknown evaluator {name!r}; one of {', '.join(known)}")
     model = options.model
-    if model is not None and model not in MODELS and not model.startswith(TIMM_PREFIX):
-        raise ValueError(f"unknown model {model!r}; one of {', '.join(MODELS)} or timm:NAME")
+    if model is not None:
+        check_model_name(model)
     if options.scale not in (None, *SCALE_NAMES):
         scale_named(options.scale)
     if options.std is not None and not 0 < options.std < math.inf:

@@ -10,17 +10,16 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
+from trainables.models import TIMM_PREFIX, model_named, model_of
 from trainables.recipe import (
-    TIMM_PREFIX,
     Adversary,
     CurriculumRow,
     Distillation,
     Recipe,
     format_augmentations,
-    model_of,
     unknown,
 )
-from trainables.scale import AT_BATCH, PUBLISHED_SETTINGS, scale_named
+from trainables.scale import AT_BATCH, published_settings, scale_named
 
 Axes = Mapping[str, tuple[Any, ...]]
 AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
@@ -188,8 +187,7 @@ def _with_size(recipe: Recipe, size: str) -> Recipe:
 
 
 def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
-    family = recipe.family if recipe.family == "resnet" else "deit"
-    settings = PUBLISHED_SETTINGS.get((family, optimizer), {})
+    settings = published_settings(recipe.model, optimizer)
     changed = recipe.replace(optimizer=optimizer, micro_batch=None, **settings)
     return _adversarial(changed) if recipe.adversary else changed
 
@@ -216,16 +214,18 @@ def _adversarial(recipe: Recipe) -> Recipe:
     Labels are smoothed with and without augmentation: the default of main_adv_res.py, which
     advres.sh leaves as it is.
     """
-    sgd, resnet = recipe.optimizer == "sgd", recipe.family == "resnet"
+    sgd, model = recipe.optimizer == "sgd", model_named(recipe.model)
+    cnn = model.settings == "cnn"
+    ghosts = {"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD}
     return recipe.replace(
-        adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if resnet else 0.0),
+        adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if cnn else 0.0),
         pixel_range="half",
         batch_size=AT_BATCH,
         learning_rate=recipe.learning_rate * (AT_BATCH / recipe.batch_size),
         warmup_epochs=5.0 if sgd else 10.0,
         warmup_rate=0.1 if sgd else 1e-6,
         label_smoothing=0.1,
-        **({"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD} if resnet else {}),
+        **(ghosts if cnn and model.batch_norm else {}),
     )
 
 
@@ -291,8 +291,9 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
 
 
 def _has_two_rates(recipe: Recipe) -> bool:
-    kind = recipe.family, recipe.activation, recipe.optimizer, recipe.training
-    return kind == ("resnet", "gelu", "sgd", "adversarial")
+    settings = model_named(recipe.model).settings
+    kind = settings, recipe.activation, recipe.optimizer, recipe.training
+    return kind == ("cnn", "gelu", "sgd", "adversarial")
 
 
 def _adversarial_rate(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from evaluators import evaluator_named
 from grid.plan import Plan
+from trainables.models import model_named
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 
@@ -15,18 +16,7 @@ HOUR = 3600.0
 WITHSTANDING = {False: 0.2, True: 0.5}
 CHECKPOINTS = 2  # the newest two
 MOMENTS = {"sgd": 1, "adamw": 2}
-# Parameters with ImageNet's classes; another model counts as the largest. The rule of scale
-# `digits` leaves at most one in 110.
-PARAMETERS = {
-    "resnet18": 11_689_512,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet200": 64_673_832,
-    "deit_mini": 9_982_184,
-    "deit_small": 22_050_664,
-    "deit_base": 86_567_656,
-    "hybrid_deit": 21_055_528,
-}
+# The rule of scale `digits` leaves at most one parameter in 110.
 SHRUNK = {"digits": 110}
 Item = tuple[str, str]  # a trial's digest, and an evaluator's name, "" for the training
 
@@ -65,7 +55,7 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> dict[Item, float]:
     work: dict[Item, float] = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
-        epoch = scale.epoch_cost.get(trial.recipe.model, max(scale.epoch_cost.values()))
+        epoch = scale.epoch_cost(trial.recipe.model)
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
             passes = evaluators[name].cost(held_out, withstanding=share)
@@ -92,7 +82,7 @@ def disk_bytes(plan: Plan) -> int:
     """Return about what a plan's checkpoints take, and its weights, which MLflow has too."""
     total = 0
     for trial in plan:
-        parameters = PARAMETERS.get(trial.recipe.model, max(PARAMETERS.values()))
+        parameters = model_named(trial.recipe.model).cost.parameters
         weights = 4 * parameters // SHRUNK.get(trial.recipe.scale, 1)
         total += weights + checkpoint_bytes(trial.recipe, weights)
     return total

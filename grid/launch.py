@@ -35,6 +35,7 @@ from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.distributed import CONTROLLER, train_together
+from trainables.models import MODELS
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
@@ -309,7 +310,7 @@ def _check_plan(launch: Launch) -> None:
             check_team(trial.recipe, placement.least.workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, launch.scale)
-    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.family == "timm"}
+    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.model not in MODELS}
     if from_timm:
         from trainables.networks import check_model
 

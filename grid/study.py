@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import AXES, Axes, Library, check_settings, problem, with_axes
+from trainables.models import check_family
 from trainables.recipe import CurriculumRow, Recipe, unknown
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class StudyFile(_Strict):
     axes: dict[str, list[AxisValue]] = {}
     mode: Mode = "product"
     evaluators: list[str] | None = None
-    placement: dict[Literal["resnet", "deit", "hybrid", "timm"], PlacementOfFamily] = {}
+    placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = {}
     tables: list[TableEntry] = []
     claims: list[Claim] = []
     subject: str = ""

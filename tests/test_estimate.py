@@ -10,11 +10,12 @@ from torch import nn
 
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import evaluate
-from grid.estimate import PARAMETERS, SHRUNK, Machines, disk_bytes, longest_chain, work_of
+from grid.estimate import SHRUNK, Machines, disk_bytes, longest_chain, work_of
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
 from tests.made_up import record
+from trainables.models import MODELS
 from trainables.networks import Classifier, classifier_named, count_parameters
 from trainables.scale import DIGITS, IMAGENET, PatchBudget
 
@@ -84,9 +85,11 @@ def test_costs_at_imagenet_by_hand():
 @pytest.mark.parametrize("scale", [DIGITS, IMAGENET], ids=lambda scale: scale.name)
 def test_parameters_are_at_least_those_of_the_models_and_seldom_far_above(scale):
     with torch.device("meta"):
-        built = {name: count_parameters(classifier_named(name, scale)) for name in scale.epoch_cost}
+        built = {name: count_parameters(classifier_named(name, scale)) for name in MODELS}
     share = SHRUNK.get(scale.name, 1)
-    assert all(1 <= PARAMETERS[name] / share / count < 2.1 for name, count in built.items())
+    assert all(
+        1 <= MODELS[name].cost.parameters / share / count < 2.1 for name, count in built.items()
+    )
 
 
 def test_disk_holds_two_checkpoints_and_the_weights_twice():

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -7,7 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
-from tests.paper import adversarial_resnet50, deit, resnet50
+from tests.paper import adversarial_resnet50, deit, resnet50, with_axis
+from trainables.models import MODELS, model_named, register
 from trainables.networks import (
     ACTIVATION_LAYERS,
     GhostBatchNorm2d,
@@ -16,8 +22,8 @@ from trainables.networks import (
     count_parameters,
     use_set,
 )
-from trainables.recipe import MODELS
 from trainables.scale import DIGITS, IMAGENET
+from trainables.train.loop import train
 
 PUBLISHED_PARAMETERS = {
     "resnet18": 11_689_512,
@@ -26,6 +32,41 @@ PUBLISHED_PARAMETERS = {
     "deit_mini": 9_982_184,
     "deit_small": 22_050_664,
 }
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The model that docs/model.md adds by one entry."""
+    monkeypatch.setattr("trainables.models.MODELS", dict(MODELS))
+    page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})  # noqa: S102 - the project's own page
+    return "plain"
+
+
+@pytest.mark.parametrize(("base", "passes"), [(resnet50, 3), (adversarial_resnet50, 5)])
+def test_the_documented_model_is_added_by_its_entry_alone(plain, base, passes, few_digits):
+    study = base().replace(model=plain)
+    recipe = DIGITS.shrink(study).replace(epochs=1)
+    assert (recipe.family, recipe.size) == ("plain", "base")
+    assert recipe.describe().startswith("plain relu sgd step")
+    assert with_axis(resnet50(), "family", plain).model == plain
+    assert DIGITS.cost(recipe) == pytest.approx(0.1 * passes / 3)
+    assert IMAGENET.cost(study) == pytest.approx(0.72 * study.epochs * passes / 3)
+    assert count_parameters(build_classifier(resnet50().replace(model=plain))) == 2_065_896
+    classifier = build_classifier(recipe)
+    before = copy.deepcopy(classifier.state_dict())
+    (report,) = train(recipe, classifier, few_digits, device=torch.device("cpu"))
+    assert report.outcome == "finished"
+    assert any(not torch.equal(before[k], v) for k, v in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "resnet50", "size": "huge"}, {"name": "other", "family": "resnet"}]
+)
+def test_a_model_whose_name_or_place_is_taken_is_refused(plain, changes):
+    with pytest.raises(ValueError, match="'resnet50' is there already"):
+        register(replace(model_named(plain), **changes))
 
 
 @pytest.mark.parametrize(("model", "count"), PUBLISHED_PARAMETERS.items())

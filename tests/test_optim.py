@@ -5,8 +5,8 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from tests.paper import deit, resnet50
+from trainables.models import MODELS
 from trainables.networks import build_classifier
-from trainables.recipe import MODELS
 from trainables.train.optim import build_optimizer, learning_rate, parameter_groups, rate_at
 
 

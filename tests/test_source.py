@@ -61,9 +61,9 @@ def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps
     assert large.batch_size == {}
     assert (large.stem, large.patch_size) == (IMAGENET.stem, IMAGENET.patch_size)
     small = folder_scale(image_size=64, num_classes=3, train_images=600, content="0" * 8)
-    assert small.batch_size["resnet"] == 32
-    assert small.learning_rate["resnet", "sgd"] == pytest.approx(0.1 * 32 / 256)
-    assert small.learning_rate["deit", "adamw"] == pytest.approx(2e-3 * (32 / 2048) ** 0.5)
+    assert small.batch_size["cnn"] == 32
+    assert small.learning_rate["cnn", "sgd"] == pytest.approx(0.1 * 32 / 256)
+    assert small.learning_rate["transformer", "adamw"] == pytest.approx(2e-3 * (32 / 2048) ** 0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,20 +16,14 @@ from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.recipe import TIMM_PREFIX, Recipe
-from trainables.scale import PUBLISHED_DEIT_WIDTH, Scale, scale_named
+from trainables.models import model_named
+from trainables.recipe import Recipe
+from trainables.scale import Scale, scale_named
 
-RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet200": (Bottleneck, (3, 24, 36, 3)),
-}
-DEITS: dict[str, tuple[int, int]] = {  # published width, depth
-    "deit_mini": (256, 12),
-    "deit_small": (PUBLISHED_DEIT_WIDTH, 12),
-    "deit_base": (768, 12),
-}
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
+HYBRID_WIDTH = 256
+DEIT_DEPTH = 12
 HALF = (0.5, 0.5, 0.5)
 FEW_TOKENS = 16
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
@@ -163,7 +157,7 @@ def build_classifier(recipe: Recipe) -> Classifier:
     scale = scale_named(recipe.scale)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = _backbone(recipe.model, scale, _norm_layer(recipe))
+        backbone = model_named(recipe.model).build(scale, _norm_layer(recipe))
     swap_activation(backbone, recipe.activation)
     half = recipe.pixel_range == "half"
     mean, std = (HALF, HALF) if half else (scale.mean, scale.std)
@@ -172,7 +166,7 @@ def build_classifier(recipe: Recipe) -> Classifier:
 
 def classifier_named(model: str, scale: Scale, *, activation: str | None = None) -> Classifier:
     """Build a model by name, untrained; without `activation` it keeps its network's own."""
-    backbone = _backbone(model, scale, nn.BatchNorm2d)
+    backbone = model_named(model).build(scale, nn.BatchNorm2d)
     if activation:
         swap_activation(backbone, activation)
     return _channels_last(Classifier(backbone, scale.mean, scale.std))
@@ -209,16 +203,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _backbone(model: str, scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
-    if model in RESNETS:
-        return _resnet(model, scale, norm_layer)
-    if model in DEITS:
-        return _deit(model, scale)
-    if model == "hybrid_deit":
-        return _hybrid(scale, norm_layer)
-    return _from_timm(model.removeprefix(TIMM_PREFIX), scale)
-
-
 def _norm_layer(recipe: Recipe) -> Callable[[int], nn.Module]:
     if recipe.norm == "batch":
         return nn.BatchNorm2d
@@ -226,20 +210,21 @@ def _norm_layer(recipe: Recipe) -> Callable[[int], nn.Module]:
     return partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
 
 
-def _resnet(
-    model: str,
+def resnet(
+    block: str,
+    blocks: Sequence[int],
     scale: Scale,
     norm_layer: Callable[[int], nn.Module],
     *,
     stem_stride: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    block, layers = RESNETS[model]
+    """Build a ResNet of so many blocks a stage, at a scale's depth and widths."""
     channels = scale.resnet_channels()
     small = scale.stem == "small"
     network = ResNet(
-        block,
-        tuple(scale.depth(blocks) for blocks in layers),
+        BLOCKS[block],
+        tuple(scale.depth(count) for count in blocks),
         channels=channels,
         norm_layer=norm_layer,
         zero_init_last=False,  # the study's ResNets: zero_init_residual=False
@@ -256,14 +241,16 @@ def _resnet(
     return cast(nn.Module, network)
 
 
-def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
-    published_width, depth = DEITS[model]
-    heads = scale.vit_heads(published_width)
+def deit(
+    width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
+) -> nn.Module:
+    """Build a DeiT of a published width, at a scale's depth and width; `norm_layer` is not used."""
+    heads = scale.vit_heads(width)
     network = VisionTransformer(
         img_size=scale.image_size,
         patch_size=scale.patch_size,
         embed_dim=heads * scale.head_width,
-        depth=scale.depth(depth),
+        depth=scale.depth(DEIT_DEPTH),
         num_heads=heads,
         num_classes=scale.num_classes,
         **options,
@@ -278,15 +265,15 @@ def _deit(model: str, scale: Scale, **options: Any) -> nn.Module:
     return cast(nn.Module, network)
 
 
-def _hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
     """Hybrid-DeiT: a ResNet-18 trunk through its last stage feeds DeiT-Mini's blocks.
 
     Small images keep the trunk's stem at full size, so that more than one token is left.
     """
-    trunk = _resnet("resnet18", scale, norm_layer, stem_stride=1, num_classes=0, global_pool="")
+    trunk = resnet(*TRUNK, scale, norm_layer, stem_stride=1, num_classes=0, global_pool="")
     # HybridEmbed takes its patch size from the trunk's output.
     embed = partial(HybridEmbed, backbone=trunk)
-    return _deit("deit_mini", replace(scale, patch_size=1), embed_layer=embed)
+    return deit(HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed)
 
 
 def _start_as_the_study(network: VisionTransformer) -> None:
@@ -307,7 +294,8 @@ def _rescale_init(network: VisionTransformer, scale: Scale) -> None:
     nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
 
 
-def _from_timm(name: str, scale: Scale) -> nn.Module:
+def from_timm(name: str, scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+    """Build a model of timm, whole, with its own normalisation; ValueError names similar ones."""
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name!r}; similar names: {close}")

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from trainables.models import check_model_name, model_named
+
 Activation = Literal["relu", "gelu", "silu", "softplus"]
 Augmentation = Literal["randaug", "mixup", "cutmix"]
 Optimizer = Literal["sgd", "adamw"]
@@ -21,17 +23,6 @@ Precision = Literal["float32", "bf16", "fp16"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
-MODELS: dict[str, tuple[str, str]] = {
-    "resnet18": ("resnet", "small"),
-    "resnet50": ("resnet", "base"),
-    "resnet101": ("resnet", "large"),
-    "resnet200": ("resnet", "huge"),
-    "deit_mini": ("deit", "small"),
-    "deit_small": ("deit", "base"),
-    "deit_base": ("deit", "large"),
-    "hybrid_deit": ("hybrid", "base"),
-}
-TIMM_PREFIX = "timm:"
 # Beyond these a number is a slip of the keyboard.
 MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
@@ -45,20 +36,6 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> str:
     text = f"unknown {kind} {word!r}; one of {', '.join(words)}"
     nearest = difflib.get_close_matches(word, words, n=1)
     return f"{text}. Did you mean {nearest[0]!r}?" if nearest else text
-
-
-def family_of(model: str) -> str:
-    """Return the family of a model name: resnet, deit, hybrid or timm."""
-    return "timm" if model.startswith(TIMM_PREFIX) else MODELS[model][0]
-
-
-def model_of(family: str, size: str) -> str:
-    """Return the model of one family and size; ValueError names the sizes the family has."""
-    for model, key in MODELS.items():
-        if key == (family, size):
-            return model
-    sizes = sorted(s for f, s in MODELS.values() if f == family)
-    raise ValueError(f"family {family!r} has no size {size!r}; one of {sizes}")
 
 
 def format_augmentations(augmentations: Iterable[str]) -> str:
@@ -84,8 +61,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _check_model(value: Any) -> Any:
-    if isinstance(value, str) and value not in MODELS and not value.startswith(TIMM_PREFIX):
-        raise ValueError(f"unknown model {value!r}; one of {sorted(MODELS)} or 'timm:NAME'")
+    if isinstance(value, str):
+        check_model_name(value)
     return value
 
 
@@ -196,11 +173,11 @@ class Recipe(_Frozen):
 
     @property
     def family(self) -> str:
-        return family_of(self.model)
+        return model_named(self.model).family
 
     @property
     def size(self) -> str:
-        return MODELS[self.model][1] if self.model in MODELS else "-"
+        return model_named(self.model).size
 
     @property
     def mixes(self) -> bool:
@@ -325,7 +302,7 @@ def _check_batches(recipe: Recipe) -> None:
 def _check_ghosts(recipe: Recipe) -> None:
     if recipe.norm != "ghost":
         return
-    if recipe.family == "deit":
+    if not model_named(recipe.model).batch_norm:
         raise ValueError(f"norm 'ghost' needs batch normalisation, and {recipe.model} has none")
     if recipe.forward_batch % recipe.ghost_batch:
         raise ValueError(

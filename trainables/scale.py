@@ -6,34 +6,35 @@ import math
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from trainables.models import Settings, model_named
 from trainables.recipe import Adversary, CurriculumRow, Recipe
 
-PUBLISHED_DEIT_WIDTH = 384
 PUBLISHED_EPSILON = Fraction(4, 255)
 AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
-# family, optimizer -> what goes with it. DeiT under SGD is not in the study: 0.1 per 256 images.
-PUBLISHED_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
-    ("resnet", "sgd"): {
+# What goes with a kind of model and an optimizer. DeiT under SGD is not in the study: 0.1 per 256
+# images.
+_PUBLISHED: dict[tuple[str, str], dict[str, float | int]] = {
+    ("cnn", "sgd"): {
         "learning_rate": 0.1,
         "weight_decay": 1e-4,
         "batch_size": 256,
         "warmup_epochs": 0.0,
     },
-    ("resnet", "adamw"): {
+    ("cnn", "adamw"): {
         "learning_rate": 5e-4,
         "weight_decay": 0.05,
         "batch_size": 256,
         "warmup_epochs": 5.0,
     },
-    ("deit", "sgd"): {
+    ("transformer", "sgd"): {
         "learning_rate": 0.8,
         "weight_decay": 1e-4,
         "batch_size": 2048,
         "warmup_epochs": 0.0,
     },
-    ("deit", "adamw"): {
+    ("transformer", "adamw"): {
         "learning_rate": 2e-3,
         "weight_decay": 0.05,
         "batch_size": 2048,
@@ -42,17 +43,22 @@ PUBLISHED_SETTINGS: dict[tuple[str, str], dict[str, float | int]] = {
 }
 
 
+def published_settings(model: str, optimizer: str) -> dict[str, float | int]:
+    """Return the study's rate, decay, batch and warm-up; none for an unknown optimizer."""
+    kind = "cnn" if model_named(model).settings == "cnn" else "transformer"
+    return dict(_PUBLISHED.get((kind, optimizer), {}))
+
+
 def _in_proportion(recipe: Recipe, name: str, own: float | None) -> float:
     """Return a scale's own value of a field, times what the recipe makes of the study's."""
-    asked: float = getattr(recipe, name)
+    value: float = getattr(recipe, name)
     if own is None:
-        return asked
-    family = recipe.family if recipe.family == "resnet" else "deit"
-    published = dict(PUBLISHED_SETTINGS[family, recipe.optimizer])
+        return value
+    published = published_settings(recipe.model, recipe.optimizer)
     if recipe.adversary:
         published["learning_rate"] *= AT_BATCH / published["batch_size"]
         published["batch_size"] = AT_BATCH
-    return own * (asked / published[name])
+    return own * (value / published[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +92,10 @@ class Scale:
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
     probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
-    scale's own by family and optimizer, and ghost batches shrink with them; a recipe that departs
-    from the study's there departs from the scale's in proportion. `flip`: a mirrored
-    image is one of its class. `held_out_images` is 0 where only a listing of the folder can tell.
+    scale's own by a model's settings and the optimizer, and ghost batches shrink with them; a
+    recipe that departs from the study's there departs from the scale's in proportion. `flip`: a
+    mirrored image is one of its class. `held_out_images` is 0 where only a listing of the folder
+    can tell.
     """
 
     name: str
@@ -122,7 +129,7 @@ class Scale:
     patch: PatchBudget = PatchBudget()
     autoattack_subset: int = 5000
     square_queries: int = 5000
-    epoch_cost: dict[str, float] = field(default_factory=dict)
+    cost_unit: Literal["macs", "seconds"] = "macs"
     validate_every: int = 1
 
     def depth(self, blocks: int) -> int:
@@ -142,9 +149,13 @@ class Scale:
         """Return the epochs that stand for `published` epochs of the study."""
         return max(1, round(published * self.epochs_factor))
 
+    def epoch_cost(self, model: str) -> float:
+        """Return what an epoch of plain training costs, in the unit `cost_unit` of a model."""
+        return float(getattr(model_named(model).cost, self.cost_unit))
+
     def cost(self, recipe: Recipe) -> float:
         """Return what training the recipe costs, in the unit of `epoch_cost`; for ordering."""
-        epoch = self.epoch_cost.get(recipe.model, max(self.epoch_cost.values()))
+        epoch = self.epoch_cost(recipe.model)
         # Forward, weight gradients and input gradients cost about the same; a teacher's forward
         # is one more of the three.
         passes = 3 + (2 * recipe.adversary.steps if recipe.adversary else 0)
@@ -153,10 +164,11 @@ class Scale:
     def shrink(self, recipe: Recipe) -> Recipe:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
         epochs = self.epochs(recipe.epochs)
-        kind = recipe.family, recipe.optimizer
+        settings = model_named(recipe.model).settings
+        kind = settings, recipe.optimizer
         rate = _in_proportion(recipe, "learning_rate", self.learning_rate.get(kind))
         decay = _in_proportion(recipe, "weight_decay", self.weight_decay.get(kind))
-        batch = _in_proportion(recipe, "batch_size", self.batch_size.get(recipe.family))
+        batch = _in_proportion(recipe, "batch_size", self.batch_size.get(settings))
         changes: dict[str, Any] = {
             "scale": self.name,
             "epochs": epochs,
@@ -209,17 +221,6 @@ IMAGENET = Scale(
     std=(0.229, 0.224, 0.225),
     epsilon=PUBLISHED_EPSILON,
     small_epsilon=Fraction(1, 1000),
-    # Multiply-accumulates of one image, in units of 10^9.
-    epoch_cost={
-        "resnet18": 1.8,
-        "resnet50": 4.1,
-        "resnet101": 7.8,
-        "resnet200": 15.1,
-        "deit_mini": 2.1,
-        "deit_small": 4.6,
-        "deit_base": 17.6,
-        "hybrid_deit": 3.9,
-    },
 )
 
 DIGITS = Scale(
@@ -246,16 +247,14 @@ DIGITS = Scale(
     position_std=0.5,
     epochs_factor=Fraction(1, 10),
     strength_divisor=4,
-    batch_size={"resnet": 64, "deit": 32, "hybrid": 32, "timm": 64},
+    batch_size={"cnn": 64, "transformer": 32, "timm": 64},
     # ResNet-50 reaches 98.0, 97.8 and 97.8 % with SGD at 0.1 (seeds 0 to 2), 95.1 to 97.2 at 0.2,
     # and trains no more at 0.3: its residual branches start with a gain of one.
     learning_rate={
-        ("resnet", "sgd"): 0.1,
-        ("resnet", "adamw"): 8e-3,
-        ("deit", "sgd"): 0.1,
-        ("deit", "adamw"): 2e-3,
-        ("hybrid", "sgd"): 0.1,
-        ("hybrid", "adamw"): 2e-3,
+        ("cnn", "sgd"): 0.1,
+        ("cnn", "adamw"): 8e-3,
+        ("transformer", "sgd"): 0.1,
+        ("transformer", "adamw"): 2e-3,
         ("timm", "sgd"): 0.1,
         ("timm", "adamw"): 2e-3,
     },
@@ -265,17 +264,7 @@ DIGITS = Scale(
     probe_images=50,
     ghost_batch=32,
     patch=PatchBudget(images=50, textures=5, samples=25, steps=8),
-    # Seconds of an epoch on one core of a 2.5 GHz Xeon.
-    epoch_cost={
-        "resnet18": 0.33,
-        "resnet50": 0.48,
-        "resnet101": 0.7,
-        "resnet200": 1.2,
-        "deit_mini": 0.5,
-        "deit_small": 0.74,
-        "deit_base": 1.6,
-        "hybrid_deit": 0.9,
-    },
+    cost_unit="seconds",
     validate_every=4,
 )
 
@@ -294,20 +283,17 @@ CIFAR10 = Scale(
     stem="small",
     stem_stride=1,
     patch_size=4,
-    batch_size=dict.fromkeys(("resnet", "deit", "hybrid", "timm"), 128),
+    batch_size=dict.fromkeys(get_args(Settings), 128),
     learning_rate={
-        ("resnet", "sgd"): 0.1,
-        ("resnet", "adamw"): 5e-4,
-        ("deit", "sgd"): 0.05,
-        ("deit", "adamw"): 5e-4,
-        ("hybrid", "sgd"): 0.05,
-        ("hybrid", "adamw"): 5e-4,
+        ("cnn", "sgd"): 0.1,
+        ("cnn", "adamw"): 5e-4,
+        ("transformer", "sgd"): 0.05,
+        ("transformer", "adamw"): 5e-4,
         ("timm", "sgd"): 0.1,
         ("timm", "adamw"): 5e-4,
     },
-    weight_decay={("resnet", "sgd"): 5e-4},
+    weight_decay={("cnn", "sgd"): 5e-4},
     patch=PatchBudget(images=1000, textures=10),
-    epoch_cost=IMAGENET.epoch_cost,
 )
 
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (DIGITS, IMAGENET, CIFAR10)}
@@ -363,11 +349,10 @@ def folder_scale(*, image_size: int, num_classes: int, train_images: int, conten
         stem="small" if image_size <= 64 else "imagenet",
         stem_stride=1 if image_size <= 32 else 2,
         patch_size=next(s for s in sides if image_size % s == 0 and image_size // s >= 8),
-        batch_size=dict.fromkeys(("resnet", "deit", "hybrid", "timm"), batch) if batch else {},
+        batch_size=dict.fromkeys(get_args(Settings), batch) if batch else {},
         learning_rate=rates,
         ghost_batch=min(64, batch or 64),
         patch=PatchBudget(textures=5),
-        epoch_cost=IMAGENET.epoch_cost,
     )
 
 
@@ -378,7 +363,7 @@ def _batch_for(train_images: int) -> tuple[int | None, dict[tuple[str, str], flo
     fitting = max(8, min(256, train_images // _FEW_STEPS))
     batch = 2 ** math.floor(math.log2(fitting))
     sgd, adamw = batch / 256, math.sqrt(batch / _STUDYS_DEIT_BATCH)
-    rates = {("resnet", "sgd"): 0.1 * sgd, ("resnet", "adamw"): 5e-4 * math.sqrt(sgd)}
-    for family in ("deit", "hybrid", "timm"):
-        rates |= {(family, "sgd"): 0.1 * sgd, (family, "adamw"): 2e-3 * adamw}
+    rates = {("cnn", "sgd"): 0.1 * sgd, ("cnn", "adamw"): 5e-4 * math.sqrt(sgd)}
+    for settings in ("transformer", "timm"):
+        rates |= {(settings, "sgd"): 0.1 * sgd, (settings, "adamw"): 2e-3 * adamw}
     return batch, rates
