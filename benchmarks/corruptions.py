@@ -17,8 +17,8 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from benchmarks.measure import Figure, in_turns, require
-from evaluators import SEVERITIES
-from evaluators.corruption_kinds import KINDS, corrupt
+from evaluators.corruption_kinds import corrupt
+from trainables.data.registry import KINDS, SEVERITIES
 
 SIDE = 224
 DRAWN = (*KINDS[:3], "glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform")

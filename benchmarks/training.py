@@ -46,7 +46,7 @@ from trainables.data.load import load_data
 from trainables.data.loader import TrainBatches
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
-from trainables.scale import CIFAR10, DIGITS
+from trainables.scale import CIFAR10, DIGITS, IMAGENET, Scale
 from trainables.train.loop import PRECISIONS, accuracy, train
 from trainables.train.optim import build_optimizer
 from trainables.train.team import ALONE
@@ -272,17 +272,16 @@ def bare_epochs(
 
 def small(count: int) -> tuple[Recipe, Data]:
     """Return ResNet-18's recipe at CIFAR-10's scale, and noise in memory at 32 px."""
-    return CIFAR10.shrink(base_named("resnet50")).replace(model="resnet18"), noise(
-        "cifar10", count, 32
-    )
+    recipe = CIFAR10.shrink(base_named("resnet50")).replace(model="resnet18")
+    return recipe, noise(CIFAR10, count)
 
 
-def noise(name: str, count: int, side: int) -> Data:
+def noise(scale: Scale, count: int) -> Data:
     """Return a data set of noise in memory, of ten classes."""
-    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (count, 3, *[scale.image_size] * 2), dtype=torch.uint8)
     split = Split(images=pixels, labels=torch.arange(count) % 10, ids=tuple(map(str, range(count))))
     names = tuple(map(str, range(10)))
-    return Data(name=name, train=split, held_out=few(split), class_names=names)
+    return Data(data_set=scale.data_set, train=split, held_out=few(split), class_names=names)
 
 
 def large(root: Path, count: int) -> tuple[Recipe, Data]:
@@ -296,7 +295,7 @@ def large(root: Path, count: int) -> tuple[Recipe, Data]:
 
 def full_size(recipe: Recipe, precision: str, count: int) -> tuple[Recipe, Data]:
     """Return a recipe of the study's without its augmentation, and noise in memory at 224 px."""
-    data = noise("imagenet", count, 224)
+    data = noise(IMAGENET, count)
     return recipe.replace(precision=precision, augmentations=(), label_smoothing=0.0), data
 
 

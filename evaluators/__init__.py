@@ -27,8 +27,6 @@ EVALUATORS: dict[str, str] = {
     "autoattack": "evaluators.autoattack:AutoAttack",
 }
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
-SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
-EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not of the fifteen
 
 
 def evaluator_named(name: str, scale: Scale) -> Evaluator:

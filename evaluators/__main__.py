@@ -28,7 +28,7 @@ from trainables.options import (
     uri_without_password,
 )
 from trainables.recipe import ACTIVATIONS
-from trainables.scale import SCALE_NAMES, Scale, scale_named
+from trainables.scale import Scale, scale_named, scale_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -356,7 +356,7 @@ def _check_names(options: argparse.Namespace) -> None:
     model = options.model
     if model is not None:
         check_model_name(model)
-    if options.scale not in (None, *SCALE_NAMES):
+    if options.scale not in (None, *scale_names()):
         scale_named(options.scale)
     if options.std is not None and not 0 < options.std < math.inf:
         raise ValueError(f"--std {options.std:g} is not above 0")
@@ -392,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join([*EVALUATORS, *SINGLE_SCORES])} (default: clean)",
     )
     parser.add_argument(
-        "--scale", help=f"{', '.join(SCALE_NAMES)} (default: the file's, or digits)"
+        "--scale", help=f"{', '.join(scale_names())} (default: the file's, or digits)"
     )
     add_data_options(parser)
     whose = "default: those of the file's recipe, or the scale's"

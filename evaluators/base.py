@@ -161,9 +161,7 @@ def cell_digest(evaluator: Evaluator, source: Data) -> str:
 
 def split_batches(split: Split, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
     """Yield a split's images, or a shard of them, in order, as float32 in [0, 1]."""
-    places = shard.of(split.ids)
-    for first in range(0, len(places), batch_size):
-        part = split.at(places[first : first + batch_size])
+    for part in split.parts(batch_size=batch_size, shard=shard):
         yield Batch(to_unit(part.images[:]), part.labels, part.ids)
 
 

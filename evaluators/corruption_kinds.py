@@ -29,18 +29,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluators import SEVERITIES
+from trainables.data.registry import SEVERITIES
 
 PUBLISHED_SIDE = 224
 SHORTEST_SIDE = 32
 MINIMUM_SIDE = 16
-GROUPS: dict[str, tuple[str, ...]] = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
-KINDS = tuple(kind for group in GROUPS.values() for kind in group)
 
 
 class Draws:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +13,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, Column, split_batches, verdicts
-from evaluators.corruption_kinds import GROUPS, KINDS, corrupt
+from evaluators.corruption_kinds import corrupt
 from evaluators.intervals import of_mean
 from evaluators.ledger import Score
-from evaluators.stored_cifar import CIFAR10C
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
-from trainables.data.folders import ImageFolderByClass
+from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES
+from trainables.data.stored import CorruptedSet
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -71,42 +68,29 @@ class Corruptions:
     least_shard = SHARD_IMAGES
 
     def __init__(self, scale: Scale) -> None:
-        self.size = scale.image_size
-        self.stored = scale.name == "imagenet"
-        self.alexnet_errors = ALEXNET_ERRORS if scale.name == "imagenet" else {}
+        self.stored = not scale.data_set.generated
+        self.alexnet_errors = ALEXNET_ERRORS if scale.data_set.alexnet else {}
 
     def identity(self, source: Data) -> dict[str, Any]:
-        if cifar := _cifar10_c(source):
-            return {"data": "CIFAR-10-C", "images": cifar.ids_hash(), "kinds": cifar.kinds}
-        root = source.stored("imagenet-c")
-        if root is None:
-            return {
-                "data": f"corruptions ({source.name})",
-                "images": _chosen(source).ids_hash(),
-                "generation": GENERATION,
-            }
-        kinds = stored_kinds(root)
-        images = self._folder(root / kinds[0] / "1", source).ids_hash()
-        return {"data": "ImageNet-C", "images": images, "kinds": kinds}
+        if stored := _stored(source):
+            title = stored.stored.title
+            return {"data": title, "images": stored.ids_hash(), "kinds": stored.kinds}
+        return {
+            "data": f"corruptions ({source.name})",
+            "images": _chosen(source).ids_hash(),
+            "generation": GENERATION,
+        }
 
     def total(self, source: Data) -> int:
-        if cifar := _cifar10_c(source):
-            return cifar.per_severity
-        root = source.stored("imagenet-c")
-        if root is None:
-            return len(_chosen(source))
-        return len(self._folder(root / stored_kinds(root)[0] / "1", source).files())
+        return len(_stored(source) or _chosen(source))
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         images = held_out if self.stored else min(GENERATED_IMAGES, held_out)
         return images * len(ALEXNET_ERRORS) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        root, cifar = source.stored("imagenet-c"), _cifar10_c(source)
-        if root is not None and cifar is None:
-            yield from self._stored(root, source, batch_size, shard)
-            return
-        for question, split in cifar.splits() if cifar else _generated(source):
+        stored = _stored(source)
+        for question, split in stored.splits() if stored else _generated(source):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 yield replace(batch, question=question)
 
@@ -127,41 +111,10 @@ class Corruptions:
             scores.append(Score(name, float(errors_N.mean()), low, high, len(errors_N)))
         return scores
 
-    def _stored(self, root: Path, source: Data, batch_size: int, shard: Shard) -> Iterator[Batch]:
-        for kind, severity in product(stored_kinds(root), SEVERITIES):
-            folder = self._folder(root / kind / str(severity), source)
-            for split in folder.splits(batch_size=batch_size, shard=shard):
-                for batch in split_batches(split, batch_size=batch_size):
-                    yield replace(batch, question=f"{kind}-{severity}")
 
-    def _folder(self, root: Path, source: Data) -> ImageFolderByClass:
-        return ImageFolderByClass(
-            root=root,
-            class_names=source.class_names,
-            size=self.size,
-            resize=None,
-            complete=True,
-            skip_damaged=source.skip_damaged,
-            workers=source.workers,
-        )
-
-
-def _cifar10_c(source: Data) -> CIFAR10C | None:
-    root = source.stored("cifar10-c") if source.name == "cifar10" else None
-    return CIFAR10C.open(root) if root else None
-
-
-def stored_kinds(root: Path) -> tuple[str, ...]:
-    """Return the kinds below root/<kind>/<severity>: the 15, and those of the extra 4 there are.
-
-    ValueError names what lacks of the 15, and severities that lack of any.
-    """
-    kinds = [k for k in (*KINDS, *EXTRA_KINDS) if k in KINDS or (root / k).is_dir()]
-    folders = [f"{kind}/{severity}" for kind in kinds for severity in SEVERITIES]
-    lacking = [folder for folder in folders if not (root / folder).is_dir()]
-    if lacking:
-        raise ValueError(f"{root} lacks {len(lacking)} folders: {', '.join(lacking)}")
-    return tuple(kinds)
+def _stored(source: Data) -> CorruptedSet | None:
+    located = source.counterpart("corruptions")
+    return CorruptedSet.open(*located, source) if located else None
 
 
 def _chosen(source: Data) -> Split:
@@ -193,7 +146,7 @@ def _generate(source: Data) -> Iterator[tuple[str, Split]]:
 def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str, np.ndarray]:
     """Return each score as weights over the kinds; a score that lacks a kind is left out."""
     sets = {"corruptions": KINDS, "corruptions-19": KINDS + EXTRA_KINDS}
-    sets |= {f"corruptions/{group}": members for group, members in GROUPS.items()}
+    sets |= {f"corruptions/{group}": members for group, members in CORRUPTION_GROUPS.items()}
     sets |= {f"corruptions/{kind}": (kind,) for kind in kinds}
     weights = {
         name: np.array([(kind in members) / len(members) for kind in kinds])

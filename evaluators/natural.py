@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +15,15 @@ from torch.nn import functional as F
 
 from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
-from evaluators.stored_cifar import load_cifar10_1
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.data.folders import ImageFolderByClass
-from trainables.data.listing import ImageList, differing_classes
+from trainables.data.registry import STORED_SETS
+from trainables.data.stored import stored_split
 from trainables.scale import Scale
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier
 
-IMAGENET_A_IMAGES = 7500
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
@@ -53,15 +49,12 @@ class Natural:
     least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
-        self.size = scale.image_size
-        self.stored = scale.name == "imagenet"
+        self.data_set = scale.data_set
 
     def identity(self, source: Data) -> dict[str, Any]:
-        if (newer := _cifar10_1(source)) is not None:
-            return {"data": "CIFAR-10.1", "images": newer.ids_hash()}
-        root = source.stored("imagenet-a")
-        if root is not None:
-            return {"data": "ImageNet-A", "images": self._folder(root, source).ids_hash()}
+        if located := source.counterpart("natural"):
+            stored, root = located
+            return {"data": stored.title, "images": stored_split(stored, root, source).ids_hash()}
         counterpart = {
             "data": f"natural-adversarial ({source.name})",
             "images": hardest(source).ids_hash(),
@@ -71,28 +64,20 @@ class Natural:
         return counterpart
 
     def total(self, source: Data) -> int:
-        root, newer = source.stored("imagenet-a"), _cifar10_1(source)
-        if root is None or newer is not None:
-            return len(newer or hardest(source))
-        return len(self._folder(root, source).files())
+        return len(_images(source))
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        return IMAGENET_A_IMAGES if self.stored else math.ceil(held_out * HARDEST_SHARE)
+        if self.data_set.generated:
+            return math.ceil(held_out * HARDEST_SHARE)
+        return STORED_SETS[self.data_set.counterpart("natural")].images
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        root, newer = source.stored("imagenet-a"), _cifar10_1(source)
-        if root is None or newer is not None:
-            split = newer or hardest(source)
-            yield from split_batches(split, batch_size=batch_size, shard=shard)
-            return
-        folder = self._folder(root, source)
-        listed = folder.files()
-        if source.name == "imagenet":
-            check_imagenet_a(listed)
-        present = tuple(sorted(set(listed.labels)))
-        for split in folder.splits(batch_size=batch_size, shard=shard):
-            for batch in split_batches(split, batch_size=batch_size):
-                yield replace(batch, candidates=present)
+        split, located = _images(source), source.counterpart("natural")
+        # A set of some of the classes is answered among these, as the study did.
+        some = located is not None and not located[0].complete
+        present = tuple(sorted(set(split.labels.tolist()))) if some else None
+        for batch in split_batches(split, batch_size=batch_size, shard=shard):
+            yield replace(batch, candidates=present)
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
@@ -108,28 +93,10 @@ class Natural:
     def summarize(self, ledger: pa.Table) -> list[Score]:
         return survival_scores(ledger)
 
-    def _folder(self, root: Path, source: Data) -> ImageFolderByClass:
-        return ImageFolderByClass(
-            root=root,
-            class_names=source.class_names,
-            size=self.size,
-            resize=round(self.size * 256 / 224),
-            skip_damaged=source.skip_damaged,
-            workers=source.workers,
-        )
 
-
-def check_imagenet_a(images: ImageList) -> None:
-    """Raise ValueError unless the classes that have images are the two hundred of ImageNet-A."""
-    known = resources.files("timm.data").joinpath("_info", "imagenet_a_synsets.txt").read_text()
-    present = {images.class_names[label] for label in images.labels}
-    if differing := differing_classes(present, known.split()):
-        raise ValueError(f"{images.root} is not ImageNet-A: it {differing}; fetch it again")
-
-
-def _cifar10_1(source: Data) -> Split | None:
-    root = source.stored("cifar10.1") if source.name == "cifar10" else None
-    return load_cifar10_1(root) if root else None
+def _images(source: Data) -> Split:
+    located = source.counterpart("natural")
+    return stored_split(*located, source) if located else hardest(source)
 
 
 @lru_cache(maxsize=4)

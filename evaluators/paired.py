@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import binomtest
 
-from evaluators import EXTRA_KINDS
 from evaluators.intervals import of_gained_and_lost, of_mean, reach_over_trainings, with_trainings
+from trainables.data.registry import EXTRA_KINDS
 
 ERRORS = "corruptions"  # the one score that is an error, a mean over questions
 

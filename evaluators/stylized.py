@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +16,12 @@ from torch import Tensor
 from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
 from trainables.data.base import WHOLE, Data, Shard, to_unit
-from trainables.data.folders import ImageFolderByClass
+from trainables.data.stored import stored_split
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier
 
-IMAGENET_IMAGES = 50_000
 TEXTURE = "texture:"
 
 
@@ -46,14 +44,12 @@ class Stylized:
     least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
-        self.size = scale.image_size
-        self.readings = 2 if scale.name == "imagenet" else 1
+        self.readings = 1 if scale.data_set.generated else 2
 
     def identity(self, source: Data) -> dict[str, Any]:
-        root = source.stored("imagenet-stylized")
-        if root is not None:
-            images = self._folder(root, source, resize=None).ids_hash()
-            return {"data": "Stylized-ImageNet", "images": images}
+        if located := source.counterpart("stylized"):
+            stored, root = located
+            return {"data": stored.title, "images": stored_split(stored, root, source).ids_hash()}
         return {
             "data": f"cue conflict ({source.name})",
             "images": source.held_out.ids_hash(),
@@ -61,28 +57,21 @@ class Stylized:
         }
 
     def total(self, source: Data) -> int:
-        root = source.stored("imagenet-stylized")
-        return len(self._folder(root, source, resize=None).files() if root else source.held_out)
+        located = source.counterpart("stylized")
+        return len(stored_split(*located, source) if located else source.held_out)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return self.readings * held_out
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        root = source.stored("imagenet-stylized")
-        if root is None:
+        located = source.counterpart("stylized")
+        if located is None:
             yield from _cue_conflicts(source, batch_size, shard)
             return
-        for question, resize in (
-            ("stylized", None),
-            ("stylized-cropped", round(self.size * 256 / 224)),
-        ):
-            folder = self._folder(root, source, resize=resize)
-            count = len(folder.files())
-            if source.name == "imagenet" and count != IMAGENET_IMAGES:
-                raise ValueError(f"{root} holds {count} images instead of {IMAGENET_IMAGES}")
-            for split in folder.splits(batch_size=batch_size, shard=shard):
-                for batch in split_batches(split, batch_size=batch_size):
-                    yield replace(batch, question=question)
+        for question, native in (("stylized", True), ("stylized-cropped", False)):
+            split = stored_split(*located, source, native=native)
+            for batch in split_batches(split, batch_size=batch_size, shard=shard):
+                yield replace(batch, question=question)
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
@@ -98,17 +87,6 @@ class Stylized:
         texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
         bias = [share("stylized/shape-bias", shape, shape + texture)] if shape + texture else []
         return survival_scores(ledger) + bias
-
-    def _folder(self, root: Path, source: Data, *, resize: int | None) -> ImageFolderByClass:
-        return ImageFolderByClass(
-            root=root / "val",
-            class_names=source.class_names,
-            size=self.size,
-            resize=resize,
-            complete=True,
-            skip_damaged=source.skip_damaged,
-            workers=source.workers,
-        )
 
 
 def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batch]:

@@ -166,8 +166,8 @@ def dictionary_for(scale: Scale, data: Data) -> TextureDictionary:
 
 def stored_dictionary(scale: Scale, data: Data) -> PublishedTextures | None:
     """Open the dictionary stored with the data, None where there is none."""
-    root = data.stored("textures")
-    return open_dictionary(root, scale) if root else None
+    located = data.counterpart("tpa")
+    return open_dictionary(located[1], scale) if located else None
 
 
 def open_dictionary(root: Path, scale: Scale) -> PublishedTextures:

@@ -59,7 +59,7 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> dict[Item, float]:
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
             passes = evaluators[name].cost(held_out, withstanding=share)
-            work[trial.digest, name] = passes * epoch / scale.train_images / 3
+            work[trial.digest, name] = passes * epoch / scale.data_set.train_images / 3
     return work
 
 

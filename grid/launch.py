@@ -64,7 +64,7 @@ class Finished:
 class Launch:
     """What is to be run, and where.
 
-    `manifest` names the data as the doctor found it. address: of the Ray cluster, None to start
+    `manifest` names the data as the check found it. address: of the Ray cluster, None to start
     Ray here. storage: a path or URI for what trials keep, None for the results folder.
     """
 

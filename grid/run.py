@@ -25,7 +25,7 @@ from grid.summary import add_plan_options, check_plan_options, print_plan
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import add_data_options, amount, count, source_of, uri_without_password
 from trainables.recipe import unknown
-from trainables.scale import SCALE_NAMES, Scale
+from trainables.scale import Scale, scale_names
 from trainables.store.results import check_database, check_results, database_uri, settle
 from trainables.watchdog import HUNG_SECONDS
 
@@ -118,17 +118,17 @@ def _examined(
     """Return the source without damaged images, and its manifest; ValueError on what is wrong."""
     from rich.console import Console
 
-    from grid.doctor import examine, without_damaged
+    from grid.check import check, without_damaged
 
-    examination = examine(scale, source, plan, results=options.results)
+    findings = check(scale, source, plan, results=options.results)
     if options.check:
-        examination.print(Console())
+        findings.print(Console())
     else:
-        for warning in examination.warnings:
+        for warning in findings.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if examination.problem:
-        raise ValueError(examination.problem)
-    return without_damaged(source, examination), examination.manifest
+    if findings.problem:
+        raise ValueError(findings.problem)
+    return without_damaged(source, findings), findings.manifest
 
 
 def _run(
@@ -195,15 +195,16 @@ def _check_cluster(launch: Launch, seconds: float) -> None:
 
     if launch.address is None:
         return
-    from grid.doctor import Examination, Finding
+    from grid.check import Finding, Findings
     from grid.launch import check_cluster
 
-    found = check_cluster(launch, seconds)
-    findings = [Finding(k, "ok" if well else "error", text) for k, (well, text) in found.items()]
-    examination = Examination(findings)
-    examination.print(Console())
-    if examination.problem:
-        raise ValueError(examination.problem)
+    looks = check_cluster(launch, seconds)
+    findings = Findings(
+        [Finding(k, "ok" if well else "error", text) for k, (well, text) in looks.items()]
+    )
+    findings.print(Console())
+    if findings.problem:
+        raise ValueError(findings.problem)
 
 
 def _report(options: argparse.Namespace, study: Study, plan: Plan, scale: Scale) -> int:
@@ -284,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scale",
         default="digits",
-        help=f"{', '.join(SCALE_NAMES)} (default: digits, no download)",
+        help=f"{', '.join(scale_names())} (default: digits, no download)",
     )
     add_data_options(parser)
     _add_other_answers(parser)

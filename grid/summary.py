@@ -69,7 +69,7 @@ def print_plan(
     work: dict[Item, float] = {}
     measurable = options.mlflow or (options.results / DATABASE).exists()
     if rate or measurable:
-        held_out = scale.held_out_images or len(list_splits(source)[1])
+        held_out = scale.data_set.held_out_images or len(list_splits(source)[1])
         work = work_of(plan, scale, held_out)
     if not rate and measurable:
         rate, origin = _measured(options, plan, scale, work)

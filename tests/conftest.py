@@ -72,7 +72,7 @@ def few_digits(digits: Data) -> Data:
         )
 
     return Data(
-        name="digits",
+        data_set=digits.data_set,
         train=head(digits.train, 192),
         held_out=head(digits.held_out, 60),
         class_names=digits.class_names,

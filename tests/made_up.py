@@ -12,10 +12,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from evaluators import SEVERITIES
 from evaluators.autoattack import CLEAN, STAGES
 from evaluators.base import EXAMPLES, Batch, verdicts
-from evaluators.corruption_kinds import KINDS
 from evaluators.ledger import to_parquet
 from evaluators.pgd import STEPS
 from grid.assess import Cell, Judged
@@ -27,6 +25,7 @@ from grid.status import open_tracker
 from grid.study import Study
 from trainables.data.base import Split, to_unit
 from trainables.data.load import load_data
+from trainables.data.registry import KINDS, SEVERITIES
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 

@@ -90,7 +90,7 @@ def test_randaugment_of_files_is_the_studys_in_every_setting(tmp_path, monkeypat
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic",
-        mean=IMAGENET.mean,
+        mean=IMAGENET.data_set.mean,
     )
     (studys,) = (step for step in transform.transforms if isinstance(step, RandAugment))
     made = []

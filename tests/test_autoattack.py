@@ -28,6 +28,12 @@ IMAGES = 100
 FEW = 20
 
 
+def of_classes(count):
+    return dataclasses.replace(
+        DIGITS, data_set=dataclasses.replace(DIGITS.data_set, num_classes=count)
+    )
+
+
 @pytest.fixture(scope="module")
 def classifier():
     return trained_classifier()
@@ -255,7 +261,7 @@ def test_a_fake_adversarial_outside_the_ball_breaks_nothing(threshold):
 
 
 def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(threshold):
-    scale = dataclasses.replace(DIGITS, num_classes=4)
+    scale = of_classes(4)
     levels = (0.30, 0.38, 0.42, 0.55)
     images = torch.stack([torch.full((3, 8, 8), level) for level in levels])
     batch = Batch(images, torch.zeros(4, dtype=torch.long), tuple("abcd"))
@@ -269,7 +275,7 @@ def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(thres
 def test_fewer_classes_have_fewer_targets_and_say_so():
     data = load_data(DIGITS)
     assert AutoAttack(DIGITS).identity(data)["targets"] == 9
-    few = AutoAttack(dataclasses.replace(DIGITS, num_classes=3)).identity(data)
+    few = AutoAttack(of_classes(3)).identity(data)
     assert few["targets"] == 2
     assert "apgd-t" not in few["stages"]
 

@@ -15,18 +15,18 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, evaluate, verdicts
-from evaluators.corruption_kinds import KINDS, corrupt, smear
+from evaluators.corruption_kinds import corrupt, smear
 from evaluators.corruptions import (
     ALEXNET_ERRORS,
     GENERATED_IMAGES,
     Corruptions,
-    stored_kinds,
 )
 from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
 from trainables.data.load import load_data
+from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
+from trainables.data.stored import stored_kinds
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
@@ -315,11 +315,11 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
     write_set(tmp_path, (*KINDS, "spatter"))
     source = replace(
         load_data(DIGITS),
-        name="imagenet",
+        data_set=replace(IMAGENET.data_set, image_size=16, published=False),
         class_names=("n02", "n01"),
         roots={"imagenet-c": tmp_path},
     )
-    corruptions = Corruptions(replace(IMAGENET, image_size=16))
+    corruptions = Corruptions(IMAGENET)
     ledger = evaluate(corruptions, classifier(), source, device=CPU)
     assert len(ledger) == 16 * 5 * 2
     scores = {score.name: score.value for score in corruptions.summarize(ledger)}
@@ -330,14 +330,14 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
 def test_kinds_and_severities_that_lack_are_named(tmp_path):
     write_set(tmp_path, set(KINDS) - {"fog"})
     (tmp_path / "saturate" / "1").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"lacks 9 folders: fog/1, .*saturate/2") as error:
-        stored_kinds(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 9 of 80: fog/1, .*saturate/2") as error:
+        stored_kinds(STORED_SETS["imagenet-c"], tmp_path)
     assert "spatter" not in str(error.value)
 
 
 def test_imagenet_without_the_set_names_the_option():
     with pytest.raises(ValueError, match="--imagenet-c DIR"):
-        Corruptions(IMAGENET).identity(replace(load_data(DIGITS), name="imagenet"))
+        Corruptions(IMAGENET).identity(replace(load_data(DIGITS), data_set=IMAGENET.data_set))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -57,7 +57,7 @@ def zeros(digits):
 def test_a_cost_is_the_passes_that_an_evaluator_takes_of_an_unbreakable_model(name, zeros):
     network = Counting()
     evaluator = evaluator_named(name, THRIFTY)
-    classifier = Classifier(network, DIGITS.mean, DIGITS.std)
+    classifier = Classifier(network, DIGITS.data_set.mean, DIGITS.data_set.std)
     evaluate(evaluator, classifier, zeros, device=torch.device("cpu"))
     cost = evaluator.cost(597, withstanding=1.0)
     # The learning half of the patch search stops where its rewards are level.

@@ -117,7 +117,7 @@ def test_pgd_at_the_studys_scale_starts_anywhere_in_the_ball_and_steps_by_one_of
     """Greys far from black and white, and a model whose gradient has one sign everywhere."""
     images = torch.randint(60, 200, (8, 3, 16, 16), dtype=torch.uint8)
     split = Split(images=images, labels=torch.arange(8) % 2, ids=tuple("abcdefgh"))
-    source = Data(name="greys", train=split, held_out=split, class_names=("0", "1"))
+    source = Data(data_set=DIGITS.data_set, train=split, held_out=split, class_names=("0", "1"))
     network = Watched(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)))
     classifier = Classifier(network, (0.0,) * 3, (1.0,) * 3)
     evaluate(PGD(IMAGENET, steps=(10,)), classifier, source, device=CPU)

@@ -1,4 +1,4 @@
-"""Images by class: labelled by name, damaged ones named."""
+"""Stored sets in class folders: labelled by name, damaged images named."""
 
 import threading
 
@@ -7,11 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from trainables.data.folders import ImageFolderByClass
-from trainables.data.images import read_rgb
+from trainables.data.base import Data, Split
+from trainables.data.images import as_rgb
+from trainables.data.registry import StoredSet, folder_data_set
+from trainables.data.stored import stored_split
 
 SIDE = 16
 CLASSES = ("n03", "n01", "n02")
+NOTHING = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
 
 
 def write(path, value=0, size=(SIDE, SIDE), **options):
@@ -19,12 +22,22 @@ def write(path, value=0, size=(SIDE, SIDE), **options):
     Image.new("RGB", size, (value,) * 3).save(path, **options)
 
 
-def folder(root, **options):
-    return ImageFolderByClass(root=root, class_names=CLASSES, size=SIDE, **options)
+def folder(root, *, complete=False, native=True, **options):
+    data = Data(
+        data_set=folder_data_set(image_size=SIDE, num_classes=3, train_images=9, content="0" * 8),
+        train=NOTHING,
+        held_out=NOTHING,
+        class_names=CLASSES,
+        **options,
+    )
+    stored = StoredSet(
+        name="set", title="Set", layout="", evaluator="natural", complete=complete, native=native
+    )
+    return stored_split(stored, root, data)
 
 
 def read(images):
-    splits = list(images.splits(batch_size=2))
+    splits = list(images.parts(batch_size=2))
     labels = torch.cat([split.labels for split in splits]).tolist()
     return torch.cat([split.images for split in splits]), labels, [i for s in splits for i in s.ids]
 
@@ -38,51 +51,46 @@ def test_labels_follow_the_class_names_and_not_the_folder_order(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [20, 0, 10]
 
 
-def test_threads_read_a_folder_in_its_order_and_list_what_they_skip(tmp_path, monkeypatch):
+def test_threads_read_a_folder_in_its_order(tmp_path, monkeypatch):
     for number in range(12):
         write(tmp_path / "n01" / f"{number:02d}.png", number)
-    for number in (3, 8):
-        (tmp_path / "n01" / f"{number:02d}.png").write_text("no image")
     met = threading.Barrier(4, timeout=30)  # broken unless four read at once
-    monkeypatch.setattr(
-        "trainables.data.folders.read_rgb", lambda path: (met.wait(), read_rgb(path))[1]
-    )
-    images = folder(tmp_path, workers=4, skip_damaged=True)
-    found = torch.cat([split.images[:, 0, 0, 0] for split in images.splits(batch_size=4)])
-    assert found.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
-    assert [path.name for path in images.damaged] == ["03.png", "08.png"]
+    monkeypatch.setattr("trainables.data.images.as_rgb", lambda file: (met.wait(), as_rgb(file))[1])
+    images = folder(tmp_path, workers=4)
+    values = torch.cat([part.images[:][:, 0, 0, 0] for part in images.parts(batch_size=4)])
+    assert values.tolist() == list(range(12))
 
 
 def test_a_folder_that_is_no_class_is_named(tmp_path):
     write(tmp_path / "n01" / "a.png")
     write(tmp_path / "n99" / "a.png")
     with pytest.raises(ValueError, match="n99 is no class of the data: remove it"):
-        folder(tmp_path).files()
+        folder(tmp_path)
 
 
 def test_classes_that_lack_are_named_where_all_are_needed(tmp_path):
     write(tmp_path / "n01" / "a.png")
-    assert folder(tmp_path).files().labels == (1,)
+    assert folder(tmp_path).labels.tolist() == [1]
     with pytest.raises(ValueError, match=r"lacks 2 classes; first: \['n03', 'n02'\]"):
-        folder(tmp_path, complete=True).files()
+        folder(tmp_path, complete=True)
 
 
 def test_an_empty_or_absent_root_says_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match="<class>/<image>"):
-        folder(tmp_path).files()
+        folder(tmp_path)
     with pytest.raises(ValueError, match="absent cannot be read: No such file"):
-        folder(tmp_path / "absent").files()
+        folder(tmp_path / "absent")
 
 
 def test_what_is_hidden_is_left_alone_and_a_loop_is_named(tmp_path):
     write(tmp_path / "n01" / "a.png")
     (tmp_path / "n01" / "._a.png").write_bytes(b"Mac OS X")
     (tmp_path / ".ipynb_checkpoints").mkdir()
-    assert folder(tmp_path).files().paths == ("n01/a.png",)
+    assert folder(tmp_path).ids == ("n01/a",)
     assert read(folder(tmp_path))[2] == ["n01/a"]
     (tmp_path / "n02").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="n02 is a symbolic link loop: remove it"):
-        folder(tmp_path).files()
+        folder(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text"])
@@ -95,7 +103,6 @@ def test_a_damaged_image_is_named_or_skipped_and_counted(tmp_path, damage, caplo
         read(folder(tmp_path))
     images = folder(tmp_path, skip_damaged=True)
     assert read(images)[2] == ["n02/b"]
-    assert images.damaged == [path]
     assert "1 of 2 images are damaged" in caplog.text
 
 
@@ -103,7 +110,7 @@ def test_a_wrong_size_is_named_unless_images_are_resized(tmp_path):
     write(tmp_path / "n01" / "a.png", 7, size=(40, 20))
     with pytest.raises(ValueError, match="40 x 20 px, not 16 x 16"):
         read(folder(tmp_path))
-    images, _, _ = read(folder(tmp_path, resize=18))
+    images, _, _ = read(folder(tmp_path, native=False))
     assert images.shape == (1, 3, SIDE, SIDE)
     assert (images == 7).all()
 
@@ -114,9 +121,9 @@ def test_resizing_cuts_out_the_middle(tmp_path):
     path = tmp_path / "n01" / "a.png"
     write(path)
     Image.fromarray(pixels).save(path)
-    image = read(folder(tmp_path, resize=20))[0][0, 0]
-    assert (image[:, :8] == 0).all()
-    assert (image[:, 8:] == 255).all()
+    image = read(folder(tmp_path, native=False))[0][0, 0]
+    assert (image[:, :7] == 0).all()
+    assert (image[:, 9:] == 255).all()
 
 
 def test_the_camera_orientation_is_applied(tmp_path):

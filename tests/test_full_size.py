@@ -51,7 +51,7 @@ def data(tmp_path_factory):
             torch.save(torch.zeros(1).expand(3, 224, 224), path)
     found = load_data(IMAGENET, DataSource(root=root))
     # Under another name, so that counterparts are generated for the sets that are not there.
-    return replace(found, name="a sample")
+    return replace(found, data_set=replace(found.data_set, name="a sample"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def judged():
             nn.Flatten(),
             nn.Linear(8, 1000),
         )
-    return Classifier(network, IMAGENET.mean, IMAGENET.std).eval()
+    return Classifier(network, IMAGENET.data_set.mean, IMAGENET.data_set.std).eval()
 
 
 def test_images_stay_in_their_files_until_they_are_asked_for(data):

@@ -26,7 +26,6 @@ from safetensors.torch import save
 from evaluators import __main__ as evaluators_main
 from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
 from evaluators.shards import ShardStore
-from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published
 from evaluators.textures_build import __main__ as textures_build
 from evaluators.textures_build.networks import vgg19_network
@@ -43,6 +42,7 @@ from trainables.data.images import ImageFiles, keep_originals
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
 from trainables.data.scan import Scan
+from trainables.data.stored import stored_images, stored_labels
 from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
@@ -422,8 +422,8 @@ def test_a_mutated_array_is_read_or_refused(tmp_path, seed):
     else:
         np.save(path, array)
     path.write_bytes(mutated(path.read_bytes(), seed))
-    assert works_or_names(path, lambda: stored_images(path))
-    assert works_or_names(path, lambda: stored_labels(path, 4))
+    assert works_or_names(path, lambda: stored_images(path, 32))
+    assert works_or_names(path, lambda: stored_labels(path, 4, 10))
 
 
 def encoded(form, **options):
@@ -482,18 +482,18 @@ def looked_at(tmp_path_factory):
 def test_a_mutated_file_of_scans_is_as_it_was_or_made_anew(looked_at, tmp_path, seed):
     root, paths, found, content = looked_at
     (tmp_path / "scan.parquet").write_bytes(mutated(content, seed))
-    known = Scan(tmp_path / "scan.parquet")._known
+    known = Scan(tmp_path / "scan.parquet")._sound
     assert {len(known)} <= {0, len(paths)}
     assert all(known.get(f"{root}/{p}", f) == f for p, f in zip(paths, found, strict=True))
 
 
 @given(seed=SEEDS)
 @counted
-def test_mutated_sizes_of_decoded_images_are_measured_again(looked_at, tmp_path, seed):
+def test_mutated_originals_are_decoded_again(looked_at, tmp_path, seed):
     root, paths, *_ = looked_at
     files = ImageFiles(root, paths[:2], size=16)
     wanted = keep_originals(files, tmp_path, 2**30).sizes
-    (kept,) = tmp_path.glob("sizes-*")
+    (kept,) = tmp_path.glob("originals-*")
     kept.write_bytes(mutated(kept.read_bytes(), seed))
     assert np.array_equal(keep_originals(files, tmp_path, 2**30).sizes, wanted)
 
@@ -506,14 +506,14 @@ def cifar(tmp_path_factory):
         write_archive(root, patched)
         source = DataSource(root=root, cache=root / "cache")
         images = load_data(CIFAR10, source).train.images
-        yield source, (root / "cache" / "cifar10-train.safetensors").read_bytes(), images
+        yield source, (root / "cache" / "cifar10-train.u8").read_bytes(), images
 
 
 @given(seed=SEEDS)
 @counted
 def test_a_mutated_cache_of_cifar_is_read_anew(cifar, tmp_path, seed):
     source, content, images = cifar
-    path = tmp_path / "cifar10-train.safetensors"
+    path = tmp_path / "cifar10-train.u8"
     path.write_bytes(mutated(content, seed))
     again = load_data(CIFAR10, replace(source, cache=tmp_path, workers=seed))
     assert torch.equal(again.train.images, images)

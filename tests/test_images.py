@@ -17,10 +17,10 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from tests.pictures import KINDS, write_folder, write_picture
-from trainables.data.images import ImageFiles, keep_originals, keep_validated, read_rgb
+from trainables.data.images import ImageFiles, as_rgb, keep_decoded, keep_originals
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
-from trainables.scale import DIGITS, IMAGENET
+from trainables.scale import CIFAR10, IMAGENET, scale_for
 
 BUDGET = 2**30
 # As the study's datasets.py has it for evaluation, without the normalisation.
@@ -95,7 +95,7 @@ def test_grey_of_16_bits_is_brought_to_8(tmp_path, mode, suffix):
     Image.fromarray(DEEP.astype(kinds[mode])).save(path)
     with Image.open(path) as file:
         assert file.mode == mode
-    image = read_rgb(path)
+        image = as_rgb(file)
     assert image.mode == "RGB"
     assert all(np.asarray(image)[..., channel].tolist() == SHALLOW for channel in range(3))
 
@@ -125,9 +125,7 @@ def test_data_workers_are_threads_that_read_beside_a_training(root, monkeypatch)
     source = DataSource(root=root, workers=3)
     data = load_data(scale_of("folder", source, image_size=32), source)
     expected = data.held_out.images[:3]
-    monkeypatch.setattr(
-        "trainables.data.images.read_rgb", lambda path: (met.wait(), read_rgb(path))[1]
-    )
+    monkeypatch.setattr("trainables.data.images.as_rgb", lambda file: (met.wait(), as_rgb(file))[1])
     assert torch.get_num_threads() == 1
     assert torch.equal(data.held_out.images[:3], expected)
     assert torch.equal(data.held_out.at(np.array([2, 1, 0])).images[:], expected.flip(0))
@@ -150,12 +148,12 @@ def test_decoded_files_are_written_once_and_anew_when_an_image_changes(tmp_path)
     path = write_picture(tmp_path / "train" / "a", 0, 0, side=40)
     files = ImageFiles(tmp_path, ["train/a/picture 0.JPEG"], size=32)
     cache = tmp_path / "cache"
-    first = keep_validated(files, cache, BUDGET)
+    first = keep_decoded(files, cache, BUDGET)
     written = {p.name: p.stat().st_ino for p in cache.glob("*.u8")}
-    assert torch.equal(first, keep_validated(files, cache, BUDGET))
+    assert torch.equal(first, keep_decoded(files, cache, BUDGET))
     assert written == {p.name: p.stat().st_ino for p in cache.glob("*.u8")}
     Image.new("RGB", (50, 50)).save(path)
-    assert not keep_validated(files, cache, BUDGET).any()
+    assert not keep_decoded(files, cache, BUDGET).any()
     assert len(list(cache.glob("*.u8"))) == 2
 
 
@@ -167,7 +165,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("keep", [keep_originals, keep_validated])
+@pytest.mark.parametrize("keep", [keep_originals, keep_decoded])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_decoded_images_are_said_and_decoded_again(files, tmp_path, caplog, keep, damage):
     keep(files, tmp_path, BUDGET)
@@ -181,13 +179,13 @@ def test_damaged_decoded_images_are_said_and_decoded_again(files, tmp_path, capl
 
 def test_decoded_images_under_anothers_name_are_decoded_again(files, tmp_path):
     for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
-        keep_validated(part, tmp_path, BUDGET)
+        keep_decoded(part, tmp_path, BUDGET)
     first, second = tmp_path.glob("*.u8")
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
-        assert torch.equal(keep_validated(part, tmp_path, BUDGET), part[:])
+        assert torch.equal(keep_decoded(part, tmp_path, BUDGET), part[:])
     assert (first.read_bytes(), second.read_bytes()) == contents
 
 
@@ -203,7 +201,7 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_who_opens_the_cache(
     if child == 0:
         monkeypatch.setattr("trainables.data.images.validated", die)
         try:
-            keep_validated(files, tmp_path, BUDGET)
+            keep_decoded(files, tmp_path, BUDGET)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -219,22 +217,22 @@ def test_what_nobody_asked_for_in_a_month_leaves_the_cache(files, tmp_path):
     for file, days in ((stale, 31), (fresh, 29)):
         file.touch()
         os.utime(file, (time.time() - days * 86400,) * 2)
-    assert keep_validated(files, tmp_path, BUDGET) is not None
+    assert keep_decoded(files, tmp_path, BUDGET) is not None
     assert (stale.exists(), fresh.exists()) == (False, True)
 
 
 def test_a_budget_that_is_too_small_leaves_images_in_their_files(files, tmp_path):
     assert keep_originals(files, tmp_path, 100_000) is None
     assert keep_originals(files, tmp_path, 300_000) is None
-    assert keep_validated(files, tmp_path, files.nbytes - 1) is None
+    assert keep_decoded(files, tmp_path, files.nbytes - 1) is None
     assert not list(tmp_path.glob("*.u8"))
 
 
 def test_memory_that_is_mapped_is_not_written_back(files, tmp_path):
-    kept = keep_validated(files, tmp_path, BUDGET)
+    kept = keep_decoded(files, tmp_path, BUDGET)
     before = kept[0].clone()
     kept[0] = 0
-    assert torch.equal(keep_validated(files, tmp_path, BUDGET)[0], before)
+    assert torch.equal(keep_decoded(files, tmp_path, BUDGET)[0], before)
 
 
 def test_data_in_memory_and_in_files_are_the_same(root, tmp_path):
@@ -262,7 +260,7 @@ def test_a_subset_of_files_keeps_images_labels_and_ids_together(root):
 def test_a_cache_that_cannot_be_written_says_what_to_do(files, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot be kept in .*--data-memory 0 does without"):
-        keep_validated(files, tmp_path / "file" / "cache", BUDGET)
+        keep_decoded(files, tmp_path / "file" / "cache", BUDGET)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -277,8 +275,9 @@ def test_a_truncated_image_is_named_with_its_class(tmp_path, in_memory):
 
 
 def test_a_folder_of_other_classes_than_the_scales_is_refused(root):
+    cut = replace(CIFAR10.data_set, name="cut", archive="", classes=())
     with pytest.raises(ValueError, match="has 12 classes, and scale 'cut' has 10: --sc"):
-        load_data(replace(DIGITS, name="cut"), DataSource(root=root))
+        load_data(scale_for(cut), DataSource(root=root))
     said = (
         "is not ImageNet: it lacks 1000 of 1000 classes, the first 'n01440764', and has 12 foreig"
     )

@@ -9,12 +9,11 @@ import pytest
 import torch
 from statsmodels.stats.weightstats import DescrStatsW
 
-from evaluators import SEVERITIES
 from evaluators.base import Batch, verdicts
-from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.intervals import with_trainings
 from evaluators.texture_patch import TexturePatchAttack
+from trainables.data.registry import KINDS, SEVERITIES
 from trainables.scale import DIGITS
 
 N = 60

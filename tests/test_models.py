@@ -122,14 +122,18 @@ def test_initial_weights_follow_from_the_seed_and_leave_global_randomness_alone(
 def test_normalisation_is_inside_the_model(small, pixel_range):
     classifier = build_classifier(small(pixel_range=pixel_range)).eval()
     images = torch.rand(2, 3, 16, 16)
-    mean, std = ((0.5,) * 3, (0.5,) * 3) if pixel_range == "half" else (DIGITS.mean, DIGITS.std)
+    mean, std = (
+        ((0.5,) * 3, (0.5,) * 3)
+        if pixel_range == "half"
+        else (DIGITS.data_set.mean, DIGITS.data_set.std)
+    )
     by_hand = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     assert torch.allclose(classifier(images), classifier.backbone(by_hand))
 
 
 def test_imagenets_mean_and_deviation_are_timms():
-    assert IMAGENET.mean == pytest.approx(IMAGENET_DEFAULT_MEAN)
-    assert IMAGENET.std == pytest.approx(IMAGENET_DEFAULT_STD)
+    assert IMAGENET.data_set.mean == pytest.approx(IMAGENET_DEFAULT_MEAN)
+    assert IMAGENET.data_set.std == pytest.approx(IMAGENET_DEFAULT_STD)
 
 
 def test_an_unknown_timm_model_is_named_with_similar_ones():

@@ -15,10 +15,13 @@ from evaluators.base import evaluate
 from evaluators.natural import Natural, hardest
 from trainables.data.base import Data, Split
 from trainables.data.load import load_data
+from trainables.data.registry import folder_data_set
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
+CUT = folder_data_set(image_size=16, num_classes=4, train_images=1200, content="0" * 8)
+IMAGENET_16 = replace(IMAGENET.data_set, image_size=16)
 
 
 class Fixed(nn.Module):
@@ -44,7 +47,7 @@ def source(tmp_path):
         Image.new("RGB", (30, 20)).save(tmp_path / name / "a.jpg")
     names = ("n03", "n04", "n02", "n01")
     data = load_data(DIGITS)
-    return replace(data, name="cut", class_names=names, roots={"imagenet-a": tmp_path})
+    return replace(data, data_set=CUT, class_names=names, roots={"imagenet-a": tmp_path})
 
 
 def test_answers_are_restricted_to_the_classes_present_and_mapped_by_name(source):
@@ -69,7 +72,8 @@ def test_images_are_shown_as_the_study_shows_them(source, tmp_path):
     study = transforms.Compose(
         [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
     )
-    batch = next(iter(Natural(IMAGENET).batches(source, batch_size=2)))
+    at_224 = replace(source, data_set=replace(CUT, image_size=224))
+    batch = next(iter(Natural(IMAGENET).batches(at_224, batch_size=2)))
     shown = dict(zip(batch.ids, batch.images, strict=True))["n01/a"]
     assert torch.equal(shown, study(picture))
 
@@ -85,12 +89,12 @@ def test_imagenet_a_must_have_its_two_hundred_classes(source):
         "is not ImageNet-A: it lacks 200 of 200 classes, the first 'n01498041', and has 2 foreign"
     )
     with pytest.raises(ValueError, match=said):
-        next(iter(Natural(DIGITS).batches(replace(source, name="imagenet"), batch_size=2)))
+        next(iter(Natural(DIGITS).batches(replace(source, data_set=IMAGENET_16), batch_size=2)))
 
 
 def test_imagenet_without_the_set_names_the_option(source):
     with pytest.raises(ValueError, match="--imagenet-a DIR"):
-        Natural(DIGITS).identity(replace(source, name="imagenet", roots={}))
+        Natural(DIGITS).identity(replace(source, data_set=IMAGENET_16, roots={}))
 
 
 def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
@@ -133,7 +137,7 @@ def many():
     ids = tuple(f"many/{i}" for i in range(480))
     whole = Split(images=images, labels=labels, ids=ids)
     return Data(
-        name="many",
+        data_set=CUT,
         train=whole.at(np.arange(120, 480)),
         held_out=whole.at(np.arange(120)),
         class_names=tuple(str(i) for i in range(60)),

@@ -9,12 +9,11 @@ import torch
 from scipy.stats import binom, multinomial
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from evaluators import EXTRA_KINDS, SEVERITIES
 from evaluators.base import Batch, verdicts
-from evaluators.corruption_kinds import KINDS
 from evaluators.corruptions import Corruptions
 from evaluators.intervals import of_gained_and_lost
 from evaluators.paired import compare, image_scores, mcnemar
+from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES
 from trainables.scale import DIGITS
 
 

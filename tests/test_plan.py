@@ -332,7 +332,7 @@ def test_every_base_can_be_trained_at_every_scale(base):
     for scale in (DIGITS, CIFAR10, IMAGENET):
         shrunk = scale.shrink(BASES[base])
         assert shrunk.batch_size == shrunk.forward_batch * shrunk.accumulation
-        assert shrunk.batch_size <= scale.train_images / 8
+        assert shrunk.batch_size <= scale.data_set.train_images / 8
 
 
 def test_a_rate_that_departs_from_the_studys_departs_from_the_scales_in_proportion():

@@ -28,7 +28,6 @@ from torchvision.datasets import CIFAR10 as TORCHVISION
 
 from evaluators.__main__ import main as evaluators_main
 from evaluators.shards import ShardStore
-from evaluators.stored_cifar import stored_images, stored_labels
 from evaluators.textures import LAYOUT, read_published
 from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
@@ -38,10 +37,11 @@ from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer
 from tests.test_cifar import write_archive
-from trainables.data.images import ImageFiles, keep_originals, keep_validated
+from trainables.data.images import ImageFiles, keep_decoded, keep_originals
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.data.scan import Scan
+from trainables.data.stored import stored_images, stored_labels
 from trainables.networks import build_classifier
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
@@ -177,12 +177,12 @@ def shard(root, content, small):
 
 def cifar_10_c(root, content, small):
     path = put(root / "fog.npy", content)
-    return path, lambda: stored_images(path)
+    return path, lambda: stored_images(path, 32)
 
 
 def cifar_10_1_labels(root, content, small):
     path = put(root / "cifar10.1_v6_labels.npy", content)
-    return path, lambda: stored_labels(path, 1)
+    return path, lambda: stored_labels(path, 1, 10)
 
 
 def cifar_batch(name):
@@ -202,23 +202,23 @@ def cifar_archive(root, content, small):
 
 def decoded_cifar(root, content, small):
     write_archive(root, pytest.MonkeyPatch())
-    path = put(root / "decoded" / "cifar10-train.safetensors", content)
+    path = put(root / "decoded" / "cifar10-train.u8", content)
     return path, lambda: load_data(CIFAR10, DataSource(root=root, cache=root / "decoded"))
 
 
 def decoded_images(root, content, small):
     data = write_folder(root / "data", per_class=1, held_out=0)
     images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
-    keep_validated(images, root / "decoded", 2**30)
+    keep_decoded(images, root / "decoded", 2**30)
     (path,) = (root / "decoded").glob("*.u8")
-    return put(path, content), lambda: keep_validated(images, root / "decoded", 2**30)
+    return put(path, content), lambda: keep_decoded(images, root / "decoded", 2**30)
 
 
-def decoded_sizes(root, content, small):
+def decoded_originals(root, content, small):
     data = write_folder(root / "data", per_class=1, held_out=0)
     images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
     keep_originals(images, root / "decoded", 2**30)
-    (path,) = (root / "decoded").glob("sizes-*")
+    (path,) = (root / "decoded").glob("originals-*")
     return put(path, content), lambda: keep_originals(images, root / "decoded", 2**30)
 
 
@@ -244,7 +244,7 @@ REFUSING = [
     *(cifar_10_c, cifar_10_1_labels, cifar_archive, image, study_file),
     *(cifar_batch("data_batch_3"), cifar_batch("test_batch"), cifar_batch("batches.meta")),
 ]
-MAKING_ANEW = [shard, decoded_cifar, decoded_images, decoded_sizes, scan_file]
+MAKING_ANEW = [shard, decoded_cifar, decoded_images, decoded_originals, scan_file]
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_an_archive_cannot_climb_out_of_its_folder(tmp_path, monkeypatch, member
             archive.addfile(found)
     md5 = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setattr(TORCHVISION, "tgz_md5", md5)
-    with pytest.raises(ValueError, match=r"cannot be unpacked|is not CIFAR-10 as published"):
+    with pytest.raises(ValueError, match=r"cannot be fetched or unpacked|is not CIFAR-10 as"):
         load_data(CIFAR10, DataSource(root=root))
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
     assert not Path("/tmp/climbed").exists()  # noqa: S108

@@ -69,8 +69,8 @@ def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 33}, "--image-size 33 is not a multiple of 4 from 16 to 1024"),
-        ({"image_size": 8}, "--image-size 8"),
+        ({"image_size": 33}, "an image size of 33 is not a multiple of 4 from 16 to 1024"),
+        ({"image_size": 8}, "an image size of 8"),
         ({"num_classes": 1}, "at least two classes"),
     ],
 )

@@ -14,6 +14,7 @@ from evaluators.base import Batch, evaluate, verdicts
 from evaluators.stylized import Stylized, mix_cues, texture_partners
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
+from trainables.data.registry import folder_data_set
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
@@ -80,7 +81,7 @@ def test_the_stored_set_is_read_at_native_size_and_cropped(tmp_path):
     stylized = Stylized(DIGITS)
     source = replace(
         load_data(DIGITS),
-        name="cut",
+        data_set=folder_data_set(image_size=16, num_classes=2, train_images=9, content="0" * 8),
         class_names=("n02", "n01"),
         roots={"imagenet-stylized": tmp_path},
     )
@@ -88,8 +89,9 @@ def test_the_stored_set_is_read_at_native_size_and_cropped(tmp_path):
     ledger = evaluate(stylized, classifier, source, device=CPU)
     scores = {score.name: score.value for score in stylized.summarize(ledger)}
     assert scores == {"stylized": 0.5, "stylized-cropped": 0.5}
+    imagenet = replace(IMAGENET.data_set, image_size=16)
     with pytest.raises(ValueError, match="2 images instead of 50000"):
-        list(stylized.batches(replace(source, name="imagenet"), batch_size=2))
+        list(stylized.batches(replace(source, data_set=imagenet), batch_size=2))
 
 
 def test_the_cropped_reading_is_the_studys_and_the_native_one_as_stored(tmp_path):
@@ -100,7 +102,7 @@ def test_the_cropped_reading_is_the_studys_and_the_native_one_as_stored(tmp_path
     picture.save(tmp_path / "val" / "n01" / "a.png")
     source = replace(
         load_data(DIGITS),
-        name="cut",
+        data_set=replace(IMAGENET.data_set, published=False),
         class_names=("n01",),
         roots={"imagenet-stylized": tmp_path},
     )

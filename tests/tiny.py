@@ -49,7 +49,7 @@ def trained_classifier() -> Classifier:
             nn.Flatten(),
             nn.Linear(24 * 9, 10),
         )
-    classifier = Classifier(network, DIGITS.mean, DIGITS.std)
+    classifier = Classifier(network, DIGITS.data_set.mean, DIGITS.data_set.std)
     for _ in train(RECIPE, classifier, load_data(DIGITS), device=torch.device("cpu")):
         pass
     return classifier.eval()

@@ -160,7 +160,7 @@ def build_classifier(recipe: Recipe) -> Classifier:
         backbone = model_named(recipe.model).build(scale, _norm_layer(recipe))
     swap_activation(backbone, recipe.activation)
     half = recipe.pixel_range == "half"
-    mean, std = (HALF, HALF) if half else (scale.mean, scale.std)
+    mean, std = (HALF, HALF) if half else (scale.data_set.mean, scale.data_set.std)
     return _channels_last(Classifier(backbone, mean, std))
 
 
@@ -169,7 +169,7 @@ def classifier_named(model: str, scale: Scale, *, activation: str | None = None)
     backbone = model_named(model).build(scale, nn.BatchNorm2d)
     if activation:
         swap_activation(backbone, activation)
-    return _channels_last(Classifier(backbone, scale.mean, scale.std))
+    return _channels_last(Classifier(backbone, scale.data_set.mean, scale.data_set.std))
 
 
 def _channels_last(classifier: Classifier) -> Classifier:

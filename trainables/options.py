@@ -9,7 +9,8 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
-from trainables.data.listing import GIBIBYTE, STORED_SETS, DataSource
+from trainables.data.listing import GIBIBYTE, DataSource
+from trainables.data.registry import STORED_SETS
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +29,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="judge by this share of each class's train images where there is no val/ or test/",
     )
-    for name, what in STORED_SETS.items():
+    for name, stored in STORED_SETS.items():
         group.add_argument(
             f"--{name}",
             type=Path,
             dest=f"stored {name}",
             metavar="DIR",
-            help=f"{what} (default: {name}/ below the data)",
+            help=f"{stored.title}: {stored.layout} (default: {name}/ below the data)",
         )
     group.add_argument(
         "--download", action="store_true", help="fetch CIFAR-10's archive where it is not there"
@@ -54,8 +55,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=_bytes,
         default=2 * GIBIBYTE,
         metavar="GIB",
-        help="what decoded images may take, once per machine (default: 2); CIFAR-10's 0.2 are "
-        "taken in any case",
+        help="what decoded images may take, once per machine (default: 2); those of an exact "
+        "size, like CIFAR-10's, are in memory in any case",
     )
 
 
@@ -72,11 +73,11 @@ def uri_without_password(text: str) -> str:
 
 def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> DataSource:
     """Return the data source that the options name; ValueError on a folder that is not there."""
-    given = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
-    stored = tuple((name, path.absolute()) for name, path in given.items() if path is not None)
+    paths = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
+    stored = tuple((name, path.absolute()) for name, path in paths.items() if path is not None)
     for name, path in stored:
         if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
-            raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name]}")
+            raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name].title}")
     return DataSource(
         root=options.data.absolute() if options.data else None,
         stored=stored,

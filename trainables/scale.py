@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from trainables.data.registry import (
+    DATA_SETS,
+    FOLDER,
+    DataSet,
+    data_set_named,
+    folder_data_set,
+)
 from trainables.models import Settings, model_named
 from trainables.recipe import Adversary, CurriculumRow, Recipe
 
@@ -93,22 +99,12 @@ class Scale:
     probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
     scale's own by a model's settings and the optimizer, and ghost batches shrink with them; a
-    recipe that departs from the study's there departs from the scale's in proportion. `flip`: a
-    mirrored image is one of its class. `held_out_images` is 0 where only a listing of the folder
-    can tell.
+    recipe that departs from the study's there departs from the scale's in proportion.
     """
 
-    name: str
-    title: str
-    image_size: int
-    num_classes: int
-    train_images: int
-    held_out_images: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    epsilon: Fraction
-    small_epsilon: Fraction
-    flip: bool = True
+    data_set: DataSet
+    epsilon: Fraction = PUBLISHED_EPSILON
+    small_epsilon: Fraction = Fraction(1, 1000)
     stem: Literal["imagenet", "small"] = "imagenet"
     stem_stride: int = 2
     patch_size: int = 16
@@ -131,6 +127,22 @@ class Scale:
     square_queries: int = 5000
     cost_unit: Literal["macs", "seconds"] = "macs"
     validate_every: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.data_set.name
+
+    @property
+    def title(self) -> str:
+        return self.data_set.title
+
+    @property
+    def image_size(self) -> int:
+        return self.data_set.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.data_set.num_classes
 
     def depth(self, blocks: int) -> int:
         """Return the number of blocks that stands for `blocks` of the study's model."""
@@ -211,30 +223,13 @@ class Scale:
 
 
 IMAGENET = Scale(
-    name="imagenet",
-    title="ImageNet, 224 px",
-    image_size=224,
-    num_classes=1000,
-    train_images=1_281_167,
-    held_out_images=50_000,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    epsilon=PUBLISHED_EPSILON,
-    small_epsilon=Fraction(1, 1000),
+    data_set=DATA_SETS["imagenet"],
 )
 
 DIGITS = Scale(
-    name="digits",
-    title="scikit-learn's handwritten digits, 16 px (1,200 to train, 597 held out)",
-    image_size=16,
-    num_classes=10,
-    train_images=1200,
-    held_out_images=597,
-    mean=(0.3, 0.3, 0.3),
-    std=(0.35, 0.35, 0.35),
+    data_set=DATA_SETS["digits"],
     epsilon=Fraction(16, 255),
     small_epsilon=Fraction(4, 255),
-    flip=False,
     stem="small",
     patch_size=4,
     head_width=16,
@@ -269,14 +264,7 @@ DIGITS = Scale(
 )
 
 CIFAR10 = Scale(
-    name="cifar10",
-    title="CIFAR-10, 32 px",
-    image_size=32,
-    num_classes=10,
-    train_images=50_000,
-    held_out_images=10_000,
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
+    data_set=DATA_SETS["cifar10"],
     # The radius that the field judges CIFAR-10 by (RobustBench); the small one is a quarter.
     epsilon=Fraction(8, 255),
     small_epsilon=Fraction(2, 255),
@@ -297,58 +285,46 @@ CIFAR10 = Scale(
 )
 
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (DIGITS, IMAGENET, CIFAR10)}
-SCALE_NAMES = (*SCALES, "folder")
-_FOLDER_NAME = re.compile(
-    r"folder-(?P<size>\d+)px-(?P<classes>\d+)classes-(?P<train>\d+)train-(?P<content>[0-9a-f]{8})"
-)
 _FEW_STEPS = 16  # of an epoch: fewer leave a schedule by epochs without meaning
 _STUDYS_DEIT_BATCH = 2048
 
 
+def scale_names() -> tuple[str, ...]:
+    """Return what `--scale` takes: every data set, and the user's folders."""
+    return (*DATA_SETS, FOLDER)
+
+
 def scale_named(name: str) -> Scale:
-    """Return a scale by name, a folder's from what its name says; ValueError lists the names."""
-    if name in SCALES:
-        return SCALES[name]
-    found = _FOLDER_NAME.fullmatch(name)
-    if not found:
-        raise ValueError(f"unknown scale {name!r}; one of {sorted(SCALE_NAMES)}")
-    return folder_scale(
-        image_size=int(found["size"]),
-        num_classes=int(found["classes"]),
-        train_images=int(found["train"]),
-        content=found["content"],
-    )
+    """Return a scale by its data set's name; ValueError lists the names."""
+    return SCALES[name] if name in SCALES else scale_for(data_set_named(name))
 
 
 def folder_scale(*, image_size: int, num_classes: int, train_images: int, content: str) -> Scale:
-    """Return the scale of a user's folders; `content` are 8 hex digits of what lies in them.
+    """Return the scale of a user's folders; arguments as for `folder_data_set`."""
+    return scale_for(
+        folder_data_set(
+            image_size=image_size,
+            num_classes=num_classes,
+            train_images=train_images,
+            content=content,
+        )
+    )
+
+
+def scale_for(data_set: DataSet) -> Scale:
+    """Return the scale of a data set that has no training values of its own.
 
     The study's models and recipes at another image size. At most 64 px: the small stem; patches
     so that a side has at least 8. Where the study's batches would leave an epoch fewer than 16
     steps: a power of two that does not, SGD's rate in proportion, AdamW's by the square root.
     """
-    if not 16 <= image_size <= 1024 or image_size % 4:
-        raise ValueError(f"--image-size {image_size} is not a multiple of 4 from 16 to 1024")
-    if num_classes < 2:
-        raise ValueError(
-            f"a classifier needs at least two classes, and the folder has {num_classes}"
-        )
-    sides = (16, 8, 4, 2)
-    batch, rates = _batch_for(train_images)
+    size = data_set.image_size
+    batch, rates = _batch_for(data_set.train_images)
     return Scale(
-        name=f"folder-{image_size}px-{num_classes}classes-{train_images}train-{content}",
-        title=f"a folder of {num_classes} classes, {image_size} px ({train_images:,} to train)",
-        image_size=image_size,
-        num_classes=num_classes,
-        train_images=train_images,
-        held_out_images=0,
-        mean=IMAGENET.mean,
-        std=IMAGENET.std,
-        epsilon=PUBLISHED_EPSILON,
-        small_epsilon=IMAGENET.small_epsilon,
-        stem="small" if image_size <= 64 else "imagenet",
-        stem_stride=1 if image_size <= 32 else 2,
-        patch_size=next(s for s in sides if image_size % s == 0 and image_size // s >= 8),
+        data_set=data_set,
+        stem="small" if size <= 64 else "imagenet",
+        stem_stride=1 if size <= 32 else 2,
+        patch_size=next(side for side in (16, 8, 4, 2) if size % side == 0 and size // side >= 8),
         batch_size=dict.fromkeys(get_args(Settings), batch) if batch else {},
         learning_rate=rates,
         ghost_batch=min(64, batch or 64),

@@ -101,8 +101,8 @@ def small_network(scale: Scale, data: Data, *, seed: int, epochs: int) -> Featur
         head=head,
         style_layers=(1, 4, 7),
         cam_layer=7,
-        mean=column(scale.mean),
-        std=column(scale.std),
+        mean=column(scale.data_set.mean),
+        std=column(scale.data_set.std),
         source=f"a 3-convolution network trained on {data.name} (no VGG-19 weights at hand)",
     )
     _fit(network, data.train, seed=seed, epochs=epochs)

@@ -41,7 +41,7 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         title=_title(findings.study),
         subtitle=f"Study {findings.study.name} on {scale.title}: {len(plan.trials)} trainings.",
         scale_title=scale.title,
-        same_data=scale.name == "imagenet",
+        same_data=not scale.data_set.generated,
         interval=_interval(plan.seeds),
         attacks=attacks_text(findings),
         states=", ".join(_states(findings)),

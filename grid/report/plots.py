@@ -16,13 +16,14 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators import SEVERITIES, column_named, columns_of
+from evaluators import column_named, columns_of
 from grid.plan import Plan
 from grid.report.claims import Judgement
 from grid.report.effects import Effects, Interaction
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
 from grid.study import Row, Table
+from trainables.data.registry import SEVERITIES
 from trainables.scale import Scale
 from trainables.store.tracking import Tracker, TrialRun
 

@@ -72,7 +72,7 @@ class FilledRow:
     def trained_on(self) -> str:
         """Write the number of train images: '1,200', or '5,000 of CIFAR-10's 50,000'."""
         scale = scale_named(self.recipe.scale)
-        return _of_all(self.images.get("train", 0), scale.train_images, scale)
+        return _of_all(self.images.get("train", 0), scale.data_set.train_images, scale)
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
     """Say in a sentence how many images models were trained on and how many were held out."""
     counts = {(r.images["train"], r.images["held_out"]) for r in runs if r.images}
     parts = (
-        f"{_of_all(train, scale.train_images, scale)} (held out: "
-        f"{_of_all(held_out, scale.held_out_images or held_out, scale)})"
+        f"{_of_all(train, scale.data_set.train_images, scale)} (held out: "
+        f"{_of_all(held_out, scale.data_set.held_out_images or held_out, scale)})"
         for train, held_out in sorted(counts)
     )
     return f"Images trained on: {'; '.join(parts)}." if counts else ""

@@ -16,6 +16,7 @@ from torch import nn
 
 from grid.study import base_named
 from trainables.data.base import Data, Split
+from trainables.data.registry import DATA_SETS
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
@@ -50,7 +51,9 @@ def data_of_one_batch(recipe: Recipe) -> Data:
     images = torch.from_numpy(np.kron(colours, np.ones((4, 4), dtype=int)).astype(np.uint8))
     ids = tuple(f"blocks/{i}" for i in range(len(images)))
     split = Split(images=images, labels=torch.arange(len(images)) % 10, ids=ids)
-    return Data(name="blocks", train=split, held_out=split, class_names=tuple("0123456789"))
+    return Data(
+        data_set=DATA_SETS["digits"], train=split, held_out=split, class_names=tuple("0123456789")
+    )
 
 
 @torch.no_grad()

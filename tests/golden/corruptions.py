@@ -20,8 +20,7 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
-from evaluators import SEVERITIES
-from evaluators.corruption_kinds import KINDS
+from trainables.data.registry import KINDS, SEVERITIES
 
 FILE = Path(__file__).with_suffix(".json")
 SIDE = 224

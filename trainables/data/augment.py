@@ -90,7 +90,7 @@ def is_cached(images: Tensor | ImageFiles) -> bool:
 
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     """Return every image as this epoch shows it; made once for all trials that share it."""
-    flip = scale_named(recipe.scale).flip
+    flip = scale_named(recipe.scale).data_set.flip
     magnitude, fill = _magnitude(recipe, epoch), _fill(recipe)
     key = _Identity(images), recipe.seed, epoch, magnitude, fill, flip
 
@@ -113,7 +113,7 @@ def _magnitude(recipe: Recipe, epoch: int) -> int | None:
 
 
 def _fill(recipe: Recipe) -> tuple[int, ...]:
-    return tuple(round(255 * channel) for channel in scale_named(recipe.scale).mean)
+    return tuple(round(255 * channel) for channel in scale_named(recipe.scale).data_set.mean)
 
 
 class _Identity:
@@ -187,7 +187,7 @@ def _cropped(
 
 def _moved(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
     moved = shift(images, seed=recipe.seed, epoch=epoch, places=places)
-    if not scale_named(recipe.scale).flip:
+    if not scale_named(recipe.scale).data_set.flip:
         return moved
     return flipped(moved, seed=recipe.seed, epoch=epoch, places=places, count=len(images))
 

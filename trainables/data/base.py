@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,34 @@ import torch
 from torch import Tensor
 
 from trainables.data.images import ImageFiles
+from trainables.data.registry import STORED_SETS, DataSet, StoredSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """The images from `first` up to `end`, without it, of a list in random order.
+
+    The order follows from the images' ids alone: every shard is a random sample of the list.
+    """
+
+    first: int = 0
+    end: int = sys.maxsize
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def of(self, ids: Sequence[str]) -> np.ndarray:
+        """Return the ascending places in the list, whose ids are given, of the shard's images."""
+        if self.first == 0 and self.end >= len(ids):
+            return np.arange(len(ids))
+        hashes = [hashlib.sha256(image_id.encode()).digest() for image_id in ids]
+        order = sorted(range(len(ids)), key=hashes.__getitem__)
+        return np.sort(np.array(order[self.first : self.end], dtype=np.int64))
+
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,47 +74,39 @@ class Split:
             ids=tuple(self.ids[i] for i in places),
         )
 
+    def parts(self, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Split]:
+        """Yield the images, or a shard of them, decoded, in order, at most `batch_size` at a time.
+
+        Damaged images are passed over, and counted in the log, where the files say so.
+        """
+        places, damaged = shard.of(self.ids), 0
+        for first in range(0, len(places), batch_size):
+            part = self.at(places[first : first + batch_size])
+            if isinstance(part.images, Tensor):
+                yield part
+                continue
+            images, readable = part.images.readable()
+            damaged += len(part) - len(readable)
+            if readable:
+                yield replace(part.at(np.array(readable)), images=images)
+        if damaged:
+            logger.warning("%d of %d images are damaged: skipped", damaged, len(places))
+
     def ids_hash(self) -> str:
         """Return 12 hex digits that name this list of images."""
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True, order=True)
-class Shard:
-    """The images from `first` up to `end`, without it, of a list in random order.
-
-    The order follows from the images' ids alone: every shard is a random sample of the list.
-    """
-
-    first: int = 0
-    end: int = sys.maxsize
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def of(self, ids: Sequence[str]) -> np.ndarray:
-        """Return the ascending places in the list, whose ids are given, of the shard's images."""
-        if self.first == 0 and self.end >= len(ids):
-            return np.arange(len(ids))
-        hashes = [hashlib.sha256(image_id.encode()).digest() for image_id in ids]
-        order = sorted(range(len(ids)), key=hashes.__getitem__)
-        return np.sort(np.array(order[self.first : self.end], dtype=np.int64))
-
-
-WHOLE = Shard()
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """A data set: what is trained on, what is held out, and the classes by label.
+    """A data set as loaded: its entry, the images trained on and those held out, its classes.
 
-    `roots`: where stored sets lie (`source.STORED_SETS`), if they do; `skip_damaged`: pass over
-    their unreadable images; `workers`: processes that decode and augment for a training; `cache`:
-    a folder for what is made of it, None to keep that in memory. Equal is only the same object,
-    which so can key a cache.
+    `roots`: where stored sets lie, by name; `skip_damaged`: pass over their unreadable images;
+    `workers`: processes that decode and augment for a training; `cache`: a folder for what is made
+    of it, None to keep that in memory. Only the same object is equal, so that it can key a cache.
     """
 
-    name: str
+    data_set: DataSet
     train: Split
     held_out: Split
     class_names: tuple[str, ...]
@@ -94,14 +115,21 @@ class Data:
     workers: int = 0
     cache: Path | None = None
 
-    def stored(self, name: str) -> Path | None:
-        """Return where a stored set lies, None where a counterpart is to be generated.
+    @property
+    def name(self) -> str:
+        return self.data_set.name
 
-        ValueError on ImageNet without the set: no counterpart may stand for it.
+    def counterpart(self, evaluator: str) -> tuple[StoredSet, Path] | None:
+        """Return the stored set that an evaluator reads and where it lies; None: generate it.
+
+        ValueError where no generated counterpart may stand for the set.
         """
-        if name not in self.roots and self.name == "imagenet":
-            raise ValueError(f"on ImageNet this needs the stored set: give --{name} DIR")
-        return self.roots.get(name)
+        name = self.data_set.counterpart(evaluator)
+        if name in self.roots:
+            return STORED_SETS[name], self.roots[name]
+        if not self.data_set.generated:
+            raise ValueError(f"on {self.data_set.title} this needs the stored set: --{name} DIR")
+        return None
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -1,46 +1,36 @@
-"""Images in files, decoded when they are asked for, or once into memory that processes share."""
+"""Images in files, decoded when they are indexed, or once into the cache."""
 
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import logging
 import os
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.store.storage import ASIDE, write_atomically
+from trainables.data.cache import Mapped, cached, mapped
 
 logger = logging.getLogger(__name__)
 
-# What bytes that are no image make a decoder raise is anything.
+# Decoders raise all kinds of errors on bytes that are not an image.
 UNREADABLE = Exception
 # Pillow knows more formats, and hands one of them (EPS) to an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
 SIDEWAYS = 5
-UNUSED_SECONDS = 30 * 86400
-HASH_BYTES = 32  # behind the pixels of a decoded file
-BLOCK_BYTES = 2**24
-LOCK = ".lock"
-
-
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as RGB, turned as its camera says; raises UNREADABLE."""
-    with opened(path) as file:
-        return as_rgb(file)
+AT_ONCE = 512  # images that threads work on before the first is taken
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def opened(path: str | Path) -> Image.Image:
@@ -76,8 +66,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
-    """Bring the shorter side to `resize` (bilinear) and cut out the middle square of `size`.
+def validated(image: Image.Image, *, size: int) -> Image.Image:
+    """Bring the shorter side to 256/224 of `size` (bilinear) and cut out the middle square.
 
     Source: the study's datasets.py, `build_transform`.
     """
@@ -85,7 +75,8 @@ def validated(image: Image.Image, *, resize: int, size: int) -> Image.Image:
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
     from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
-    resized = T.resize(image, [resize], interpolation=InterpolationMode.BILINEAR)
+    shorter = round(size * 256 / 224)
+    resized = T.resize(image, [shorter], interpolation=InterpolationMode.BILINEAR)
     cropped: Image.Image = T.center_crop(resized, [size, size])
     return cropped
 
@@ -95,24 +86,30 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def resize_for(size: int) -> int:
-    """Return the shorter side that the study resizes to before it crops to `size`: 256 for 224."""
-    return round(size * 256 / 224)
-
-
 class ImageFiles:
-    """Images below a folder; indexing gives them as validated: uint8 (B, 3, size, size).
+    """Images below a folder; indexing decodes them: uint8 (B, 3, size, size).
 
-    `original` gives one as it is stored, for the random crops of training. `workers`: threads that
-    may decode even where torch has fewer. Paths are kept as one
-    array of bytes: workers that were forked would copy a million Python strings by merely
-    counting references to them.
+    They are brought to `size` as validated, or must have it as stored (`native`). `original` gives
+    one as it is stored, for the random crops of training. `skip_damaged`: `readable` goes on
+    without images that cannot be read. `workers`: threads that may decode even where torch has
+    fewer. Paths are kept as one array of bytes: workers that were forked would copy a million
+    Python strings by merely counting references to them.
     """
 
-    def __init__(self, root: Path, paths: Sequence[str], *, size: int, workers: int = 0) -> None:
-        self.root, self.size, self.workers = root, size, workers
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        *,
+        size: int,
+        native: bool = False,
+        skip_damaged: bool = False,
+        workers: int = 0,
+    ) -> None:
+        self.root, self.size, self.native = root, size, native
+        self.skip_damaged, self.workers = skip_damaged, workers
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self._decoded: DecodedImages | None = None
+        self._originals: Originals | None = None
         self._rows = np.arange(len(paths))
 
     def __len__(self) -> int:
@@ -129,13 +126,18 @@ class ImageFiles:
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         places = np.arange(len(self))[index.numpy() if isinstance(index, Tensor) else index]
         images = torch.empty((len(places), *self.shape[1:]), dtype=torch.uint8)
-
-        def fill(row: int) -> None:
-            image = self.original(int(places[row]))
-            images[row] = as_tensor(validated(image, resize=resize_for(self.size), size=self.size))
-
-        in_threads(fill, range(len(places)), workers=self.workers)
+        for row, image in enumerate(in_threads(self._decoded, places.tolist(), self.workers)):
+            images[row] = image
         return images
+
+    def readable(self) -> tuple[Tensor, list[int]]:
+        """Decode every image that can be read; return them and their places."""
+        if not self.skip_damaged:
+            return self[:], list(range(len(self)))
+        decoded = in_threads(self._decoded_or_none, range(len(self)), self.workers)
+        pairs = [(image, place) for place, image in enumerate(decoded) if image is not None]
+        images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0)
+        return images, [place for _, place in pairs]
 
     def at(self, places: np.ndarray) -> ImageFiles:
         """Return the images at some places, still undecoded."""
@@ -143,11 +145,11 @@ class ImageFiles:
         chosen._paths, chosen._rows = self._paths[places], self._rows[places]
         return chosen
 
-    def out_of(self, decoded: DecodedImages) -> ImageFiles:
-        """Return the same images, taken out of memory."""
-        kept = copy.copy(self)
-        kept._decoded = decoded
-        return kept
+    def out_of(self, originals: Originals) -> ImageFiles:
+        """Return the same images, taken out of the cache."""
+        taken = copy.copy(self)
+        taken._originals = originals
+        return taken
 
     def path(self, place: int) -> Path:
         """Return the file of the image at a place."""
@@ -155,13 +157,45 @@ class ImageFiles:
 
     def original(self, place: int) -> Image.Image:
         """Return the image at a place, whole; ValueError names it when it cannot be read."""
-        if self._decoded is not None:
-            return self._decoded.image(int(self._rows[place]))
+        if self._originals is not None:
+            return self._originals.image(int(self._rows[place]))
+        return self._read(place, as_rgb)
+
+    def upright_size(self, place: int) -> tuple[int, int]:
+        """Return an image's width and height, upright, from its file's header."""
+
+        def measure(file: Image.Image) -> tuple[int, int]:
+            turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
+            return (file.height, file.width) if turned else file.size
+
+        return self._read(place, measure)
+
+    def _read(self, place: int, take: Callable[[Image.Image], Made]) -> Made:
         path = self.path(place)
         try:
-            return read_rgb(path)
+            with opened(path) as file:
+                return take(file)
         except UNREADABLE as error:
             raise unreadable(path, error) from error
+
+    def _decoded(self, place: int) -> Tensor:
+        image = self.original(place)
+        if not self.native:
+            return as_tensor(validated(image, size=self.size))
+        if image.size != (self.size, self.size):
+            raise ValueError(
+                f"{self.path(place)} is {image.width} x {image.height} px, not {self.size} x "
+                f"{self.size}: --scale folder --image-size N takes images of N px a side and more"
+            )
+        return as_tensor(image)
+
+    def _decoded_or_none(self, place: int) -> Tensor | None:
+        try:
+            return self._decoded(place)
+        except ValueError as error:
+            if not isinstance(error.__cause__, UNREADABLE):
+                raise
+            return None
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
@@ -173,122 +207,80 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
-class DecodedImages:
-    """Images of any sizes, whole, one behind another in a file that is mapped into memory.
+def in_threads(
+    work: Callable[[Item], Made], items: Iterable[Item], workers: int = 0
+) -> Iterator[Made]:
+    """Yield the work on every item, in order, done by torch's number of threads or `workers`.
 
-    The pages are the machine's, so every process that maps the file shares them.
+    Pillow lets go of Python's lock while it decodes and resizes.
     """
+    threads, rest = max(torch.get_num_threads(), workers), iter(items)
+    if threads < 2:
+        yield from map(work, rest)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        while some := list(islice(rest, AT_ONCE)):
+            yield from pool.map(work, some)
 
-    def __init__(self, file: Path, sizes_N2: np.ndarray) -> None:
-        self.file, self.sizes = file, sizes_N2
-        self.ends = np.cumsum(sizes_N2.prod(axis=1, dtype=np.int64) * CHANNELS)
 
-    @cached_property
-    def _pixels(self) -> np.ndarray:
-        return np.memmap(self.file, dtype=np.uint8, mode="r")
+class Originals:
+    """Decoded images of any sizes, one behind another in a cached file, their sizes behind them."""
 
-    def __getstate__(self) -> dict[str, object]:
+    def __init__(self, content: Mapped, count: int) -> None:
+        self._content, self._count = content, count
+        self.sizes = np.array(content[len(content) - 16 * count :]).view(np.int64).reshape(-1, 2)
+        self.ends = np.cumsum(self.sizes.prod(axis=1) * CHANNELS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
         # A mapped array would be pickled as its content; the other process maps it itself.
-        return {name: value for name, value in vars(self).items() if name != "_pixels"}
+        return _mapped_originals, (self._content.filename, self._count)
 
     def image(self, row: int) -> Image.Image:
         """Return one image."""
         width, height = (int(side) for side in self.sizes[row])
         end = int(self.ends[row])
-        pixels = self._pixels[end - CHANNELS * width * height : end]
+        pixels = self._content[end - CHANNELS * width * height : end]
         return Image.fromarray(np.asarray(pixels).reshape(height, width, CHANNELS))
 
 
-def in_threads(work: Callable[[int], None], items: Sequence[int], *, workers: int = 0) -> None:
-    """Do the work on every item with as many threads as torch may use here, or with `workers`.
-
-    Pillow lets go of Python's lock while it decodes and resizes.
-    """
-    threads = min(max(torch.get_num_threads(), workers), len(items))
-    if threads < 2:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, items):
-            pass
+def _mapped_originals(file: Path, count: int) -> Originals:
+    return Originals(mapped(file), count)
 
 
-def keep_originals(images: ImageFiles, cache: Path, budget: int) -> DecodedImages | None:
+def keep_originals(images: ImageFiles, cache: Path, budget: int) -> Originals | None:
     """Decode the images once into the cache, or find them there; None beyond the budget (bytes)."""
     stamps = stamps_of(images, budget)
     if stamps is None:
         return None
-    known = cache / f"sizes-{stamps}"
-    sizes = _kept_sizes(known, images)
-    decoded = DecodedImages(cache / f"originals-{stamps}.u8", sizes)
-    total = int(decoded.ends[-1])
-    if total > budget:
-        return None
+    file, places = cache / f"originals-{stamps}.u8", range(len(images))
+    if not file.exists():
+        sizes = in_threads(images.upright_size, places, images.workers)
+        if sum(CHANNELS * width * height for width, height in sizes) > budget:
+            return None
 
-    def write(pixels: np.ndarray) -> None:
-        def fill(place: int) -> None:
-            flat = np.asarray(images.original(place)).reshape(-1)
-            end = int(decoded.ends[place])
-            pixels[end - len(flat) : end] = flat
+    def write(out: BinaryIO) -> None:
+        sizes = []
+        for image in in_threads(images.original, places, images.workers):
+            sizes.append(image.size)
+            out.write(np.asarray(image).data)
+        out.write(np.array(sizes, dtype=np.int64).data)
 
-        in_threads(fill, range(len(images)), workers=images.workers)
-
-    write_once(decoded.file, total, write)
-    if not known.exists():
-        content = sizes.tobytes()
-        with sole_writer(cache):
-            write_atomically(known, hashlib.sha256(content).digest() + content)
-    return decoded
+    originals = Originals(cached(file, write), len(images))
+    return originals if originals.ends[-1] <= budget else None
 
 
-def _kept_sizes(known: Path, images: ImageFiles) -> np.ndarray:
-    """Return the sizes that an earlier process kept, or measure them; a damaged file goes."""
-    if known.exists():
-        digest, content = known.read_bytes()[:32], known.read_bytes()[32:]
-        if hashlib.sha256(content).digest() == digest:
-            return np.frombuffer(content, dtype=np.int64).reshape(-1, 2)
-        known.unlink(missing_ok=True)
-    return _sizes(images)
-
-
-def _sizes(images: ImageFiles) -> np.ndarray:
-    """Return each image's width and height, upright, from its file's header."""
-    sizes = np.empty((len(images), 2), dtype=np.int64)
-
-    def measure(place: int) -> None:
-        path = images.path(place)
-        try:
-            with opened(path) as file:
-                turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
-                sizes[place] = file.size[::-1] if turned else file.size
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
-
-    in_threads(measure, range(len(images)), workers=images.workers)
-    return sizes
-
-
-def keep_validated(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
+def keep_decoded(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
     """Decode and crop the images once into the cache, or find them there; None beyond budget."""
     if images.nbytes > budget or (stamps := stamps_of(images)) is None:
         return None
-    file = cache / f"validated-bilinear-{images.size}px-{stamps}.u8"
+    kind = "native" if images.native else "validated-bilinear"
 
-    def write(pixels: np.ndarray) -> None:
-        whole = pixels.reshape(images.shape)
-        for first in range(0, len(images), 512):
-            part = slice(first, first + 512)
-            whole[part] = images[part].numpy()
+    def write(out: BinaryIO) -> None:
+        for first in range(0, len(images), AT_ONCE):
+            out.write(images[first : first + AT_ONCE].numpy().data)
 
-    write_once(file, images.nbytes, write)
-    return map_tensor(file, images.shape)
-
-
-def map_tensor(file: Path, shape: Sequence[int]) -> Tensor:
-    """Map a file of bytes into memory as a uint8 tensor; writing to it leaves the file alone."""
-    count = int(np.prod(shape))
-    return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(*shape)
+    content = cached(cache / f"{kind}-{images.size}px-{stamps}.u8", write)
+    return torch.from_numpy(content).view(images.shape)
 
 
 def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
@@ -296,7 +288,7 @@ def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
 
     A decoded image is not smaller than its file.
     """
-    found, total = hashlib.sha256(str(images.root).encode()), 0
+    digest, total = hashlib.sha256(str(images.root).encode()), 0
     for place in range(len(images)):
         path = images.path(place)
         try:
@@ -306,87 +298,5 @@ def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
         total += stat.st_size
         if budget is not None and total > budget:
             return None
-        found.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()[:16]
-
-
-def write_once(file: Path, size: int, write: Callable[[np.ndarray], None]) -> None:
-    """Write a file of `size` bytes, and a hash of them behind, unless it is there whole.
-
-    One process does, the others wait. A damaged file is written anew.
-    """
-    try:
-        with sole_writer(file.parent):
-            pass  # who writes it now has written it by then
-        # Without the lock: the processes of a machine look at the same time.
-        if _is_whole(file, size):
-            return
-        with sole_writer(file.parent):
-            if not _is_whole(file, size):
-                remove_unused(file.parent)
-                _write_aside(file, size, write)
-    except OSError as error:
-        raise ValueError(
-            f"decoded images ({size / 2**30:.2f} GiB) cannot be kept in {file.parent}: "
-            f"{error.strerror}; --data-memory 0 does without"
-        ) from error
-
-
-def _is_whole(file: Path, size: int) -> bool:
-    """Tell whether a file is there as it was written; a damaged one is logged."""
-    if not file.exists():
-        return False
-    if file.stat().st_size == size + HASH_BYTES:
-        content = np.memmap(file, dtype=np.uint8, mode="r")
-        if _hash(file.name, content[:size]) == content[size:].tobytes():
-            file.touch()
-            return True
-    logger.warning("%s is damaged: its images are decoded again", file)
-    return False
-
-
-def _write_aside(file: Path, size: int, write: Callable[[np.ndarray], None]) -> None:
-    aside = file.with_name(f"{ASIDE}{file.name}.{uuid.uuid4().hex}")
-    try:
-        # Space is claimed first: a full disk is an error here and not a crash later.
-        with aside.open("wb") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size + HASH_BYTES)
-        content = np.memmap(aside, dtype=np.uint8, mode="r+")
-        write(content[:size])
-        content[size:] = np.frombuffer(_hash(file.name, content[:size]), np.uint8)
-        content.flush()
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _hash(name: str, content: np.ndarray) -> bytes:
-    """Return the SHA-256 of a name and of every block's SHA-256: threads share the work."""
-    hashes = [b""] * -(-len(content) // BLOCK_BYTES)
-
-    def fill(block: int) -> None:
-        part = content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-        hashes[block] = hashlib.sha256(part.data).digest()
-
-    in_threads(fill, range(len(hashes)))
-    return hashlib.sha256(name.encode() + b"".join(hashes)).digest()
-
-
-def remove_unused(cache: Path) -> None:
-    """Remove what was decoded and not asked for in a month; who has it mapped keeps it."""
-    for file in cache.iterdir():
-        with suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
-                file.unlink()
-
-
-@contextmanager
-def sole_writer(cache: Path) -> Iterator[None]:
-    """Hold a cache, made where it is not there, without what killed writers left half written."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for file in cache.glob(f"{ASIDE}*"):
-            if file.name != LOCK:
-                file.unlink()
-        yield
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Where a study's images lie, and the images listed by class.
+"""One listing: where a study's images lie, and the images by class.
 
 Nothing here opens an image or imports torch, so that `--plan` stays quick.
 """
@@ -13,22 +13,21 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
-from trainables.scale import Scale, folder_scale, scale_named
+from trainables.data.registry import (
+    FOLDER,
+    STORED_SETS,
+    DataSet,
+    StoredSet,
+    data_set_named,
+    folder_data_set,
+)
+from trainables.scale import Scale, scale_for, scale_named
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-# Each stored set, by its option and its folder below the data.
-STORED_SETS = {
-    "imagenet-a": "ImageNet-A: <WordNet id>/<image>",
-    "imagenet-c": "ImageNet-C: <kind>/<severity>/<WordNet id>/<image>",
-    "imagenet-stylized": "Stylized-ImageNet: val/<WordNet id>/<image>",
-    "textures": "a texture dictionary in the layout published with PatchAttack",
-    "cifar10-c": "CIFAR-10-C: <kind>.npy and labels.npy",
-    "cifar10.1": "CIFAR-10.1: cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy",
-}
 GIBIBYTE = 2**30
-FOLDER = "folder"
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -55,8 +54,8 @@ class DataSource:
     @property
     def folders(self) -> Mapping[str, Path]:
         """Return where each stored set lies: as it was given, or below the root."""
-        found = {name: self.root / name for name in STORED_SETS} if self.root else {}
-        return {name: path for name, path in found.items() if path.is_dir()} | dict(self.stored)
+        below = {name: self.root / name for name in STORED_SETS} if self.root else {}
+        return {name: path for name, path in below.items() if path.is_dir()} | dict(self.stored)
 
 
 EMBEDDED = DataSource()
@@ -299,22 +298,76 @@ def content_digest(train: ImageList, held_out: ImageList) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
+def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Return class names in order; a text names timm's list of them."""
+    if isinstance(classes, tuple):
+        return classes
+    return tuple(resources.files("timm.data").joinpath("_info", classes).read_text().split())
+
+
+def check_classes(data_set: DataSet, listed: ImageList) -> None:
+    """Raise ValueError unless the folders are the data set's classes, or as many as it has."""
+    remedy = f"--scale folder --image-size {data_set.image_size} takes any classes"
+    known, names = class_list(data_set.classes), listed.class_names
+    if known and (differing := differing_classes(names, known)):
+        raise ValueError(f"{listed.root} is not {data_set.short_title}: it {differing}; {remedy}")
+    if len(names) != data_set.num_classes:
+        raise ValueError(
+            f"{listed.root} has {len(names)} classes, and scale {data_set.name!r} has "
+            f"{data_set.num_classes}: {remedy}"
+        )
+
+
+def list_data_set(data_set: DataSet, source: DataSource) -> tuple[ImageList, ImageList]:
+    """List a data set's train and held-out images; ValueError where they are not its own."""
+    assert source.root is not None
+    folders = ("train", "val", "test")
+    if data_set.archive and not any((source.root / name).is_dir() for name in folders):
+        raise ValueError(
+            f"{source.root} holds neither torchvision's archive of {data_set.short_title} nor "
+            "train/ and val/ in class folders; --download fetches the archive"
+        )
+    listed = list_splits(source)
+    check_classes(data_set, listed[0])
+    return listed
+
+
+def check_published(stored: StoredSet, listed: ImageList, data_set: DataSet) -> None:
+    """Raise ValueError where a stored set of a published data set is not as published."""
+    if not data_set.published:
+        return
+    present = {listed.class_names[label] for label in listed.labels}
+    if stored.classes and (differing := differing_classes(present, class_list(stored.classes))):
+        raise ValueError(f"{listed.root} is not {stored.title}: it {differing}; fetch it again")
+    if stored.complete and len(listed) != stored.images:
+        raise ValueError(f"{listed.root} holds {len(listed)} images instead of {stored.images}")
+
+
 def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
     """Return the scale that the options name; a folder's own says what lies in the folder."""
-    if source.download and (name != "cifar10" or source.root is None):
+    data_set = None if name == FOLDER else data_set_named(name)
+    if source.download and (data_set is None or not data_set.archive or source.root is None):
         raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
-    if name != FOLDER:
+    if data_set is not None:
+        for option, _ in source.stored:
+            if option not in data_set.counterparts:
+                raise ValueError(
+                    f"--{option} is not read at scale {name!r}: its stored sets are "
+                    f"{', '.join(data_set.counterparts) or 'none'}"
+                )
         if image_size is not None:
             raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
-        if name == "digits" and source.root is not None:
-            raise ValueError("scale 'digits' is embedded: --data goes with another --scale")
+        if data_set.package and source.root is not None:
+            raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
         return scale_named(name)
     if source.root is None or image_size is None:
         raise ValueError("--scale folder needs --data DIR and --image-size N")
     train, held_out = list_splits(source)
-    return folder_scale(
-        image_size=image_size,
-        num_classes=len(train.class_names),
-        train_images=len(train),
-        content=content_digest(train, held_out),
+    return scale_for(
+        folder_data_set(
+            image_size=image_size,
+            num_classes=len(train.class_names),
+            train_images=len(train),
+            content=content_digest(train, held_out),
+        )
     )

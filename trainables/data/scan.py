@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainables.data.images import UNREADABLE, as_rgb, opened
+from trainables.data.images import UNREADABLE, as_rgb, in_threads, opened
 from trainables.data.listing import DataSource, list_splits
 from trainables.store.storage import write_atomically
 
@@ -22,91 +21,72 @@ SCHEMA = pa.schema(
         ("changed_ns", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("problem", pa.string()),
-        ("passing", pa.bool_()),
     ]
 )
-AT_ONCE = 4096
 SMALLEST = (1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One file as it was found: its bytes and time of change, its size in pixels or a problem.
-
-    passing: the problem is the system's (no permission, a failing disk), which may be gone without
-    a change of the file.
-    """
+    """One file: its bytes and time of change, its size in pixels, or why it cannot be read."""
 
     bytes: int
     changed_ns: int
     width: int = 0
     height: int = 0
     problem: str = ""
-    passing: bool = False
 
 
 class Scan:
-    """Opens files, in parallel; what was found is kept in a file and holds while they do.
+    """Opens files in parallel, and remembers the sound ones in a file for the next scan.
 
-    A file is opened again only when its size or its time of change is another, or where its problem
-    was a passing one.
+    A remembered file is opened again only when its size or its time of change is another.
     """
 
-    def __init__(self, kept: Path | None) -> None:
-        self._kept = kept
-        self._known = _read(kept) if kept else {}
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._sound = _read(file) if file else {}
         self._new = False
 
-    def open(self, root: Path, paths: Sequence[str]) -> list[Opened]:
+    def open(self, root: Path, paths: Sequence[str], *, workers: int = 0) -> list[Opened]:
         """Return what each file is; every one is decoded, down to its last byte."""
-        found: list[Opened] = []
-        workers = len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(workers) as pool:
-            for first in range(0, len(paths), AT_ONCE):
-                part = [f"{root}/{path}" for path in paths[first : first + AT_ONCE]]
-                for path, opened in zip(part, pool.map(self._opened, part), strict=True):
-                    self._new |= self._known.get(path) is not opened
-                    self._known[path] = opened
-                    found.append(opened)
-        return found
+        files = [f"{root}/{path}" for path in paths]
+        results = list(in_threads(self._open, files, workers))
+        for path, result in zip(files, results, strict=True):
+            if not result.problem:
+                self._new |= self._sound.get(path) is not result
+                self._sound[path] = result
+        return results
 
     def save(self) -> None:
-        """Keep what was found for the next scan."""
-        if self._kept is None or not self._new:
+        """Remember the sound files for the next scan."""
+        if self._file is None or not self._new:
             return
-        rows = [(path, *astuple(opened)) for path, opened in self._known.items()]
-        columns = zip(*rows, strict=True)
-        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+        rows = ((path, *astuple(result)[:-1]) for path, result in self._sound.items())
+        arrays = map(pa.array, zip(*rows, strict=True), SCHEMA.types)
         sink = pa.BufferOutputStream()
-        table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+        table = pa.Table.from_arrays(list(arrays), schema=SCHEMA)
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        write_atomically(self._kept, sink.getvalue().to_pybytes())
+        write_atomically(self._file, sink.getvalue().to_pybytes())
 
-    def _opened(self, path: str) -> Opened:
+    def _open(self, path: str) -> Opened:
         try:
             stat = Path(path).stat()
         except OSError as error:
-            return Opened(0, 0, problem=error.strerror or str(error), passing=True)
-        known = self._known.get(path)
-        unchanged = (stat.st_size, stat.st_mtime_ns, False)
-        if known and (known.bytes, known.changed_ns, known.passing) == unchanged:
+            return Opened(0, 0, problem=error.strerror or str(error))
+        state = partial(Opened, stat.st_size, stat.st_mtime_ns)
+        known = self._sound.get(path)
+        if known and state(known.width, known.height) == known:
             return known
         try:
             with opened(path) as file:
-                width, height = file.size
+                size = file.size
                 # An eighth of a JPEG's size: every byte is read, few pixels are made.
                 file.draft("RGB", SMALLEST)
                 as_rgb(file)
         except UNREADABLE as error:
-            return Opened(
-                stat.st_size,
-                stat.st_mtime_ns,
-                problem=str(error) or type(error).__name__,
-                # A decoder's own OSError has no number.
-                passing=isinstance(error, OSError) and error.errno is not None,
-            )
-        return Opened(stat.st_size, stat.st_mtime_ns, width, height)
+            return state(problem=str(error) or type(error).__name__)
+        return state(*size)
 
 
 def damaged_images(source: DataSource) -> frozenset[str]:
@@ -115,20 +95,20 @@ def damaged_images(source: DataSource) -> frozenset[str]:
     return frozenset(
         path
         for split in list_splits(source)
-        for path, opened in zip(split.paths, scan.open(split.root, split.paths), strict=True)
-        if opened.problem
+        for path, result in zip(
+            split.paths, scan.open(split.root, split.paths, workers=source.workers), strict=True
+        )
+        if result.problem
     )
 
 
-def _read(kept: Path) -> dict[str, Opened]:
-    """Return what an earlier scan kept; a file that cannot be read holds nothing."""
+def _read(file: Path) -> dict[str, Opened]:
+    """Return what an earlier scan remembered; a file that cannot be read holds nothing."""
     try:
-        table = pq.read_table(kept, page_checksum_verification=True)
+        table = pq.read_table(file, page_checksum_verification=True)
         if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
             return {}
-        columns: Mapping[str, list[object]] = table.to_pydict()
+        paths, *rest = table.to_pydict().values()
     except (OSError, ValueError, pa.ArrowException):
         return {}
-    paths, *rest = columns.values()
-    rows: Iterable[tuple[object, ...]] = zip(*rest, strict=True)
-    return {str(path): Opened(*row) for path, row in zip(paths, rows, strict=True)}  # type: ignore[arg-type]
+    return {path: Opened(*row) for path, row in zip(paths, zip(*rest, strict=True), strict=True)}

@@ -1,0 +1,228 @@
+"""The registry of data sets: one entry says all that the other rooms ask of a data set.
+
+Nothing here imports torch or opens a file, so that `--plan` stays quick.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_CLASSES = "imagenet_synsets.txt"
+SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
+CORRUPTION_GROUPS: dict[str, tuple[str, ...]] = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+KINDS = tuple(kind for group in CORRUPTION_GROUPS.values() for kind in group)
+EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not of the fifteen
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSet:
+    """A published out-of-distribution set, and the evaluator that reads it.
+
+    It lies where the option of its name says, or in the folder of its name below the data.
+    `folder`: where its class folders lie below its root. `classes`: timm's list of its classes,
+    none: the data's own. `images`: as published, of each kind and severity where it has kinds.
+    `complete`: every class has a folder. `native`: stored at the data's size. `arrays`: the
+    .npy files of its images and labels; of a set with kinds, the labels alone.
+    """
+
+    name: str
+    title: str
+    layout: str
+    evaluator: str
+    folder: str = ""
+    classes: str = ""
+    images: int = 0
+    complete: bool = True
+    native: bool = True
+    arrays: tuple[str, ...] = ()
+
+
+_STORED = (
+    StoredSet(
+        name="imagenet-a",
+        title="ImageNet-A",
+        layout="<WordNet id>/<image>",
+        evaluator="natural",
+        classes="imagenet_a_synsets.txt",
+        images=7_500,
+        complete=False,
+        native=False,
+    ),
+    StoredSet(
+        name="imagenet-c",
+        title="ImageNet-C",
+        layout="<kind>/<severity>/<WordNet id>/<image>",
+        evaluator="corruptions",
+        images=50_000,
+    ),
+    StoredSet(
+        name="imagenet-stylized",
+        title="Stylized-ImageNet",
+        layout="val/<WordNet id>/<image>",
+        evaluator="stylized",
+        folder="val",
+        images=50_000,
+    ),
+    StoredSet(
+        name="textures",
+        title="a texture dictionary",
+        layout="the layout published with PatchAttack",
+        evaluator="tpa",
+    ),
+    StoredSet(
+        name="cifar10-c",
+        title="CIFAR-10-C",
+        layout="<kind>.npy and labels.npy",
+        evaluator="corruptions",
+        images=10_000,
+        arrays=("labels.npy",),
+    ),
+    StoredSet(
+        name="cifar10.1",
+        title="CIFAR-10.1",
+        layout="cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy",
+        evaluator="natural",
+        images=2_000,
+        arrays=("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"),
+    ),
+)
+STORED_SETS = {stored.name: stored for stored in _STORED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """What a data set is, where its images come from and what stands beside it.
+
+    Images lie in class folders below train/ and val/, unless a Python package holds them
+    (`package`: "module:function", which takes the entry and returns both splits and the class
+    names) or torchvision's archive does (`archive`: its class there). `classes`: the names in
+    order, or timm's list of them; empty: the folders' sorted names. `published`: the counts are
+    those of a published set, also of its stored counterparts, and differences are errors or
+    warnings. `exact_size`: images are stored at `image_size` and kept as one tensor. `flip`: a
+    mirrored image is one of its class. `counterparts`: the stored sets that its evaluators read;
+    without one a counterpart is generated, unless `generated` forbids it. `alexnet`: AlexNet's
+    errors on its corruptions are published, so mCE is defined.
+    """
+
+    name: str
+    title: str
+    image_size: int
+    num_classes: int
+    train_images: int
+    held_out_images: int = 0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    classes: tuple[str, ...] | str = ()
+    package: str = ""
+    archive: str = ""
+    published: bool = False
+    exact_size: bool = False
+    flip: bool = True
+    counterparts: tuple[str, ...] = ("imagenet-a", "imagenet-c", "imagenet-stylized", "textures")
+    generated: bool = True
+    alexnet: bool = False
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.image_size <= 1024 or self.image_size % 4:
+            raise ValueError(
+                f"an image size of {self.image_size} is not a multiple of 4 from 16 to 1024"
+            )
+        if self.num_classes < 2:
+            raise ValueError(
+                f"a classifier needs at least two classes, and {self.title} has {self.num_classes}"
+            )
+
+    @property
+    def short_title(self) -> str:
+        return self.title.partition(",")[0]
+
+    def counterpart(self, evaluator: str) -> str:
+        """Return the name of the stored set that an evaluator reads, '' where there is none."""
+        names = (name for name in self.counterparts if STORED_SETS[name].evaluator == evaluator)
+        return next(names, "")
+
+
+_KNOWN = (
+    DataSet(
+        name="digits",
+        title="scikit-learn's handwritten digits, 16 px (1,200 to train, 597 held out)",
+        image_size=16,
+        num_classes=10,
+        train_images=1_200,
+        held_out_images=597,
+        mean=(0.3, 0.3, 0.3),
+        std=(0.35, 0.35, 0.35),
+        package="trainables.data.load:digits",
+        flip=False,
+        counterparts=(),
+    ),
+    DataSet(
+        name="imagenet",
+        title="ImageNet, 224 px",
+        image_size=224,
+        num_classes=1000,
+        train_images=1_281_167,
+        held_out_images=50_000,
+        classes=IMAGENET_CLASSES,
+        published=True,
+        generated=False,
+        alexnet=True,
+    ),
+    DataSet(
+        name="cifar10",
+        title="CIFAR-10, 32 px",
+        image_size=32,
+        num_classes=10,
+        train_images=50_000,
+        held_out_images=10_000,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        classes=(
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
+        archive="CIFAR10",
+        exact_size=True,
+        counterparts=("cifar10.1", "cifar10-c", "imagenet-stylized", "textures"),
+    ),
+)
+DATA_SETS = {data_set.name: data_set for data_set in _KNOWN}
+_FOLDER_NAME = re.compile(
+    r"folder-(?P<size>\d+)px-(?P<classes>\d+)classes-(?P<train>\d+)train-(?P<content>[0-9a-f]{8})"
+)
+
+
+def data_set_named(name: str) -> DataSet:
+    """Return an entry, a folder's from what its name says; ValueError lists the names."""
+    if name in DATA_SETS:
+        return DATA_SETS[name]
+    parts = _FOLDER_NAME.fullmatch(name)
+    if not parts:
+        raise ValueError(f"unknown scale {name!r}; one of {sorted((*DATA_SETS, FOLDER))}")
+    return folder_data_set(
+        image_size=int(parts["size"]),
+        num_classes=int(parts["classes"]),
+        train_images=int(parts["train"]),
+        content=parts["content"],
+    )
+
+
+def folder_data_set(
+    *, image_size: int, num_classes: int, train_images: int, content: str
+) -> DataSet:
+    """Return the entry of a user's folders; `content` are 8 hex digits of what lies in them."""
+    return DataSet(
+        name=f"folder-{image_size}px-{num_classes}classes-{train_images}train-{content}",
+        title=f"a folder of {num_classes} classes, {image_size} px ({train_images:,} to train)",
+        image_size=image_size,
+        num_classes=num_classes,
+        train_images=train_images,
+    )
