@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainables.scale import Scale
-from trainables.store.storage import WEIGHTS, folder_at, parted
+from trainables.store.storage import WEIGHTS, Folder, parted
 from trainables.store.tracking import Tracker, TrialRun
 
 
@@ -42,7 +42,7 @@ def mend_weights(
     for place in damaged:
         if place == path:
             folder, name = parted(path)
-            folder_at(folder).write(name, sound)
+            Folder(folder).write(name, sound)
         else:
             _store(tracker, run, sound, scale)
         say(f"the weights of trial {run.digest} in {place} were damaged: they are restored")
@@ -51,7 +51,7 @@ def mend_weights(
 
 def _stored(path: str) -> bytes | None:
     parent, name = parted(path)
-    folder = folder_at(parent)
+    folder = Folder(parent)
     return folder.read(name) if name in folder.names() else None
 
 

@@ -18,7 +18,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.cluster import cluster_file, node_types
-from trainables.store.storage import Folder, folder_at
+from trainables.store.storage import Folder
 
 if TYPE_CHECKING:
     from trainables.store.tracking import Credentials
@@ -138,7 +138,7 @@ def check_nodes(needs: Needs) -> dict[str, Probed]:
 
 def _mark(where: str, mark: str) -> Folder:
     try:
-        folder = folder_at(where)
+        folder = Folder(where)
         folder.write(mark, mark.encode())
     except OSError as error:
         raise ValueError(f"storage {where} cannot be written: {error}") from None
@@ -186,7 +186,7 @@ def _probe(
 
 
 def _try_storage(where: str, mark: str) -> None:
-    folder, own = folder_at(where), f"{mark}-{uuid.uuid4().hex}"
+    folder, own = Folder(where), f"{mark}-{uuid.uuid4().hex}"
     if mark not in folder.names():
         raise ValueError(f"does not see {where}: it must be storage that all nodes share")
     try:

@@ -27,7 +27,7 @@ from tests.driver import SECONDS, study_of_one, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.distributed import interface_of
 from trainables.scale import DIGITS
-from trainables.store.storage import below, folder_at
+from trainables.store.storage import Folder, below
 from trainables.store.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
@@ -218,7 +218,7 @@ def test_a_team_keeps_its_files_on_s3(tmp_path, bucket):
     arguments = ("--address", "local", "--storage", kept)
     assert "Trained 2 and judged 4 cells" in ended(start(path, results, *arguments))
     for trial in trials(results):
-        names = folder_at(below(kept, "trials", trial.digest)).names()
+        names = Folder(below(kept, "trials", trial.digest)).names()
         assert "weights.safetensors" in names
         assert any(name.startswith("epoch-00002") for name in names)
     assert not list(results.glob("trials/*"))

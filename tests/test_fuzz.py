@@ -54,7 +54,7 @@ from trainables.store.checkpoint import (
     save_weights,
     unpickled,
 )
-from trainables.store.storage import folder_at
+from trainables.store.storage import Folder
 
 tried = 0
 
@@ -238,7 +238,7 @@ def test_any_words_to_the_texture_builder_end_in_0_or_2(arguments, no_weights, t
 def test_any_storage_uri_is_a_folder_or_refused(scheme, rest):
     region = "?region=us-east-1" if scheme == "s3" else ""
     try:
-        assert folder_at(f"{scheme}://{rest}{region}")
+        assert Folder(f"{scheme}://{rest}{region}")
     except ValueError as error:
         assert "cannot be used" in str(error)
 

@@ -16,7 +16,7 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
-from trainables.store.storage import below, fetched, folder_at, parted
+from trainables.store.storage import Folder, below, fetched, parted
 from trainables.trial import RecipeTrial
 
 
@@ -45,7 +45,7 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(where):
     assert load_newest_checkpoint(place) is None
     for epoch in (1, 2, 10):
         newest = save_checkpoint(place, epoch, {"epoch": epoch})
-    folder = folder_at(place)
+    folder = Folder(place)
     assert sorted(name[:11] for name in folder.names()) == ["epoch-00002", "epoch-00010"]
     folder.write(newest, folder.read(newest)[:-9])
     assert load_newest_checkpoint(place) == {"epoch": 2}
@@ -56,7 +56,7 @@ def test_a_checkpoint_and_weights_of_another_trial_are_refused(where, small):
     place, recipe, other = below(where, "trial"), small(), small(seed=1)
     kept = save_checkpoint(place, 1, {"digest": other.digest()})
     assert load_newest_checkpoint(place, recipe.digest()) is None
-    assert kept.replace(".pt", ".foreign") in folder_at(place).names()
+    assert kept.replace(".pt", ".foreign") in Folder(place).names()
     path = below(place, "weights.safetensors")
     save_weights(path, build_classifier(other), other.model_dump_json())
     with pytest.raises(ValueError, match=f"of trial {other.digest()}, not of trial"):
@@ -104,4 +104,4 @@ def test_a_trial_goes_on_from_its_checkpoint_on_s3(
 
 def test_storage_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="storage 'ftps://there' cannot be used"):
-        folder_at("ftps://there")
+        Folder("ftps://there")

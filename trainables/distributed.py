@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainables.recipe import Recipe
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
-from trainables.store.storage import below, folder_at
+from trainables.store.storage import Folder, below
 from trainables.trial import failed_result, trial_config
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _train_to_the_end(trial: dict[str, Any]) -> None:
 
     recipe = Recipe.model_validate(trial["recipe"])
     sizes = team_sizes(recipe, trial["min_workers"], trial["workers"])
-    kept = folder_at(below(trial["storage"], "trials", trial["digest"]))
+    kept = Folder(below(trial["storage"], "trials", trial["digest"]))
     failures, furthest = 0, ""
     size = sizes[0]
     while True:

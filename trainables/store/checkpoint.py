@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainables.recipe import Recipe
 from trainables.store.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
-from trainables.store.storage import ASIDE, DamagedError, Folder, below, folder_at, parted
+from trainables.store.storage import ASIDE, DamagedError, Folder, below, parted
 
 KEPT = 2
 RECIPE = "recipe"  # in a weights file's header
@@ -35,7 +35,7 @@ def save_checkpoint(where: str | Path, epoch: int, state: dict[str, Any]) -> str
     torch.save(state, buffer)
     content = buffer.getvalue()
     name = f"epoch-{epoch:05d}-{_short_hash(content)}.pt"
-    folder = folder_at(where)
+    folder = Folder(where)
     folder.write(name, content)
     for old in _newest_first(folder)[KEPT:]:
         folder.remove(old)
@@ -51,7 +51,7 @@ def load_newest_checkpoint(
     What a writer that was killed left half written is removed. ValueError where a checkpoint holds
     more than tensors and plain values.
     """
-    folder = folder_at(where)
+    folder = Folder(where)
     for name in folder.names():
         if name.startswith(ASIDE):
             folder.remove(name)
@@ -81,7 +81,7 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
     }
     content = sealed(save(tensors, metadata={RECIPE: recipe_json}))
     folder, name = parted(str(where))
-    folder_at(folder).write(name, content)
+    Folder(folder).write(name, content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -116,7 +116,7 @@ def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
     Raises as `read_weights`.
     """
     parent, name = parted(where)
-    folder = folder_at(parent)
+    folder = Folder(parent)
     if name not in folder.names():
         return None
     return read_weights(folder.read(name), where, digest)[1]

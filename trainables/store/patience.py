@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import requests
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
 from trainables.store.storage import FULL, NoRoomError
@@ -39,7 +40,7 @@ def patiently(
     the same row at the same time, it is asked again and finds that row. ValueError where a run
     was deleted meanwhile; any other answer that is an error is raised as it is.
     """
-    stop, wait, told = given_up or threading.Event(), FIRST_WAIT_SECONDS, ""
+    stop, wait, announced = given_up or threading.Event(), FIRST_WAIT_SECONDS, ""
     collisions = 0
     while True:
         try:
@@ -56,14 +57,14 @@ def patiently(
             awaited = _awaited(error)
             if not awaited or stop.is_set():
                 raise
-            if not told:
+            if not announced:
                 say(f"{awaited}: training goes on, what is to be written waits")
-            told = told or awaited
+            announced = announced or awaited
             stop.wait(wait)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
         else:
-            if told:
-                say("MLflow answers again" if told == SILENT else "there is room again")
+            if announced:
+                say("MLflow answers again" if announced == SILENT else "there is room again")
             return answer
 
 
@@ -103,11 +104,19 @@ class PatientClient:
 
         def ask() -> Any:
             nonlocal may_be_there
-            found = made() if may_be_there else None
+            run = made() if may_be_there else None
             may_be_there = True
-            return found or self._client.create_run(*arguments, **named)
+            return run or self._client.create_run(*arguments, **named)
 
         return self._patiently(ask)
+
+    def log_folder(self, artifact_uri: str, folder: str, place: str = "") -> None:
+        """Store a local folder's files at a place below an artifact URI.
+
+        The client's own `log_artifacts` goes by a run's id, which a copied results folder shares.
+        """
+        store = get_artifact_repository(artifact_uri, tracking_uri=self._client.tracking_uri)
+        self._patiently(lambda: store.log_artifacts(folder, place or None))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client, name)

@@ -8,11 +8,10 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
-from pyarrow.fs import FileSelector, FileSystem
+from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 WEIGHTS = "weights.safetensors"  # of a finished trial
 ASIDE = "."  # begins the name of a file that is being written
@@ -40,65 +39,38 @@ def parted(where: str) -> tuple[str, str]:
     return (folder or ".") + mark + query, name
 
 
-class Folder(Protocol):
-    """A flat set of named files; `write` leaves a file whole or absent."""
+class Folder:
+    """A flat set of named files in a folder, or below a URI that pyarrow reaches.
 
-    def names(self) -> list[str]: ...
+    It is made by its first `write`, which leaves a file whole or absent. ValueError where the URI
+    cannot be used.
+    """
 
-    def read(self, name: str) -> bytes: ...
-
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def rename(self, name: str, new: str) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-
-def folder_at(where: str | Path) -> Folder:
-    """Return the folder at a path or URI, made by its first write; ValueError for a strange URI."""
-    return RemoteFolder(where) if isinstance(where, str) and "://" in where else LocalFolder(where)
-
-
-class LocalFolder:
-    """A folder of a file system: a file is written aside, synced and renamed."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-
-    def names(self) -> list[str]:
-        return [path.name for path in self._path.iterdir()] if self._path.is_dir() else []
-
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
-
-    def write(self, name: str, content: bytes) -> None:
-        write_atomically(self._path / name, content)
-
-    def rename(self, name: str, new: str) -> None:
-        (self._path / name).rename(self._path / new)
-
-    def remove(self, name: str) -> None:
-        (self._path / name).unlink(missing_ok=True)
-
-
-class RemoteFolder:
-    """A prefix of an object store, whose objects appear when they are complete."""
-
-    def __init__(self, uri: str) -> None:
+    def __init__(self, where: str | Path) -> None:
+        self._is_local = "://" not in str(where)
+        self._path: str
         try:
-            self._files, self._path = FileSystem.from_uri(uri)
+            self._files, self._path = (
+                (LocalFileSystem(), str(Path(where).absolute()))
+                if self._is_local
+                else FileSystem.from_uri(where)
+            )
         except (OSError, ValueError) as error:
-            raise ValueError(f"storage {uri!r} cannot be used: {error}") from None
+            raise ValueError(f"storage {where!r} cannot be used: {error}") from None
 
     def names(self) -> list[str]:
-        found = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
-        return [entry.base_name for entry in found if entry.is_file]
+        entries = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
+        return [entry.base_name for entry in entries if entry.is_file]
 
     def read(self, name: str) -> bytes:
         with self._files.open_input_file(f"{self._path}/{name}") as file:
             return bytes(file.read())
 
     def write(self, name: str, content: bytes) -> None:
+        if self._is_local:
+            write_atomically(Path(self._path, name), content)
+            return
+        # An object of a store appears when it is complete.
         with self._files.open_output_stream(f"{self._path}/{name}") as file:
             file.write(content)
 
@@ -106,7 +78,9 @@ class RemoteFolder:
         self._files.move(f"{self._path}/{name}", f"{self._path}/{new}")
 
     def remove(self, name: str) -> None:
-        self._files.delete_file(f"{self._path}/{name}")
+        """Remove a file; another process may have done so already."""
+        with suppress(FileNotFoundError):
+            self._files.delete_file(f"{self._path}/{name}")
 
 
 @contextmanager
@@ -118,7 +92,7 @@ def fetched(where: str) -> Iterator[Path]:
     folder, name = parted(where)
     with tempfile.TemporaryDirectory() as here:
         path = Path(here) / name
-        path.write_bytes(folder_at(folder).read(name))
+        path.write_bytes(Folder(folder).read(name))
         yield path
 
 

@@ -12,12 +12,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow.artifacts
 import numpy as np
+import requests
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -31,7 +33,6 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.tracking._tracking_service import utils as mlflow_utils
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from packaging.specifiers import SpecifierSet
@@ -64,6 +65,7 @@ SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
 CLASSES_FILE = "classes.json"
+LEDGERS = "ledgers"  # the folder of a run's artifacts
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
 
 
@@ -139,16 +141,13 @@ class Tracker:
     ) -> None:
         self.uri, self._shared = uri, shared
         self.live: bool | None = True
-        # MLflow (checked with 3.17) notes for good where a run's artifacts lie, by the run's id, of
-        # which a copied folder has the same.
-        mlflow_utils._artifact_repos_cache.clear()
         try:
             client = MlflowClient(uri)
             self._client = PatientClient(client, say)
-            found = client.get_experiment_by_name(experiment)
+            earlier = client.get_experiment_by_name(experiment)
             self.experiment_id: str = (
-                found.experiment_id
-                if found
+                earlier.experiment_id
+                if earlier
                 else client.create_experiment(
                     experiment,
                     artifact_location=artifacts.as_uri() if artifacts else None,
@@ -194,7 +193,8 @@ class Tracker:
         key = VIEW_TAG + name
         self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
         if classes:
-            self._client.log_text(run_id, json.dumps(list(classes)), CLASSES_FILE)
+            content = json.dumps(list(classes)).encode()
+            self._store(run.info.artifact_uri, {CLASSES_FILE: content})
         return run_id
 
     def classes(self, study: str) -> list[str]:
@@ -202,11 +202,8 @@ class Tracker:
         runs = self._search(_study_query(study))
         if not runs:
             return []
-        kept = self._client.list_artifacts(runs[0].info.run_id)
-        if CLASSES_FILE not in [artifact.path for artifact in kept]:
-            return []
-        found = fetch_artifact(self.uri, runs[0].info.artifact_uri, CLASSES_FILE).read_text()
-        return list(json.loads(found))
+        content = self._artifact(runs[0].info.artifact_uri, CLASSES_FILE)
+        return list(json.loads(content)) if content else []
 
     def give_up(self) -> None:
         """Wait for no server any more."""
@@ -214,7 +211,8 @@ class Tracker:
 
     def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
         """Keep the folder of a report with the parent run and end it."""
-        self._client.log_artifacts(run_id, str(report), "report")
+        artifact_uri = self._client.get_run(run_id).info.artifact_uri
+        self._client.log_folder(artifact_uri, str(report), "report")
         self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
 
     def page(self, *, run_id: str = "", study: str = "") -> str:
@@ -223,9 +221,9 @@ class Tracker:
         host = parts.netloc.rpartition("@")[2]
         place = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
         address = place if parts.scheme in ("http", "https") else LOCAL_UI
-        what = run_id and f"/{run_id}"
+        path = run_id and f"/{run_id}"
         view = study and f"?viewStateShareKey={study}&workflowType=machine_learning"
-        return f"{address}/#/experiments/{self.experiment_id}/runs{what}{view}"
+        return f"{address}/#/experiments/{self.experiment_id}/runs{path}{view}"
 
     def trials(self) -> dict[str, TrialRun]:
         """Return every trial of the experiment by digest."""
@@ -324,7 +322,7 @@ class Tracker:
             _describe_model(model, image_size=image_size, classes=classes)
             (model / "recipe.json").write_text(run.recipe)
             (model / weights.name).symlink_to(weights.resolve())
-            self._client.log_artifacts(run.run_id, str(model))
+            self._client.log_folder(run.artifact_uri, str(model))
         self._tag(run, **{WEIGHTS_TAG: sha256})
         run.weights_sha256 = sha256
 
@@ -334,7 +332,7 @@ class Tracker:
         trace: the traceback to keep with it, if any.
         """
         if trace:
-            self._client.log_text(run.run_id, trace, "error.txt")
+            self._store(run.artifact_uri, {"error.txt": trace.encode()})
         self._tag(run, outcome=outcome, reason=reason[:LONGEST_TAG])
         over = outcome in ("finished", "collapsed")
         self._client.set_terminated(run.run_id, "FINISHED" if over else "FAILED")
@@ -355,10 +353,7 @@ class Tracker:
 
         The tag that marks it done is written last.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{evaluator}.parquet"
-            path.write_bytes(ledger)
-            self._client.log_artifact(run.run_id, str(path), "ledgers")
+        self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
         values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
         self._client.log_batch(run.run_id, metrics=values)
         sha256 = hashlib.sha256(ledger).hexdigest()
@@ -386,12 +381,12 @@ class Tracker:
 
     def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
         """Return a metric's values by step."""
-        found = self._client.get_metric_history(run.run_id, metric)
-        return sorted((entry.step, entry.value) for entry in found)
+        entries = self._client.get_metric_history(run.run_id, metric)
+        return sorted((entry.step, entry.value) for entry in entries)
 
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger as it was stored; DamagedError where it is not there so."""
-        name = f"ledgers/{evaluator}.parquet"
+        name = f"{LEDGERS}/{evaluator}.parquet"
         content = self.artifact(run, name)
         if content is None:
             raise DamagedError(f"{run.artifact_uri}/{name} is missing")
@@ -402,14 +397,24 @@ class Tracker:
 
     def artifact(self, run: TrialRun, name: str) -> bytes | None:
         """Return the content of an artifact, None where there is none."""
+        return self._artifact(run.artifact_uri, name)
+
+    def _artifact(self, artifact_uri: str, name: str) -> bytes | None:
         try:
-            return fetch_artifact(self.uri, run.artifact_uri, name).read_bytes()
+            return fetch_artifact(self.uri, artifact_uri, name).read_bytes()
         except (MlflowException, OSError):
-            folder = name.rpartition("/")[0] or None
-            there = self._client.list_artifacts(run.run_id, folder)
-            if any(artifact.path == name for artifact in there):
+            folder, _, file = f"{artifact_uri}/{name}".rpartition("/")
+            listed = partial(mlflow.artifacts.list_artifacts, folder, tracking_uri=self.uri)
+            paths = [artifact.path for artifact in patiently(listed, say=logger.warning)]
+            if any(path.rpartition("/")[2] == file for path in paths):
                 raise
             return None
+
+    def _store(self, artifact_uri: str, files: Mapping[str, bytes], place: str = "") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            self._client.log_folder(artifact_uri, folder, place)
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
@@ -426,14 +431,14 @@ class Tracker:
     ) -> str:
         """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
         token = uuid.uuid4().hex
-        who = {JUDGED_TAG + name: value for name, value in judged_by.items()}
-        tags = {"kind": "evaluation", "token": token} | who
+        tags = {"kind": "evaluation", "token": token}
+        tags |= {JUDGED_TAG + name: value for name, value in judged_by.items()}
         run = self._create(f"tags.token = '{token}'", False, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
         self._client.log_batch(run_id, metrics=values)
-        for path in ledgers:
-            self._client.log_artifact(run_id, str(path), "ledgers")
+        files = {path.name: path.read_bytes() for path in ledgers}
+        self._store(run.info.artifact_uri, files, LEDGERS)
         self._client.set_terminated(run_id, "FINISHED")
         return run_id
 
@@ -604,8 +609,6 @@ def check_address(uri: str) -> None:
     """
     if not uri.startswith(("http://", "https://")):
         return
-    import requests
-
     try:
         password = urlsplit(uri).password
     except ValueError as error:
@@ -617,17 +620,17 @@ def check_address(uri: str) -> None:
         )
     try:
         health = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
-        asked = http_request(get_default_host_creds(uri), "/version", "GET", timeout=30)
+        answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=30)
     except (requests.RequestException, MlflowException) as error:
         raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
     if health.text.strip() != "OK":
         raise ValueError(f"{uri} answers {health.status_code}, but not as an MLflow server does")
-    if asked.status_code in (401, 403):
+    if answer.status_code in (401, 403):
         raise ValueError(
             f"the MLflow server at {uri} lets in who gives MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, and refuses those given here"
         )
-    version = asked.text.strip()
+    version = answer.text.strip()
     if not re.match(r"\d+\.\d+", version) or version not in SERVERS:
         raise ValueError(f"the MLflow server at {uri} is of version {version[:20]}, not {SERVERS}")
 
