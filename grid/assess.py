@@ -22,6 +22,7 @@ from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import Pace, ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
+from trainables.ray_internals import nodes_of_actors
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
@@ -148,12 +149,8 @@ class EvaluatorPool:
 
     def gpus_held(self) -> dict[str, float]:
         """Return the GPUs that actors hold now, by the id of their node: they move as nodes die."""
-        known = ray._private.state.actors() if self._gpus else {}
-        for actor in (actor._actor_id.hex() for actor in self._actors):
-            told = known.get(actor, {})
-            # One that is being restarted keeps its place.
-            if told.get("State") == "ALIVE":
-                self._homes[actor] = told["Address"]["NodeID"]
+        # One that is being restarted keeps its place.
+        self._homes |= nodes_of_actors(self._actors) if self._gpus else {}
         nodes = Counter(self._homes.values())
         return {node: count * self._gpus for node, count in nodes.items()}
 

@@ -9,17 +9,16 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
-from ray._private import ray_constants
-from ray._private.state import available_resources_per_node
 
 from grid.address import LOCAL
 from grid.plan import Plan
+from trainables import ray_internals
 from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -35,27 +34,14 @@ STARTS_TRIED = 3
 class Placement:
     """The workers of one trial, the resources of each, and the seconds one may stand still.
 
-    They must not change its result, beyond rounding. min_workers: how many it goes on with where
-    the cluster has no more; None for `workers`.
+    They must not change its result, beyond rounding.
     """
 
     workers: int = 1
-    min_workers: int | None = None
     cpus: int = 1
     gpus: float = 0.0
     compile: bool = False
     hung_after: float = HUNG_SECONDS
-
-    def __post_init__(self) -> None:
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
-            raise ValueError(
-                f"a trial of {self.workers} workers cannot have {self.min_workers} at least"
-            )
-
-    @property
-    def least(self) -> Placement:
-        """The placement with the fewest workers it may come down to."""
-        return replace(self, workers=self.min_workers or self.workers)
 
     def slots(self, resources: dict[str, float]) -> int:
         """Return how many workers fit into a node's resources."""
@@ -89,9 +75,8 @@ def connect(address: str | None) -> None:
     """Join the cluster at an address, or start Ray on this machine; ValueError when refused."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        # On one machine as on a Mac: Ray listens on the loopback alone, where a token of this
-        # run's own keeps other users out.
-        ray_constants.ENABLE_RAY_CLUSTER = False
+        # On the loopback a token of this run's own keeps other users out.
+        ray_internals.listen_on_loopback()
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         _start_here(quiet)
         return
@@ -133,7 +118,7 @@ class Room:
 
     def __init__(self, held: Callable[[], Mapping[str, float]] = dict) -> None:
         self._held = held
-        self._free = _with_gpus(available_resources_per_node(), held(), 1)
+        self._free = _with_gpus(ray_internals.free_resources(), held(), 1)
         self._cluster = cluster_file()
         self._nodes: list[dict[str, float]] = []
         self._looked_at = -math.inf
@@ -148,14 +133,14 @@ class Room:
         return all(_take(left, placement) for placement in placements)
 
     def check(self, placements: Iterable[Placement]) -> None:
-        """Raise ValueError where not even one trial fits, with the fewest workers it may have."""
-        for least in (placement.least for placement in placements):
-            if self.holds([least]):
+        """Raise ValueError where not even one trial fits."""
+        for placement in placements:
+            if self.holds([placement]):
                 continue
             there = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes]
             raise ValueError(
-                f"a trial needs {least}, but Ray has free {'; '.join(there)}; "
-                f"lower {'--workers, ' if least.workers > 1 else ''}--cpus-per-trial or "
+                f"a trial needs {placement}, but Ray has free {'; '.join(there)}; "
+                f"lower {'--workers, ' if placement.workers > 1 else ''}--cpus-per-trial or "
                 "--gpus-per-trial"
             )
 
@@ -214,7 +199,7 @@ def cluster_file() -> dict[str, Any]:
     not the autoscaler's.
     """
     path = Path(BOOTSTRAPPED).expanduser()
-    if ray._private.worker._global_node.is_head():
+    if ray_internals.is_own_ray():
         return {}
     here = ray.util.get_node_ip_address()
     heads = [n["NodeManagerAddress"] for n in ray.nodes() if HEAD_RESOURCE in n["Resources"]]

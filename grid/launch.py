@@ -17,7 +17,6 @@ from urllib.request import url2pathname
 
 import ray
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
@@ -34,8 +33,8 @@ from grid.study import Study
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
-from trainables.distributed import CONTROLLER, train_together
 from trainables.models import MODELS
+from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
@@ -261,7 +260,7 @@ def _share_out(
     room = Room()
     room.check(placements)
     on_gpus = any(placement.gpus for placement in placements)
-    size = max(1, room.gpus // 2) if on_gpus else room.lanes(usual.least)
+    size = max(1, room.gpus // 2) if on_gpus else room.lanes(usual)
     pool = EvaluatorPool(
         size,
         uri,
@@ -289,7 +288,7 @@ def _share_out(
 
 def _smaller_share(placements: list[Placement], room: Room) -> str:
     """Return what to give where one evaluator leaves too little of its GPU; '' if nothing helps."""
-    smaller = (replace(p.least, gpus=min(p.gpus, GPUS_BESIDE)) for p in placements)
+    smaller = (replace(p, gpus=min(p.gpus, GPUS_BESIDE)) for p in placements)
     if not all(room.holds([placement]) for placement in smaller):
         return ""
     return f": give --gpus-per-worker {GPUS_BESIDE:g}"
@@ -307,7 +306,6 @@ def _check_plan(launch: Launch) -> None:
             from trainables.train.team import check_team
 
             check_team(trial.recipe, placement.workers)
-            check_team(trial.recipe, placement.least.workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, launch.scale)
     from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.model not in MODELS}
@@ -439,9 +437,7 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
     if not todo:
         return
     shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
-    # Tune writes these into the environment of its actors, which Ray logs; nodes have their own.
-    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
-    class_cache.ENV_VARS_TO_PROPAGATE = {n for n in passed_on if not n.startswith("AWS_")}
+    keep_credentials_here()
     placements = launch.placements
     placed = {trial.digest: placements.of(trial.recipe.family) for trial in todo}
     told = [
@@ -452,7 +448,6 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
             "storage": storage,
             "threads": placed[trial.digest].cpus,
             "workers": placed[trial.digest].workers,
-            "min_workers": placed[trial.digest].least.workers,
             "gpus": placed[trial.digest].gpus,
             "hung_after": placed[trial.digest].hung_after,
             "device": "cuda" if placed[trial.digest].gpus else "cpu",
@@ -462,9 +457,7 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
     ]
     alone = all(placement.workers == 1 for placement in placed.values())
     tuner = tune.Tuner(
-        tune.with_resources(RecipeTrial, _resources)
-        if alone
-        else tune.with_resources(train_together, CONTROLLER),
+        tune.with_resources(RecipeTrial, _resources) if alone else _team_trainable(),
         param_space={
             "trial": tune.grid_search([json.dumps(t) for t in told]),
             "source": launch.source,
@@ -486,6 +479,13 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
         ),
     )
     tuner.fit()
+
+
+def _team_trainable() -> Any:
+    # Ray Train takes a second to import.
+    from trainables.distributed import CONTROLLER, train_together
+
+    return tune.with_resources(train_together, CONTROLLER)
 
 
 def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:

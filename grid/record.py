@@ -68,7 +68,6 @@ class Recorder(threading.Thread):
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
-        self._workers: dict[str, int] = {}
         self._training_over = threading.Event()
         self._abandon = threading.Event()
         self._count()
@@ -222,7 +221,6 @@ class Recorder(threading.Thread):
             self._line.say(f"{self._described(digest)}: {note}")
         self.tracker.tag_trained(run, result.get("trained", {}))
         self._unlogged.setdefault(digest, []).extend(result["epochs"])
-        self._say_workers(digest, *result.get("workers", (1, 1)))
         share = trial.cost / trial.recipe.epochs
         self.progress.epochs_done += len(result["epochs"])
         self.progress.cost_done += share * len(result["epochs"])
@@ -234,12 +232,6 @@ class Recorder(threading.Thread):
         )
         if result["outcome"] != "training":
             self._on_done(run, result)
-
-    def _say_workers(self, digest: str, workers: int, asked: int) -> None:
-        """Say where a trial goes on with fewer workers than asked for, and with more again."""
-        if workers != self._workers.get(digest, asked):
-            self._line.say(f"{workers} of {asked} workers train {self._described(digest)}")
-        self._workers[digest] = workers
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()

@@ -176,7 +176,6 @@ def _launch(
         mlflow=options.mlflow,
         placement=Placement(
             workers=options.workers,
-            min_workers=options.min_workers,
             cpus=options.cpus_per_worker,
             gpus=options.gpus_per_worker,
             compile=options.compile,
@@ -344,12 +343,6 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="of each trial (default: 1)"
-    )
-    parser.add_argument(
-        "--min-workers",
-        type=count,
-        metavar="M",
-        help="go on with as few where the cluster has no more for a minute (default: N)",
     )
     parser.add_argument(
         "--cpus-per-worker",

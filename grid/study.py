@@ -147,7 +147,6 @@ class PlacementOfFamily(_Strict):
     """How the trials of one family are placed; the command's options stand for the rest."""
 
     workers: int | None = Field(None, ge=1)
-    min_workers: int | None = Field(None, ge=1)
     cpus: int | None = Field(None, ge=1)
     gpus: float | None = Field(None, ge=0)
 

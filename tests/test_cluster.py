@@ -146,24 +146,6 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert trial.metrics["epoch"] == 20
 
 
-@LONG
-def test_a_trial_goes_on_with_fewer_workers_and_with_more_again(tmp_path, elastic):
-    study, results = tmp_path / "long.toml", tmp_path / "results"
-    study.write_text(STUDY.replace("200", "400"))
-    elastic.add_node(num_cpus=1)
-    doomed = elastic.add_node(num_cpus=1)
-    driver = start(study, results, "--min-workers", "1", "--address", elastic.address)
-    wait_for_checkpoint(results, driver)
-    elastic.remove_node(doomed, allow_graceful=False)
-    heard = said_until(driver, "1 of 2 workers train")
-    elastic.add_node(num_cpus=1)
-    heard += said_until(driver, "2 of 2 workers train")
-    heard += ended(driver)
-    assert "Trained 1 and judged 1 cells" in heard
-    (trial,) = trials(results)
-    assert (trial.outcome, trial.metrics["epoch"]) == ("finished", 40)
-
-
 def said_until(driver, sentence):
     """Return what a driver prints up to a sentence."""
     heard = ""
@@ -172,13 +154,6 @@ def said_until(driver, sentence):
         assert line, heard
         heard += line
     return heard
-
-
-@pytest.fixture
-def elastic(monkeypatch, request):
-    # The nodes inherit it: how long a team waits for its workers before it goes on with fewer.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    return request.getfixturevalue("cluster")
 
 
 PAIR = """

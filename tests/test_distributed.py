@@ -12,7 +12,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util import placement_group, placement_group_table
 
 from trainables import distributed
-from trainables.distributed import _given_up, _train_to_the_end, others_train, release_orphans
+from trainables.distributed import _given_up, _train_to_the_end, others_train
+from trainables.ray_internals import release_orphans
 
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
 BUSY = {0: RuntimeError("NCCL error\nmore of it"), 1: ActorDiedError()}
@@ -23,12 +24,12 @@ def tried(small, tmp_path, monkeypatch):
     """Return how often a team is tried that ends in errors, and what is raised in the end."""
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     trial = {"recipe": small().model_dump(mode="json"), "digest": small().digest()}
-    trial |= {"storage": str(tmp_path), "workers": 2, "min_workers": 2}
+    trial |= {"storage": str(tmp_path), "workers": 2}
 
     def run(*errors, others=False):
         left = list(errors)
 
-        def train(trial, size):
+        def train(trial):
             if left:
                 raise left.pop(0)
 

@@ -37,7 +37,7 @@ def launch(tmp_path):
         scale=DIGITS,
         results=tmp_path / "results",
         mlflow=None,
-        placement=Placement(workers=4, min_workers=2),
+        placement=Placement(workers=2),
     )
 
 
@@ -48,10 +48,15 @@ def two_cpus():
     ray.shutdown()
 
 
-def test_a_team_that_only_fits_with_fewer_workers_is_judged_too(two_cpus, launch):
+def test_a_team_that_fills_the_machine_has_an_evaluator_beside_it(two_cpus, launch):
     pool, room = _share_out(launch, "sqlite:///none")
     assert pool._size == 1
     assert room.lanes(launch.placement) == 1
+
+
+def test_a_team_that_does_not_fit_is_refused(two_cpus):
+    with pytest.raises(ValueError, match="a trial needs 4 workers of 1 CPUs and 0 GPUs each, but"):
+        Room().check([Placement(workers=4)])
 
 
 def test_a_ray_of_its_own_has_no_room_on_nodes_of_a_cluster(two_cpus, tmp_path, monkeypatch):

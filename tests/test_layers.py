@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,6 +21,7 @@ MAY_IMPORT = {
         "grid/assess.py",
         "trainables/trial.py",
         "trainables/distributed.py",
+        "trainables/ray_internals.py",
         "evaluators/actor.py",
     },
     "mlflow": {"trainables/store/tracking.py", "trainables/store/patience.py"},
@@ -112,6 +114,15 @@ def test_a_circle_through_a_package_and_a_function_is_seen(tmp_path):
     )
     (tmp_path / "trainables" / "folders.py").write_text("import trainables.data.base\n")
     assert set(circle(tmp_path)) == {"trainables.data.base", "trainables.folders"}
+
+
+PRIVATE = re.compile(r"\bray(?:\.\w+)*\._\w+|ray\.tune\.execution|import _[A-Z]\w+")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_ray_are_in_one_file(path):
+    if path.name != "ray_internals.py":
+        assert not PRIVATE.search(path.read_text())
 
 
 def test_no_file_of_grid_hides_a_module():

@@ -49,7 +49,6 @@ class RunningTrial:
     paused: bool = False
     epoch: int = 0
     saved_at: float = field(default_factory=time.monotonic)
-    save_now: bool = False
 
     @property
     def leads(self) -> bool:
@@ -222,7 +221,7 @@ def _advance(running: RunningTrial) -> None:
     running.trained = joined(running.trained, provenance(running.device))
     running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
-    due = now - running.saved_at >= CHECKPOINT_SECONDS or running.save_now
+    due = now - running.saved_at >= CHECKPOINT_SECONDS
     if report.outcome != "training" or due:
         running.saved_at, running.unkept = now, report
 

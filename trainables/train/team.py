@@ -63,17 +63,11 @@ class Team:
 ALONE = Team()
 
 
-def team_sizes(recipe: Recipe, fewest: int, most: int) -> list[int]:
-    """Return the numbers of workers, the largest first, among whom a recipe's batches divide."""
-    parts, _ = _parts(recipe)
-    return [size for size in range(most, fewest - 1, -1) if parts % size == 0]
-
-
 def check_team(recipe: Recipe, size: int) -> None:
     """Raise ValueError where a recipe's batches do not divide among `size` workers."""
     parts, what = _parts(recipe)
     if parts % size:
-        allowed = ", ".join(str(n) for n in reversed(team_sizes(recipe, 1, parts)))
+        allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise ValueError(
             f"{recipe.describe()}: its {what} cannot be shared by {size} workers; "
             f"their number must be one of {allowed}"
