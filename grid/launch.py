@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import json
+import logging
 import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +16,14 @@ from urllib.request import url2pathname
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 
 from evaluators import EVALUATORS, columns_of, evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import Placement, Placements, Room, connect
 from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
+from grid.order import PlanOrder
 from grid.plan import Plan
+from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.signals import stop_on_signals
@@ -38,7 +37,6 @@ from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
-from trainables.store.retries import MAX_FAILURES, wait_after
 from trainables.store.tracking import Tracker, check_address
 from trainables.trial import RecipeTrial, trial_config
 
@@ -316,78 +314,12 @@ def _check_plan(launch: Launch) -> None:
             check_model(recipe)
 
 
-class _PlanOrder(FIFOScheduler):  # type: ignore[misc]
-    """Start trials in the plan's order, and a student only when its teacher has ended.
-
-    Tune starts whatever is pending, in no order, so trials wait as paused. As many as fit at
-    once are let go ahead of time: Tune only keeps an actor for reuse if one is, and an autoscaler
-    only starts nodes for trials that wait for them. But not trials of `teams`, whose resources
-    Tune does not know: they are let go only to run. A trial whose process has died waits before it
-    is tried again; a new epoch makes good its earlier failures.
-    """
-
-    def __init__(self, room: Room, placements: dict[str, Placement], *, teams: bool) -> None:
-        super().__init__()
-        self._room, self._placements, self._teams = room, placements, teams
-        self._known: dict[str, Trial] = {}  # by digest, in the plan's order
-        self._places: dict[str, int] = {}
-        self._ready: list[tuple[int, str]] = []
-        self._students: dict[str, list[str]] = {}
-        self._resting: list[tuple[float, str]] = []  # until when
-        self._let_go: dict[str, Trial] = {}
-        self._furthest: Counter[str] = Counter()
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        told = trial_config(trial.config)
-        digest, teacher = told["digest"], told["teacher"]
-        if digest in self._known:
-            until = time.monotonic() + wait_after(max(1, trial.run_metadata.num_failures))
-            heapq.heappush(self._resting, (until, digest))
-            self._let_go.pop(digest, None)
-            tune_controller._set_trial_status(trial, Trial.PAUSED)
-            return
-        self._places[digest] = len(self._known)
-        self._known[digest] = trial
-        trial.set_status(Trial.PAUSED)
-        if teacher in self._known:
-            self._students.setdefault(teacher, []).append(digest)
-        else:
-            self._make_ready(digest)
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if result.get("epoch", 0) > self._furthest[trial.trial_id]:
-            self._furthest[trial.trial_id] = result["epoch"]
-            trial.run_metadata.num_failures = 0
-        return str(super().on_trial_result(tune_controller, trial, result))
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        for teacher in [t for t in self._students if self._known[t].is_finished()]:
-            for digest in self._students.pop(teacher):
-                self._make_ready(digest)
-        while self._resting and self._resting[0][0] <= time.monotonic():
-            self._make_ready(heapq.heappop(self._resting)[1])
-        self._let_go = {d: trial for d, trial in self._let_go.items() if not trial.is_finished()}
-        pending = [d for d, trial in self._let_go.items() if trial.status == Trial.PENDING]
-        # A trial may have come down to fewer workers than it is counted with here.
-        counted = list(self._let_go) if self._teams else pending
-        beside = [self._placements[digest] for digest in counted]
-        if self._ready:
-            _, digest = self._ready[0]
-            if not beside or self._room.holds([*beside, self._placements[digest]]):
-                heapq.heappop(self._ready)
-                self._let_go[digest] = self._known[digest]
-                return self._known[digest]
-        return self._known[pending[0]] if pending else None
-
-    def _make_ready(self, digest: str) -> None:
-        heapq.heappush(self._ready, (self._places[digest], digest))
-
-
 class _Events(tune.Callback):  # type: ignore[misc]
     """Hand Tune's events to the recorder; nothing here may block or raise."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
         self._recorder: Recorder | None = recorder
+        self._order = order
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
@@ -403,13 +335,14 @@ class _Events(tune.Callback):  # type: ignore[misc]
         if self._recorder:
             self._recorder.reported(result)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._recorder:
-            self._recorder.retried(_digest_of(trial), _last_line(trial))
-
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._recorder:
-            self._recorder.failed(_digest_of(trial), _last_line(trial), _trace(trial))
+        if not self._recorder:
+            return
+        digest = _digest_of(trial)
+        if self._order.will_retry(digest):
+            self._recorder.retried(digest, _last_line(trial))
+        else:
+            self._recorder.failed(digest, _last_line(trial), _trace(trial))
 
 
 def _digest_of(trial: Trial) -> str:
@@ -428,43 +361,33 @@ def _last_line(trial: Trial) -> str:
 
 
 def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None:
-    """Train trials with Tune: one grid search over resolved recipes, in the plan's order.
+    """Train trials with Tune, in the plan's order, as many at once as there is room for.
 
-    As many run at once as there is room for, on actors that are reused; where some have several
-    workers, each in processes of its own.
+    They share actors; where some have several workers, each trial has processes of its own.
     """
     todo = recorder.trials_to_train()
     if not todo:
         return
     shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
     keep_credentials_here()
-    placements = launch.placements
-    placed = {trial.digest: placements.of(trial.recipe.family) for trial in todo}
-    told = [
-        {
-            "digest": trial.digest,
-            "teacher": trial.recipe.teacher.digest() if trial.recipe.teacher else None,
-            "recipe": trial.recipe.model_dump(mode="json"),
-            "storage": storage,
-            "threads": placed[trial.digest].cpus,
-            "workers": placed[trial.digest].workers,
-            "gpus": placed[trial.digest].gpus,
-            "hung_after": placed[trial.digest].hung_after,
-            "device": "cuda" if placed[trial.digest].gpus else "cpu",
-            "compile": placed[trial.digest].compile,
+    # Its last word lists trials that failed, those that were tried again too; the recorder does.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    placements = {t.digest: launch.placements.of(t.recipe.family) for t in todo}
+    configs = {
+        trial.digest: {
+            "trial": json.dumps(_trial_settings(trial, placements[trial.digest], storage)),
+            "source": launch.source,
         }
         for trial in todo
-    ]
-    alone = all(placement.workers == 1 for placement in placed.values())
-    tuner = tune.Tuner(
+    }
+    alone = all(placement.workers == 1 for placement in placements.values())
+    order = PlanOrder(configs, placements, room)
+    tune.Tuner(
         tune.with_resources(RecipeTrial, _resources) if alone else _team_trainable(),
-        param_space={
-            "trial": tune.grid_search([json.dumps(t) for t in told]),
-            "source": launch.source,
-        },
         tune_config=tune.TuneConfig(
+            search_alg=order,
+            num_samples=-1,
             reuse_actors=alone,
-            scheduler=_PlanOrder(room, placed, teams=not alone),
             trial_name_creator=_digest_of,
             trial_dirname_creator=_digest_of,
         ),
@@ -473,12 +396,27 @@ def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None
             storage_path=str(launch.results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[_Events(recorder)],
+            callbacks=[_Events(recorder, order)],
             verbose=0,
         ),
-    )
-    tuner.fit()
+    ).fit()
+
+
+def _trial_settings(trial: PlannedTrial, placement: Placement, storage: str) -> dict[str, Any]:
+    """Return what `RecipeTrial` and `train_together` are told of a trial."""
+    teacher = trial.recipe.teacher
+    return {
+        "digest": trial.digest,
+        "teacher": teacher.digest() if teacher else None,
+        "recipe": trial.recipe.model_dump(mode="json"),
+        "storage": storage,
+        "threads": placement.cpus,
+        "workers": placement.workers,
+        "gpus": placement.gpus,
+        "hung_after": placement.hung_after,
+        "device": "cuda" if placement.gpus else "cpu",
+        "compile": placement.compile,
+    }
 
 
 def _team_trainable() -> Any:

@@ -18,6 +18,7 @@ MAY_IMPORT = {
         "grid/cluster.py",
         "grid/launch.py",
         "grid/nodes.py",
+        "grid/order.py",
         "grid/assess.py",
         "trainables/trial.py",
         "trainables/distributed.py",

@@ -10,11 +10,11 @@ import torch
 from ray import tune
 
 from grid.cluster import Placement, Room
-from grid.launch import _PlanOrder
+from grid.order import PlanOrder
 from tests.dying import Dying
 from trainables.store.retries import OWN_FAULTS, wait_after
 
-MAX_FAILURES, EPOCHS = 1, 4
+EPOCHS = 4
 
 
 @pytest.fixture
@@ -27,32 +27,56 @@ def ray_session():
 def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("grid.order.MAX_FAILURES", 1)
     trials = [
         {"digest": name, "further": further, "teacher": None, "folder": str(tmp_path)}
         | {"epochs": EPOCHS}
         for name, further in (("further", True), ("stuck", False))
     ]
-    placements = {trial["digest"]: Placement() for trial in trials}
+    configs = {t["digest"]: {"trial": json.dumps(t), "source": None} for t in trials}
+    placements = dict.fromkeys(configs, Placement())
     found = tune.Tuner(
         Dying,
-        param_space={"trial": tune.grid_search([json.dumps(t) for t in trials]), "source": None},
         tune_config=tune.TuneConfig(
-            scheduler=_PlanOrder(Room(), placements, teams=False), reuse_actors=True
+            search_alg=PlanOrder(configs, placements, Room()), num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path / "tune"),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),
     ).fit()
-    assert found.num_errors == 1
+    # Each epoch of one that gets further costs a process but for the last; one is stuck, twice.
+    assert len(found) == EPOCHS + 2
     marks = {path.name: len(path.read_text()) for path in tmp_path.glob("*-*")}
     assert marks == {
         "further-attempts": EPOCHS,
         "further-done": EPOCHS,
-        "stuck-attempts": 1 + MAX_FAILURES,
+        "stuck-attempts": 2,
     }
+
+
+def test_trials_come_in_the_plans_order_a_student_after_its_teacher(ray_session, monkeypatch):
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 60.0)
+    teachers = {"a": None, "student": "a", "b": None, "c": None}
+    told = {digest: {"digest": digest, "teacher": t} for digest, t in teachers.items()}
+    configs = {d: {"trial": json.dumps(trial), "source": None} for d, trial in told.items()}
+    order = PlanOrder(configs, dict.fromkeys(configs, Placement()), Room())
+    assert [order.suggest("1"), order.suggest("2")] == [configs["a"], configs["b"]]
+    assert order.suggest("3") is None  # two cores are busy
+    order.on_trial_complete("2")
+    assert order.suggest("3") == configs["c"]
+    order.on_trial_complete("1", error=True)
+    assert order.will_retry("a")
+    order.on_trial_complete("3")
+    assert order.suggest("4") is None  # the teacher waits, and its student for it
+    order._not_before["a"] = 0.0
+    assert order.suggest("4") == configs["a"]
+    order.on_trial_complete("4")
+    assert order.suggest("5") == configs["student"]
+    assert order.suggest("6") is None
+    order.on_trial_complete("5")
+    assert order.suggest("6") == PlanOrder.FINISHED
 
 
 def test_waits_grow_and_a_programs_own_fault_is_none_of_the_machines():

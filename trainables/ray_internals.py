@@ -34,7 +34,9 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 def nodes_of_actors(handles: Sequence[ActorHandle[Any]]) -> dict[str, str]:
     """Return the nodes of the actors that are alive, by the actors' ids; it needs no dashboard."""
-    known = {handle._actor_id.hex(): state.actor_table(handle._actor_id.hex()) for handle in handles}
+    known = {
+        handle._actor_id.hex(): state.actor_table(handle._actor_id.hex()) for handle in handles
+    }
     return {
         actor: entry["Address"]["NodeID"]
         for actor, entry in known.items()
