@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -17,6 +18,7 @@ from trainables.recipe import (
     Distillation,
     Recipe,
     format_augmentations,
+    nearest,
     unknown,
 )
 from trainables.scale import AT_BATCH, published_settings, scale_named
@@ -342,14 +344,16 @@ def problem(error: ValueError, model: type[BaseModel] = Recipe) -> str:
     """
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors()[0]
+    # A key that is misspelt is also one that is missing.
+    first = min(error.errors(), key=lambda entry: entry["type"] == "missing")
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("value_error", "missing"):
         return f"{key}: {message}" if key else message
     if first["type"] == "extra_forbidden":
         return unknown("key", key, _keys_at(model, first["loc"]))
-    return f"{key}: {message}, not {first['input']!r}"
+    words = re.findall("'([^']+)'", message) if first["type"] == "literal_error" else []
+    return f"{key}: {message}, not {first['input']!r}{nearest(str(first['input']), words)}"
 
 
 def _keys_at(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:

@@ -80,7 +80,7 @@ def test_two_evaluators_of_the_same_images_ask_two_questions(digits):
 
 
 def test_an_unknown_evaluator_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"unknown evaluator 'pgf'; one of \['"):
+    with pytest.raises(ValueError, match=r"unknown evaluator 'pgf'; one of clean, .*'pgd'"):
         evaluator_named("pgf", DIGITS)
 
 

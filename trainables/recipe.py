@@ -33,9 +33,13 @@ LARGEST_SEED = 2**32 - 1
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:
     """Say that a word is not known, which words are, and the nearest of them."""
     words = list(known)
-    text = f"unknown {kind} {word!r}; one of {', '.join(words)}"
-    nearest = difflib.get_close_matches(word, words, n=1)
-    return f"{text}. Did you mean {nearest[0]!r}?" if nearest else text
+    return f"unknown {kind} {word!r}; one of {', '.join(words)}{nearest(word, words)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Ask whether the nearest known word is meant; "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def format_augmentations(augmentations: Iterable[str]) -> str:

@@ -1,0 +1,135 @@
+"""A study is a file: what it may hold, down to the report, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from evaluators import EVALUATORS, columns_of, evaluator_of
+from grid.plan import build_plan
+from grid.report.build import write_report
+from grid.study import load_study
+from tests.made_up import record
+from tests.paper import BASES, resnet50
+from trainables.scale import DIGITS, IMAGENET
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "study.md"
+OWN = re.search(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def write(folder, text, name="study.toml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
+    """The page's example, from the file to the rendered report, with verdicts drawn at random."""
+    study = load_study(write(tmp_path, OWN))
+    plan = build_plan(study, DIGITS)
+    assert [trial.recipe.activation for trial in plan].count("gelu") == 2
+    tracker = record(tmp_path / "results", study, plan)
+    page = write_report(tracker, study, plan, DIGITS, tmp_path / "report").read_text()
+    assert "<title>Does GELU help a CNN on clean images?" in page
+    assert "A1: ReLU or GELU" in page
+    assert re.search(r'title="the notebook of a colleague">77.1, [+-]\d+\.\d</span>', page)
+    assert re.search(
+        r"GELU and ReLU are level on clean images: <span class=\"verdict [a-z-]+\"", page
+    )
+    # The published difference: 77.1 - 76.9.
+    assert '<span class="paper">+0.2</span>' in page
+    assert re.search(r"Here GELU is .* on clean images \([+-]", page)
+    assert "Of 1 claims of the study: 1 " in page
+    assert "Transformer" not in page
+    values = (tmp_path / "report" / "tables.md").read_text()
+    assert "| ReLU | " in values
+    assert " | 76.9 |" in values
+
+
+def test_a_study_of_a_file_of_its_own_knows_no_other_bases(tmp_path):
+    fields = 'optimizer="sgd"\nlearning_rate=0.1\nweight_decay=0.0\nbatch_size=64\nepochs=3'
+    base = f'[bases.mine]\nmodel="resnet18"\nscheduler="step"\naugmentation="cutmix"\n{fields}\n'
+    path = write(tmp_path, f'name="s"\nextends=""\nbase="mine"\n{base}')
+    (trial,) = build_plan(load_study(path), IMAGENET)
+    assert (trial.recipe.augmentations, trial.recipe.label_smoothing) == (("cutmix",), 0.1)
+    above = write(tmp_path, 'name="t"\nextends="study.toml"\nbase="mine"\n', "other.toml")
+    assert load_study(above).base == load_study(path).base
+    with pytest.raises(ValueError, match=r"unknown base 'resnet50'; one of mine$"):
+        load_study(write(tmp_path, f'name="s"\nextends=""\nbase="resnet50"\n{base}'))
+
+
+def test_a_base_may_change_one_of_its_name_and_be_a_teacher(tmp_path):
+    text = """name = "s"
+    base = "student"
+    [bases.resnet50]
+    extends = "resnet50"
+    epochs = 30
+    [bases.student]
+    extends = "deit_small"
+    teacher = "resnet50"
+    """
+    study = load_study(write(tmp_path, text))
+    assert study.base.teacher == resnet50().replace(epochs=30)
+    assert study.library.bases.keys() == {*BASES, "student"}
+
+
+def test_a_grid_may_stand_beside_tables(tmp_path):
+    text = OWN.replace('name = "gelu"', 'name = "gelu"\nbase = "resnet50"\nevaluators = ["clean"]')
+    plan = build_plan(load_study(write(tmp_path, text + "[axes]\nepochs = [100, 50]\n")), DIGITS)
+    assert {trial.recipe.epochs for trial in plan} == {10, 5}
+    # The base is the table's first row as well.
+    assert len(plan.trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("columns = [", "colums = [", "unknown key 'tables.0.colums'; one of tables.0.name, "),
+        ("columns = [", "colums = [", "Did you mean 'tables.0.columns'?"),
+        ('"pgd-10"]', '"pgd-11"]', "table A1: columns: unknown score 'pgd-11'; one of pgd-5, "),
+        ('"pgd-10"]', '"pdg-10"]', "table A1: unknown score 'pdg-10'; one of clean, natural, "),
+        ('"pgd-10"]', '"stylised"]', "Did you mean 'stylized'?"),
+        ('base = "resnet50"', 'base = "resnet5"', "row 'ReLU': unknown base 'resnet5'; one of "),
+        ('base = "resnet50"', 'base = "resnet5"', "Did you mean 'resnet50'?"),
+        ('extends = "resnet50"', 'extends = "resnet5"', "bases.smooth: unknown base 'resnet5'"),
+        (
+            'activation = "gelu"',
+            'activation = "gulu"',
+            "not 'gulu'. Did you mean 'gelu'?",
+        ),
+        ('activation = "gelu"', 'activaton = "gelu"', "Did you mean 'activation'?"),
+        ("scheduler =", "schedule =", "table A1: row 'GELU, cosine': unknown axis 'schedule'; one"),
+        ('row = "A1/GELU"', 'row = "A1/GELUU"', "unknown row 'GELUU'; one of ReLU, GELU, GELU, c"),
+        ('row = "A1/GELU"', 'row = "A2/GELU"', "unknown table 'A2'; one of A1. Did you mean 'A1'?"),
+        ('row = "A1/GELU"', 'row = "GELU"', "claims.0.row: 'GELU' is not a row: write 'TABLE/lab"),
+        ('of = "A1/ReLU"', "", "claim 'GELU and ReLU are level on clean images': test 'level' ne"),
+        ('column = "clean"', 'column = "tpa"', "table A1: unknown column 'tpa'; one of clean, pg"),
+        ('test = "level"', 'test = "equal"', "claims.0.test: Input should be 'ahead', 'behind'"),
+        ('"GELU" = [77.1]', '"GELU" = [77.1, 3]', "figures of 'GELU': 2 for 1 columns, clean"),
+        ('"GELU" = [77.1]', '"SiLU" = [77.1]', "table A1: unknown row 'SiLU'; one of ReLU, GELU"),
+        ('label = "GELU"', 'label = "ReLU"', "table A1: row 'ReLU' is there 2 times"),
+        ("[[claims]]", "[[claims]", "is not TOML"),
+        ('name = "gelu"', 'name = "gelu"\nextends = "study.toml"', "study.toml extends itself"),
+        ('name = "gelu"', 'name = "gelu"\nextends = "bai"', "extends: unknown study 'bai'; one of"),
+        ('name = "gelu"', 'name = "gelu"\nevaluators = ["claen"]', "Did you mean 'clean'?"),
+    ],
+)
+def test_a_wrong_file_names_file_key_and_nearest_word(tmp_path, old, new, message):
+    assert OWN.count(old) >= 1
+    with pytest.raises(ValueError, match=r"study file .*study\.toml") as error:
+        load_study(write(tmp_path, OWN.replace(old, new, 1)))
+    assert message in str(error.value)
+
+
+def test_a_file_without_a_base_and_tables_has_nothing_to_train(tmp_path):
+    with pytest.raises(ValueError, match="neither a base nor tables"):
+        load_study(write(tmp_path, 'name = "s"\n'))
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_an_evaluators_columns_are_found_by_their_names(evaluator):
+    for name, column in columns_of(evaluator).items():
+        assert (evaluator_of(name), column.evaluator) == (evaluator, evaluator)
