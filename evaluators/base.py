@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluators.ledger import LEDGER, Score, in_order
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.registry import data_set_named
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Column:
 
         scores: those of the models judged so far, which tell what data they were judged on.
         """
-        own = scale == "imagenet"
+        own = not data_set_named(scale).generated
         if self.own_score and self.evaluator in scores:
             own = self.own_score in scores
         if own or not (self.counterpart or self.own_score):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
+ENTRY_POINTS = "robustness_grid.data_sets"  # of packages that bring data sets of their own
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_CLASSES = "imagenet_synsets.txt"
@@ -200,6 +202,15 @@ _FOLDER_NAME = re.compile(
 )
 
 
+def register(data_set: DataSet) -> None:
+    """Add an entry; ValueError where its name is taken, or a stored set of its is not known."""
+    if data_set.name in (*DATA_SETS, FOLDER):
+        raise ValueError(f"data set {data_set.name!r} is there already")
+    if unknown := [name for name in data_set.counterparts if name not in STORED_SETS]:
+        raise ValueError(f"unknown stored set {unknown[0]!r}; one of {', '.join(STORED_SETS)}")
+    DATA_SETS[data_set.name] = data_set
+
+
 def data_set_named(name: str) -> DataSet:
     """Return an entry, a folder's from what its name says; ValueError lists the names."""
     if name in DATA_SETS:
@@ -226,3 +237,7 @@ def folder_data_set(
         num_classes=num_classes,
         train_images=train_images,
     )
+
+
+for _point in entry_points(group=ENTRY_POINTS):
+    register(_point.load())
