@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
@@ -96,9 +97,7 @@ def beside_pyautoattack(name: str, attack: Attack, *, repeats: int) -> Figure:
 
 def attacked_here(attack: Attack) -> list[bool]:
     """Return which images survive this project's AutoAttack."""
-    evaluator = AutoAttack(
-        DIGITS, radii={"autoattack": attack.epsilon}, square_queries=attack.queries
-    )
+    evaluator = AutoAttack(DIGITS, radii=[Fraction(attack.epsilon)], square_queries=attack.queries)
     ledger = evaluator.judge(attack.classifier, attack.batch)
     survived: list[bool] = ledger["survived"].to_pylist()
     return survived

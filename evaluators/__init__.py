@@ -27,18 +27,22 @@ EVALUATORS: dict[str, str] = {
     "autoattack": "evaluators.autoattack:AutoAttack",
 }
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
+PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 
 
-def evaluator_named(name: str, scale: Scale) -> Evaluator:
-    """Return an evaluator set up for a scale; ValueError lists the names."""
-    return cast("Evaluator", _class_named(name)(scale))
+def evaluator_named(name: str, scale: Scale, **settings: Any) -> Evaluator:
+    """Return an evaluator set up for a scale; ValueError lists the names.
+
+    settings: of its class, such as the radii of an attack.
+    """
+    return cast("Evaluator", _class_named(name)(scale, **settings))
 
 
 def _class_named(name: str) -> Any:
     if name not in EVALUATORS:
         raise ValueError(unknown("evaluator", name, EVALUATORS))
-    module, _, made = EVALUATORS[name].partition(":")
-    return getattr(import_module(module), made)
+    module, _, class_name = EVALUATORS[name].partition(":")
+    return getattr(import_module(module), class_name)
 
 
 def evaluator_of(score: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from evaluators import memory
 from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, share, survival_scores
-from evaluators.pgd import FOLDED_ON, SUBSET_SEED
+from evaluators.pgd import FOLDED_ON, SUBSET_SEED, at_radius
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.networks import Classifier
 from trainables.scale import Scale
@@ -68,12 +68,12 @@ class AutoAttack:
         self,
         scale: Scale,
         *,
-        radii: Mapping[str, float] | None = None,
+        radii: Sequence[Fraction] = (),
         square_queries: int | None = None,
         images_at_once: int = 200,
     ) -> None:
-        own = {self.name: float(self._radius(scale))}
-        self.radii = dict(sorted((radii or own).items(), key=lambda item: item[1]))
+        radii = sorted(radii or [self._radius(scale)])
+        self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
         self.square_queries = square_queries or scale.square_queries
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
         self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)

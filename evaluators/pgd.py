@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from evaluators import PGD_STEPS
 from evaluators.base import Batch, Column, split_batches, verdicts
 from evaluators.ledger import Score, survival_scores
 from evaluators.memory import images_at_once
@@ -23,15 +24,14 @@ from trainables.train.noise import image_numbers, uniform
 if TYPE_CHECKING:
     from trainables.networks import Classifier
 
-STEPS = (5, 10, 50, 100)
 SUBSET_SEED = 0
 FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0
 
 
-def at_radius(radius: Fraction) -> str:
-    """Return what a question's name says of its radius: @4/255."""
-    return f"@{float(255 * radius):g}/255"
+def at_radius(radius: Fraction, radii: Sequence[Fraction]) -> str:
+    """Return what a question's name says of its radius, one of several: @4/255."""
+    return f"@{float(255 * radius):g}/255" if len(radii) > 1 else ""
 
 
 class PGD:
@@ -44,15 +44,15 @@ class PGD:
     """
 
     name = "pgd"
-    columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in STEPS)
+    columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in PGD_STEPS)
     protocol: Protocol = "corrected"
     least_shard = 1
 
     def __init__(
-        self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = STEPS
+        self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = PGD_STEPS
     ) -> None:
         radii = radii or [scale.epsilon]
-        self.radii = {at_radius(r) if len(radii) > 1 else "": float(r) for r in radii}
+        self.radii = {at_radius(r, radii): float(r) for r in radii}
         self.steps = sorted(steps)
         self.subset_size = scale.attack_subset
 
@@ -134,7 +134,7 @@ class PublishedPGD(PGD):
     """
 
     name = "pgd-as-published"
-    columns = tuple(Column(f"pgd-as-published-{n}", f"PGD-{n} as published") for n in STEPS)
+    columns = tuple(Column(f"pgd-as-published-{n}", f"PGD-{n} as published") for n in PGD_STEPS)
     protocol: Protocol = "as-published"
 
     def _start(self, batch: Batch, epsilon: float) -> Tensor:

@@ -23,7 +23,7 @@ from grid.signals import stop_on_signals
 from grid.study import DEFAULT, STUDIES, Study, load_study
 from grid.summary import add_plan_options, check_plan_options, print_plan
 from trainables.data.listing import DataSource, scale_of
-from trainables.options import add_data_options, amount, count, source_of, uri_without_password
+from trainables.options import DataOptions, amount, count, uri_without_password
 from trainables.recipe import unknown
 from trainables.scale import Scale, scale_names
 from trainables.store.results import check_database, check_results, database_uri, settle
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = load_study(options.study)
         settings = {**study.settings, **_parse_settings(options.settings)}
         study = replace(study, settings=settings)
-        source = source_of(options, cache=options.results / DECODED_FOLDER)
+        options.image_size = (data := DataOptions.of(options)).image_size
+        source = data.source(cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         check_plan_options(options)
         if options.plan:
@@ -287,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         default="digits",
         help=f"{', '.join(scale_names())} (default: digits, no download)",
     )
-    add_data_options(parser)
+    DataOptions.add_to(parser)
     _add_other_answers(parser)
     _add_places(parser)
     _add_placement(parser)

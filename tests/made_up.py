@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from evaluators import PGD_STEPS
 from evaluators.autoattack import CLEAN, STAGES
 from evaluators.base import EXAMPLES, Batch, verdicts
 from evaluators.ledger import to_parquet
-from evaluators.pgd import STEPS
 from grid.assess import Cell, Judged
 from grid.launch import describe, scores_of
 from grid.plan import Plan
@@ -33,7 +33,7 @@ SIZES = {"clean": 597, "health": 50, "autoattack": 30, "autoattack-small": 30, "
          "natural": 100, "corruptions": 100, "stylized": 597, "pgd": 64}  # fmt: skip
 QUESTIONS = {
     "health": ("pgd-huge", "gradient"),
-    "pgd": tuple(f"pgd-{steps}" for steps in STEPS),
+    "pgd": tuple(f"pgd-{steps}" for steps in PGD_STEPS),
     "tpa": ("tpa/clean", "tpa", "tpa-random"),
     "corruptions": tuple(f"{kind}-{level}" for kind in KINDS for level in SEVERITIES),
 }

@@ -26,6 +26,7 @@ EPSILON = 20 / 255
 QUERIES = 60
 IMAGES = 100
 FEW = 20
+SMALLER, LARGER = "autoattack@16/255", "autoattack@20/255"
 
 
 def of_classes(count):
@@ -46,7 +47,7 @@ def batch():
 
 
 def judged(classifier, batch, **options):
-    options = {"radii": {"autoattack": EPSILON}, "square_queries": QUERIES} | options
+    options = {"radii": [EPSILON], "square_queries": QUERIES} | options
     evaluator = AutoAttack(DIGITS, **options)
     return evaluator, evaluator.judge(classifier, batch)
 
@@ -54,7 +55,7 @@ def judged(classifier, batch, **options):
 @pytest.fixture(scope="module")
 def small_and_standard(classifier, batch):
     batch = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
-    radii = {"autoattack": EPSILON, "autoattack-small": 0.8 * EPSILON}
+    radii = [EPSILON, 0.8 * EPSILON]
     return judged(classifier, batch, radii=radii)
 
 
@@ -88,8 +89,8 @@ def test_only_images_that_reach_square_have_queries(small_and_standard):
 
 
 def test_what_a_smaller_radius_broke_is_broken_at_the_larger(small_and_standard):
-    small = rows(small_and_standard[1], "autoattack-small")
-    standard = rows(small_and_standard[1], "autoattack")
+    small = rows(small_and_standard[1], SMALLER)
+    standard = rows(small_and_standard[1], LARGER)
     broken = [(s, t) for s, t in zip(small, standard, strict=True) if not s["survived"]]
     assert broken
     assert not any(t["survived"] for _, t in broken)
@@ -98,12 +99,12 @@ def test_what_a_smaller_radius_broke_is_broken_at_the_larger(small_and_standard)
 def test_scores_count_survivors_after_each_stage(small_and_standard):
     evaluator, ledger = small_and_standard
     scores = {score.name: score for score in evaluator.summarize(ledger)}
-    standard = rows(ledger, "autoattack")
-    after = [scores[f"autoattack/after-{stage}"].value for stage in STAGES]
+    standard = rows(ledger, LARGER)
+    after = [scores[f"{LARGER}/after-{stage}"].value for stage in STAGES]
     assert after == sorted(after, reverse=True)
-    assert after[-1] == scores["autoattack"].value
+    assert after[-1] == scores[LARGER].value
     assert scores["autoattack/clean"].value == sum(r["stage"] != "clean" for r in standard) / FEW
-    assert scores["autoattack-small"].value >= scores["autoattack"].value
+    assert scores[SMALLER].value >= scores[LARGER].value
     assert all(score.n == FEW for score in scores.values())
 
 
@@ -114,7 +115,7 @@ def test_an_images_verdict_is_the_same_in_any_shard_batch_and_order(
     monkeypatch.setattr(autoattack, "ITERATIONS", 10)
     few = dataclasses.replace(digits, held_out=digits.held_out.subset(30, seed=0))
     backwards = few.held_out.at(np.arange(30)[::-1].copy())
-    radii = {"autoattack-small": 0.5 * EPSILON, "autoattack": 0.8 * EPSILON}
+    radii = [0.5 * EPSILON, 0.8 * EPSILON]
 
     def ledger(*shards, data=few, batch_size=200, rows=200):
         evaluator = AutoAttack(DIGITS, radii=radii, square_queries=QUERIES, images_at_once=rows)
@@ -199,7 +200,7 @@ class Small(nn.Module):
 def test_out_of_memory_halves_the_rows_and_keeps_what_is_done(classifier, batch, monkeypatch):
     monkeypatch.setattr(autoattack, "ITERATIONS", 15)
     few = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
-    radii = {"autoattack-small": 0.5 * EPSILON, "autoattack": 0.6 * EPSILON}
+    radii = [0.5 * EPSILON, 0.6 * EPSILON]
     ample, tight = Small(classifier, 400), Small(classifier, FEW)
     expected, found = (
         judged(Classifier(network, (0.0,) * 3, (1.0,) * 3).eval(), few, radii=radii)[1]
@@ -223,7 +224,7 @@ def test_a_model_whose_margins_are_no_numbers_is_judged():
     classifier = NoNumber(nn.Identity(), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     images = to_unit(split.images)
     batch = Batch(images, torch.full((8,), 9), split.ids)
-    evaluator = AutoAttack(DIGITS, radii={"autoattack": 16 / 255}, square_queries=20)
+    evaluator = AutoAttack(DIGITS, radii=[16 / 255], square_queries=20)
     ledger = evaluator.judge(classifier, batch)
     assert len(ledger) == 8
 
@@ -265,7 +266,7 @@ def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(thres
     levels = (0.30, 0.38, 0.42, 0.55)
     images = torch.stack([torch.full((3, 8, 8), level) for level in levels])
     batch = Batch(images, torch.zeros(4, dtype=torch.long), tuple("abcd"))
-    evaluator = AutoAttack(scale, radii={"autoattack": 0.1}, square_queries=20)
+    evaluator = AutoAttack(scale, radii=[0.1], square_queries=20)
     ledger = evaluator.judge(threshold, batch)
     assert evaluator.targets == 3
     assert ledger["survived"].to_pylist() == [True, True, False, False]

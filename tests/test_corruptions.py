@@ -336,7 +336,7 @@ def test_kinds_and_severities_that_lack_are_named(tmp_path):
 
 
 def test_imagenet_without_the_set_names_the_option():
-    with pytest.raises(ValueError, match="--imagenet-c DIR"):
+    with pytest.raises(ValueError, match="--stored imagenet-c=DIR"):
         Corruptions(IMAGENET).identity(replace(load_data(DIGITS), data_set=IMAGENET.data_set))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import evaluators.__main__ as judging
 from evaluators import EVALUATORS
+from evaluators.options import JudgeOptions
 from grid import run
 from tests.paper import BASES, with_settings
 from trainables.recipe import Recipe
@@ -77,8 +77,11 @@ def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
 
 def _judges(arguments: list[str]) -> None:
     """Parse as `python -m evaluators` does."""
-    options = _parsed(judging._parser(), ["--weights", "FILE", *arguments])
-    judging._check_names(options)
+    words = ["--weights", "FILE", *arguments]
+    parser = argparse.ArgumentParser()
+    JudgeOptions.add_to(parser)
+    _parsed(parser, words)
+    JudgeOptions.read(words)
 
 
 def _runs(arguments: list[str]) -> None:

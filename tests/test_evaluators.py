@@ -13,11 +13,11 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
-from evaluators import EVALUATORS, base, evaluator_named
+from evaluators import EVALUATORS, PGD_STEPS, base, evaluator_named
 from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
-from evaluators.pgd import PGD, STEPS, PublishedPGD
+from evaluators.pgd import PGD, PublishedPGD
 from tests.tiny import Watched
 from trainables.data.base import Data, Split, to_unit
 from trainables.networks import Classifier, build_classifier
@@ -107,7 +107,7 @@ def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits)
     evaluator = PGD(DIGITS)
     ledger = evaluate(evaluator, classifier, digits, device=CPU)
     scores = {score.name: score.value for score in evaluator.summarize(ledger)}
-    assert list(scores) == [f"pgd-{n}" for n in STEPS]
+    assert list(scores) == [f"pgd-{n}" for n in PGD_STEPS]
     assert scores["pgd-100"] <= scores["pgd-5"] + 0.02
     ids = ledger["image_id"].to_pylist()
     assert ids[:64] == ids[64:128] == list(digits.held_out.subset(64, seed=0).ids)

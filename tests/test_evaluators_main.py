@@ -14,9 +14,9 @@ import timm
 import torch
 
 from evaluators import evaluator_named
-from evaluators.__main__ import SINGLE_SCORES, _radius, main
+from evaluators.__main__ import main
 from evaluators.base import evaluate
-from evaluators.pgd import STEPS
+from evaluators.options import JudgeOptions
 from evaluators.weights import load_any_weights, plain_names
 from trainables.data.load import load_data
 from trainables.networks import build_classifier, classifier_named
@@ -186,11 +186,11 @@ def test_the_models_normalisation_is_not_the_evaluators(own_file, tmp_path, monk
     """The networks that make textures and styles normalise by the scale's own."""
     asked = []
 
-    def remembered(name, scale):
+    def remembered(name, scale, **settings):
         asked.append(scale)
-        return evaluator_named(name, scale)
+        return evaluator_named(name, scale, **settings)
 
-    monkeypatch.setattr("evaluators.evaluator_named", remembered)
+    monkeypatch.setattr("evaluators.checkpoint.evaluator_named", remembered)
     options = ["--mean", "0.9", "--std", "0.1", "--ledger", str(tmp_path)]
     assert main(["--weights", str(own_file), *options]) == 0
     assert asked == [DIGITS]
@@ -203,7 +203,7 @@ def test_a_run_goes_on_behind_its_own_verdicts_and_no_others(own_file, tmp_path,
 
     cut_short, folder = ["--mean", "0.9", "--std", "0.1"], tmp_path / "kept"
     with monkeypatch.context() as patched:
-        patched.setattr("evaluators.__main__._write", raising(KeyboardInterrupt))
+        patched.setattr("evaluators.checkpoint._write", raising(KeyboardInterrupt))
         assert judged(folder, *cut_short)[0] == 130
     (kept,) = (folder / "shards").iterdir()
     ours, alone = (pq.read_table(judged(f)[1]) for f in (folder, tmp_path / "alone"))
@@ -287,10 +287,6 @@ def raising(error):
     return raises
 
 
-def test_single_scores_are_those_of_the_evaluator():
-    assert list(SINGLE_SCORES) == [f"pgd-{steps}" for steps in STEPS]
-
-
 # mlflow itself uses what its database layer deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scores_are_logged_to_mlflow_when_asked(own_file, tmp_path, capsys, monkeypatch):
@@ -339,12 +335,15 @@ def test_at_most_three_problems_are_named(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, natural"),
+        (["--evaluators", "claen"], "Did you mean 'clean'?"),
+        (["--evaluator", "clean"], "Did you mean --evaluators?"),
+        (["--evaluators"], "unknown evaluator ''; one of clean"),
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
         (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
         (["--scale", "huge"], "unknown scale 'huge'"),
         (["--scale", "imagenet"], "was trained at digits, not imagenet"),
         (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
-        (["--std", "0"], "--std 0 is not above 0"),
+        (["--std", "0"], "--std '0': input should be greater than 0"),
         (["--device", "abacus"], "--device abacus"),
     ],
 )
@@ -417,8 +416,8 @@ def test_the_patch_attack_takes_its_budget(own_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--patches", "0", "at least 1"),
-        ("--attack-images", "1.5", "at least 1"),
+        ("--patches", "0", "greater than or equal to 1"),
+        ("--attack-images", "1.5", "should be a valid integer"),
         ("--patch-area", "0", "above 0 and at most 1, like 0.025"),
         ("--patch-area", "1", "does not fit 16 px"),
     ],
@@ -432,8 +431,8 @@ def test_an_attack_option_out_of_bounds_is_refused(own_file, option, value, said
     [("0.25/255", Fraction(1, 1020)), ("0.5/255", Fraction(1, 510)), ("1e-3", Fraction(1, 1000))],
 )
 def test_a_radius_may_be_a_decimal(text, radius):
-    assert _radius(text) == pytest.approx(radius, rel=1e-15)
-    assert _radius("4/255") == Fraction(4, 255)
+    options = JudgeOptions.read(["--weights", "FILE", "--epsilon", text, "4/255"])
+    assert options.epsilon == (pytest.approx(radius, rel=1e-15), Fraction(4, 255))
 
 
 @pytest.mark.parametrize("radius", ["4", "-1/255", "0", "four", "1/0", "1/2/3", "nan", "1/inf"])

@@ -7,6 +7,7 @@ The last line counts the inputs that were tried.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import random
@@ -25,6 +26,7 @@ from safetensors.torch import save
 
 from evaluators import __main__ as evaluators_main
 from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
+from evaluators.options import JudgeOptions
 from evaluators.shards import ShardStore
 from evaluators.textures import LAYOUT, read_published
 from evaluators.textures_build import __main__ as textures_build
@@ -187,6 +189,12 @@ NAMES = ["digits", "cifar10", "imagenet", "folder", "full", "T5", "T99", "family
 VALUE = st.one_of(st.sampled_from([*NUMBERS, *PLACES, *NAMES, "meta", "cuda:99"]), st.text())
 
 
+def parser_of(options):
+    parser = argparse.ArgumentParser()
+    options.add_to(parser)
+    return parser
+
+
 def words(parser):
     pair = st.tuples(st.sampled_from(options_of(parser)), VALUE)
     return st.lists(st.one_of(pair, VALUE.map(lambda value: (value,))), max_size=4).map(
@@ -217,7 +225,7 @@ def no_weights(tmp_path_factory):
     return str(path)
 
 
-@given(arguments=words(evaluators_main._parser()))
+@given(arguments=words(parser_of(JudgeOptions)))
 @counted
 def test_any_words_to_the_evaluators_end_in_0_or_2(arguments, no_weights, capsys):
     assert ends_well(
@@ -225,7 +233,7 @@ def test_any_words_to_the_evaluators_end_in_0_or_2(arguments, no_weights, capsys
     )
 
 
-@given(arguments=words(textures_build._parser()))
+@given(arguments=words(parser_of(textures_build.BuildOptions)))
 @counted
 def test_any_words_to_the_texture_builder_end_in_0_or_2(arguments, no_weights, tmp_path, capsys):
     fixed = ["--weights", no_weights, "--out", str(tmp_path / "out")]

@@ -93,7 +93,7 @@ def test_imagenet_a_must_have_its_two_hundred_classes(source):
 
 
 def test_imagenet_without_the_set_names_the_option(source):
-    with pytest.raises(ValueError, match="--imagenet-a DIR"):
+    with pytest.raises(ValueError, match="--stored imagenet-a=DIR"):
         Natural(DIGITS).identity(replace(source, data_set=IMAGENET_16, roots={}))
 
 

@@ -132,7 +132,10 @@ def test_any_checkpoint_can_be_judged_by_a_folder(finished, root, tmp_path, caps
     [
         (["--scale", "folder"], "--scale folder needs --data DIR and --image-size N"),
         (["--scale", "folder", "--data", "/absent", "--image-size", "32"], "is not there"),
-        (["--scale", "imagenet", "--textures", "/absent"], "--textures /absent is not a folder"),
+        (
+            ["--scale", "imagenet", "--stored", "textures=/absent"],
+            "textures=/absent is not a folder",
+        ),
     ],
 )
 def test_wrong_data_options_are_refused(capsys, options, message):

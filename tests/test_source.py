@@ -17,7 +17,7 @@ from trainables.data.listing import (
     scale_of,
     unused_test_folder,
 )
-from trainables.options import add_data_options, source_of
+from trainables.options import DataOptions
 from trainables.scale import IMAGENET, folder_scale, scale_named
 
 
@@ -28,8 +28,8 @@ def root(tmp_path_factory):
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    add_data_options(parser)
-    return parser.parse_args([str(argument) for argument in arguments])
+    DataOptions.add_to(parser)
+    return DataOptions.of(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
@@ -248,7 +248,7 @@ def test_a_folder_that_the_system_will_not_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: File name too long"):
         list_splits(DataSource(root=tmp_path / ("a" * 300)))
     with pytest.raises(ValueError, match="is not a folder: it wants"):
-        source_of(options("--textures", tmp_path / ("a" * 300)))
+        options("--stored", f"textures={tmp_path / ('a' * 300)}").source()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
@@ -270,15 +270,17 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path):
     (tmp_path / "data" / "imagenet-a").mkdir(parents=True)
     (tmp_path / "data" / "textures").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    given = options("--data", tmp_path / "data", "--textures", tmp_path / "elsewhere")
-    source = source_of(given, cache=tmp_path / "cache")
+    words = ["--data", tmp_path / "data", "--stored", f"textures={tmp_path / 'elsewhere'}"]
+    source = options(*words).source(cache=tmp_path / "cache")
     assert dict(source.folders) == {
         "imagenet-a": tmp_path / "data" / "imagenet-a",
         "textures": tmp_path / "elsewhere",
     }
     assert pickle.loads(pickle.dumps(source)) == source
-    with pytest.raises(ValueError, match=r"--cifar10\.1 .*absent is not a folder: it wants CIFAR"):
-        source_of(options("--cifar10.1", tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"cifar10\.1=.*absent is not a folder: it wants CIFAR"):
+        options("--stored", f"cifar10.1={tmp_path / 'absent'}").source()
+    with pytest.raises(ValueError, match=r"unknown set 'texture'; .* Did you mean 'textures'"):
+        options("--stored", "texture=DIR")
 
 
 @pytest.mark.parametrize(
@@ -300,8 +302,9 @@ def test_options_that_do_not_go_together_are_refused(root, name, arguments, mess
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--hold-out", "1.5"], ["--data-memory", "lots"], ["--data-workers", "-1"]]
+    "arguments",
+    [["--hold-out", "1.5"], ["--data-memory", "nan"], ["--data-workers", "x"], ["--stored", "x"]],
 )
 def test_numbers_out_of_range_are_refused(arguments):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=arguments[0]):
         options(*arguments)

@@ -1,69 +1,145 @@
-"""What the commands share of their options: those of the data, and how a value is read."""
+"""The options of the commands: declared as typed fields, read by pydantic-settings."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import inspect
 import os
 import re
+import sys
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, NoReturn, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import PydanticUndefined
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    CliVariadicArg,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
+from trainables.recipe import unknown
+
+Count = Annotated[int, Field(ge=1)]
+# Several words after one option, with spaces or commas between them.
+Split = BeforeValidator(lambda words: words.split(",") if isinstance(words, str) else words)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the data lies and how it is read."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", type=Path, metavar="DIR", help="train/ and val/ (or test/), class folders below"
-    )
-    group.add_argument(
-        "--image-size", type=count, metavar="N", help="side in pixels, for --scale folder"
-    )
-    group.add_argument(
-        "--hold-out",
-        type=_share,
-        default=0.0,
-        metavar="F",
-        help="judge by this share of each class's train images where there is no val/ or test/",
-    )
-    for name, stored in STORED_SETS.items():
-        group.add_argument(
-            f"--{name}",
-            type=Path,
-            dest=f"stored {name}",
-            metavar="DIR",
-            help=f"{stored.title}: {stored.layout} (default: {name}/ below the data)",
-        )
-    group.add_argument(
-        "--download", action="store_true", help="fetch CIFAR-10's archive where it is not there"
-    )
-    group.add_argument(
-        "--skip-damaged", action="store_true", help="go on without unreadable images"
-    )
-    group.add_argument(
-        "--data-workers",
-        type=count_or_none,
-        default=0,
-        metavar="N",
-        help="processes that decode and augment for each trial (default: 0, its own)",
-    )
-    group.add_argument(
-        "--data-memory",
-        type=_bytes,
-        default=2 * GIBIBYTE,
-        metavar="GIB",
-        help="what decoded images may take, once per machine (default: 2); those of an exact "
-        "size, like CIFAR-10's, are in memory in any case",
-    )
+def option(default: Any, description: str, metavar: str = "", **bounds: Any) -> Any:
+    """Declare an option: its default (... for none), what it does, and what its value is called."""
+    shown: dict[str, Any] = {"metavar": metavar} if metavar else {}
+    return Field(default, description=description, json_schema_extra=shown, **bounds)
 
 
-def uri_without_password(text: str) -> str:
-    """Take a path or URI as an argument, unless a password in it would end up in logs."""
+class Options(BaseSettings):
+    """A command's options, from its words alone: the environment sets none.
+
+    Each class that adds fields is a group of the help, under the first line of its docstring.
+    """
+
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True,
+        cli_implicit_flags="toggle",
+        cli_enforce_required=True,
+        validate_default=False,
+    )
+    prog: ClassVar[str]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @classmethod
+    def read(cls, words: Sequence[str] | None) -> Self:
+        """Read the words; wrong ones end the command with exit code 2 and say what is right."""
+        usage = f"{cls.prog} [options]"
+        parser = _Parser(prog=cls.prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
+        source = cls.add_to(parser)
+        arguments = list(sys.argv[1:] if words is None else words)
+        try:
+            return CliApp.run(cls, cli_args=arguments, cli_settings_source=source)
+        except (ValidationError, SettingsError) as error:
+            parser.error(_in_plain_words(error))
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> CliSettingsSource[argparse.ArgumentParser]:
+        """Add the options to a parser, in their groups."""
+        owners = {
+            name: owner
+            for owner in reversed(cls.__mro__)
+            if issubclass(owner, Options)
+            for name in inspect.get_annotations(owner)
+        }
+        groups: dict[type, Any] = {}
+        for owner in dict.fromkeys(reversed(owners.values())):
+            title = str(owner.__doc__).splitlines()[0].rstrip(".").lower()
+            groups[owner] = parser if owner is cls else parser.add_argument_group(title)
+
+        def add(_: Any, *flags: str, **settings: Any) -> None:
+            name = settings["dest"]
+            field = cls.model_fields[name]
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and "metavar" in extra:
+                settings["metavar"] = extra["metavar"]
+            shown = _default_text(field.default)
+            settings["help"] = f"{field.description}{shown}".replace("%", "%%")
+            groups[owners[name]].add_argument(*flags, **settings)
+
+        return CliSettingsSource(cls, root_parser=parser, add_argument_method=add)
+
+
+def _default_text(default: Any) -> str:
+    if default in (None, False, ()) or default is PydanticUndefined:
+        return ""
+    values = default if isinstance(default, tuple) else (default,)
+    words = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return f" (default: {' '.join(words)})"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option beside one that is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        known = re.findall(r"--[a-z][\w.-]*", self.format_help())
+        for word in re.findall(r"(?<!\S)--[^\s=]+", message.partition("unrecognized")[2]):
+            if near := difflib.get_close_matches(word, known, n=1):
+                message += f". Did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _in_plain_words(error: ValidationError | SettingsError) -> str:
+    if isinstance(error, SettingsError):
+        return str(error)
+    first = error.errors()[0]
+    name = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"--{name}: {said}"
+    return f"--{name} {first['input']!r}: {said[0].lower()}{said[1:]}"
+
+
+def without_password(text: str) -> str:
+    """Return a path or URI; ValueError where it holds a password that would end up in logs."""
     if re.search(r"://[^@]*:[^@]*@", text):
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"a password in a {text.partition(':')[0]} URI is shown to whoever lists processes or "
             "reads logs; it belongs in the environment: AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -71,37 +147,105 @@ def uri_without_password(text: str) -> str:
     return text
 
 
-def source_of(options: argparse.Namespace, *, cache: Path | None = None) -> DataSource:
-    """Return the data source that the options name; ValueError on a folder that is not there."""
-    paths = {name: getattr(options, f"stored {name}") for name in STORED_SETS}
-    stored = tuple((name, path.absolute()) for name, path in paths.items() if path is not None)
-    for name, path in stored:
-        if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
-            raise ValueError(f"--{name} {path} is not a folder: it wants {STORED_SETS[name].title}")
-    return DataSource(
-        root=options.data.absolute() if options.data else None,
-        stored=stored,
-        hold_out=options.hold_out,
-        skip_damaged=options.skip_damaged,
-        memory_bytes=options.data_memory,
-        workers=options.data_workers,
-        download=options.download,
-        cache=cache.absolute() if cache else None,
+Address = Annotated[str, BeforeValidator(without_password)]
+
+
+class DataOptions(Options):
+    """Data."""
+
+    data: Path | None = option(None, "train/ and val/ (or test/), class folders below", "DIR")
+    image_size: Count | None = option(None, "side in pixels, for --scale folder", "N")
+    hold_out: float = option(
+        0.0,
+        "judge by this share of each class's train images where there is no val/ or test/",
+        "SHARE",
+        ge=0,
+        lt=1,
     )
+    stored: CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Split]] = option(
+        (),
+        f"where further sets lie (default: NAME/ below the data): {', '.join(STORED_SETS)}",
+        "NAME=DIR",
+    )
+    download: bool = option(False, "fetch CIFAR-10's archive where it is not there")
+    skip_damaged: bool = option(False, "go on without unreadable images")
+    data_workers: int = option(
+        0, "processes that decode and augment for each trial; 0: the trial's own", "N", ge=0
+    )
+    data_memory: float = option(
+        2.0,
+        "what decoded images may take, once per machine; those of an exact size, like CIFAR-10's, "
+        "are in memory in any case",
+        "GIB",
+        ge=0,
+        lt=2**20,
+    )
+
+    @field_validator("stored")
+    @classmethod
+    def _names_a_set(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if not equals:
+                raise ValueError(f"{word!r} is not NAME=DIR, like textures=/data/textures")
+            if name not in STORED_SETS:
+                raise ValueError(unknown("set", name, STORED_SETS))
+        return words
+
+    @classmethod
+    def of(cls, namespace: argparse.Namespace) -> Self:
+        """Read the options that `add_to` added to another parser; ValueError."""
+        words = {name: getattr(namespace, name, None) for name in cls.model_fields}
+        try:
+            return cls.model_validate({k: word for k, word in words.items() if word is not None})
+        except ValidationError as error:
+            raise ValueError(_in_plain_words(error)) from None
+
+    def source(self, *, cache: Path | None = None) -> DataSource:
+        """Return the data source that is named; ValueError on a folder that is not there."""
+        folders = {name: Path(path) for name, _, path in (w.partition("=") for w in self.stored)}
+        for name, path in folders.items():
+            if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
+                title = STORED_SETS[name].title
+                raise ValueError(f"--stored {name}={path} is not a folder: it wants {title}")
+        return DataSource(
+            root=self.data.absolute() if self.data else None,
+            stored=tuple((name, path.absolute()) for name, path in folders.items()),
+            hold_out=self.hold_out,
+            skip_damaged=self.skip_damaged,
+            memory_bytes=int(self.data_memory * GIBIBYTE),
+            workers=self.data_workers,
+            download=self.download,
+            cache=cache.absolute() if cache else None,
+        )
+
+
+def fraction(text: str, kind: str, example: str) -> Fraction:
+    """Read a number above 0 and at most 1, such as 4/255, 0.25/255 or 0.025; ValueError."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = _exact(numerator) / (_exact(denominator) if slash else 1)
+    except (ValueError, ArithmeticError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise ValueError(f"{text!r} is no {kind}: above 0 and at most 1, like {example}")
+    return value
+
+
+def _exact(text: str) -> Fraction:
+    # The exact fraction of 1e-999999999 would take hours.
+    return Fraction(float(text) if "e" in text.lower() else Decimal(text))
 
 
 def count(text: str) -> int:
-    """Read a whole number of at least 1."""
-    return _whole(text, least=1)
-
-
-def count_or_none(text: str) -> int:
-    """Read a whole number of at least 0."""
-    return _whole(text, least=0)
+    """Read a whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def amount(text: str) -> float:
-    """Read a finite number of at least 0."""
+    """Read a finite number of at least 0, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -111,40 +255,9 @@ def amount(text: str) -> float:
     return value
 
 
-def fraction(text: str, what: str, example: str) -> Fraction:
-    """Read a number above 0 and at most 1, such as 4/255, 0.25/255 or 0.025."""
-    numerator, slash, denominator = text.partition("/")
+def uri_without_password(text: str) -> str:
+    """Take an address, for argparse."""
     try:
-        value = _exact(numerator) / (_exact(denominator) if slash else 1)
-    except (ValueError, ArithmeticError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no {what}: above 0 and at most 1, like {example}"
-        )
-    return value
-
-
-def _exact(text: str) -> Fraction:
-    # The exact fraction of 1e-999999999 would take hours.
-    return Fraction(float(text) if "e" in text.lower() else Decimal(text))
-
-
-def _whole(text: str, *, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    value = amount(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, like 0.2")
-    return value
-
-
-def _bytes(text: str) -> int:
-    gibibytes = amount(text)
-    if gibibytes >= 2**20:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gibibytes")
-    return int(gibibytes * GIBIBYTE)
+        return without_password(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 from trainables.data.listing import scale_of
-from trainables.options import add_data_options, source_of
+from trainables.options import DataOptions, option
 
 if TYPE_CHECKING:
     import torch
@@ -20,25 +19,42 @@ if TYPE_CHECKING:
     from trainables.data.base import Data
 
 
+class BuildOptions(DataOptions):
+    """Build the texture patch attack's dictionary from a data set's train images."""
+
+    prog: ClassVar[str] = "python -m evaluators.textures_build"
+
+    out: Path = option(..., "where it goes", "DIR")
+    weights: Path | None = option(
+        None,
+        "VGG-19's, .safetensors or .pth (default: a small network trained on the data)",
+        "FILE",
+    )
+    scale: str = option("digits", "as for grid/run.py", "NAME")
+    device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 2 asked wrongly, 130 interrupted. Again, it goes on."""
-    options = _parser().parse_args(arguments)
+    options = BuildOptions.read(arguments)
     try:
-        return _run(options)
+        _run(options)
     except ValueError as error:
-        _refuse(str(error))
+        print(f"{options.prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: BuildOptions) -> None:
     from evaluators.base import device_named
     from evaluators.textures import own_settings
     from evaluators.textures_build.builder import FULL
     from evaluators.textures_build.networks import small_network, vgg19_network
     from trainables.data.load import load_data
 
-    source = source_of(options)
+    source = options.source()
     scale = scale_of(options.scale, source, image_size=options.image_size)
     data = load_data(scale, source)
     settings = FULL if options.weights else own_settings(scale)
@@ -51,7 +67,6 @@ def _run(options: argparse.Namespace) -> int:
     )
     print(f"features: {network.source}; {settings}")
     build(network, data, settings, options.out, device)
-    return 0
 
 
 def build(
@@ -77,29 +92,6 @@ def build(
             print(f"left out: {error}", file=sys.stderr)
             continue
         write_published(StoredTextures(*built, network.source), folder)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluators.textures_build",
-        description="Build the texture patch attack's dictionary from a data set's train images.",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="VGG-19's, .safetensors or .pth (default: a small network trained on the data)",
-    )
-    parser.add_argument("--scale", default="digits", help="as for grid/run.py (default: digits)")
-    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, or cpu")
-    add_data_options(parser)
-    return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"python -m evaluators.textures_build: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Data:
         if name in self.roots:
             return STORED_SETS[name], self.roots[name]
         if not self.data_set.generated:
-            raise ValueError(f"on {self.data_set.title} this needs the stored set: --{name} DIR")
+            raise ValueError(f"on {self.data_set.title} this needs the set: --stored {name}=DIR")
         return None
 
 
