@@ -21,9 +21,8 @@ from grid.progress import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.store.storage import fetched
+from trainables.store.storage import fetched, weights_path
 from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
-from trainables.trial import weights_path
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
@@ -94,7 +93,7 @@ class Recorder(threading.Thread):
 
         def mend(digest: str, *, judged: bool = False, teaches: bool = False) -> None:
             run = self._runs[digest]
-            path = weights_path(storage, self._trials[digest].recipe)
+            path = weights_path(storage, digest)
             scale, say = self._scale, self._line.say
             if not mend_weights(
                 self.tracker, run, path, scale, judged=judged, teaches=teaches, say=say

@@ -19,8 +19,8 @@ from trainables.data.load import load_data
 from trainables.networks import build_classifier
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
+from trainables.store.storage import weights_path
 from trainables.store.tracking import OTHER_WEIGHTS
-from trainables.trial import weights_path
 
 STUDY = load_study("bai2021")
 PLAN = build_plan(STUDY, DIGITS, tables=("T9",), evaluators=["clean"])
@@ -34,7 +34,7 @@ class Results:
         self.storage, self.said = str(folder), []
         self.tracker = open_tracker(folder, None, DIGITS)
         self.parent = self.tracker.open_study(STUDY.name, "")
-        self.stored = Path(weights_path(self.storage, TEACHER))
+        self.stored = Path(weights_path(self.storage, TEACHER.digest()))
         self.finish(TEACHER)
         uri = self.tracker.trials()[TEACHER.digest()].artifact_uri
         self.logged = Path(url2pathname(urlsplit(uri).path), "weights.safetensors")
@@ -48,7 +48,7 @@ class Results:
 
     def finish(self, recipe, initial=0):
         """Record that a trial has finished, with a network's initial weights as the trained."""
-        path = weights_path(self.storage, recipe)
+        path = weights_path(self.storage, recipe.digest())
         network = build_classifier(recipe.replace(seed=initial))
         sha256 = save_weights(path, network, recipe.model_dump_json())
         recorder = self.recorder()

@@ -15,10 +15,10 @@ from grid.study import load_study
 from tests.made_up import record
 from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
+from trainables.running import next_result, open_trial
 from trainables.scale import DIGITS
 from trainables.store.provenance import joined, provenance
 from trainables.store.tracking import TrialRun
-from trainables.trial import next_result, open_trial
 
 
 def run(digest, trained, judged=None):

@@ -43,6 +43,7 @@ from trainables.data.load import load_data
 from trainables.data.scan import Scan
 from trainables.data.stored import stored_images, stored_labels
 from trainables.networks import build_classifier
+from trainables.running import open_trial
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
@@ -51,7 +52,6 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
-from trainables.trial import open_trial
 
 ROOT = Path(__file__).parents[1]
 

@@ -80,7 +80,7 @@ def test_a_trial_goes_on_from_its_checkpoint_on_s3(
     bucket, small, few_digits, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("trainables.data.load.load_data", lambda *_: few_digits)
-    monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("trainables.running.CHECKPOINT_SECONDS", 0.0)
     recipe = small("deit", epochs=2)
 
     def actor(storage):

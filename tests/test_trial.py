@@ -13,15 +13,17 @@ import pytest
 from tests.disks import fill, small_disk
 from trainables.data.listing import EMBEDDED
 from trainables.recipe import Distillation
+from trainables.running import SECONDS
 from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
-from trainables.trial import SECONDS, RecipeTrial, weights_path
+from trainables.store.storage import weights_path
+from trainables.trial import RecipeTrial
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch, few_digits):
     """Return a function that makes a trial actor for a recipe on few digits."""
     monkeypatch.setattr("trainables.data.load.load_data", lambda scale, source: few_digits)
-    monkeypatch.setattr("trainables.trial.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("trainables.running.CHECKPOINT_SECONDS", 0.0)
 
     def config(recipe):
         trial = {
@@ -56,7 +58,7 @@ def test_a_trial_reports_every_epoch_once_and_stores_its_weights(start, small, t
     results = run(start(recipe))
     assert [e["epoch"] for result in results for e in result["epochs"]] == [1, 2, 3]
     assert results[-1]["outcome"] == "finished"
-    assert results[-1]["weights"] == weights_path(str(tmp_path), recipe)
+    assert results[-1]["weights"] == weights_path(str(tmp_path), recipe.digest())
 
 
 def test_a_reused_actor_trains_the_same_weights_as_a_fresh_one(start, small, tmp_path):
@@ -118,7 +120,7 @@ def test_a_collapse_ends_the_trial_with_its_reason_and_stays_an_outcome(start, s
     assert results[-1]["outcome"] == "collapsed"
     assert "the training loss became" in results[-1]["reason"]
     assert "weights" not in results[-1]
-    assert not Path(weights_path(str(tmp_path), recipe)).exists()
+    assert not Path(weights_path(str(tmp_path), recipe.digest())).exists()
     again = run(start(recipe))
     assert len(again) == 1
     assert again[0]["reason"] == results[-1]["reason"]
@@ -154,7 +156,7 @@ def trials(tmp_path):
 def test_a_full_disk_pauses_the_trial_and_nothing_that_is_there_is_lost(
     start, small, trials, monkeypatch
 ):
-    monkeypatch.setattr("trainables.trial.FULL_SECONDS", 0.0)
+    monkeypatch.setattr("trainables.running.FULL_SECONDS", 0.0)
     recipe = small("deit", epochs=3)
     whole = run(start(recipe))[-1]["sha256"]
     own = trials / recipe.digest()
@@ -228,10 +230,10 @@ def test_a_student_does_not_learn_from_what_is_not_its_teacher(start, small, tmp
     other = small(epochs=1, seed=2)
     for recipe in (teacher, other):
         run(start(recipe))
-    path = Path(weights_path(str(tmp_path), teacher))
+    path = Path(weights_path(str(tmp_path), teacher.digest()))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    another = Path(weights_path(str(tmp_path), other)).read_bytes()
+    another = Path(weights_path(str(tmp_path), other.digest())).read_bytes()
     path.write_bytes({"flipped": content, "emptied": b"", "another trial's": another}[damage])
     (result,) = run(start(student))
     assert result["outcome"] == "failed"

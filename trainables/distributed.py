@@ -20,7 +20,7 @@ from ray.util import placement_group_table
 from trainables.ray_internals import lacked_room, release_orphans, torch_config
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 from trainables.store.storage import Folder, below
-from trainables.trial import failed_result, next_result, open_trial, trial_config
+from trainables.trial import failed_result, trial_config
 from trainables.watchdog import counting_steps
 
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
@@ -153,6 +153,7 @@ def _work(trial: dict[str, Any]) -> None:
     """Train as one worker of the team; every worker reports, the first one's word is taken."""
     from ray.train.torch import get_device
 
+    from trainables.running import next_result, open_trial
     from trainables.train.team import Team
 
     context = train.get_context()

@@ -32,6 +32,11 @@ def below(where: str, *names: str) -> str:
     return "/".join((base.rstrip("/"), *names)) + mark + query
 
 
+def weights_path(storage: str, digest: str) -> str:
+    """Return where a trial's trained weights lie, once it has finished."""
+    return below(storage, "trials", digest, WEIGHTS)
+
+
 def parted(where: str) -> tuple[str, str]:
     """Return the folder and the name of a file at a path or URI."""
     base, mark, query = where.partition("?") if "://" in where else (where, "", "")
