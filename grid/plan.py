@@ -61,13 +61,13 @@ class Refused:
 class Plan:
     """The trials of a study, the longest first, and what was refused.
 
-    `asked` counts the recipes and teachers asked for before equal ones were shared; `tables` hold
+    `requests` counts rows, combinations and teachers before equal ones are shared; `tables` hold
     the recipes as they are trained at the scale; `notes` say what was adapted to what is set.
     """
 
     trials: tuple[Trial, ...]
     refused: tuple[Refused, ...] = ()
-    asked: int = 0
+    requests: int = 0
     tables: tuple[Table, ...] = ()
     seeds: int = 1
     notes: tuple[str, ...] = ()

@@ -67,10 +67,6 @@ class Table:
     plots: tuple[str, ...] = ()
     shown: tuple[Column, ...] = ()
 
-    def figure(self, label: str, column: str) -> Figure | None:
-        """Return the published figure of a row in a column, or None."""
-        return self.published.get((label, column))
-
 
 def _frozen_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -130,6 +126,7 @@ class Study:
 
     name: str
     title: str = ""
+    source: str = ""
     tables: tuple[Table, ...] = ()
     base: Recipe | None = None
     axes: Axes | None = None
@@ -312,6 +309,7 @@ def _study(parsed: StudyFile, library: Library) -> Study:
     return Study(
         name=parsed.name,
         title=parsed.title,
+        source=parsed.source,
         tables=tables,
         base=base,
         axes=axes if base else None,

@@ -78,7 +78,7 @@ def print_plan(
     _print_lines(_refused(plan, most=len(plan.refused) if options.all else MOST_REASONS))
     _print_lines((*_without_effect(study, plan), *plan.notes))
     print(
-        f"{plan.asked} rows, {len(plan.trials)} trainings ({plan.asked - len(plan.trials)} "
+        f"{plan.requests} rows, {len(plan.trials)} trainings ({plan.requests - len(plan.trials)} "
         f"shared), {len(plan.refused)} combinations refused; "
         f"{sum(len(trial.evaluators) for trial in plan)} cells to judge"
     )

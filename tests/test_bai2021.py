@@ -31,7 +31,7 @@ def test_every_trial_and_what_is_refused_is_as_before(name, scale):
     plan = build_plan(load_study(name), scale, seeds=2 if name == "bai2021" else 1)
     assert {
         "trials": len(plan.trials),
-        "asked": plan.asked,
+        "asked": plan.requests,
         "refused": len(plan.refused),
         "sha256": sha256([(t.digest, t.name, t.serves, t.evaluators, t.cost) for t in plan]),
         "refused_sha256": sha256([(r.combination, r.reason) for r in plan.refused]),

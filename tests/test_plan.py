@@ -40,7 +40,7 @@ def test_equal_rows_of_tables_are_one_trial():
     own = next(t for t in plan if "T1 ResNet-50" in t.serves)
     assert {"T3 ResNet-50", "T4 none", "T5 ResNet-50", "T6 step, SGD"} <= set(own.serves)
     assert len({trial.digest for trial in plan}) == len(plan.trials) == 39
-    assert plan.asked == 53
+    assert plan.requests == 53
 
 
 def test_best_is_the_winning_cell_of_the_augmentation_table():
@@ -370,7 +370,7 @@ def with_all(study, **settings):
 def test_what_is_set_for_all_is_so_in_every_trial_and_row_teachers_too(scale, most):
     asked = with_all(STUDY, precision="bf16", micro_batch=256)
     plan, plain = build_plan(asked, scale), build_plan(STUDY, scale)
-    assert (len(plan.trials), plan.asked) == (len(plain.trials), plain.asked) == (39, 53)
+    assert (len(plan.trials), plan.requests) == (len(plain.trials), plain.requests) == (39, 53)
     assert {trial.recipe.precision for trial in plan} == {"bf16"}
     assert all(trial.recipe.micro_batch == min(most, trial.recipe.batch_size) for trial in plan)
     assert not {trial.digest for trial in plan} & {trial.digest for trial in plain}

@@ -10,6 +10,9 @@ import pytest
 from evaluators import EVALUATORS, columns_of, evaluator_of
 from grid.plan import build_plan
 from grid.report.build import write_report
+from grid.report.claims import judge_claims
+from grid.report.tables import tables_of
+from grid.report.verdicts import Verdicts
 from grid.study import load_study
 from tests.made_up import record
 from tests.paper import BASES, resnet50
@@ -47,6 +50,16 @@ def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
     values = (tmp_path / "report" / "tables.md").read_text()
     assert "| ReLU | " in values
     assert " | 76.9 |" in values
+
+
+def test_a_claim_about_a_score_that_the_data_lack_cannot_be_judged(tmp_path):
+    text = OWN.replace('"pgd-10"]', '"natural-1000"]')
+    text = text.replace('column = "clean"', 'column = "natural-1000"')
+    study = load_study(write(tmp_path, text))
+    plan = build_plan(study, DIGITS)
+    tables = tables_of(study, plan, {})
+    (judgement,) = judge_claims(study.claims, tables, 1, Verdicts(None, {}), {})
+    assert (judgement.verdict, judgement.outcome[:10]) == ("cannot be judged", "these data")
 
 
 def test_a_study_of_a_file_of_its_own_knows_no_other_bases(tmp_path):

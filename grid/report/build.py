@@ -39,7 +39,7 @@ def _html(findings: Findings, tracker: Tracker) -> str:
     plan, scale = findings.plan, findings.scale
     return environment.get_template("page.html.j2").render(
         title=_title(findings.study),
-        subtitle=f"Study {findings.study.name} on {scale.title}: {len(plan.trials)} trainings.",
+        subtitle=_subtitle(findings),
         scale_title=scale.title,
         same_data=not scale.data_set.generated,
         interval=_interval(plan.seeds),
@@ -52,6 +52,12 @@ def _html(findings: Findings, tracker: Tracker) -> str:
         difference=difference_text,
         mlflow=tracker.page,
     )
+
+
+def _subtitle(findings: Findings) -> str:
+    study, count = findings.study, len(findings.plan.trials)
+    source = f" ({study.source})" if study.source else ""
+    return f"Study {study.name}{source} on {findings.scale.title}: {count} trainings."
 
 
 def _title(study: Study) -> str:

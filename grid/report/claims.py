@@ -58,7 +58,9 @@ def judge_claims(
             judgements.append(_judge_collapse(claim, outcomes))
             continue
         column = columns.get((claim.row[0], claim.column))
-        if column is None:  # these data have no such column
+        if column is None:
+            outcome = "these data have no such score"
+            judgements.append(Judgement(claim, "cannot be judged", claim.column, outcome=outcome))
             continue
         if claim.test == "none survive":
             judgement = _judge_alone(claim, row, column, runs, seeds)

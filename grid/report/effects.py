@@ -87,7 +87,7 @@ def grid_effects(
 ) -> list[Effects]:
     """Return the effects on every score that at least eight trials of a study's grid have."""
     axes, recipes = list(study.axes or {}), _grid(study, plan, scale)
-    found = []
+    effects = []
     for score in SCORES:
         rows = [
             {axis: axis_value(recipe, axis, study.library) for axis in axes}
@@ -99,7 +99,7 @@ def grid_effects(
         varied = [axis for axis in axes if len(rows) and frame[axis].nunique() > 1]
         if len(rows) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
             shares = tuple(variance_shares(frame, varied))
-            found.append(
+            effects.append(
                 Effects(
                     score,
                     len(rows),
@@ -108,7 +108,7 @@ def grid_effects(
                     strongest_interaction(frame, shares),
                 )
             )
-    return found
+    return effects
 
 
 def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
@@ -127,19 +127,19 @@ def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
         library=study.library,
     )
     seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
-    found = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)
-    return {digest: recipe for digest, recipe in found if digest in planned}
+    by_digest = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)
+    return {digest: recipe for digest, recipe in by_digest if digest in planned}
 
 
-def leading(found: Sequence[Effects]) -> str:
+def leading(by_score: Sequence[Effects]) -> str:
     """Say in a sentence which axis explains the most of each score; '' where none is known."""
-    first = [(effects.shares[0], effects) for effects in found if effects.shares]
-    told = [
+    first = [(effects.shares[0], effects) for effects in by_score if effects.shares]
+    sentences = [
         f"{share.axis} explains {100 * share.share:.0f} % of the variance of {effects.score} "
         f"(p {share.p:.2g}, {effects.trials} trials)"
         for share, effects in first
     ]
-    return f"Of the axes of this grid {'; '.join(told)}." if told else ""
+    return f"Of the axes of this grid {'; '.join(sentences)}." if sentences else ""
 
 
 def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> list[Share]:
@@ -194,7 +194,7 @@ def _readable(term: str) -> str:
 
 def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> list[Contrast]:
     """Return each value of each axis against the axis's first, over pairs alike in all else."""
-    found = []
+    compared = []
     for axis in axes:
         others = [column for column in (*axes, "seed") if column != axis]
         scores: defaultdict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
@@ -208,8 +208,8 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> list[Contrast]:
                 if value in alike and reference in alike
             ]
             if len(differences) > 1:
-                found.append(_contrast(axis, value, reference, differences))
-    return found
+                compared.append(_contrast(axis, value, reference, differences))
+    return compared
 
 
 def _contrast(axis: str, value: str, reference: str, differences: list[float]) -> Contrast:

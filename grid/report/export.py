@@ -68,8 +68,8 @@ def _cells_of(path: Path) -> bytes | None:
 def markdown(findings: Findings, title: str) -> str:
     """Return every table, its comparisons and the red flags as Markdown."""
     units = "Percent [95 % interval]; paper: published figure."
-    told = " ".join(filter(None, (units, findings.images, attacks_text(findings))))
-    lines = [f"# {title}", "", f"{findings.scale.title}. {told}"]
+    notes = " ".join(filter(None, (units, findings.images, attacks_text(findings))))
+    lines = [f"# {title}", "", f"{findings.scale.title}. {notes}"]
     for table in findings.tables:
         lines += ["", f"## {table.name}: {table.question}", "", *_values(table)]
         lines += _differences(table, findings.comparisons[table.name])
@@ -121,9 +121,9 @@ def _values(table: FilledTable) -> list[str]:
     return [_line(header), _line(["---"] * len(header)), *map(_line, (*rows, judged))]
 
 
-def _differences(table: FilledTable, found: Sequence[Comparison]) -> list[str]:
+def _differences(table: FilledTable, comparisons: Sequence[Comparison]) -> list[str]:
     """Return the rows against the first one; nothing before two rows share a judged column."""
-    if not found:
+    if not comparisons:
         return []
     return [
         "",
@@ -131,7 +131,7 @@ def _differences(table: FilledTable, found: Sequence[Comparison]) -> list[str]:
         "",
         _line(["Model", *table.columns]),
         _line(["---"] * (len(table.columns) + 1)),
-        *[_line([row.label, *map(difference_text, row.cells)]) for row in found],
+        *[_line([row.label, *map(difference_text, row.cells)]) for row in comparisons],
     ]
 
 
@@ -175,8 +175,8 @@ def _latex(table: FilledTable, scale: Scale) -> str:
     named = table.name.replace("_", r"\_")
     units = "percent, 95\\% interval; figure published for ImageNet"
     caption = f"{named}: {table.question}, on {scale.title} ({units})"
-    found: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
-    return found
+    text: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
+    return text
 
 
 def _with_paper(cell: FilledCell) -> str:

@@ -78,7 +78,7 @@ def find(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> Findings:
 
 
 def _plots(
-    asked: Sequence[Table],
+    tables: Sequence[Table],
     filled: Sequence[FilledTable],
     scale: Scale,
     tracker: Tracker,
@@ -86,8 +86,8 @@ def _plots(
     verdicts: Verdicts,
 ) -> list[Plot | None]:
     """Draw every table's figures, for which there is something to draw."""
-    drawn: list[Plot | None] = [shape_bias_plot(asked, runs)]
-    for table, values in zip(asked, filled, strict=True):
+    drawn: list[Plot | None] = [shape_bias_plot(tables, runs)]
+    for table, values in zip(tables, filled, strict=True):
         asks = {column.evaluator for column in table.shown}
         drawn += [steps_plot(values), radii_plot(values, scale), stages_plot(values, scale)]
         if "tpa" in asks:
@@ -96,7 +96,7 @@ def _plots(
             drawn.append(corruptions_plot(table, verdicts))
         if "size" in table.plots:
             drawn.append(size_plot(table, runs))
-        if len(asked) == 1 or _is_about_training(table, runs):
+        if len(tables) == 1 or _is_about_training(table, runs):
             drawn.append(training_plot(table, tracker, runs))
     return drawn
 

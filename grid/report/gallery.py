@@ -67,10 +67,10 @@ def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> list[Exam
     classes: their names by label.
     """
     names = _Names(enumerate(_readable(classes)))
-    kept = {t.name: _kept(t, verdicts) for t in _unlike(plan, verdicts)}
+    images_by_model = {t.name: _kept(t, verdicts) for t in _unlike(plan, verdicts)}
     labels = {
         image_id: rows[CLEAN]["label"]
-        for images in kept.values()
+        for images in images_by_model.values()
         for image_id, rows in images.items()
         if CLEAN in rows
     }
@@ -80,7 +80,7 @@ def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> list[Exam
             names[label],
             tuple(
                 Strip(model, tuple(_shots(rows[image_id], names)))
-                for model, rows in kept.items()
+                for model, rows in images_by_model.items()
                 if image_id in rows
             ),
         )
@@ -110,24 +110,24 @@ def _unlike(plan: Plan, verdicts: Verdicts) -> list[Trial]:
     best: dict[tuple[bool, str], tuple[int, Trial]] = {}
     evaluators = {evaluator for evaluator, _ in SHOWN.values()}
     for trial in plan:
-        asked = sum(verdicts.is_judged(trial.digest, name) for name in evaluators)
+        judged = sum(verdicts.is_judged(trial.digest, name) for name in evaluators)
         kind = (trial.recipe.adversary is not None, trial.recipe.family)
-        if asked > best.get(kind, (0, trial))[0]:
-            best[kind] = (asked, trial)
+        if judged > best.get(kind, (0, trial))[0]:
+            best[kind] = (judged, trial)
     return [trial for _, (_, trial) in sorted(best.items(), key=lambda item: item[0])][:MODELS]
 
 
 def _kept(trial: Trial, verdicts: Verdicts) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Return the rows that hold an image, by image and heading."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    rows_by_image: dict[str, dict[str, Mapping[str, Any]]] = {}
     for heading, (evaluator, question) in SHOWN.items():
         ledger = verdicts.ledger(trial.digest, evaluator)
         if ledger is None or "image" not in ledger.column_names:
             continue
         wanted = pc.and_(pc.equal(ledger["question"], question), pc.is_valid(ledger["image"]))
         for row in ledger.filter(wanted).to_pylist():
-            found.setdefault(row["image_id"], {})[heading] = row
-    return found
+            rows_by_image.setdefault(row["image_id"], {})[heading] = row
+    return rows_by_image
 
 
 def _shots(rows: Rows, names: Mapping[int, str]) -> Iterator[Shot]:

@@ -201,15 +201,15 @@ def _lines(
 def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw the error by kind and severity, a panel per row of a table."""
     grids = {row.label: _errors_by_kind(row, verdicts) for row in table.rows[:MOST_LINES]}
-    found = {label: grid for label, grid in grids.items() if grid}
-    if not found:
+    judged = {label: grid for label, grid in grids.items() if grid}
+    if not judged:
         return None
-    kinds = list(next(iter(found.values())))
-    across = min(len(found), PANELS_IN_A_ROW)
-    down = -(-len(found) // across)
+    kinds = list(next(iter(judged.values())))
+    across = min(len(judged), PANELS_IN_A_ROW)
+    down = -(-len(judged) // across)
     with _canvas(2.2 + 1.6 * across, 0.6 + 3.2 * down, panels=across, rows=down) as canvas:
         panels = canvas.figure.axes
-        for axes, (label, errors) in zip(panels, found.items(), strict=False):
+        for axes, (label, errors) in zip(panels, judged.items(), strict=False):
             values = [errors[kind] for kind in kinds]
             image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
             axes.set_title(label, fontsize=8)
@@ -217,7 +217,7 @@ def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
             axes.set_yticks(range(len(kinds)), [k.replace("_", " ") for k in kinds], fontsize=7)
             axes.set_xlabel("severity, level")
             axes.label_outer()
-        for unused in panels[len(found) :]:
+        for unused in panels[len(judged) :]:
             unused.remove()
         canvas.figure.colorbar(image, ax=canvas.figure.axes, label="error, %")
     caption = f"Error on corrupted images by kind and severity, {table.name}."
@@ -238,13 +238,13 @@ def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
 def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
     """Draw the share of images that survive texture patches against queries and patches spent."""
     ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "tpa") for row in table.rows}
-    found = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
-    if not found:
+    judged = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
+    if not judged:
         return None
     patches = range(scale.patch.patches + 1)
     with _canvas(8.5, 3.4, panels=2) as canvas:
         by_queries, by_patches = canvas.figure.axes
-        for (label, ledger), marker in zip(found.items(), MARKERS * 2, strict=False):
+        for (label, ledger), marker in zip(judged.items(), MARKERS * 2, strict=False):
             rows = ledger.filter(pc.equal(ledger["question"], "tpa"))
             survived = np.array(rows["survived"].to_pylist())
             queries = np.where(survived, np.inf, np.array(rows["queries"].to_pylist(), dtype=float))
@@ -264,12 +264,12 @@ def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
 
 def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw training loss and held-out accuracy by epoch; a cross marks the end of a collapse."""
-    found = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
-    if not 0 < len(found) <= MOST_LINES:
+    runs_by_label = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
+    if not 0 < len(runs_by_label) <= MOST_LINES:
         return None
     with _canvas(8.5, 3.6, panels=2) as canvas:
         loss, accuracy = canvas.figure.axes
-        for label, run in found.items():
+        for label, run in runs_by_label.items():
             history = tracker.history(run, "train/loss")
             losses = [entry for entry in history if entry[1] < MOST_LOSS]
             (line,) = loss.plot(*_xy(losses), label=label)
@@ -337,22 +337,22 @@ def shape_bias_plot(tables: Sequence[Table], runs: Mapping[str, TrialRun]) -> Pl
     for table in tables:
         for row in table.rows:
             rows.setdefault(row.recipe.digest(), f"{table.name}: {row.label}")
-    found = {
+    judged = {
         label: runs[digest].metrics
         for digest, label in rows.items()
         if digest in runs and score in runs[digest].metrics
     }
-    if not found:
+    if not judged:
         return None
-    found = dict(sorted(found.items(), key=lambda item: item[1][score])[-3 * MOST_LINES :])
-    with _canvas(6.5, 0.9 + 0.25 * len(found)) as canvas:
-        for place, metrics in enumerate(found.values()):
+    judged = dict(sorted(judged.items(), key=lambda item: item[1][score])[-3 * MOST_LINES :])
+    with _canvas(6.5, 0.9 + 0.25 * len(judged)) as canvas:
+        for place, metrics in enumerate(judged.values()):
             value, low, high = (100 * metrics[score + end] for end in ("", "/low", "/high"))
             canvas.axes.errorbar(
                 value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=2,
                 color=COLOURS[0],
             )  # fmt: skip
-        canvas.axes.set_yticks(range(len(found)), list(found), fontsize=7)
+        canvas.axes.set_yticks(range(len(judged)), list(judged), fontsize=7)
         canvas.axes.set(xlabel="shape bias, %", xlim=(0, 100))
     caption = "Shape bias on cue conflicts with its 95 % interval, every model asked."
     return Plot("shape-bias", caption, canvas.svg)

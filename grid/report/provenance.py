@@ -17,8 +17,8 @@ def describe_provenance(runs: Sequence[TrialRun]) -> str:
     judged = [run.judged.get(evaluator, {}) for run in runs for evaluator in run.cells]
     if judged and _values(judged) == _values(trained):
         return f"{_sentences('Trained', trained, 'trials')} Judged with the same."
-    told = (_sentences("Trained", trained, "trials"), _sentences("Judged", judged, "cells"))
-    return " ".join(sentence for sentence in told if sentence)
+    sentences = (_sentences("Trained", trained, "trials"), _sentences("Judged", judged, "cells"))
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _values(of: Sequence[Mapping[str, str]]) -> set[tuple[tuple[str, str], ...]]:

@@ -129,9 +129,9 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
     rows = []
     for row in table.rows:
-        found = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
-        cells = tuple(_cell(table, row, column, found) for column in table.shown)
-        first = next(filter(None, found), None)
+        trained = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
+        cells = tuple(_cell(table, row, column, trained) for column in table.shown)
+        first = next(filter(None, trained), None)
         run_id, images = (first.run_id, first.images) if first else ("", {})
         rows.append(FilledRow(row.label, row.recipe, run_id, cells, images))
     titles = tuple(column.title for column in table.shown)

@@ -74,14 +74,14 @@ class Verdicts:
         Rows that share no judged column with it are left out, and tables of very many rows.
         """
         reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
-        found = (
+        compared = (
             Comparison(
                 row.label,
                 tuple(self.compare(row, reference, column, seeds) for column in table.shown),
             )
             for row in others
         )
-        return tuple(comparison for comparison in found if any(comparison.cells))
+        return tuple(comparison for comparison in compared if any(comparison.cells))
 
     def health(self, trials: Iterable[Trial]) -> Health:
         """Say what tells of the attacks on every trial whose attacks are asked.
@@ -90,14 +90,14 @@ class Verdicts:
         """
         flags, unchecked, waiting = {}, [], {}
         for trial in trials:
-            asked = [name for name in ATTACKS if name in trial.evaluators]
-            found = {name: self._read(trial.digest, name) for name in ATTACKS}
-            known = [ledger for ledger in found.values() if ledger is not None]
+            attacks = [name for name in ATTACKS if name in trial.evaluators]
+            ledgers = {name: self._read(trial.digest, name) for name in ATTACKS}
+            known = [ledger for ledger in ledgers.values() if ledger is not None]
             if known:
                 flags[trial.name] = red_flags(known)
-            if known and "health" not in asked and not is_checked(known):
+            if known and "health" not in attacks and not is_checked(known):
                 unchecked.append(trial.name)
-            lacking = [name for name in asked if found[name] is None]
+            lacking = [name for name in attacks if ledgers[name] is None]
             if lacking and not self._is_collapsed(trial.digest):
                 waiting[trial.name] = lacking
         return Health(flags, tuple(unchecked), waiting)
