@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evaluators.textures import open_dictionary
-from grid.estimate import checkpoint_bytes
+from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
 from trainables.data.listing import (
@@ -36,7 +36,6 @@ from trainables.data.load import is_archived, load_data
 from trainables.data.registry import STORED_SETS, StoredSet
 from trainables.data.scan import Opened, Scan
 from trainables.data.stored import CorruptedSet, corrupted_folders, stored_kinds, stored_split
-from trainables.networks import classifier_named, count_parameters
 from trainables.scale import Scale
 
 Level = Literal["ok", "warning", "error"]
@@ -97,7 +96,7 @@ def check(scale: Scale, source: DataSource, plan: Plan, *, results: Path) -> Fin
     findings = Findings()
     if source.root is not None:
         _DataCheck(scale, source, findings, Scan(results / SCAN_FILE)).run(source.root)
-    findings.findings += [*_disk(scale, plan, results), *_device()]
+    findings.findings += [*_disk(plan, results), *_device()]
     return findings
 
 
@@ -160,8 +159,9 @@ class _DataCheck:
             yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"
             return
         train, held_out = self.splits
-        names, counts = train.class_names, (len(train), len(held_out))
-        yield "ok", f"{len(names)} classes, {counts[0]:,} to train, {counts[1]:,} held out"
+        counts = len(train), len(held_out)
+        classes = f"{len(train.class_names)} classes"
+        yield "ok", f"{classes}, {counts[0]:,} to train, {counts[1]:,} held out"
         if not len(train):
             yield "error", f"{root} has no train/: there is nothing to train on"
         published = data_set.train_images, data_set.held_out_images
@@ -320,27 +320,18 @@ def _memory(decoded: int, source: DataSource) -> Remark:
     return "ok", f"{needed} and are kept in memory"
 
 
-def _disk(scale: Scale, plan: Plan, results: Path) -> Iterator[Finding]:
+def _disk(plan: Plan, results: Path) -> Iterator[Finding]:
     there = next(path for path in (results, *results.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
         yield Finding("disk", "error", f"{there} is read-only: give --results another folder")
         return
-    free, needed = shutil.disk_usage(there).free, _checkpoint_bytes(scale, plan)
+    free, needed = shutil.disk_usage(there).free, disk_bytes(plan)
     text = f"{free / GIBIBYTE:.1f} GiB free, checkpoints take up to {needed / GIBIBYTE:.1f}"
     if free < max(needed, LEAST_FREE_BYTES):
         text = f"{results}: {text}: make room, or give --results a folder on another disk"
         yield Finding("disk", "error" if free < LEAST_FREE_BYTES else "warning", text)
     else:
         yield Finding("disk", "ok", text)
-
-
-def _checkpoint_bytes(scale: Scale, plan: Plan) -> int:
-    """Return what the plan's checkpoints take, with the optimizer's moments, beside the weights."""
-    sizes: dict[str, int] = {}
-    for model in {trial.recipe.model for trial in plan}:
-        with torch.device("meta"):
-            sizes[model] = 4 * count_parameters(classifier_named(model, scale))
-    return sum(checkpoint_bytes(trial.recipe, sizes[trial.recipe.model]) for trial in plan)
 
 
 def _device() -> Iterator[Finding]:

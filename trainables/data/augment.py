@@ -71,16 +71,9 @@ def augmented(recipe: Recipe, images: Tensor | ImageFiles, epoch: int, places: T
     """
     if isinstance(images, Tensor) and is_cached(images):
         return augmented_epoch(recipe, images, epoch)[places]
-    fill, magnitude = _fill(recipe), _magnitude(recipe, epoch)
     if isinstance(images, ImageFiles):
-        return _cropped(images, magnitude, fill, recipe.seed, epoch, places.tolist())
-    moved = _moved(images, recipe, epoch, places)
-    if magnitude is None:
-        return moved
-    rows = places.tolist()
-    return randaugment(
-        moved, magnitude=magnitude, fill=fill, seed=recipe.seed, epoch=epoch, places=rows
-    )
+        return _cropped(images, recipe, epoch, places.tolist())
+    return _shifted(images, recipe, epoch, places)
 
 
 def is_cached(images: Tensor | ImageFiles) -> bool:
@@ -91,18 +84,28 @@ def is_cached(images: Tensor | ImageFiles) -> bool:
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     """Return every image as this epoch shows it; made once for all trials that share it."""
     flip = scale_named(recipe.scale).data_set.flip
-    magnitude, fill = _magnitude(recipe, epoch), _fill(recipe)
-    key = _Identity(images), recipe.seed, epoch, magnitude, fill, flip
+    # A tensor is equal to itself alone as a key: its hash is its identity.
+    key = images, recipe.seed, epoch, _magnitude(recipe, epoch), _fill(recipe), flip
+    return _EPOCHS.get(key, lambda: _shifted(images, recipe, epoch, None))
 
-    def make() -> Tensor:
-        moved = shift(images, seed=recipe.seed, epoch=epoch)
-        if flip:
-            moved = flipped(moved, seed=recipe.seed, epoch=epoch)
-        if magnitude is None:
-            return moved
-        return randaugment(moved, magnitude=magnitude, fill=fill, seed=recipe.seed, epoch=epoch)
 
-    return _EPOCHS.get(key, make)
+def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor | None) -> Tensor:
+    """Shift, flip and RandAugment images in memory, all or those at `places`."""
+    moved = shift(images, seed=recipe.seed, epoch=epoch, places=places)
+    if scale_named(recipe.scale).data_set.flip:
+        count = len(images)
+        moved = flipped(moved, seed=recipe.seed, epoch=epoch, places=places, count=count)
+    magnitude = _magnitude(recipe, epoch)
+    if magnitude is None:
+        return moved
+    return randaugment(
+        moved,
+        magnitude=magnitude,
+        fill=_fill(recipe),
+        seed=recipe.seed,
+        epoch=epoch,
+        places=None if places is None else places.tolist(),
+    )
 
 
 def _magnitude(recipe: Recipe, epoch: int) -> int | None:
@@ -116,19 +119,6 @@ def _fill(recipe: Recipe) -> tuple[int, ...]:
     return tuple(round(255 * channel) for channel in scale_named(recipe.scale).data_set.mean)
 
 
-class _Identity:
-    """Images as a cache key: the same tensor is the same data."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __hash__(self) -> int:
-        return id(self.images)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.images is self.images
-
-
 class _Kept:
     """Tensors by what they were made from: the last used, of `KEPT_BYTES` in all."""
 
@@ -137,32 +127,25 @@ class _Kept:
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Return the tensor of a key, made if it is not there."""
-        found = self._tensors.pop(key, None)
-        tensor = make() if found is None else found
-        self._tensors[key] = tensor
-        if found is None:
-            while sum(kept.nbytes for kept in self._tensors.values()) > KEPT_BYTES:
-                del self._tensors[next(iter(self._tensors))]
+        tensor = self._tensors.pop(key, None)
+        self._tensors[key] = tensor = make() if tensor is None else tensor
+        while sum(other.nbytes for other in self._tensors.values()) > KEPT_BYTES:
+            del self._tensors[next(iter(self._tensors))]
         return tensor
 
 
 _EPOCHS = _Kept()
 
 
-def _cropped(
-    images: ImageFiles,
-    magnitude: int | None,
-    fill: tuple[int, ...],
-    seed: int,
-    epoch: int,
-    places: Sequence[int],
-) -> Tensor:
+def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[int]) -> Tensor:
     """Crop, flip and RandAugment images one by one: torchvision and timm draw for one."""
+    seed, magnitude = recipe.seed, _magnitude(recipe, epoch)
     size = images.size
     crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
     transform = None
     if magnitude is not None:
-        transform = _rand_augment(magnitude, size, fill, interpolation=Image.Resampling.BICUBIC)
+        bicubic = Image.Resampling.BICUBIC
+        transform = _rand_augment(magnitude, size, _fill(recipe), interpolation=bicubic)
     augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for row, place in enumerate(places):
@@ -183,13 +166,6 @@ def _cropped(
                 image = transform(image)
             augmented[row] = np.asarray(image)
     return torch.from_numpy(augmented).permute(0, 3, 1, 2)
-
-
-def _moved(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
-    moved = shift(images, seed=recipe.seed, epoch=epoch, places=places)
-    if not scale_named(recipe.scale).data_set.flip:
-        return moved
-    return flipped(moved, seed=recipe.seed, epoch=epoch, places=places, count=len(images))
 
 
 def flipped(

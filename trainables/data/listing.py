@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import compress
 from pathlib import Path
 
 from trainables.data.registry import (
@@ -78,11 +79,17 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def only(self, kept: Iterable[bool]) -> ImageList:
-        """Return the list without the images that are not kept."""
-        pairs = [(p, k) for p, k, keep in zip(self.paths, self.labels, kept, strict=True) if keep]
+    def only(self, chosen: Iterable[bool]) -> ImageList:
+        """Return the list of the images that are chosen."""
+        pairs = [*compress(zip(self.paths, self.labels, strict=True), chosen)]
         paths, labels = zip(*pairs, strict=True) if pairs else ((), ())
         return replace(self, paths=paths, labels=labels)
+
+    def labelled(self, names: tuple[str, ...]) -> ImageList:
+        """Return the list with labels by the order of other names of the same classes."""
+        places = {name: place for place, name in enumerate(names)}
+        labels = tuple(places[self.class_names[label]] for label in self.labels)
+        return replace(self, class_names=names, labels=labels)
 
 
 @contextmanager
@@ -154,7 +161,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
 
     ValueError on a symbolic link loop, and on names that some file systems hold for the same.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     alike: dict[str, str] = {}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
@@ -169,10 +176,10 @@ def class_folders(folder: Path) -> dict[str, Path]:
                 "rename or merge one"
             )
         alike[same] = entry.name
-        found[entry.name] = path
-    if not found:
+        folders[entry.name] = path
+    if not folders:
         raise ValueError(f"{folder} holds no class folders; expected <class>/<image>")
-    return found
+    return folders
 
 
 def _check_link(path: Path, folder: Path) -> None:
@@ -217,14 +224,14 @@ def list_images(root: Path, folders: Mapping[str, Path], names: tuple[str, ...])
             continue
         below = folders[name].relative_to(root).as_posix()
         entries = [entry.name for entry in os.scandir(folders[name]) if entry.name[0] != "."]
-        found = sorted(filter(_is_image, entries))
-        passed_over += sorted(f"{below}/{other}" for other in set(entries).difference(found))
+        files = sorted(filter(_is_image, entries))
+        passed_over += sorted(f"{below}/{other}" for other in set(entries).difference(files))
         try:
-            "".join((below, *found)).encode()
+            "".join((below, *files)).encode()
         except UnicodeEncodeError:
             raise ValueError(f"{below!r} or an image in it has a name that is no UTF-8") from None
-        paths += [f"{below}/{file}" for file in found]
-        labels += [label] * len(found)
+        paths += [f"{below}/{file}" for file in files]
+        labels += [label] * len(files)
     if not paths:
         said = f"{split} holds no image in its classes"
         others = f"; {passed_over_text(root, passed_over)}" if passed_over else ""
@@ -327,9 +334,10 @@ def list_data_set(data_set: DataSet, source: DataSource) -> tuple[ImageList, Ima
             f"{source.root} holds neither torchvision's archive of {data_set.short_title} nor "
             "train/ and val/ in class folders; --download fetches the archive"
         )
-    listed = list_splits(source)
-    check_classes(data_set, listed[0])
-    return listed
+    train, held_out = list_splits(source)
+    check_classes(data_set, train)
+    names = class_list(data_set.classes) or train.class_names
+    return train.labelled(names), held_out.labelled(names)
 
 
 def check_published(stored: StoredSet, listed: ImageList, data_set: DataSet) -> None:

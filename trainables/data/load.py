@@ -100,8 +100,8 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         if originals:
             budget -= int(originals.ends[-1])
             images[0] = train.out_of(originals)
-        kept = keep_decoded(held_out, source.cache, budget)
-        images[1] = held_out if kept is None else kept
+        decoded = keep_decoded(held_out, source.cache, budget)
+        images[1] = held_out if decoded is None else decoded
     train_split, held_out_split = map(_split, listed, images)
     return train_split, held_out_split, listed[0].class_names
 
@@ -112,10 +112,10 @@ def _split(listed: ImageList, images: ImageFiles | Tensor) -> Split:
 
 
 def _in_memory(images: ImageFiles, source: DataSource) -> Tensor:
-    kept = None
+    decoded = None
     if source.cache and len(images):
-        kept = keep_decoded(images, source.cache, source.memory_bytes)
-    return images[:] if kept is None else kept
+        decoded = keep_decoded(images, source.cache, source.memory_bytes)
+    return images[:] if decoded is None else decoded
 
 
 def is_archived(data_set: DataSet, source: DataSource) -> bool:
