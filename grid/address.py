@@ -22,8 +22,8 @@ def found_address(asked: str | None) -> str | None:
         return None
     if address in (None, "auto"):
         # Whoever else may write in /tmp could name a cluster of theirs, which runs what it likes.
-        own = STARTED_HERE.exists() and STARTED_HERE.stat().st_uid in (0, os.getuid())
-        started = STARTED_HERE.read_text().strip() if own else ""
+        trusted = STARTED_HERE.exists() and STARTED_HERE.stat().st_uid in (0, os.getuid())
+        started = STARTED_HERE.read_text().strip() if trusted else ""
         if _answers(started):
             return started
         if address is None:

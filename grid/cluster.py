@@ -1,25 +1,35 @@
-"""Ray itself: find the cluster or start one here, and count what fits."""
+"""The cluster: join or start Ray, count what fits, and try what a run needs on every node."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import secrets
+import socket
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import yaml
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.address import LOCAL
 from grid.plan import Plan
 from trainables import ray_internals
+from trainables.store.storage import Folder
 from trainables.watchdog import HUNG_SECONDS
+
+if TYPE_CHECKING:
+    from trainables.store.tracking import Credentials
 
 OBJECT_STORE_BYTES = 256 * 2**20
 BOOTSTRAPPED = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves the cluster file on the head
@@ -28,6 +38,11 @@ HEAD_RESOURCE = "node:__internal_head__"
 LOOK_SECONDS = 2.0
 ROUNDING = 1e-6
 STARTS_TRIED = 3
+CHECK_SECONDS = 300
+POLL_SECONDS = 1.0
+SSH = 22
+SSH_SECONDS = 3
+FAILURES_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +72,18 @@ class Placement:
 
 @dataclass(frozen=True)
 class Placements:
-    """The placement of each family's trials: the usual one, or a study's own for the family."""
+    """The placement of each family's trials: the default, or what a study says of the family."""
 
-    usual: Placement
+    default: Placement
     by_family: Mapping[str, Placement] = field(default_factory=dict)
 
     def of(self, family: str) -> Placement:
-        return self.by_family.get(family, self.usual)
+        return self.by_family.get(family, self.default)
 
     def of_all(self, plan: Plan) -> list[Placement]:
-        """Return the usual placement, then the others that a plan's trials have."""
+        """Return the default placement, then the others that a plan's trials have."""
         theirs = {self.of(trial.recipe.family): None for trial in plan}
-        return list({self.usual: None} | theirs)
+        return list({self.default: None} | theirs)
 
 
 def connect(address: str | None) -> None:
@@ -155,7 +170,7 @@ class Room:
             alive = [node for node in ray.nodes() if node["Alive"]]
             there = {n["NodeID"]: self._free.get(n["NodeID"], n["Resources"]) for n in alive}
             there = _with_gpus(there, self._held(), -1)
-            self._nodes = list(there.values()) + self._to_come(node_types(alive, self._cluster))
+            self._nodes = list(there.values()) + self._to_come(_node_types(alive, self._cluster))
             self._looked_at = time.monotonic()
         return self._nodes
 
@@ -208,16 +223,198 @@ def cluster_file() -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text()))
 
 
-def node_types(nodes: Iterable[dict[str, Any]], cluster: dict[str, Any]) -> Counter[str]:
+def _node_types(nodes: Iterable[dict[str, Any]], cluster: dict[str, Any]) -> Counter[str]:
     """Count nodes by the type that the autoscaler started them as, by label or by resources."""
     kinds = cluster.get("available_node_types", {})
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in nodes:
         alike = (name for name, kind in kinds.items() if _alike(node, kind))
-        found[node["Labels"].get(TYPE_LABEL) or next(alike, "")] += 1
-    return found
+        counts[node["Labels"].get(TYPE_LABEL) or next(alike, "")] += 1
+    return counts
 
 
 def _alike(node: dict[str, Any], kind: dict[str, Any]) -> bool:
     both = node["Resources"], kind["resources"]
     return all(both[0].get(name, 0) == both[1].get(name, 0) for name in ("CPU", "GPU"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What every node has to have: `storage` (paths or URIs) to write, `data` to read.
+
+    mlflow: a server to reach, where artifacts go through it. gpus: whether those that Ray counts
+    must compute.
+    """
+
+    storage: Sequence[str]
+    data: Sequence[Path] = ()
+    mlflow: str | None = None
+    gpus: bool = False
+
+    def __str__(self) -> str:
+        tried = [f"writes {where}" for where in self.storage]
+        tried += [f"reads {path}" for path in self.data]
+        tried += [f"reaches {self.mlflow}"] if self.mlflow else []
+        return ", ".join(tried + ["computes on its GPUs"] * self.gpus)
+
+
+def _missing_nodes() -> list[str]:
+    """Say which nodes that the cluster file promises are not there; empty where all are."""
+    cluster = cluster_file()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if addresses := cluster.get("provider", {}).get("worker_ips"):
+        answering = {node["NodeManagerAddress"] for node in alive}
+        return [f"node {a}: {_why_silent(a)}" for a in addresses if a not in answering]
+    missing, there = [], _node_types(alive, cluster)
+    for name, kind in cluster.get("available_node_types", {}).items():
+        lacking = kind.get("min_workers", 0) - there[name]
+        if lacking > 0 and name != cluster["head_node_type"]:
+            missing.append(f"{lacking} of {kind['min_workers']} nodes of type {name}: {_why(name)}")
+    return missing
+
+
+def describe_nodes() -> str:
+    """Say how many nodes there are, and what they have."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(name, 0) for node in alive) for name in ("CPU", "GPU"))
+    return f"{len(alive)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
+
+
+def wait_for_nodes(seconds: float, say: Callable[[str], None]) -> list[str]:
+    """Wait until all nodes of the cluster file are there; return what is missing by then."""
+    deadline, said = time.monotonic() + seconds, False
+    while (missing := _missing_nodes()) and time.monotonic() < deadline:
+        if not said:
+            say(f"waiting up to {seconds:.0f} s for nodes: {'; '.join(missing)}")
+        said = True
+        time.sleep(POLL_SECONDS)
+    return missing
+
+
+def _why_silent(address: str) -> str:
+    try:
+        socket.create_connection((address, SSH), timeout=SSH_SECONDS).close()
+    except OSError as error:
+        return f"it does not answer on port {SSH} ({error.strerror or error})"
+    return "it answers ssh, but Ray did not start there: `ray monitor CLUSTER.yaml` shows why"
+
+
+def _why(name: str) -> str:
+    """Say how far the autoscaler has come with the nodes of a type, by its own word."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    failed = [
+        str(launch.details)
+        for launch in status.failed_launches
+        if launch.ray_node_type_name == name
+    ]
+    if failed:
+        return "; ".join(dict.fromkeys(failed[-FAILURES_NAMED:]))
+    for kind, nodes in (("asked for", status.pending_launches), ("starting", status.pending_nodes)):
+        if any(node.ray_node_type_name == name for node in nodes):
+            return kind
+    return "not asked for: is the autoscaler running? `ray status` on the head shows"
+
+
+def check_nodes(needs: Needs) -> dict[str, str]:
+    """Try on every other node what a run needs, and return what is wrong there, '' if nothing is.
+
+    ValueError when this machine itself cannot write the storage.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    listings = {path: _listing(path) for path in needs.data}
+    mark, credentials = f".check-{uuid.uuid4().hex}", _credentials(needs)
+    with ExitStack() as marks:
+        for where in needs.storage:
+            marks.callback(_mark(where, mark).remove, mark)
+        probe, answers = ray.remote(_probe), {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = probe.options(num_cpus=0, scheduling_strategy=there)
+            its_needs = replace(needs, gpus=needs.gpus and "GPU" in node["Resources"])
+            name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
+            answers[name] = task.remote(its_needs, listings, mark, credentials)
+        return {name: _answer(reference) for name, reference in answers.items()}
+
+
+def _mark(where: str, mark: str) -> Folder:
+    try:
+        folder = Folder(where)
+        folder.write(mark, mark.encode())
+    except OSError as error:
+        raise ValueError(f"storage {where} cannot be written: {error}") from None
+    return folder
+
+
+def _answer(reference: Any) -> str:
+    try:
+        return str(ray.get(reference, timeout=CHECK_SECONDS))
+    except ray.exceptions.RayError as error:
+        return f"does not run tasks: {str(error).splitlines()[0]}"
+
+
+def _credentials(needs: Needs) -> Credentials | None:
+    """Return what MLflow is told on other nodes, which need not import it if they do not ask it."""
+    if needs.mlflow is None:
+        return None
+    from trainables.store.tracking import Credentials
+
+    return Credentials.of_environment()
+
+
+def _probe(
+    needs: Needs, listings: Mapping[Path, str], mark: str, credentials: Credentials | None
+) -> str:
+    """Try what a run needs, on the node that this runs on; say what is wrong."""
+    try:
+        for where in needs.storage:
+            _try_storage(where, mark)
+        for path, expected in listings.items():
+            if (listing := _listing(path)) != expected:
+                return f"sees {listing} at {path}, where the driver's node sees {expected}"
+        if needs.mlflow and credentials:
+            _try_mlflow(needs.mlflow, credentials)
+        if needs.gpus:
+            _try_gpus()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _try_storage(where: str, mark: str) -> None:
+    folder, written = Folder(where), f"{mark}-{uuid.uuid4().hex}"
+    if mark not in folder.names():
+        raise ValueError(f"does not see {where}: it must be storage that all nodes share")
+    try:
+        folder.write(written, b"")
+        folder.remove(written)
+    except OSError as error:
+        raise ValueError(f"cannot write to {where}: {error}") from None
+
+
+def _try_mlflow(uri: str, credentials: Credentials) -> None:
+    from trainables.store.tracking import check_address
+
+    credentials.use()
+    check_address(uri)
+
+
+def _try_gpus() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("has GPUs by Ray's count, and torch finds none: look at its driver")
+
+
+def _listing(path: Path) -> str:
+    """Describe what a node sees of a data folder, from two levels of names."""
+    if not path.is_dir():
+        return "no such folder"
+    try:
+        below = sorted(path.iterdir())
+        names = below + [name for p in below if p.is_dir() for name in sorted(p.iterdir())]
+    except OSError as error:
+        return f"no leave to read it ({error.strerror})"
+    listed = "\n".join(str(name.relative_to(path)) for name in names)
+    digest = hashlib.sha256(listed.encode()).hexdigest()[:6]
+    return f"{len(names)} entries ({digest})"

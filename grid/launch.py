@@ -19,8 +19,16 @@ from ray.tune.experiment import Trial
 
 from evaluators import EVALUATORS, columns_of, evaluator_named
 from grid.assess import EvaluatorPool
-from grid.cluster import Placement, Placements, Room, connect
-from grid.nodes import Needs, check_nodes, describe_nodes, wait_for_nodes
+from grid.cluster import (
+    Needs,
+    Placement,
+    Placements,
+    Room,
+    check_nodes,
+    connect,
+    describe_nodes,
+    wait_for_nodes,
+)
 from grid.order import PlanOrder
 from grid.plan import Plan
 from grid.plan import Trial as PlannedTrial
@@ -78,10 +86,10 @@ class Launch:
 
     @property
     def placements(self) -> Placements:
-        """How trials are placed: as usual but for what the study's file says of a family."""
-        given = self.study.placement.items()
-        own = {family: replace(self.placement, **fields) for family, fields in given}
-        return Placements(self.placement, own)
+        """How trials are placed: as the command says, but for what the study says of a family."""
+        changes = self.study.placement.items()
+        by_family = {family: replace(self.placement, **fields) for family, fields in changes}
+        return Placements(self.placement, by_family)
 
     @property
     def is_begun(self) -> bool:
@@ -90,10 +98,10 @@ class Launch:
 
     def needs(self, tracker: Tracker) -> Needs:
         """Return what it needs of every node."""
-        own = str(self.results.resolve())
-        shared = _path_of(tracker.artifacts) if self.mlflow else own
+        results = str(self.results.resolve())
+        shared = _path_of(tracker.artifacts) if self.mlflow else results
         through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
-        places = [self.storage or own]
+        places = [self.storage or results]
         if "://" not in shared and not through_server:
             places.append(shared)
         root = self.source.root
@@ -137,7 +145,9 @@ def run_study(launch: Launch) -> Finished:
             Room().check(launch.placements.of_all(launch.plan))
             recorder = recorder or _recorder(launch, data, line)
             needs = launch.needs(recorder.tracker)
-            _check_nodes(needs)
+            ill = {node: why for node, why in check_nodes(needs).items() if why}
+            if ill:
+                raise ValueError("; ".join(f"node {node}: {why}" for node, why in ill.items()))
             recorder.mend(needs.storage[0])
             pool, room = _share_out(launch, recorder.tracker.uri, line.say)
             parent = _open_study(launch, recorder, data)
@@ -205,12 +215,6 @@ def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
             yield f"{evaluator} of {trial.name} ({trial.digest}): {run.failed_cells[evaluator]}"
 
 
-def _check_nodes(needs: Needs) -> None:
-    ill = [f"node {name}: {p}" for name, p in check_nodes(needs).items() if p.problem]
-    if ill:
-        raise ValueError("; ".join(ill))
-
-
 @contextmanager
 def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator[None]:
     """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
@@ -235,16 +239,17 @@ def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]
     connect(launch.address)
     try:
         missing = wait_for_nodes(seconds, print)
-        found = {"nodes": (not missing, "; ".join(missing) or describe_nodes())}
+        findings = {"nodes": (not missing, "; ".join(missing) or describe_nodes())}
         try:
             Room().check(launch.placements.of_all(launch.plan))
         except ValueError as error:
-            found["room"] = (False, str(error))
+            findings["room"] = (False, str(error))
         tracker = open_tracker(launch.results, launch.mlflow, launch.scale)
-        probed = check_nodes(launch.needs(tracker))
+        needs = launch.needs(tracker)
+        problems = check_nodes(needs)
     finally:
         ray.shutdown()
-    return found | {f"node {name}": (not p.problem, str(p)) for name, p in probed.items()}
+    return findings | {f"node {n}": (not p, p or str(needs)) for n, p in problems.items()}
 
 
 def _share_out(
@@ -254,20 +259,20 @@ def _share_out(
 
     On GPUs evaluators have a quarter each of one GPU in eight, or of the only one.
     """
-    placements, usual = launch.placements.of_all(launch.plan), launch.placement
+    placements, default = launch.placements.of_all(launch.plan), launch.placement
     room = Room()
     room.check(placements)
     on_gpus = any(placement.gpus for placement in placements)
-    size = max(1, room.gpus // 2) if on_gpus else room.lanes(usual)
+    size = max(1, room.gpus // 2) if on_gpus else room.lanes(default)
     pool = EvaluatorPool(
         size,
         uri,
         launch.scale,
         launch.source,
         launch.results / SHARDS_FOLDER,
-        threads=usual.cpus,
+        threads=default.cpus,
         gpus=EVALUATOR_GPUS if on_gpus else 0.0,
-        hung_after=usual.hung_after,
+        hung_after=default.hung_after,
         say=say,
     )
     if not on_gpus:
@@ -427,8 +432,8 @@ def _team_trainable() -> Any:
 
 
 def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    told = trial_config(config)
-    return tune.PlacementGroupFactory([{"CPU": told["threads"], "GPU": told["gpus"]}])
+    trial = trial_config(config)
+    return tune.PlacementGroupFactory([{"CPU": trial["threads"], "GPU": trial["gpus"]}])
 
 
 def scores_of(plan: Plan) -> list[str]:

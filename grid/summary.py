@@ -170,8 +170,8 @@ def _refused(plan: Plan, most: int) -> Iterator[str]:
 def _without_effect(study: Study, plan: Plan) -> Iterator[str]:
     """Say which fields that are set for every trial change nothing in some."""
     for name in filter(Recipe.model_fields.__contains__, study.settings):
-        usual = Recipe.model_fields[name].default
-        others = [trial for trial in plan if getattr(trial.recipe, name) != usual]
+        default = Recipe.model_fields[name].default
+        others = [trial for trial in plan if getattr(trial.recipe, name) != default]
         if inert := [trial for trial in others if name not in trial.recipe.effective()]:
             yield (
                 f"{name} has no effect in {len(inert)} of {len(plan.trials)} trials, "

@@ -17,7 +17,6 @@ MAY_IMPORT = {
     "ray": {
         "grid/cluster.py",
         "grid/launch.py",
-        "grid/nodes.py",
         "grid/order.py",
         "grid/assess.py",
         "trainables/trial.py",
