@@ -153,7 +153,7 @@ class AutoAttack:
 
 
 class SmallAutoAttack(AutoAttack):
-    """AutoAttack at the scale's small radius, which vanilla models survive in part (T1)."""
+    """AutoAttack at the scale's small radius, which cleanly trained models survive in part."""
 
     name = "autoattack-small"
     columns = (Column("autoattack-small", "AutoAttack 0.001", "AutoAttack, small radius"),)

@@ -1,4 +1,4 @@
-"""A study is a TOML file: bases, axes, tables, published figures and claims. No code is run.
+"""A study is a TOML file: bases, axes, tables, published figures and claims. It runs no code.
 
 `grid/studies/` has the shipped ones. A user's file has the same powers; unless it says otherwise
 it extends the paper's, whose bases and curricula it then knows.

@@ -15,7 +15,8 @@ from grid.plan import Plan
 from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable
 from grid.report.verdicts import Comparison, Verdicts
-from trainables.scale import Scale
+from grid.study import SCALE
+from trainables.scale import Scale, scale_named
 from trainables.store.storage import write_atomically
 from trainables.store.tracking import Tracker
 
@@ -86,18 +87,16 @@ def markdown(findings: Findings, title: str) -> str:
 
 
 def attacks_text(findings: Findings) -> str:
-    """Say what the attacks may do here and in the paper, and by which protocol models are trained.
-
-    Source of the paper's: STUDY sections 3 and 5.
-    """
-    scale, patch = findings.scale, findings.scale.patch
+    """Say what the attacks may do here and on ImageNet, and how models are trained against them."""
+    scale, patch, imagenet = findings.scale, findings.scale.patch, scale_named(SCALE)
     radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
     protocols = {t.recipe.protocol for t in findings.plan if t.recipe.adversary}
     trained = f" Adversarial training by the {' and '.join(sorted(protocols))} protocol."
     return (
-        f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}; the paper's: "
-        "4/255 and 0.001), on pixels in [0, 1], in float32; PGD from a random start, a quarter of "
-        f"the radius a step; texture patches: up to {patch.patches}, each of {patch.area:.1%} of "
+        f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}; on "
+        f"ImageNet: {imagenet.epsilon} and {float(imagenet.small_epsilon):g}), on pixels in "
+        "[0, 1], in float32; PGD from a random start, a quarter of the radius a step; texture "
+        f"patches: up to {patch.patches}, each of {patch.area:.1%} of "
         f"the image.{trained if protocols else ''}"
     )
 

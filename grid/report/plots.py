@@ -98,7 +98,7 @@ def _inline(svg: str) -> str:
 
 
 def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
-    """Draw every claim's difference with its interval beside the paper's."""
+    """Draw every claim's difference with its interval beside the published one."""
     shown = [j for j in judgements if j.paired or j.outcome]
     if not shown:
         return None
@@ -123,7 +123,7 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
         "claims",
         "Each claim's paired difference with its 95 % interval (of one model: its own score), or "
         "how its trainings ended; green: reproduced, orange: not, grey: undecided; hollow "
-        "diamond: the paper's difference on ImageNet.",
+        "diamond: the published difference, on ImageNet.",
         canvas.svg,
     )
 

@@ -39,12 +39,12 @@ class FilledCell:
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
     def published_text(self) -> str:
-        """Write the paper's side of the cell, empty where no figure is verified."""
+        """Write the published side of the cell, empty where there is no figure."""
         return "" if self.published is None else f"{self.published:g}"
 
     @property
     def difference(self) -> float | None:
-        """Return ours minus the paper's, in points."""
+        """Return ours minus the published figure, in points."""
         if self.value is None or self.published is None:
             return None
         return self.value - self.published
