@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from tests.pictures import KINDS, write_folder, write_picture
-from trainables.data.images import ImageFiles, as_rgb, keep_decoded, keep_originals
+from trainables.data.images import ImageFiles, as_rgb, in_threads, keep_decoded, keep_originals
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
 from trainables.scale import CIFAR10, IMAGENET, scale_for
@@ -283,3 +283,11 @@ def test_a_folder_of_other_classes_than_the_scales_is_refused(root):
     )
     with pytest.raises(ValueError, match=said):
         load_data(IMAGENET, DataSource(root=root))
+
+
+def test_threads_decode_no_further_than_a_few_images_ahead():
+    started = []
+    results = in_threads(lambda item: started.append(item) or item, range(1000), 2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    assert len(started) <= 3 + 4 * 2
+    assert list(results) == list(range(3, 1000))

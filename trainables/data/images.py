@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -26,9 +27,8 @@ UNREADABLE = Exception
 # Pillow knows more formats, and hands one of them (EPS) to an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
-ORIENTATION = 0x0112  # EXIF's tag for how the camera was held: from SIDEWAYS on, on its side
-SIDEWAYS = 5
-AT_ONCE = 512  # images that threads work on before the first is taken
+AT_ONCE = 512  # decoded and cropped images that are written together
+WAITING = 4  # images per thread that are decoded and not yet taken
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -161,14 +161,9 @@ class ImageFiles:
             return self._originals.image(int(self._rows[place]))
         return self._read(place, as_rgb)
 
-    def upright_size(self, place: int) -> tuple[int, int]:
-        """Return an image's width and height, upright, from its file's header."""
-
-        def measure(file: Image.Image) -> tuple[int, int]:
-            turned = file.getexif().get(ORIENTATION, 1) >= SIDEWAYS
-            return (file.height, file.width) if turned else file.size
-
-        return self._read(place, measure)
+    def stored_size(self, place: int) -> tuple[int, int]:
+        """Return an image's width and height as stored, from its file's header."""
+        return self._read(place, lambda file: file.size)
 
     def _read(self, place: int, take: Callable[[Image.Image], Made]) -> Made:
         path = self.path(place)
@@ -219,8 +214,11 @@ def in_threads(
         yield from map(work, rest)
         return
     with ThreadPoolExecutor(threads) as pool:
-        while some := list(islice(rest, AT_ONCE)):
-            yield from pool.map(work, some)
+        # Few at a time: whole decoded photographs wait here to be taken.
+        pending = deque(pool.submit(work, item) for item in islice(rest, WAITING * threads))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(work, item) for item in islice(rest, 1))
 
 
 class Originals:
@@ -254,7 +252,7 @@ def keep_originals(images: ImageFiles, cache: Path, budget: int) -> Originals | 
         return None
     file, places = cache / f"originals-{stamps}.u8", range(len(images))
     if not file.exists():
-        sizes = in_threads(images.upright_size, places, images.workers)
+        sizes = in_threads(images.stored_size, places, images.workers)
         if sum(CHANNELS * width * height for width, height in sizes) > budget:
             return None
 
