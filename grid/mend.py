@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainables.scale import Scale
-from trainables.store.storage import WEIGHTS, Folder, parted
+from trainables.store.storage import WEIGHTS, read_file, write_file
 from trainables.store.tracking import Tracker, TrialRun
 
 
@@ -29,7 +29,7 @@ def mend_weights(
 
     `path`: the path or URI of its weights in the storage.
     """
-    copies = {"MLflow": lambda: tracker.artifact(run, WEIGHTS), path: lambda: _stored(path)}
+    copies = {"MLflow": lambda: tracker.artifact(run, WEIGHTS), path: lambda: read_file(path)}
     needed = ["MLflow"] * judged + [path] * teaches
     damaged = [place for place in needed if not _is_sound(copies[place](), run)]
     if not damaged:
@@ -41,18 +41,11 @@ def mend_weights(
         return False
     for place in damaged:
         if place == path:
-            folder, name = parted(path)
-            Folder(folder).write(name, sound)
+            write_file(path, sound)
         else:
             _store(tracker, run, sound, scale)
         say(f"the weights of trial {run.digest} in {place} were damaged: they are restored")
     return True
-
-
-def _stored(path: str) -> bytes | None:
-    parent, name = parted(path)
-    folder = Folder(parent)
-    return folder.read(name) if name in folder.names() else None
 
 
 def _is_sound(content: bytes | None, run: TrialRun) -> bool:

@@ -50,7 +50,6 @@ from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
-    load_weights,
     recipe_json_of,
     save_checkpoint,
     save_weights,
@@ -320,7 +319,6 @@ def test_a_mutated_weights_file_loads_or_is_refused(classifier, tensors, tmp_pat
     for content in (path.read_bytes(), save(tensors, metadata={"format": "pt"})):
         path.write_bytes(mutated(content, seed))
         assert works_or_names(path, lambda: load_any_weights(path, classifier))
-        assert works_or_names(path, lambda: load_weights(path, classifier))
         assert works_or_names(path, lambda: recipe_json_of(path))
 
 

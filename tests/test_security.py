@@ -46,8 +46,9 @@ from trainables.networks import build_classifier
 from trainables.running import open_trial
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
+    fit_weights,
     load_newest_checkpoint,
-    load_weights,
+    read_safetensors,
     recipe_json_of,
     save_weights,
     stored_weights,
@@ -147,7 +148,9 @@ def weights(suffix):
 
 def mlflow_artifact(root, content, small):
     path = put(root / "weights.safetensors", content)
-    return path, lambda: load_weights(path, build_classifier(small()))
+    return path, lambda: fit_weights(
+        read_safetensors(path.read_bytes(), path), build_classifier(small()), path
+    )
 
 
 def header_of_weights(root, content, small):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainables.recipe import Recipe
 from trainables.store.sealed import LENGTH_BYTES, OWN_SHA256, is_sealed, sealed
-from trainables.store.storage import ASIDE, DamagedError, Folder, below, parted
+from trainables.store.storage import ASIDE, DamagedError, Folder, below, read_file, write_file
 
 KEPT = 2
 RECIPE = "recipe"  # in a weights file's header
@@ -65,9 +65,9 @@ def load_newest_checkpoint(
                 return state
             owner = state.get(DIGEST, "that it does not name")
             problem, ending = f"belongs to trial {owner}, not to {digest}", ".foreign"
-        kept = name.removesuffix(".pt") + ending
-        folder.rename(name, kept)
-        say(f"{name} in {where} {problem}; it is kept as {kept}; the one before, if any, is used")
+        aside = name.removesuffix(".pt") + ending
+        folder.rename(name, aside)
+        say(f"{name} in {where} {problem}; it is kept as {aside}; the one before, if any, is used")
     return None
 
 
@@ -80,14 +80,8 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
     content = sealed(save(tensors, metadata={RECIPE: recipe_json}))
-    folder, name = parted(str(where))
-    Folder(folder).write(name, content)
+    write_file(str(where), content)
     return hashlib.sha256(content).hexdigest()
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Load safetensors weights into a model; ValueError names the first keys that do not fit."""
-    fit_weights(read_safetensors(path.read_bytes(), path), module, path)
 
 
 def read_weights(
@@ -115,11 +109,8 @@ def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
 
     Raises as `read_weights`.
     """
-    parent, name = parted(where)
-    folder = Folder(parent)
-    if name not in folder.names():
-        return None
-    return read_weights(folder.read(name), where, digest)[1]
+    content = read_file(where)
+    return None if content is None else read_weights(content, where, digest)[1]
 
 
 def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
@@ -175,9 +166,9 @@ def _reason(error: Exception) -> str:
 
 def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path) -> None:
     """Give a model the weights of a file; ValueError names the first keys that do not fit."""
-    wanted = module.state_dict()
-    odd = sorted(set(tensors) ^ set(wanted))
-    odd += [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    weights = module.state_dict()
+    odd = sorted(set(tensors) ^ set(weights))
+    odd += [k for k in weights if k in tensors and tensors[k].shape != weights[k].shape]
     if odd:
         raise ValueError(f"{path} does not fit the model; first keys that differ: {odd[:3]}")
     module.load_state_dict(tensors)

@@ -35,8 +35,8 @@ def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, st
     """Return the provenance of what two processes computed in turn: 'torch': '2.14 then 2.15'."""
     both = dict(earlier)
     for name, value in later.items():
-        seen = earlier[name].split(THEN) if name in earlier else []
-        both[name] = THEN.join(dict.fromkeys([*seen, *value.split(THEN)]))
+        before = earlier[name].split(THEN) if name in earlier else []
+        both[name] = THEN.join(dict.fromkeys([*before, *value.split(THEN)]))
     return both
 
 

@@ -158,8 +158,8 @@ def _moved_roots(results: Path) -> list[str]:
         return []
     with closing(_connected(path)) as database:
         theirs = (f"file:%/{ARTIFACTS}", artifacts_uri(results))
-        found = database.execute(MOVED_ROOTS, theirs).fetchall()
-    return [old for (old,) in found]
+        rows = database.execute(MOVED_ROOTS, theirs).fetchall()
+    return [old for (old,) in rows]
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -88,6 +88,19 @@ class Folder:
             self._files.delete_file(f"{self._path}/{name}")
 
 
+def read_file(where: str) -> bytes | None:
+    """Return the content of a file at a path or URI, None where there is none."""
+    folder, name = parted(where)
+    files = Folder(folder)
+    return files.read(name) if name in files.names() else None
+
+
+def write_file(where: str, content: bytes) -> None:
+    """Write a file at a path or URI, whole or not at all."""
+    folder, name = parted(where)
+    Folder(folder).write(name, content)
+
+
 @contextmanager
 def fetched(where: str) -> Iterator[Path]:
     """Lend a file at a path or URI as one of this machine."""

@@ -528,7 +528,7 @@ def _trial_run(run: Run) -> TrialRun:
         weights_sha256=tags.get(WEIGHTS_TAG, ""),
         studies=_tagged(tags, STUDY_TAG),
         trained=_tagged(tags, TRAINED_TAG),
-        judged={name: json.loads(who) for name, who in _tagged(tags, JUDGED_TAG).items()},
+        judged={name: json.loads(text) for name, text in _tagged(tags, JUDGED_TAG).items()},
         described=bool(run.inputs and run.inputs.dataset_inputs),
         images=_images(run),
     )

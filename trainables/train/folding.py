@@ -118,10 +118,10 @@ def folded(classifier: Classifier, images_BCHW: Tensor) -> FoldedClassifier | No
     if not any(isinstance(module, Norm) for module in classifier.modules()):
         return None
     try:
-        found = FoldedClassifier(classifier)
+        twin = FoldedClassifier(classifier)
     except fx.proxy.TraceError:
         return None
     expected = classifier(images_BCHW)
-    difference = (found(images_BCHW) - expected).abs().max()
+    difference = (twin(images_BCHW) - expected).abs().max()
     same = difference <= TOLERANCE * expected.abs().max().clamp(min=1)
-    return found if same and found.is_different else None
+    return twin if same and twin.is_different else None

@@ -175,7 +175,7 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     training.classifier.train()
     total = torch.zeros((), device=training.device)
     rate = 0.0
-    for forward, (images, seen) in enumerate(training.batches.epoch(epoch)):
+    for forward, (images, places) in enumerate(training.batches.epoch(epoch)):
         beat()
         step, micro = divmod(forward, recipe.accumulation)
         if micro == 0:
@@ -183,8 +183,8 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
             set_rate(optimizer, rate)
             optimizer.zero_grad()
         use_set(training.classifier, micro)
-        with _named_memory(training, len(seen)), _gathering(training, micro):
-            loss = _batch_loss(training, images, seen, epoch, forward)
+        with _named_memory(training, len(places)), _gathering(training, micro):
+            loss = _batch_loss(training, images, places, epoch, forward)
             scaled = training.scaler.scale(loss / recipe.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
@@ -204,19 +204,19 @@ def _gathering(training: _Training, micro: int) -> AbstractContextManager[None]:
 
 
 def _batch_loss(
-    training: _Training, images: Tensor, seen: Tensor, epoch: int, forward: int
+    training: _Training, images: Tensor, places: Tensor, epoch: int, forward: int
 ) -> Tensor:
     """Return the loss of one forward batch: mixed, attacked and taught as the recipe says.
 
-    images: those of the batch that this worker has to see; seen: their places. A team's member
-    returns its part's loss.
+    images: those of the batch that this worker has to see; places: theirs in the split. A team's
+    member returns its part's loss.
     """
     recipe, classifier, team = training.recipe, training.classifier, training.team
     rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
     inputs, targets = mix(
         recipe,
         to_unit(images.to(training.device, non_blocking=True)),
-        training.data.train.labels[seen].to(training.device),
+        training.data.train.labels[places].to(training.device),
         num_classes=len(training.data.class_names),
         epoch=epoch,
         step=forward,
@@ -229,7 +229,7 @@ def _batch_loss(
             classifier,
             inputs,
             targets,
-            team.own_of(rows, seen),
+            team.own_of(rows, places),
             epoch=epoch,
             step=step,
             micro=micro,
@@ -330,8 +330,8 @@ def probe(
             predicted_B: Tensor = classifier(final_BCHW).argmax(dim=1)
         return (predicted_B == labels_B).sum()
 
-    own = torch.arange(len(split))[team.own]
-    parts = torch.split(own, min(EVALUATION_BATCH, recipe.forward_batch))
+    places = torch.arange(len(split))[team.own]
+    parts = torch.split(places, min(EVALUATION_BATCH, recipe.forward_batch))
     with attacked(classifier):
         return _share(resist, parts, split, device=device, team=team)
 

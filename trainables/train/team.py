@@ -33,15 +33,15 @@ class Team:
 
         paired: images are mixed with their mirror image in the batch, which it then needs too.
         """
-        own = torch.arange(count)[self.own]
-        return cast(Tensor, torch.unique(torch.cat((own, count - 1 - own)))) if paired else own
+        rows = torch.arange(count)[self.own]
+        return cast(Tensor, torch.unique(torch.cat((rows, count - 1 - rows)))) if paired else rows
 
     def own_of(self, rows: Tensor, values: Tensor) -> Tensor:
         """Return what is this worker's own of the values of some rows of a batch."""
         if self.size == 1:
             return values
-        own = values[rows % self.size == self.rank]
-        return own.contiguous(memory_format=torch.channels_last) if own.ndim == 4 else own
+        part = values[rows % self.size == self.rank]
+        return part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of the workers' values; no gradient flows through it."""
@@ -65,11 +65,11 @@ ALONE = Team()
 
 def check_team(recipe: Recipe, size: int) -> None:
     """Raise ValueError where a recipe's batches do not divide among `size` workers."""
-    parts, what = _parts(recipe)
+    parts, name = _parts(recipe)
     if parts % size:
         allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise ValueError(
-            f"{recipe.describe()}: its {what} cannot be shared by {size} workers; "
+            f"{recipe.describe()}: its {name} cannot be shared by {size} workers; "
             f"their number must be one of {allowed}"
         )
 
@@ -197,8 +197,8 @@ class SharedGhostBatchNorm2d(GhostBatchNorm2d):
         normalised = self._by_batch(side_by_side, mean, variance)
         if not self.training:
             return normalised
-        for held, own in ((means, mean), (variances, variance)):
-            parts = [torch.empty_like(own) for _ in range(self._team.size)]
-            distributed.all_gather(parts, own)
+        for held, mine in ((means, mean), (variances, variance)):
+            parts = [torch.empty_like(mine) for _ in range(self._team.size)]
+            distributed.all_gather(parts, mine)
             held.copy_(torch.stack([part.view(self.ghosts, -1) for part in parts], dim=1))
         return normalised
