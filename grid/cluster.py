@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import yaml
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.address import LOCAL
@@ -42,7 +41,6 @@ CHECK_SECONDS = 300
 POLL_SECONDS = 1.0
 SSH = 22
 SSH_SECONDS = 3
-FAILURES_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +267,10 @@ def _missing_nodes() -> list[str]:
     for name, kind in cluster.get("available_node_types", {}).items():
         lacking = kind.get("min_workers", 0) - there[name]
         if lacking > 0 and name != cluster["head_node_type"]:
-            missing.append(f"{lacking} of {kind['min_workers']} nodes of type {name}: {_why(name)}")
+            missing.append(
+                f"{lacking} of {kind['min_workers']} nodes of type {name} "
+                "(`ray status` on the head shows why)"
+            )
     return missing
 
 
@@ -297,22 +298,6 @@ def _why_silent(address: str) -> str:
     except OSError as error:
         return f"it does not answer on port {SSH} ({error.strerror or error})"
     return "it answers ssh, but Ray did not start there: `ray monitor CLUSTER.yaml` shows why"
-
-
-def _why(name: str) -> str:
-    """Say how far the autoscaler has come with the nodes of a type, by its own word."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    failed = [
-        str(launch.details)
-        for launch in status.failed_launches
-        if launch.ray_node_type_name == name
-    ]
-    if failed:
-        return "; ".join(dict.fromkeys(failed[-FAILURES_NAMED:]))
-    for kind, nodes in (("asked for", status.pending_launches), ("starting", status.pending_nodes)):
-        if any(node.ray_node_type_name == name for node in nodes):
-            return kind
-    return "not asked for: is the autoscaler running? `ray status` on the head shows"
 
 
 def check_nodes(needs: Needs) -> dict[str, str]:

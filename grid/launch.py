@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from urllib.request import url2pathname
 
 import ray
-from ray import tune
-from ray.tune.experiment import Trial
 
 from evaluators import EVALUATORS, columns_of, evaluator_named
 from grid.assess import EvaluatorPool
@@ -29,29 +23,24 @@ from grid.cluster import (
     describe_nodes,
     wait_for_nodes,
 )
-from grid.order import PlanOrder
 from grid.plan import Plan
-from grid.plan import Trial as PlannedTrial
 from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.study import Study
+from grid.training import train_missing
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.models import MODELS
-from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.tracking import Tracker, check_address
-from trainables.trial import RecipeTrial, trial_config
 
-TUNE_FOLDER = "tune"
 SHARDS_FOLDER = "shards"
 EVALUATOR_GPUS = 0.25
-GPUS_BESIDE = 1 - EVALUATOR_GPUS  # what one evaluator leaves of its GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +142,14 @@ def run_study(launch: Launch) -> Finished:
             parent = _open_study(launch, recorder, data)
             line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
             with _recording(recorder, parent, pool):
-                _train(recorder, launch, needs.storage[0], room)
+                train_missing(
+                    recorder,
+                    launch.placements,
+                    launch.source,
+                    storage=needs.storage[0],
+                    results=launch.results,
+                    room=room,
+                )
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
             return _report(launch, recorder, parent, line)
@@ -282,19 +278,11 @@ def _share_out(
     try:
         room.check(placements)
     except ValueError as error:
-        advice = _smaller_share(placements, room) if size == 1 else ""
+        advice = f": give --gpus-per-worker {1 - EVALUATOR_GPUS:g}" if size == 1 else ""
         raise ValueError(
             f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs){advice}"
         ) from None
     return pool, room
-
-
-def _smaller_share(placements: list[Placement], room: Room) -> str:
-    """Return what to give where one evaluator leaves too little of its GPU; '' if nothing helps."""
-    smaller = (replace(p, gpus=min(p.gpus, GPUS_BESIDE)) for p in placements)
-    if not all(room.holds([placement]) for placement in smaller):
-        return ""
-    return f": give --gpus-per-worker {GPUS_BESIDE:g}"
 
 
 def _check_plan(launch: Launch) -> None:
@@ -317,123 +305,6 @@ def _check_plan(launch: Launch) -> None:
 
         for recipe in from_timm.values():
             check_model(recipe)
-
-
-class _Events(tune.Callback):  # type: ignore[misc]
-    """Hand Tune's events to the recorder; nothing here may block or raise."""
-
-    def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
-        self._recorder: Recorder | None = recorder
-        self._order = order
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
-        return {"_recorder": None}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._recorder:
-            self._recorder.started(_digest_of(trial))
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self._recorder:
-            self._recorder.reported(result)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if not self._recorder:
-            return
-        digest = _digest_of(trial)
-        if self._order.will_retry(digest):
-            self._recorder.retried(digest, _last_line(trial))
-        else:
-            self._recorder.failed(digest, _last_line(trial), _trace(trial))
-
-
-def _digest_of(trial: Trial) -> str:
-    return str(trial_config(trial.config)["digest"])
-
-
-def _trace(trial: Trial) -> str:
-    # The file on this machine: Tune's own answer is read from the storage, where it may lack yet.
-    path = Path(trial.error_file or "")
-    return path.read_text() if path.is_file() else ""
-
-
-def _last_line(trial: Trial) -> str:
-    lines = [line.strip() for line in _trace(trial).splitlines()]
-    return next((line for line in reversed(lines) if line), "unknown error")
-
-
-def _train(recorder: Recorder, launch: Launch, storage: str, room: Room) -> None:
-    """Train trials with Tune, in the plan's order, as many at once as there is room for.
-
-    They share actors; where some have several workers, each trial has processes of its own.
-    """
-    todo = recorder.trials_to_train()
-    if not todo:
-        return
-    shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
-    keep_credentials_here()
-    # Its last word lists trials that failed, those that were tried again too; the recorder does.
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-    placements = {t.digest: launch.placements.of(t.recipe.family) for t in todo}
-    configs = {
-        trial.digest: {
-            "trial": json.dumps(_trial_settings(trial, placements[trial.digest], storage)),
-            "source": launch.source,
-        }
-        for trial in todo
-    }
-    alone = all(placement.workers == 1 for placement in placements.values())
-    order = PlanOrder(configs, placements, room)
-    tune.Tuner(
-        tune.with_resources(RecipeTrial, _resources) if alone else _team_trainable(),
-        tune_config=tune.TuneConfig(
-            search_alg=order,
-            num_samples=-1,
-            reuse_actors=alone,
-            trial_name_creator=_digest_of,
-            trial_dirname_creator=_digest_of,
-        ),
-        run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
-            storage_path=str(launch.results.resolve()),
-            # Trials keep their own checkpoints, by digest.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Events(recorder, order)],
-            verbose=0,
-        ),
-    ).fit()
-
-
-def _trial_settings(trial: PlannedTrial, placement: Placement, storage: str) -> dict[str, Any]:
-    """Return what `RecipeTrial` and `train_together` are told of a trial."""
-    teacher = trial.recipe.teacher
-    return {
-        "digest": trial.digest,
-        "teacher": teacher.digest() if teacher else None,
-        "recipe": trial.recipe.model_dump(mode="json"),
-        "storage": storage,
-        "threads": placement.cpus,
-        "workers": placement.workers,
-        "gpus": placement.gpus,
-        "hung_after": placement.hung_after,
-        "device": "cuda" if placement.gpus else "cpu",
-        "compile": placement.compile,
-    }
-
-
-def _team_trainable() -> Any:
-    # Ray Train takes a second to import.
-    from trainables.distributed import CONTROLLER, train_together
-
-    return tune.with_resources(train_together, CONTROLLER)
-
-
-def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-    trial = trial_config(config)
-    return tune.PlacementGroupFactory([{"CPU": trial["threads"], "GPU": trial["gpus"]}])
 
 
 def scores_of(plan: Plan) -> list[str]:

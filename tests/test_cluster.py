@@ -405,7 +405,7 @@ def test_nodes_that_a_cluster_file_promises_are_missed_and_counted_on(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(CHECKED)
     (missing,) = wait_for_nodes(0, print)
-    assert missing.startswith("2 of 2 nodes of type big: not asked for: is the autoscaler")
+    assert missing.startswith("2 of 2 nodes of type big (`ray status`")
     room = Room()
     # Four CPUs are there, four of one more such node may come, and 64 of each of three.
     assert room.lanes(Placement(cpus=4)) == 1 + 1 + 3 * 16

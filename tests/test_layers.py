@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "ray": {
         "grid/cluster.py",
         "grid/launch.py",
-        "grid/order.py",
+        "grid/training.py",
         "grid/assess.py",
         "trainables/trial.py",
         "trainables/distributed.py",

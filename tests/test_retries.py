@@ -10,7 +10,7 @@ import torch
 from ray import tune
 
 from grid.cluster import Placement, Room
-from grid.order import PlanOrder
+from grid.training import PlanOrder
 from tests.dying import Dying
 from trainables.store.retries import OWN_FAULTS, wait_after
 
@@ -27,7 +27,7 @@ def ray_session():
 def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("grid.order.MAX_FAILURES", 1)
+    monkeypatch.setattr("grid.training.MAX_FAILURES", 1)
     trials = [
         {"digest": name, "further": further, "teacher": None, "folder": str(tmp_path)}
         | {"epochs": EPOCHS}
