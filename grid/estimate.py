@@ -8,7 +8,7 @@ from evaluators import evaluator_named
 from grid.plan import Plan
 from trainables.models import model_named
 from trainables.recipe import Recipe
-from trainables.scale import Scale
+from trainables.scale import Scale, scale_named
 
 HOUR = 3600.0
 # The share of images that withstand attacks, by whether the model was trained adversarially:
@@ -16,8 +16,6 @@ HOUR = 3600.0
 WITHSTANDING = {False: 0.2, True: 0.5}
 CHECKPOINTS = 2  # the newest two
 MOMENTS = {"sgd": 1, "adamw": 2}
-# The rule of scale `digits` leaves at most one parameter in 110.
-SHRUNK = {"digits": 110}
 Item = tuple[str, str]  # a trial's digest, and an evaluator's name, "" for the training
 
 
@@ -83,6 +81,6 @@ def disk_bytes(plan: Plan) -> int:
     total = 0
     for trial in plan:
         parameters = model_named(trial.recipe.model).cost.parameters
-        weights = 4 * parameters // SHRUNK.get(trial.recipe.scale, 1)
+        weights = 4 * parameters // scale_named(trial.recipe.scale).parameter_divisor
         total += weights + checkpoint_bytes(trial.recipe, weights)
     return total

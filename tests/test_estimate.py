@@ -10,7 +10,7 @@ from torch import nn
 
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import evaluate
-from grid.estimate import SHRUNK, Machines, disk_bytes, longest_chain, work_of
+from grid.estimate import Machines, disk_bytes, longest_chain, work_of
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
@@ -86,7 +86,7 @@ def test_costs_at_imagenet_by_hand():
 def test_parameters_are_at_least_those_of_the_models_and_seldom_far_above(scale):
     with torch.device("meta"):
         built = {name: count_parameters(classifier_named(name, scale)) for name in MODELS}
-    share = SHRUNK.get(scale.name, 1)
+    share = scale.parameter_divisor
     assert all(
         1 <= MODELS[name].cost.parameters / share / count < 2.1 for name, count in built.items()
     )

@@ -109,6 +109,7 @@ class Scale:
     stem_stride: int = 2
     patch_size: int = 16
     head_width: int = 64
+    parameter_divisor: int = 1
     depth_divisor: int = 1
     resnet_width_divisor: int = 1
     vit_width_divisor: int = 1
@@ -233,6 +234,7 @@ DIGITS = Scale(
     stem="small",
     patch_size=4,
     head_width=16,
+    parameter_divisor=110,  # at least, of every model of the study
     depth_divisor=4,
     resnet_width_divisor=8,
     vit_width_divisor=6,
