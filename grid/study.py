@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import AXES, Axes, Library, check_settings, problem, with_axes
 from trainables.models import check_family
-from trainables.recipe import CurriculumRow, Recipe, unknown
+from trainables.recipe import CurriculumRow, Frozen, Recipe, unknown
 
 if TYPE_CHECKING:
     from evaluators.base import Column
@@ -34,6 +34,7 @@ Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses
 ALONE = ("none survive", "collapses")  # tests of one row
 AxisValue = str | int | float | list[dict[str, int | float]] | dict[str, int | float | str]
 Place = tuple[str, str]  # a table and the label of one of its rows
+Figure = tuple[float, str]  # a published figure in percent, and its source
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,6 @@ class Row:
 
     label: str
     recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A published figure in percent, and where it is from."""
-
-    value: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -79,11 +72,7 @@ def _place(value: Any) -> Any:
     return table, label
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Claim(_Strict):
+class Claim(Frozen):
     """A claim: a row minus another, `of`, in a column of the row's table.
 
     ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
@@ -140,7 +129,7 @@ class Study:
     library: Library = field(default_factory=Library)
 
 
-class PlacementOfFamily(_Strict):
+class PlacementOfFamily(Frozen):
     """How the trials of one family are placed; the command's options stand for the rest."""
 
     workers: int | None = Field(None, ge=1)
@@ -148,17 +137,7 @@ class PlacementOfFamily(_Strict):
     gpus: float | None = Field(None, ge=0)
 
 
-class RowEntry(BaseModel):
-    """A row of a table in a file: a base with axes set on it."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    __pydantic_extra__: dict[str, AxisValue]
-
-    label: str = Field(min_length=1)
-    base: str
-
-
-class PublishedEntry(_Strict):
+class PublishedEntry(Frozen):
     """Published figures in a file: values by row, one for each of the columns, in percent."""
 
     source: str
@@ -166,34 +145,34 @@ class PublishedEntry(_Strict):
     figures: dict[str, list[float]]
 
 
-class TableEntry(_Strict):
+class TableEntry(Frozen):
     """A table in a file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     question: str
     columns: list[str]
-    rows: list[RowEntry]
-    published: list[PublishedEntry] = []
-    plots: list[Literal["size"]] = []
+    rows: list[dict[str, AxisValue]]
+    published: list[PublishedEntry] = Field([])
+    plots: list[Literal["size"]] = Field([])
 
 
-class StudyFile(_Strict):
+class StudyFile(Frozen):
     """What a study's file may hold."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     title: str = ""
     source: str = ""
     extends: str = DEFAULT
-    bases: dict[str, dict[str, AxisValue]] = {}
-    curricula: dict[str, list[dict[str, int | float]]] = {}
+    bases: dict[str, dict[str, AxisValue]] = Field({})
+    curricula: dict[str, list[dict[str, int | float]]] = Field({})
     base: str | None = None
-    set: dict[str, AxisValue] = {}
-    axes: dict[str, list[AxisValue]] = {}
+    set: dict[str, AxisValue] = Field({})
+    axes: dict[str, list[AxisValue]] = Field({})
     mode: Mode = "product"
     evaluators: list[str] | None = None
-    placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = {}
-    tables: list[TableEntry] = []
-    claims: list[Claim] = []
+    placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
+    tables: list[TableEntry] = Field([])
+    claims: list[Claim] = Field([])
     subject: str = ""
     answer: str = ""
 
@@ -294,8 +273,8 @@ def _study(parsed: StudyFile, library: Library) -> Study:
         raise ValueError(unknown("axis", wrong[0], AXES))
     check_settings(parsed.set, axes)
     base = None if parsed.base is None else _extended(parsed.base, library)
-    if base is None and not parsed.tables:
-        raise ValueError("it has neither a base nor tables: there is nothing to train")
+    if base is None and (axes or not parsed.tables):
+        raise ValueError("axes need a base" if axes else "it has neither a base nor tables")
     for axis, value in parsed.set.items():
         bases = (base, *library.bases.values()) if base else tuple(library.bases.values())
         _check_value(bases, axis, value, library)
@@ -304,6 +283,7 @@ def _study(parsed: StudyFile, library: Library) -> Study:
         evaluators = ["clean", "pgd"] if base else []
     if wrong := [name for name in evaluators if name not in EVALUATORS]:
         raise ValueError(f"evaluators: {unknown('evaluator', wrong[0], EVALUATORS)}")
+    _check_once("table", [entry.name for entry in parsed.tables])
     tables = tuple(_table(entry, library) for entry in parsed.tables)
     _check_claims(parsed.claims, {table.name: table for table in tables})
     return Study(
@@ -354,10 +334,13 @@ def _table(entry: TableEntry, library: Library) -> Table:
         return replace(table, published=dict(_figures(entry, table)))
 
 
-def _row(entry: RowEntry, library: Library) -> Row:
-    with _at(f"row {entry.label!r}"):
-        changes = entry.model_extra or {}
-        return Row(entry.label, with_axes(_extended(entry.base, library), changes, library))
+def _row(entry: Mapping[str, Any], library: Library) -> Row:
+    changes = dict(entry)
+    label, base = changes.pop("label", ""), changes.pop("base", "")
+    with _at(f"row {label!r}"):
+        if not label or not isinstance(label, str):
+            raise ValueError("its label is missing, or no text")
+        return Row(label, with_axes(_extended(base, library), changes, library))
 
 
 def _figures(entry: TableEntry, table: Table) -> Iterator[tuple[tuple[str, str], Figure]]:
@@ -371,7 +354,7 @@ def _figures(entry: TableEntry, table: Table) -> Iterator[tuple[tuple[str, str],
                     )
                 for column, value in zip(published.columns, values, strict=True):
                     _check_cell(table, label, column)
-                    yield (label, column), Figure(value, published.source)
+                    yield (label, column), (value, published.source)
 
 
 def _check_cell(table: Table, label: str, column: str = "") -> None:
@@ -384,9 +367,8 @@ def _check_cell(table: Table, label: str, column: str = "") -> None:
 
 
 def _check_once(kind: str, names: Sequence[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"{kind} {name!r} is there {count} times")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{kind} {twice[0]!r} is there twice")
 
 
 def _check_claims(claims: Iterable[Claim], tables: Mapping[str, Table]) -> None:

@@ -241,7 +241,7 @@ def test_tables_show_the_readmes_figures_in_the_readmes_order(name, readme):
     lines = [line.strip("|").split("|")[1:] for line in readme.strip().splitlines()]
     columns = ("clean", "natural", "corruptions", "stylized-cropped")
     found = [[table(name).published.get((r.label, c)) for c in columns] for r in table(name).rows]
-    values = [[figure.value for figure in row] for row in found if all(row)]
+    values = [[figure[0] for figure in row] for row in found if all(row)]
     assert values == [[float(cell) for cell in line] for line in lines]
 
 
@@ -387,7 +387,7 @@ def test_what_is_set_for_all_is_told_and_leaves_the_labels_of_published_figures(
     assert found.question == f"{own.question} (every trial: precision bf16, micro batch 128)"
     assert [row.label for row in found.rows] == [row.label for row in own.rows]
     assert all(trial.name.endswith("bf16 100ep seed0 micro_batch=128") for trial in plan)
-    assert found.published[found.rows[0].label, "clean"].value == 76.9
+    assert found.published[found.rows[0].label, "clean"][0] == 76.9
 
 
 def test_epochs_set_for_all_are_the_studys_own():

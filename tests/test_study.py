@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "study.md"
 OWN = re.search(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
+EMPTY = '[[tables]]\nname = "A1"\nquestion = "?"\ncolumns = []\nrows = []'
+
 
 def write(folder, text, name="study.toml"):
     path = folder / name
@@ -123,7 +125,11 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
         ('test = "level"', 'test = "equal"', "claims.0.test: Input should be 'ahead', 'behind'"),
         ('"GELU" = [77.1]', '"GELU" = [77.1, 3]', "figures of 'GELU': 2 for 1 columns, clean"),
         ('"GELU" = [77.1]', '"SiLU" = [77.1]', "table A1: unknown row 'SiLU'; one of ReLU, GELU"),
-        ('label = "GELU"', 'label = "ReLU"', "table A1: row 'ReLU' is there 2 times"),
+        ('label = "GELU"', 'label = "ReLU"', "table A1: row 'ReLU' is there twice"),
+        ("[[claims]]", f"{EMPTY}\n[[claims]]", "table 'A1' is there twice"),
+        ('label = "ReLU", ', "", "table A1: row '': its label is missing"),
+        (', base = "resnet50" }', " }", "row 'ReLU': unknown base ''; one of resnet50, "),
+        ("[[claims]]", "[axes]\nepochs = [3]\n[[claims]]", "axes need a base"),
         ("[[claims]]", "[[claims]", "is not TOML"),
         ('name = "gelu"', 'name = "gelu"\nextends = "study.toml"', "study.toml extends itself"),
         ('name = "gelu"', 'name = "gelu"\nextends = "bai"', "extends: unknown study 'bai'; one of"),

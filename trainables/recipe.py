@@ -88,11 +88,13 @@ def parse_epsilon(value: Any) -> Any:
 Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A value that is checked strictly as it is made, and does not change."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Adversary(_Frozen):
+class Adversary(Frozen):
     """Adversarial training: each batch is attacked before it is learned from.
 
     epsilon and step_size are max-norm radii for pixels in [0, 1]. `plain_start` is the chance
@@ -105,7 +107,7 @@ class Adversary(_Frozen):
     plain_start: float = Field(default=0, ge=0, le=1)
 
 
-class Distillation(_Frozen):
+class Distillation(Frozen):
     """Learn from a teacher's plain logits beside the labels; the teacher is a trial of its own.
 
     loss = (1 - alpha) * cross-entropy + alpha * tau^2 * KL(teacher || student) at temperature tau.
@@ -117,7 +119,7 @@ class Distillation(_Frozen):
     tau: float = Field(default=1, gt=0)
 
 
-class CurriculumRow(_Frozen):
+class CurriculumRow(Frozen):
     """The augmentation of one epoch of a curriculum; cutmix_alpha 0 leaves CutMix out."""
 
     epoch: int = Field(ge=0)
@@ -127,7 +129,7 @@ class CurriculumRow(_Frozen):
     switch_probability: float = Field(ge=0, le=1)
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Everything that determines the weights; equal digests mean equal weights.
 
     Rates are peak rates at the total batch; `warmup_epochs` may be fractional; magnitudes and

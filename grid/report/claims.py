@@ -47,7 +47,7 @@ def judge_claims(
     """Judge every claim whose rows are in the tables."""
     rows = {(table.name, row.label): row for table in tables for row in table.rows}
     columns = {(table.name, c.name): c for table in tables for c in table.shown}
-    figures = {(t.name, *cell): f.value for t in tables for cell, f in t.published.items()}
+    figures = {(t.name, *cell): value for t in tables for cell, (value, _) in t.published.items()}
     judgements = []
     for claim in claims:
         if claim.row not in rows:

@@ -169,9 +169,7 @@ def _of_all(count: int, total: int, scale: Scale) -> str:
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    figure = table.published.get((row.label, column.name))
-    paper = figure.value if figure else None
-    source = figure.source if figure else ""
+    paper, source = table.published.get((row.label, column.name), (None, ""))
     metrics = [run.metrics for run in runs if run and _has_score(run, column)]
     if len(metrics) < len(runs):
         lacking = next(r for r in runs if r is None or not _has_score(r, column))
