@@ -18,10 +18,10 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from evaluators import memory
-from evaluators.base import Batch, Column, split_batches, verdicts
-from evaluators.ledger import Score, share, survival_scores
-from evaluators.pgd import FOLDED_ON, SUBSET_SEED, at_radius
-from trainables.data.base import WHOLE, Data, Shard, Split
+from evaluators.base import Batch, Column, Evaluator, verdicts
+from evaluators.ledger import Score, share
+from evaluators.pgd import FOLDED_ON, at_radius
+from trainables.data.base import WHOLE, Data, Shard
 from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked
@@ -41,7 +41,7 @@ BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
 logger = logging.getLogger(__name__)
 
 
-class AutoAttack:
+class AutoAttack(Evaluator):
     """The standard AutoAttack in the max-norm, stage by stage over the survivors.
 
     APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
@@ -82,7 +82,7 @@ class AutoAttack:
 
     def identity(self, source: Data) -> dict[str, Any]:
         return {
-            "images": self._images(source).ids_hash(),
+            **super().identity(source),
             "version": "standard",
             "epsilons": self.radii,
             "stages": self.stages,
@@ -91,21 +91,16 @@ class AutoAttack:
             "square_queries": self.square_queries,
         }
 
-    def total(self, source: Data) -> int:
-        return len(self._images(source))
-
     def cost(self, held_out: int, *, withstanding: float) -> float:
         """Count two passes for a step of APGD and three for one of FAB-T, and Square's queries."""
-        images = min(self.subset_size, held_out)
         steps = ITERATIONS + 1
         every_stage = 2 * steps + self.targets * steps * (2 + 3) + self.square_queries
         broken = 2 * STEPS_TO_BREAK
         each = 2 + withstanding * every_stage + (1 - withstanding) * broken
-        return len(self.radii) * images * each
+        return len(self.radii) * self.asked_about(held_out) * each
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        gathered = batch_size * GATHERED_BATCHES
-        return split_batches(self._images(source), batch_size=gathered, shard=shard)
+        return super().batches(source, batch_size=batch_size * GATHERED_BATCHES, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         rows, smaller, images_at_once = [], None, self.images_at_once
@@ -119,7 +114,7 @@ class AutoAttack:
         return pa.concat_tables(rows)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
-        scores = survival_scores(ledger)
+        scores = super().summarize(ledger)
         standard = ledger.filter(pc.equal(ledger["question"], ledger["question"][0]))
         right = sum(stage != CLEAN for stage in standard["stage"].to_pylist())
         scores.append(share(f"{self.name}/{CLEAN}", right, len(standard)))
@@ -133,9 +128,6 @@ class AutoAttack:
 
     def _radius(self, scale: Scale) -> Fraction:
         return scale.epsilon
-
-    def _images(self, source: Data) -> Split:
-        return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
     def _attack(self, victims: _Victims, smaller: _Victims | None) -> None:
         """Run every stage over the survivors of the one before.

@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from evaluators.ledger import LEDGER, Score, in_order
+from evaluators.ledger import LEDGER, Score, in_order, survival_scores
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.registry import data_set_named
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier
+    from trainables.scale import Scale
 
 EXAMPLES = 4
 FORWARD_SHARD = 10_000  # images that one forward pass each answers for
+SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -107,41 +110,57 @@ class Column:
         return replace(self, heading=f"{self.counterpart} ({scale})")
 
 
-class Evaluator(Protocol):
-    """A question asked of a classifier.
+class Evaluator(ABC):
+    """A question asked of a classifier: here of the held-out images, or of a subset of them.
 
-    `columns` are the scores that tables may show.
-
-    `identity` is what the verdicts depend on beside the model: equal identities, equal questions.
-    `total` is how many images there are; they are judged in shards of `least_shard` or more, each
-    stored when it is done, and `batches` are those of one shard. `judge` never aggregates;
-    `summarize` never sees a model. `cost`, from which a plan's hours follow, counts the forward
-    passes, of one image each, that a cell takes where `held_out` images are held out; a pass with a
-    gradient counts two. `withstanding`: the share of images that no attack breaks.
+    `columns` are the scores that tables may show. `least_shard` is how many images make a shard at
+    least, `subset_size` how many are drawn by a fixed seed (None: all are asked about).
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    columns: tuple[Column, ...] = ()
+    least_shard = FORWARD_SHARD
+    subset_size: int | None = None
 
-    @property
-    def columns(self) -> tuple[Column, ...]: ...
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
 
-    @property
-    def least_shard(self) -> int: ...
+    def images(self, source: Data) -> Split:
+        """Return the images that the question is about."""
+        if self.subset_size is None:
+            return source.held_out
+        return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
-    def identity(self, source: Data) -> dict[str, Any]: ...
+    def identity(self, source: Data) -> dict[str, Any]:
+        """Return all that verdicts depend on beside the model; equal ones are one question."""
+        return {"images": self.images(source).ids_hash()}
 
-    def total(self, source: Data) -> int: ...
+    def total(self, source: Data) -> int:
+        """Return how many images there are; each is judged in one shard."""
+        return len(self.images(source))
 
-    def cost(self, held_out: int, *, withstanding: float) -> float: ...
+    def asked_about(self, held_out: int) -> int:
+        """Return how many of so many held-out images the question is about."""
+        return held_out if self.subset_size is None else min(self.subset_size, held_out)
 
-    def batches(
-        self, source: Data, *, batch_size: int, shard: Shard = WHOLE
-    ) -> Iterable[Batch]: ...
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        """Count the forward passes of one image each; a pass with a gradient counts two.
 
-    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table: ...
+        withstanding: the share of images that no attack breaks.
+        """
+        return self.asked_about(held_out)
 
-    def summarize(self, verdicts: pa.Table) -> list[Score]: ...
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        """Yield the batches of a shard."""
+        return split_batches(self.images(source), batch_size=batch_size, shard=shard)
+
+    @abstractmethod
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
+        """Return the verdicts on a batch; never aggregates."""
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        """Return the scores of a ledger; never sees a model."""
+        return survival_scores(ledger)
 
 
 def device_named(name: str | None) -> torch.device:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, Column, split_batches, verdicts
+from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.corruption_kinds import corrupt
 from evaluators.intervals import of_mean
 from evaluators.ledger import Score
@@ -52,7 +52,7 @@ ALEXNET_ERRORS = {
 }
 
 
-class Corruptions:
+class Corruptions(Evaluator):
     """Error on corrupted images: mean over 15 kinds, over 19, mCE, per group and per kind.
 
     ImageNet-C is read as stored, 224 px. Without a stored set the 15 kinds are generated from 100

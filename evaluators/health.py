@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import FORWARD_SHARD, Batch, split_batches, verdicts
-from evaluators.ledger import Score, survival_scores
-from evaluators.pgd import SUBSET_SEED
+from evaluators.base import Batch, Evaluator, verdicts
 from evaluators.red_flags import HUGE_EPSILON
-from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.base import Data
 from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
@@ -23,7 +20,7 @@ HUGE_STEPS = 20
 IMAGES = 50
 
 
-class Health:
+class Health(Evaluator):
     """Two cheap questions that a sound attack surface answers in a known way.
 
     pgd-huge: does the answer survive 20 steps of PGD at epsilon 1/2? It must not.
@@ -31,27 +28,15 @@ class Health:
     """
 
     name = "health"
-    columns = ()
-    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
-        self.images = min(IMAGES, scale.attack_subset)
+        self.subset_size = min(IMAGES, scale.attack_subset)
 
     def identity(self, source: Data) -> dict[str, Any]:
-        return {
-            "images": self._images(source).ids_hash(),
-            "epsilon": HUGE_EPSILON,
-            "steps": HUGE_STEPS,
-        }
-
-    def total(self, source: Data) -> int:
-        return len(self._images(source))
+        return {**super().identity(source), "epsilon": HUGE_EPSILON, "steps": HUGE_STEPS}
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        return min(self.images, held_out) * (1 + 2 * (HUGE_STEPS + 1))
-
-    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
+        return self.asked_about(held_out) * (1 + 2 * (HUGE_STEPS + 1))
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         numbers_B = image_numbers(batch.ids)
@@ -80,9 +65,3 @@ class Health:
                 verdicts(batch, "gradient", answers, survived_B=has_gradient),
             ]
         )
-
-    def summarize(self, ledger: pa.Table) -> list[Score]:
-        return survival_scores(ledger)
-
-    def _images(self, source: Data) -> Split:
-        return source.held_out.subset(self.images, seed=SUBSET_SEED)

@@ -13,8 +13,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
-from evaluators.ledger import Score, survival_scores
+from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.data.registry import STORED_SETS
 from trainables.data.stored import stored_split
@@ -33,7 +32,7 @@ SCORES_BYTES = 256_000_000  # of what the reference holds at once while it judge
 ENTRY_BYTES = 17  # a float64, its negative or square, and a flag
 
 
-class Natural:
+class Natural(Evaluator):
     """Top-1 accuracy on natural images that are hard by themselves.
 
     ImageNet-A: `natural` answers among its 200 classes (the study's figure), `natural-1000` among
@@ -46,25 +45,22 @@ class Natural:
         Column("natural", "ImageNet-A", "Natural-adversarial", own_score="natural-1000"),
         Column("natural-1000", "ImageNet-A, among all 1,000", own_score="natural-1000"),
     )
-    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.data_set = scale.data_set
 
     def identity(self, source: Data) -> dict[str, Any]:
+        images = super().identity(source)
         if located := source.counterpart("natural"):
-            stored, root = located
-            return {"data": stored.title, "images": stored_split(stored, root, source).ids_hash()}
-        counterpart = {
-            "data": f"natural-adversarial ({source.name})",
-            "images": hardest(source).ids_hash(),
-        }
+            return {"data": located[0].title, **images}
+        counterpart = {"data": f"natural-adversarial ({source.name})", **images}
         if len(source.class_names) > MANY_CLASSES:
             counterpart["reference"] = "kernel ridge regression"
         return counterpart
 
-    def total(self, source: Data) -> int:
-        return len(_images(source))
+    def images(self, source: Data) -> Split:
+        located = source.counterpart("natural")
+        return stored_split(*located, source) if located else hardest(source)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         if self.data_set.generated:
@@ -72,7 +68,7 @@ class Natural:
         return STORED_SETS[self.data_set.counterpart("natural")].images
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        split, located = _images(source), source.counterpart("natural")
+        split, located = self.images(source), source.counterpart("natural")
         # A set of some of the classes is answered among these, as the study did.
         some = located is not None and not located[0].complete
         present = tuple(sorted(set(split.labels.tolist()))) if some else None
@@ -89,14 +85,6 @@ class Natural:
         restricted = allowed[logits_BK[:, allowed].argmax(dim=1)]
         rows = [verdicts(batch, "natural", restricted), verdicts(batch, "natural-1000", free)]
         return pa.concat_tables(rows)
-
-    def summarize(self, ledger: pa.Table) -> list[Score]:
-        return survival_scores(ledger)
-
-
-def _images(source: Data) -> Split:
-    located = source.counterpart("natural")
-    return stored_split(*located, source) if located else hardest(source)
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluators import PGD_STEPS
-from evaluators.base import Batch, Column, split_batches, verdicts
-from evaluators.ledger import Score, survival_scores
+from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.memory import images_at_once
-from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.base import Data
 from trainables.recipe import Protocol
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, half_precision, pgd_iterates, random_start
@@ -24,7 +23,6 @@ from trainables.train.noise import image_numbers, uniform
 if TYPE_CHECKING:
     from trainables.networks import Classifier
 
-SUBSET_SEED = 0
 FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0
 
@@ -34,7 +32,7 @@ def at_radius(radius: Fraction, radii: Sequence[Fraction]) -> str:
     return f"@{float(255 * radius):g}/255" if len(radii) > 1 else ""
 
 
-class PGD:
+class PGD(Evaluator):
     """PGD of several lengths as one trajectory with step epsilon/4 and a random start.
 
     `steps`: the lengths, unless given 5, 10, 50 and 100; the trajectory ends at the longest, and
@@ -59,21 +57,15 @@ class PGD:
     def identity(self, source: Data) -> dict[str, Any]:
         epsilons = list(self.radii.values())
         return {
-            "images": self._images(source).ids_hash(),
+            **super().identity(source),
             "epsilon": epsilons[0] if len(epsilons) == 1 else epsilons,
             "steps": self.steps,
             "protocol": self.protocol,
         }
 
-    def total(self, source: Data) -> int:
-        return len(self._images(source))
-
     def cost(self, held_out: int, *, withstanding: float) -> float:
         each = len(self.radii) * (len(self.steps) + 2 * self.steps[-1])
-        return min(self.subset_size, held_out) * each
-
-    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
+        return self.asked_about(held_out) * each
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         half = half_precision(batch.images.device, enabled=self.protocol == "as-published")
@@ -117,12 +109,6 @@ class PGD:
     def _start(self, batch: Batch, epsilon: float) -> Tensor:
         numbers_B = image_numbers(batch.ids)
         return random_start(batch.images, numbers_B, epsilon=epsilon, key=("pgd",))
-
-    def summarize(self, ledger: pa.Table) -> list[Score]:
-        return survival_scores(ledger)
-
-    def _images(self, source: Data) -> Split:
-        return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
 
 class PublishedPGD(PGD):

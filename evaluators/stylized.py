@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import FORWARD_SHARD, Batch, Column, split_batches, verdicts
-from evaluators.ledger import Score, share, survival_scores
-from trainables.data.base import WHOLE, Data, Shard, to_unit
+from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
+from evaluators.ledger import Score, share
+from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.stored import stored_split
 from trainables.scale import Scale
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TEXTURE = "texture:"
 
 
-class Stylized:
+class Stylized(Evaluator):
     """Top-1 accuracy by shape.
 
     Stylized-ImageNet: `stylized` at native size, `stylized-cropped` as the study's commands read
@@ -41,24 +41,23 @@ class Stylized:
         Column("stylized-cropped", "Stylized", "Cue conflict", "stylized", "stylized-cropped"),
         Column("stylized", "Stylized, native size", own_score="stylized-cropped"),
     )
-    least_shard = FORWARD_SHARD
 
     def __init__(self, scale: Scale) -> None:
         self.readings = 1 if scale.data_set.generated else 2
 
     def identity(self, source: Data) -> dict[str, Any]:
+        images = super().identity(source)
         if located := source.counterpart("stylized"):
-            stored, root = located
-            return {"data": stored.title, "images": stored_split(stored, root, source).ids_hash()}
+            return {"data": located[0].title, **images}
         return {
             "data": f"cue conflict ({source.name})",
-            "images": source.held_out.ids_hash(),
+            **images,
             "texture": "Fourier amplitude",
         }
 
-    def total(self, source: Data) -> int:
+    def images(self, source: Data) -> Split:
         located = source.counterpart("stylized")
-        return len(stored_split(*located, source) if located else source.held_out)
+        return stored_split(*located, source) if located else source.held_out
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return self.readings * held_out
@@ -86,7 +85,7 @@ class Stylized:
         shape = pc.sum(textured["survived"]).as_py() or 0
         texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
         bias = [share("stylized/shape-bias", shape, shape + texture)] if shape + texture else []
-        return survival_scores(ledger) + bias
+        return super().summarize(ledger) + bias
 
 
 def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batch]:

@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from evaluators.base import Batch, Column, split_batches, verdicts
+from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.intervals import of_mean
-from evaluators.ledger import Score, share, survival_scores
+from evaluators.ledger import Score, share
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
 from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
-from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import PatchBudget, Scale
 from trainables.train.adversary import attacked
 from trainables.train.folding import folded
@@ -38,7 +38,6 @@ FLAT = 1e-4
 FIRST_STOP = 3
 BONUS = 100.0  # more than any two rewards differ: they lie between log(1.19e-7) and 0
 FORWARD_BATCH = 256
-SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def _stops(seen_M: Tensor, means_MT: Tensor, *, flat: bool) -> Tensor:
     return seen_M | level if flat else seen_M
 
 
-class TexturePatchAttack:
+class TexturePatchAttack(Evaluator):
     """Survival under up to N texture patches, by REINFORCE (tpa) and by random search beside it.
 
     Both have the same budget and, per image, the same textures: those of one random class, not
@@ -383,8 +382,9 @@ class TexturePatchAttack:
         forward_batch: int = FORWARD_BATCH,
         seed: int = 0,
     ) -> None:
-        self.scale = scale
+        super().__init__(scale)
         self.budget = budget or scale.patch
+        self.subset_size = self.budget.images
         if self.budget.samples < 2:
             raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
         self.seed, self.forward_batch = seed, forward_batch
@@ -393,24 +393,21 @@ class TexturePatchAttack:
     def identity(self, source: Data) -> dict[str, Any]:
         given = self._given
         return {
-            "images": self._images(source).ids_hash(),
+            **super().identity(source),
             "budget": asdict(self.budget),
             "seed": self.seed,
             "dictionary": given.digest if given else dictionary_identity(self.scale, source),
         }
 
-    def total(self, source: Data) -> int:
-        return len(self._images(source))
-
     def cost(self, held_out: int, *, withstanding: float) -> float:
         """Count the queries of both searches, for the share of the budget that they use up."""
         budget = self.budget
         queries = 2 * budget.patches * budget.steps * budget.samples
-        return min(budget.images, held_out) * (1 + withstanding * queries)
+        return self.asked_about(held_out) * (1 + withstanding * queries)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         self._dictionary = self._given or dictionary_for(self.scale, source)
-        return split_batches(self._images(source), batch_size=batch_size, shard=shard)
+        return super().batches(source, batch_size=batch_size, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         with attacked(classifier):
@@ -468,16 +465,13 @@ class TexturePatchAttack:
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return survival of each question, after each number of patches, and mean queries."""
-        scores = survival_scores(ledger)
+        scores = super().summarize(ledger)
         most = self.budget.patches * self.budget.steps * self.budget.samples
         for question in POLICIES:
             rows = ledger.filter(pc.equal(ledger["question"], question))
             scores += _by_patches(rows, question, self.budget.patches)
             scores += _mean_queries(rows, question, most)
         return scores
-
-    def _images(self, source: Data) -> Split:
-        return source.held_out.subset(self.budget.images, seed=SUBSET_SEED)
 
 
 def _rows(batch: Batch, question: str, outcome: Outcome) -> pa.Table:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,7 +17,8 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
-from evaluators import EVALUATORS, PGD_STEPS, base, evaluator_named
+import evaluators
+from evaluators import EVALUATORS, PGD_STEPS, base, column_named, evaluator_named
 from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.clean import Clean
 from evaluators.ledger import LEDGER, share, survival_scores
@@ -45,8 +50,7 @@ def classifier(few_digits):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", EVALUATORS)
-def test_every_evaluator_keeps_the_contract(name, classifier, few_digits):
+def keeps_the_contract(name, classifier, few_digits):
     evaluator = evaluator_named(name, THRIFTY)
     assert evaluator.name == name
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
@@ -62,6 +66,32 @@ def test_every_evaluator_keeps_the_contract(name, classifier, few_digits):
     assert all(torch.equal(value, before[k]) for k, value in classifier.state_dict().items())
     assert all(p.requires_grad for p in classifier.parameters())
     assert evaluate(evaluator, classifier, few_digits, device=CPU).equals(ledger)
+    return scores
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_evaluator_keeps_the_contract(name, classifier, few_digits):
+    keeps_the_contract(name, classifier, few_digits)
+
+
+def test_the_documented_evaluator_is_added_by_its_file_and_its_entry(
+    classifier, few_digits, tmp_path, monkeypatch
+):
+    page = (Path(__file__).parents[1] / "docs" / "evaluator.md").read_text()
+    code, entry = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "noise.py").write_text(code)
+    monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "evaluators.noise", None)
+    monkeypatch.delitem(sys.modules, "evaluators.noise")
+    for name, place in ast.literal_eval(f"{{{entry}}}").items():
+        monkeypatch.setitem(EVALUATORS, name, place)
+    (score,) = keeps_the_contract("noise", classifier, few_digits)
+    assert (score.name, score.n) == ("noise", 60)
+    assert column_named("noise").title == "Under noise"
+    assert evaluator_named("noise", DIGITS).cost(597, withstanding=1.0) == 597
+    clean = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    noisy = evaluate(evaluator_named("noise", DIGITS), classifier, few_digits, device=CPU)
+    assert noisy["predicted"] != clean["predicted"]
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
