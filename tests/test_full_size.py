@@ -51,7 +51,7 @@ def data(tmp_path_factory):
             torch.save(torch.zeros(1).expand(3, 224, 224), path)
     found = load_data(IMAGENET, DataSource(root=root))
     # Under another name, so that counterparts are generated for the sets that are not there.
-    return replace(found, data_set=replace(found.data_set, name="a sample"))
+    return replace(found, data_set=replace(found.data_set, name="a sample", generated=True))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_name_that_is_taken_and_a_stored_set_that_is_not_known_are_refused(sha
 
 def test_a_stored_set_that_a_scale_does_not_read_is_refused(tmp_path):
     source = DataSource(root=tmp_path, stored=(("imagenet-c", tmp_path),))
-    with pytest.raises(ValueError, match=r"--imagenet-c is not read at scale 'cifar10'"):
+    with pytest.raises(ValueError, match=r"--stored imagenet-c=DIR is not read at scale 'cifar10'"):
         scale_of("cifar10", source)
 
 

@@ -360,7 +360,7 @@ def scale_of(name: str, source: DataSource, *, image_size: int | None = None) ->
         for option, _ in source.stored:
             if option not in data_set.counterparts:
                 raise ValueError(
-                    f"--{option} is not read at scale {name!r}: its stored sets are "
+                    f"--stored {option}=DIR is not read at scale {name!r}: its stored sets are "
                     f"{', '.join(data_set.counterparts) or 'none'}"
                 )
         if image_size is not None:

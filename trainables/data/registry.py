@@ -28,7 +28,7 @@ EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not o
 class StoredSet:
     """A published out-of-distribution set, and the evaluator that reads it.
 
-    It lies where the option of its name says, or in the folder of its name below the data.
+    It lies where `--stored NAME=DIR` says, or in the folder of its name below the data.
     `folder`: where its class folders lie below its root. `classes`: timm's list of its classes,
     none: the data's own. `images`: as published, of each kind and severity where it has kinds.
     `complete`: every class has a folder. `native`: stored at the data's size. `arrays`: the
