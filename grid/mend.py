@@ -29,7 +29,10 @@ def mend_weights(
 
     `path`: the path or URI of its weights in the storage.
     """
-    copies = {"MLflow": lambda: tracker.artifact(run, WEIGHTS), path: lambda: read_file(path)}
+    copies = {
+        "MLflow": lambda: tracker.artifact(run.artifact_uri, WEIGHTS),
+        path: lambda: read_file(path),
+    }
     needed = ["MLflow"] * judged + [path] * teaches
     damaged = [place for place in needed if not _is_sound(copies[place](), run)]
     if not damaged:

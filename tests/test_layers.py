@@ -30,6 +30,7 @@ LIGHT = (
     "grid/run.py",
     "grid/address.py",
     "grid/signals.py",
+    "trainables/models.py",
     "trainables/store/results.py",
     "grid/study.py",
     "grid/axes.py",

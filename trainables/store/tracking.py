@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow.artifacts
+import mlflow.pyfunc
 import numpy as np
 import requests
 from mlflow.entities import (
@@ -32,7 +33,9 @@ from mlflow.entities import (
     ViewType,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from packaging.specifiers import SpecifierSet
@@ -63,7 +66,9 @@ LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
 SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-VIEW_TAG = "mlflow.sharedViewState."  # under which the UI keeps a view that a link opens
+# Under which the UI keeps a view that a link opens. MLflow documents neither this nor what
+# `check_address` calls: checked with 3.17.
+VIEW_TAG = "mlflow.sharedViewState."
 CLASSES_FILE = "classes.json"
 LEDGERS = "ledgers"  # the folder of a run's artifacts
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
@@ -202,7 +207,7 @@ class Tracker:
         runs = self._search(_study_query(study))
         if not runs:
             return []
-        content = self._artifact(runs[0].info.artifact_uri, CLASSES_FILE)
+        content = self.artifact(runs[0].info.artifact_uri, CLASSES_FILE)
         return list(json.loads(content)) if content else []
 
     def give_up(self) -> None:
@@ -387,7 +392,7 @@ class Tracker:
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger as it was stored; DamagedError where it is not there so."""
         name = f"{LEDGERS}/{evaluator}.parquet"
-        content = self.artifact(run, name)
+        content = self.artifact(run.artifact_uri, name)
         if content is None:
             raise DamagedError(f"{run.artifact_uri}/{name} is missing")
         sha256 = hashlib.sha256(content).hexdigest()
@@ -395,11 +400,8 @@ class Tracker:
             raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
         return content
 
-    def artifact(self, run: TrialRun, name: str) -> bytes | None:
-        """Return the content of an artifact, None where there is none."""
-        return self._artifact(run.artifact_uri, name)
-
-    def _artifact(self, artifact_uri: str, name: str) -> bytes | None:
+    def artifact(self, artifact_uri: str, name: str) -> bytes | None:
+        """Return the content of an artifact of a run, None where there is none."""
         try:
             return fetch_artifact(self.uri, artifact_uri, name).read_bytes()
         except (MlflowException, OSError):
@@ -551,10 +553,6 @@ def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
 
 def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
     """Write what MLflow needs beside the weights to load them: loader, signature, an example."""
-    import mlflow.pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
     number, shape = np.dtype("float32"), (3, image_size, image_size)
     mlflow.pyfunc.save_model(
         folder,
