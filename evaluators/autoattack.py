@@ -344,10 +344,10 @@ class _FABAgainst(FABAttack_PT):  # type: ignore[misc]
         self.targets_R = targets_R
 
     def get_diff_logits_grads_batch(self, imgs: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.get_diff_logits_grads_batch_targeted(
+        differences: tuple[Tensor, Tensor] = self.get_diff_logits_grads_batch_targeted(
             imgs, la, self.targets_R
         )
-        return found
+        return differences
 
 
 def _fab_t(victims: _Victims, run: _Run, *, queries: int) -> None:
@@ -392,8 +392,8 @@ def _square(victims: _Victims, run: _Run, *, queries: int) -> None:
         device=run.images.device,
     )
     attack.init_hyperparam(run.images)
-    asked, images_RCHW = attack.attack_single_run(run.images, run.labels)
-    for owner, count in zip(run.owners.tolist(), asked.tolist(), strict=True):
+    counts, images_RCHW = attack.attack_single_run(run.images, run.labels)
+    for owner, count in zip(run.owners.tolist(), counts.tolist(), strict=True):
         victims.queries[owner] = int(count)
     victims.try_break(run.owners, run.ranks, images_RCHW)
 

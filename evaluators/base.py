@@ -100,10 +100,10 @@ class Column:
 
         scores: those of the models judged so far, which tell what data they were judged on.
         """
-        own = not data_set_named(scale).generated
+        is_own = not data_set_named(scale).generated
         if self.own_score and self.evaluator in scores:
-            own = self.own_score in scores
-        if own or not (self.counterpart or self.own_score):
+            is_own = self.own_score in scores
+        if is_own or not (self.counterpart or self.own_score):
             return self
         if not self.counterpart:
             return None
@@ -205,8 +205,8 @@ def evaluate(
     batches = evaluator.batches(source, batch_size=batch_size, shard=shard)
     with closing(one_ahead(batches)) as ready:
         for batch in ready:
-            kept = replace(batch, examples=examples & set(batch.ids))
-            parts += _judge_in_memory(evaluator, classifier, kept, device)
+            shown = replace(batch, examples=examples & set(batch.ids))
+            parts += _judge_in_memory(evaluator, classifier, shown, device)
     return in_order(pa.concat_tables(parts))
 
 
@@ -272,8 +272,8 @@ def verdicts(
 def _examples(batch: Batch, judged_BCHW: Tensor | None) -> list[bytes | None]:
     if judged_BCHW is None:
         return [None] * len(batch.ids)
-    kept = zip(batch.ids, judged_BCHW, strict=True)
-    return [_png(image) if image_id in batch.examples else None for image_id, image in kept]
+    pairs = zip(batch.ids, judged_BCHW, strict=True)
+    return [_png(image) if image_id in batch.examples else None for image_id, image in pairs]
 
 
 def _png(image_3HW: Tensor) -> bytes:

@@ -32,17 +32,15 @@ def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
 
 def is_checked(ledgers: Iterable[pa.Table]) -> bool:
     """Say whether one model's ledgers hold every question of the health evaluator."""
-    asked = {
-        question for ledger in ledgers for question in pc.unique(ledger["question"]).to_pylist()
-    }
-    return asked >= HEALTH_QUESTIONS
+    questions = {q for ledger in ledgers for q in pc.unique(ledger["question"]).to_pylist()}
+    return questions >= HEALTH_QUESTIONS
 
 
 def _more_steps_help_the_model(ledger: pa.Table) -> Iterator[str]:
-    asked = (LENGTH.fullmatch(question) for question in pc.unique(ledger["question"]).to_pylist())
+    names = (LENGTH.fullmatch(question) for question in pc.unique(ledger["question"]).to_pylist())
     lengths: dict[str, list[int]] = {}
-    for found in filter(None, asked):
-        lengths.setdefault(found[2] or "", []).append(int(found[1]))
+    for name in filter(None, names):
+        lengths.setdefault(name[2] or "", []).append(int(name[1]))
     for radius, steps in lengths.items():
         yield from _longer_is_weaker(ledger, sorted(steps), radius)
 

@@ -153,8 +153,8 @@ class LSTMPolicy:
         moments = self._adam.state[self._parameters]
         self._parameters = self._parameters.detach()[index].requires_grad_(True)
         self._adam = torch.optim.Adam([self._parameters], lr=RATE)
-        kept = {name: value[index] if value.ndim else value for name, value in moments.items()}
-        self._adam.state[self._parameters] = kept
+        rows = {name: value[index] if value.ndim else value for name, value in moments.items()}
+        self._adam.state[self._parameters] = rows
 
 
 def _initial(normal: int, rest: int, generator: torch.Generator) -> Tensor:
@@ -177,8 +177,8 @@ def _lstm(
 
 def _inverse_cdf(probability_MSV: Tensor, uniform_MS: Tensor) -> Tensor:
     cumulative = probability_MSV.cumsum(dim=2)
-    found = torch.searchsorted(cumulative, uniform_MS[..., None].contiguous(), right=True)
-    return found[..., 0].clamp_(max=probability_MSV.shape[2] - 1)
+    index = torch.searchsorted(cumulative, uniform_MS[..., None].contiguous(), right=True)
+    return index[..., 0].clamp_(max=probability_MSV.shape[2] - 1)
 
 
 def paste(task: Task, actions_NA: Tensor, owner_N: Tensor, *, side: int) -> Tensor:
@@ -388,15 +388,15 @@ class TexturePatchAttack(Evaluator):
         if self.budget.samples < 2:
             raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
         self.seed, self.forward_batch = seed, forward_batch
-        self._given = self._dictionary = dictionary
+        self._stated = self._dictionary = dictionary
 
     def identity(self, source: Data) -> dict[str, Any]:
-        given = self._given
+        stated = self._stated
         return {
             **super().identity(source),
             "budget": asdict(self.budget),
             "seed": self.seed,
-            "dictionary": given.digest if given else dictionary_identity(self.scale, source),
+            "dictionary": stated.digest if stated else dictionary_identity(self.scale, source),
         }
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
@@ -406,7 +406,7 @@ class TexturePatchAttack(Evaluator):
         return self.asked_about(held_out) * (1 + withstanding * queries)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        self._dictionary = self._given or dictionary_for(self.scale, source)
+        self._dictionary = self._stated or dictionary_for(self.scale, source)
         return super().batches(source, batch_size=batch_size, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
@@ -423,8 +423,8 @@ class TexturePatchAttack(Evaluator):
         task = self._task(batch)
         parts = [verdicts(batch, "tpa/clean", clean_B)]
         for question, policy_of in POLICIES.items():
-            own = tuple(self._generator(question, i) for i in batch.ids)
-            outcome = search.run(replace(task, generators=own), clean_B, policy_of)
+            generators = tuple(self._generator(question, i) for i in batch.ids)
+            outcome = search.run(replace(task, generators=generators), clean_B, policy_of)
             parts.append(_rows(batch, question, outcome))
         return pa.concat_tables(parts)
 
