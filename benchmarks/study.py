@@ -21,8 +21,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.measure import Figure, require, seconds
+from grid.options import RunOptions
 from grid.plan import Trial, build_plan
-from grid.run import _parser
 from grid.study import load_study
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
@@ -41,7 +41,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 
 def beside_scripts(arguments: Sequence[str], *, repeats: int) -> Figure:
     """Time both sides in turns on what the command's arguments ask for."""
-    options = _parser().parse_args(arguments)
+    options = RunOptions.read(arguments)
     plan = build_plan(
         load_study(options.study), DIGITS, tables=options.tables, evaluators=options.evaluators
     )

@@ -153,8 +153,8 @@ class Room:
             there = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in self._nodes]
             raise ValueError(
                 f"a trial needs {placement}, but Ray has free {'; '.join(there)}; "
-                f"lower {'--workers, ' if placement.workers > 1 else ''}--cpus-per-trial or "
-                "--gpus-per-trial"
+                f"lower {'--workers, ' if placement.workers > 1 else ''}--cpus-per-worker or "
+                "--gpus-per-worker"
             )
 
     @property

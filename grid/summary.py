@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,11 @@ from contextlib import suppress
 from evaluators import evaluator_of
 from grid.axes import field_text, format_settings
 from grid.estimate import Item, Machines, disk_bytes, longest_chain, work_of
+from grid.options import RunOptions
 from grid.plan import Plan, Trial
 from grid.progress import format_seconds
 from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
-from trainables.options import amount, count
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.results import DATABASE
@@ -25,40 +24,8 @@ MOST_VALUES = 12  # of a field in which trials differ
 INDENT = " " * 16
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add --plan and what it can be told."""
-    group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--plan", action="store_true", help="print trials, hours, disk and cost, and stop"
-    )
-    group.add_argument("--all", action="store_true", help="print every trial of the plan as well")
-    group.add_argument(
-        "--seconds-per-unit",
-        type=amount,
-        metavar="X",
-        help="seconds of one worker for a unit of work: at digits a second of one core, elsewhere "
-        "an epoch of 10^9 multiply-accumulates an image (default: what finished trials took)",
-    )
-    group.add_argument(
-        "--trials-at-once",
-        type=count,
-        metavar="N",
-        help="how many trials run side by side (default: as many as this machine has cores for)",
-    )
-    group.add_argument(
-        "--dollars-per-gpu-hour", type=amount, metavar="D", help="price of a GPU-hour"
-    )
-
-
-def check_plan_options(options: argparse.Namespace) -> None:
-    """Raise ValueError where an option of the plan is given without --plan."""
-    for name in ("all", "seconds_per_unit", "trials_at_once", "dollars_per_gpu_hour"):
-        if getattr(options, name) and not options.plan:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --plan")
-
-
 def print_plan(
-    options: argparse.Namespace, study: Study, plan: Plan, scale: Scale, source: DataSource
+    options: RunOptions, study: Study, plan: Plan, scale: Scale, source: DataSource
 ) -> None:
     """Print a plan's trials by table, what is shared and refused, and what all of it takes."""
     settings = f" with {format_settings(study.settings)}" if study.settings else ""
@@ -95,7 +62,7 @@ def _print_lines(lines: Iterator[str] | tuple[str, ...]) -> None:
 
 
 def _measured(
-    options: argparse.Namespace, plan: Plan, scale: Scale, work: Mapping[Item, float]
+    options: RunOptions, plan: Plan, scale: Scale, work: Mapping[Item, float]
 ) -> tuple[float | None, str]:
     """Return the seconds that finished trials of the plan took for a unit of their work."""
     from grid.status import open_existing
@@ -111,7 +78,7 @@ def _measured(
     return (seconds / units if units else None), f"{finished} finished trials"
 
 
-def _machines(options: argparse.Namespace, rate: float) -> Machines:
+def _machines(options: RunOptions, rate: float) -> Machines:
     cpus, gpus, workers = options.cpus_per_worker, options.gpus_per_worker, options.workers
     here = 1 if gpus else max(1, len(os.sched_getaffinity(0)) // (cpus * workers))
     return Machines(

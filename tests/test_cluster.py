@@ -420,7 +420,7 @@ def test_a_check_looks_at_every_node(study, tmp_path, cluster, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     cluster.add_node(num_cpus=1)
     results = tmp_path / "results"
-    arguments = ("--check", "60", "--address", cluster.address)
+    arguments = ("--check", "--wait", "60", "--address", cluster.address)
     said = ended(start(study, results, *arguments, "--workers", "1"))
     assert "2 nodes, 1 CPUs, 0 GPUs" in said
     assert f"writes {results}" in said

@@ -12,8 +12,9 @@ import pytest
 
 from evaluators import EVALUATORS
 from evaluators.options import JudgeOptions
-from grid import run
+from grid.options import RunOptions
 from tests.paper import BASES, with_settings
+from trainables.options import Options
 from trainables.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -78,27 +79,27 @@ def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
 def _judges(arguments: list[str]) -> None:
     """Parse as `python -m evaluators` does."""
     words = ["--weights", "FILE", *arguments]
-    parser = argparse.ArgumentParser()
-    JudgeOptions.add_to(parser)
-    _parsed(parser, words)
+    _know_each_option(JudgeOptions, words)
     JudgeOptions.read(words)
 
 
 def _runs(arguments: list[str]) -> None:
     """Parse as `grid/run.py` does; what is set changes a base recipe, every evaluator is one."""
-    options = _parsed(run._parser(), arguments)
-    settings = run._parse_settings(options.settings)
+    _know_each_option(RunOptions, arguments)
+    options = RunOptions.read(arguments)
+    settings = options.settings()
     assert set(options.evaluators or ()) <= set(EVALUATORS)
     if settings:
         bases = list(BASES.values())
         assert any(_digest(base, settings) not in (None, base.digest()) for base in bases)
 
 
-def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Parse, and take no option that is only short for one."""
+def _know_each_option(options: type[Options], arguments: list[str]) -> None:
+    """Take no option that is only short for one."""
+    parser = argparse.ArgumentParser()
+    options.add_to(parser)
     known = {option for action in parser._actions for option in action.option_strings}
     assert {argument for argument in arguments if argument.startswith("--")} <= known
-    return parser.parse_args(arguments)
 
 
 def _digest(recipe: Recipe, settings: dict[str, Any]) -> str | None:

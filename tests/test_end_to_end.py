@@ -257,7 +257,9 @@ def refusal(capsys, arguments):
 
 def test_a_trial_too_big_for_the_machine_is_refused_before_any_compute(study, tmp_path, capsys):
     results = tmp_path / "results"
-    told = refusal(capsys, options(results, study, "--cpus-per-trial", "512", "--address", "local"))
+    told = refusal(
+        capsys, options(results, study, "--cpus-per-worker", "512", "--address", "local")
+    )
     assert "a trial needs 512 CPUs and 0 GPUs, but Ray has" in told
     assert not (results / "mlflow.db").exists()
 

@@ -34,6 +34,7 @@ from evaluators.textures_build.networks import vgg19_network
 from evaluators.weights import load_any_weights
 from grid import run
 from grid.axes import AXES
+from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.study import load_study
 from tests.paper import BASES, deit, resnet50
@@ -211,7 +212,7 @@ def ends_well(main, arguments, capsys):
     return code == 0 or (code == 2 and bool(said.err))
 
 
-@given(arguments=words(run._parser()))
+@given(arguments=words(parser_of(RunOptions)))
 @counted
 def test_any_words_after_plan_end_in_0_or_2(arguments, capsys):
     assert ends_well(run.main, ["--plan", *arguments], capsys)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from grid.options import RunOptions
 from grid.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +38,15 @@ def refusal(capsys, *arguments):
             ["--scale", "mnist"],
             "unknown scale 'mnist'; one of ['cifar10', 'digits', 'folder', 'imagenet']",
         ),
-        (["--seeds", "0"], "'0' is not a whole number of at least 1"),
-        (["--cpus-per-trial", "two"], "'two' is not a whole number"),
-        (["--gpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
-        (["--hung-after", "0"], "a step takes more than 0 seconds"),
-        (["--workers", "0"], "'0' is not a whole number of at least 1"),
+        (["--seeds", "0"], "--seeds '0': input should be greater than or equal to 1"),
+        (["--cpus-per-worker", "two"], "--cpus-per-worker 'two': input should be a valid integer"),
+        (["--gpus-per-worker", "-1"], "--gpus-per-worker '-1': input should be greater than or"),
+        (["--gpus-per-worker", "nan"], "--gpus-per-worker 'nan': input should be a finite number"),
+        (["--hung-after", "0"], "--hung-after '0': input should be greater than 0"),
+        (["--workers", "0"], "--workers '0': input should be greater than or equal to 1"),
         (["--trials-at-once", "8"], "--trials-at-once goes with --plan"),
+        (["--wait", "8"], "--wait goes with --check"),
+        (["--plan", "--status", "--report"], "--plan and --status and --report exclude each other"),
         (["--all"], "--all goes with --plan"),
         (["--set", "precision"], "--set wants FIELD=VALUE, not 'precision'"),
         (["--set", "=1"], "--set: unknown field ''; one of optimizer, augmentation"),
@@ -53,7 +58,7 @@ def refusal(capsys, *arguments):
         (["--set", "micro_batch=1\nseed=2"], "micro_batch: Input should be a valid integer"),
         (["--set", "curriculum=" + "[" * 5000], "unknown curriculum"),
         (["--set", "colour=red", "--data", "d"], "unknown field 'colour'"),
-        (["--sceale", "digits"], "unrecognized arguments"),
+        (["--sceale", "digits"], "unrecognized arguments: --sceale digits. Did you mean --scale?"),
     ],
 )
 def test_wrong_options_are_refused_with_what_is_allowed(capsys, arguments, message):
@@ -249,6 +254,23 @@ def test_plan_prints_what_is_refused_and_why(capsys, tmp_path):
     path.write_text('name="s"\nbase="resnet50"\n[axes]\nfamily=["resnet","deit"]\nnorm=["ghost"]\n')
     assert main(["--plan", "--study", str(path)]) == 0
     assert "refused: 1 x norm 'ghost' needs" in capsys.readouterr().out
+
+
+def test_help_shows_25_options_and_help_all_every_one(capsys):
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([option])
+        shown[option] = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert len(shown["--help"]) <= 25
+    assert shown["--help-all"] - shown["--help"] >= {"--hung-after", "--storage", "--stored"}
+
+
+def test_words_of_set_may_hold_commas_and_quotes():
+    words = ["--set", "augmentation=randaug+mixup", 'activation="gelu"', "--set", "a=[1, {b = 2}]"]
+    options = RunOptions.read([*words, "--only", "family=resnet,deit epochs=10"])
+    assert options.set == ("augmentation=randaug+mixup", 'activation="gelu"', "a=[1, {b = 2}]")
+    assert options.kept_values() == {"family": ("resnet", "deit"), "epochs": ("10",)}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--plan", "--study", "full"]])

@@ -13,6 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self
+from urllib.parse import quote, unquote
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticUndefined
@@ -31,14 +32,30 @@ from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
 from trainables.recipe import unknown
 
+HELP_ALL = "--help-all"
 Count = Annotated[int, Field(ge=1)]
 # Several words after one option, with spaces or commas between them.
 Split = BeforeValidator(lambda words: words.split(",") if isinstance(words, str) else words)
+# The same, with spaces only: pydantic-settings joins by commas what `verbatim` has quoted.
+Verbatim = BeforeValidator(
+    lambda words: [unquote(word) for word in words.split(",")] if isinstance(words, str) else words
+)
 
 
-def option(default: Any, description: str, metavar: str = "", **bounds: Any) -> Any:
-    """Declare an option: its default (... for none), what it does, and what its value is called."""
-    shown: dict[str, Any] = {"metavar": metavar} if metavar else {}
+def option(
+    default: Any,
+    description: str,
+    metavar: str = "",
+    *,
+    verbatim: bool = False,
+    advanced: bool = False,
+    **bounds: Any,
+) -> Any:
+    """Declare an option: its default (... for none), what it does, and what its value is called.
+
+    verbatim: its words may hold commas and quotes. advanced: only --help-all shows it.
+    """
+    shown: dict[str, Any] = {"metavar": metavar or None, "verbatim": verbatim, "advanced": advanced}
     return Field(default, description=description, json_schema_extra=shown, **bounds)
 
 
@@ -72,16 +89,18 @@ class Options(BaseSettings):
         """Read the words; wrong ones end the command with exit code 2 and say what is right."""
         usage = f"{cls.prog} [options]"
         parser = _Parser(prog=cls.prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
-        source = cls.add_to(parser)
         arguments = list(sys.argv[1:] if words is None else words)
+        source = cls.add_to(parser, advanced=HELP_ALL in arguments)
         try:
             return CliApp.run(cls, cli_args=arguments, cli_settings_source=source)
         except (ValidationError, SettingsError) as error:
             parser.error(_in_plain_words(error))
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> CliSettingsSource[argparse.ArgumentParser]:
-        """Add the options to a parser, in their groups."""
+    def add_to(
+        cls, parser: argparse.ArgumentParser, *, advanced: bool = True
+    ) -> CliSettingsSource[argparse.ArgumentParser]:
+        """Add the options to a parser, in their groups; the help may leave out the advanced."""
         owners = {
             name: owner
             for owner in reversed(cls.__mro__)
@@ -96,12 +115,20 @@ class Options(BaseSettings):
         def add(_: Any, *flags: str, **settings: Any) -> None:
             name = settings["dest"]
             field = cls.model_fields[name]
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and "metavar" in extra:
+            extra: Any = field.json_schema_extra
+            if extra["metavar"]:
                 settings["metavar"] = extra["metavar"]
-            shown = _default_text(field.default)
-            settings["help"] = f"{field.description}{shown}".replace("%", "%%")
+            if extra["verbatim"]:
+                settings["type"] = quote
+            if settings.get("nargs") == "*":
+                settings["action"] = "extend"
+            text = f"{field.description}{_default_text(field.default)}".replace("%", "%%")
+            settings["help"] = text if advanced or not extra["advanced"] else argparse.SUPPRESS
             groups[owners[name]].add_argument(*flags, **settings)
+
+        extras: Any = [field.json_schema_extra for field in cls.model_fields.values()]
+        if any(extra["advanced"] for extra in extras):
+            parser.add_argument(HELP_ALL, action="help", help="show every option and exit")
 
         return CliSettingsSource(cls, root_parser=parser, add_argument_method=add)
 
@@ -132,7 +159,7 @@ def _in_plain_words(error: ValidationError | SettingsError) -> str:
     name = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"--{name}: {said}"
+        return f"--{name}: {said}" if name else said
     return f"--{name} {first['input']!r}: {said[0].lower()}{said[1:]}"
 
 
@@ -161,16 +188,22 @@ class DataOptions(Options):
         "SHARE",
         ge=0,
         lt=1,
+        advanced=True,
     )
     stored: CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Split]] = option(
         (),
         f"where further sets lie (default: NAME/ below the data): {', '.join(STORED_SETS)}",
         "NAME=DIR",
+        advanced=True,
     )
     download: bool = option(False, "fetch CIFAR-10's archive where it is not there")
     skip_damaged: bool = option(False, "go on without unreadable images")
     data_workers: int = option(
-        0, "processes that decode and augment for each trial; 0: the trial's own", "N", ge=0
+        0,
+        "processes that decode and augment for each trial; 0: the trial's own",
+        "N",
+        ge=0,
+        advanced=True,
     )
     data_memory: float = option(
         2.0,
@@ -179,6 +212,7 @@ class DataOptions(Options):
         "GIB",
         ge=0,
         lt=2**20,
+        advanced=True,
     )
 
     @field_validator("stored")
@@ -191,15 +225,6 @@ class DataOptions(Options):
             if name not in STORED_SETS:
                 raise ValueError(unknown("set", name, STORED_SETS))
         return words
-
-    @classmethod
-    def of(cls, namespace: argparse.Namespace) -> Self:
-        """Read the options that `add_to` added to another parser; ValueError."""
-        words = {name: getattr(namespace, name, None) for name in cls.model_fields}
-        try:
-            return cls.model_validate({k: word for k, word in words.items() if word is not None})
-        except ValidationError as error:
-            raise ValueError(_in_plain_words(error)) from None
 
     def source(self, *, cache: Path | None = None) -> DataSource:
         """Return the data source that is named; ValueError on a folder that is not there."""
@@ -235,29 +260,3 @@ def fraction(text: str, kind: str, example: str) -> Fraction:
 def _exact(text: str) -> Fraction:
     # The exact fraction of 1e-999999999 would take hours.
     return Fraction(float(text) if "e" in text.lower() else Decimal(text))
-
-
-def count(text: str) -> int:
-    """Read a whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """Read a finite number of at least 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def uri_without_password(text: str) -> str:
-    """Take an address, for argparse."""
-    try:
-        return without_password(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

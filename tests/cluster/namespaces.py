@@ -193,7 +193,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     def on_head(options: str = "") -> list[str]:
         return ["ray", "exec", "--no-config-cache", str(cluster), f"{command} {options}"]
 
-    said = sh(shlex.join(on_head(f"--check {PATIENCE}")), env=environment, cwd=ROOT)
+    said = sh(shlex.join(on_head(f"--check --wait {PATIENCE}")), env=environment, cwd=ROOT)
     print(said)
     assert "3 nodes, 3 CPUs" in said
     driver = subprocess.Popen(on_head(), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
@@ -206,7 +206,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
     assert code == 0, f"the study ended with {code}"
     assert len(list(results.glob("trials/*/weights.safetensors"))) == 1
     checked = subprocess.run(
-        on_head("--check 1"),
+        on_head("--check --wait 1"),
         cwd=ROOT,
         env=environment,
         text=True,

@@ -1,0 +1,196 @@
+"""The options of `python grid/run.py`."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import model_validator
+from pydantic_settings import CliVariadicArg, NoDecode
+
+from grid.axes import AXES, SETTABLE
+from grid.study import DEFAULT, STUDIES
+from trainables.options import Address, Count, DataOptions, Options, Split, Verbatim, option
+from trainables.recipe import unknown
+from trainables.scale import scale_names
+from trainables.watchdog import HUNG_SECONDS
+
+Names = CliVariadicArg[Annotated[tuple[str, ...] | None, NoDecode, Split]]
+Words = CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Verbatim]]
+MODES = ("plan", "check", "status", "report")
+
+
+class ModeOptions(Options):
+    """Instead of a run."""
+
+    plan: bool = option(False, "print trials, hours, disk and cost")
+    check: bool = option(
+        False, "look at data, disk, memory and device, and on a cluster at every node"
+    )
+    status: bool = option(False, "print how far the study is")
+    report: bool = option(False, "write the report again")
+    all: bool = option(False, "with --plan: print every trial as well")
+    seconds_per_unit: float | None = option(
+        None,
+        "with --plan: seconds of one worker for a unit of work, at digits a second of one core, "
+        "elsewhere an epoch of 10^9 multiply-accumulates an image (default: as finished trials "
+        "took)",
+        "X",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    trials_at_once: Count | None = option(
+        None,
+        "with --plan: how many trials run side by side (default: as many as this machine has cores "
+        "for)",
+        "N",
+        advanced=True,
+    )
+    dollars_per_gpu_hour: float | None = option(
+        None, "with --plan: price of a GPU-hour", "D", ge=0, allow_inf_nan=False
+    )
+    wait: Count = option(
+        600,
+        "with --check: seconds to wait for the nodes that the cluster file promises",
+        "SECONDS",
+        advanced=True,
+    )
+
+
+class PlaceOptions(Options):
+    """Places."""
+
+    results: Path = option(
+        Path("results"),
+        "folder of everything that a run makes; nodes of a cluster share it (GRID_RESULTS sets "
+        "the default)",
+        "DIR",
+    )
+    storage: Address | None = option(
+        None,
+        "folder, s3:// or gs:// where trials put checkpoints and weights (default: the results)",
+        "PLACE",
+        advanced=True,
+    )
+    mlflow: Address | None = option(
+        None,
+        "MLflow server (MLFLOW_TRACKING_URI sets the default; without one, a database in the "
+        "results)",
+        "URI",
+    )
+    address: str | None = option(
+        None,
+        "Ray cluster HOST:PORT, or `local` (default: RAY_ADDRESS, the cluster that `ray start` "
+        "joined here, or this machine)",
+        "ADDRESS",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
+        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
+        return here | values
+
+
+class WorkerOptions(Options):
+    """Workers of each trial."""
+
+    workers: Count = option(1, "worker processes per trial", "N")
+    cpus_per_worker: Count = option(1, "CPU cores per worker", "C")
+    gpus_per_worker: float = option(
+        0.0,
+        "GPUs per worker; 0.75 on a machine with one GPU, of which evaluators hold the rest",
+        "G",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    compile: bool = option(
+        False, "train through torch.compile: faster on a GPU, with other bits", advanced=True
+    )
+    hung_after: float = option(
+        HUNG_SECONDS,
+        "restart a worker or evaluator that makes no step for so many seconds",
+        "SECONDS",
+        gt=0,
+        allow_inf_nan=False,
+        advanced=True,
+    )
+
+
+class RunOptions(ModeOptions, PlaceOptions, WorkerOptions, DataOptions):
+    """Train and judge the models of a study, and write its report.
+
+    The same command again continues: finished trials and cells are skipped.
+    """
+
+    prog: ClassVar[str] = "python grid/run.py"
+
+    study: str = option(DEFAULT, f"{', '.join(STUDIES)}, or a .toml file", "NAME|FILE")
+    tables: Names = option(None, "only these tables, e.g. T5 T7", "TABLE")
+    evaluators: Names = option(None, "only these evaluators, e.g. clean pgd", "NAME")
+    only: Words = option(
+        (),
+        "only trials with these values, e.g. family=resnet activation=relu,gelu",
+        "AXIS=VALUE",
+        verbatim=True,
+    )
+    set: Words = option(
+        (),
+        "fields of every trial's recipe, e.g. precision=bf16 micro_batch=256; these are other "
+        "trials than without",
+        "FIELD=VALUE",
+        verbatim=True,
+    )
+    seeds: Count = option(1, "train each recipe N times", "N")
+    scale: str = option("digits", ", ".join(scale_names()), "NAME")
+
+    @model_validator(mode="after")
+    def _has_one_mode(self) -> Self:
+        chosen = [f"--{mode}" for mode in MODES if getattr(self, mode)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other: give one")
+        for name, mode in (
+            *((name, "plan") for name in ("all", "seconds_per_unit", "trials_at_once")),
+            *(("dollars_per_gpu_hour", "plan"), ("wait", "check")),
+        ):
+            if name in self.model_fields_set and not getattr(self, mode):
+                raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
+        return self
+
+    def kept_values(self) -> dict[str, tuple[str, ...]]:
+        """Return the values that --only leaves of each axis; ValueError."""
+        values = {}
+        for word in " ".join(self.only).split():
+            axis, equals, listed = word.partition("=")
+            if not equals or not listed:
+                raise ValueError(f"--only wants AXIS=VALUE, not {word!r}")
+            if axis not in AXES:
+                raise ValueError(f"--only: {unknown('axis', axis, AXES)}")
+            values[axis] = tuple(listed.split(","))
+        return values
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values that --set gives fields of every recipe; ValueError."""
+        settings: dict[str, Any] = {}
+        for word in self.set:
+            field, equals, value = word.partition("=")
+            if not equals or not value:
+                raise ValueError(f"--set wants FIELD=VALUE, not {word!r}")
+            if field not in SETTABLE:
+                raise ValueError(f"--set: {unknown('field', field, SETTABLE)}")
+            if field in settings:
+                raise ValueError(f"--set has two values of {field}; leave one out")
+            settings[field] = _as_in_a_study_file(value)
+        return settings
+
+
+def _as_in_a_study_file(text: str) -> Any:
+    """Read a value as a study file would have it, or as text where that is none."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
