@@ -163,7 +163,7 @@ class _DataCheck:
         classes = f"{len(train.class_names)} classes"
         yield "ok", f"{classes}, {counts[0]:,} to train, {counts[1]:,} held out"
         if not len(train):
-            yield "error", f"{root} has no train/: there is nothing to train on"
+            yield "error", f"{root} has no train/ with class folders to train on: add it"
         published = data_set.train_images, data_set.held_out_images
         if data_set.published and counts != published:
             text = "{:,} and {:,} images; as published {:,} and {:,}"
@@ -236,7 +236,10 @@ class _DataCheck:
             yield from _passed_over(images.root, images.passed_over)
             yield from self._sound(stored, images, "/".join(filter(None, (stored.name, part))))
         if len(counts) > 1:
-            yield "error", f"{root}: its kinds and severities hold {sorted(counts)} images"
+            yield (
+                "error",
+                f"{root}: its kinds and severities hold {sorted(counts)} images: fetch it again",
+            )
             return
         (count,) = counts
         odd = self.scale.data_set.published and count != stored.images

@@ -89,6 +89,12 @@ def test_a_name_that_is_taken_and_a_stored_set_that_is_not_known_are_refused(sha
         register(replace(shapes, name="other", counterparts=("imagenet-z",)))
 
 
+def test_a_stored_set_that_a_folder_does_not_read_is_refused(root):
+    source = DataSource(root=root, stored=(("cifar10-c", root),))
+    with pytest.raises(ValueError, match=r"--stored cifar10-c=DIR is not .* imagenet-a"):
+        scale_of("folder", source, image_size=32)
+
+
 def test_a_stored_set_that_a_scale_does_not_read_is_refused(tmp_path):
     source = DataSource(root=tmp_path, stored=(("imagenet-c", tmp_path),))
     with pytest.raises(ValueError, match=r"--stored imagenet-c=DIR is not read at scale 'cifar10'"):

@@ -22,7 +22,6 @@ from trainables.data.registry import (
     STORED_SETS,
     DataSet,
     StoredSet,
-    data_set_named,
     folder_data_set,
 )
 from trainables.scale import Scale, scale_for, scale_named
@@ -205,7 +204,7 @@ def list_by_class(root: Path, names: tuple[str, ...], *, complete: bool = False)
             raise ValueError(f"{root / foreign[0]} is no class of the data: remove it")
         lacking = [name for name in names if name not in folders]
         if complete and lacking:
-            raise ValueError(f"{root} lacks {len(lacking)} classes; first: {lacking[:3]}")
+            raise ValueError(f"{root} lacks {len(lacking)} classes; first: {lacking[:3]}: add them")
         return list_images(root, folders, names)
 
 
@@ -348,26 +347,31 @@ def check_published(stored: StoredSet, listed: ImageList, data_set: DataSet) -> 
     if stored.classes and (differing := differing_classes(present, class_list(stored.classes))):
         raise ValueError(f"{listed.root} is not {stored.title}: it {differing}; fetch it again")
     if stored.complete and len(listed) != stored.images:
-        raise ValueError(f"{listed.root} holds {len(listed)} images instead of {stored.images}")
+        raise ValueError(
+            f"{listed.root} holds {len(listed)} images instead of {stored.images}: fetch it again"
+        )
 
 
 def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
     """Return the scale that the options name; a folder's own says what lies in the folder."""
-    data_set = None if name == FOLDER else data_set_named(name)
-    if source.download and (data_set is None or not data_set.archive or source.root is None):
+    scale = _folder_scale(source, image_size) if name == FOLDER else scale_named(name)
+    data_set = scale.data_set
+    if source.download and not (data_set.archive and source.root):
         raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
-    if data_set is not None:
-        for option, _ in source.stored:
-            if option not in data_set.counterparts:
-                raise ValueError(
-                    f"--stored {option}=DIR is not read at scale {name!r}: its stored sets are "
-                    f"{', '.join(data_set.counterparts) or 'none'}"
-                )
-        if image_size is not None:
-            raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
-        if data_set.package and source.root is not None:
-            raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
-        return scale_named(name)
+    if name != FOLDER and image_size is not None:
+        raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
+    if data_set.package and source.root is not None:
+        raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
+    for stored, _ in source.stored:
+        if stored not in data_set.counterparts:
+            raise ValueError(
+                f"--stored {stored}=DIR is not read at scale {name!r}: its stored sets are "
+                f"{', '.join(data_set.counterparts) or 'none'}"
+            )
+    return scale
+
+
+def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
     if source.root is None or image_size is None:
         raise ValueError("--scale folder needs --data DIR and --image-size N")
     train, held_out = list_splits(source)
