@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from evaluators import EVALUATORS, columns_of, evaluator_of
+from evaluators import EVALUATORS, columns_of, evaluator_named, evaluator_of
+from evaluators.base import evaluate
 from grid.plan import build_plan
 from grid.report.build import write_report
 from grid.report.claims import judge_claims
@@ -16,6 +20,7 @@ from grid.report.verdicts import Verdicts
 from grid.study import load_study
 from tests.made_up import record
 from tests.paper import BASES, resnet50
+from trainables.networks import build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +151,32 @@ def test_a_wrong_file_names_file_key_and_nearest_word(tmp_path, old, new, messag
 def test_a_file_without_a_base_and_tables_has_nothing_to_train(tmp_path):
     with pytest.raises(ValueError, match="neither a base nor tables"):
         load_study(write(tmp_path, 'name = "s"\n'))
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    """The evaluator of docs/evaluator.md, in a file of its own and one row of the registry."""
+    page = (ROOT / "docs" / "evaluator.md").read_text(encoding="utf-8")
+    module = types.ModuleType("noise_of_the_docs")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    exec(code, module.__dict__)  # noqa: S102
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(EVALUATORS, "noise", f"{module.__name__}:Noise")
+
+
+def test_a_new_evaluator_brings_its_column(noise, tmp_path, few_digits):
+    study = load_study(write(tmp_path, OWN.replace('"pgd-10"]', '"noise"]')))
+    plan = build_plan(study, DIGITS)
+    assert {trial.evaluators for trial in plan} == {("clean", "noise")}
+    (table,) = tables_of(study, plan, {})
+    assert [column.title for column in table.shown] == ["Clean", "Under noise"]
+    evaluator, classifier = (
+        evaluator_named("noise", DIGITS),
+        build_classifier(plan.trials[0].recipe),
+    )
+    ledger = evaluate(evaluator, classifier, few_digits, device=torch.device("cpu"))
+    (score,) = evaluator.summarize(ledger)
+    assert (score.name, score.n) == ("noise", len(few_digits.held_out))
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
