@@ -5,22 +5,28 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
+from evaluators import evaluator_named
+from evaluators.base import evaluate
+from evaluators.ledger import to_parquet
+from trainables.data.base import Shard
+from trainables.data.listing import DataSource
+from trainables.data.load import load_data
+from trainables.scale import Scale
+from trainables.store.provenance import provenance
 from trainables.store.storage import WEIGHTS
+from trainables.store.tracking import Credentials, fetch_artifact
+from trainables.watchdog import beat, counting_steps
 
 if TYPE_CHECKING:
-    from trainables.data.base import Shard
-    from trainables.data.listing import DataSource
     from trainables.networks import Classifier
-    from trainables.scale import Scale
-    from trainables.store.tracking import Credentials
 
 
 class EvaluatorActor:
     """One long-lived process of the pool; it keeps the model it judged last.
 
     Each forward pass counts as a step; without one for `hung_after` seconds the process ends.
-
-    Heavy imports are made here and not on top, so that the driver need not have them.
     """
 
     def __init__(
@@ -34,8 +40,6 @@ class EvaluatorActor:
         hung_after: float,
         credentials: Credentials,
     ) -> None:
-        import torch
-
         credentials.use()
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
@@ -44,13 +48,6 @@ class EvaluatorActor:
 
     def judge(self, artifact_uri: str, digest: str, evaluator: str, shard: Shard) -> bytes:
         """Return the ledger of one shard of a trial's cell as Parquet, with the seconds it took."""
-        from evaluators import evaluator_named
-        from evaluators.base import evaluate
-        from evaluators.ledger import to_parquet
-        from trainables.data.load import load_data
-        from trainables.store.provenance import provenance
-        from trainables.watchdog import counting_steps
-
         classifier = self._load(artifact_uri, digest)
         data = load_data(self._scale, self._source)
         question = evaluator_named(evaluator, self._scale)
@@ -61,9 +58,7 @@ class EvaluatorActor:
         return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
-        from trainables.store.packaged import classifier_of
-        from trainables.store.tracking import fetch_artifact
-        from trainables.watchdog import beat
+        from trainables.store.packaged import classifier_of  # timm, which the driver can spare
 
         if self._loaded is None or self._loaded[0] != artifact_uri:
             path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)

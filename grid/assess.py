@@ -106,14 +106,14 @@ class EvaluatorPool:
     ) -> None:
         actor = ray.remote(EvaluatorActor)
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
-        given = {
+        settings = {
             "threads": threads,
             "device": "cuda" if gpus else "cpu",
             "hung_after": hung_after,
             "credentials": Credentials.of_environment(),
         }
         self._idle = [
-            actor.options(**options).remote(tracking_uri, scale, source, **given)
+            actor.options(**options).remote(tracking_uri, scale, source, **settings)
             for _ in range(size)
         ]
         self._actors, self._gpus = list(self._idle), gpus
@@ -236,8 +236,8 @@ class EvaluatorPool:
         if isinstance(cause, OWN_FAULTS) or failures > MAX_FAILURES:
             self._drop(cell)
             return Judged(cell, error=why)
-        told = "its process died" if isinstance(cause, RayError) else why
-        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {told}")
+        reason = "its process died" if isinstance(cause, RayError) else why
+        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
         self._resting.append((time.monotonic() + wait_after(failures), cell, shard))
         return None
 

@@ -266,12 +266,12 @@ def _choose_evaluators(drafts: Mapping[str, _Draft], names: Iterable[str] | None
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     """Return each trial's cost with the longest chain of students behind it."""
-    own = {trial.digest: trial.cost for trial in trials}
-    chains = dict(own)
+    costs = {trial.digest: trial.cost for trial in trials}
+    chains = dict(costs)
     for trial in sorted(trials, key=lambda t: len(list(_teachers(t.recipe))), reverse=True):
         if trial.recipe.teacher is not None:
             teacher = trial.recipe.teacher.digest()
-            chains[teacher] = max(chains[teacher], own[teacher] + chains[trial.digest])
+            chains[teacher] = max(chains[teacher], costs[teacher] + chains[trial.digest])
     return chains
 
 

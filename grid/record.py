@@ -225,9 +225,9 @@ class Recorder(threading.Thread):
         self.progress.cost_done += share * len(result["epochs"])
         latest = {k: v for entry in self._unlogged[digest] for k, v in entry.items()}
         accuracy = latest.get("held_out/accuracy", run.metrics.get("held_out/accuracy"))
-        seen = f" {accuracy:.1%}" if accuracy is not None else ""
+        shown = f" {accuracy:.1%}" if accuracy is not None else ""
         self.progress.running[digest] = (
-            f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{seen}"
+            f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{shown}"
         )
         if result["outcome"] != "training":
             self._on_done(run, result)

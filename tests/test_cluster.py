@@ -34,7 +34,7 @@ LONG = pytest.mark.long
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 STARTED: list[subprocess.Popen[str]] = []
-STUDY = study_of_one(epochs=200)
+STUDY = study_of_one(epochs=120)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_trial_over_two_nodes_survives_the_death_of_one(undisturbed, study, tm
     assert "Trained 1 and judged 1 cells" in said
     assert weights(results) == weights(undisturbed)
     (trial,) = trials(results)
-    assert trial.metrics["epoch"] == 20
+    assert trial.metrics["epoch"] == 12
 
 
 def said_until(driver, sentence):

@@ -65,8 +65,10 @@ def _title(study: Study) -> str:
 
 
 def _interval(seeds: int) -> str:
-    own = "Wilson; of corruptions Student's t over images"
-    return own if seeds == 1 else f"{own}; widened by Student's t over {seeds} seeds"
+    over_images = "Wilson; of corruptions Student's t over images"
+    if seeds == 1:
+        return over_images
+    return f"{over_images}; widened by Student's t over {seeds} seeds"
 
 
 def _plot_named(name: str, findings: Findings) -> Plot | None:

@@ -96,12 +96,12 @@ def _judge_alone(
 ) -> Judgement:
     digests = digests_of(row.recipe, seeds)
     metrics = [runs[digest].metrics for digest in digests if digest in runs]
-    judged = [found for found in metrics if column.score in found]
+    judged = [entry for entry in metrics if column.score in entry]
     if len(judged) < len(digests):
         return _not_judged(claim, [(row,)], column, runs, seeds)
     value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
-    own = Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
-    return _judged(claim, _test(column, [(row,)]), own)
+    alone = Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
+    return _judged(claim, _test(column, [(row,)]), alone)
 
 
 def _judged(claim: Claim, test: str, paired: Paired) -> Judgement:

@@ -53,9 +53,11 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
             for trial in judged:
                 ledger = verdicts.ledger(trial.digest, name)
                 assert ledger is not None
-                whose = (trial.digest, trial.name)
-                own = [pa.array([who] * len(ledger)).dictionary_encode() for who in whose]
-                file.write_table(pa.table([*own, *map(ledger.column, JUDGED)], schema=schema))
+                names = [
+                    pa.array([text] * len(ledger)).dictionary_encode()
+                    for text in (trial.digest, trial.name)
+                ]
+                file.write_table(pa.table([*names, *map(ledger.column, JUDGED)], schema=schema))
         aside.replace(path)
 
 

@@ -273,8 +273,7 @@ def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) 
             history = tracker.history(run, "train/loss")
             losses = [entry for entry in history if entry[1] < MOST_LOSS]
             (line,) = loss.plot(*_xy(losses), label=label)
-            seen = tracker.history(run, "held_out/accuracy")
-            epochs, shares = _xy(seen)
+            epochs, shares = _xy(tracker.history(run, "held_out/accuracy"))
             accuracy.plot(epochs, [100 * s for s in shares], ".-", color=line.get_color())
             if run.outcome == "collapsed" and losses:
                 loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)

@@ -176,7 +176,7 @@ def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None
         return FilledCell(_state(lacking, column), published=paper, source=source)
     value, low, high = over_seeds(metrics, column.score)
     # Every seed is asked about the same images.
-    n = int(max(found[f"{column.score}/n"] for found in metrics))
+    n = int(max(entry[f"{column.score}/n"] for entry in metrics))
     return FilledCell("done", value, low, high, n, paper, source)
 
 
@@ -186,12 +186,12 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
     Of several: their mean interval over images, widened by Student's t over the trainings.
     """
     value, low, high = (
-        100 * statistics.fmean(found[score + end] for found in metrics)
+        100 * statistics.fmean(entry[score + end] for entry in metrics)
         for end in ("", "/low", "/high")
     )
     if len(metrics) == 1:
         return value, low, high
-    spread = 100 * statistics.stdev(found[score] for found in metrics) / len(metrics) ** 0.5
+    spread = 100 * statistics.stdev(entry[score] for entry in metrics) / len(metrics) ** 0.5
     reach = float(student.ppf(0.975, len(metrics) - 1)) * spread
     return value, *with_trainings(value, (low, high), reach)
 
