@@ -17,7 +17,7 @@ from grid.run import main
 from grid.status import open_existing, open_tracker
 from trainables.scale import CIFAR10, DIGITS
 from trainables.store.results import database_uri, is_in_use, settle, sole_run
-from trainables.store.tracking import SCHEMA_TAG
+from trainables.store.tracking import SCHEMA, SCHEMA_TAG
 
 ROOT = Path(__file__).parents[1]
 STRANGE = "100% of?a=1&b#c %2F é"
@@ -139,7 +139,10 @@ def test_an_experiment_made_by_hand_that_nothing_is_in_is_taken(tmp_path):
     query(tmp_path, "delete from experiment_tags")
     tracker = open_existing(tmp_path, None, DIGITS)
     tracker.open_study("s", "a study")
-    open_existing(tmp_path, None, DIGITS)
+    assert open_existing(tmp_path, None, DIGITS).trials() == {}
+    assert query(tmp_path, "select value from experiment_tags where key = ?", SCHEMA_TAG) == [
+        (str(SCHEMA),)
+    ]
 
 
 @pytest.mark.parametrize(
