@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from fractions import Fraction
 from itertools import islice
 
 import pytest
 import torch
 
+from evaluators.base import Batch
+from evaluators.pgd import PGD
 from grid.study import base_named
 from tests.golden import (
     RECIPES,
@@ -18,11 +22,11 @@ from tests.golden import (
     recipe_at_digits,
     stored,
 )
-from tests.golden.pgd import EPSILON, STEP_SIZE, STORED, attack_inputs
-from tests.golden.pgd import STEPS as ATTACK_STEPS
+from tests.golden.pgd import STORED, attack_inputs
+from tests.tiny import Watched
 from trainables.data.loader import TrainBatches
+from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
-from trainables.train.adversary import attacked, pgd_iterates
 from trainables.train.loop import train
 from trainables.train.optim import parameter_groups, rate_at
 
@@ -71,19 +75,14 @@ def test_three_steps_have_the_references_losses(name):
     assert losses == pytest.approx(stored(name)["losses"], rel=1e-6)
 
 
-def test_pgd_walks_to_the_iterate_of_torchattacks():
+def test_pgd_walks_to_the_iterate_of_torchattacks(monkeypatch):
     classifier, images, labels, start = attack_inputs()
-    with attacked(classifier):
-        ((_, iterate),) = pgd_iterates(
-            classifier,
-            images,
-            labels,
-            epsilon=EPSILON,
-            step_size=STEP_SIZE,
-            stops=(ATTACK_STEPS,),
-            start_BCHW=start,
-        )
+    network = Watched(classifier)
+    evaluator = PGD(dataclasses.replace(DIGITS, epsilon=Fraction(8, 255)), steps=[10])
+    monkeypatch.setattr(PGD, "_start", lambda *_: start)
+    victim = Classifier(network, (0.0,) * 3, (1.0,) * 3).double().eval()
+    evaluator.judge(victim, Batch(images, labels, ("0", "1")))
     expected = torch.tensor(json.loads(STORED.read_text())).view_as(images) / 1e7
     assert (start - images).abs().max() > 7.9 / 255
     assert (expected - start).abs().max() > 7.9 / 255
-    assert (iterate - expected).abs().max() < 1e-6
+    assert (network.judged[-1] - expected).abs().max() < 1e-6
