@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,9 +25,8 @@ from evaluators.red_flags import red_flags
 from evaluators.shards import Pace, ShardStore
 from evaluators.weights import load_any_weights
 from trainables.data.base import Data
-from trainables.data.listing import DataSource, scale_of, unused_test_folder
+from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.data.scan import damaged_images
 from trainables.networks import Classifier, build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
@@ -46,7 +44,7 @@ OF_RADII = ("pgd", "pgd-as-published", "autoattack")
 def judge_checkpoint(options: JudgeOptions) -> bool:
     """Judge, print, write and log; False where Ctrl-C cut it short. ValueError."""
     device = device_named(options.device)
-    source = _readable(options)
+    source = options.source()
     scale, classifier = _loaded(options, source)
     weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
     folder = options.ledger or Path(
@@ -140,19 +138,6 @@ class Cell:
 
     def _part(self, space: str) -> str:
         return f"{self.store.judged}{space}of{space}{self.store.total}"
-
-
-def _readable(options: JudgeOptions) -> DataSource:
-    """Return the data source; with --skip-damaged without its damaged images."""
-    source = options.source()
-    if source.root and (unused := unused_test_folder(source.root)):
-        print(unused, file=sys.stderr)
-    if source.root is None or not source.skip_damaged:
-        return source
-    damaged = damaged_images(source)
-    for path in sorted(damaged):
-        print(f"skipped: {source.root / path} cannot be read", file=sys.stderr)
-    return replace(source, skipped=damaged)
 
 
 def _loaded(options: JudgeOptions, source: DataSource) -> tuple[Scale, Classifier]:

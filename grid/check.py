@@ -61,13 +61,11 @@ class Findings:
     """All findings.
 
     `manifest` names the data by every file's set, path below it and size; arrays, whose size says
-    nothing of what they hold, by their content. `skipped`: the damaged images, as paths below the
-    data, that the run does without.
+    nothing of what they hold, by their content.
     """
 
     findings: list[Finding] = field(default_factory=list)
     manifest: str = ""
-    skipped: frozenset[str] = frozenset()
 
     @property
     def problem(self) -> str:
@@ -176,8 +174,6 @@ class _DataCheck:
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing[0]} classes have no held-out images; first: {missing[1]}"
         yield from self._decoded(train, held_out)
-        if self.findings.skipped:
-            train, _ = list_data_set(data_set, without_damaged(self.source, self.findings))
         if len(train) and (missing := _missing_classes(train)):
             many = f"{missing[0]} classes have no image to train on; first: {missing[1]}"
             yield "error", f"{many}: add images, or remove their folders"
@@ -189,8 +185,6 @@ class _DataCheck:
         damaged = [path for path, image in zip(paths, images, strict=True) if image.problem]
         if damaged:
             yield self._damaged(train.root, damaged)
-            if self.source.skip_damaged:
-                self.findings.skipped = frozenset(damaged)
         size, exact = self.scale.image_size, self.scale.data_set.exact_size
         small = [
             f"{train.root / path} ({image.width} x {image.height})"
@@ -206,9 +200,7 @@ class _DataCheck:
         classes = {path.split("/")[-2] for path in damaged}
         named = f"{root / damaged[0]} (class {damaged[0].split('/')[-2]})"
         many = f"{len(damaged)} unreadable images in {len(classes)} classes, the first {named}"
-        if self.source.skip_damaged:
-            return "warning", f"{many}: skipped"
-        return "error", f"{many}: replace them, or --skip-damaged goes on without them"
+        return "error", f"{many}: replace or remove them"
 
     def _small(self, small: list[str]) -> Remark:
         size, first = self.scale.image_size, f"the first {small[0]}"
@@ -346,8 +338,3 @@ def _device() -> Iterator[Finding]:
         memory = torch.cuda.get_device_properties(index).total_memory / GIBIBYTE
         halves = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16, no bf16"
         yield Finding("device", "ok", f"{name}, {memory:.0f} GiB, mixed precision by {halves}")
-
-
-def without_damaged(source: DataSource, findings: Findings) -> DataSource:
-    """Return the source that passes over the damaged images."""
-    return replace(source, skipped=findings.skipped) if findings.skipped else source

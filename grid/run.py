@@ -69,12 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_places(options)
         manifest = ""
         if options.check or source.root is not None:
-            source, manifest = _examined(options, plan, scale, source)
+            manifest = _checked(options, plan, scale, source)
         if options.check:
             _check_cluster(_launch(options, study, plan, scale, source), options.wait)
             return 0
-        if source.skipped:
-            scale, plan = _planned(options, study, source)
         return _run(options, study, plan, scale, source, manifest)
     except ValueError as error:
         _refuse(problem(error))
@@ -107,13 +105,11 @@ def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Sca
     return scale, plan
 
 
-def _examined(
-    options: RunOptions, plan: Plan, scale: Scale, source: DataSource
-) -> tuple[DataSource, str]:
-    """Return the source without damaged images, and its manifest; ValueError on what is wrong."""
+def _checked(options: RunOptions, plan: Plan, scale: Scale, source: DataSource) -> str:
+    """Check the data and the machine, return the data's manifest; ValueError on what is wrong."""
     from rich.console import Console
 
-    from grid.check import check, without_damaged
+    from grid.check import check
 
     findings = check(scale, source, plan, results=options.results)
     if options.check:
@@ -123,7 +119,7 @@ def _examined(
             print(f"warning: {warning}", file=sys.stderr)
     if findings.problem:
         raise ValueError(findings.problem)
-    return without_damaged(source, findings), findings.manifest
+    return findings.manifest
 
 
 def _run(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from evaluators.textures import LAYOUT
 from grid import check as module
-from grid.check import check, without_damaged
+from grid.check import check
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import Study
@@ -103,15 +103,7 @@ def test_every_damaged_image_is_counted_and_the_first_is_named_with_its_class(ro
     (root / "val" / "class-07" / "picture 0.JPEG").write_text("no image")
     found = look(root, tmp_path)
     assert "2 unreadable images in 2 classes, the first" in found.problem
-    assert "picture 0.JPEG (class class-05): replace them, or --skip-damaged" in found.problem
-    skipping = look(root, tmp_path, skip_damaged=True)
-    assert skipping.problem == ""
-    assert skipping.skipped == {
-        "train/class-05/picture 0.JPEG",
-        "val/class-07/picture 0.JPEG",
-    }
-    source = without_damaged(DataSource(root=root), skipping)
-    assert scale_of("folder", source, image_size=32).data_set.train_images == 23
+    assert "picture 0.JPEG (class class-05): replace or remove them" in found.problem
 
 
 def test_a_scan_opens_only_what_has_changed(root, tmp_path, monkeypatch):
@@ -173,17 +165,6 @@ def test_classes_without_a_train_image_are_an_error_that_names_them(root, tmp_pa
         path.unlink()
     problem = look(root, tmp_path).problem
     assert problem.startswith("1 classes have no image to train on; first: ['class-04']: add")
-    for path in (root / "train" / "class-07").iterdir():
-        path.write_text("no image")
-    found = look(root, tmp_path, skip_damaged=True)
-    assert found.problem.startswith("2 classes have no image to train on; first: ['class-04', 'cl")
-
-
-def test_a_class_that_keeps_a_train_image_behind_a_damaged_one_is_sound(root, tmp_path):
-    # Once it is skipped, the other one is not held out either.
-    whole = root / "train"
-    damage(whole / "class-05" / "picture 0.JPEG")
-    assert look(whole, tmp_path, hold_out=0.5, skip_damaged=True).problem == ""
 
 
 def test_images_read_from_files_by_one_process_are_a_warning(root, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from evaluators.__main__ import main as evaluate
 from grid.run import main
-from tests.pictures import write_folder, write_picture
+from tests.pictures import write_folder
 from trainables.data.listing import DataSource, scale_of
 from trainables.scale import scale_named
 from trainables.store.tracking import Tracker
@@ -31,10 +31,7 @@ epochs = 2
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = write_folder(tmp_path_factory.mktemp("pictures"))
-    path = write_picture(root / "train" / "class-05", 7, 5, side=40)
-    path.write_bytes(path.read_bytes()[:200])
-    return root
+    return write_folder(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +60,20 @@ def run(*options):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, root, study):
     results = tmp_path_factory.mktemp("own") / "results"
-    ended = run(*arguments(root, study, results), "--skip-damaged")
+    ended = run(*arguments(root, study, results))
     assert ended.returncode == 0, ended.stderr
     return results, ended
 
 
-def test_a_damaged_image_stops_the_run_before_any_compute(capsys, root, study, tmp_path):
+def test_a_damaged_image_stops_the_run_before_any_compute(capsys, study, tmp_path):
+    root = write_folder(tmp_path / "pictures", per_class=2, held_out=1)
+    path = root / "train" / "class-05" / "picture 0.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(SystemExit) as stopped:
         main(arguments(root, study, tmp_path / "results"))
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "picture 7.JPEG (class class-05): replace them, or --skip-damaged" in said
+    assert "picture 0.JPEG (class class-05): replace or remove them" in said
     assert "Traceback" not in said
     assert not (tmp_path / "results" / "mlflow.db").exists()
 
@@ -81,9 +81,7 @@ def test_a_damaged_image_stops_the_run_before_any_compute(capsys, root, study, t
 def test_a_folder_is_trained_and_judged(finished, root):
     results, ended = finished
     assert "Trained 1 and judged 2 cells" in ended.stdout
-    assert "1 unreadable images in 1 classes" in ended.stderr
-    skipped = frozenset({"train/class-05/picture 7.JPEG"})
-    scale = scale_of("folder", DataSource(root=root, skipped=skipped), image_size=32)
+    scale = scale_of("folder", DataSource(root=root), image_size=32)
     tracker = Tracker(
         f"sqlite:///{results}/mlflow.db",
         experiment=f"robustness-{scale.name}",
@@ -110,12 +108,9 @@ def test_the_manifest_is_logged_with_the_runs_data(finished, root):
 def test_its_weights_can_be_judged_by_the_folder_again(finished, root, tmp_path, capsys):
     results, _ = finished
     (weights,) = results.glob("trials/*/weights.safetensors")
-    options = ["--weights", str(weights), "--data", str(root), "--skip-damaged"]
+    options = ["--weights", str(weights), "--data", str(root)]
     assert evaluate([*options, "--ledger", str(tmp_path)]) == 0
-    printed = capsys.readouterr()
-    assert "at scale folder-32px-12classes-72train-" in printed.out
-    assert "skipped: " in printed.err
-    assert "picture 7.JPEG cannot be read" in printed.err
+    assert "at scale folder-32px-12classes-72train-" in capsys.readouterr().out
 
 
 def test_any_checkpoint_can_be_judged_by_a_folder(finished, root, tmp_path, capsys):

@@ -132,13 +132,6 @@ def test_val_is_taken_and_said_where_there_is_test_as_well(tmp_path):
     assert unused_test_folder(root) == f"{root}/test is not used: {root}/val is judged by"
 
 
-def test_skipped_images_are_left_out(root):
-    skipped = frozenset({"train/class-00/picture 0.JPEG"})
-    train, _ = list_splits(DataSource(root=root, skipped=skipped))
-    assert len(train) == CLASSES * 6 - 1
-    assert not skipped & set(train.paths)
-
-
 def two_spellings(root):
     write_picture(root / "train" / "Class-03", 0, 3, side=40)
     return "two classes of the same name, 'Class-03' and 'class-03': rename or merge one"

@@ -197,7 +197,6 @@ class DataOptions(Options):
         advanced=True,
     )
     download: bool = option(False, "fetch CIFAR-10's archive where it is not there")
-    skip_damaged: bool = option(False, "go on without unreadable images")
     data_workers: int = option(
         0,
         "processes that decode and augment for each trial; 0: the trial's own",
@@ -237,7 +236,6 @@ class DataOptions(Options):
             root=self.data.absolute() if self.data else None,
             stored=tuple((name, path.absolute()) for name, path in folders.items()),
             hold_out=self.hold_out,
-            skip_damaged=self.skip_damaged,
             memory_bytes=int(self.data_memory * GIBIBYTE),
             workers=self.data_workers,
             download=self.download,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from trainables.data.images import ImageFiles
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -75,22 +72,11 @@ class Split:
         )
 
     def parts(self, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Split]:
-        """Yield the images, or a shard of them, decoded, in order, at most `batch_size` at a time.
-
-        Damaged images are passed over, and counted in the log, where the files say so.
-        """
-        places, damaged = shard.of(self.ids), 0
+        """Yield the images of a shard, decoded, in order, at most `batch_size` at a time."""
+        places = shard.of(self.ids)
         for first in range(0, len(places), batch_size):
             part = self.at(places[first : first + batch_size])
-            if isinstance(part.images, Tensor):
-                yield part
-                continue
-            images, readable = part.images.readable()
-            damaged += len(part) - len(readable)
-            if readable:
-                yield replace(part.at(np.array(readable)), images=images)
-        if damaged:
-            logger.warning("%d of %d images are damaged: skipped", damaged, len(places))
+            yield replace(part, images=part.images[:])
 
     def ids_hash(self) -> str:
         """Return 12 hex digits that name this list of images."""
@@ -101,9 +87,9 @@ class Split:
 class Data:
     """A data set as loaded: its entry, the images trained on and those held out, its classes.
 
-    `roots`: where stored sets lie, by name; `skip_damaged`: pass over their unreadable images;
-    `workers`: processes that decode and augment for a training; `cache`: a folder for what is made
-    of it, None to keep that in memory. Only the same object is equal, so that it can key a cache.
+    `roots`: where stored sets lie, by name; `workers`: processes that decode and augment for a
+    training; `cache`: a folder for what is made of it, None to keep that in memory. Only the same
+    object is equal, so that it can key a cache.
     """
 
     data_set: DataSet
@@ -111,7 +97,6 @@ class Data:
     held_out: Split
     class_names: tuple[str, ...]
     roots: Mapping[str, Path] = field(default_factory=dict)
-    skip_damaged: bool = False
     workers: int = 0
     cache: Path | None = None
 

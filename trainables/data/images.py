@@ -90,10 +90,9 @@ class ImageFiles:
     """Images below a folder; indexing decodes them: uint8 (B, 3, size, size).
 
     They are brought to `size` as validated, or must have it as stored (`native`). `original` gives
-    one as it is stored, for the random crops of training. `skip_damaged`: `readable` goes on
-    without images that cannot be read. `workers`: threads that may decode even where torch has
-    fewer. Paths are kept as one array of bytes: workers that were forked would copy a million
-    Python strings by merely counting references to them.
+    one as it is stored, for the random crops of training. `workers`: threads that may decode even
+    where torch has fewer. Paths are kept as one array of bytes: workers that were forked would copy
+    a million Python strings by merely counting references to them.
     """
 
     def __init__(
@@ -103,11 +102,10 @@ class ImageFiles:
         *,
         size: int,
         native: bool = False,
-        skip_damaged: bool = False,
         workers: int = 0,
     ) -> None:
         self.root, self.size, self.native = root, size, native
-        self.skip_damaged, self.workers = skip_damaged, workers
+        self.workers = workers
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self._originals: Originals | None = None
         self._rows = np.arange(len(paths))
@@ -129,15 +127,6 @@ class ImageFiles:
         for row, image in enumerate(in_threads(self._decoded, places.tolist(), self.workers)):
             images[row] = image
         return images
-
-    def readable(self) -> tuple[Tensor, list[int]]:
-        """Decode every image that can be read; return them and their places."""
-        if not self.skip_damaged:
-            return self[:], list(range(len(self)))
-        decoded = in_threads(self._decoded_or_none, range(len(self)), self.workers)
-        pairs = [(image, place) for place, image in enumerate(decoded) if image is not None]
-        images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0)
-        return images, [place for _, place in pairs]
 
     def at(self, places: np.ndarray) -> ImageFiles:
         """Return the images at some places, still undecoded."""
@@ -184,21 +173,12 @@ class ImageFiles:
             )
         return as_tensor(image)
 
-    def _decoded_or_none(self, place: int) -> Tensor | None:
-        try:
-            return self._decoded(place)
-        except ValueError as error:
-            if not isinstance(error.__cause__, UNREADABLE):
-                raise
-            return None
-
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """Return the error that names an unreadable image, its class and what to do."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ValueError(
-        f"{path} (class {path.parent.name}) cannot be read: {reason}; "
-        "--skip-damaged goes on without it"
+        f"{path} (class {path.parent.name}) cannot be read: {reason}; replace or remove it"
     )
 
 

@@ -37,15 +37,13 @@ class DataSource:
 
     `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
-    shared by the processes of a machine in `cache`. `skipped`: damaged images to do without, as
-    paths below the root. `download`: fetch what is not there and may be had (CIFAR-10).
+    shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
+    had (CIFAR-10).
     """
 
     root: Path | None = None
     stored: tuple[tuple[str, Path], ...] = ()
     hold_out: float = 0.0
-    skip_damaged: bool = False
-    skipped: frozenset[str] = frozenset()
     memory_bytes: int = 2 * GIBIBYTE
     workers: int = 0
     cache: Path | None = None
@@ -126,7 +124,6 @@ def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
     names = tuple(classes)
     nothing = ImageList(root=root, class_names=names, paths=(), labels=())
     train = list_images(root, classes, names) if train_folder else nothing
-    train = train.only(path not in source.skipped for path in train.paths)
     if judged_folder is None:
         return _hold_out(train, source.hold_out)
     if source.hold_out:
@@ -134,8 +131,7 @@ def _listed(source: DataSource, root: Path) -> tuple[ImageList, ImageList]:
     folders = class_folders(judged_folder)
     if foreign := sorted(set(folders) - set(names)):
         raise ValueError(f"{judged_folder / foreign[0]} is no class of {train_folder}: remove it")
-    held_out = list_images(root, folders, names)
-    return train, held_out.only(path not in source.skipped for path in held_out.paths)
+    return train, list_images(root, folders, names)
 
 
 def _split_folders(root: Path) -> tuple[Path | None, Path | None]:

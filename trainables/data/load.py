@@ -47,7 +47,6 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         held_out=held_out,
         class_names=names,
         roots=source.folders,
-        skip_damaged=source.skip_damaged,
         workers=source.workers,
         cache=source.cache,
     )

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainables.data.images import UNREADABLE, as_rgb, in_threads, opened
-from trainables.data.listing import DataSource, list_splits
 from trainables.store.storage import write_atomically
 
 SCHEMA = pa.schema(
@@ -87,19 +86,6 @@ class Scan:
         except UNREADABLE as error:
             return state(problem=str(error) or type(error).__name__)
         return state(*size)
-
-
-def damaged_images(source: DataSource) -> frozenset[str]:
-    """Open every train and held-out image; return those that cannot be read."""
-    scan = Scan(None)
-    return frozenset(
-        path
-        for split in list_splits(source)
-        for path, result in zip(
-            split.paths, scan.open(split.root, split.paths, workers=source.workers), strict=True
-        )
-        if result.problem
-    )
 
 
 def _read(file: Path) -> dict[str, Opened]:

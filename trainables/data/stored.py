@@ -39,7 +39,6 @@ def _by_class(stored: StoredSet, folder: Path, data: Data, *, native: bool) -> S
         listed.paths,
         size=data.data_set.image_size,
         native=native,
-        skip_damaged=data.skip_damaged,
         workers=data.workers,
     )
     ids = tuple(path.rpartition(".")[0] for path in listed.paths)
