@@ -25,8 +25,8 @@ from trainables.data.base import WHOLE, Data, Shard
 from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked
+from trainables.train.exactness import image_numbers, uniform
 from trainables.train.folding import folded
-from trainables.train.noise import image_numbers, uniform
 
 CLEAN = "clean"
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -14,7 +14,7 @@ from trainables.data.base import Data
 from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
-from trainables.train.noise import image_numbers
+from trainables.train.exactness import image_numbers
 
 HUGE_STEPS = 20
 IMAGES = 50

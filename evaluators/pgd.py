@@ -17,8 +17,8 @@ from trainables.data.base import Data
 from trainables.recipe import Protocol
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, half_precision, pgd_iterates, random_start
+from trainables.train.exactness import image_numbers, uniform
 from trainables.train.folding import folded
-from trainables.train.noise import image_numbers, uniform
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier

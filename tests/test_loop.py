@@ -13,8 +13,16 @@ from trainables.data.base import Split
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Distillation
 from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
-from trainables.train.loop import accuracy, distillation_loss, probe, train, training_loss
-from trainables.train.sentinel import PROBE, chance_limit, collapse_reason
+from trainables.train.loop import (
+    PROBE,
+    accuracy,
+    chance_limit,
+    collapse_reason,
+    distillation_loss,
+    probe,
+    train,
+    training_loss,
+)
 from trainables.train.team import Team
 
 CPU = torch.device("cpu")

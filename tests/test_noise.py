@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainables.train.noise import image_numbers, philox, uniform
+from trainables.train.exactness import image_numbers, philox, uniform
 
 # Known answers of Philox4x32-10, published with the generator (Random123, kat_vectors).
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -32,7 +32,7 @@ def test_an_images_numbers_are_the_same_in_any_batch():
 def test_large_draws_are_those_of_small_ones(monkeypatch):
     images = torch.arange(7)
     whole = uniform(images, (100,), key=(0,))
-    monkeypatch.setattr("trainables.train.noise.AT_ONCE", {"cpu": 250})
+    monkeypatch.setattr("trainables.train.exactness.AT_ONCE", {"cpu": 250})
     assert torch.equal(uniform(images, (100,), key=(0,)), whole)
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from trainables.networks import by_own_ghost
 from trainables.recipe import Adversary, Recipe
+from trainables.train.exactness import uniform
 from trainables.train.folding import FoldedClassifier
-from trainables.train.noise import uniform
 from trainables.watchdog import beat
 
 

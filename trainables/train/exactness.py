@@ -1,20 +1,31 @@
-"""What a GPU is asked for so that it computes as a CPU does: whole float32, and the same bits."""
+"""The same bits on any device: whole float32, repeatable kernels, random numbers by image."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 UNREPEATABLE = ".*does not have a deterministic implementation.*"
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+AT_ONCE = {"cpu": 2**18}  # numbers drawn together: they stay in a core's cache
+AT_ONCE_ELSEWHERE = 2**24
+MANTISSA = 24  # bits of a float32 in [0, 1)
 
 
 def exact(device: torch.device) -> None:
     """Have this process compute in whole float32 and repeatably on a GPU; on a CPU do nothing.
 
-    Call it before the first computation: cuBLAS reads its workspace's size once. What torch can
-    do in no repeatable way it still does, unsaid.
+    Call it before the first computation: cuBLAS reads its workspace's size once. Operations without
+    a repeatable kernel still run, without torch's warning.
     """
     if device.type != "cuda":
         return
@@ -30,3 +41,56 @@ def exact(device: torch.device) -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Return Philox4x32-10 of four int64 counters of 32 bits each, all of one shape.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 4.3.
+    """
+    a, b, c, d = counter
+    keys = key
+    for _ in range(ROUNDS):
+        # A product overflows as it does in unsigned arithmetic, so its upper word is right.
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a = (second >> 32).bitwise_xor_(b).bitwise_xor_(keys[0]).bitwise_and_(WORD)
+        c = (first >> 32).bitwise_xor_(d).bitwise_xor_(keys[1]).bitwise_and_(WORD)
+        b, d = second.bitwise_and_(WORD), first.bitwise_and_(WORD)
+        keys = ((keys[0] + KEY_STEPS[0]) & WORD, (keys[1] + KEY_STEPS[1]) & WORD)
+    return [a, b, c, d]
+
+
+def uniform(images_B: Tensor, shape: Sequence[int], *, key: Sequence[int | str]) -> Tensor:
+    """Return float32 numbers (B, *shape) from [0, 1), each image's from a stream of its own.
+
+    images_B: int64 numbers that name the images; key: what else the draw is for. An image's numbers
+    are the same bits on every device and beside whichever other images they are drawn.
+    """
+    count = math.prod(shape)
+    drawn = torch.empty(len(images_B), count, device=images_B.device)
+    at_once = AT_ONCE.get(images_B.device.type, AT_ONCE_ELSEWHERE)
+    rows = max(1, at_once // max(1, count))
+    for first in range(0, len(images_B), rows):
+        part = slice(first, first + rows)
+        drawn[part] = _uniform(images_B[part], count, _key_of(key))
+    return drawn.view(len(images_B), *shape)
+
+
+def image_numbers(ids: Sequence[str]) -> Tensor:
+    """Return the int64 numbers (B,) by which `uniform` knows images of these ids."""
+    digests = (hashlib.sha256(image_id.encode()).digest()[:8] for image_id in ids)
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+
+
+def _uniform(images_B: Tensor, count: int, key: tuple[int, int]) -> Tensor:
+    blocks = torch.arange(math.ceil(count / 4), device=images_B.device)
+    low, high = (images_B & WORD)[:, None], ((images_B >> 32) & WORD)[:, None]
+    counter = (blocks.expand(len(images_B), -1), low, high, torch.zeros_like(low))
+    words = philox([word.expand(-1, len(blocks)) for word in counter], key)
+    numbers = torch.stack(words, dim=-1).flatten(1)[:, :count]
+    return (numbers >> (32 - MANTISSA)).float().mul_(2.0**-MANTISSA)
+
+
+def _key_of(parts: Sequence[int | str]) -> tuple[int, int]:
+    digest = hashlib.sha256(repr(tuple(parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")

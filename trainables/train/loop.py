@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,14 +24,17 @@ from trainables.scale import scale_named
 from trainables.train.adversary import attacked, pgd_iterates, training_attack
 from trainables.train.exactness import exact
 from trainables.train.folding import FoldedClassifier, folded
-from trainables.train.optim import build_optimizer, rate_at, set_rate
-from trainables.train.sentinel import PROBE, PROBE_STEPS, collapse_reason
+from trainables.train.optim import build_optimizer, rate_at
 from trainables.train.team import ALONE, Team, gathered
 from trainables.watchdog import beat
 
 Outcome = Literal["training", "finished", "collapsed"]
 EVALUATION_BATCH = 256
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE = "probe/pgd-10"
+PROBE_STEPS = 10
+PATIENCE_SHARE = 0.1  # of the epochs at chance: a collapse
+LEAST_PATIENCE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +184,8 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
         step, micro = divmod(forward, recipe.accumulation)
         if micro == 0:
             rate = rate_at(recipe, epoch, step, steps)
-            set_rate(optimizer, rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.zero_grad()
         use_set(training.classifier, micro)
         with _named_memory(training, len(places)), _gathering(training, micro):
@@ -286,19 +291,49 @@ def distillation_loss(
     return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 
-@torch.inference_mode()
+def chance_limit(num_classes: int, n: int) -> float:
+    """Return the highest accuracy on n images that guessing reaches in 19 of 20 cases."""
+    chance = 1 / num_classes
+    return chance + 1.645 * math.sqrt(chance * (1 - chance) / n)
+
+
+def collapse_reason(
+    recipe: Recipe, history: Sequence[Mapping[str, float]], *, num_classes: int, n: int
+) -> str:
+    """Say why a training has collapsed, or '' while it has not.
+
+    Collapsed: the loss is not finite; or the PGD-10 probe (n images) stays at chance for a tenth
+    of the epochs, at least three, after the warm-up, while the training loss falls.
+    """
+    last = history[-1]
+    if not math.isfinite(last["train/loss"]):
+        return f"the training loss became {last['train/loss']} in epoch {last['epoch']:.0f}"
+    patience = max(LEAST_PATIENCE, math.ceil(PATIENCE_SHARE * recipe.epochs))
+    recent = history[-patience:]
+    if len(recent) < patience or recent[0]["epoch"] <= recipe.warmup_epochs:
+        return ""
+    limit = chance_limit(num_classes, n)
+    stuck = all(entry.get(PROBE, math.inf) <= limit for entry in recent)
+    if stuck and last["train/loss"] < recent[0]["train/loss"]:
+        return (
+            f"PGD-{PROBE_STEPS} accuracy was at chance ({last[PROBE]:.1%}) in the {patience} "
+            f"epochs up to {last['epoch']:.0f} while the training loss fell"
+        )
+    return ""
+
+
 def accuracy(
     classifier: Classifier, split: Split, *, device: torch.device, team: Team = ALONE
 ) -> float:
     """Return the share of a split's images that the classifier, in eval mode, gets right."""
+
+    @torch.inference_mode()
+    def predict(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        logits_BK: Tensor = classifier(images_BCHW)
+        return logits_BK.argmax(dim=1)
+
     classifier.eval()
-
-    def right(places: Tensor) -> Tensor:
-        predicted_B: Tensor = classifier(to_unit(split.images[places].to(device))).argmax(dim=1)
-        return (predicted_B == split.labels[places].to(device)).sum()
-
-    parts = torch.split(torch.arange(len(split)), EVALUATION_BATCH)[team.own]
-    return _share(right, parts, split, device=device, team=team)
+    return _share_right(predict, split, EVALUATION_BATCH, device=device, team=team)
 
 
 def probe(
@@ -313,9 +348,7 @@ def probe(
     assert recipe.adversary is not None
     epsilon = recipe.adversary.epsilon
 
-    def resist(places: Tensor) -> Tensor:
-        images_BCHW = to_unit(split.images[places].to(device))
-        labels_B = split.labels[places].to(device)
+    def predict(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         iterates = pgd_iterates(
             classifier,
             images_BCHW,
@@ -327,37 +360,36 @@ def probe(
         )
         _, final_BCHW = next(iterates)
         with torch.no_grad():
-            predicted_B: Tensor = classifier(final_BCHW).argmax(dim=1)
-        return (predicted_B == labels_B).sum()
+            logits_BK: Tensor = classifier(final_BCHW)
+        return logits_BK.argmax(dim=1)
 
-    places = torch.arange(len(split))[team.own]
-    parts = torch.split(places, min(EVALUATION_BATCH, recipe.forward_batch))
+    batch = min(EVALUATION_BATCH, recipe.forward_batch)
     with attacked(classifier):
-        return _share(resist, parts, split, device=device, team=team)
+        return _share_right(predict, split, batch, device=device, team=team)
 
 
-def _share(
-    count: Callable[[Tensor], Tensor],
-    parts: Iterable[Tensor],
+def _share_right(
+    predict: Callable[[Tensor, Tensor], Tensor],
     split: Split,
+    batch: int,
     *,
     device: torch.device,
     team: Team,
 ) -> float:
-    """Return the share of a split's images that are counted at the places of a team's parts."""
+    """Return the share of a split's images predicted as their labels; out of memory halves them."""
+
+    def right(places: Tensor) -> Tensor:
+        labels_B = split.labels[places].to(device)
+        try:
+            return (predict(to_unit(split.images[places].to(device)), labels_B) == labels_B).sum()
+        except torch.OutOfMemoryError:
+            if len(places) <= 1:
+                raise
+        first, second = places.chunk(2)
+        return right(first) + right(second)
+
     total = torch.zeros((), dtype=torch.long, device=device)
-    for places in parts:
+    for places in torch.split(torch.arange(len(split))[team.own], batch):
         beat()
-        total += _counted(count, places)
+        total += right(places)
     return int(team.total(total)) / len(split)
-
-
-def _counted(count: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
-    """Return what is counted of the images at some places; out of memory halves them."""
-    try:
-        return count(places)
-    except torch.OutOfMemoryError:
-        if len(places) <= 1:
-            raise
-    first, second = places.chunk(2)
-    return _counted(count, first) + _counted(count, second)

@@ -61,9 +61,3 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
         fused = recipe.precision != "fp16"
         return SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=fused)
     return AdamW(groups, lr=recipe.learning_rate, eps=1e-8, fused=True)
-
-
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every parameter group the rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
