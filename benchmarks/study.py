@@ -43,7 +43,10 @@ def beside_scripts(arguments: Sequence[str], *, repeats: int) -> Figure:
     """Time both sides in turns on what the command's arguments ask for."""
     options = RunOptions.read(arguments)
     plan = build_plan(
-        load_study(options.study), DIGITS, tables=options.tables, evaluators=options.evaluators
+        load_study(options.study),
+        DIGITS,
+        tables=options.tables or None,
+        evaluators=options.evaluators or None,
     )
     cells = sum(len(trial.evaluators) for trial in plan)
     walls = [one_turn(list(plan), arguments) for _ in range(repeats)]

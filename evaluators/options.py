@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, field_validator
-from pydantic_settings import CliVariadicArg, NoDecode
 
 from evaluators import EVALUATORS, PGD_STEPS
 from trainables.models import MODELS, TIMM_PREFIX
-from trainables.options import Address, Count, DataOptions, Options, Split, fraction, option
+from trainables.options import Address, Count, DataOptions, Names, Split, Words, fraction, option
 from trainables.recipe import ACTIVATIONS, Activation, unknown
 from trainables.scale import scale_named, scale_names
 
@@ -26,30 +25,11 @@ Area = Annotated[
 ]
 
 
-class AttackOptions(Options):
-    """Attacks."""
-
-    epsilon: CliVariadicArg[Annotated[tuple[Radius, ...], NoDecode, Split]] = option(
-        (),
-        "radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 0.5/255 "
-        "(default: the scale's)",
-        "RADIUS",
-    )
-    attack_images: Count | None = option(
-        None,
-        "images that pgd, autoattack and tpa attack, drawn by a fixed seed (default: the scale's)",
-        "N",
-    )
-    patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
-    patch_area: Area | None = option(
-        None, "share of the image that one patch covers (default: the scale's)", "SHARE"
-    )
-
-
-class JudgeOptions(AttackOptions, DataOptions):
+class JudgeOptions(DataOptions):
     """Ask evaluators' questions of a checkpoint of any origin; print the scores."""
 
     prog: ClassVar[str] = "python -m evaluators"
+    groups: ClassVar[dict[str, str]] = {**DataOptions.groups, "epsilon": "attacks"}
 
     weights: Path = option(..., ".safetensors, or torch's .pth, .pt, .th or .bin", "FILE")
     model: str | None = option(
@@ -60,9 +40,7 @@ class JudgeOptions(AttackOptions, DataOptions):
     activation: Activation | None = option(
         None, f"replaces the network's own activation: {', '.join(ACTIVATIONS)}", "NAME"
     )
-    evaluators: CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Split]] = option(
-        ("clean",), ", ".join(NAMES), "NAME"
-    )
+    evaluators: Names = option(("clean",), ", ".join(NAMES), "NAME")
     scale: str | None = option(
         None, f"{', '.join(scale_names())} (default: the file's, or digits)", "NAME"
     )
@@ -90,10 +68,25 @@ class JudgeOptions(AttackOptions, DataOptions):
         "DIR",
     )
     mlflow: Address | None = option(None, "log scores and ledgers there as well", "URI")
+    epsilon: Annotated[tuple[Radius, ...], Split] = option(
+        (),
+        "radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 0.5/255 "
+        "(default: the scale's)",
+        "RADIUS",
+    )
+    attack_images: Count | None = option(
+        None,
+        "images that pgd, autoattack and tpa attack, drawn by a fixed seed (default: the scale's)",
+        "N",
+    )
+    patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
+    patch_area: Area | None = option(
+        None, "share of the image that one patch covers (default: the scale's)", "SHARE"
+    )
 
     @field_validator("evaluators")
     @classmethod
-    def _are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_known(cls, names: Words) -> Words:
         for name in names or ("",):
             if name not in NAMES:
                 raise ValueError(unknown("evaluator", name, NAMES))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import model_validator
 
 from trainables.models import TIMM_PREFIX, model_named, model_of
 from trainables.recipe import (
@@ -18,7 +17,7 @@ from trainables.recipe import (
     Distillation,
     Recipe,
     format_augmentations,
-    nearest,
+    problem,
     unknown,
 )
 from trainables.scale import AT_BATCH, published_settings, scale_named
@@ -335,38 +334,3 @@ def _curriculum_name(rows: tuple[CurriculumRow, ...], library: Library) -> str:
     names = (name for name, known in library.curricula.items() if known == rows)
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:4]
     return next(names, f"{len(rows)}-rows-{digest}")
-
-
-def problem(error: ValueError, model: type[BaseModel] = Recipe) -> str:
-    """Say in a sentence the first problem of a ValueError; a validation's: of which key.
-
-    model: what was validated, whose keys are known.
-    """
-    if not isinstance(error, ValidationError):
-        return str(error)
-    # A key that is misspelt is also one that is missing.
-    first = min(error.errors(), key=lambda entry: entry["type"] == "missing")
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("value_error", "missing"):
-        return f"{key}: {message}" if key else message
-    if first["type"] == "extra_forbidden":
-        return unknown("key", key, _keys_at(model, first["loc"]))
-    words = re.findall("'([^']+)'", message) if first["type"] == "literal_error" else []
-    return f"{key}: {message}, not {first['input']!r}{nearest(str(first['input']), words)}"
-
-
-def _keys_at(model: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that a validated model knows at the place of a problem, in full."""
-    above = place[:-1]
-    for part in above:
-        field = model.model_fields.get(str(part))
-        inner = _models_in(field.annotation) if field else []
-        model = inner[0] if inner else model
-    return [".".join(map(str, (*above, name))) for name in model.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]

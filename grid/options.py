@@ -5,26 +5,50 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
-from pydantic_settings import CliVariadicArg, NoDecode
 
 from grid.axes import AXES, SETTABLE
 from grid.study import DEFAULT, STUDIES
-from trainables.options import Address, Count, DataOptions, Options, Split, Verbatim, option
+from trainables.options import Address, Count, DataOptions, Names, Words, option
 from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
 
-Names = CliVariadicArg[Annotated[tuple[str, ...] | None, NoDecode, Split]]
-Words = CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Verbatim]]
 MODES = ("plan", "check", "status", "report")
 
 
-class ModeOptions(Options):
-    """Instead of a run."""
+class RunOptions(DataOptions):
+    """Train and judge the models of a study, and write its report.
 
+    The same command again continues: finished trials and cells are skipped.
+    """
+
+    prog: ClassVar[str] = "python grid/run.py"
+    groups: ClassVar[dict[str, str]] = {
+        **DataOptions.groups,
+        "plan": "instead of a run",
+        "results": "places",
+        "workers": "workers of each trial",
+    }
+
+    study: str = option(DEFAULT, f"{', '.join(STUDIES)}, or a .toml file", "NAME|FILE")
+    tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
+    evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
+    only: Words = option(
+        (),
+        "only trials with these values, e.g. family=resnet activation=relu,gelu",
+        "AXIS=VALUE",
+    )
+    set: Words = option(
+        (),
+        "fields of every trial's recipe, e.g. precision=bf16 micro_batch=256; these are other "
+        "trials than without",
+        "FIELD=VALUE",
+    )
+    seeds: Count = option(1, "train each recipe N times", "N")
+    scale: str = option("digits", ", ".join(scale_names()), "NAME")
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(
         False, "look at data, disk, memory and device, and on a cluster at every node"
@@ -57,11 +81,6 @@ class ModeOptions(Options):
         "SECONDS",
         advanced=True,
     )
-
-
-class PlaceOptions(Options):
-    """Places."""
-
     results: Path = option(
         Path("results"),
         "folder of everything that a run makes; nodes of a cluster share it (GRID_RESULTS sets "
@@ -86,18 +105,6 @@ class PlaceOptions(Options):
         "joined here, or this machine)",
         "ADDRESS",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
-        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
-        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
-        return here | values
-
-
-class WorkerOptions(Options):
-    """Workers of each trial."""
-
     workers: Count = option(1, "worker processes per trial", "N")
     cpus_per_worker: Count = option(1, "CPU cores per worker", "C")
     gpus_per_worker: float = option(
@@ -119,33 +126,12 @@ class WorkerOptions(Options):
         advanced=True,
     )
 
-
-class RunOptions(ModeOptions, PlaceOptions, WorkerOptions, DataOptions):
-    """Train and judge the models of a study, and write its report.
-
-    The same command again continues: finished trials and cells are skipped.
-    """
-
-    prog: ClassVar[str] = "python grid/run.py"
-
-    study: str = option(DEFAULT, f"{', '.join(STUDIES)}, or a .toml file", "NAME|FILE")
-    tables: Names = option(None, "only these tables, e.g. T5 T7", "TABLE")
-    evaluators: Names = option(None, "only these evaluators, e.g. clean pgd", "NAME")
-    only: Words = option(
-        (),
-        "only trials with these values, e.g. family=resnet activation=relu,gelu",
-        "AXIS=VALUE",
-        verbatim=True,
-    )
-    set: Words = option(
-        (),
-        "fields of every trial's recipe, e.g. precision=bf16 micro_batch=256; these are other "
-        "trials than without",
-        "FIELD=VALUE",
-        verbatim=True,
-    )
-    seeds: Count = option(1, "train each recipe N times", "N")
-    scale: str = option("digits", ", ".join(scale_names()), "NAME")
+    @model_validator(mode="before")
+    @classmethod
+    def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
+        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
+        return here | values
 
     @model_validator(mode="after")
     def _has_one_mode(self) -> Self:

@@ -16,12 +16,11 @@ from grid.axes import (
     axis_value,
     check_settings,
     format_settings,
-    problem,
     warmup_notes,
     with_settings,
 )
 from grid.study import Mode, Study, Table
-from trainables.recipe import Recipe, unknown
+from trainables.recipe import Recipe, problem, unknown
 from trainables.scale import Scale
 
 # A recipe, what it serves, and the evaluators of its columns.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.address import found_address
-from grid.axes import problem
 from grid.options import RunOptions
 from grid.plan import Plan, build_plan
 from grid.progress import format_seconds
@@ -22,6 +21,7 @@ from grid.signals import stop_on_signals
 from grid.study import Study, load_study
 from grid.summary import print_plan
 from trainables.data.listing import DataSource, scale_of
+from trainables.recipe import problem
 from trainables.scale import Scale
 from trainables.store.results import check_database, check_results, database_uri, settle
 
@@ -97,10 +97,10 @@ def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Sca
     plan = build_plan(
         study,
         scale,
-        tables=options.tables,
+        tables=options.tables or None,
         only=options.kept_values(),
         seeds=options.seeds,
-        evaluators=options.evaluators,
+        evaluators=options.evaluators or None,
     )
     return scale, plan
 

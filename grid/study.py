@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from evaluators import EVALUATORS, column_named, evaluator_of
-from grid.axes import AXES, Axes, Library, check_settings, problem, with_axes
+from grid.axes import AXES, Axes, Library, check_settings, with_axes
 from trainables.models import check_family
-from trainables.recipe import CurriculumRow, Frozen, Recipe, unknown
+from trainables.recipe import CurriculumRow, Frozen, Recipe, problem, unknown
 
 if TYPE_CHECKING:
     from evaluators.base import Column
@@ -218,7 +218,7 @@ def _read(path: Path) -> StudyFile:
     except OSError as error:
         raise ValueError(f"study file {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise ValueError(f"study file {path}: {problem(error, StudyFile)}") from None
+        raise ValueError(f"study file {path}: {problem(error)}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"study file {path} is not TOML: {error}") from None
 

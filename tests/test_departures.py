@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -96,9 +95,7 @@ def _runs(arguments: list[str]) -> None:
 
 def _know_each_option(options: type[Options], arguments: list[str]) -> None:
     """Take no option that is only short for one."""
-    parser = argparse.ArgumentParser()
-    options.add_to(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = {option for action in options.parser()._actions for option in action.option_strings}
     assert {argument for argument in arguments if argument.startswith("--")} <= known
 
 

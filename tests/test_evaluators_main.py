@@ -336,14 +336,14 @@ def test_at_most_three_problems_are_named(tmp_path, capsys):
     [
         (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, natural"),
         (["--evaluators", "claen"], "Did you mean 'clean'?"),
-        (["--evaluator", "clean"], "Did you mean --evaluators?"),
+        (["--evaluator", "clean"], "Did you mean '--evaluators'?"),
         (["--evaluators"], "unknown evaluator ''; one of clean"),
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
         (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
         (["--scale", "huge"], "unknown scale 'huge'"),
         (["--scale", "imagenet"], "was trained at digits, not imagenet"),
         (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
-        (["--std", "0"], "--std '0': input should be greater than 0"),
+        (["--std", "0"], "--std: Input should be greater than 0"),
         (["--device", "abacus"], "--device abacus"),
     ],
 )

@@ -7,7 +7,6 @@ The last line counts the inputs that were tried.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import random
@@ -190,9 +189,7 @@ VALUE = st.one_of(st.sampled_from([*NUMBERS, *PLACES, *NAMES, "meta", "cuda:99"]
 
 
 def parser_of(options):
-    parser = argparse.ArgumentParser()
-    options.add_to(parser)
-    return parser
+    return options.parser()
 
 
 def words(parser):

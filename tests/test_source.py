@@ -308,4 +308,4 @@ def test_options_that_do_not_go_together_are_refused(root, name, arguments, mess
     [["--hold-out", "1.5"], ["--data-memory", "nan"], ["--data-workers", "x"], ["--stored", "x"]],
 )
 def test_numbers_out_of_range_are_refused(arguments, capsys):
-    assert f"data: {arguments[0]}" in refusal(capsys, *arguments)
+    assert f"error: {arguments[0]}: " in refusal(capsys, *arguments)

@@ -107,8 +107,8 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("columns = [", "colums = [", "unknown key 'tables.0.colums'; one of tables.0.name, "),
-        ("columns = [", "colums = [", "Did you mean 'tables.0.columns'?"),
+        ("columns = [", "colums = [", "tables.0: unknown key 'colums'; one of name, question, "),
+        ("columns = [", "colums = [", "Did you mean 'columns'?"),
         ('"pgd-10"]', '"pgd-11"]', "table A1: columns: unknown score 'pgd-11'; one of pgd-5, "),
         ('"pgd-10"]', '"pdg-10"]', "table A1: unknown score 'pdg-10'; one of clean, natural, "),
         ('"pgd-10"]', '"stylised"]', "Did you mean 'stylized'?"),

@@ -1,9 +1,8 @@
-"""The options of the commands: declared as typed fields, read by pydantic-settings."""
+"""The options of the commands: typed fields, checked by pydantic and read by argparse."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import os
 import re
@@ -12,125 +11,94 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, Self
-from urllib.parse import quote, unquote
+from typing import Annotated, Any, ClassVar, Self, get_origin
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    CliSettingsSource,
-    CliVariadicArg,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
-from trainables.recipe import unknown
+from trainables.recipe import nearest, problem, unknown
 
 HELP_ALL = "--help-all"
 Count = Annotated[int, Field(ge=1)]
-# Several words after one option, with spaces or commas between them.
-Split = BeforeValidator(lambda words: words.split(",") if isinstance(words, str) else words)
-# The same, with spaces only: pydantic-settings joins by commas what `verbatim` has quoted.
-Verbatim = BeforeValidator(
-    lambda words: [unquote(word) for word in words.split(",")] if isinstance(words, str) else words
-)
+Words = tuple[str, ...]  # after one option
+Split = BeforeValidator(lambda words: [part for word in words for part in word.split(",")])
+Names = Annotated[Words, Split]  # with spaces or commas between them
 
 
 def option(
-    default: Any,
-    description: str,
-    metavar: str = "",
-    *,
-    verbatim: bool = False,
-    advanced: bool = False,
-    **bounds: Any,
+    default: Any, description: str, metavar: str = "", *, advanced: bool = False, **bounds: Any
 ) -> Any:
     """Declare an option: its default (... for none), what it does, and what its value is called.
 
-    verbatim: its words may hold commas and quotes. advanced: only --help-all shows it.
+    advanced: only --help-all shows it.
     """
-    shown: dict[str, Any] = {"metavar": metavar or None, "verbatim": verbatim, "advanced": advanced}
+    shown: dict[str, Any] = {"metavar": metavar or None, "advanced": advanced}
     return Field(default, description=description, json_schema_extra=shown, **bounds)
 
 
-class Options(BaseSettings):
-    """A command's options, from its words alone: the environment sets none.
+class Options(BaseModel):
+    """A command's options; `groups` titles a part of the help by the first option in it."""
 
-    Each class that adds fields is a group of the help, under the first line of its docstring.
-    """
-
-    model_config = SettingsConfigDict(
-        cli_kebab_case=True,
-        cli_implicit_flags="toggle",
-        cli_enforce_required=True,
-        validate_default=False,
+    model_config = ConfigDict(
+        alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
     )
     prog: ClassVar[str]
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+    groups: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def read(cls, words: Sequence[str] | None) -> Self:
         """Read the words; wrong ones end the command with exit code 2 and say what is right."""
-        usage = f"{cls.prog} [options]"
-        parser = _Parser(prog=cls.prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
         arguments = list(sys.argv[1:] if words is None else words)
-        source = cls.add_to(parser, advanced=HELP_ALL in arguments)
+        parser = cls.parser(advanced=HELP_ALL in arguments)
+        values, others = parser.parse_known_args(arguments)
+        if others:
+            known = [f"--{field.alias}" for field in cls.model_fields.values()]
+            word = next((word for word in others if word.startswith("--")), others[0])
+            parser.error(f"unknown option {word!r}{nearest(word.partition('=')[0], known)}")
         try:
-            return CliApp.run(cls, cli_args=arguments, cli_settings_source=source)
-        except (ValidationError, SettingsError) as error:
-            parser.error(_in_plain_words(error))
+            return cls.model_validate(vars(values))
+        except ValidationError as error:
+            parser.error(problem(error, "--"))
 
     @classmethod
-    def add_to(
-        cls, parser: argparse.ArgumentParser, *, advanced: bool = True
-    ) -> CliSettingsSource[argparse.ArgumentParser]:
-        """Add the options to a parser, in their groups; the help may leave out the advanced."""
-        owners = {
-            name: owner
-            for owner in reversed(cls.__mro__)
-            if issubclass(owner, Options)
-            for name in inspect.get_annotations(owner)
-        }
-        groups: dict[type, Any] = {}
-        for owner in dict.fromkeys(reversed(owners.values())):
-            title = str(owner.__doc__).splitlines()[0].rstrip(".").lower()
-            groups[owner] = parser if owner is cls else parser.add_argument_group(title)
+    def parser(cls, *, advanced: bool = True) -> argparse.ArgumentParser:
+        """Return the parser of the options; its help may leave out the advanced ones."""
+        parser = argparse.ArgumentParser(
+            prog=cls.prog,
+            usage=f"{cls.prog} [options]",
+            description=cls.__doc__,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        parser.add_argument(HELP_ALL, action="help", help="show every option and exit")
+        for owner in cls.__mro__:
+            group: argparse._ActionsContainer = parser
+            for name in inspect.get_annotations(owner):
+                if title := cls.groups.get(name):
+                    group = parser.add_argument_group(title)
+                if name in cls.model_fields:
+                    _add(group, cls.model_fields[name], advanced=advanced)
+        return parser
 
-        def add(_: Any, *flags: str, **settings: Any) -> None:
-            name = settings["dest"]
-            field = cls.model_fields[name]
-            extra: Any = field.json_schema_extra
-            if extra["metavar"]:
-                settings["metavar"] = extra["metavar"]
-            if extra["verbatim"]:
-                settings["type"] = quote
-            if settings.get("nargs") == "*":
-                settings["action"] = "extend"
-            text = f"{field.description}{_default_text(field.default)}".replace("%", "%%")
-            settings["help"] = text if advanced or not extra["advanced"] else argparse.SUPPRESS
-            groups[owners[name]].add_argument(*flags, **settings)
 
-        extras: Any = [field.json_schema_extra for field in cls.model_fields.values()]
-        if any(extra["advanced"] for extra in extras):
-            parser.add_argument(HELP_ALL, action="help", help="show every option and exit")
-
-        return CliSettingsSource(cls, root_parser=parser, add_argument_method=add)
+def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool) -> None:
+    extra: Any = field.json_schema_extra
+    text = f"{field.description}{_default_text(field.default)}".replace("%", "%%")
+    settings: dict[str, Any] = {"metavar": extra["metavar"]}
+    if field.annotation is bool:
+        settings = {"action": "store_true"}
+    elif get_origin(field.annotation) is tuple:
+        settings |= {"nargs": "*", "action": "extend"}
+    group.add_argument(
+        f"--{field.alias}",
+        dest=field.alias,
+        required=field.is_required(),
+        help=text if advanced or not extra["advanced"] else argparse.SUPPRESS,
+        **settings,
+    )
 
 
 def _default_text(default: Any) -> str:
@@ -139,28 +107,6 @@ def _default_text(default: Any) -> str:
     values = default if isinstance(default, tuple) else (default,)
     words = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
     return f" (default: {' '.join(words)})"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest option beside one that is not known."""
-
-    def error(self, message: str) -> NoReturn:
-        known = re.findall(r"--[a-z][\w.-]*", self.format_help())
-        for word in re.findall(r"(?<!\S)--[^\s=]+", message.partition("unrecognized")[2]):
-            if near := difflib.get_close_matches(word, known, n=1):
-                message += f". Did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _in_plain_words(error: ValidationError | SettingsError) -> str:
-    if isinstance(error, SettingsError):
-        return str(error)
-    first = error.errors()[0]
-    name = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
-    said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"--{name}: {said}" if name else said
-    return f"--{name} {first['input']!r}: {said[0].lower()}{said[1:]}"
 
 
 def without_password(text: str) -> str:
@@ -178,7 +124,9 @@ Address = Annotated[str, BeforeValidator(without_password)]
 
 
 class DataOptions(Options):
-    """Data."""
+    """Where the data are, and how they are read."""
+
+    groups: ClassVar[dict[str, str]] = {"data": "data"}
 
     data: Path | None = option(None, "train/ and val/ (or test/), class folders below", "DIR")
     image_size: Count | None = option(None, "side in pixels, for --scale folder", "N")
@@ -190,7 +138,7 @@ class DataOptions(Options):
         lt=1,
         advanced=True,
     )
-    stored: CliVariadicArg[Annotated[tuple[str, ...], NoDecode, Split]] = option(
+    stored: Names = option(
         (),
         f"where further sets lie (default: NAME/ below the data): {', '.join(STORED_SETS)}",
         "NAME=DIR",
@@ -216,7 +164,7 @@ class DataOptions(Options):
 
     @field_validator("stored")
     @classmethod
-    def _names_a_set(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+    def _names_a_set(cls, words: Words) -> Words:
         for word in words:
             name, equals, _ = word.partition("=")
             if not equals:

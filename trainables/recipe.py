@@ -5,10 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from trainables.models import check_model_name, model_named
 
@@ -40,6 +48,22 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Ask whether the nearest known word is meant; "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def problem(error: ValueError, prefix: str = "") -> str:
+    """Say in a sentence the first problem of a ValueError; of a validation's, at which key.
+
+    prefix: of a key, as users write it.
+    """
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    key = prefix + ".".join(map(str, first["loc"])) if first["loc"] else ""
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] not in ("value_error", "missing"):
+        words = re.findall("'([^']+)'", text) if first["type"] == "literal_error" else []
+        text = f"{text}, not {first['input']!r}{nearest(str(first['input']), words)}"
+    return f"{key}: {text}" if key else text
 
 
 def format_augmentations(augmentations: Iterable[str]) -> str:
@@ -91,7 +115,16 @@ Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
 class Frozen(BaseModel):
     """A value that is checked strictly as it is made, and does not change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_every_key(cls, values: Any) -> Any:
+        known = [field.validation_alias or name for name, field in cls.model_fields.items()]
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                raise ValueError(unknown("key", str(key), map(str, known)))
+        return values
 
 
 class Adversary(Frozen):
