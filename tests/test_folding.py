@@ -66,10 +66,12 @@ class Branching(nn.Module):
         return self.norm(images_BCHW) if images_BCHW.sum() > 0 else images_BCHW
 
 
-def test_what_would_answer_otherwise_once_it_is_folded_has_no_twin():
-    """A merged convolution pads with zeros."""
-    padded = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
-    network = nn.Sequential(padded, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 64, 10))
+def test_a_merge_that_would_lose_precision_has_no_twin():
+    """Means far above the spread: the merged sums cancel in float32."""
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.fill_(1e6)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 10))
+    network[0].bias.data.fill_(1e6)
     classifier = Classifier(network, (0.0,) * 3, (1.0,) * 3).eval()
     with torch.no_grad():
         assert folded(classifier, torch.rand(2, 3, 8, 8)) is None

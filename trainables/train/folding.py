@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
 from typing import cast
 
 import torch
@@ -15,13 +15,6 @@ from trainables.watchdog import beat
 TOLERANCE = 1e-4
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
 OURS = (GhostBatchNorm2d, SharedBatchNorm2d, SharedGhostBatchNorm2d)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    convolution: nn.Conv2d
-    norm: Norm
-    folded: nn.Conv2d
 
 
 class _Tracer(fx.Tracer):
@@ -40,23 +33,19 @@ class FoldedClassifier(nn.Module):
         super().__init__()
         graph = _Tracer().trace(classifier)
         self._network = fx.GraphModule(classifier, graph)
-        self._pairs = [self._merge(node) for node in graph.nodes if self._is_foldable(node)]
+        # Each convolution, the norm behind it, and both merged.
+        self.merged = [self._merge(node) for node in graph.nodes if self._is_foldable(node)]
         self._network.recompile()
         self.refresh()
-
-    @property
-    def is_different(self) -> bool:
-        """Whether anything was merged."""
-        return bool(self._pairs)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Merge the present weights and running statistics."""
-        for pair in self._pairs:
-            gain, shift = _affine(pair.norm)
-            weight, bias = pair.convolution.weight, pair.convolution.bias
-            pair.folded.weight.copy_(weight * gain.view(-1, 1, 1, 1))
-            pair.folded.bias.copy_(shift if bias is None else shift + gain * bias)  # type: ignore[union-attr]
+        for convolution, norm, merged in self.merged:
+            gain, shift = _affine(norm)
+            weight, bias = convolution.weight, convolution.bias
+            merged.weight.copy_(weight * gain.view(-1, 1, 1, 1))
+            merged.bias.copy_(shift if bias is None else shift + gain * bias)  # type: ignore[union-attr]
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         beat()
@@ -74,28 +63,17 @@ class FoldedClassifier(nn.Module):
     def _module_of(self, node: fx.Node) -> nn.Module | None:
         return self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def _merge(self, node: fx.Node) -> _Pair:
+    def _merge(self, node: fx.Node) -> tuple[nn.Conv2d, Norm, nn.Conv2d]:
         before = cast(fx.Node, node.args[0])
-        old, norm = self._module_of(before), self._module_of(node)
-        assert isinstance(old, nn.Conv2d)
-        assert isinstance(norm, Norm)
-        new = nn.Conv2d(
-            old.in_channels,
-            old.out_channels,
-            cast("tuple[int, int]", old.kernel_size),
-            stride=cast("tuple[int, int]", old.stride),
-            padding=cast("tuple[int, int]", old.padding),
-            dilation=cast("tuple[int, int]", old.dilation),
-            groups=old.groups,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        new.to(memory_format=torch.channels_last).requires_grad_(False)
+        convolution = cast(nn.Conv2d, self._module_of(before))
+        norm = cast(Norm, self._module_of(node))
+        merged = copy.deepcopy(convolution).to(memory_format=torch.channels_last)
+        merged.bias = nn.Parameter(norm.bias.detach().clone().flatten())
         before.target = f"folded_{before.name}"
-        self._network.add_submodule(before.target, new)
+        self._network.add_submodule(before.target, merged.requires_grad_(False))
         node.replace_all_uses_with(before)
         node.graph.erase_node(node)
-        return _Pair(old, norm, new)
+        return convolution, norm, merged
 
 
 def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -124,4 +102,4 @@ def folded(classifier: Classifier, images_BCHW: Tensor) -> FoldedClassifier | No
     expected = classifier(images_BCHW)
     difference = (twin(images_BCHW) - expected).abs().max()
     same = difference <= TOLERANCE * expected.abs().max().clamp(min=1)
-    return twin if same and twin.is_different else None
+    return twin if same and twin.merged else None

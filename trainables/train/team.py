@@ -65,22 +65,16 @@ ALONE = Team()
 
 def check_team(recipe: Recipe, size: int) -> None:
     """Raise ValueError where a recipe's batches do not divide among `size` workers."""
-    parts, name = _parts(recipe)
+    parts, name = recipe.forward_batch, f"forward batch of {recipe.forward_batch}"
+    if recipe.norm == "ghost":
+        parts //= recipe.ghost_batch
+        name = f"{parts} ghost batches of {recipe.ghost_batch}"
     if parts % size:
         allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise ValueError(
             f"{recipe.describe()}: its {name} cannot be shared by {size} workers; "
             f"their number must be one of {allowed}"
         )
-
-
-def _parts(recipe: Recipe) -> tuple[int, str]:
-    """Return how many parts of a forward batch can be dealt to workers, and what they are."""
-    forward = recipe.forward_batch
-    if recipe.norm != "ghost":
-        return forward, f"forward batch of {forward}"
-    ghosts = forward // recipe.ghost_batch
-    return ghosts, f"{ghosts} ghost batches of {recipe.ghost_batch}"
 
 
 def gathered(classifier: Classifier, team: Team) -> nn.Module:
@@ -139,8 +133,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     torch's own SyncBatchNorm takes GPUs only.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, norm: nn.BatchNorm2d, team: Team) -> None:
-        assert norm.momentum is not None
         super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
         self._size = team.size
 
@@ -151,20 +149,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         mean_C = _sum(input.sum((0, 2, 3))) / count
         centred = input - mean_C.view(-1, 1, 1)
         variance_C = _sum(centred.square().sum((0, 2, 3))) / count
-        self._follow(mean_C.detach(), variance_C.detach() * (count / (count - 1)))
+        self.running_mean.lerp_(mean_C.detach(), self.momentum)
+        unbiased_C = variance_C.detach() * (count / (count - 1))
+        self.running_var.lerp_(unbiased_C, self.momentum)
+        self.num_batches_tracked.add_(1)
         gain_C = self.weight * (variance_C + self.eps).rsqrt()
         return centred * gain_C.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-
-    def _follow(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Move the running statistics towards a batch's."""
-        running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        assert running[0] is not None
-        assert running[1] is not None
-        assert running[2] is not None
-        assert self.momentum is not None
-        running[0].lerp_(mean_C, self.momentum)
-        running[1].lerp_(variance_C, self.momentum)
-        running[2].add_(1)
 
 
 def _sum(value: Tensor) -> Tensor:
