@@ -6,10 +6,10 @@ Source: Yang et al., "PatchAttack" (ECCV 2020), as set down in STUDY section 5.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,7 @@ from evaluators.intervals import of_mean
 from evaluators.ledger import Score, share
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
-from evaluators.textures import TextureDictionary, dictionary_for, dictionary_identity
+from evaluators.textures import dictionary_for, dictionary_identity
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import PatchBudget, Scale
 from trainables.train.adversary import attacked
@@ -38,6 +38,8 @@ FLAT = 1e-4
 FIRST_STOP = 3
 BONUS = 100.0  # more than any two rewards differ: they lie between log(1.19e-7) and 0
 FORWARD_BATCH = 256
+SEED = 0
+LEARNS = {"tpa": True, "tpa-random": False}  # does a question's search learn?
 
 
 @dataclass(frozen=True)
@@ -68,34 +70,16 @@ class Task:
         places = self.images.shape[-1] - side
         return places, places, self.textures.shape[1], places, places
 
-
-class Policy(Protocol):
-    """Proposes actions for every image of a task, all images at once."""
-
-    learns: bool
-
-    def sample(self, uniforms_MSA: Tensor) -> Tensor: ...
-
-    def learn(self, rewards_MS: Tensor) -> None: ...
-
-    def keep(self, index: Tensor) -> None: ...
+    def uniforms(self, samples: int) -> Tensor:
+        """Draw uniforms_MSA in [0, 1) on the CPU, image by image: no batch or device matters."""
+        draws = [torch.rand((samples, ACTIONS), generator=g) for g in self.generators]
+        return torch.stack(draws).to(self.images.device)
 
 
-class UniformPolicy:
-    """Random search: every action uniform, nothing learned."""
-
-    learns = False
-
-    def __init__(self, task: Task, spaces: tuple[int, ...]) -> None:
-        self.spaces = torch.tensor(spaces, device=task.images.device)
-
-    def sample(self, uniforms_MSA: Tensor) -> Tensor:
-        """Turn uniforms_MSA in [0, 1) into actions_MSA."""
-        return torch.minimum((uniforms_MSA * self.spaces).long(), self.spaces - 1)
-
-    def learn(self, rewards_MS: Tensor) -> None: ...
-
-    def keep(self, index: Tensor) -> None: ...
+def uniform_actions(uniforms_MSA: Tensor, spaces: Sequence[int]) -> Tensor:
+    """Turn uniforms_MSA in [0, 1) into actions_MSA of random search."""
+    sizes_A = torch.tensor(spaces, device=uniforms_MSA.device)
+    return torch.minimum((uniforms_MSA * sizes_A).long(), sizes_A - 1)
 
 
 class LSTMPolicy:
@@ -105,8 +89,6 @@ class LSTMPolicy:
     as if it were alone, and an image that is done leaves by its row.
     """
 
-    learns = True
-
     def __init__(self, task: Task, spaces: tuple[int, ...]) -> None:
         recurrent = [(4 * WIDTH, WIDTH), (4 * WIDTH, WIDTH), (4 * WIDTH,), (4 * WIDTH,)]
         heads = [shape for size in spaces for shape in ((size, WIDTH), (size,))]
@@ -115,7 +97,14 @@ class LSTMPolicy:
         self._sizes = [int(torch.Size(shape).numel()) for shape in self._shapes]
         normal = sum(self._sizes[: len(embeddings)])
         rest = sum(self._sizes) - normal
-        rows = [_initial(normal, rest, generator) for generator in task.generators]
+        # torch's own defaults: embeddings from N(0, 1), LSTM and heads from +-1/sqrt(width).
+        draws = [
+            (torch.randn(normal, generator=g), torch.rand(rest, generator=g))
+            for g in task.generators
+        ]
+        rows = [
+            torch.cat([normal_P, (uniform_P * 2 - 1) / WIDTH**0.5]) for normal_P, uniform_P in draws
+        ]
         self._parameters = torch.stack(rows).to(task.images.device).requires_grad_(True)
         self._adam = torch.optim.Adam([self._parameters], lr=RATE)
         self._log_probability = torch.empty(0)
@@ -131,14 +120,17 @@ class LSTMPolicy:
             hidden, state = _lstm(cell, inputs, hidden, state)
             weight, bias = heads[2 * step : 2 * step + 2]
             log_p = torch.baddbmm(bias[:, None], hidden, weight.mT).log_softmax(dim=2)
-            action = _inverse_cdf(log_p.detach().exp(), uniforms_MSA[..., step])
-            total = total + log_p.gather(2, action[..., None])[..., 0]
+            cumulative = log_p.detach().exp().cumsum(dim=2)
+            drawn = uniforms_MSA[..., step, None].contiguous()
+            action = torch.searchsorted(cumulative, drawn, right=True).clamp_(
+                max=log_p.shape[2] - 1
+            )
+            total = total + log_p.gather(2, action)[..., 0]
             actions.append(action)
             if step + 1 < ACTIONS:
-                index = action[..., None].expand(-1, -1, WIDTH)
-                inputs = embeddings[step].gather(1, index)
+                inputs = embeddings[step].gather(1, action.expand(-1, -1, WIDTH))
         self._log_probability = total
-        return torch.stack(actions, dim=2)
+        return torch.cat(actions, dim=2)
 
     def learn(self, rewards_MS: Tensor) -> None:
         """Take one REINFORCE step: the last action's reward stands for all five, standardised."""
@@ -157,13 +149,6 @@ class LSTMPolicy:
         self._adam.state[self._parameters] = rows
 
 
-def _initial(normal: int, rest: int, generator: torch.Generator) -> Tensor:
-    # torch's own defaults: embeddings from N(0, 1), LSTM and heads from +-1/sqrt(width).
-    embeddings = torch.randn(normal, generator=generator)
-    others = (torch.rand(rest, generator=generator) * 2 - 1) / WIDTH**0.5
-    return torch.cat([embeddings, others])
-
-
 def _lstm(
     cell: Sequence[Tensor], inputs_MSE: Tensor, hidden_MSE: Tensor, state_MSE: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -173,12 +158,6 @@ def _lstm(
     entry, forget, candidate, output = gates.chunk(4, dim=2)
     state = forget.sigmoid() * state_MSE + entry.sigmoid() * candidate.tanh()
     return output.sigmoid() * state.tanh(), state
-
-
-def _inverse_cdf(probability_MSV: Tensor, uniform_MS: Tensor) -> Tensor:
-    cumulative = probability_MSV.cumsum(dim=2)
-    index = torch.searchsorted(cumulative, uniform_MS[..., None].contiguous(), right=True)
-    return index[..., 0].clamp_(max=probability_MSV.shape[2] - 1)
 
 
 def paste(task: Task, actions_NA: Tensor, owner_N: Tensor, *, side: int) -> Tensor:
@@ -196,173 +175,122 @@ def paste(task: Task, actions_NA: Tensor, owner_N: Tensor, *, side: int) -> Tens
 
 @dataclass
 class Outcome:
-    """What a search did to each image of its task.
-
-    images: with `patches` patches placed. predicted, success: of these images; without a patch,
-    of the images as they were.
-    """
+    """The images with `patches` patches placed, the classes predicted for them, and the queries."""
 
     images: Tensor
     predicted: Tensor
-    success: Tensor
     queries: Tensor
     patches: Tensor
 
-    def add(self, index: Tensor, placed: Outcome) -> None:
-        """Take over what one more patch did to the images at `index`."""
-        self.images[index] = placed.images
-        self.predicted[index] = placed.predicted
-        self.success[index] = placed.success
-        self.queries[index] += placed.queries
-        self.patches[index] += placed.patches
-
-    def stages(self) -> list[str | None]:
+    def stages(self, labels: Tensor) -> list[str | None]:
         """Name what broke each image: clean (no patch needed), patch-N, or None."""
-        pairs = zip(self.success.tolist(), self.patches.tolist(), strict=True)
+        pairs = zip((self.predicted != labels).tolist(), self.patches.tolist(), strict=True)
         return [(f"patch-{n}" if n else "clean") if broken else None for broken, n in pairs]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the classifier says to every sample of every image, each (M, S)."""
-
-    reward: Tensor
-    predicted: Tensor
-    success: Tensor
-
-
-class Best:
-    """The best sample of each image so far: a successful one before any other, then by reward."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._rank = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
-        self.actions = torch.zeros((count, ACTIONS), dtype=torch.long, device=device)
-        self.predicted = torch.zeros(count, dtype=torch.long, device=device)
-        self.success = torch.zeros(count, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(count, dtype=torch.bool, device=device)
-
-    def update(self, active_M: Tensor, actions_MSA: Tensor, answers: Answers) -> None:
-        """Keep a step's best sample of each active image where it beats the one kept so far."""
-        ranks = answers.reward.double() + BONUS * answers.success
-        rank, sample = ranks.max(dim=1)
-        image = torch.arange(len(active_M), device=active_M.device)
-        better = rank > self._rank[active_M]
-        rows, image, sample = active_M[better], image[better], sample[better]
-        self._rank[rows] = rank[better]
-        self.actions[rows] = actions_MSA[image, sample]
-        self.predicted[rows] = answers.predicted[image, sample]
-        self.success[rows] = answers.success[image, sample]
-        self.seen[active_M] |= answers.success.any(dim=1)
-
-
-PolicyOf = Callable[[Task, tuple[int, ...]], Policy]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSearch:
-    """The search for patches: all images and all samples of a step in the same forward passes."""
+    """The search for patches: all images and all samples of a step in the same forward passes.
+
+    It learns by REINFORCE, or searches at random.
+    """
 
     classifier: nn.Module
     budget: PatchBudget
+    learns: bool
     forward_batch: int = FORWARD_BATCH
 
-    def run(self, task: Task, clean_M: Tensor, policy_of: PolicyOf) -> Outcome:
+    def run(self, task: Task, clean_M: Tensor) -> Outcome:
         """Place patches one after another on each image until it is broken or has them all.
 
         clean_M: the classes predicted without a patch; an image broken by none costs no query.
         """
         none = torch.zeros_like(task.labels)
-        broken = clean_M != task.labels
-        outcome = Outcome(task.images.clone(), clean_M.clone(), broken, none, none.clone())
+        outcome = Outcome(task.images.clone(), clean_M.clone(), none, none.clone())
         for _ in range(self.budget.patches):
-            standing = (~outcome.success).nonzero().flatten()
+            standing = (outcome.predicted == task.labels).nonzero().flatten()
             if not len(standing):
                 break
             rest = replace(task, images=outcome.images).rows(standing)
-            outcome.add(standing, self._place(rest, policy_of))
+            images, predicted, queries = self._place(rest)
+            outcome.images[standing] = images
+            outcome.predicted[standing] = predicted
+            outcome.queries[standing] += queries
+            outcome.patches[standing] += 1
         return outcome
 
-    def _place(self, task: Task, policy_of: PolicyOf) -> Outcome:
-        """Search the place and texture of one patch for every image of the task."""
+    def _place(self, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+        """Search one patch for every image; return the patched images, predictions and queries.
+
+        An image's best sample is a successful one before any other, then the most rewarded.
+        """
         side = self.budget.side(task.images.shape[-1])
-        policy = policy_of(task, task.spaces(side))
-        best = Best(len(task.labels), task.images.device)
+        policy = LSTMPolicy(task, task.spaces(side)) if self.learns else None
+        sample = policy.sample if policy else partial(uniform_actions, spaces=task.spaces(side))
         everyone = active = torch.arange(len(task.labels), device=task.images.device)
-        queries = torch.zeros_like(active)
+        predicted, queries = task.labels.clone(), torch.zeros_like(active)
+        ranks = torch.full_like(active, -torch.inf, dtype=torch.float64)
+        actions = torch.zeros((len(active), ACTIONS), dtype=torch.long, device=active.device)
         means = task.images.new_zeros((len(active), self.budget.steps))
         for step in range(self.budget.steps):
             part = task.rows(active)
-            actions_MSA = policy.sample(self._uniforms(part))
-            answers = self._ask(part, actions_MSA, side)
+            actions_MSA = sample(part.uniforms(self.budget.samples))
+            rewards_MS, predicted_MS = self._ask(part, actions_MSA, side)
             queries[active] += self.budget.samples
-            best.update(active, actions_MSA, answers)
-            means[active, step] = answers.reward.mean(dim=1)
-            going = ~_stops(best.seen[active], means[active, : step + 1], flat=policy.learns)
-            if step + 1 == self.budget.steps or not going.any():
+            success_MS = predicted_MS != part.labels[:, None]
+            rank, best = (rewards_MS.double() + BONUS * success_MS).max(dim=1)
+            better = (rank > ranks[active]).nonzero().flatten()
+            rows, best = active[better], best[better]
+            ranks[rows] = rank[better]
+            actions[rows] = actions_MSA[better, best]
+            predicted[rows] = predicted_MS[better, best]
+            means[active, step] = rewards_MS.mean(dim=1)
+            stops = _stops(predicted[active] != part.labels, means[active, : step + 1], policy)
+            if step + 1 == self.budget.steps or stops.all():
                 break
-            policy.learn(answers.reward)
-            if not going.all():
+            if policy:
+                policy.learn(rewards_MS)
+            if stops.any():
+                going = (~stops).nonzero().flatten()
                 active = active[going]
-                policy.keep(going.nonzero().flatten())
-        pasted = paste(task, best.actions, everyone, side=side)
-        return Outcome(pasted, best.predicted, best.success, queries, torch.ones_like(queries))
+                if policy:
+                    policy.keep(going)
+        return paste(task, actions, everyone, side=side), predicted, queries
 
-    def _uniforms(self, task: Task) -> Tensor:
-        # Drawn image by image on the CPU, so that neither batch nor device changes the draws.
-        shape = (self.budget.samples, ACTIONS)
-        draws = [torch.rand(shape, generator=generator) for generator in task.generators]
-        return torch.stack(draws).to(task.images.device)
-
-    def _ask(self, task: Task, actions_MSA: Tensor, side: int) -> Answers:
-        """Put every sample to the classifier; each is one query of its image."""
+    @torch.no_grad()
+    def _ask(self, task: Task, actions_MSA: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Return rewards_MS and the classes predicted_MS of all samples, a query each."""
         count, samples, _ = actions_MSA.shape
         owner_N = torch.arange(count, device=actions_MSA.device).repeat_interleave(samples)
-        chunks = zip(
+        scores, predicted = [], []
+        for actions_NA, owner in zip(
             torch.split(actions_MSA.flatten(0, 1), self.forward_batch),
             torch.split(owner_N, self.forward_batch),
             strict=True,
-        )
-        parts = [self._forward(task, actions, owner, side) for actions, owner in chunks]
-        score, predicted = (torch.cat(p).view(count, samples) for p in zip(*parts, strict=True))
-        return Answers((1 - score + TINY).log(), predicted, predicted != task.labels[:, None])
-
-    @torch.inference_mode()
-    def _forward(
-        self, task: Task, actions_NA: Tensor, owner_N: Tensor, side: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the true class's softmax score and the class predicted for each sample.
-
-        Out of memory halves the batch.
-        """
-        try:
-            scores_NK = self.classifier(paste(task, actions_NA, owner_N, side=side)).softmax(dim=1)
-            labels_N1 = task.labels[owner_N, None]
-            return scores_NK.gather(1, labels_N1)[:, 0], scores_NK.argmax(dim=1)
-        except torch.OutOfMemoryError:
-            if len(owner_N) == 1:
-                raise
-        halves = zip(actions_NA.chunk(2), owner_N.chunk(2), strict=True)
-        first, second = (self._forward(task, actions, owner, side) for actions, owner in halves)
-        return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+        ):
+            scores_NK = self.classifier(paste(task, actions_NA, owner, side=side)).softmax(dim=1)
+            scores.append(scores_NK.gather(1, task.labels[owner, None])[:, 0])
+            predicted.append(scores_NK.argmax(dim=1))
+        score_MS, predicted_MS = (torch.cat(p).view(count, samples) for p in (scores, predicted))
+        return (1 - score_MS + TINY).log(), predicted_MS
 
 
-def _stops(seen_M: Tensor, means_MT: Tensor, *, flat: bool) -> Tensor:
-    """Say which images stop after their T-th step: a success seen or, if `flat`, rewards level."""
+def _stops(broken_M: Tensor, means_MT: Tensor, policy: LSTMPolicy | None) -> Tensor:
+    """Say which images stop after their T-th step: broken ones and, if it learns, level rewards."""
     if means_MT.shape[1] < FIRST_STOP:
-        return torch.zeros_like(seen_M)
+        return torch.zeros_like(broken_M)
     level = means_MT[:, -3:].diff(n=2, dim=1)[:, 0].abs() < FLAT
-    return seen_M | level if flat else seen_M
+    return broken_M | level if policy else broken_M
 
 
 class TexturePatchAttack(Evaluator):
     """Survival under up to N texture patches, by REINFORCE (tpa) and by random search beside it.
 
     Both have the same budget and, per image, the same textures: those of one random class, not
-    the true one. `dictionary`: by default the one stored with the data that `batches` reads, or
-    else built from that data.
-    Budgets (images x patches x steps x samples), of each of the two searches: imagenet
-    5000 x 4 x 50 x 500, digits 50 x 4 x 8 x 25. An image draws from a generator of its own,
-    seeded by its id, so its verdict does not depend on its batch.
+    the true one, of the dictionary stored with the data or else built from them. Budgets (images
+    x patches x steps x samples), of each of the two searches: imagenet 5000 x 4 x 50 x 500, digits
+    50 x 4 x 8 x 25. An image draws from a generator of its own, seeded by its id, so its verdict
+    does not depend on its batch.
     """
 
     name = "tpa"
@@ -373,30 +301,18 @@ class TexturePatchAttack(Evaluator):
     )
     least_shard = 1
 
-    def __init__(
-        self,
-        scale: Scale,
-        *,
-        dictionary: TextureDictionary | None = None,
-        budget: PatchBudget | None = None,
-        forward_batch: int = FORWARD_BATCH,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, scale: Scale) -> None:
         super().__init__(scale)
-        self.budget = budget or scale.patch
+        self.budget = scale.patch
         self.subset_size = self.budget.images
-        if self.budget.samples < 2:
-            raise ValueError(f"REINFORCE standardises over samples: 2 or more, not {budget}")
-        self.seed, self.forward_batch = seed, forward_batch
-        self._stated = self._dictionary = dictionary
+        self._dictionary: Mapping[int, Tensor] = {}
 
     def identity(self, source: Data) -> dict[str, Any]:
-        stated = self._stated
         return {
             **super().identity(source),
             "budget": asdict(self.budget),
-            "seed": self.seed,
-            "dictionary": stated.digest if stated else dictionary_identity(self.scale, source),
+            "seed": SEED,
+            "dictionary": dictionary_identity(self.scale, source),
         }
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
@@ -406,34 +322,37 @@ class TexturePatchAttack(Evaluator):
         return self.asked_about(held_out) * (1 + withstanding * queries)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        self._dictionary = self._stated or dictionary_for(self.scale, source)
+        self._dictionary = dictionary_for(self.scale, source)
         return super().batches(source, batch_size=batch_size, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         with attacked(classifier):
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
-            at_once = images_at_once(victim, batch.images, most=self.forward_batch)
-        search = PatchSearch(classifier=victim, budget=self.budget, forward_batch=at_once)
-        parts = [self._search(classifier, search, part) for part in batch.parts(at_once)]
-        return pa.concat_tables(parts)
-
-    def _search(self, classifier: Classifier, search: PatchSearch, batch: Batch) -> pa.Table:
-        with torch.no_grad():
-            clean_B = classifier(batch.images).argmax(dim=1)
-        task = self._task(batch)
-        parts = [verdicts(batch, "tpa/clean", clean_B)]
-        for question, policy_of in POLICIES.items():
-            generators = tuple(self._generator(question, i) for i in batch.ids)
-            outcome = search.run(replace(task, generators=generators), clean_B, policy_of)
-            parts.append(_rows(batch, question, outcome))
+            at_once = images_at_once(victim, batch.images, most=FORWARD_BATCH)
+        parts = []
+        for part in batch.parts(at_once):
+            with torch.no_grad():
+                clean_B = classifier(part.images).argmax(dim=1)
+            parts.append(verdicts(part, "tpa/clean", clean_B))
+            task = self._task(part)
+            for question, learns in LEARNS.items():
+                search = PatchSearch(
+                    classifier=victim, budget=self.budget, learns=learns, forward_batch=at_once
+                )
+                generators = tuple(self._generator(question, i) for i in part.ids)
+                outcome = search.run(replace(task, generators=generators), clean_B)
+                parts.append(_rows(part, question, outcome))
         return pa.concat_tables(parts)
 
     def _task(self, batch: Batch) -> Task:
-        dictionary, device = self._dictionary, batch.images.device
-        assert dictionary is not None, "batches come first: they say whose textures"
-        chosen = self._palettes(batch, dictionary)
+        """Give each image the textures of a random class: not the true one."""
+        chosen, device = [], batch.images.device
+        for image_id, label in zip(batch.ids, batch.labels.tolist(), strict=True):
+            others = [k for k in self._dictionary if k != label]
+            generator = self._generator("class", image_id)
+            chosen.append(others[int(torch.randint(len(others), (), generator=generator))])
         used = sorted(set(chosen))
-        textures = torch.stack([dictionary.of_class(k) for k in used])
+        textures = torch.stack([self._dictionary[k] for k in used])
         if textures.shape[-2:] != batch.images.shape[-2:]:
             raise ValueError(
                 f"the dictionary's textures are {tuple(textures.shape[-2:])}, "
@@ -447,19 +366,8 @@ class TexturePatchAttack(Evaluator):
             generators=(),
         )
 
-    def _palettes(self, batch: Batch, dictionary: TextureDictionary) -> tuple[int, ...]:
-        """Draw for each image the class whose textures it meets: not the true one."""
-        chosen = []
-        for image_id, label in zip(batch.ids, batch.labels.tolist(), strict=True):
-            others = [k for k in dictionary.classes if k != label]
-            if not others:
-                raise ValueError(f"the texture dictionary has no class but the true one, {label}")
-            generator = self._generator("class", image_id)
-            chosen.append(others[int(torch.randint(len(others), (), generator=generator))])
-        return tuple(chosen)
-
     def _generator(self, purpose: str, image_id: str) -> torch.Generator:
-        key = f"{self.name}/{self.seed}/{purpose}/{image_id}".encode()
+        key = f"{self.name}/{SEED}/{purpose}/{image_id}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 
@@ -467,10 +375,18 @@ class TexturePatchAttack(Evaluator):
         """Return survival of each question, after each number of patches, and mean queries."""
         scores = super().summarize(ledger)
         most = self.budget.patches * self.budget.steps * self.budget.samples
-        for question in POLICIES:
+        for question in LEARNS:
             rows = ledger.filter(pc.equal(ledger["question"], question))
-            scores += _by_patches(rows, question, self.budget.patches)
-            scores += _mean_queries(rows, question, most)
+            stages = rows["stage"].to_pylist()
+            alive = len(stages) - stages.count("clean")
+            for n in range(1, self.budget.patches):
+                alive -= stages.count(f"patch-{n}")
+                scores.append(share(f"{question}/patches-{n}", alive, len(stages)))
+            queries = rows.filter(pc.greater(rows["queries"], 0))["queries"].to_numpy()
+            if len(queries):
+                low, high = of_mean(queries, least=0, most=most)
+                mean = float(queries.mean())
+                scores.append(Score(f"{question}/queries", mean, low, high, len(queries)))
         return scores
 
 
@@ -479,34 +395,7 @@ def _rows(batch: Batch, question: str, outcome: Outcome) -> pa.Table:
         batch,
         question,
         outcome.predicted,
-        survived_B=~outcome.success,
-        stage=outcome.stages(),
+        stage=outcome.stages(batch.labels),
         queries=outcome.queries.tolist(),
         judged_BCHW=outcome.images if question == "tpa" else None,
     )
-
-
-def _by_patches(rows: pa.Table, question: str, patches: int) -> list[Score]:
-    """Return the share that survived the first n patches, for n short of all of them."""
-    stages = rows["stage"].to_pylist()
-    broken = [stages.count("clean")]
-    scores = []
-    for n in range(1, patches):
-        broken.append(stages.count(f"patch-{n}"))
-        scores.append(share(f"{question}/patches-{n}", len(stages) - sum(broken), len(stages)))
-    return scores
-
-
-def _mean_queries(rows: pa.Table, question: str, most: int) -> list[Score]:
-    """Return the attacked images' mean queries; none if no image was attacked."""
-    queries = rows.filter(pc.greater(rows["queries"], 0))["queries"].to_numpy()
-    if not len(queries):
-        return []
-    low, high = of_mean(queries, least=0, most=most)
-    return [Score(f"{question}/queries", float(queries.mean()), low, high, len(queries))]
-
-
-POLICIES: dict[str, PolicyOf] = {
-    "tpa": LSTMPolicy,
-    "tpa-random": UniformPolicy,
-}

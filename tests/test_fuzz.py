@@ -16,20 +16,20 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import texture_builder
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save
+from texture_builder import vgg19_network
 
 from evaluators import __main__ as evaluators_main
 from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
 from evaluators.options import JudgeOptions
 from evaluators.shards import ShardStore
-from evaluators.textures import LAYOUT, read_published
-from evaluators.textures_build import __main__ as textures_build
-from evaluators.textures_build.networks import vgg19_network
+from evaluators.textures import LAYOUT, StoredTextures
 from evaluators.weights import load_any_weights
 from grid import run
 from grid.axes import AXES
@@ -230,11 +230,11 @@ def test_any_words_to_the_evaluators_end_in_0_or_2(arguments, no_weights, capsys
     )
 
 
-@given(arguments=words(parser_of(textures_build.BuildOptions)))
+@given(arguments=words(parser_of(texture_builder.BuildOptions)))
 @counted
 def test_any_words_to_the_texture_builder_end_in_0_or_2(arguments, no_weights, tmp_path, capsys):
     fixed = ["--weights", no_weights, "--out", str(tmp_path / "out")]
-    assert ends_well(textures_build.main, [*arguments, *fixed], capsys)
+    assert ends_well(texture_builder.main, [*arguments, *fixed], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -408,8 +408,8 @@ def test_a_mutated_texture_is_read_or_refused(tmp_path, seed):
     path = tmp_path / LAYOUT.format(label=0, cluster=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mutated(pickled(torch.zeros(3, 8, 8)), seed))
-    dictionary = read_published(tmp_path, classes=(0,), clusters=1)
-    assert works_or_names(path, lambda: dictionary.of_class(0))
+    dictionary = StoredTextures(tmp_path, (0,), 1)
+    assert works_or_names(path, lambda: dictionary[0])
 
 
 @given(seed=SEEDS)

@@ -24,12 +24,12 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from texture_builder import vgg19_network
 from torchvision.datasets import CIFAR10 as TORCHVISION
 
 from evaluators.__main__ import main as evaluators_main
 from evaluators.shards import ShardStore
-from evaluators.textures import LAYOUT, read_published
-from evaluators.textures_build.networks import vgg19_network
+from evaluators.textures import LAYOUT, StoredTextures
 from evaluators.weights import load_any_weights
 from grid import address, run
 from grid.study import load_study
@@ -170,7 +170,7 @@ def vgg19(root, content, small):
 
 def texture(root, content, small):
     path = put(root / LAYOUT.format(label=0, cluster=0), content)
-    return path, lambda: read_published(root, classes=(0,), clusters=1).of_class(0)
+    return path, lambda: StoredTextures(root, (0,), 1)[0]
 
 
 def shard(root, content, small):

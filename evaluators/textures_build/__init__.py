@@ -1,1 +1,0 @@
-"""The builder of texture dictionaries: `python -m evaluators.textures_build`."""
