@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Where each evaluator is, the cheapest first; it is imported when it is asked for, so that
 # `--help` stays quick.
 EVALUATORS: dict[str, str] = {
-    "clean": "evaluators.clean:Clean",
+    "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
     "stylized": "evaluators.stylized:Stylized",
     "health": "evaluators.health:Health",

@@ -1,4 +1,4 @@
-"""What an evaluator is, and how its questions are asked of a classifier."""
+"""What an evaluator is, how it judges a classifier, and the simplest one: clean."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ SUBSET_SEED = 0
 class Batch:
     """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids.
 
-    Of use to some evaluators: the question that the images stand for, a remark on each image for
-    the ledger's `stage`, and the labels that an answer may be chosen from. `examples` are the ids
-    of images that the ledger keeps as they were judged.
+    Some evaluators set the question, a remark on each image for the ledger's `stage`, or the labels
+    that an answer is chosen from. The ledger keeps the `examples`, by their ids, as pictures.
     """
 
     images: Tensor
@@ -47,34 +46,26 @@ class Batch:
     candidates: tuple[int, ...] | None = None
     examples: frozenset[str] = frozenset()
 
-    def halves(self) -> tuple[Batch, Batch]:
-        """Split the batch in two, in order."""
-        middle = len(self.ids) // 2
-        return self._part(slice(middle)), self._part(slice(middle, None))
-
     def parts(self, images: int) -> Iterator[Batch]:
         """Yield the batch in parts of at most `images` images, in order."""
         for first in range(0, len(self.ids), images):
-            yield self._part(slice(first, first + images))
-
-    def _part(self, part: slice) -> Batch:
-        return replace(
-            self,
-            images=self.images[part],
-            labels=self.labels[part],
-            ids=self.ids[part],
-            stage=self.stage and self.stage[part],
-        )
+            part = slice(first, first + images)
+            yield replace(
+                self,
+                images=self.images[part],
+                labels=self.labels[part],
+                ids=self.ids[part],
+                stage=self.stage and self.stage[part],
+            )
 
 
 @dataclass(frozen=True)
 class Column:
     """A column of a table: one score of an evaluator, by its name on the study's own data.
 
-    A score's name begins with its evaluator's: pgd-100. Other data have a `counterpart` of that
-    title, whose score is `counterpart_score` ("": the same), or no such column. `own_score`: a
-    score that only the study's own data give. `heading`: the title on other data. `evaluator`: its
-    name, as the registry has it.
+    A score's name begins with its evaluator's: pgd-100. On other data the column is the score
+    `counterpart_score` ("": the same) of a `counterpart` of that title, if there is one, under a
+    `heading`. `own_score`: a score that only the study's own data give.
     """
 
     name: str
@@ -225,16 +216,12 @@ def _judge_in_memory(
 ) -> list[pa.Table]:
     try:
         images, labels = batch.images.to(device), batch.labels.to(device)
-        on_device = replace(batch, images=images, labels=labels)
-        return [evaluator.judge(classifier, on_device)]
+        return [evaluator.judge(classifier, replace(batch, images=images, labels=labels))]
     except torch.OutOfMemoryError:
         if len(batch.ids) == 1:
             raise
-    first, second = batch.halves()
-    return [
-        *_judge_in_memory(evaluator, classifier, first, device),
-        *_judge_in_memory(evaluator, classifier, second, device),
-    ]
+    halves = batch.parts((len(batch.ids) + 1) // 2)
+    return [t for half in halves for t in _judge_in_memory(evaluator, classifier, half, device)]
 
 
 def verdicts(
@@ -250,11 +237,16 @@ def verdicts(
     """Return a batch's rows of the ledger for one question.
 
     An image survives when it is predicted as its label, unless `survived_B` says otherwise.
-    Of `judged_BCHW`, the images as the classifier saw them, the batch's examples are kept.
+    `judged_BCHW`: the images as the classifier saw them, of which the ledger keeps the examples.
     """
     count = len(batch.ids)
     labels, predicted = batch.labels.cpu(), predicted_B.cpu()
     survived = labels == predicted if survived_B is None else survived_B.cpu()
+    pictures: list[bytes | None] = [None] * count
+    if judged_BCHW is not None:
+        for place, image_id in enumerate(batch.ids):
+            if image_id in batch.examples:
+                pictures[place] = _png(judged_BCHW[place])
     columns: Sequence[Any] = (
         batch.ids,
         [question] * count,
@@ -263,17 +255,10 @@ def verdicts(
         survived.numpy(),
         stage or [None] * count,
         queries or [None] * count,
-        _examples(batch, judged_BCHW),
+        pictures,
     )
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
     return pa.Table.from_arrays(arrays, schema=LEDGER)
-
-
-def _examples(batch: Batch, judged_BCHW: Tensor | None) -> list[bytes | None]:
-    if judged_BCHW is None:
-        return [None] * len(batch.ids)
-    pairs = zip(batch.ids, judged_BCHW, strict=True)
-    return [_png(image) if image_id in batch.examples else None for image_id, image in pairs]
 
 
 def _png(image_3HW: Tensor) -> bytes:
@@ -283,3 +268,15 @@ def _png(image_3HW: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
+
+
+class Clean(Evaluator):
+    """Top-1 accuracy on every held-out image."""
+
+    name = "clean"
+    columns = (Column("clean", "Clean"),)
+
+    @torch.inference_mode()
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
+        predicted = classifier(batch.images).argmax(dim=1)
+        return verdicts(batch, self.name, predicted, judged_BCHW=batch.images)

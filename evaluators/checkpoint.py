@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from evaluators import PGD_STEPS, base, evaluator_named
 from evaluators.base import Evaluator, cell_digest, device_named
+from evaluators.health import red_flags
 from evaluators.ledger import Score, to_parquet
-from evaluators.red_flags import red_flags
 from evaluators.shards import Pace, ShardStore
 from evaluators.weights import load_any_weights
 from trainables.data.base import Data

@@ -1,23 +1,35 @@
-"""health: two cheap questions that tell whether the attacks on a model are to be believed."""
+"""health: are the attacks on a model to be believed? Two cheap questions, and the red flags."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from evaluators.base import Batch, Evaluator, verdicts
-from evaluators.red_flags import HUGE_EPSILON
+from evaluators.ledger import share
 from trainables.data.base import Data
-from trainables.networks import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
 from trainables.train.exactness import image_numbers
 
+if TYPE_CHECKING:
+    from trainables.networks import Classifier
+
+HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 HUGE_STEPS = 20
 IMAGES = 50
+CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance
+SIGNIFICANCE = 0.01
+LENGTH = re.compile(r"pgd-(\d+)(@.+)?")  # with its radius if there are several
+QUESTIONS = {"pgd-huge", "gradient"}
 
 
 class Health(Evaluator):
@@ -30,6 +42,7 @@ class Health(Evaluator):
     name = "health"
 
     def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
         self.subset_size = min(IMAGES, scale.attack_subset)
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -65,3 +78,72 @@ class Health(Evaluator):
                 verdicts(batch, "gradient", answers, survived_B=has_gradient),
             ]
         )
+
+
+def is_checked(ledgers: Iterable[pa.Table]) -> bool:
+    """Say whether one model's ledgers hold every question of the health evaluator."""
+    questions = {q for ledger in ledgers for q in pc.unique(ledger["question"]).to_pylist()}
+    return questions >= QUESTIONS
+
+
+def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
+    """Return why one model's attacks are not to be believed; each check needs its questions."""
+    ledger = pa.concat_tables(ledgers)
+    questions = pc.unique(ledger["question"]).to_pylist()
+    return [
+        *_longer_attacks_that_are_weaker(ledger, questions),
+        *_signs_of_masked_gradients(ledger, questions),
+    ]
+
+
+def _longer_attacks_that_are_weaker(ledger: pa.Table, questions: list[str]) -> Iterator[str]:
+    lengths: dict[str, list[int]] = {}
+    for name in filter(None, map(LENGTH.fullmatch, questions)):
+        lengths.setdefault(name[2] or "", []).append(int(name[1]))
+    for radius, steps in lengths.items():
+        for few, many in pairwise(sorted(steps)):
+            shorter, longer = (_survived(ledger, f"pgd-{n}{radius}") for n in (few, many))
+            shared = shorter.keys() & longer.keys()
+            gained = sum(longer[i] and not shorter[i] for i in shared)
+            lost = sum(shorter[i] and not longer[i] for i in shared)
+            if gained > lost and _exceeds_half(gained, gained + lost):
+                yield (
+                    f"PGD-{many}{radius} is weaker than PGD-{few}{radius}: {gained} images survive "
+                    f"only the longer attack, {lost} only the shorter one, of {len(shared)}"
+                )
+
+
+def _signs_of_masked_gradients(ledger: pa.Table, questions: list[str]) -> Iterator[str]:
+    survived = _survived(ledger, "pgd-huge")
+    if _more_than_chance(count := sum(survived.values()), len(survived)):
+        yield (
+            f"{count} of {len(survived)} images survive PGD at epsilon {HUGE_EPSILON:g}, "
+            "where none can: the gradients mislead the attack"
+        )
+    for question in questions:
+        stages = ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist()
+        attacked_images = len(stages) - stages.count("clean")
+        if _more_than_chance(count := stages.count("square"), attacked_images):
+            yield (
+                f"{question}: Square, a black box, breaks {count} of {attacked_images} images "
+                "that every white-box attack left: the gradients mislead the attack"
+            )
+    has_gradient = _survived(ledger, "gradient")
+    if _more_than_chance(count := sum(not g for g in has_gradient.values()), len(has_gradient)):
+        yield (
+            f"the input gradient is zero at {count} of {len(has_gradient)} images: "
+            "attacks by gradient have nothing to follow"
+        )
+
+
+def _survived(ledger: pa.Table, question: str) -> dict[str, bool]:
+    rows = ledger.filter(pc.equal(ledger["question"], question))
+    return dict(zip(rows["image_id"].to_pylist(), rows["survived"].to_pylist(), strict=True))
+
+
+def _exceeds_half(count: int, n: int) -> bool:
+    return bool(binomtest(count, n, alternative="greater").pvalue < SIGNIFICANCE)
+
+
+def _more_than_chance(count: int, n: int) -> bool:
+    return count > 0 and share("", count, n).low > CHANCE

@@ -1,16 +1,84 @@
-"""95 % intervals: of a mean, of a difference of paired answers, and over several trainings."""
+"""95 % intervals of means over images and of differences between two models, and McNemar's test."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, ttest_1samp, ttest_ind
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
 
 from evaluators.ledger import CONFIDENCE
+from trainables.data.registry import EXTRA_KINDS
 
 Interval = tuple[float, float]
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
+ERRORS = "corruptions"  # the one score that is an error, a mean over questions
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference of shares over n images with its 95 % interval.
+
+    p is that of the exact McNemar test; None where an image has more than one answer.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    p: float | None
+
+
+def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:
+    """Return what each image adds to a score; None for a score that is no mean over images."""
+    if score == ERRORS:
+        kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
+        fifteen = pc.invert(pc.is_in(kinds, pa.array(EXTRA_KINDS)))
+        grouped = ledger.filter(fifteen).group_by("image_id").aggregate([("survived", "mean")])
+        ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])
+    else:
+        rows = ledger.filter(pc.equal(ledger["question"], score))
+        ids, values = rows["image_id"], rows["survived"].cast(pa.float64())
+    return dict(zip(ids.to_pylist(), values.to_pylist(), strict=True)) or None
+
+
+def compare(
+    ours: Sequence[Mapping[str, float]], reference: Sequence[Mapping[str, float]]
+) -> Paired | None:
+    """Compare two models' image scores, a mapping per seed, on the images that all share.
+
+    Returns ours minus reference; None where they share none. Over several seeds it is the mean
+    over all pairs of a training of ours and one of theirs.
+    """
+    shared = sorted(set.intersection(*(set(seed) for seed in (*ours, *reference))))
+    if not shared:
+        return None
+    ours_SN, reference_SN = (
+        np.array([[seed[image] for image in shared] for seed in seeds])
+        for seeds in (ours, reference)
+    )
+    ours_N, reference_N = ours_SN.mean(axis=0), reference_SN.mean(axis=0)
+    difference, p = float((ours_N - reference_N).mean()), None
+    if np.isin(np.concatenate([ours_SN, reference_SN]), (0, 1)).all():
+        gained = float((ours_N * (1 - reference_N)).sum())
+        lost = float(((1 - ours_N) * reference_N).sum())
+        over_images = of_gained_and_lost(gained, lost, len(shared))
+        if len(ours) == len(reference) == 1:
+            p = mcnemar(int(gained), int(lost))
+    else:
+        over_images = of_mean(ours_N - reference_N, least=-1, most=1)
+    reach = _reach_over_trainings(ours_SN.mean(axis=1), reference_SN.mean(axis=1))
+    low, high = with_trainings(difference, over_images, reach)
+    return Paired(difference, low, high, len(shared), p)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided exact p of McNemar's test from the discordant pairs (McNemar 1947)."""
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def of_mean(values_N: np.ndarray, *, least: float, most: float) -> Interval:
@@ -46,6 +114,13 @@ def of_gained_and_lost(gained: float, lost: float, n: int) -> Interval:
     )
 
 
+def _clopper_pearson(count: float, n: int) -> Interval:
+    """Return the exact interval of a share; over seeds the count is a mean, not a whole number."""
+    tail = (1 - CONFIDENCE) / 2
+    low = float(beta.ppf(tail, count, n - count + 1)) if count > 0 else 0.0
+    return low, float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+
+
 def with_trainings(value: float, over_images: Interval, reach: float) -> Interval:
     """Widen an interval over images by half the width of one over trainings, which is independent.
 
@@ -55,16 +130,9 @@ def with_trainings(value: float, over_images: Interval, reach: float) -> Interva
     return value - math.hypot(value - low, reach), value + math.hypot(high - value, reach)
 
 
-def reach_over_trainings(ours_S: np.ndarray, reference_S: np.ndarray) -> float:
+def _reach_over_trainings(ours_S: np.ndarray, reference_S: np.ndarray) -> float:
     """Return half the width of Welch's interval (1947) of a difference of means; 0 of one seed."""
     if min(len(ours_S), len(reference_S)) < 2 or np.ptp(ours_S) == np.ptp(reference_S) == 0:
         return 0.0
     interval = ttest_ind(ours_S, reference_S, equal_var=False).confidence_interval(CONFIDENCE)
     return float(interval.high - interval.low) / 2
-
-
-def _clopper_pearson(count: float, n: int) -> Interval:
-    """Return the exact interval of a share; over seeds the count is a mean, not a whole number."""
-    tail = (1 - CONFIDENCE) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count > 0 else 0.0
-    return low, float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0

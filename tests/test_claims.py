@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from evaluators.base import Batch, verdicts
+from evaluators.intervals import Paired
 from evaluators.ledger import share, to_parquet
-from evaluators.paired import Paired
 from grid.plan import build_plan
 from grid.report.claims import Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot

@@ -19,8 +19,7 @@ from torch import nn
 
 import evaluators
 from evaluators import EVALUATORS, PGD_STEPS, base, column_named, evaluator_named
-from evaluators.base import Batch, cell_digest, evaluate, one_ahead, split_batches, verdicts
-from evaluators.clean import Clean
+from evaluators.base import Batch, Clean, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, PublishedPGD
 from tests.tiny import Watched

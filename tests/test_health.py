@@ -9,10 +9,9 @@ from torch import nn
 
 from evaluators.autoattack import AutoAttack
 from evaluators.base import evaluate
-from evaluators.health import Health
+from evaluators.health import Health, is_checked, red_flags
 from evaluators.ledger import LEDGER
 from evaluators.pgd import PGD
-from evaluators.red_flags import is_checked, red_flags
 from tests.tiny import trained_classifier
 from trainables.data.load import load_data
 from trainables.networks import Classifier

@@ -11,8 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from evaluators.base import Batch, verdicts
 from evaluators.corruptions import Corruptions
-from evaluators.intervals import of_gained_and_lost
-from evaluators.paired import compare, image_scores, mcnemar
+from evaluators.intervals import compare, image_scores, mcnemar, of_gained_and_lost
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES
 from trainables.scale import DIGITS
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from evaluators.base import Column
-from evaluators.paired import Paired
+from evaluators.intervals import Paired
 from grid.report.tables import digests_of, over_seeds
 from grid.report.verdicts import Verdicts
 from grid.study import Claim, Row, Study, Table, Test

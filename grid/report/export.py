@@ -9,8 +9,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from evaluators.intervals import Paired
 from evaluators.ledger import LEDGER
-from evaluators.paired import Paired
 from grid.plan import Plan
 from grid.report.findings import Findings
 from grid.report.tables import FilledCell, FilledTable

@@ -9,9 +9,9 @@ from functools import lru_cache
 import pyarrow as pa
 
 from evaluators.base import Column
+from evaluators.health import is_checked, red_flags
+from evaluators.intervals import Paired, compare, image_scores
 from evaluators.ledger import from_parquet
-from evaluators.paired import Paired, compare, image_scores
-from evaluators.red_flags import is_checked, red_flags
 from grid.plan import Trial
 from grid.report.tables import digests_of
 from grid.study import Row, Table
