@@ -116,10 +116,10 @@ def measure(trials: int, results: Path, *, ray: bool) -> list[str]:
 
 def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
     """Run the study, and again when all is done; what starting Ray takes stands apart."""
-    from grid import launch, training
+    from grid import launch
     from grid.cluster import Placement, connect
 
-    training.RecipeTrial = StubTrial  # type: ignore[misc]
+    launch.RecipeTrial = StubTrial  # type: ignore[misc]
 
     def starting(address: str | None) -> None:
         with timed(seconds, "Ray up s", time.perf_counter):

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import bisect
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from evaluators import EVALUATORS
-from evaluators.actor import EvaluatorActor
+from evaluators import EVALUATORS, evaluator_named
+from evaluators.base import evaluate
 from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import Pace, ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
-from trainables.ray_internals import nodes_of_actors
+from trainables.data.load import load_data
 from trainables.scale import Scale
 from trainables.store.patience import patiently
+from trainables.store.provenance import provenance
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
-from trainables.store.tracking import Credentials
-from trainables.watchdog import HUNG_SECONDS
+from trainables.store.storage import WEIGHTS
+from trainables.store.tracking import Credentials, fetch_artifact
+from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
+
+if TYPE_CHECKING:
+    from trainables.networks import Classifier
 
 PLACED_SECONDS = 1800
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
@@ -43,40 +48,71 @@ class Cell:
     question: str
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A cell's ledger as Parquet, or why there is none; `settle` it once it is kept."""
-
-    cell: Cell
-    ledger: bytes = b""
-    error: str = ""
-
-
 @dataclass
 class _Work:
-    """A cell's images: judged ones in the store, `waiting` ones, and the shards to ask again."""
+    """A cell's images: judged ones in the store, and the shards that wait, the next one last."""
 
     store: ShardStore
     pace: Pace
     waiting: list[Shard]
-    again: list[Shard] = field(default_factory=list)
+    failures: Counter[int] = field(default_factory=Counter)  # by a shard's first image
 
     @property
     def left(self) -> int:
         return self.store.total - self.store.judged
 
-    @property
-    def has_waiting(self) -> bool:
-        return bool(self.waiting or self.again)
-
     def next_shard(self) -> Shard:
         """Take the next shard out of those that wait."""
-        if self.again:
-            return self.again.pop()
         shard, rest = self.pace.cut(self.waiting.pop())
         if rest:
             self.waiting.append(rest)
         return shard
+
+
+class EvaluatorActor:
+    """One long-lived process of the pool: it reads a trial's weights from MLflow and judges them.
+
+    It holds the model it judged last. Each forward pass counts as a step; without one for
+    `hung_after` seconds the process ends.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        scale: Scale,
+        source: DataSource,
+        *,
+        threads: int,
+        device: str,
+        hung_after: float,
+        credentials: Credentials,
+    ) -> None:
+        credentials.use()
+        torch.set_num_threads(threads)
+        self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
+        self._device, self._hung_after = torch.device(device), hung_after
+        self._loaded: tuple[str, Classifier] | None = None
+
+    def judge(self, cell: Cell, shard: Shard) -> bytes:
+        """Return the ledger of one shard of a cell as Parquet, with the seconds it took."""
+        classifier = self._load(cell.artifact_uri, cell.trial)
+        data = load_data(self._scale, self._source)
+        question = evaluator_named(cell.evaluator, self._scale)
+        began = time.monotonic()
+        with counting_steps(self._hung_after):
+            ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
+        judged_by = provenance(str(self._device))
+        return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
+
+    def _load(self, artifact_uri: str, digest: str) -> Classifier:
+        from trainables.store.packaged import classifier_of  # timm, which the driver can spare
+
+        if self._loaded is None or self._loaded[0] != artifact_uri:
+            path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
+            classifier = classifier_of(path, digest)
+            classifier.register_forward_pre_hook(lambda *_: beat())
+            self._loaded = (artifact_uri, classifier)
+        return self._loaded[1]
 
 
 class EvaluatorPool:
@@ -87,8 +123,7 @@ class EvaluatorPool:
     dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
     ran out of memory. One whose device failed is ended, for a new one. Shards that are done lie in
     `folder` until their cell is: a run that was stopped judges the other images, in shards of
-    whatever size takes about 30 s. `say` is told what is
-    tried again, and of a full disk.
+    whatever size takes about 30 s. `say` is told of retries, and of a full disk.
     """
 
     def __init__(
@@ -104,7 +139,6 @@ class EvaluatorPool:
         hung_after: float = HUNG_SECONDS,
         say: Callable[[str], None] = print,
     ) -> None:
-        actor = ray.remote(EvaluatorActor)
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
         settings = {
             "threads": threads,
@@ -112,46 +146,45 @@ class EvaluatorPool:
             "hung_after": hung_after,
             "credentials": Credentials.of_environment(),
         }
-        self._idle = [
-            actor.options(**options).remote(tracking_uri, scale, source, **settings)
-            for _ in range(size)
-        ]
-        self._actors, self._gpus = list(self._idle), gpus
-        self._homes: dict[str, str] = {}  # the nodes of actors
-        self._size, self._folder = size, folder
-        self._order = itertools.count()
+        actor = ray.remote(**options)(EvaluatorActor)
+        self._new_actor: Callable[[], Any] = partial(
+            actor.remote, tracking_uri, scale, source, **settings
+        )
+        self._size, self._gpus, self._folder, self._say = 0, gpus, folder, say
         self._side = scale.image_size
-        self._waiting: list[tuple[int, int, Cell]] = []
-        self._asked: dict[Any, tuple[Cell, Shard, Any]] = {}
-        self._whole: list[Cell] = []
-        self._unfinished: dict[Cell, _Work] = {}
+        self._idle: list[Any] = []
+        self._under_way: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._restarting: dict[Any, Any] = {}
-        self._failures: Counter[tuple[Cell, Shard]] = Counter()
+        self._work: dict[Cell, _Work] = {}  # of cells that are not settled
+        self._turns: list[Cell] = []  # of cells with shards that wait, the cheapest first
         self._resting: list[tuple[float, Cell, Shard]] = []
-        self._say = say
+        self._whole: list[Cell] = []
         # Of each evaluator: the images judged, and the seconds of all of them.
         self._judged: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.grow(size)
 
     def __len__(self) -> int:
-        return len(self._unfinished)
+        return len(self._work)
 
-    def wait_until_placed(self) -> None:
-        """Wait until every actor holds its resources; ValueError where none come for long."""
-        placed = [actor.__ray_ready__.remote() for actor in self._idle]
+    def grow(self, size: int) -> None:
+        """Start actors until there are so many."""
+        self._idle += [self._new_actor() for _ in range(size - self._size)]
+        self._size = max(size, self._size)
+
+    def gpus_by_node(self) -> dict[str, float]:
+        """Wait until every actor holds its share of a GPU; return the shares held, by node's id.
+
+        ValueError where none come for long. To be asked while all are idle.
+        """
+        homes = [actor.__ray_call__.remote(_node_id) for actor in self._idle]
         try:
-            ray.get(placed, timeout=PLACED_SECONDS)
+            nodes = Counter(ray.get(homes, timeout=PLACED_SECONDS))
         except GetTimeoutError:
             raise ValueError(
-                f"{len(placed)} evaluators have waited {PLACED_SECONDS / 60:.0f} min for their "
+                f"{len(homes)} evaluators have waited {PLACED_SECONDS / 60:.0f} min for their "
                 "share of a GPU: `ray status` shows which nodes are missing"
             ) from None
-
-    def gpus_held(self) -> dict[str, float]:
-        """Return the GPUs that actors hold now, by the id of their node: they move as nodes die."""
-        # One that is being restarted keeps its place.
-        self._homes |= nodes_of_actors(self._actors) if self._gpus else {}
-        nodes = Counter(self._homes.values())
         return {node: count * self._gpus for node, count in nodes.items()}
 
     def submit(self, cell: Cell, total: int, *, least: int = 1) -> None:
@@ -160,30 +193,32 @@ class EvaluatorPool:
         least: the fewest images that are worth a shard.
         """
         store = ShardStore(self._folder / f"{cell.trial}-{cell.question}", total)
-        pace = Pace(side=self._side, least=least)
-        self._unfinished[cell] = work = _Work(store, pace, store.missing())
+        self._work[cell] = work = _Work(store, Pace(side=self._side, least=least), store.missing())
         if work.left:
             self._await_turn(cell)
         else:
             self._whole.append(cell)
         self._hand_out()
 
-    def poll(self, timeout: float) -> list[Judged]:
-        """Return the cells judged by now, waiting up to `timeout` seconds for a shard."""
+    def poll(self, timeout: float) -> list[tuple[Cell, bytes, str]]:
+        """Return the cells judged by now, waiting up to `timeout` seconds for a shard.
+
+        With each comes its ledger as Parquet, to `settle` once it is stored, or why it has none.
+        """
         failed = []
         self._wake()
-        if under_way := [*self._asked, *self._restarting]:
-            ready, _ = ray.wait(under_way, timeout=0 if self._whole else timeout)
-            failed = [judged for reference in ready if (judged := self._collect(reference))]
+        if references := [*self._under_way, *self._restarting]:
+            ready, _ = ray.wait(references, timeout=0 if self._whole else timeout)
+            failed = [failure for reference in ready if (failure := self._collect(reference))]
             self._hand_out()
         elif self._resting:
             time.sleep(timeout)
         whole, self._whole = self._whole, []
-        return failed + [self._merge(cell) for cell in whole]
+        return failed + [(cell, self._merged(cell), "") for cell in whole]
 
     def settle(self, cell: Cell) -> None:
-        """Forget a judged cell, now that its ledger is kept elsewhere."""
-        self._unfinished.pop(cell).store.clear()
+        """Forget a judged cell, now that its ledger is stored elsewhere."""
+        self._work.pop(cell).store.clear()
 
     def seconds_left(self, coming: Counter[str]) -> float | None:
         """Estimate the time for all images asked for, and for those `coming`, by evaluator.
@@ -191,7 +226,7 @@ class EvaluatorPool:
         None until a shard of each evaluator has been timed.
         """
         images = Counter(coming)
-        for cell, work in self._unfinished.items():
+        for cell, work in self._work.items():
             images[cell.evaluator] += work.left
         images = +images
         if any(name not in self._judged for name in images):
@@ -199,46 +234,63 @@ class EvaluatorPool:
         each = {name: self._seconds[name] / self._judged[name] for name in images}
         return sum(count * each[name] for name, count in images.items()) / self._size
 
-    def _collect(self, reference: Any) -> Judged | None:
-        """Keep a shard; return its cell where that has failed."""
+    def _collect(self, reference: Any) -> tuple[Cell, bytes, str] | None:
+        """Store a shard; return its cell where that has failed for good."""
         if actor := self._restarting.pop(reference, None):
             self._idle.append(actor)
             return None
-        cell, shard, actor = self._asked.pop(reference)
-        content, error = _answer(reference)
-        unusable = _has_lost_its_device(error)
-        if unusable:
-            actor.__ray_call__.remote(lambda _: os._exit(1))
-        if unusable or isinstance(error, RayError):
-            until_there = actor.__ray_ready__.options(max_task_retries=-1)
-            self._restarting[until_there.remote()] = actor
-        else:
-            self._idle.append(actor)
-        if cell not in self._unfinished:
+        cell, shard, actor = self._under_way.pop(reference)
+        error: Exception | None = None
+        try:
+            content = ray.get(reference)
+        except RayError as raised:
+            error = raised
+            if isinstance(raised, RayTaskError):
+                error = raised.cause or raised
+        self._free(actor, error)
+        work = self._work.get(cell)
+        if work is None:
             return None
         if error:
             return self._failed(cell, shard, error)
         seconds = from_parquet(content)[1]
         self._seconds[cell.evaluator] += seconds
         self._judged[cell.evaluator] += len(shard)
-        work = self._unfinished[cell]
         work.pace.add(len(shard), seconds)
         patiently(lambda: work.store.add(shard, content), say=self._say)
         if not work.left:
             self._whole.append(cell)
         return None
 
-    def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> Judged | None:
+    def _free(self, actor: Any, error: Exception | None) -> None:
+        """Have an actor judge again, once it is restarted where it died or is of no more use.
+
+        After an error of CUDA all that follows fails. torch raises it as RuntimeError, of which
+        the others are kinds.
+        """
+        others = (torch.OutOfMemoryError, *OWN_FAULTS)
+        lost_device = isinstance(error, RuntimeError) and not isinstance(error, others)
+        if lost_device:
+            actor.__ray_call__.remote(lambda _: os._exit(1))
+        if lost_device or isinstance(error, RayError):
+            ready = actor.__ray_ready__.options(max_task_retries=-1).remote()
+            self._restarting[ready] = actor
+        else:
+            self._idle.append(actor)
+
+    def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> tuple[Cell, bytes, str] | None:
         """Have a shard wait to be asked again; return its cell where that is of no use."""
-        why = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        self._failures[cell, shard] += 1
-        failures = self._failures[cell, shard]
-        if isinstance(cause, OWN_FAULTS) or failures > MAX_FAILURES:
-            self._drop(cell)
-            return Judged(cell, error=why)
-        reason = "its process died" if isinstance(cause, RayError) else why
+        failures = self._work[cell].failures
+        failures[shard.first] += 1
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        if isinstance(cause, OWN_FAULTS) or failures[shard.first] > MAX_FAILURES:
+            del self._work[cell]
+            self._turns = [other for other in self._turns if other != cell]
+            self._resting = [entry for entry in self._resting if entry[1] != cell]
+            return cell, b"", reason
+        reason = "its process died" if isinstance(cause, RayError) else reason
         self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
-        self._resting.append((time.monotonic() + wait_after(failures), cell, shard))
+        self._resting.append((time.monotonic() + wait_after(failures[shard.first]), cell, shard))
         return None
 
     def _wake(self) -> None:
@@ -247,52 +299,28 @@ class EvaluatorPool:
         for entry in [entry for entry in self._resting if entry[0] <= now]:
             self._resting.remove(entry)
             _, cell, shard = entry
-            work = self._unfinished[cell]
-            if not work.has_waiting:
+            self._work[cell].waiting.append(shard)
+            if cell not in self._turns:
                 self._await_turn(cell)
-            work.again.append(shard)
         self._hand_out()
 
     def _await_turn(self, cell: Cell) -> None:
-        heapq.heappush(self._waiting, (EXPENSE[cell.evaluator], next(self._order), cell))
+        bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
 
-    def _merge(self, cell: Cell) -> Judged:
-        store = self._unfinished[cell].store
+    def _merged(self, cell: Cell) -> bytes:
+        store = self._work[cell].store
         ledger, seconds = store.merged()
-        content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
-        return Judged(cell, content)
-
-    def _drop(self, cell: Cell) -> None:
-        del self._unfinished[cell]
-        self._waiting = [entry for entry in self._waiting if entry[2] != cell]
-        self._resting = [entry for entry in self._resting if entry[1] != cell]
-        heapq.heapify(self._waiting)
+        return to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
 
     def _hand_out(self) -> None:
-        while self._idle and self._waiting:
-            cell = self._waiting[0][2]
-            shard = self._unfinished[cell].next_shard()
-            if not self._unfinished[cell].has_waiting:
-                heapq.heappop(self._waiting)
+        while self._idle and self._turns:
+            cell = self._turns[0]
+            shard = self._work[cell].next_shard()
+            if not self._work[cell].waiting:
+                self._turns.pop(0)
             actor = self._idle.pop()
-            reference = actor.judge.remote(cell.artifact_uri, cell.trial, cell.evaluator, shard)
-            self._asked[reference] = (cell, shard, actor)
+            self._under_way[actor.judge.remote(cell, shard)] = (cell, shard, actor)
 
 
-def _has_lost_its_device(error: Exception | None) -> bool:
-    """Tell whether a process may be of no more use: an error of CUDA is raised by all that follows.
-
-    torch's word for it is RuntimeError, of which these are others.
-    """
-    others = (torch.OutOfMemoryError, *OWN_FAULTS)
-    return isinstance(error, RuntimeError) and not isinstance(error, others)
-
-
-def _answer(reference: Any) -> tuple[bytes, Exception | None]:
-    """Return a shard's ledger, or what the evaluator raised, or a RayError where it died."""
-    try:
-        return ray.get(reference), None
-    except RayTaskError as error:
-        return b"", error.cause or error
-    except RayError as error:
-        return b"", error
+def _node_id(_: object) -> str:
+    return str(ray.get_runtime_context().get_node_id())

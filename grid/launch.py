@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import bisect
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.request import url2pathname
 
 import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
 
 from evaluators import EVALUATORS, columns_of, evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import (
-    Needs,
     Placement,
-    Placements,
-    Room,
     check_nodes,
+    check_room,
     connect,
     describe_nodes,
+    nodes_there,
     wait_for_nodes,
 )
 from grid.plan import Plan
@@ -29,17 +38,20 @@ from grid.record import Recorder
 from grid.signals import stop_on_signals
 from grid.status import open_tracker
 from grid.study import Study
-from grid.training import train_missing
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.models import MODELS
+from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
+from trainables.store.retries import MAX_FAILURES, wait_after
 from trainables.store.tracking import Tracker, check_address
+from trainables.trial import RecipeTrial, trial_config
 
 SHARDS_FOLDER = "shards"
+TUNE_FOLDER = "tune"
 EVALUATOR_GPUS = 0.25
 
 
@@ -73,46 +85,42 @@ class Launch:
     address: str | None = None
     storage: str | None = None
 
-    @property
-    def placements(self) -> Placements:
-        """How trials are placed: as the command says, but for what the study says of a family."""
-        changes = self.study.placement.items()
-        by_family = {family: replace(self.placement, **fields) for family, fields in changes}
-        return Placements(self.placement, by_family)
+    def placement_of(self, family: str) -> Placement:
+        """Return how a family's trials are placed: as the study says, else as the command does."""
+        return replace(self.placement, **self.study.placement.get(family, {}))
 
     @property
-    def is_begun(self) -> bool:
-        """Whether MLflow may hold something of it already."""
-        return bool(self.mlflow) or (self.results / DATABASE).exists()
+    def placements(self) -> list[Placement]:
+        """The default placement, then the others that trials have."""
+        theirs = {self.placement_of(trial.recipe.family): None for trial in self.plan}
+        return list({self.placement: None} | theirs)
 
-    def needs(self, tracker: Tracker) -> Needs:
-        """Return what it needs of every node."""
-        results = str(self.results.resolve())
-        shared = _path_of(tracker.artifacts) if self.mlflow else results
-        through_server = shared.startswith(("mlflow-artifacts:", "http:", "https:"))
-        places = [self.storage or results]
-        if "://" not in shared and not through_server:
-            places.append(shared)
+    @property
+    def on_gpus(self) -> bool:
+        return any(placement.gpus for placement in self.placements)
+
+    @property
+    def kept_in(self) -> str:
+        """The path or URI in which trials keep their files."""
+        return self.storage or str(self.results.resolve())
+
+    def check_nodes(self, tracker: Tracker) -> dict[str, str]:
+        """Say for every other node of the cluster what it lacks, '' if nothing."""
+        artifacts = tracker.artifacts
+        if artifacts.startswith("file:///"):
+            artifacts = url2pathname(artifacts.removeprefix("file://"))
+        through_server = artifacts.startswith(("mlflow-artifacts:", "http:", "https:"))
+        storage = [self.kept_in, *([artifacts] * ("://" not in artifacts and not through_server))]
         root = self.source.root
-        return Needs(
-            storage=tuple(dict.fromkeys(places)),
-            data=() if root is None else (root, *self.source.folders.values()),
-            mlflow=self.mlflow if through_server else None,
-            gpus=any(placement.gpus for placement in self.placements.of_all(self.plan)),
-        )
-
-
-def _path_of(uri: str) -> str:
-    """Return the path that a file URI names; any other URI as it is."""
-    return url2pathname(uri.removeprefix("file://")) if uri.startswith("file:///") else uri
+        data = () if root is None else (root, *self.source.folders.values())
+        return check_nodes(storage, data, (self.mlflow or "") if through_server else "")
 
 
 def run_study(launch: Launch) -> Finished:
     """Train and judge what is missing of a plan, then write the report.
 
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
-    stop. What is done already is found in MLflow and left alone; where that is all, Ray is not
-    started.
+    stop. Trials and cells that MLflow has are left alone; where that is all, Ray is not started.
     """
     stop_on_signals()
     check_address(launch.mlflow or "")
@@ -121,41 +129,55 @@ def run_study(launch: Launch) -> Finished:
     with sole_run(launch.results):
         line = ProgressLine()
         try:
-            recorder = _recorder(launch, data, line) if launch.is_begun else None
+            may_be_done = launch.mlflow or (launch.results / DATABASE).exists()
+            recorder = _recorder(launch, data, line) if may_be_done else None
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
-                parent = _open_study(launch, recorder, data)
-                finished = _report(launch, recorder, parent, line)
+                finished = _report(launch, recorder, _open_study(launch, recorder, data), line)
                 if not finished.failures:
                     return finished
                 recorder = _recorder(launch, data, line)  # some ledgers are damaged
             connect(launch.address)
             stop_on_signals()  # again: Ray has set a handler of its own
-            Room().check(launch.placements.of_all(launch.plan))
+            check_room(launch.placements, joined=bool(launch.address))
             recorder = recorder or _recorder(launch, data, line)
-            needs = launch.needs(recorder.tracker)
-            ill = {node: why for node, why in check_nodes(needs).items() if why}
-            if ill:
-                raise ValueError("; ".join(f"node {node}: {why}" for node, why in ill.items()))
-            recorder.mend(needs.storage[0])
-            pool, room = _share_out(launch, recorder.tracker.uri, line.say)
+            problems = launch.check_nodes(recorder.tracker).items()
+            if ill := "; ".join(f"node {node}: {problem}" for node, problem in problems if problem):
+                raise ValueError(ill)
+            recorder.mend(launch.kept_in)
+            pool = _start_pool(launch, recorder.tracker.uri, line.say)
             parent = _open_study(launch, recorder, data)
-            line.say(_opening(recorder, launch.plan, room.lanes(launch.placement)))
+            line.say(_opening(recorder, launch.plan))
             with _recording(recorder, parent, pool):
-                train_missing(
-                    recorder,
-                    launch.placements,
-                    launch.source,
-                    storage=needs.storage[0],
-                    results=launch.results,
-                    room=room,
-                )
+                train_missing(launch, recorder)
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
             return _report(launch, recorder, parent, line)
         finally:
             line.close()
             ray.shutdown()
+
+
+def _check_plan(launch: Launch) -> None:
+    """Build what only a name stands for so far: evaluators and timm's models.
+
+    ValueError also where a recipe cannot be trained by as many workers as it is to have.
+    """
+    plan = launch.plan
+    for trial in plan:
+        workers = launch.placement_of(trial.recipe.family).workers
+        if workers > 1:
+            from trainables.train.team import check_team
+
+            check_team(trial.recipe, workers)
+    for name in {name for trial in plan for name in trial.evaluators}:
+        evaluator_named(name, launch.scale)
+    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.model not in MODELS}
+    if from_timm:
+        from trainables.networks import check_model
+
+        for recipe in from_timm.values():
+            check_model(recipe)
 
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
@@ -170,6 +192,14 @@ def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
     )
 
 
+def _opening(recorder: Recorder, plan: Plan) -> str:
+    todo = recorder.progress.trials
+    return (
+        f"{len(plan.trials)} trials: {len(plan.trials) - todo} done, {todo} to train; "
+        f"{recorder.progress.cells} cells to judge"
+    )
+
+
 def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
     """Return the id of the study's run in MLflow, where its trials' runs are noted to serve it."""
     study, plan = launch.study, launch.plan
@@ -177,6 +207,233 @@ def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
     parent = recorder.tracker.open_study(study.name, described, scores_of(plan), data.class_names)
     recorder.enrol()
     return parent
+
+
+def describe(study: Study, plan: Plan, scale: Scale) -> str:
+    """Say in a sentence what a study is, for its run in MLflow."""
+    tables = ", ".join(table.name for table in plan.tables) or "no tables"
+    return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
+
+
+def scores_of(plan: Plan) -> list[str]:
+    """Return the score that stands for each evaluator of a plan, the cheapest first."""
+    names = {name for trial in plan for name in trial.evaluators}
+    columns = {name: list(columns_of(name)) for name in EVALUATORS if name in names}
+    return [name if name in scores else scores[-1] for name, scores in columns.items() if scores]
+
+
+def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) -> EvaluatorPool:
+    """Give the evaluators their share; ValueError where trials then have no room beside them.
+
+    On GPUs evaluators have a quarter each of one GPU in eight, or of the only one.
+    """
+    default = launch.placement
+    pool = EvaluatorPool(
+        1 if launch.on_gpus else max(1, default.lanes(nodes_there())),
+        uri,
+        launch.scale,
+        launch.source,
+        launch.results / SHARDS_FOLDER,
+        threads=default.cpus,
+        gpus=EVALUATOR_GPUS if launch.on_gpus else 0.0,
+        hung_after=default.hung_after,
+        say=say,
+    )
+    if launch.on_gpus:
+        # The first may have to wait for a node that the autoscaler starts.
+        pool.gpus_by_node()
+        pool.grow(int(ray.cluster_resources().get("GPU", 0)) // 2)
+        held = pool.gpus_by_node()
+        try:
+            check_room(launch.placements, joined=bool(launch.address), held=held)
+        except ValueError as error:
+            total = sum(held.values())
+            advice = f": give --gpus-per-worker {1 - total:g}" if total == EVALUATOR_GPUS else ""
+            raise ValueError(f"{error} (evaluators hold {total:g} GPUs){advice}") from None
+    return pool
+
+
+@contextmanager
+def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator[None]:
+    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
+    recorder.begin(parent, pool)
+    try:
+        yield
+        recorder.finish()
+    except BaseException as error:
+        # What asks Ray again once it is shut down would start another one.
+        recorder.abandon()
+        if isinstance(recorder.error, ValueError):
+            raise recorder.error from error
+        raise
+
+
+def train_missing(launch: Launch, recorder: Recorder) -> None:
+    """Train a plan's missing trials with Tune, in its order, as many at once as there is room for.
+
+    They share actors; where some have several workers, each trial has processes of its own.
+    """
+    configs = {t.digest: _config(launch, t) for t in recorder.trials_to_train()}
+    if not configs:
+        return
+    shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
+    keep_credentials_here()
+    # Its last word lists trials that failed, those that were tried again too; the recorder does.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    alone = all(trial_config(config)["workers"] == 1 for config in configs.values())
+    if alone:
+        trainable, order = tune.with_resources(RecipeTrial, _resources), PlanOrder(configs)
+    else:
+        from trainables.distributed import CONTROLLER, teams_placed, train_together
+
+        trainable = tune.with_resources(train_together, CONTROLLER)
+        order = PlanOrder(configs, teams_placed)
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=order,
+            num_samples=-1,
+            reuse_actors=alone,
+            trial_name_creator=_digest_of,
+            trial_dirname_creator=_digest_of,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(launch.results.resolve()),
+            # Trials keep their own checkpoints, by digest.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[_Events(recorder, order)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _config(launch: Launch, trial: Any) -> dict[str, Any]:
+    """Return what `RecipeTrial` or `train_together` needs to train a trial of the plan."""
+    teacher, placement = trial.recipe.teacher, launch.placement_of(trial.recipe.family)
+    settings = {
+        "digest": trial.digest,
+        "teacher": teacher.digest() if teacher else None,
+        "recipe": trial.recipe.model_dump(mode="json"),
+        "storage": launch.kept_in,
+        "threads": placement.cpus,
+        "workers": placement.workers,
+        "gpus": placement.gpus,
+        "hung_after": placement.hung_after,
+        "device": "cuda" if placement.gpus else "cpu",
+        "compile": placement.compile,
+    }
+    return {"trial": json.dumps(settings), "source": launch.source}
+
+
+def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    trial = trial_config(config)
+    return tune.PlacementGroupFactory([{"CPU": trial["threads"], "GPU": trial["gpus"]}])
+
+
+class PlanOrder(Searcher):  # type: ignore[misc]
+    """Suggest trials in the plan's order; a student once its teacher has ended.
+
+    Tune has them wait for room, and asks for more while few wait. teams_placed: says how many
+    teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
+    whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row; a new
+    epoch makes good its earlier failures. configs, by digest and in the plan's order: what Tune
+    hands to each trial.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, dict[str, Any]],
+        teams_placed: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__()
+        self._configs, self._teams_placed = configs, teams_placed
+        self._teachers = {d: trial_config(config)["teacher"] for d, config in configs.items()}
+        self._places = {digest: place for place, digest in enumerate(configs)}
+        self._waiting = list(configs)
+        self._under_way: dict[str, str] = {}  # digests, by Tune's id of a try
+        self._failures: Counter[str] = Counter()
+        self._furthest: Counter[str] = Counter()
+        self._not_before: dict[str, float] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if not self._waiting and not self._under_way:
+            return str(Searcher.FINISHED)
+        if self._teams_placed and self._teams_placed() < len(self._under_way):
+            return None
+        digest = next(filter(self._is_ready, self._waiting), None)
+        if digest is None:
+            return None
+        self._waiting.remove(digest)
+        self._under_way[trial_id] = digest
+        return self._configs[digest]
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        digest = self._under_way[trial_id]
+        if result.get("epoch", 0) > self._furthest[digest]:
+            self._furthest[digest] = result["epoch"]
+            self._failures[digest] = 0
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        digest = self._under_way.pop(trial_id)
+        if not error:
+            return
+        self._failures[digest] += 1
+        if self._failures[digest] <= MAX_FAILURES:
+            self._not_before[digest] = time.monotonic() + wait_after(self._failures[digest])
+            bisect.insort(self._waiting, digest, key=self._places.__getitem__)
+
+    def will_retry(self, digest: str) -> bool:
+        """Say whether a trial that has just failed is tried again."""
+        return digest in self._waiting
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: a run that is started again finds in MLflow what is done."""
+
+    def _is_ready(self, digest: str) -> bool:
+        teacher = self._teachers[digest]
+        taught = teacher not in self._waiting and teacher not in self._under_way.values()
+        return taught and time.monotonic() >= self._not_before.get(digest, 0.0)
+
+
+class _Events(tune.Callback):  # type: ignore[misc]
+    """Hand Tune's events to the recorder; nothing here may block or raise."""
+
+    def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
+        self._recorder: Recorder | None = recorder
+        self._order = order
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
+        return {"_recorder": None}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._recorder:
+            self._recorder.started(_digest_of(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if self._recorder:
+            self._recorder.reported(result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if not self._recorder:
+            return
+        # The file on this machine: Tune's own answer is read from the storage, later.
+        path, digest = Path(trial.error_file or ""), _digest_of(trial)
+        trace = path.read_text().strip() if path.is_file() else "unknown error"
+        reason = trace.rpartition("\n")[2].strip()
+        if self._order.will_retry(digest):
+            self._recorder.retried(digest, reason)
+        else:
+            self._recorder.failed(digest, reason, trace)
+
+
+def _digest_of(trial: Trial) -> str:
+    return str(trial_config(trial.config)["digest"])
 
 
 def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine) -> Finished:
@@ -191,8 +448,7 @@ def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine)
     )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
     failures = (*recorder.failures, *_forgotten(tracker, plan))
-    complete = not failures
-    tracker.close_study(parent, folder, complete=complete)
+    tracker.close_study(parent, folder, complete=not failures)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
@@ -211,119 +467,23 @@ def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
             yield f"{evaluator} of {trial.name} ({trial.digest}): {run.failed_cells[evaluator]}"
 
 
-@contextmanager
-def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator[None]:
-    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
-    recorder.begin(parent, pool)
-    try:
-        yield
-        recorder.finish()
-    except BaseException as error:
-        # What asks Ray again once it is shut down would start another one.
-        recorder.abandon()
-        if isinstance(recorder.error, ValueError):
-            raise recorder.error from error
-        raise
-
-
 def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]:
-    """Look at a cluster as a run would need it: what was looked at, whether it is well, and why.
+    """Look at a cluster as a run would need it: by subject, whether it is well, and why.
 
     Waits `seconds` for the nodes that the cluster file promises.
     """
     check_address(launch.mlflow or "")
     connect(launch.address)
     try:
-        missing = wait_for_nodes(seconds, print)
-        findings = {"nodes": (not missing, "; ".join(missing) or describe_nodes())}
+        missing = wait_for_nodes(seconds)
+        findings = {"nodes": (not missing, missing or describe_nodes())}
         try:
-            Room().check(launch.placements.of_all(launch.plan))
+            check_room(launch.placements, joined=bool(launch.address))
         except ValueError as error:
             findings["room"] = (False, str(error))
         tracker = open_tracker(launch.results, launch.mlflow, launch.scale)
-        needs = launch.needs(tracker)
-        problems = check_nodes(needs)
+        problems = launch.check_nodes(tracker)
     finally:
         ray.shutdown()
-    return findings | {f"node {n}": (not p, p or str(needs)) for n, p in problems.items()}
-
-
-def _share_out(
-    launch: Launch, uri: str, say: Callable[[str], None] = print
-) -> tuple[EvaluatorPool, Room]:
-    """Give the evaluators their share, and return what trials may take beside them.
-
-    On GPUs evaluators have a quarter each of one GPU in eight, or of the only one.
-    """
-    placements, default = launch.placements.of_all(launch.plan), launch.placement
-    room = Room()
-    room.check(placements)
-    on_gpus = any(placement.gpus for placement in placements)
-    size = max(1, room.gpus // 2) if on_gpus else room.lanes(default)
-    pool = EvaluatorPool(
-        size,
-        uri,
-        launch.scale,
-        launch.source,
-        launch.results / SHARDS_FOLDER,
-        threads=default.cpus,
-        gpus=EVALUATOR_GPUS if on_gpus else 0.0,
-        hung_after=default.hung_after,
-        say=say,
-    )
-    if not on_gpus:
-        return pool, room
-    pool.wait_until_placed()
-    room = Room(pool.gpus_held)
-    try:
-        room.check(placements)
-    except ValueError as error:
-        advice = f": give --gpus-per-worker {1 - EVALUATOR_GPUS:g}" if size == 1 else ""
-        raise ValueError(
-            f"{error} (evaluators hold {size * EVALUATOR_GPUS:g} GPUs){advice}"
-        ) from None
-    return pool, room
-
-
-def _check_plan(launch: Launch) -> None:
-    """Build what only a name stands for so far: evaluators and timm's models.
-
-    ValueError also where a recipe cannot be trained by as many workers as it is to have.
-    """
-    plan, placements = launch.plan, launch.placements
-    for trial in plan:
-        placement = placements.of(trial.recipe.family)
-        if placement.workers > 1:
-            from trainables.train.team import check_team
-
-            check_team(trial.recipe, placement.workers)
-    for name in {name for trial in plan for name in trial.evaluators}:
-        evaluator_named(name, launch.scale)
-    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.model not in MODELS}
-    if from_timm:
-        from trainables.networks import check_model
-
-        for recipe in from_timm.values():
-            check_model(recipe)
-
-
-def scores_of(plan: Plan) -> list[str]:
-    """Return the score that stands for each evaluator of a plan, the cheapest first."""
-    names = {name for trial in plan for name in trial.evaluators}
-    columns = {name: list(columns_of(name)) for name in EVALUATORS if name in names}
-    return [name if name in scores else scores[-1] for name, scores in columns.items() if scores]
-
-
-def describe(study: Study, plan: Plan, scale: Scale) -> str:
-    """Say in a sentence what a study is, for its run in MLflow."""
-    tables = ", ".join(table.name for table in plan.tables) or "no tables"
-    return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
-
-
-def _opening(recorder: Recorder, plan: Plan, lanes: int | None = None) -> str:
-    todo = recorder.progress.trials
-    at_once = "" if lanes is None else f" ({lanes} at once)"
-    return (
-        f"{len(plan.trials)} trials: {len(plan.trials) - todo} done, {todo} to train{at_once}; "
-        f"{recorder.progress.cells} cells to judge"
-    )
+    well = f"writes {launch.kept_in} and sees the data"
+    return findings | {f"node {n}": (not p, p or well) for n, p in problems.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import queue
 import threading
 import time
@@ -14,20 +14,19 @@ from typing import Any
 from evaluators import evaluator_named
 from evaluators.base import cell_digest
 from evaluators.ledger import from_parquet, judged_by
-from grid.assess import Cell, EvaluatorPool, Judged
-from grid.mend import mend_weights
+from grid.assess import Cell, EvaluatorPool
 from grid.plan import Plan, Trial
 from grid.progress import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.store.storage import fetched, weights_path
+from trainables.store.storage import WEIGHTS, fetched, read_file, weights_path, write_file
 from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
-EVENTS_SECONDS = 1.0  # of events at a time, then it is the cells' turn
-JUDGED_OUTCOMES = ("finished",)
+EVENTS_AT_ONCE = 50  # then it is the cells' turn
+OVER = ("finished", "collapsed")
 
 
 class Recorder(threading.Thread):
@@ -54,15 +53,21 @@ class Recorder(threading.Thread):
         self._pool: EvaluatorPool
         self._parent = ""
         self.tracker, self._line = tracker, line
-        self._study, self._scale, self._data = study, scale, data
-        self._manifest = manifest
+        self._study, self._scale = study, scale
+        self._dataset = {
+            "name": data.name,
+            "digest": manifest or data.train.ids_hash(),
+            "source_type": "code",
+            "source": scale.title,
+            "profile": json.dumps({"train": len(data.train), "held_out": len(data.held_out)}),
+        }
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         names = {name for trial in plan for name in trial.evaluators}
         self._evaluators = {name: evaluator_named(name, scale) for name in names}
         self._questions = {n: cell_digest(e, data) for n, e in self._evaluators.items()}
-        # Once: to say what is asked, an evaluator may have to list a stored set's images.
-        self._asked = {n: json.dumps(e.identity(data)) for n, e in self._evaluators.items()}
+        # Once: an evaluator may have to list a stored set's images to identify them.
+        self._identities = {n: json.dumps(e.identity(data)) for n, e in self._evaluators.items()}
         self._images = {n: e.total(data) for n, e in self._evaluators.items()}
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
@@ -71,10 +76,45 @@ class Recorder(threading.Thread):
         self._abandon = threading.Event()
         self._count()
 
+    def _count(self) -> None:
+        """Count what there is to do."""
+        todo = self.trials_to_train()
+        missing = [
+            name
+            for digest in self._trials
+            if self._outcome(digest) != "collapsed"
+            for name in self._missing(digest)
+        ]
+        self.progress = Progress(
+            trials=len(todo),
+            cells=len(missing),
+            epochs=sum(trial.recipe.epochs for trial in todo),
+            cost_total=sum(trial.cost for trial in todo),
+        )
+        self._coming = Counter[str]()  # images that no trial has asked for yet
+        for name in missing:
+            self._coming[name] += self._images[name]
+
     @property
     def is_all_done(self) -> bool:
         """Whether MLflow held every trial and every cell of the plan from the beginning."""
         return not self.progress.trials and not self.progress.cells
+
+    def trials_to_train(self) -> list[Trial]:
+        """Return the trials that have no weights yet, in the plan's order."""
+        over = ("finished", "collapsed")
+        return [
+            trial for digest, trial in self._trials.items() if self._outcome(digest) not in over
+        ]
+
+    def _outcome(self, digest: str) -> str:
+        return self._runs[digest].outcome if digest in self._runs else "waiting"
+
+    def _missing(self, digest: str) -> list[str]:
+        """Return the evaluators that have not judged a trial, or were asked something else."""
+        cells = self._runs[digest].cells if digest in self._runs else {}
+        wanted = self._trials[digest].evaluators
+        return [name for name in wanted if cells.get(name) != self._questions[name]]
 
     def enrol(self) -> None:
         """Note on the runs that there are that their trials serve this study.
@@ -85,45 +125,67 @@ class Recorder(threading.Thread):
             trial = self._trials[digest]
             self.tracker.enrol(run, self._study, _tables(trial))
             if not run.described:
-                params, dataset = _params(trial), self._dataset()
-                self.tracker.describe_trial(run, params=params, dataset=dataset)
+                self.tracker.describe_trial(run, params=_params(trial), dataset=self._dataset)
 
     def mend(self, storage: str) -> None:
-        """Restore weights that are to be judged or to teach; without a sound copy, train again."""
+        """Restore weights that are to be judged or to teach; without a sound copy, train again.
 
-        def mend(digest: str, *, judged: bool = False, teaches: bool = False) -> None:
-            run = self._runs[digest]
-            path = weights_path(storage, digest)
-            scale, say = self._scale, self._line.say
-            if not mend_weights(
-                self.tracker, run, path, scale, judged=judged, teaches=teaches, say=say
-            ):
-                self.tracker.continue_trial(run)
-
-        finished = [d for d in self._trials if self._outcome(d) == "finished"]
-        for digest in filter(self._missing, finished):
-            mend(digest, judged=True)
-        # One that is trained again has a teacher, too.
+        They lie twice: in MLflow, to be judged, and in the storage, for students.
+        """
+        for digest in self._trials:
+            if self._outcome(digest) == "finished" and self._missing(digest):
+                self._mend(self._runs[digest], storage, teaches=False)
         checked: set[str] = set()
-        while needed := {d for d in finished if d in self._teachers()} - checked:
-            for digest in needed:
+        # One that is trained again has a teacher, too.
+        while teachers := self._teachers() - checked:
+            for digest in teachers:
                 if self._outcome(digest) == "finished":
-                    mend(digest, teaches=True)
-            checked |= needed
+                    self._mend(self._runs[digest], storage, teaches=True)
+            checked |= teachers
         self._count()
 
     def _teachers(self) -> set[str]:
         teachers = (trial.recipe.teacher for trial in self.trials_to_train())
         return {teacher.digest() for teacher in teachers if teacher}
 
+    def _mend(self, run: TrialRun, storage: str, *, teaches: bool) -> None:
+        """Restore the copy of a trial's weights that is needed, or have it trained again."""
+
+        def is_sound(content: bytes | None) -> bool:
+            return content is not None and hashlib.sha256(content).hexdigest() == run.weights_sha256
+
+        path = weights_path(storage, run.digest)
+        contents = {
+            "MLflow": lambda: self.tracker.artifact(run.artifact_uri, WEIGHTS),
+            path: lambda: read_file(path),
+        }
+        needed, other = (path, "MLflow") if teaches else ("MLflow", path)
+        if is_sound(contents[needed]()):
+            return
+        content = contents[other]()
+        if content is None or not is_sound(content):
+            self._line.say(
+                f"the weights of trial {run.digest} are damaged or missing: it is trained again"
+            )
+            self.tracker.continue_trial(run)
+            return
+        if teaches:
+            write_file(path, content)
+        else:
+            self._store_weights(run, path, run.weights_sha256)
+        self._line.say(
+            f"the weights of trial {run.digest} in {needed} were damaged: they are restored"
+        )
+
+    def _store_weights(self, run: TrialRun, path: str, sha256: str) -> None:
+        sizes = {"image_size": self._scale.image_size, "classes": self._scale.num_classes}
+        with fetched(path) as weights:
+            self.tracker.store_weights(run, weights, sha256, **sizes)
+
     def begin(self, parent: str, pool: EvaluatorPool) -> None:
         """Start to write, below the study's run, what trials report and the pool judges."""
         self._parent, self._pool = parent, pool
         self.start()
-
-    def trials_to_train(self) -> list[Trial]:
-        """Return the trials that have no weights yet, in the plan's order."""
-        return [t for t in self._trials.values() if not self._is_judgeable(t.digest)]
 
     def started(self, digest: str) -> None:
         """Note that a trial began or went on."""
@@ -133,7 +195,8 @@ class Recorder(threading.Thread):
         """Note what a step of a trial returned; RuntimeError when nobody writes it down."""
         if self.error is not None:
             raise RuntimeError("the recorder has stopped") from self.error
-        self._events.put(("reported", str(result["digest"]), result))
+        kind = "failed" if result["outcome"] == "failed" else "reported"
+        self._events.put((kind, str(result["digest"]), result))
 
     def retried(self, digest: str, reason: str) -> None:
         """Note that a trial failed and will be tried again."""
@@ -159,40 +222,35 @@ class Recorder(threading.Thread):
 
     def run(self) -> None:
         try:
-            for digest, run in self._runs.items():
-                if self._is_judgeable(digest):
+            for run in self._runs.values():
+                if run.outcome in OVER:
                     self._submit_missing_cells(run)
             while not self._is_over():
-                self._handle_events(EVENTS_SECONDS)
+                self._handle_events(EVENTS_AT_ONCE)
                 wait = POLL_SECONDS if self._events.empty() else 0.0
-                for judged in self._pool.poll(wait):
-                    self._record(judged)
+                for cell, ledger, error in self._pool.poll(wait):
+                    self._record(cell, ledger, error)
                 if len(self._pool) == 0:
                     time.sleep(wait)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
-            self._handle_events()
+            self._handle_events(self._events.qsize())
             self._flush()
         except BaseException as error:
             self.error = error
 
     def _is_over(self) -> bool:
-        if self._abandon.is_set():
-            return True
         idle = self._events.empty() and len(self._pool) == 0
-        return self._training_over.is_set() and idle
+        return self._abandon.is_set() or (self._training_over.is_set() and idle)
 
-    def _handle_events(self, seconds: float = math.inf) -> None:
-        until = time.monotonic() + seconds
-        while not self._events.empty():
+    def _handle_events(self, most: int) -> None:
+        for _ in range(min(most, self._events.qsize())):
             kind, digest, payload = self._events.get()
             if kind == "started":
                 self._on_started(digest)
-            elif kind == "reported" and payload["outcome"] != "failed":
+            elif kind == "reported":
                 self._on_reported(digest, payload)
             else:
-                self._on_failed(digest, payload["reason"], payload["trace"])
-            if time.monotonic() >= until:
-                break
+                self._on_failed(digest, payload)
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
 
@@ -209,7 +267,7 @@ class Recorder(threading.Thread):
                 tables=_tables(trial),
                 recipe_json=trial.recipe.model_dump_json(),
                 params=_params(trial),
-                dataset=self._dataset(),
+                dataset=self._dataset,
             )
         elif run.outcome != "training":
             self.tracker.continue_trial(run)
@@ -219,12 +277,12 @@ class Recorder(threading.Thread):
         for note in result.get("notes", ()):
             self._line.say(f"{self._described(digest)}: {note}")
         self.tracker.tag_trained(run, result.get("trained", {}))
-        self._unlogged.setdefault(digest, []).extend(result["epochs"])
-        share = trial.cost / trial.recipe.epochs
+        unlogged = self._unlogged.setdefault(digest, [])
+        unlogged.extend(result["epochs"])
         self.progress.epochs_done += len(result["epochs"])
-        self.progress.cost_done += share * len(result["epochs"])
-        latest = {k: v for entry in self._unlogged[digest] for k, v in entry.items()}
-        accuracy = latest.get("held_out/accuracy", run.metrics.get("held_out/accuracy"))
+        self.progress.cost_done += trial.cost * len(result["epochs"]) / trial.recipe.epochs
+        latest = {k: v for entry in (run.metrics, *unlogged) for k, v in entry.items()}
+        accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""
         self.progress.running[digest] = (
             f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{shown}"
@@ -234,24 +292,17 @@ class Recorder(threading.Thread):
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
-        if result["outcome"] == "finished":
+        outcome, reason = result["outcome"], result["reason"]
+        if outcome == "finished":
             before = run.weights_sha256
-            with fetched(result["weights"]) as weights:
-                self.tracker.store_weights(
-                    run,
-                    weights,
-                    result["sha256"],
-                    image_size=self._scale.image_size,
-                    classes=self._scale.num_classes,
-                )
+            self._store_weights(run, result["weights"], result["sha256"])
             if before not in ("", result["sha256"]):
                 self._forget_cells(run)
-        self.tracker.end_trial(run, outcome=result["outcome"], reason=result["reason"])
+        else:
+            self._line.say(f"{outcome}: {self._described(run.digest)}: {reason}")
+        self.tracker.end_trial(run, outcome=outcome, reason=reason)
         self.progress.trials_done += 1
         self.progress.running.pop(run.digest, None)
-        if result["outcome"] != "finished":
-            described = self._described(run.digest)
-            self._line.say(f"{result['outcome']}: {described}: {result['reason']}")
         self._submit_missing_cells(run)
 
     def _forget_cells(self, run: TrialRun) -> None:
@@ -261,42 +312,43 @@ class Recorder(threading.Thread):
             self.tracker.forget_cell(run, evaluator, OTHER_WEIGHTS)
         self.progress.cells += len(self._missing(run.digest)) - before
 
-    def _on_failed(self, digest: str, reason: str, trace: str) -> None:
+    def _on_failed(self, digest: str, failure: Mapping[str, Any]) -> None:
+        reason = failure["reason"]
         self.failures.append(f"{self._described(digest)}: {reason}")
-        self.progress.running.pop(digest, None)
         if digest not in self._runs:
             self._on_started(digest)
+        self.progress.running.pop(digest, None)
         run = self._runs[digest]
-        self.tracker.end_trial(run, outcome="failed", reason=reason, trace=trace)
+        self.tracker.end_trial(run, outcome="failed", reason=reason, trace=failure["trace"])
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
         missing = self._missing(run.digest)
         self._coming -= Counter({name: self._images[name] for name in missing})
-        if run.outcome not in JUDGED_OUTCOMES:
+        if run.outcome != "finished":
             self.progress.cells -= len(missing)
             return
         for evaluator in missing:
-            question = self._questions[evaluator]
-            cell = Cell(run.digest, run.artifact_uri, evaluator, question)
+            cell = Cell(run.digest, run.artifact_uri, evaluator, self._questions[evaluator])
             least = self._evaluators[evaluator].least_shard
             self._pool.submit(cell, self._images[evaluator], least=least)
 
-    def _record(self, judged: Judged) -> None:
-        cell = judged.cell
-        if judged.error:
-            failure = f"{cell.evaluator} of {self._described(cell.trial)}: {judged.error}"
-            self.failures.append(failure)
-            self.tracker.fail_cell(self._runs[cell.trial], cell.evaluator, judged.error)
+    def _record(self, cell: Cell, content: bytes, error: str) -> None:
+        """Write a cell's ledger and scores, or why there are none."""
+        run = self._runs[cell.trial]
+        if error:
+            described = self._described(cell.trial)
+            self.failures.append(f"{cell.evaluator} of {described}: {error}")
+            self.tracker.fail_cell(run, cell.evaluator, error)
             return
-        ledger, seconds = from_parquet(judged.ledger)
+        ledger, seconds = from_parquet(content)
         scores = self._evaluators[cell.evaluator].summarize(ledger)
         self.tracker.record_cell(
-            self._runs[cell.trial],
+            run,
             evaluator=cell.evaluator,
             cell=cell.question,
-            asked=self._asked[cell.evaluator],
-            ledger=judged.ledger,
-            judged_by=judged_by(judged.ledger),
+            asked=self._identities[cell.evaluator],
+            ledger=content,
+            judged_by=judged_by(content),
             metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
         )
         self._pool.settle(cell)
@@ -308,50 +360,8 @@ class Recorder(threading.Thread):
             del self._unlogged[digest]
         self._flushed_at = time.monotonic()
 
-    def _missing(self, digest: str) -> list[str]:
-        run = self._runs.get(digest)
-        cells = run.cells if run else {}
-        wanted = self._trials[digest].evaluators
-        return [name for name in wanted if cells.get(name) != self._questions[name]]
-
-    def _is_judgeable(self, digest: str) -> bool:
-        run = self._runs.get(digest)
-        return run is not None and run.outcome in ("finished", "collapsed")
-
-    def _count(self) -> None:
-        """Count what there is to do."""
-        self.progress = self._initial_progress()
-        self._coming: Counter[str] = Counter()  # images that no trial has asked for yet
-        for digest in self._trials:
-            if self._outcome(digest) != "collapsed":
-                self._coming.update({name: self._images[name] for name in self._missing(digest)})
-
-    def _initial_progress(self) -> Progress:
-        todo = self.trials_to_train()
-        judged = [d for d in self._trials if self._outcome(d) != "collapsed"]
-        return Progress(
-            trials=len(todo),
-            cells=sum(len(self._missing(digest)) for digest in judged),
-            epochs=sum(trial.recipe.epochs for trial in todo),
-            cost_total=sum(trial.cost for trial in todo),
-        )
-
-    def _outcome(self, digest: str) -> str:
-        return self._runs[digest].outcome if digest in self._runs else "waiting"
-
     def _described(self, digest: str) -> str:
         return f"{self._trials[digest].name} ({digest})"
-
-    def _dataset(self) -> dict[str, str]:
-        return {
-            "name": self._data.name,
-            "digest": self._manifest or self._data.train.ids_hash(),
-            "source_type": "code",
-            "source": self._scale.title,
-            "profile": json.dumps(
-                {"train": len(self._data.train), "held_out": len(self._data.held_out)}
-            ),
-        }
 
 
 def _tables(trial: Trial) -> str:

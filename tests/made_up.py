@@ -16,7 +16,7 @@ from evaluators import PGD_STEPS
 from evaluators.autoattack import CLEAN, STAGES
 from evaluators.base import EXAMPLES, Batch, verdicts
 from evaluators.ledger import to_parquet
-from grid.assess import Cell, Judged
+from grid.assess import Cell
 from grid.launch import describe, scores_of
 from grid.plan import Plan
 from grid.progress import ProgressLine
@@ -93,8 +93,8 @@ class MadeUpPool:
     def submit(self, cell: Cell, total: int, *, least: int) -> None:
         self._asked.append(cell)
 
-    def poll(self, timeout: float) -> list[Judged]:
-        return [Judged(cell, self._content(cell)) for cell in list(self._asked)]
+    def poll(self, timeout: float) -> list[tuple[Cell, bytes, str]]:
+        return [(cell, self._content(cell), "") for cell in list(self._asked)]
 
     def settle(self, cell: Cell) -> None:
         self._asked.remove(cell)

@@ -68,7 +68,7 @@ def pool(shared, monkeypatch):
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("evaluators.shards.FIRST_PIXELS", 5 * DIGITS.image_size**2)
     yield shared
-    for cell in list(shared._unfinished):
+    for cell in list(shared._work):
         shared.settle(cell)
 
 
@@ -93,8 +93,8 @@ def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial
     assert pgd.total(load_data(SCALE)) == 12
     pool.submit(cell, 12)
     assert pool.seconds_left(Counter()) is None
-    (found,) = judged(pool)
-    ledger, seconds = from_parquet(found.ledger)
+    ((_, content, _),) = judged(pool)
+    ledger, seconds = from_parquet(content)
     assert seconds > 0
     assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
     assert {s.name: s.n for s in pgd.summarize(ledger)}["pgd-100"] == 12
@@ -115,7 +115,7 @@ def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
         ledger = evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
         store.add(shard, to_parquet(ledger, seconds=1000.0))
     pool.submit(cell, 12)
-    ledger, seconds = from_parquet(judged(pool)[0].ledger)
+    ledger, seconds = from_parquet(judged(pool)[0][1])
     assert 2000 < seconds < 2900
     assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
 
@@ -126,8 +126,8 @@ def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial):
     ledger = evaluate(evaluator_named("clean", SCALE), trial[1], load_data(SCALE), device=CPU)
     store.add(Shard(0, 597), to_parquet(ledger, seconds=5.0))
     pool.submit(cell, 597)
-    (found,) = pool.poll(0)
-    assert from_parquet(found.ledger)[0].equals(ledger)
+    ((_, content, _),) = pool.poll(0)
+    assert from_parquet(content)[0].equals(ledger)
 
 
 def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
@@ -135,15 +135,14 @@ def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
     for name in ("autoattack-small", "pgd", "natural", "clean"):
         pool.submit(cell_of(trial, name), 12)
     # The first one asked was handed out before the others came.
-    waiting = [pool._waiting[0][2].evaluator, *sorted(e[2].evaluator for e in pool._waiting)]
-    assert waiting == ["clean", "clean", "natural", "pgd"]
+    assert [cell.evaluator for cell in pool._turns] == ["clean", "natural", "pgd"]
 
 
 def test_a_cell_that_cannot_be_judged_says_why_and_frees_its_place(pool, trial):
     digest, _, uri = trial
     pool.submit(Cell(digest, uri + "-gone", "pgd", "q"), 12)
-    (found,) = judged(pool)
-    assert "No such" in found.error or "not exist" in found.error or "OSError" in found.error
+    ((_, _, error),) = judged(pool)
+    assert "No such" in error or "not exist" in error or "OSError" in error
     assert len(pool) == 0
 
 
@@ -158,9 +157,9 @@ def test_weights_that_are_not_the_trials_own_are_named_and_not_judged(
     contents = {"flipped": content, "emptied": b"", "another trial's": path.read_bytes()}
     path.write_bytes(contents[damage])
     pool.submit(cell_of(trial, "clean"), 1)
-    (found,) = judged(pool)
-    assert str(path) in found.error
-    assert found.ledger == b""
+    ((_, content, error),) = judged(pool)
+    assert str(path) in error
+    assert content == b""
 
 
 def idle_actor(pool):
@@ -180,9 +179,9 @@ def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
     pid = pid_of(idle_actor(pool))
     pool.submit(cell_of(trial, "pgd"), 12)
     os.kill(pid, 9)
-    (found,) = judged(pool)
-    assert not found.error
-    assert from_parquet(found.ledger)[0].num_rows == 4 * 12
+    ((_, content, error),) = judged(pool)
+    assert not error
+    assert from_parquet(content)[0].num_rows == 4 * 12
 
 
 @pytest.mark.slow
@@ -197,8 +196,8 @@ def test_an_actor_that_hangs_is_ended_and_its_shard_asked_again(pool, trial):
     pid = pid_of(actor)
     ray.get(actor.__ray_call__.remote(hang))
     pool.submit(cell_of(trial, "pgd"), 12)
-    (found,) = judged(pool)
-    assert not found.error
+    ((_, _, error),) = judged(pool)
+    assert not error
     assert pid_of(idle_actor(pool)) != pid
 
 
@@ -213,7 +212,7 @@ def test_an_actor_whose_device_failed_is_ended_and_another_process_judges(pool, 
     pid = pid_of(actor)
     ray.get(actor.__ray_call__.remote(lose_device))
     pool.submit(cell_of(trial, "pgd"), 12)
-    (found,) = judged(pool)
-    assert not found.error
-    assert from_parquet(found.ledger)[0].num_rows == 4 * 12
+    ((_, content, error),) = judged(pool)
+    assert not error
+    assert from_parquet(content)[0].num_rows == 4 * 12
     assert pid_of(idle_actor(pool)) != pid

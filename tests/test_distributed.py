@@ -1,32 +1,34 @@
-"""What a team does when it fails: try again, wait for others, or give up in words."""
+"""What a team does when it fails: die to be tried again, wait for others, or fail in words."""
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.util import placement_group, placement_group_table
+from ray.util import placement_group
 
 from trainables import distributed
-from trainables.distributed import _given_up, _train_to_the_end, others_train
+from trainables.distributed import teams_placed, train_together
 from trainables.ray_internals import release_orphans
 
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
-BUSY = {0: RuntimeError("NCCL error\nmore of it"), 1: ActorDiedError()}
+BUSY = WorkerGroupError("both failed", {0: RuntimeError("NCCL error"), 1: ActorDiedError()})
+OWN = WorkerGroupError("two failed", {0: RuntimeError("NCCL error"), 1: ValueError("a bad axis")})
 
 
 @pytest.fixture
-def tried(small, tmp_path, monkeypatch):
-    """Return how often a team is tried that ends in errors, and what is raised in the end."""
-    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
-    trial = {"recipe": small().model_dump(mode="json"), "digest": small().digest()}
-    trial |= {"storage": str(tmp_path), "workers": 2}
+def tried(monkeypatch):
+    """Return a function: what a team that ends in errors reports, in how many tries."""
+    reported = []
+    monkeypatch.setattr(distributed, "release_orphans", lambda: None)
+    monkeypatch.setattr(distributed.tune, "report", reported.append)
 
-    def run(*errors, others=False):
+    def run(*errors, others=0):
         left = list(errors)
 
         def train(trial):
@@ -34,41 +36,29 @@ def tried(small, tmp_path, monkeypatch):
                 raise left.pop(0)
 
         monkeypatch.setattr(distributed, "_train", train)
-        monkeypatch.setattr(distributed, "release_orphans", lambda: None)
-        monkeypatch.setattr(distributed, "others_train", lambda: others)
-        try:
-            _train_to_the_end(trial)
-        except Exception as error:
-            return len(errors) - len(left), error
-        return len(errors) - len(left), None
+        monkeypatch.setattr(distributed, "teams_placed", lambda: others)
+        train_together({"trial": json.dumps({"digest": "abc"}), "source": None})
+        return len(errors) - len(left), reported
 
     return run
 
 
 def test_a_team_without_room_waits_for_as_long_as_others_train(tried):
-    assert tried(*[NO_ROOM] * 9, others=True) == (9, None)
-    assert tried(NO_ROOM, others=False) == (1, NO_ROOM)
-    ill = ControllerError(OSError("no such bucket"))
-    assert tried(ill, others=True) == (1, ill)
+    assert tried(*[NO_ROOM] * 9, others=1) == (9, [])
+    with pytest.raises(ControllerError):
+        tried(NO_ROOM)
+    with pytest.raises(ControllerError):
+        tried(ControllerError(OSError("no such bucket")), others=1)
 
 
-def test_deaths_are_tried_again_and_a_programs_own_fault_is_not(tried):
-    own = WorkerGroupError("two failed", {0: BUSY[0], 1: ValueError("a bad axis")})
-    assert tried(own) == (1, own)
-    of_controller = RayTaskError("run", "a trace", KeyError("x"))
-    assert tried(of_controller) == (1, of_controller)
-    assert tried(ActorDiedError()) == (1, None)
-    assert tried(*[ActorDiedError()] * 9)[0] == 1 + distributed.MAX_FAILURES
-    assert tried(*[WorkerGroupError("both failed", BUSY)] * 9)[0] == 1 + distributed.MAX_FAILURES
-
-
-def test_a_trial_that_is_given_up_says_in_a_line_what_its_workers_raised():
-    own = WorkerGroupError("two failed", {0: BUSY[0], 1: ValueError("a bad axis")})
-    assert _given_up("abc", own)["reason"] == "ValueError: a bad axis"
-    told = _given_up("abc", WorkerGroupError("both failed", BUSY))
-    assert told["reason"] == "RuntimeError: NCCL error"
-    assert "both failed" in told["trace"]
-    assert (told["outcome"], told["done"]) == ("failed", True)
+def test_deaths_are_raised_for_tune_and_a_programs_own_fault_is_reported(tried):
+    for death in (ActorDiedError(), BUSY):
+        with pytest.raises(type(death)):
+            tried(death)
+    _, (result,) = tried(OWN)
+    assert (result["outcome"], result["reason"]) == ("failed", "ValueError: a bad axis")
+    assert "two failed" in result["trace"]
+    assert result["done"]
 
 
 @pytest.fixture
@@ -89,10 +79,10 @@ def test_what_a_dead_controller_held_is_given_back(two_cpus):
     ray.get(controller.hold.remote())
     waiting = placement_group([{"CPU": 1}])
     release_orphans()
-    assert others_train()
+    assert teams_placed() == 1
     ray.kill(controller)
     deadline = time.monotonic() + 60
     while not waiting.wait(1):
         assert time.monotonic() < deadline
         release_orphans()
-    assert [group["state"] for group in placement_group_table().values()].count("CREATED") == 1
+    assert teams_placed() == 1

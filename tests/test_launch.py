@@ -7,8 +7,8 @@ import re
 import pytest
 import ray
 
-from grid.cluster import Placement, Room, cluster_file
-from grid.launch import Launch, _open_study, _recorder, _report, _share_out
+from grid.cluster import Placement, check_room
+from grid.launch import Launch, _open_study, _recorder, _report, _start_pool
 from grid.plan import build_plan
 from grid.progress import ProgressLine
 from grid.study import load_study
@@ -49,36 +49,28 @@ def two_cpus():
 
 
 def test_a_team_that_fills_the_machine_has_an_evaluator_beside_it(two_cpus, launch):
-    pool, room = _share_out(launch, "sqlite:///none")
-    assert pool._size == 1
-    assert room.lanes(launch.placement) == 1
+    assert _start_pool(launch, "sqlite:///none")._size == 1
 
 
-def test_a_team_that_does_not_fit_is_refused(two_cpus):
-    with pytest.raises(ValueError, match="a trial needs 4 workers of 1 CPUs and 0 GPUs each, but"):
-        Room().check([Placement(workers=4)])
-
-
-def test_a_ray_of_its_own_has_no_room_on_nodes_of_a_cluster(two_cpus, tmp_path, monkeypatch):
+def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_such(
+    two_cpus, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(CLUSTER)
-    assert cluster_file() == {}
-    assert Room().lanes(Placement()) == 2
-
-
-def test_gpus_that_evaluators_come_to_hold_later_are_no_room(two_cpus, monkeypatch):
-    monkeypatch.setattr("grid.cluster.LOOK_SECONDS", -1.0)
     (node,) = (node["NodeID"] for node in ray.nodes())
-    held = {node: 0.25}
-    room = Room(lambda: held)
-    assert room.lanes(Placement(gpus=1.0)) == 2
-    held[node] = 0.5
-    assert room.lanes(Placement(gpus=1.0)) == 1
+    check_room([Placement(workers=2), Placement(gpus=1.0)], joined=False, held={node: 1.0})
+    with pytest.raises(ValueError, match="a trial needs 4 workers of 1 CPUs and 0 GPUs each, but"):
+        check_room([Placement(workers=4)], joined=False)
+    with pytest.raises(ValueError, match=r"a trial needs 1 CPUs and 1 GPUs, but .* 0\.5 GPUs;"):
+        check_room([Placement(gpus=1.0)], joined=False, held={node: 1.5})
+    check_room([Placement(workers=192)], joined=True)
+    with pytest.raises(ValueError, match="a trial needs 193 workers"):
+        check_room([Placement(workers=193)], joined=True)
 
 
 def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("grid.record.EVENTS_SECONDS", 0.0)
+    monkeypatch.setattr("grid.record.EVENTS_AT_ONCE", 1)
     monkeypatch.setattr(ProgressLine, "show", lambda _, text: shown.append(text))
     study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])

@@ -17,12 +17,10 @@ MAY_IMPORT = {
     "ray": {
         "grid/cluster.py",
         "grid/launch.py",
-        "grid/training.py",
         "grid/assess.py",
         "trainables/trial.py",
         "trainables/distributed.py",
         "trainables/ray_internals.py",
-        "evaluators/actor.py",
     },
     "mlflow": {"trainables/store/tracking.py", "trainables/store/patience.py"},
 }

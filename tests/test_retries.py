@@ -9,8 +9,7 @@ import ray
 import torch
 from ray import tune
 
-from grid.cluster import Placement, Room
-from grid.training import PlanOrder
+from grid.launch import PlanOrder
 from tests.dying import Dying
 from trainables.store.retries import OWN_FAULTS, wait_after
 
@@ -27,18 +26,17 @@ def ray_session():
 def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr("grid.training.MAX_FAILURES", 1)
+    monkeypatch.setattr("grid.launch.MAX_FAILURES", 1)
     trials = [
         {"digest": name, "further": further, "teacher": None, "folder": str(tmp_path)}
         | {"epochs": EPOCHS}
         for name, further in (("further", True), ("stuck", False))
     ]
     configs = {t["digest"]: {"trial": json.dumps(t), "source": None} for t in trials}
-    placements = dict.fromkeys(configs, Placement())
     found = tune.Tuner(
         Dying,
         tune_config=tune.TuneConfig(
-            search_alg=PlanOrder(configs, placements, Room()), num_samples=-1, reuse_actors=True
+            search_alg=PlanOrder(configs), num_samples=-1, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path / "tune"),
@@ -56,14 +54,17 @@ def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(ray_session, tmp_pa
     }
 
 
-def test_trials_come_in_the_plans_order_a_student_after_its_teacher(ray_session, monkeypatch):
+def test_trials_come_in_the_plans_order_a_student_after_its_teacher(monkeypatch):
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 60.0)
     teachers = {"a": None, "student": "a", "b": None, "c": None}
     told = {digest: {"digest": digest, "teacher": t} for digest, t in teachers.items()}
     configs = {d: {"trial": json.dumps(trial), "source": None} for d, trial in told.items()}
-    order = PlanOrder(configs, dict.fromkeys(configs, Placement()), Room())
-    assert [order.suggest("1"), order.suggest("2")] == [configs["a"], configs["b"]]
-    assert order.suggest("3") is None  # two cores are busy
+    placed = 0
+    order = PlanOrder(configs, lambda: placed)
+    assert order.suggest("1") == configs["a"]
+    assert order.suggest("2") is None  # the first team waits for its workers
+    placed = 2
+    assert order.suggest("2") == configs["b"]
     order.on_trial_complete("2")
     assert order.suggest("3") == configs["c"]
     order.on_trial_complete("1", error=True)

@@ -14,7 +14,6 @@ from tests.disks import fill, small_disk
 from trainables.data.listing import EMBEDDED
 from trainables.recipe import Distillation
 from trainables.running import SECONDS
-from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.store.storage import weights_path
 from trainables.trial import RecipeTrial
 
@@ -91,19 +90,6 @@ def test_what_an_epoch_took_outlives_the_actor_that_measured_it(start, small):
     again = run(start(recipe))[0]["epochs"]
     assert again[:2] == sent
     assert all(epoch[SECONDS] > 0 for epoch in again)
-
-
-def test_a_checkpoint_of_before_without_seconds_goes_on(start, small, tmp_path):
-    recipe = small(epochs=2)
-    start(recipe).step()
-    folder = tmp_path / "trials" / recipe.digest()
-    state = load_newest_checkpoint(folder)
-    del state["seconds"]
-    save_checkpoint(folder, 1, state)
-    for path in sorted(folder.glob("epoch-*.pt"), key=lambda path: path.stat().st_mtime_ns)[:-1]:
-        path.unlink()
-    first, second = run(start(recipe))[0]["epochs"]
-    assert (SECONDS in first, SECONDS in second) == (False, True)
 
 
 def test_a_finished_trial_is_not_trained_again(start, small):
@@ -238,15 +224,3 @@ def test_a_student_does_not_learn_from_what_is_not_its_teacher(start, small, tmp
     (result,) = run(start(student))
     assert result["outcome"] == "failed"
     assert str(path) in result["reason"]
-
-
-def test_a_whole_checkpoint_of_something_else_fails_the_trial_by_name(start, small, tmp_path):
-    recipe = small(epochs=2)
-    folder = tmp_path / "trials" / recipe.digest()
-    save_checkpoint(folder, 1, {"digest": recipe.digest(), "model": {}, "epoch": 1})
-    (result,) = run(start(recipe))
-    assert result["outcome"] == "failed"
-    assert (
-        f"the newest checkpoint in {folder} lacks history, optimizer, outcome, reason"
-        in (result["reason"])
-    )

@@ -28,7 +28,6 @@ from trainables.train.team import ALONE, Team
 CHECKPOINT_SECONDS = 5.0
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
-ENTRIES = {"model", "optimizer", "history", "outcome", "reason"}  # of every checkpoint
 
 
 @dataclass
@@ -43,54 +42,23 @@ class RunningTrial:
     reason: str = ""
     classifier: Classifier | None = None
     reports: Iterator[EpochReport] | None = None
-    unsent: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0
     seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took
     trained: dict[str, str] = field(default_factory=dict)  # the provenance of its epochs
+    unsent: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    unkept: EpochReport | None = None
-    paused: bool = False
-    epoch: int = 0
+    unsaved: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def leads(self) -> bool:
-        return self.team.rank == 0
+    paused: bool = False
 
 
-def next_result(running: RunningTrial) -> dict[str, Any]:
-    """Train a trial's next epoch, unless it is over, and return what the recorder is told.
-
-    A trial that could not write what it has to keep tries that again instead.
-    """
-    if running.paused:
-        time.sleep(FULL_SECONDS)
-    elif running.outcome == "training":
-        _advance(running)
-    stored = _keep(running)
-    outcome = "training" if running.paused else running.outcome
-    result = {
-        "digest": running.recipe.digest(),
-        "epoch": running.epoch,
-        "epochs": running.unsent,
-        "notes": running.notes,
-        "trained": running.trained,
-        "outcome": outcome,
-        "reason": running.reason,
-        "done": outcome != "training",
-    }
-    running.unsent, running.notes = [], []
-    return result | stored
-
-
-def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial:
+def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     """Build a trial anew, as far as its newest whole checkpoint has it.
 
     Of a team only the first worker reads and writes the storage. config: as of `RecipeTrial`.
     """
-    team = team or ALONE
     torch.set_num_threads(config["threads"])
-    recipe = Recipe.model_validate(config["recipe"])
-    storage = config["storage"]
+    recipe, storage = Recipe.model_validate(config["recipe"]), config["storage"]
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"])
@@ -99,16 +67,12 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
         running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
         return running
     running.classifier = build_classifier(recipe)
-    say = running.notes.append
-    start = team.shared(load_newest_checkpoint(folder, digest, say=say) if running.leads else None)
+    newest = None
+    if team.rank == 0:
+        newest = load_newest_checkpoint(folder, digest, say=running.notes.append)
+    start = team.shared(newest)
     if start:
-        if lacking := sorted(ENTRIES - start.keys()):
-            raise ValueError(
-                f"the newest checkpoint in {folder} lacks {', '.join(lacking)}: it is not of this "
-                "version; move it away, and the trial goes on from the one before, or anew"
-            )
-        running.seconds = dict(start.get("seconds", {}))  # older checkpoints have none
-        running.trained = dict(start.get("trained", {}))
+        running.seconds, running.trained = start["seconds"], start["trained"]
         running.unsent = [_timed(running, metrics) for metrics in start["history"]]
         running.epoch = len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
@@ -128,17 +92,41 @@ def open_trial(config: dict[str, Any], team: Team | None = None) -> RunningTrial
 
 def _teacher(running: RunningTrial, storage: str) -> Classifier | None:
     """Return a student's teacher with its trained weights; None without one, or without those."""
-    recipe = running.recipe.teacher
+    recipe, team = running.recipe.teacher, running.team
     if recipe is None:
         return None
     path = weights_path(storage, recipe.digest())
-    stored = stored_weights(path, recipe.digest()) if running.leads else None
-    weights = running.team.shared(stored)
+    weights = team.shared(stored_weights(path, recipe.digest()) if team.rank == 0 else None)
     if weights is None:
         return None
     teacher = build_classifier(recipe)
     fit_weights(weights, teacher, path)
     return teacher
+
+
+def next_result(running: RunningTrial) -> dict[str, Any]:
+    """Train a trial's next epoch, unless it is over, and return a report for the recorder.
+
+    A trial whose files had no room on the disk tries to write them again instead.
+    """
+    if running.paused:
+        time.sleep(FULL_SECONDS)
+    elif running.outcome == "training":
+        _advance(running)
+    stored = _save(running)
+    outcome = "training" if running.paused else running.outcome
+    result = {
+        "digest": running.recipe.digest(),
+        "epoch": running.epoch,
+        "epochs": running.unsent,
+        "notes": running.notes,
+        "trained": running.trained,
+        "outcome": outcome,
+        "reason": running.reason,
+        "done": outcome != "training",
+    }
+    running.unsent, running.notes = [], []
+    return result | stored
 
 
 def _advance(running: RunningTrial) -> None:
@@ -151,24 +139,20 @@ def _advance(running: RunningTrial) -> None:
     running.trained = joined(running.trained, provenance(running.device))
     running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
-    due = now - running.saved_at >= CHECKPOINT_SECONDS
-    if report.outcome != "training" or due:
-        running.saved_at, running.unkept = now, report
+    if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
+        running.saved_at, running.unsaved = now, report
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
-    """Return an epoch's metrics with the seconds that it took, where they are known."""
-    epoch = int(metrics["epoch"])
-    return metrics | ({SECONDS: running.seconds[epoch]} if epoch in running.seconds else {})
+    return metrics | {SECONDS: running.seconds[int(metrics["epoch"])]}
 
 
-def _keep(running: RunningTrial) -> dict[str, str]:
+def _save(running: RunningTrial) -> dict[str, str]:
     """Write what is due, and return where weights lie; without room for it the trial is paused."""
     stored, problem = {}, ""
-    if running.leads:
+    if running.team.rank == 0:
         try:
-            _save_checkpoint(running)
-            stored = _store_weights(running) if running.outcome == "finished" else {}
+            stored = _write(running)
         except NoRoomError as error:
             problem = str(error)
     problem = running.team.shared(problem)
@@ -178,8 +162,8 @@ def _keep(running: RunningTrial) -> dict[str, str]:
     return stored
 
 
-def _save_checkpoint(running: RunningTrial) -> None:
-    if report := running.unkept:
+def _write(running: RunningTrial) -> dict[str, str]:
+    if report := running.unsaved:
         state = report.state | {
             "digest": running.recipe.digest(),
             "outcome": report.outcome,
@@ -188,10 +172,9 @@ def _save_checkpoint(running: RunningTrial) -> None:
             "trained": running.trained,
         }
         save_checkpoint(running.folder, report.epoch, state)
-    running.unkept = None
-
-
-def _store_weights(running: RunningTrial) -> dict[str, str]:
+        running.unsaved = None
+    if running.outcome != "finished":
+        return {}
     assert running.classifier is not None
     path = below(running.folder, WEIGHTS)
     sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
