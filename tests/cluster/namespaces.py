@@ -214,7 +214,7 @@ def drill(folder: Path, nodes: dict[str, Machine]) -> None:
         capture_output=True,
     )
     assert checked.returncode == 1, checked.stdout
-    assert f"node {doomed.address}: it does not answer on port 22" in checked.stdout
+    assert f"no Ray on {doomed.address}" in checked.stdout
     said = sh(shlex.join(on_head("--status")), env=environment, cwd=ROOT)
     print(said)
     assert "1 trials: 1 finished" in said
