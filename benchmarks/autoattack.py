@@ -9,7 +9,7 @@ all stages.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -97,7 +97,8 @@ def beside_pyautoattack(name: str, attack: Attack, *, repeats: int) -> Figure:
 
 def attacked_here(attack: Attack) -> list[bool]:
     """Return which images survive this project's AutoAttack."""
-    evaluator = AutoAttack(DIGITS, radii=[Fraction(attack.epsilon)], square_queries=attack.queries)
+    scale = replace(DIGITS, square_queries=attack.queries)
+    evaluator = AutoAttack(scale, radii=[Fraction(attack.epsilon)])
     ledger = evaluator.judge(attack.classifier, attack.batch)
     survived: list[bool] = ledger["survived"].to_pylist()
     return survived

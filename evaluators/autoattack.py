@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -33,6 +34,7 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 STANDARD_TARGETS = 9
 DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth logit
 ITERATIONS = 100
+ROWS_AT_ONCE = 200  # images x targets in one forward pass, at most
 GATHERED_BATCHES = 4
 STEPS_TO_BREAK = 10  # of the images that APGD-CE breaks, about
 SMALL_WITHSTANDING = 0.9  # the share of images that withstands the small radius, about
@@ -46,12 +48,10 @@ class AutoAttack(Evaluator):
 
     APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
     fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
-    time: the identity carries both. `images_at_once` bounds the rows of one forward pass, images
-    times targets, as memory does; the survivors of several batches share a pass. Out of memory
-    halves it for the rest of the batch, and only what did not fit is done again. Every draw follows
-    from the image, the target class's rank and the iteration, and an image's answer is that of the
-    likeliest target that breaks it, so no verdict depends on what else is in the batch. Source:
-    Croce and Hein (2020).
+    time: the identity carries both. The survivors of several batches share a forward pass. Every
+    draw follows from the image, the target class's rank and the iteration, and an image's answer is
+    that of the likeliest target that breaks it, so no verdict depends on the rest of the batch.
+    Source: Croce and Hein (2020).
     """
 
     name = "autoattack"
@@ -64,21 +64,13 @@ class AutoAttack(Evaluator):
     )
     least_shard = 1
 
-    def __init__(
-        self,
-        scale: Scale,
-        *,
-        radii: Sequence[Fraction] = (),
-        square_queries: int | None = None,
-        images_at_once: int = 200,
-    ) -> None:
+    def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
+        super().__init__(scale)
         radii = sorted(radii or [self._radius(scale)])
         self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
-        self.square_queries = square_queries or scale.square_queries
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
         self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
         self.stages = tuple(s for s in STAGES if s != "apgd-t" or scale.num_classes >= DLR_CLASSES)
-        self.images_at_once = images_at_once
 
     def identity(self, source: Data) -> dict[str, Any]:
         return {
@@ -88,13 +80,13 @@ class AutoAttack(Evaluator):
             "stages": self.stages,
             "targets": self.targets,
             "iterations": ITERATIONS,
-            "square_queries": self.square_queries,
+            "square_queries": self.scale.square_queries,
         }
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         """Count two passes for a step of APGD and three for one of FAB-T, and Square's queries."""
         steps = ITERATIONS + 1
-        every_stage = 2 * steps + self.targets * steps * (2 + 3) + self.square_queries
+        every_stage = 2 * steps + self.targets * steps * (2 + 3) + self.scale.square_queries
         broken = 2 * STEPS_TO_BREAK
         each = 2 + withstanding * every_stage + (1 - withstanding) * broken
         return len(self.radii) * self.asked_about(held_out) * each
@@ -103,15 +95,27 @@ class AutoAttack(Evaluator):
         return super().batches(source, batch_size=batch_size * GATHERED_BATCHES, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        rows, smaller, images_at_once = [], None, self.images_at_once
-        # APGD draws a start on the CPU even where it is given one.
+        rows, smaller = [], None
+        # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier):
             for question, epsilon in self.radii.items():
-                victims = _Victims(classifier, batch, epsilon, images_at_once)
+                victims = _Victims(classifier, batch, epsilon)
                 self._attack(victims, smaller)
                 rows.append(victims.verdicts(question))
-                smaller, images_at_once = victims, victims.images_at_once
+                smaller = victims
         return pa.concat_tables(rows)
+
+    def _attack(self, victims: _Victims, smaller: _Victims | None) -> None:
+        """Run every stage over the survivors of the one before.
+
+        An image that a stage broke in a smaller ball is broken by that stage in the larger one:
+        the same adversarial example lies in both.
+        """
+        for stage in self.stages:
+            victims.begin(stage, smaller)
+            for run in victims.runs(self.targets if stage.endswith("-t") else 1):
+                with suppress(_AllBrokenError):
+                    _ATTACKS[stage](victims, run, self.scale.square_queries)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         scores = super().summarize(ledger)
@@ -128,20 +132,6 @@ class AutoAttack(Evaluator):
 
     def _radius(self, scale: Scale) -> Fraction:
         return scale.epsilon
-
-    def _attack(self, victims: _Victims, smaller: _Victims | None) -> None:
-        """Run every stage over the survivors of the one before.
-
-        An image that a stage broke in a smaller ball is broken by that stage in the larger one:
-        the same adversarial example lies in both.
-        """
-        for stage in self.stages:
-            victims.begin(stage)
-            if smaller is not None:
-                victims.inherit(smaller)
-            for run in victims.runs(self.targets if stage.endswith("-t") else 1):
-                attack = partial(_ATTACKS[stage], victims, queries=self.square_queries)
-                _in_memory(attack, victims, run)
 
 
 class SmallAutoAttack(AutoAttack):
@@ -174,32 +164,22 @@ class _Run:
     targets: Tensor
     ranks: Tensor
 
-    def parts(self, rows: int) -> Iterator[_Run]:
-        """Yield the run in parts of at most `rows` rows."""
-        columns = (self.owners, self.images, self.labels, self.targets, self.ranks)
-        for part in zip(*(torch.split(column, rows) for column in columns), strict=True):
-            yield _Run(*part)
-
 
 class _Victims:
-    """A batch under attack within one radius, and what became of each image.
+    """A batch under attack within one radius, and the state of each image.
 
-    An attack asks `query`. A row's first answer that is wrong breaks its image, provided that the
+    An attack calls `query`. A row's first answer that is wrong breaks its image, provided that the
     classifier itself gets the image wrong once it is brought into the ball and into [0, 1]. From
     then on the row costs no forward pass, nor do those of less likely targets; those of likelier
-    ones go on, for theirs would be the image's answer had they been asked first.
+    ones go on, for theirs would be the image's answer in a run of their own.
     """
 
-    def __init__(
-        self, classifier: Classifier, batch: Batch, epsilon: float, images_at_once: int
-    ) -> None:
+    def __init__(self, classifier: Classifier, batch: Batch, epsilon: float) -> None:
         self.classifier, self.batch, self.epsilon = classifier, batch, epsilon
         # pyautoattack flattens by view: rows must be contiguous.
         self.images_BCHW = batch.images.contiguous()
         self.fast = folded(classifier, self.images_BCHW[:FOLDED_ON]) or classifier
-        self.images_at_once = memory.images_at_once(
-            self.fast, self.images_BCHW, most=images_at_once
-        )
+        self.at_once = memory.images_at_once(self.fast, self.images_BCHW, most=ROWS_AT_ONCE)
         self.low = (self.images_BCHW - epsilon).clamp_(min=0)
         self.high = (self.images_BCHW + epsilon).clamp_(max=1)
         logits_BK = self.logits(classifier, self.images_BCHW)
@@ -207,25 +187,31 @@ class _Victims:
         self.predicted_B = self.ranking_BK[:, -1].clone()
         self.broken_B = self.predicted_B != batch.labels
         self.numbers_B = image_numbers(batch.ids).to(batch.labels.device)
-        self.begin(CLEAN)
         self.stages = [CLEAN if broken else None for broken in self.broken_B.tolist()]
         self.queries: list[int | None] = [None] * len(batch.ids)
 
-    def begin(self, stage: str) -> None:
-        """Go on to a stage. `rank_B` is the rank of the target that has broken an image in it."""
+    def begin(self, stage: str, smaller: _Victims | None = None) -> None:
+        """Go on to a stage, and break the images that it broke within a smaller radius.
+
+        `rank_B` is the rank of the target that has broken an image in the stage.
+        """
         self.stage = stage
         self.rank_B = torch.where(self.broken_B, BEFORE, UNBROKEN)
+        for owner, their_stage in enumerate(smaller.stages if smaller else ()):
+            if smaller and their_stage == stage and not self.broken_B[owner]:
+                self._break(owner, BEFORE, int(smaller.predicted_B[owner]))
+                self.queries[owner] = smaller.queries[owner]
 
     def runs(self, targets: int) -> Iterator[_Run]:
         """Yield the survivors with each of their likeliest `targets` other classes, in turn.
 
-        The pairs are packed into runs of `images_at_once` rows, the likeliest targets first.
+        The pairs are packed into runs of `at_once` rows, the likeliest targets first.
         """
         survivors = (~self.broken_B).nonzero().squeeze(1)
         owners = survivors.repeat(targets)
         ranks = torch.arange(targets, device=owners.device).repeat_interleave(len(survivors)) + 2
         while len(owners):
-            now, later = slice(self.images_at_once), slice(self.images_at_once, None)
+            now, later = slice(self.at_once), slice(self.at_once, None)
             yield _Run(
                 owners[now],
                 self.images_BCHW[owners[now]],
@@ -239,20 +225,8 @@ class _Victims:
 
     @torch.no_grad()
     def logits(self, model: nn.Module, images_BCHW: Tensor) -> Tensor:
-        """Return a model's logits, `images_at_once` a pass; out of memory halves that for good."""
-        parts: list[Tensor] = []
-        done = 0
-        # Square asks of no image at all where no margin is above 0.
-        while done < len(images_BCHW) or not parts:
-            part = images_BCHW[done : done + self.images_at_once]
-            try:
-                parts.append(model(part))
-                done += len(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                self.images_at_once = len(part) // 2
-        return torch.cat(parts)
+        """Return a model's logits, `at_once` images a pass."""
+        return torch.cat([model(part) for part in torch.split(images_BCHW, self.at_once)])
 
     def query(self, run: _Run, images_RCHW: Tensor) -> Tensor:
         """Return the logits of a run's rows; those of broken images are made up, and wrong."""
@@ -283,13 +257,6 @@ class _Victims:
             if answer != self.batch.labels[owner] and rank < self.rank_B[owner]:
                 self._break(owner, rank, answer)
 
-    def inherit(self, smaller: _Victims) -> None:
-        """Break the images that the present stage broke within a smaller radius."""
-        for owner, stage in enumerate(smaller.stages):
-            if stage == self.stage and not self.broken_B[owner]:
-                self._break(owner, BEFORE, int(smaller.predicted_B[owner]))
-                self.queries[owner] = smaller.queries[owner]
-
     def verdicts(self, question: str) -> pa.Table:
         """Return the rows of the ledger."""
         return verdicts(
@@ -308,17 +275,11 @@ class _Victims:
         self.stages[owner] = self.stage
 
 
-def _apgd_ce(victims: _Victims, run: _Run, *, queries: int) -> None:
-    _ascend(APGDAttack, victims, run)
-
-
-def _apgd_t(victims: _Victims, run: _Run, *, queries: int) -> None:
-    _ascend(APGDAttack_targeted, victims, run)
-
-
-def _ascend(attack_of: type[APGDAttack], victims: _Victims, run: _Run) -> None:
-    """Run APGD from a start of each row's own, at the ball's surface."""
-    attack = attack_of(
+def _apgd(
+    attack_class: type[APGDAttack], victims: _Victims, run: _Run, square_queries: int
+) -> None:
+    """Run APGD from each row's own start, at the ball's surface."""
+    attack = attack_class(
         partial(victims.query, run),
         n_iter=ITERATIONS,
         eps=victims.epsilon,
@@ -336,61 +297,45 @@ def _ascend(attack_of: type[APGDAttack], victims: _Victims, run: _Run) -> None:
     attack.attack_single_run(run.images, run.labels, x_init=start_RCHW)
 
 
-class _FABAgainst(FABAttack_PT):  # type: ignore[misc]
-    """FAB with a target class per row, where pyautoattack's has one rank for all of them."""
-
-    def __init__(self, targets_R: Tensor, predict: Any, **options: Any) -> None:
-        super().__init__(predict, **options)
-        self.targets_R = targets_R
-
-    def get_diff_logits_grads_batch(self, imgs: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
-        differences: tuple[Tensor, Tensor] = self.get_diff_logits_grads_batch_targeted(
-            imgs, la, self.targets_R
-        )
-        return differences
-
-
-def _fab_t(victims: _Victims, run: _Run, *, queries: int) -> None:
-    attack = _FABAgainst(
-        run.targets,
+def _fab(victims: _Victims, run: _Run, square_queries: int) -> None:
+    """Run FAB with a target class per row; pyautoattack's has one rank for all of them."""
+    attack = FABAttack_PT(
         partial(victims.query, run),
         n_iter=ITERATIONS,
         eps=victims.epsilon,
         device=run.images.device,
     )
+    attack.get_diff_logits_grads_batch = partial(
+        attack.get_diff_logits_grads_batch_targeted, la_target=run.targets
+    )
     attack.attack_single_run(run.images)
 
 
-class _Square(SquareAttack):  # type: ignore[misc]
-    """Square whose first stripes follow from the image, and whose squares from the iteration."""
-
-    def __init__(self, numbers_R: Tensor, predict: Any, **options: Any) -> None:
-        super().__init__(predict, **options)
-        self.numbers_R = numbers_R
-        self.shared = torch.Generator().manual_seed(0)
-
-    def random_choice(self, shape: Sequence[int]) -> Tensor:
-        """Return signs: of every image's stripes (R, 3, 1, W), or of one square for all images."""
-        if len(shape) == 4:
-            draws = uniform(self.numbers_R, shape[1:], key=("square",))
-        else:
-            draws = torch.rand(*shape, generator=self.shared).to(self.numbers_R.device)
-        return (2 * draws - 1).sign()
-
-    def random_int(self, low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:
-        """Return whole numbers from `low` up to `high`, without it: where a square lies."""
-        return (low + (high - low) * torch.rand(*shape, generator=self.shared)).long()
-
-
-def _square(victims: _Victims, run: _Run, *, queries: int) -> None:
-    attack = _Square(
-        victims.numbers_B[run.owners],
+def _square(victims: _Victims, run: _Run, square_queries: int) -> None:
+    """Run Square: its first stripes follow from the image, its squares from the iteration."""
+    attack = SquareAttack(
         partial(victims.logits, victims.fast),
-        n_queries=queries,
+        n_queries=square_queries,
         eps=victims.epsilon,
         resc_schedule=False,
         device=run.images.device,
     )
+    numbers_R = victims.numbers_B[run.owners]
+    shared = torch.Generator().manual_seed(0)
+
+    def signs(shape: Sequence[int]) -> Tensor:
+        """Return those of every image's stripes (R, 3, 1, W), or of one square for all images."""
+        if len(shape) == 4:
+            draws = uniform(numbers_R, shape[1:], key=("square",))
+        else:
+            draws = torch.rand(*shape, generator=shared).to(numbers_R.device)
+        return (2 * draws - 1).sign()
+
+    def whole_numbers(low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:
+        """Return those from `low` up to `high`, without it: where a square lies."""
+        return (low + (high - low) * torch.rand(*shape, generator=shared)).long()
+
+    attack.random_choice, attack.random_int = signs, whole_numbers
     attack.init_hyperparam(run.images)
     counts, images_RCHW = attack.attack_single_run(run.images, run.labels)
     for owner, count in zip(run.owners.tolist(), counts.tolist(), strict=True):
@@ -398,20 +343,9 @@ def _square(victims: _Victims, run: _Run, *, queries: int) -> None:
     victims.try_break(run.owners, run.ranks, images_RCHW)
 
 
-_ATTACKS = {"apgd-ce": _apgd_ce, "apgd-t": _apgd_t, "fab-t": _fab_t, "square": _square}
-
-
-def _in_memory(attack: Callable[[_Run], None], victims: _Victims, run: _Run) -> None:
-    """Attack a run; where memory does not hold it, in halves."""
-    try:
-        attack(run)
-        return
-    except _AllBrokenError:
-        return
-    except torch.OutOfMemoryError:
-        if len(run.owners) == 1:
-            raise
-    rows = len(run.owners) // 2
-    victims.images_at_once = min(victims.images_at_once, rows)
-    for part in run.parts(rows):
-        _in_memory(attack, victims, part)
+_ATTACKS: dict[str, Callable[[_Victims, _Run, int], None]] = {
+    "apgd-ce": partial(_apgd, APGDAttack),
+    "apgd-t": partial(_apgd, APGDAttack_targeted),
+    "fab-t": _fab,
+    "square": _square,
+}

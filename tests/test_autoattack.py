@@ -26,6 +26,7 @@ EPSILON = 20 / 255
 QUERIES = 60
 IMAGES = 100
 FEW = 20
+THRIFTY = dataclasses.replace(DIGITS, square_queries=QUERIES)
 SMALLER, LARGER = "autoattack@16/255", "autoattack@20/255"
 
 
@@ -46,9 +47,8 @@ def batch():
     return Batch(to_unit(split.images), split.labels, split.ids)
 
 
-def judged(classifier, batch, **options):
-    options = {"radii": [EPSILON], "square_queries": QUERIES} | options
-    evaluator = AutoAttack(DIGITS, **options)
+def judged(classifier, batch, *, radii=(EPSILON,)):
+    evaluator = AutoAttack(THRIFTY, radii=radii)
     return evaluator, evaluator.judge(classifier, batch)
 
 
@@ -118,7 +118,8 @@ def test_an_images_verdict_is_the_same_in_any_shard_batch_and_order(
     radii = [0.5 * EPSILON, 0.8 * EPSILON]
 
     def ledger(*shards, data=few, batch_size=200, rows=200):
-        evaluator = AutoAttack(DIGITS, radii=radii, square_queries=QUERIES, images_at_once=rows)
+        monkeypatch.setattr(autoattack, "ROWS_AT_ONCE", rows)
+        evaluator = AutoAttack(THRIFTY, radii=radii)
         evaluator.stages = (stage,)
         judge = partial(evaluate, evaluator, classifier, data, device=CPU, batch_size=batch_size)
         return in_order(pa.concat_tables([judge(shard=shard) for shard in shards]))
@@ -134,9 +135,10 @@ def test_an_images_verdict_is_the_same_in_any_shard_batch_and_order(
     assert all(p.requires_grad for p in classifier.parameters())
 
 
-def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch):
+def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch, monkeypatch):
+    monkeypatch.setattr(autoattack, "ROWS_AT_ONCE", 4)
     few = Batch(batch.images[:6], batch.labels[:6], batch.ids[:6])
-    victims = _Victims(classifier, few, EPSILON, 4)
+    victims = _Victims(classifier, few, EPSILON)
     victims.broken_B[:] = False
     sizes, owners, targets = [], [], []
     for run in victims.runs(2):
@@ -156,7 +158,7 @@ def test_targeted_stages_run_against_nine_classes_and_the_others_once(
 ):
     ranks = {stage: set() for stage in STAGES}
     for stage in STAGES:
-        noted = partial(lambda seen, _, run, **__: seen.update(run.ranks.tolist()), ranks[stage])
+        noted = partial(lambda ranks, _, run, __: ranks.update(run.ranks.tolist()), ranks[stage])
         monkeypatch.setitem(autoattack._ATTACKS, stage, noted)
     judged(classifier, Batch(batch.images[:3], batch.labels[:3], batch.ids[:3]))
     nine = set(range(2, 11))
@@ -167,8 +169,8 @@ def test_an_attack_that_finds_less_in_a_larger_ball_breaks_what_it_broke_before(
     classifier, batch, monkeypatch
 ):
     few = Batch(batch.images[:3], batch.labels[:3], batch.ids[:3])
-    smaller, larger = (_Victims(classifier, few, radius, 10) for radius in (0.01, 0.02))
-    monkeypatch.setitem(autoattack._ATTACKS, "apgd-t", lambda victims, run, *, queries: None)
+    smaller, larger = (_Victims(classifier, few, radius) for radius in (0.01, 0.02))
+    monkeypatch.setitem(autoattack._ATTACKS, "apgd-t", lambda victims, run, queries: None)
     evaluator = AutoAttack(DIGITS)
     evaluator.stages = ("apgd-t",)
     for victims in (smaller, larger):
@@ -181,39 +183,6 @@ def test_an_attack_that_finds_less_in_a_larger_ball_breaks_what_it_broke_before(
     assert (larger.stages[1], int(larger.predicted_B[1])) == ("apgd-t", 7)
 
 
-class Small(nn.Module):
-    """A classifier on a device that holds so many rows, and half of them with their gradients."""
-
-    def __init__(self, inner, rows):
-        super().__init__()
-        self.inner, self.rows = inner, rows
-        self.passes = []
-
-    def forward(self, images):
-        rows = self.rows // 2 if images.requires_grad else self.rows
-        if len(images) > rows:
-            raise torch.OutOfMemoryError(f"{len(images)} rows")
-        self.passes.append((len(images), images.requires_grad))
-        return self.inner(images)
-
-
-def test_out_of_memory_halves_the_rows_and_keeps_what_is_done(classifier, batch, monkeypatch):
-    monkeypatch.setattr(autoattack, "ITERATIONS", 15)
-    few = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
-    radii = [0.5 * EPSILON, 0.6 * EPSILON]
-    ample, tight = Small(classifier, 400), Small(classifier, FEW)
-    expected, found = (
-        judged(Classifier(network, (0.0,) * 3, (1.0,) * 3).eval(), few, radii=radii)[1]
-        for network in (ample, tight)
-    )
-    assert 0 < sum(expected["survived"].to_pylist()) < 2 * FEW
-    for column in ("image_id", "question", "survived", "stage"):
-        assert found[column].equals(expected[column])
-    assert max(rows for rows, attacked in tight.passes if attacked) == FEW // 2
-    rows_passed = [sum(rows for rows, _ in network.passes) for network in (ample, tight)]
-    assert rows_passed[1] < 1.02 * rows_passed[0]
-
-
 def test_a_model_whose_margins_are_no_numbers_is_judged():
     class NoNumber(Classifier):
         def forward(self, images_BCHW):
@@ -222,17 +191,8 @@ def test_a_model_whose_margins_are_no_numbers_is_judged():
 
     split = load_data(DIGITS).held_out.subset(8, seed=0)
     classifier = NoNumber(nn.Identity(), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
-    images = to_unit(split.images)
-    batch = Batch(images, torch.full((8,), 9), split.ids)
-    evaluator = AutoAttack(DIGITS, radii=[16 / 255], square_queries=20)
-    ledger = evaluator.judge(classifier, batch)
-    assert len(ledger) == 8
-
-
-def test_a_device_that_holds_no_single_row_is_an_error(classifier, batch):
-    few = Batch(batch.images[:2], batch.labels[:2], batch.ids[:2])
-    with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
-        judged(Classifier(Small(classifier, 1), (0.0,) * 3, (1.0,) * 3).eval(), few)
+    batch = Batch(to_unit(split.images), torch.full((8,), 9), split.ids)
+    assert len(judged(classifier, batch)[1]) == 8
 
 
 class Threshold(nn.Module):
@@ -251,7 +211,7 @@ def threshold():
 
 def test_a_fake_adversarial_outside_the_ball_breaks_nothing(threshold):
     batch = Batch(torch.full((3, 3, 4, 4), 0.4), torch.zeros(3, dtype=torch.long), ("a", "b", "c"))
-    victims = _Victims(threshold, batch, 0.2, 10)
+    victims = _Victims(threshold, batch, 0.2)
     victims.begin("fab-t")
     outside = torch.full((3, 3, 4, 4), 0.6 + 1e-3)
     outside[1] = float("nan")
@@ -262,11 +222,11 @@ def test_a_fake_adversarial_outside_the_ball_breaks_nothing(threshold):
 
 
 def test_a_linear_model_breaks_exactly_where_the_ball_reaches_the_boundary(threshold):
-    scale = of_classes(4)
+    scale = dataclasses.replace(of_classes(4), square_queries=20)
     levels = (0.30, 0.38, 0.42, 0.55)
     images = torch.stack([torch.full((3, 8, 8), level) for level in levels])
     batch = Batch(images, torch.zeros(4, dtype=torch.long), tuple("abcd"))
-    evaluator = AutoAttack(scale, radii=[0.1], square_queries=20)
+    evaluator = AutoAttack(scale, radii=[0.1])
     ledger = evaluator.judge(threshold, batch)
     assert evaluator.targets == 3
     assert ledger["survived"].to_pylist() == [True, True, False, False]

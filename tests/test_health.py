@@ -1,6 +1,7 @@
 """Each red flag fires where it should, and none on a sound model."""
 
 import logging
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -70,7 +71,7 @@ def hand_made(question, survived, stage=None):
 
 
 def test_a_sound_model_raises_no_flag(classifier):
-    attack = AutoAttack(DIGITS, radii=[24 / 255], square_queries=30)
+    attack = AutoAttack(replace(DIGITS, square_queries=30), radii=[24 / 255])
     attack.subset_size = 10
     ledgers = [asked(e, classifier) for e in (Health(DIGITS), PGD(DIGITS), attack)]
     assert red_flags(ledgers) == []
@@ -84,7 +85,7 @@ def test_saturated_logits_raise_the_gradient_flag(classifier):
 def test_a_masked_model_raises_every_flag_of_its_gradients(classifier, caplog):
     caplog.set_level(logging.ERROR)
     masked = wrapped(Stepped(classifier))
-    attack = AutoAttack(DIGITS, radii=[24 / 255], square_queries=100)
+    attack = AutoAttack(replace(DIGITS, square_queries=100), radii=[24 / 255])
     attack.subset_size = 8
     flags = red_flags([asked(Health(DIGITS), masked), asked(attack, masked)])
     assert any("survive PGD at epsilon 0.5" in flag for flag in flags)
