@@ -33,12 +33,11 @@ from torchvision.transforms import (  # type: ignore[import-untyped]
 
 from benchmarks.measure import Figure, in_turns, require
 from grid.study import base_named
-from trainables.data.augment import SHIFT_FRACTION
+from trainables.data.augment import SHIFT_FRACTION, TrainBatches
 from trainables.data.base import Split
 from trainables.data.images import ImageFiles, as_tensor
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.data.loader import TrainBatches
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10
 

@@ -39,11 +39,10 @@ from benchmarks.measure import (
     require,
 )
 from grid.study import base_named
-from trainables.data.augment import mix
+from trainables.data.augment import TrainBatches, mix
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.data.loader import TrainBatches
 from trainables.networks import Classifier, build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS, IMAGENET, Scale

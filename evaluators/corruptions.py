@@ -18,8 +18,8 @@ from evaluators.corruption_kinds import corrupt
 from evaluators.intervals import of_mean
 from evaluators.ledger import Score
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.load import CorruptedSet
 from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES
-from trainables.data.stored import CorruptedSet
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Corruptions(Evaluator):
 
     def __init__(self, scale: Scale) -> None:
         self.stored = not scale.data_set.generated
-        self.alexnet_errors = ALEXNET_ERRORS if scale.data_set.alexnet else {}
+        self.alexnet_errors = {} if scale.data_set.generated else ALEXNET_ERRORS
 
     def identity(self, source: Data) -> dict[str, Any]:
         if stored := _stored(source):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
+from trainables.data.load import stored_split
 from trainables.data.registry import STORED_SETS
-from trainables.data.stored import stored_split
 from trainables.scale import Scale
 from trainables.watchdog import beat
 

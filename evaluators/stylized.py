@@ -16,7 +16,7 @@ from torch import Tensor
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.ledger import Score, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
-from trainables.data.stored import stored_split
+from trainables.data.load import stored_split
 from trainables.scale import Scale
 
 if TYPE_CHECKING:

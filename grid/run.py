@@ -107,19 +107,11 @@ def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Sca
 
 def _checked(options: RunOptions, plan: Plan, scale: Scale, source: DataSource) -> str:
     """Check the data and the machine, return the data's manifest; ValueError on what is wrong."""
-    from rich.console import Console
+    from grid.check import check, show
 
-    from grid.check import check
-
-    findings = check(scale, source, plan, results=options.results)
-    if options.check:
-        findings.print(Console())
-    else:
-        for warning in findings.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    if findings.problem:
-        raise ValueError(findings.problem)
-    return findings.manifest
+    findings, manifest = check(scale, source, plan, results=options.results)
+    show(findings, table=options.check, manifest=manifest)
+    return manifest
 
 
 def _run(
@@ -181,20 +173,16 @@ def _launch(
 
 def _check_cluster(launch: Launch, seconds: float) -> None:
     """Look at the running Ray, if any, and print what was found; ValueError on what is wrong."""
-    from rich.console import Console
-
     if launch.address is None:
         return
-    from grid.check import Finding, Findings
+    from grid.check import show
     from grid.launch import check_cluster
 
     looks = check_cluster(launch, seconds)
-    findings = Findings(
-        [Finding(k, "ok" if well else "error", text) for k, (well, text) in looks.items()]
+    show(
+        [(node, "ok" if well else "error", text) for node, (well, text) in looks.items()],
+        table=True,
     )
-    findings.print(Console())
-    if findings.problem:
-        raise ValueError(findings.problem)
 
 
 def _report(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:

@@ -24,9 +24,8 @@ from evaluators.corruptions import (
 )
 from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
-from trainables.data.load import load_data
+from trainables.data.load import load_data, stored_kinds
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
-from trainables.data.stored import stored_kinds
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
@@ -315,7 +314,7 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
     write_set(tmp_path, (*KINDS, "spatter"))
     source = replace(
         load_data(DIGITS),
-        data_set=replace(IMAGENET.data_set, image_size=16, published=False),
+        data_set=replace(IMAGENET.data_set, image_size=16, generated=True),
         class_names=("n02", "n01"),
         roots={"imagenet-c": tmp_path},
     )

@@ -11,7 +11,6 @@ import functools
 import io
 import random
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -38,16 +37,12 @@ from grid.plan import build_plan
 from grid.study import load_study
 from tests.paper import BASES, deit, resnet50
 from tests.pictures import write_folder
-from tests.test_cifar import write_archive
 from trainables.data.base import Shard
-from trainables.data.images import ImageFiles, keep_originals
-from trainables.data.listing import DataSource
-from trainables.data.load import load_data
-from trainables.data.scan import Scan
-from trainables.data.stored import stored_images, stored_labels
+from trainables.data.images import ImageFiles, size_or_problem
+from trainables.data.load import stored_images, stored_labels
 from trainables.networks import build_classifier
 from trainables.recipe import Recipe
-from trainables.scale import CIFAR10, DIGITS
+from trainables.scale import DIGITS
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
     recipe_json_of,
@@ -457,68 +452,31 @@ IMAGES = [
 
 @given(content=st.sampled_from(IMAGES), seed=SEEDS)
 @counted
-def test_the_scan_and_the_loader_agree_on_which_image_is_damaged(tmp_path, content, seed):
+def test_the_check_and_the_loader_agree_on_which_image_is_damaged(tmp_path, content, seed):
     path = tmp_path / "train" / "class" / "picture.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mutated(content, seed))
-    (opened,) = Scan(None).open(tmp_path, ["train/class/picture.jpg"])
+    size = size_or_problem(path)
     files = ImageFiles(tmp_path, ["train/class/picture.jpg"], size=16)
-    if opened.problem:
+    if isinstance(size, str):
         with pytest.raises(ValueError, match=r"picture\.jpg \(class class\) cannot be read: "):
             files.original(0)
     else:
-        assert set(files.original(0).size) == {opened.width, opened.height}
+        assert set(files.original(0).size) == set(size)
 
 
 @pytest.fixture(scope="module")
-def looked_at(tmp_path_factory):
-    """A scan's own file, and the images that it knows."""
-    root = write_folder(tmp_path_factory.mktemp("scanned"), per_class=1, held_out=0)
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
-    scan = Scan(root / "scan.parquet")
-    found = scan.open(root, paths)
-    scan.save()
-    return root, paths, found, (root / "scan.parquet").read_bytes()
+def pictures(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pictures"), per_class=2, held_out=0)
 
 
 @given(seed=SEEDS)
 @counted
-def test_a_mutated_file_of_scans_is_as_it_was_or_made_anew(looked_at, tmp_path, seed):
-    root, paths, found, content = looked_at
-    (tmp_path / "scan.parquet").write_bytes(mutated(content, seed))
-    known = Scan(tmp_path / "scan.parquet")._sound
-    assert {len(known)} <= {0, len(paths)}
-    assert all(known.get(f"{root}/{p}", f) == f for p, f in zip(paths, found, strict=True))
-
-
-@given(seed=SEEDS)
-@counted
-def test_mutated_originals_are_decoded_again(looked_at, tmp_path, seed):
-    root, paths, *_ = looked_at
-    files = ImageFiles(root, paths[:2], size=16)
-    wanted = keep_originals(files, tmp_path, 2**30).sizes
-    (kept,) = tmp_path.glob("originals-*")
-    kept.write_bytes(mutated(kept.read_bytes(), seed))
-    assert np.array_equal(keep_originals(files, tmp_path, 2**30).sizes, wanted)
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    """CIFAR-10 in files of torchvision's form, its decoded train images as kept and as loaded."""
-    root = tmp_path_factory.mktemp("cifar")
-    with pytest.MonkeyPatch.context() as patched:
-        write_archive(root, patched)
-        source = DataSource(root=root, cache=root / "cache")
-        images = load_data(CIFAR10, source).train.images
-        yield source, (root / "cache" / "cifar10-train.u8").read_bytes(), images
-
-
-@given(seed=SEEDS)
-@counted
-def test_a_mutated_cache_of_cifar_is_read_anew(cifar, tmp_path, seed):
-    source, content, images = cifar
-    path = tmp_path / "cifar10-train.u8"
-    path.write_bytes(mutated(content, seed))
-    again = load_data(CIFAR10, replace(source, cache=tmp_path, workers=seed))
-    assert torch.equal(again.train.images, images)
-    assert path.read_bytes() == content
+def test_mutated_originals_are_decoded_again(pictures, tmp_path, seed):
+    paths = [f"train/class-00/picture {number}.JPEG" for number in (0, 1)]
+    files = ImageFiles(pictures, paths, size=16)
+    files.decoded_once(tmp_path, 2**30)
+    (cached,) = tmp_path.glob("originals-*")
+    cached.write_bytes(mutated(cached.read_bytes(), seed))
+    again, _ = files.decoded_once(tmp_path, 2**30)
+    assert again.original(1).tobytes() == files.original(1).tobytes()

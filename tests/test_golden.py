@@ -24,7 +24,7 @@ from tests.golden import (
 )
 from tests.golden.pgd import STORED, attack_inputs
 from tests.tiny import Watched
-from trainables.data.loader import TrainBatches
+from trainables.data.augment import TrainBatches
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
 from trainables.train.loop import train

@@ -65,11 +65,11 @@ def test_the_documented_data_set_is_trained_judged_and_checked(shapes, root, tmp
     # Of two classes only squares have natural images: among these no answer is wrong.
     scores = {score.name: (score.value, score.n) for score in Natural(scale).summarize(ledger)}
     assert scores["natural"] == (1.0, 3)
-    findings = check(
+    findings, _ = check(
         scale, source, build_plan(Study(name="one", base=resnet50()), scale), results=tmp_path
     )
-    assert findings.problem == ""
-    texts = {finding.subject: finding.text for finding in reversed(findings.findings)}
+    assert "error" not in {level for _, level, _ in findings}
+    texts = {subject: text for subject, _, text in reversed(findings)}
     assert texts["images"] == "2 classes, 24 to train, 8 held out"
     assert texts["imagenet-a"].startswith("3 images of 1 classes")
     assert "shapes" in scale_names()

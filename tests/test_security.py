@@ -37,11 +37,9 @@ from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer
 from tests.test_cifar import write_archive
-from trainables.data.images import ImageFiles, keep_decoded, keep_originals
+from trainables.data.images import ImageFiles
 from trainables.data.listing import EMBEDDED, DataSource
-from trainables.data.load import load_data
-from trainables.data.scan import Scan
-from trainables.data.stored import stored_images, stored_labels
+from trainables.data.load import load_data, stored_images, stored_labels
 from trainables.networks import build_classifier
 from trainables.running import open_trial
 from trainables.scale import CIFAR10
@@ -203,31 +201,16 @@ def cifar_archive(root, content, small):
     return path, lambda: load_data(CIFAR10, DataSource(root=root))
 
 
-def decoded_cifar(root, content, small):
-    write_archive(root, pytest.MonkeyPatch())
-    path = put(root / "decoded" / "cifar10-train.u8", content)
-    return path, lambda: load_data(CIFAR10, DataSource(root=root, cache=root / "decoded"))
+def decoded(method):
+    def place(root, content, small):
+        data = write_folder(root / "data", per_class=1, held_out=0)
+        images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
+        getattr(images, method)(root / "decoded", 2**30)
+        (path,) = (root / "decoded").glob("*.u8")
+        return put(path, content), lambda: getattr(images, method)(root / "decoded", 2**30)
 
-
-def decoded_images(root, content, small):
-    data = write_folder(root / "data", per_class=1, held_out=0)
-    images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
-    keep_decoded(images, root / "decoded", 2**30)
-    (path,) = (root / "decoded").glob("*.u8")
-    return put(path, content), lambda: keep_decoded(images, root / "decoded", 2**30)
-
-
-def decoded_originals(root, content, small):
-    data = write_folder(root / "data", per_class=1, held_out=0)
-    images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
-    keep_originals(images, root / "decoded", 2**30)
-    (path,) = (root / "decoded").glob("originals-*")
-    return put(path, content), lambda: keep_originals(images, root / "decoded", 2**30)
-
-
-def scan_file(root, content, small):
-    path = put(root / "scan.parquet", content)
-    return path, lambda: Scan(path)
+    place.__name__ = method
+    return place
 
 
 def image(root, content, small):
@@ -247,7 +230,7 @@ REFUSING = [
     *(cifar_10_c, cifar_10_1_labels, cifar_archive, image, study_file),
     *(cifar_batch("data_batch_3"), cifar_batch("test_batch"), cifar_batch("batches.meta")),
 ]
-MAKING_ANEW = [shard, decoded_cifar, decoded_images, decoded_originals, scan_file]
+MAKING_ANEW = [shard, decoded("decoded_once"), decoded("cropped_once")]
 
 
 @pytest.fixture
@@ -277,7 +260,7 @@ def test_a_planted_pickle_among_what_can_be_made_anew_counts_as_nothing(
     path, read = place(tmp_path / "root", content, small)
     read()
     assert not marker.exists()
-    assert place is scan_file or not path.exists() or path.read_bytes() != content
+    assert not path.exists() or path.read_bytes() != content
 
 
 def member(name, kind=tarfile.REGTYPE, link=""):
@@ -340,15 +323,6 @@ def test_what_is_written_over_a_link_leaves_its_target_alone(tmp_path, small):
     assert not link.is_symlink()
 
 
-def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
-    root = write_folder(tmp_path, per_class=1, held_out=1)
-    os.mkfifo(root / "train" / "class-00" / "pipe.jpg")
-    with pytest.raises(ValueError, match=r"pipe\.jpg \(class class-00\) .* it is not a file"):
-        ImageFiles(root, ["train/class-00/pipe.jpg"], size=16).original(0)
-    (opened,) = Scan(None).open(root, ["train/class-00/pipe.jpg"])
-    assert opened.problem == "it is not a file"
-
-
 @pytest.mark.parametrize("name", ["[", "<script>", "a\nb", "\x1b[31m"])
 def test_a_class_of_any_name_can_be_looked_at(tmp_path, capsys, name):
     root = write_folder(tmp_path / "data", per_class=1, held_out=1)
@@ -358,19 +332,6 @@ def test_a_class_of_any_name_can_be_looked_at(tmp_path, capsys, name):
         run.main([*arguments, "--results", str(tmp_path / "results"), "--tables", "T6"])
     assert stopped.value.code == 2
     assert "unreadable images" in capsys.readouterr().err
-
-
-def test_a_name_that_is_no_utf_8_is_refused(tmp_path):
-    root = write_folder(tmp_path, per_class=1, held_out=1)
-    put(root / "train" / "class-00" / os.fsdecode(b"\xff.jpg"), b"")
-    with pytest.raises(ValueError, match="'train/class-00' or an image in it has a name"):
-        load_study_of(root)
-
-
-def load_study_of(root):
-    from trainables.data.listing import list_splits
-
-    return list_splits(DataSource(root=root))
 
 
 @pytest.mark.parametrize(

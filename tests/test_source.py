@@ -1,24 +1,26 @@
-"""Where the images lie: listing, labels, held-out images, and what is refused with a remedy."""
+"""Where the images lie: listing, labels, held-out images, stored sets, and what is refused."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.pictures import CLASSES, write_folder, write_picture
-from trainables.data.listing import (
-    DataSource,
-    list_splits,
-    passed_over_text,
-    scale_of,
-    unused_test_folder,
-)
+from trainables.data.base import Data, Split, to_unit
+from trainables.data.listing import DataSource, list_splits, scale_of
+from trainables.data.load import load_data, stored_split
+from trainables.data.registry import StoredSet, folder_data_set
 from trainables.options import DataOptions
-from trainables.scale import IMAGENET, folder_scale, scale_named
+from trainables.scale import DIGITS, IMAGENET, folder_scale, scale_named
+
+SIDE = 16
+NOTHING = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,44 @@ def refusal(capsys, *arguments):
     return capsys.readouterr().err
 
 
+# Digits.
+
+
+def test_digits_are_split_once_and_for_all(digits):
+    train, held_out = digits.train, digits.held_out
+    assert (len(train), len(held_out)) == (1200, 597)
+    assert not set(train.ids) & set(held_out.ids)
+    assert train.images.shape == (1200, 3, 16, 16)
+    assert train.images.dtype == torch.uint8
+    assert torch.bincount(held_out.labels).min() >= 55
+    assert held_out.ids_hash() == "cf179190ac48"
+    assert digits is load_data(DIGITS)
+
+
+def test_subset_is_drawn_by_seed_and_keeps_images_labels_and_ids_together(digits):
+    subset = digits.held_out.subset(50, seed=0)
+    assert len(subset) == 50
+    assert subset.ids == digits.held_out.subset(50, seed=0).ids
+    assert subset.ids != digits.held_out.subset(50, seed=1).ids
+    where = digits.held_out.ids.index(subset.ids[7])
+    assert torch.equal(subset.images[7], digits.held_out.images[where])
+    assert subset.labels[7] == digits.held_out.labels[where]
+    assert digits.held_out.subset(10_000, seed=0) is digits.held_out
+
+
+def test_pixels_become_unit_floats():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert torch.equal(to_unit(pixels), torch.tensor([0.0, 0.2, 1.0]).view(1, 3, 1, 1))
+
+
+def test_a_scale_without_embedded_data_says_so():
+    with pytest.raises(ValueError, match="'imagenet' has no embedded data"):
+        load_data(IMAGENET)
+
+
+# Folders of one's own.
+
+
 def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
     train, held_out = list_splits(DataSource(root=root))
     assert train.class_names == tuple(f"class-{k:02d}" for k in range(CLASSES))
@@ -51,19 +91,23 @@ def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
     assert not set(train.paths) & set(held_out.paths)
 
 
-def test_a_folder_scale_is_rebuilt_from_its_name_alone(root):
+def test_a_subset_of_files_keeps_images_labels_and_ids_together(root):
+    source = DataSource(root=root)
+    data = load_data(scale_of("folder", source, image_size=32), source)
+    subset = data.train.subset(10, seed=0)
+    where = data.train.ids.index(subset.ids[7])
+    assert torch.equal(subset.images[7:8], data.train.images[where : where + 1])
+    assert subset.labels[7] == data.train.labels[where]
+
+
+def test_a_folders_scale_is_rebuilt_from_its_name_and_follows_its_images(tmp_path):
+    root = write_folder(tmp_path)
     scale = scale_of("folder", DataSource(root=root), image_size=32)
     assert scale.name.startswith("folder-32px-12classes-72train-")
     assert scale_named(scale.name) == scale
     assert (scale.num_classes, scale.image_size, scale.patch_size) == (12, 32, 4)
-
-
-def test_folders_with_other_images_have_other_scales(tmp_path):
-    root = write_folder(tmp_path, per_class=2, held_out=1)
-    before = scale_of("folder", DataSource(root=root), image_size=32)
     write_picture(root / "val" / "class-03", 9, 3, side=40)
-    after = scale_of("folder", DataSource(root=root), image_size=32)
-    assert before.name != after.name
+    assert scale_of("folder", DataSource(root=root), image_size=32).name != scale.name
 
 
 def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps():
@@ -99,159 +143,8 @@ def test_held_out_images_are_a_share_of_each_class_chosen_by_name(tmp_path):
     assert len(train) == 36
     assert not set(train.paths) & set(held_out.paths)
     assert (train, held_out) == list_splits(DataSource(root=root, hold_out=0.4))
-
-
-def test_class_folders_without_train_and_val_are_train_images(tmp_path):
-    root = write_folder(tmp_path, per_class=5, held_out=0)
-    train, held_out = list_splits(DataSource(root=root / "train", hold_out=0.2))
-    assert (len(train), len(held_out)) == (48, 12)
-
-
-def test_val_alone_can_be_judged_by(tmp_path):
-    root = write_folder(tmp_path, per_class=0)
-    train, held_out = list_splits(DataSource(root=root))
-    assert (len(train), len(held_out)) == (0, 24)
-    assert train.class_names == held_out.class_names
-
-
-def test_images_in_test_are_held_out_where_there_is_no_val(tmp_path):
-    root = write_folder(tmp_path, per_class=1, held_out=2)
-    (root / "val").rename(root / "test")
-    train, held_out = list_splits(DataSource(root=root))
-    assert (len(train), len(held_out)) == (CLASSES, CLASSES * 2)
-    assert held_out.paths[0].startswith("test/class-00/")
-    assert not unused_test_folder(root)
-
-
-def test_val_is_taken_and_said_where_there_is_test_as_well(tmp_path):
-    root = write_folder(tmp_path, per_class=1, held_out=2)
-    shutil.copytree(root / "train", root / "test")
-    _, held_out = list_splits(DataSource(root=root))
-    assert all(path.startswith("val/") for path in held_out.paths)
-    assert len(held_out) == CLASSES * 2
-    assert unused_test_folder(root) == f"{root}/test is not used: {root}/val is judged by"
-
-
-def two_spellings(root):
-    write_picture(root / "train" / "Class-03", 0, 3, side=40)
-    return "two classes of the same name, 'Class-03' and 'class-03': rename or merge one"
-
-
-def loop_to_itself(root):
-    (root / "train" / "again").symlink_to(root / "train" / "again")
-    return "train/again is a symbolic link loop: remove it"
-
-
-def loop_upwards(root):
-    (root / "train" / "up").symlink_to(root)
-    return "train/up is a symbolic link loop"
-
-
-def val_is_a_loop(root):
-    shutil.rmtree(root / "val")
-    (root / "val").symlink_to(root / "val")
-    return "val is a symbolic link loop: remove it"
-
-
-def train_leads_upwards(root):
-    shutil.rmtree(root / "train")
-    (root / "train").symlink_to(root)
-    return "train is a symbolic link loop: remove it"
-
-
-def val_leads_to_nothing(root):
-    shutil.rmtree(root / "val")
-    (root / "val").symlink_to(root / "nowhere")
-    return "val is a symbolic link to nothing: remove it"
-
-
-def link_to_nothing(root):
-    (root / "val" / "gone").symlink_to(root / "nowhere")
-    return "val/gone is a symbolic link to nothing"
-
-
-def foreign_class(root):
-    write_picture(root / "val" / "class-99", 0, 3, side=40)
-    return "val/class-99 is no class of"
-
-
-def no_images(root):
-    for path in (root / "val").rglob("*.*"):
-        if path.is_file():
-            path.unlink()
-    return "val holds no image in its classes; expected <class>/<image>$"
-
-
-def no_images_of_a_known_kind(root):
-    for path in (root / "val").rglob("*.*"):
-        path.rename(path.with_suffix(".gif"))
-    (root / "val" / "class-00" / "more").mkdir()
-    return (
-        "val holds no image in its classes; expected <class>/<image>; 13 files or folders are "
-        r"passed over, the first .*val/class-00/more: images lie right below their class and "
-        r"end in \.jpg, \.jpeg, \.png"
-    )
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        two_spellings,
-        loop_to_itself,
-        loop_upwards,
-        link_to_nothing,
-        val_is_a_loop,
-        train_leads_upwards,
-        val_leads_to_nothing,
-        foreign_class,
-        no_images,
-        no_images_of_a_known_kind,
-    ],
-)
-def test_a_spoilt_folder_is_refused_with_what_to_do(tmp_path, spoil):
-    message = spoil(write_folder(tmp_path, per_class=1, held_out=1))
-    with pytest.raises(ValueError, match=message):
-        list_splits(DataSource(root=tmp_path))
-
-
-def test_train_and_val_may_be_links_to_elsewhere(tmp_path):
-    root = write_folder(tmp_path / "elsewhere", per_class=1, held_out=1)
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val"):
-        (tmp_path / "data" / split).symlink_to(root / split)
-    linked, there = (list_splits(DataSource(root=r)) for r in (tmp_path / "data", root))
-    assert [split.paths for split in linked] == [split.paths for split in there]
-
-
-def test_what_is_passed_over_is_listed_and_what_is_hidden_is_not(tmp_path):
-    write_folder(tmp_path, per_class=5, held_out=0)
-    folder = tmp_path / "train" / "class-03"
-    (folder / "more").mkdir()
-    write_picture(folder / "more", 0, 3, side=40)
-    for name in ("b.jfif", "a.gif", ".DS_Store", os.fsdecode(b"\xff.txt")):
-        (folder / name).write_text("")
-    for name in ("stray.PNG", ".hidden.png", "classes.txt"):
-        (folder.parent / name).write_text("")
-    train, held_out = list_splits(DataSource(root=tmp_path, hold_out=0.2))
-    assert (len(train), len(held_out)) == (48, 12)
-    names = ("a.gif", "b.jfif", "more", os.fsdecode(b"\xff.txt"))
-    expected = ("train/stray.PNG", *(f"train/class-03/{name}" for name in names))
-    assert train.passed_over == held_out.passed_over == expected
-    assert passed_over_text(tmp_path, expected[4:]).isprintable()
-
-
-def test_an_absent_or_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not there; --data wants train/ and val/"):
-        list_splits(DataSource(root=tmp_path / "absent"))
-    with pytest.raises(ValueError, match="holds neither train/ nor val/"):
-        list_splits(DataSource(root=tmp_path))
-
-
-def test_a_folder_that_the_system_will_not_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read: File name too long"):
-        list_splits(DataSource(root=tmp_path / ("a" * 300)))
-    with pytest.raises(ValueError, match="is not a folder: it wants"):
-        options("--stored", f"textures={tmp_path / ('a' * 300)}").source()
+    bare = list_splits(DataSource(root=root / "train", hold_out=0.2))
+    assert [len(split) for split in bare] == [48, 12]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
@@ -267,6 +160,137 @@ def test_hold_out_leaves_every_class_an_image_to_train_on(tmp_path, share):
 def test_hold_out_beside_a_val_folder_is_refused(root):
     with pytest.raises(ValueError, match="--hold-out would put it aside"):
         list_splits(DataSource(root=root, hold_out=0.2))
+
+
+def test_val_alone_can_be_judged_by_and_test_stands_for_an_absent_val(tmp_path):
+    root = write_folder(tmp_path, per_class=0, held_out=2)
+    train, held_out = list_splits(DataSource(root=root))
+    assert (len(train), len(held_out)) == (0, 24)
+    assert train.class_names == held_out.class_names
+    shutil.copytree(root / "val", root / "test")
+    assert list_splits(DataSource(root=root))[1].paths[0].startswith("val/class-00/")
+    shutil.rmtree(root / "val")
+    assert list_splits(DataSource(root=root))[1].paths[0].startswith("test/class-00/")
+
+
+def foreign_class(root):
+    write_picture(root / "val" / "class-99", 0, 3, side=40)
+    return "val/class-99 is no class of the data: remove it"
+
+
+def no_images(root):
+    for path in (root / "val").rglob("*.*"):
+        path.unlink()
+    return "val holds no image in its classes; expected <class>/<image>$"
+
+
+def no_images_of_a_known_kind(root):
+    for path in (root / "val").rglob("*.*"):
+        path.rename(path.with_suffix(".gif"))
+    (root / "val" / "class-00" / "more").mkdir()
+    return (
+        "val holds no image in its classes; expected <class>/<image>; 13 files or folders are "
+        r"passed over, the first .*val/class-00/more: images lie right below their class and "
+        r"end in \.jpg, \.jpeg, \.png"
+    )
+
+
+def nothing(root):
+    for split in ("train", "val"):
+        shutil.rmtree(root / split)
+    return "data holds no class folders; expected <class>/<image>"
+
+
+def absent(root):
+    shutil.rmtree(root)
+    return "is not there; --data wants train/ and val/"
+
+
+@pytest.mark.parametrize(
+    "spoil", [foreign_class, no_images, no_images_of_a_known_kind, nothing, absent]
+)
+def test_a_spoilt_folder_is_refused_with_what_to_do(tmp_path, spoil):
+    message = spoil(write_folder(tmp_path / "data", per_class=1, held_out=1))
+    with pytest.raises(ValueError, match=message):
+        list_splits(DataSource(root=tmp_path / "data"))
+
+
+def test_train_and_val_may_be_links_to_elsewhere(tmp_path):
+    root = write_folder(tmp_path / "elsewhere", per_class=1, held_out=1)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).symlink_to(root / split)
+    linked, there = (list_splits(DataSource(root=r)) for r in (tmp_path / "data", root))
+    assert [split.paths for split in linked] == [split.paths for split in there]
+
+
+def test_what_is_passed_over_is_listed_and_what_is_hidden_is_not(tmp_path):
+    write_folder(tmp_path, per_class=5, held_out=0)
+    folder = tmp_path / "train" / "class-03"
+    write_picture(folder / "more", 0, 3, side=40)
+    for name in ("b.jfif", "a.gif", ".DS_Store", "._a.png"):
+        (folder / name).write_text("")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    train, held_out = list_splits(DataSource(root=tmp_path, hold_out=0.2))
+    assert (len(train), len(held_out)) == (48, 12)
+    expected = tuple(f"train/class-03/{name}" for name in ("a.gif", "b.jfif", "more"))
+    assert train.passed_over == held_out.passed_over == expected
+
+
+# Stored sets.
+
+
+def write(path, value=0, size=(SIDE, SIDE)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path)
+
+
+def stored(root, *, complete=False, native=True):
+    data = Data(
+        data_set=folder_data_set(image_size=SIDE, num_classes=3, train_images=9, content="0" * 8),
+        train=NOTHING,
+        held_out=NOTHING,
+        class_names=("n03", "n01", "n02"),
+    )
+    known = StoredSet(
+        name="set", title="Set", evaluator="natural", complete=complete, native=native
+    )
+    return stored_split(known, root, data)
+
+
+def test_labels_follow_the_class_names_and_not_the_folder_order(tmp_path):
+    for value, name in enumerate(("n01", "n02", "n03")):
+        write(tmp_path / name / "a.png", 10 * value)
+    parts = list(stored(tmp_path).parts(batch_size=2))
+    assert [part.labels.tolist() for part in parts] == [[0, 1], [2]]
+    assert [part.ids for part in parts] == [("n03/a", "n01/a"), ("n02/a",)]
+    assert torch.cat([part.images for part in parts])[:, 0, 0, 0].tolist() == [20, 0, 10]
+
+
+def test_a_stored_set_has_classes_of_the_data_and_all_where_it_is_complete(tmp_path):
+    with pytest.raises(ValueError, match="absent cannot be read: No such file"):
+        stored(tmp_path / "absent")
+    with pytest.raises(ValueError, match="<class>/<image>"):
+        stored(tmp_path)
+    write(tmp_path / "n01" / "a.png")
+    assert stored(tmp_path).labels.tolist() == [1]
+    with pytest.raises(ValueError, match=r"lacks 2 classes; first: \['n02', 'n03'\]"):
+        stored(tmp_path, complete=True)
+    write(tmp_path / "n99" / "a.png")
+    with pytest.raises(ValueError, match="n99 is no class of the data: remove it"):
+        stored(tmp_path)
+
+
+def test_a_wrong_size_is_named_unless_images_are_resized_and_cut(tmp_path):
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, 20:] = 255
+    write(tmp_path / "n01" / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "n01" / "a.png")
+    with pytest.raises(ValueError, match="40 x 20 px, not 16 x 16"):
+        list(stored(tmp_path).parts(batch_size=1))
+    image = stored(tmp_path, native=False).images[:][0, 0]
+    assert (image[:, :7] == 0).all()
+    assert (image[:, 9:] == 255).all()
 
 
 def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys):

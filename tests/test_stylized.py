@@ -102,7 +102,7 @@ def test_the_cropped_reading_is_the_studys_and_the_native_one_as_stored(tmp_path
     picture.save(tmp_path / "val" / "n01" / "a.png")
     source = replace(
         load_data(DIGITS),
-        data_set=replace(IMAGENET.data_set, published=False),
+        data_set=replace(IMAGENET.data_set, generated=True),
         class_names=("n01",),
         roots={"imagenet-stylized": tmp_path},
     )

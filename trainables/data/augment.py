@@ -1,4 +1,7 @@
-"""Augmentation that follows from (seed, epoch, image) alone, so a resumed epoch is the same."""
+"""The images of a training: augmented, and served in batches, epoch by epoch.
+
+Augmentation follows from (seed, epoch, image) alone, so a resumed epoch is the same.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,21 @@ from timm.data import Mixup
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
+from trainables.data.base import Split
 from trainables.data.images import ImageFiles
 from trainables.recipe import Recipe
 from trainables.scale import scale_named
+from trainables.train.team import ALONE, Team
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
 CROP_SCALE = (0.08, 1.0)
 FLIP_PROBABILITY = 0.5
 CACHED_BYTES = 2**24  # of an epoch's images; more are augmented batch by batch
 KEPT_BYTES = 2**27  # of all augmented epochs that a process keeps
+_EPOCHS: dict[Hashable, Tensor] = {}  # augmented epochs, the last used at the end
 
 
 @contextmanager
@@ -86,7 +93,11 @@ def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     flip = scale_named(recipe.scale).data_set.flip
     # A tensor is equal to itself alone as a key: its hash is its identity.
     key = images, recipe.seed, epoch, _magnitude(recipe, epoch), _fill(recipe), flip
-    return _EPOCHS.get(key, lambda: _shifted(images, recipe, epoch, None))
+    shown = _EPOCHS.pop(key, None)
+    _EPOCHS[key] = shown = _shifted(images, recipe, epoch, None) if shown is None else shown
+    while sum(other.nbytes for other in _EPOCHS.values()) > KEPT_BYTES:
+        del _EPOCHS[next(iter(_EPOCHS))]
+    return shown
 
 
 def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor | None) -> Tensor:
@@ -117,24 +128,6 @@ def _magnitude(recipe: Recipe, epoch: int) -> int | None:
 
 def _fill(recipe: Recipe) -> tuple[int, ...]:
     return tuple(round(255 * channel) for channel in scale_named(recipe.scale).data_set.mean)
-
-
-class _Kept:
-    """Tensors by what they were made from: the last used, of `KEPT_BYTES` in all."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[Hashable, Tensor] = {}  # the last used at the end
-
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the tensor of a key, made if it is not there."""
-        tensor = self._tensors.pop(key, None)
-        self._tensors[key] = tensor = make() if tensor is None else tensor
-        while sum(other.nbytes for other in self._tensors.values()) > KEPT_BYTES:
-            del self._tensors[next(iter(self._tensors))]
-        return tensor
-
-
-_EPOCHS = _Kept()
 
 
 def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[int]) -> Tensor:
@@ -276,3 +269,70 @@ def mix(
     with library_randomness() as reseed:
         reseed(recipe.seed, epoch, 3, step)
         return cast("tuple[Tensor, Tensor]", mixer(images_BCHW, labels_B))
+
+
+class _Augmented(Dataset[Tensor]):
+    """A split's images as an epoch shows them; it knows no epoch itself, so its workers stay."""
+
+    def __init__(self, recipe: Recipe, images: Tensor | ImageFiles) -> None:
+        self._recipe, self._images = recipe, images
+
+    def __getitems__(self, batch: list[int]) -> Tensor:
+        """Return a batch, which is the number of its epoch and then the images' places."""
+        epoch, *places = batch
+        return augmented(self._recipe, self._images, epoch, torch.tensor(places))
+
+
+class TrainBatches:
+    """The forward batches of a recipe's epochs: the same bits with any number of workers.
+
+    Few images are kept augmented, and need none.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        split: Split,
+        *,
+        workers: int,
+        pin: bool = False,
+        team: Team = ALONE,
+    ) -> None:
+        self._recipe, self._count = recipe, len(split)
+        self._rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
+        self._dataset = _Augmented(recipe, split.images)
+        self._batches: list[list[int]] = []  # of the epoch that is served
+        self.steps = len(split) // recipe.batch_size
+        if not self.steps:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} exceeds the {len(split)} train images"
+            )
+        self._loader: DataLoader[Tensor] | None = None
+        if workers and not is_cached(split.images):
+            self._loader = DataLoader(
+                self._dataset,
+                batch_sampler=self._batches,
+                num_workers=workers,
+                collate_fn=_whole,
+                persistent_workers=True,
+                pin_memory=pin,
+            )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each forward batch of an epoch: images uint8 (B, 3, H, W), their places.
+
+        A worker of a team gets the rows that it has to see.
+        """
+        recipe = self._recipe
+        order = epoch_order(self._count, seed=recipe.seed, epoch=epoch)
+        parts = torch.split(order[: self.steps * recipe.batch_size], recipe.forward_batch)
+        self._batches[:] = [[epoch, *part[self._rows].tolist()] for part in parts]
+        alone = map(self._dataset.__getitems__, self._batches)
+        images = alone if self._loader is None else self._loader
+        for shown, (_, *places) in zip(images, self._batches, strict=True):
+            yield shown, torch.tensor(places)
+
+
+def _whole(batch: Any) -> Any:
+    """Keep a batch whole: the data set made it so."""
+    return batch

@@ -1,15 +1,18 @@
-"""Images in files, decoded when they are indexed, or once into the cache."""
+"""Images in files, decoded when they are indexed, or once into a cache that processes share."""
 
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.cache import Mapped, cached, mapped
+from trainables.store.storage import ASIDE
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +32,35 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 AT_ONCE = 512  # decoded and cropped images that are written together
 WAITING = 4  # images per thread that are decoded and not yet taken
+HASH_BYTES = 32  # behind the content of a cached file
 Item = TypeVar("Item")
-Made = TypeVar("Made")
-
-
-def opened(path: str | Path) -> Image.Image:
-    """Open an image by its header; raises UNREADABLE, also where it is a pipe or a device."""
-    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - per image
-        raise OSError("it is not a file")
-    return Image.open(path, formats=FORMATS)
+Result = TypeVar("Result")
+Mapped = np.ndarray[Any, np.dtype[np.uint8]]  # to a file
 
 
 def as_rgb(file: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned as its camera says; raises UNREADABLE."""
     ImageOps.exif_transpose(file, in_place=True)
+    if file.mode[0] in "IF":  # convert() would cut off what is above 255
+        raise ValueError(f"its pixels are of mode {file.mode}: save it with 8 bits a channel")
     if file.mode != "RGB":
-        return _in_8_bits(file).convert("RGB")
+        return file.convert("RGB")
     # convert() would copy an image that is RGB already.
     file.load()
     return file
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Bring deeper grey to 8 bits, which convert() would cut off; ValueError: its white is unknown.
-
-    A PNG's or PPM's grey of mode I has 16 bits of its 32.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.int32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are of mode {image.mode}, and what is white is not known: save it with 8 "
-            "or 16 bits a channel"
-        )
-    return image
+def size_or_problem(path: Path) -> tuple[int, int] | str:
+    """Read an image down to its last byte; return its width and height, or why it is unreadable."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            size = file.size
+            # An eighth of a JPEG's size: every byte is read, few pixels are made.
+            file.draft("RGB", (1, 1))
+            as_rgb(file)
+    except UNREADABLE as error:
+        return str(error) or type(error).__name__
+    return size
 
 
 def validated(image: Image.Image, *, size: int) -> Image.Image:
@@ -91,8 +88,8 @@ class ImageFiles:
 
     They are brought to `size` as validated, or must have it as stored (`native`). `original` gives
     one as it is stored, for the random crops of training. `workers`: threads that may decode even
-    where torch has fewer. Paths are kept as one array of bytes: workers that were forked would copy
-    a million Python strings by merely counting references to them.
+    where torch has fewer. Paths are one array of bytes: workers that were forked would copy a
+    million Python strings by merely counting references to them.
     """
 
     def __init__(
@@ -104,22 +101,21 @@ class ImageFiles:
         native: bool = False,
         workers: int = 0,
     ) -> None:
-        self.root, self.size, self.native = root, size, native
-        self.workers = workers
+        self.root, self.size, self.native, self.workers = root, size, native, workers
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self._originals: Originals | None = None
-        self._rows = np.arange(len(paths))
+        self._content: Mapped | None = None  # decoded images, one behind another
+        self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
 
     def __len__(self) -> int:
         return len(self._paths)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self), CHANNELS, self.size, self.size
-
-    @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self), CHANNELS, self.size, self.size
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         places = np.arange(len(self))[index.numpy() if isinstance(index, Tensor) else index]
@@ -131,14 +127,8 @@ class ImageFiles:
     def at(self, places: np.ndarray) -> ImageFiles:
         """Return the images at some places, still undecoded."""
         chosen = copy.copy(self)
-        chosen._paths, chosen._rows = self._paths[places], self._rows[places]
+        chosen._paths, chosen._cached = self._paths[places], self._cached[places]
         return chosen
-
-    def out_of(self, originals: Originals) -> ImageFiles:
-        """Return the same images, taken out of the cache."""
-        taken = copy.copy(self)
-        taken._originals = originals
-        return taken
 
     def path(self, place: int) -> Path:
         """Return the file of the image at a place."""
@@ -146,18 +136,83 @@ class ImageFiles:
 
     def original(self, place: int) -> Image.Image:
         """Return the image at a place, whole; ValueError names it when it cannot be read."""
-        if self._originals is not None:
-            return self._originals.image(int(self._rows[place]))
-        return self._read(place, as_rgb)
+        if self._content is None:
+            return self._read(place, as_rgb)
+        begin, width, height = (int(number) for number in self._cached[place])
+        pixels = self._content[begin : begin + CHANNELS * width * height]
+        return Image.fromarray(np.asarray(pixels).reshape(height, width, CHANNELS))
 
-    def stored_size(self, place: int) -> tuple[int, int]:
-        """Return an image's width and height as stored, from its file's header."""
-        return self._read(place, lambda file: file.size)
+    def decoded_once(self, cache: Path | None, budget: int) -> tuple[ImageFiles, int]:
+        """Decode all images once into the cache, or find them there.
 
-    def _read(self, place: int, take: Callable[[Image.Image], Made]) -> Made:
+        Returns the images and the bytes they take, 0 where they stay in files beyond the budget.
+        """
+        stamp, places = self._stamp(budget), range(len(self))
+        if not cache or not len(self) or stamp is None:
+            return self, 0
+        file = cache / f"originals-{stamp}.u8"
+        if not file.exists():
+            read_size = partial(self._read, take=attrgetter("size"))
+            sizes = in_threads(read_size, places, self.workers)
+            if sum(CHANNELS * width * height for width, height in sizes) > budget:
+                return self, 0
+
+        def write(out: BinaryIO) -> None:
+            sizes = []
+            for image in in_threads(self.original, places, self.workers):
+                sizes.append(image.size)
+                out.write(np.asarray(image).data)
+            out.write(np.array(sizes, dtype=np.int64).data)
+
+        content = cached(file, write)
+        sizes_N2 = np.array(content[len(content) - 16 * len(self) :]).view(np.int64).reshape(-1, 2)
+        ends = np.cumsum(sizes_N2.prod(axis=1) * CHANNELS)
+        if ends[-1] > budget:
+            return self, 0
+        taken = copy.copy(self)
+        taken._content = content
+        taken._cached = np.column_stack([np.concatenate([[0], ends[:-1]]), sizes_N2])
+        return taken, int(ends[-1])
+
+    def cropped_once(self, cache: Path | None, budget: int) -> Tensor | ImageFiles:
+        """Decode and crop all images once into the cache, or find them there.
+
+        The tensor is mapped: writing to it leaves the file alone. Beyond the budget the images
+        stay in files.
+        """
+        if not cache or not len(self) or self.nbytes > budget:
+            return self
+        kind = "native" if self.native else "validated-bilinear"
+
+        def write(out: BinaryIO) -> None:
+            for first in range(0, len(self), AT_ONCE):
+                out.write(self[first : first + AT_ONCE].numpy().data)
+
+        content = cached(cache / f"{kind}-{self.size}px-{self._stamp()}.u8", write)
+        return torch.from_numpy(content).view(self.shape)
+
+    def _stamp(self, budget: int | None = None) -> str | None:
+        """Return 16 hex digits of every file's path, size and time; None if they exceed a budget.
+
+        A decoded image is not smaller than its file.
+        """
+        digest, total = hashlib.sha256(str(self.root).encode()), 0
+        for place in range(len(self)):
+            path = self.path(place)
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            total += stat.st_size
+            if budget is not None and total > budget:
+                return None
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _read(self, place: int, take: Callable[[Image.Image], Result]) -> Result:
         path = self.path(place)
         try:
-            with opened(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 return take(file)
         except UNREADABLE as error:
             raise unreadable(path, error) from error
@@ -183,8 +238,8 @@ def unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def in_threads(
-    work: Callable[[Item], Made], items: Iterable[Item], workers: int = 0
-) -> Iterator[Made]:
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0
+) -> Iterator[Result]:
     """Yield the work on every item, in order, done by torch's number of threads or `workers`.
 
     Pillow lets go of Python's lock while it decodes and resizes.
@@ -201,80 +256,55 @@ def in_threads(
             pending.extend(pool.submit(work, item) for item in islice(rest, 1))
 
 
-class Originals:
-    """Decoded images of any sizes, one behind another in a cached file, their sizes behind them."""
+def cached(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
+    """Map a file's bytes, written on first use by one process while the others wait.
 
-    def __init__(self, content: Mapped, count: int) -> None:
-        self._content, self._count = content, count
-        self.sizes = np.array(content[len(content) - 16 * count :]).view(np.int64).reshape(-1, 2)
-        self.ends = np.cumsum(self.sizes.prod(axis=1) * CHANNELS)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A mapped array would be pickled as its content; the other process maps it itself.
-        return _mapped_originals, (self._content.filename, self._count)
-
-    def image(self, row: int) -> Image.Image:
-        """Return one image."""
-        width, height = (int(side) for side in self.sizes[row])
-        end = int(self.ends[row])
-        pixels = self._content[end - CHANNELS * width * height : end]
-        return Image.fromarray(np.asarray(pixels).reshape(height, width, CHANNELS))
-
-
-def _mapped_originals(file: Path, count: int) -> Originals:
-    return Originals(mapped(file), count)
-
-
-def keep_originals(images: ImageFiles, cache: Path, budget: int) -> Originals | None:
-    """Decode the images once into the cache, or find them there; None beyond the budget (bytes)."""
-    stamps = stamps_of(images, budget)
-    if stamps is None:
-        return None
-    file, places = cache / f"originals-{stamps}.u8", range(len(images))
-    if not file.exists():
-        sizes = in_threads(images.stored_size, places, images.workers)
-        if sum(CHANNELS * width * height for width, height in sizes) > budget:
-            return None
-
-    def write(out: BinaryIO) -> None:
-        sizes = []
-        for image in in_threads(images.original, places, images.workers):
-            sizes.append(image.size)
-            out.write(np.asarray(image).data)
-        out.write(np.array(sizes, dtype=np.int64).data)
-
-    originals = Originals(cached(file, write), len(images))
-    return originals if originals.ends[-1] <= budget else None
-
-
-def keep_decoded(images: ImageFiles, cache: Path, budget: int) -> Tensor | None:
-    """Decode and crop the images once into the cache, or find them there; None beyond budget."""
-    if images.nbytes > budget or (stamps := stamps_of(images)) is None:
-        return None
-    kind = "native" if images.native else "validated-bilinear"
-
-    def write(out: BinaryIO) -> None:
-        for first in range(0, len(images), AT_ONCE):
-            out.write(images[first : first + AT_ONCE].numpy().data)
-
-    content = cached(cache / f"{kind}-{images.size}px-{stamps}.u8", write)
-    return torch.from_numpy(content).view(images.shape)
-
-
-def stamps_of(images: ImageFiles, budget: int | None = None) -> str | None:
-    """Return 16 hex digits of every file's name, size and time; None where they exceed a budget.
-
-    A decoded image is not smaller than its file.
+    A damaged file is written anew; ValueError where it cannot be kept.
     """
-    digest, total = hashlib.sha256(str(images.root).encode()), 0
-    for place in range(len(images)):
-        path = images.path(place)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise unreadable(path, error) from error
-        total += stat.st_size
-        if budget is not None and total > budget:
-            return None
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (file.parent / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            content = _content(file)
+            if content is None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                content = _content(file)  # another process may have been quicker
+            return _written(file, write) if content is None else content
+    except OSError as error:
+        raise ValueError(
+            f"decoded images cannot be kept in {file.parent}: {error.strerror}; "
+            "--data-memory 0 does without"
+        ) from error
+
+
+def _content(file: Path) -> Mapped | None:
+    """Map a file as it was written; None where there is none, or a damaged one, which is logged."""
+    if not file.exists():
+        return None
+    if file.stat().st_size > HASH_BYTES:
+        whole = np.memmap(file, dtype=np.uint8, mode="c")
+        content = whole[:-HASH_BYTES]
+        if _hash(file.name, content) == whole[-HASH_BYTES:].tobytes():
+            return content
+    logger.warning("%s is damaged: its images are decoded again", file)
+    return None
+
+
+def _written(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
+    aside = file.with_name(ASIDE + file.name)  # the same name again after a killed writer
+    try:
+        with aside.open("wb") as out:
+            write(out)
+        digest = _hash(file.name, np.memmap(aside, dtype=np.uint8, mode="r"))
+        with aside.open("ab") as out:
+            out.write(digest)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+    return np.memmap(file, dtype=np.uint8, mode="c")[:-HASH_BYTES]
+
+
+def _hash(name: str, content: np.ndarray) -> bytes:
+    digest = hashlib.sha256(name.encode())
+    digest.update(content.data)
+    return digest.digest()

@@ -1,13 +1,19 @@
-"""Loading: a scale's data from a package, torchvision's archive or class folders."""
+"""Loading: a package's images, torchvision's archive, class folders, and stored sets beside them.
+
+Stored out-of-distribution sets are read as published: class folders, or arrays in .npy files.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
-from trainables.data.cache import cached
-from trainables.data.images import ImageFiles, keep_decoded, keep_originals
-from trainables.data.listing import EMBEDDED, DataSource, ImageList, list_data_set
-from trainables.data.registry import DataSet
+from trainables.data.images import ImageFiles
+from trainables.data.listing import (
+    EMBEDDED,
+    DataSource,
+    check_published,
+    list_by_class,
+    list_data_set,
+)
+from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
 Loaded = tuple[Split, Split, tuple[str, ...]]  # train, held out, the classes' names
@@ -37,10 +48,9 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
     if data_set.package:
         module, _, function = data_set.package.partition(":")
         train, held_out, names = getattr(import_module(module), function)(data_set)
-    elif is_archived(data_set, source):
-        train, held_out, names = _archive(data_set, source)
     else:
-        train, held_out, names = _folders(data_set, source)
+        read = _archive if is_archived(data_set, source) else _folders
+        train, held_out, names = read(data_set, source)
     return Data(
         data_set=data_set,
         train=train,
@@ -79,7 +89,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
 
     Images of an exact size become one tensor in any case.
     """
-    listed = list_data_set(data_set, source)
+    listed, budget = list_data_set(data_set, source), source.memory_bytes
     train, held_out = (
         ImageFiles(
             part.root,
@@ -90,31 +100,17 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         )
         for part in listed
     )
-    images: list[ImageFiles | Tensor] = [train, held_out]
+    shown: list[Tensor | ImageFiles]
     if data_set.exact_size:
-        images = [_in_memory(part, source) for part in (train, held_out)]
-    elif source.cache:
-        budget = source.memory_bytes
-        originals = keep_originals(train, source.cache, budget) if len(train) else None
-        if originals:
-            budget -= int(originals.ends[-1])
-            images[0] = train.out_of(originals)
-        decoded = keep_decoded(held_out, source.cache, budget)
-        images[1] = held_out if decoded is None else decoded
-    train_split, held_out_split = map(_split, listed, images)
+        shown = [files.cropped_once(source.cache, budget)[:] for files in (train, held_out)]
+    else:
+        originals, taken = train.decoded_once(source.cache, budget)
+        shown = [originals, held_out.cropped_once(source.cache, budget - taken)]
+    train_split, held_out_split = (
+        Split(images=images, labels=torch.tensor(part.labels, dtype=torch.int64), ids=part.paths)
+        for part, images in zip(listed, shown, strict=True)
+    )
     return train_split, held_out_split, listed[0].class_names
-
-
-def _split(listed: ImageList, images: ImageFiles | Tensor) -> Split:
-    labels = torch.tensor(listed.labels, dtype=torch.int64)
-    return Split(images=images, labels=labels, ids=listed.paths)
-
-
-def _in_memory(images: ImageFiles, source: DataSource) -> Tensor:
-    decoded = None
-    if source.cache and len(images):
-        decoded = keep_decoded(images, source.cache, source.memory_bytes)
-    return images[:] if decoded is None else decoded
 
 
 def is_archived(data_set: DataSet, source: DataSource) -> bool:
@@ -133,65 +129,159 @@ def _torchvision(data_set: DataSet) -> Any:
 
 
 def _archive(data_set: DataSet, source: DataSource) -> Loaded:
-    assert source.root is not None
-    unpack(data_set, source.root, download=source.download)
+    """Read torchvision's archive, fetched and unpacked where it has to be; ValueError on another.
+
+    torchvision compares the archive and its files with their published MD5 before it reads them.
+    """
+    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
+
+    root, archive = source.root, _torchvision(data_set)
+    assert root is not None
     assert isinstance(data_set.classes, tuple)
-    train, held_out = (_archived(data_set, source, part) for part in ("train", "test"))
-    return train, held_out, data_set.classes
-
-
-def unpack(data_set: DataSet, root: Path, *, download: bool) -> None:
-    """Unpack the published archive, and no other, fetched where asked for; ValueError else."""
-    from torchvision.datasets.utils import (  # type: ignore[import-untyped]
-        check_integrity,
-        download_url,
-        extract_archive,
-    )
-
-    archive = _torchvision(data_set)
-    packed, folder = root / archive.filename, archive.base_folder
-    if (root / folder).is_dir():
-        return
-    if packed.exists() and not check_integrity(packed, archive.tgz_md5):
-        raise ValueError(
-            f"{packed} is not {data_set.short_title} as published (another MD5): fetch it again"
-        )
+    packed, splits = root / archive.filename, []
     try:
-        if download:
-            download_url(archive.url, root, archive.filename, archive.tgz_md5)
-        with TemporaryDirectory(dir=root) as aside:
-            extract_archive(packed, aside)
-            if not (root / folder).is_dir():  # another process may have been quicker
-                (Path(aside) / folder).rename(root / folder)
+        there = check_integrity(packed, archive.tgz_md5)
+        for part in ("train", "test"):
+            stored = archive(root, train=part == "train", download=source.download or there)
+            images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
+            ids = tuple(f"{data_set.name}/{part}/{place:05d}" for place in range(len(images)))
+            splits.append(Split(images=images, labels=torch.tensor(stored.targets), ids=ids))
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        raise ValueError(f"{packed} cannot be fetched or unpacked: {error}") from None
+        raise ValueError(
+            f"{packed} or {root / archive.base_folder} is not {data_set.short_title} as published: "
+            f"{error}; fetch it again"
+        ) from None
+    return splits[0], splits[1], data_set.classes
 
 
-def _archived(data_set: DataSet, source: DataSource, part: str) -> Split:
-    """Read one split of torchvision's archive, whose files it knows by their MD5."""
-    assert source.root is not None
-    root, side = source.root, data_set.image_size
+def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | None = None) -> Split:
+    """Return a stored set's images, their ids the classes and files' names without ending.
 
-    def read() -> tuple[np.ndarray, np.ndarray]:
-        try:
-            stored = _torchvision(data_set)(root, train=part == "train")
-        except RuntimeError:
-            raise ValueError(
-                f"{root / _torchvision(data_set).base_folder} is not {data_set.short_title} as "
-                "published (another MD5): fetch it again"
-            ) from None
-        return stored.data.transpose(0, 3, 1, 2), np.array(stored.targets, dtype=np.int64)
+    Not `native`: they are resized and cut as held-out images are.
+    """
+    if stored.arrays:
+        images, labels = (root / name for name in stored.arrays)
+        pixels = stored_images(images, data.data_set.image_size)
+        return _as_split(stored, pixels, stored_labels(labels, len(pixels), len(data.class_names)))
+    listed = list_by_class(root / stored.folder, data.class_names, complete=stored.complete)
+    check_published(stored, listed, data.data_set)
+    files = ImageFiles(
+        listed.root,
+        listed.paths,
+        size=data.data_set.image_size,
+        native=stored.native if native is None else native,
+        workers=data.workers,
+    )
+    ids = tuple(path.rpartition(".")[0] for path in listed.paths)
+    return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
 
-    def write(out: BinaryIO) -> None:
-        for array in read():
-            out.write(np.ascontiguousarray(array).data)
 
-    if source.cache and source.memory_bytes:
-        content = cached(source.cache / f"{data_set.name}-{part}.u8", write)
-        count = len(content) // (3 * side**2 + 8)
-        images, labels = content[: -8 * count].reshape(-1, 3, side, side), content[-8 * count :]
-        labels = np.array(labels).view(np.int64)
-    else:
-        images, labels = map(np.ascontiguousarray, read())
-    ids = tuple(f"{data_set.name}/{part}/{place:05d}" for place in range(len(labels)))
-    return Split(images=torch.from_numpy(images), labels=torch.from_numpy(labels), ids=ids)
+@dataclass(frozen=True)
+class CorruptedSet:
+    """A stored set of corruptions: the same images by kind and severity."""
+
+    stored: StoredSet
+    root: Path
+    data: Data
+    kinds: tuple[str, ...]
+
+    @classmethod
+    def open(cls, stored: StoredSet, root: Path, data: Data) -> CorruptedSet:
+        """Open the set; ValueError names what is missing, and arrays that do not fit together."""
+        corrupted = cls(stored, root, data, stored_kinds(stored, root))
+        if stored.arrays:
+            counts = {kind: len(corrupted._pixels(kind)) for kind in corrupted.kinds}
+            count = counts[KINDS[0]]
+            if count % len(SEVERITIES):
+                raise ValueError(
+                    f"{root} has {count} images of a kind, not {len(SEVERITIES)} times as many"
+                )
+            if odd := [kind for kind in counts if counts[kind] != count]:
+                holds = f"{root / odd[0]}.npy holds {counts[odd[0]]} images"
+                raise ValueError(f"{holds}, and {KINDS[0]}.npy {count}: fetch it again")
+            corrupted._labels()
+        return corrupted
+
+    def ids_hash(self) -> str:
+        """Return 12 hex digits of the images' names; of arrays, which have none, of the labels."""
+        if not self.stored.arrays:
+            return self.split(self.kinds[0], SEVERITIES[0]).ids_hash()
+        return hashlib.sha256(self._labels().numpy().tobytes()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(self.split(self.kinds[0], SEVERITIES[0]))
+
+    def splits(self) -> Iterator[tuple[str, Split]]:
+        """Yield each kind and severity as 'kind-severity' with its images."""
+        for kind, severity in product(self.kinds, SEVERITIES):
+            yield f"{kind}-{severity}", self.split(kind, severity)
+
+    def split(self, kind: str, severity: int) -> Split:
+        """Return the images of one kind and severity."""
+        if not self.stored.arrays:
+            return stored_split(self.stored, self.root / kind / str(severity), self.data)
+        pixels, labels = self._pixels(kind), self._labels()
+        count = len(pixels) // len(SEVERITIES)
+        part = slice((severity - 1) * count, severity * count)
+        return _as_split(self.stored, pixels[part], labels[part])
+
+    def _pixels(self, kind: str) -> np.ndarray:
+        return stored_images(self.root / f"{kind}.npy", self.data.data_set.image_size)
+
+    def _labels(self) -> Tensor:
+        count = len(self._pixels(self.kinds[0]))
+        return stored_labels(self.root / self.stored.arrays[0], count, len(self.data.class_names))
+
+
+def stored_kinds(stored: StoredSet, root: Path) -> tuple[str, ...]:
+    """Return a stored set's corruptions: the fifteen, and those of the extra four there are.
+
+    ValueError names the missing ones of the fifteen, and severities that are missing of any.
+    """
+    name = "{}.npy" if stored.arrays else "{}"
+    kinds = (*KINDS, *(kind for kind in EXTRA_KINDS if (root / name.format(kind)).exists()))
+    parts = [f"{k}.npy" for k in kinds] if stored.arrays else corrupted_folders(kinds)
+    missing = [part for part in parts if not (root / part).exists()]
+    if missing:
+        raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
+    return kinds
+
+
+def corrupted_folders(kinds: tuple[str, ...]) -> list[str]:
+    """Return the folders of each kind and severity."""
+    return [f"{kind}/{severity}" for kind, severity in product(kinds, SEVERITIES)]
+
+
+def stored_images(file: Path, side: int) -> np.ndarray:
+    """Map a stored set's images, uint8 (N, side, side, 3); ValueError when the file holds none."""
+    pixels = _mapped_array(file)
+    if pixels.shape[1:] != (side, side, 3) or pixels.dtype != np.uint8:
+        wanted = f"uint8 (N, {side}, {side}, 3)"
+        raise ValueError(f"{file} holds {pixels.dtype} {pixels.shape}, not {wanted}")
+    return pixels
+
+
+def stored_labels(file: Path, count: int, classes: int) -> Tensor:
+    """Read a stored set's labels; ValueError unless there are `count`, each of a class."""
+    labels, last = _mapped_array(file), classes - 1
+    whole = labels.dtype.kind in "iu" and labels.shape == (count,)
+    if not whole or not ((labels >= 0) & (labels <= last)).all():
+        raise ValueError(f"{file} does not hold {count} labels from 0 to {last}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _mapped_array(file: Path) -> np.ndarray:
+    try:
+        # Unlike load(), it takes no archives, and no objects, which would be unpickled.
+        array: np.ndarray = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # a damaged header makes it raise all kinds of errors
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    return array
+
+
+def _as_split(stored: StoredSet, pixels_NHWC: np.ndarray, labels: Tensor) -> Split:
+    """Return stored images, copied out of their file, as a split."""
+    images = torch.from_numpy(np.array(pixels_NHWC)).permute(0, 3, 1, 2)
+    width = len(str(stored.images))
+    ids = tuple(f"{stored.name}/{place:0{width}d}" for place in range(len(labels)))
+    return Split(images=images, labels=labels, ids=ids)

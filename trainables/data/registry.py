@@ -12,7 +12,6 @@ from importlib.metadata import entry_points
 ENTRY_POINTS = "robustness_grid.data_sets"  # of packages that bring data sets of their own
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGENET_CLASSES = "imagenet_synsets.txt"
 SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
 CORRUPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -37,7 +36,6 @@ class StoredSet:
 
     name: str
     title: str
-    layout: str
     evaluator: str
     folder: str = ""
     classes: str = ""
@@ -48,41 +46,29 @@ class StoredSet:
 
 
 _STORED = (
-    StoredSet(
+    StoredSet(  # <WordNet id>/<image>
         name="imagenet-a",
         title="ImageNet-A",
-        layout="<WordNet id>/<image>",
         evaluator="natural",
         classes="imagenet_a_synsets.txt",
         images=7_500,
         complete=False,
         native=False,
     ),
-    StoredSet(
-        name="imagenet-c",
-        title="ImageNet-C",
-        layout="<kind>/<severity>/<WordNet id>/<image>",
-        evaluator="corruptions",
-        images=50_000,
+    StoredSet(  # <kind>/<severity>/<WordNet id>/<image>
+        name="imagenet-c", title="ImageNet-C", evaluator="corruptions", images=50_000
     ),
-    StoredSet(
+    StoredSet(  # val/<WordNet id>/<image>
         name="imagenet-stylized",
         title="Stylized-ImageNet",
-        layout="val/<WordNet id>/<image>",
         evaluator="stylized",
         folder="val",
         images=50_000,
     ),
-    StoredSet(
-        name="textures",
-        title="a texture dictionary",
-        layout="the layout published with PatchAttack",
-        evaluator="tpa",
-    ),
-    StoredSet(
+    StoredSet(name="textures", title="a texture dictionary", evaluator="tpa"),  # PatchAttack's
+    StoredSet(  # <kind>.npy
         name="cifar10-c",
         title="CIFAR-10-C",
-        layout="<kind>.npy and labels.npy",
         evaluator="corruptions",
         images=10_000,
         arrays=("labels.npy",),
@@ -90,7 +76,6 @@ _STORED = (
     StoredSet(
         name="cifar10.1",
         title="CIFAR-10.1",
-        layout="cifar10.1_v6_data.npy and cifar10.1_v6_labels.npy",
         evaluator="natural",
         images=2_000,
         arrays=("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"),
@@ -106,12 +91,11 @@ class DataSet:
     Images lie in class folders below train/ and val/, unless a Python package holds them
     (`package`: "module:function", which takes the entry and returns both splits and the class
     names) or torchvision's archive does (`archive`: its class there). `classes`: the names in
-    order, or timm's list of them; empty: the folders' sorted names. `published`: the counts are
-    those of a published set, also of its stored counterparts, and differences are errors or
-    warnings. `exact_size`: images are stored at `image_size` and kept as one tensor. `flip`: a
-    mirrored image is one of its class. `counterparts`: the stored sets that its evaluators read;
-    without one a counterpart is generated, unless `generated` forbids it. `alexnet`: AlexNet's
-    errors on its corruptions are published, so mCE is defined.
+    order, or timm's list of them; empty: the folders' sorted names. `exact_size`: images are stored
+    at `image_size` and kept as one tensor. `flip`: a mirrored image is one of its class.
+    `counterparts`: the stored sets that its evaluators read; without one a counterpart is
+    generated. Not `generated`: the data and its stored sets must be as published, no generated
+    counterpart stands for one, and AlexNet's errors, which mCE needs, are theirs.
     """
 
     name: str
@@ -125,18 +109,15 @@ class DataSet:
     classes: tuple[str, ...] | str = ()
     package: str = ""
     archive: str = ""
-    published: bool = False
     exact_size: bool = False
     flip: bool = True
     counterparts: tuple[str, ...] = ("imagenet-a", "imagenet-c", "imagenet-stylized", "textures")
     generated: bool = True
-    alexnet: bool = False
 
     def __post_init__(self) -> None:
-        if not 16 <= self.image_size <= 1024 or self.image_size % 4:
-            raise ValueError(
-                f"an image size of {self.image_size} is not a multiple of 4 from 16 to 1024"
-            )
+        size = self.image_size
+        if not 16 <= size <= 1024 or size % 4:
+            raise ValueError(f"an image size of {size} is not a multiple of 4 from 16 to 1024")
         if self.num_classes < 2:
             raise ValueError(
                 f"a classifier needs at least two classes, and {self.title} has {self.num_classes}"
@@ -173,10 +154,8 @@ _KNOWN = (
         num_classes=1000,
         train_images=1_281_167,
         held_out_images=50_000,
-        classes=IMAGENET_CLASSES,
-        published=True,
+        classes="imagenet_synsets.txt",
         generated=False,
-        alexnet=True,
     ),
     DataSet(
         name="cifar10",
@@ -197,9 +176,6 @@ _KNOWN = (
     ),
 )
 DATA_SETS = {data_set.name: data_set for data_set in _KNOWN}
-_FOLDER_NAME = re.compile(
-    r"folder-(?P<size>\d+)px-(?P<classes>\d+)classes-(?P<train>\d+)train-(?P<content>[0-9a-f]{8})"
-)
 
 
 def register(data_set: DataSet) -> None:
@@ -215,14 +191,12 @@ def data_set_named(name: str) -> DataSet:
     """Return an entry, a folder's from what its name says; ValueError lists the names."""
     if name in DATA_SETS:
         return DATA_SETS[name]
-    parts = _FOLDER_NAME.fullmatch(name)
-    if not parts:
+    numbers = re.fullmatch(r"folder-(\d+)px-(\d+)classes-(\d+)train-([0-9a-f]{8})", name)
+    if not numbers:
         raise ValueError(f"unknown scale {name!r}; one of {sorted((*DATA_SETS, FOLDER))}")
+    size, classes, images = map(int, numbers.groups()[:3])
     return folder_data_set(
-        image_size=int(parts["size"]),
-        num_classes=int(parts["classes"]),
-        train_images=int(parts["train"]),
-        content=parts["content"],
+        image_size=size, num_classes=classes, train_images=images, content=numbers[4]
     )
 
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainables.data.augment import mix
+from trainables.data.augment import TrainBatches, mix
 from trainables.data.base import Data, Split, to_unit
-from trainables.data.loader import TrainBatches
 from trainables.networks import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
