@@ -29,11 +29,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainables.data.registry import SEVERITIES
-
 PUBLISHED_SIDE = 224
 SHORTEST_SIDE = 32
-MINIMUM_SIDE = 16
 
 
 class Draws:
@@ -46,37 +43,25 @@ class Draws:
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Return (B, *shape) numbers from [low, high)."""
-        return self._fill(shape, lambda row, g: row.uniform_(low, high, generator=g))
+        rows = [torch.empty(shape).uniform_(low, high, generator=g) for g in self._generators]
+        return torch.stack(rows).to(self._device)
 
     def normal(self, *shape: int) -> Tensor:
         """Return (B, *shape) standard normal numbers."""
-        return self._fill(shape, lambda row, g: row.normal_(generator=g))
+        rows = [torch.empty(shape).normal_(generator=g) for g in self._generators]
+        return torch.stack(rows).to(self._device)
 
     def poisson(self, rates_BCHW: Tensor) -> Tensor:
         """Return a count for each rate."""
         pairs = zip(rates_BCHW.cpu(), self._generators, strict=True)
         return torch.stack([torch.poisson(r, generator=g) for r, g in pairs]).to(self._device)
 
-    def _fill(
-        self, shape: tuple[int, ...], draw: Callable[[Tensor, torch.Generator], Tensor]
-    ) -> Tensor:
-        numbers = torch.empty(len(self._generators), *shape)
-        for row, generator in zip(numbers, self._generators, strict=True):
-            draw(row, generator)
-        return numbers.to(self._device)
-
 
 def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int) -> Tensor:
-    """Corrupt float32 images in [0, 1]; each result follows from the image and its id alone.
+    """Corrupt square float32 images in [0, 1]; a result follows from the image and its id alone.
 
-    Returns multiples of 1/255. ValueError for an unknown kind or severity and below 16 px.
+    Returns multiples of 1/255.
     """
-    if kind not in _CORRUPTIONS:
-        raise ValueError(f"unknown corruption {kind!r}; one of {list(_CORRUPTIONS)}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity {severity} is not one of {SEVERITIES}")
-    if min(images_BCHW.shape[-2:]) < MINIMUM_SIDE:
-        raise ValueError(f"corruptions need {MINIMUM_SIDE} px, not {tuple(images_BCHW.shape[-2:])}")
     apply, constants = _CORRUPTIONS[kind]
     draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
     return _cut_off(apply(images_BCHW.contiguous(), constants[severity - 1], draws).clamp_(0, 1))
@@ -107,13 +92,12 @@ def defocus_blur(images_BCHW: Tensor, constant: tuple[float, float], draws: Draw
 def glass_blur(images_BCHW: Tensor, constant: tuple[float, int, int], draws: Draws) -> Tensor:
     """Shuffle pixels locally between two Gaussian blurs. constant: sigma, reach, rounds."""
     sigma, reach, rounds = constant
-    ratio = _length_ratio(images_BCHW)
+    ratio, side = _length_ratio(images_BCHW), images_BCHW.shape[-1]
     blurred = _cut_off(_smooth(images_BCHW, sigma * ratio))
     # The published loop leaves a frame of reach + 1 pixels as it is: here it shrinks by the ratio.
     margin = max(0, round((reach + 1) * (1 - ratio)))
-    height, width = (side + 2 * margin for side in images_BCHW.shape[2:])
-    offsets = _shuffle(height, width, reach, rounds, draws)
-    inner = offsets[:, margin : height - margin, margin : width - margin]
+    offsets = _shuffle(side + 2 * margin, reach, rounds, draws)
+    inner = offsets[:, margin : margin + side, margin : margin + side]
     return _smooth(_displace(blurred, inner * ratio, border="border"), sigma * ratio)
 
 
@@ -137,37 +121,32 @@ def snow(images_BCHW: Tensor, constant: tuple[float, ...], draws: Draws) -> Tens
     constant: the flakes' mean, spread, size, threshold, smear radius and sigma; the image's share.
     """
     mean, spread, size, threshold, radius, sigma, share = constant
-    zoom = 1 + (size - 1) * _length_ratio(images_BCHW)
     noise = mean + spread * draws.normal(1, *images_BCHW.shape[2:])
-    flakes = _zoom(noise, zoom)
+    flakes = _zoom(noise, 1 + (size - 1) * _length_ratio(images_BCHW))
     flakes = flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)
     flakes = smear(flakes, int(radius), sigma, draws.uniform(low=-135, high=-45))
-    whitened = images_BCHW.maximum(_grey(images_BCHW) * 1.5 + 0.5)
+    luma = images_BCHW.new_tensor([0.299, 0.587, 0.114])  # of ITU-R BT.601
+    grey = torch.einsum("bchw,c->bhw", images_BCHW, luma)[:, None]
+    whitened = images_BCHW.maximum(grey * 1.5 + 0.5)
     return share * images_BCHW + (1 - share) * whitened + flakes + flakes.rot90(2, (2, 3))
 
 
 def frost(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> Tensor:
     """Lay a piece of a generated pane of frost over the image. constant: both weights."""
-    height, width = images_BCHW.shape[2:]
-    panes = _frost_panes(round(FROST_SIDE * max(_length_ratio(images_BCHW), _cover(height, width))))
-    which, top, left = draws.uniform(3).T.cpu()
-    pieces = [
-        panes[int(w * len(panes)), :, y : y + height, x : x + width]
-        for w, y, x in zip(
-            which,
-            (top * (panes.shape[2] - height)).int().tolist(),
-            (left * (panes.shape[3] - width)).int().tolist(),
-            strict=True,
-        )
-    ]
-    return constant[0] * images_BCHW + constant[1] * torch.stack(pieces).to(images_BCHW.device)
+    side = images_BCHW.shape[-1]
+    panes = _frost_panes(round(FROST_SIDE * max(_length_ratio(images_BCHW), side / FROST_SIDE)))
+    choice, down, right = draws.uniform(3).T.cpu()
+    choice, room = (choice * len(panes)).int(), panes.shape[-1] - side
+    corners = zip(choice, (down * room).int(), (right * room).int(), strict=True)
+    pieces = torch.stack([panes[k, :, y : y + side, x : x + side] for k, y, x in corners])
+    return constant[0] * images_BCHW + constant[1] * pieces.to(images_BCHW.device)
 
 
 def fog(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> Tensor:
     """Add a plasma fractal and dim to the old maximum. constant: amount, decay per octave."""
     amount, decay = constant
-    height, width = images_BCHW.shape[2:]
-    haze = _plasma(max(height, width), decay, draws)[:, None, :height, :width]
+    side = images_BCHW.shape[-1]
+    haze = _plasma(side, decay, draws)[:, None, :side, :side]
     brightest = images_BCHW.amax(dim=(1, 2, 3), keepdim=True)
     return (images_BCHW + amount * haze) * brightest / (brightest + amount)
 
@@ -202,20 +181,24 @@ def elastic_transform(images_BCHW: Tensor, alpha: float, draws: Draws) -> Tensor
 
 def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
     """Average over square blocks, `share` as many along each side as there are pixels."""
-    ratio = _length_ratio(images_BCHW)
-    (down, row), (across, column) = (
-        _blocks(side, share, ratio, images_BCHW.device) for side in images_BCHW.shape[2:]
-    )
-    means = (down @ images_BCHW @ across.T * 255).round() / 255
-    return means.index_select(2, row).index_select(3, column)
+    excess = PUBLISHED_SIDE / int(PUBLISHED_SIDE * share) - 1
+    place = torch.arange(images_BCHW.shape[-1]) + 0.5
+    block = (place / (1 + excess * _length_ratio(images_BCHW))).long().to(images_BCHW.device)
+    together = F.one_hot(block).T.float()
+    rows = together / together.sum(dim=1, keepdim=True)
+    means = (rows @ images_BCHW @ rows.T * 255).round() / 255
+    return means.index_select(2, block).index_select(3, block)
 
 
 def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
     """Write and read again as JPEG."""
     quantised = (images_BCHW * 255).round().byte().permute(0, 2, 3, 1)
-    pixels = quantised.contiguous().cpu().numpy()
-    decoded = np.stack([_jpeg(image, quality) for image in pixels])
-    return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images_BCHW) / 255
+    decoded = []
+    for pixels in quantised.contiguous().cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        decoded.append(np.asarray(Image.open(buffer)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images_BCHW) / 255
 
 
 def smear(images_BCHW: Tensor, radius: int, sigma: float, degrees_B: Tensor) -> Tensor:
@@ -235,18 +218,8 @@ def smear(images_BCHW: Tensor, radius: int, sigma: float, degrees_B: Tensor) -> 
     return _correlate(images_BCHW, kernels.to(images_BCHW.device)[:, None], border="replicate")
 
 
-def _jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer))
-
-
 def _length_ratio(images_BCHW: Tensor) -> float:
-    return max(min(images_BCHW.shape[2:]), SHORTEST_SIDE) / PUBLISHED_SIDE
-
-
-def _cover(height: int, width: int) -> float:
-    return max(height, width) / FROST_SIDE
+    return max(images_BCHW.shape[-1], SHORTEST_SIDE) / PUBLISHED_SIDE
 
 
 def _cut_off(images_BCHW: Tensor) -> Tensor:
@@ -254,20 +227,14 @@ def _cut_off(images_BCHW: Tensor) -> Tensor:
     return (images_BCHW * 255).add_(0.01).floor_().div_(255)
 
 
-def _grey(images_BCHW: Tensor) -> Tensor:
-    weights = images_BCHW.new_tensor([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
-    return torch.einsum("bchw,c->bhw", images_BCHW, weights)[:, None]
-
-
 def _correlate(images_BCHW: Tensor, kernels: Tensor, *, border: str) -> Tensor:
     """Correlate with kernels (.., k, k), k odd, through the Fourier transform."""
-    height, width = images_BCHW.shape[2:]
-    reach = kernels.shape[-1] // 2
+    side, reach = images_BCHW.shape[-1], kernels.shape[-1] // 2
     padded = F.pad(images_BCHW, (reach,) * 4, mode=border)
     size = padded.shape[2:]
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=size).conj()
     whole: Tensor = torch.fft.irfft2(spectrum, s=size)
-    return whole[..., :height, :width]
+    return whole[..., :side, :side]
 
 
 @cache
@@ -290,58 +257,54 @@ def _disc(radius: float, softening: float, ratio: float) -> Tensor:
     return F.conv2d(padded, taps.outer(taps)[None, None])[0, 0]
 
 
-def _shuffle(height: int, width: int, reach: int, rounds: int, draws: Draws) -> Tensor:
-    """Return the offsets (B, height, width, 2), x and y, at which pixels find their shuffled value.
+def _shuffle(side: int, reach: int, rounds: int, draws: Draws) -> Tensor:
+    """Return the offsets (B, side, side, 2), x and y, at which pixels find their shuffled value.
 
     In each round pixels copy, from the last to the first, the present value of a pixel at an
     offset from {-reach .. reach - 1}, as the published loop does (its swap is of two views of one
     array, and so copies). A value copied earlier in the round is found by following pointers.
     """
     # To int32 first: PyTorch's way from float to int64 takes eight times as long on a CPU.
-    drawn = (draws.uniform(rounds, 2, height * width) * 2 * reach).int().long() - reach
-    place = torch.arange(height * width, device=drawn.device)
-    row, column = place // width, place % width
-    inside = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
+    drawn = (draws.uniform(rounds, 2, side**2) * 2 * reach).int().long() - reach
+    place = torch.arange(side**2, device=drawn.device)
+    row, column = place // side, place % side
+    inside = (row > reach) & (row <= side - reach) & (column > reach) & (column <= side - reach)
     origin = place.expand(len(drawn), -1)
     for dx, dy in drawn.permute(1, 2, 0, 3):
-        other = torch.where(inside, place + dy * width + dx, place)
+        other = torch.where(inside, place + dy * side + dx, place)
         pointer = torch.where((other > place) & inside[other], other, place)
         while not torch.equal(followed := pointer.gather(1, pointer), pointer):
             pointer = followed
         origin = origin.gather(1, other.gather(1, pointer))
-    offsets = torch.stack((origin % width - column, origin // width - row), dim=-1)
-    return offsets.view(-1, height, width, 2)
+    offsets = torch.stack((origin % side - column, origin // side - row), dim=-1)
+    return offsets.view(-1, side, side, 2)
 
 
 def _displace(images_BCHW: Tensor, offsets_BHW2: Tensor, *, border: str) -> Tensor:
     """Read each pixel at its place plus an offset (x, y) in pixels."""
-    height, width = images_BCHW.shape[2:]
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack((columns, rows), dim=-1).to(offsets_BHW2) + offsets_BHW2
-    grid = (2 * places + 1) / places.new_tensor([width, height]) - 1
+    line = torch.arange(images_BCHW.shape[-1])
+    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(offsets_BHW2)
+    grid = (2 * (places + offsets_BHW2) + 1) / len(line) - 1
     return F.grid_sample(images_BCHW, grid, padding_mode=border, align_corners=False)
 
 
 def _zoom(images_BCHW: Tensor, factor: float) -> Tensor:
     """Enlarge the middle of the images to their full size."""
-    height, width = images_BCHW.shape[2:]
-    crop = [math.ceil(side / factor) for side in (height, width)]
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    middle = images_BCHW[..., top : top + crop[0], left : left + crop[1]]
-    size = [round(side * factor) for side in crop]
-    large = F.interpolate(middle, size=size, mode="bilinear", align_corners=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return large[..., top : top + height, left : left + width]
+    side = images_BCHW.shape[-1]
+    crop = math.ceil(side / factor)
+    first, size = (side - crop) // 2, round(crop * factor)
+    middle = images_BCHW[..., first : first + crop, first : first + crop]
+    large = F.interpolate(middle, size=(size, size), mode="bilinear", align_corners=True)
+    first = (size - side) // 2
+    return large[..., first : first + side, first : first + side]
 
 
 def _smooth(
     images_BCHW: Tensor, sigma: float, *, truncate: float = 4, border: str = "nearest"
 ) -> Tensor:
-    rows, columns = (
-        _gaussian_rows(side, sigma, truncate, border).to(images_BCHW.device)
-        for side in images_BCHW.shape[2:]
-    )
-    return rows @ images_BCHW @ columns.T
+    side = images_BCHW.shape[-1]
+    rows = _gaussian_rows(side, sigma, truncate, border).to(images_BCHW.device)
+    return rows @ images_BCHW @ rows.T
 
 
 @cache
@@ -362,15 +325,6 @@ def _gaussian_rows(side: int, sigma: float, truncate: float, border: str) -> Ten
         source = torch.where(source >= side, 2 * side - 1 - source, source)
     source = source.clamp(0, side - 1)
     return torch.zeros(side, side).scatter_add_(1, source, taps.expand(side, -1))
-
-
-@cache
-def _blocks(side: int, share: float, ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return averaging over blocks along `side` pixels as a matrix, and each pixel's block."""
-    excess = PUBLISHED_SIDE / int(PUBLISHED_SIDE * share) - 1
-    block = ((torch.arange(side) + 0.5) / (1 + excess * ratio)).long()
-    together = F.one_hot(block).T.float()
-    return (together / together.sum(dim=1, keepdim=True)).to(device), block.to(device)
 
 
 def _plasma(side: int, decay: float, draws: Draws) -> Tensor:
@@ -422,22 +376,20 @@ def _frost_panes(side: int) -> Tensor:
 
 @cache
 def _drawn_panes() -> Tensor:
+    """Return grey panes: facets around random seeds, each with needles in its own direction."""
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([_frost_pane(generator) for _ in FROST_MEANS])[:, None]
-
-
-def _frost_pane(generator: torch.Generator) -> Tensor:
-    """Return one pane: facets around random seeds, each with needles in a direction of its own."""
-    seeds = torch.rand(FROST_SEEDS, 2, generator=generator) * FROST_SIDE
     place = torch.cartesian_prod(torch.arange(FROST_SIDE), torch.arange(FROST_SIDE)).float()
-    distance = torch.cdist(place, seeds)
-    first, nearest = distance.min(dim=1)
-    second = distance.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
-    facet = torch.randint(FROST_ANGLES, (FROST_SEEDS,), generator=generator)[nearest]
-    needles = torch.stack([_needles(k / FROST_ANGLES, generator) for k in range(FROST_ANGLES)])
-    chosen = needles.flatten(1).gather(0, facet[None])[0]
-    rim = torch.exp((first - second) / 6)
-    return (chosen + 1.5 * rim).view(FROST_SIDE, FROST_SIDE)
+    panes = []
+    for _ in FROST_MEANS:
+        seeds = torch.rand(FROST_SEEDS, 2, generator=generator) * FROST_SIDE
+        distance = torch.cdist(place, seeds)
+        first, nearest = distance.min(dim=1)
+        second = distance.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
+        facet = torch.randint(FROST_ANGLES, (FROST_SEEDS,), generator=generator)[nearest]
+        needles = torch.stack([_needles(k / FROST_ANGLES, generator) for k in range(FROST_ANGLES)])
+        chosen = needles.flatten(1).gather(0, facet[None])[0]
+        panes.append(chosen + 1.5 * torch.exp((first - second) / 6))
+    return torch.stack(panes).view(-1, 1, FROST_SIDE, FROST_SIDE)
 
 
 def _needles(turn: float, generator: torch.Generator) -> Tensor:

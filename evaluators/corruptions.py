@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,8 @@ def _chosen(source: Data) -> Split:
 
 def _generated(source: Data) -> Iterable[tuple[str, Split]]:
     images = _chosen(source).images
-    if images.nbytes * len(KINDS) * len(SEVERITIES) > KEPT_BYTES:
-        return _generate(source)
-    return _kept(source)
+    fits = images.nbytes * len(KINDS) * len(SEVERITIES) <= KEPT_BYTES
+    return _kept(source) if fits else _generate(source)
 
 
 @lru_cache(maxsize=2)
@@ -143,7 +142,7 @@ def _generate(source: Data) -> Iterator[tuple[str, Split]]:
             yield f"{kind}-{severity}", replace(split, images=pixels)
 
 
-def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str, np.ndarray]:
+def _aggregates(kinds: Sequence[str], alexnet_errors: dict[str, float]) -> dict[str, np.ndarray]:
     """Return each score as weights over the kinds; a score that lacks a kind is left out."""
     sets = {"corruptions": KINDS, "corruptions-19": KINDS + EXTRA_KINDS}
     sets |= {f"corruptions/{group}": members for group, members in CORRUPTION_GROUPS.items()}
@@ -160,21 +159,12 @@ def _aggregates(kinds: list[str], alexnet_errors: dict[str, float]) -> dict[str,
 
 
 def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray]:
-    """Return the kinds that have all severities, and errors_NK of each image under each kind.
-
-    Where images lack a question the errors are those of the ratio's linear approximation, so that
-    their mean is the error over the images that have it.
-    """
-    images = pc.dictionary_encode(ledger["image_id"].combine_chunks())
-    questions = pc.dictionary_encode(ledger["question"].combine_chunks())
-    names = questions.dictionary.to_pylist()
-    cell = (images.indices.to_numpy(), questions.indices.to_numpy())
-    judged_NQ, wrong_NQ = np.zeros((2, len(images.dictionary), len(names)))
-    judged_NQ[cell] = 1
-    wrong_NQ[cell] = pc.invert(ledger["survived"]).to_numpy()
-    error_Q = wrong_NQ.sum(axis=0) / judged_NQ.sum(axis=0)
-    error_NQ = error_Q + (wrong_NQ - judged_NQ * error_Q) / judged_NQ.mean(axis=0)
-    every = dict.fromkeys(name.rpartition("-")[0] for name in names)
-    kinds = [kind for kind in every if {f"{kind}-{s}" for s in SEVERITIES} <= set(names)]
-    member_QK = np.array([[name.rpartition("-")[0] == kind for kind in kinds] for name in names])
-    return kinds, error_NQ @ (member_QK / member_QK.sum(axis=0))
+    """Return the kinds, and errors_NK of each image under each kind over all severities."""
+    kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
+    wrong = pc.invert(ledger["survived"]).cast(pa.float64())
+    rows = pa.table({"kind": kinds, "image": ledger["image_id"], "wrong": wrong})
+    errors = rows.group_by(["kind", "image"]).aggregate([("wrong", "mean")])
+    errors = errors.sort_by([("image", "ascending")])
+    names = pc.unique(kinds).to_pylist()
+    of_kind = (errors.filter(pc.equal(errors["kind"], name))["wrong_mean"] for name in names)
+    return names, np.stack([values.to_numpy() for values in of_kind], axis=1)

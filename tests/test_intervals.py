@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 import torch
 from statsmodels.stats.weightstats import DescrStatsW
@@ -33,19 +32,6 @@ def test_the_error_under_corruptions_has_students_interval_over_images():
     assert score.value == pytest.approx(per_image.mean())
     assert score.n == N
     assert (score.low, score.high) == pytest.approx(DescrStatsW(per_image).tconfint_mean())
-
-
-def test_an_image_without_some_questions_counts_in_the_others_alone():
-    ledger = pa.concat_tables(
-        verdicts(BATCH, f"{kind}-{severity}", (torch.arange(N) < 15).long())
-        for kind in KINDS
-        for severity in SEVERITIES
-    )
-    lacking = pc.and_(pc.equal(ledger["question"], "fog-3"), pc.equal(ledger["image_id"], "0"))
-    scores = {s.name: s for s in Corruptions(DIGITS).summarize(ledger.filter(pc.invert(lacking)))}
-    # The other 59 images hold 14 errors under fog-3.
-    assert scores["corruptions/fog"].value == pytest.approx((4 * 15 / 60 + 14 / 59) / 5)
-    assert scores["corruptions/snow"].value == pytest.approx(15 / 60)
 
 
 def test_an_interval_over_images_and_one_over_trainings_are_joined_by_their_squares():
