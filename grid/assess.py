@@ -26,7 +26,7 @@ from trainables.data.load import load_data
 from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.provenance import provenance
-from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
+from trainables.store.retries import MAX_FAILURES, OWN_FAULTS
 from trainables.store.storage import WEIGHTS
 from trainables.store.tracking import Credentials, fetch_artifact
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
@@ -120,8 +120,8 @@ class EvaluatorPool:
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
-    dies is restarted by Ray, and its shard is asked again after a wait, a few times; so is one that
-    ran out of memory. One whose device failed is ended, for a new one. Shards that are done lie in
+    dies is restarted by Ray, and its shard is asked again, a few times; so is one that ran out of
+    memory. One whose device failed is ended, for a new one. Shards that are done lie in
     `folder` until their cell is: a run that was stopped judges the other images, in shards of
     whatever size takes about 30 s. `say` is told of retries, and of a full disk.
     """
@@ -157,7 +157,6 @@ class EvaluatorPool:
         self._restarting: dict[Any, Any] = {}
         self._work: dict[Cell, _Work] = {}  # of cells that are not settled
         self._turns: list[Cell] = []  # of cells with shards that wait, the cheapest first
-        self._resting: list[tuple[float, Cell, Shard]] = []
         self._whole: list[Cell] = []
         # Of each evaluator: the images judged, and the seconds of all of them.
         self._judged: Counter[str] = Counter()
@@ -206,13 +205,10 @@ class EvaluatorPool:
         With each comes its ledger as Parquet, to `settle` once it is stored, or why it has none.
         """
         failed = []
-        self._wake()
         if references := [*self._under_way, *self._restarting]:
             ready, _ = ray.wait(references, timeout=0 if self._whole else timeout)
             failed = [failure for reference in ready if (failure := self._collect(reference))]
             self._hand_out()
-        elif self._resting:
-            time.sleep(timeout)
         whole, self._whole = self._whole, []
         return failed + [(cell, self._merged(cell), "") for cell in whole]
 
@@ -279,30 +275,20 @@ class EvaluatorPool:
             self._idle.append(actor)
 
     def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> tuple[Cell, bytes, str] | None:
-        """Have a shard wait to be asked again; return its cell where that is of no use."""
-        failures = self._work[cell].failures
-        failures[shard.first] += 1
+        """Have a shard take its turn again; return its cell where that is of no use."""
+        work = self._work[cell]
+        work.failures[shard.first] += 1
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        if isinstance(cause, OWN_FAULTS) or failures[shard.first] > MAX_FAILURES:
+        if isinstance(cause, OWN_FAULTS) or work.failures[shard.first] > MAX_FAILURES:
             del self._work[cell]
             self._turns = [other for other in self._turns if other != cell]
-            self._resting = [entry for entry in self._resting if entry[1] != cell]
             return cell, b"", reason
         reason = "its process died" if isinstance(cause, RayError) else reason
         self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
-        self._resting.append((time.monotonic() + wait_after(failures[shard.first]), cell, shard))
+        work.waiting.append(shard)
+        if cell not in self._turns:
+            self._await_turn(cell)
         return None
-
-    def _wake(self) -> None:
-        """Have the shards that have waited long enough take their turn again."""
-        now = time.monotonic()
-        for entry in [entry for entry in self._resting if entry[0] <= now]:
-            self._resting.remove(entry)
-            _, cell, shard = entry
-            self._work[cell].waiting.append(shard)
-            if cell not in self._turns:
-                self._await_turn(cell)
-        self._hand_out()
 
     def _await_turn(self, cell: Cell) -> None:
         bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])

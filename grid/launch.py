@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import logging
 import shutil
@@ -47,7 +46,7 @@ from trainables.scale import Scale
 from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, wait_after
-from trainables.store.tracking import Tracker, check_address
+from trainables.store.tracking import Tracker
 from trainables.trial import RecipeTrial, trial_config
 
 SHARDS_FOLDER = "shards"
@@ -123,7 +122,6 @@ def run_study(launch: Launch) -> Finished:
     stop. Trials and cells that MLflow has are left alone; where that is all, Ray is not started.
     """
     stop_on_signals()
-    check_address(launch.mlflow or "")
     data = load_data(launch.scale, launch.source)
     _check_plan(launch)
     with sole_run(launch.results):
@@ -349,7 +347,6 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         super().__init__()
         self._configs, self._teams_placed = configs, teams_placed
         self._teachers = {d: trial_config(config)["teacher"] for d, config in configs.items()}
-        self._places = {digest: place for place, digest in enumerate(configs)}
         self._waiting = list(configs)
         self._under_way: dict[str, str] = {}  # digests, by Tune's id of a try
         self._failures: Counter[str] = Counter()
@@ -383,7 +380,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         self._failures[digest] += 1
         if self._failures[digest] <= MAX_FAILURES:
             self._not_before[digest] = time.monotonic() + wait_after(self._failures[digest])
-            bisect.insort(self._waiting, digest, key=self._places.__getitem__)
+            self._waiting.insert(0, digest)
 
     def will_retry(self, digest: str) -> bool:
         """Say whether a trial that has just failed is tried again."""
@@ -472,7 +469,6 @@ def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]
 
     Waits `seconds` for the nodes that the cluster file promises.
     """
-    check_address(launch.mlflow or "")
     connect(launch.address)
     try:
         missing = wait_for_nodes(seconds)
