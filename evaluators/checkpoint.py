@@ -22,7 +22,7 @@ from evaluators import PGD_STEPS, base, evaluator_named
 from evaluators.base import Evaluator, cell_digest, device_named
 from evaluators.health import red_flags
 from evaluators.ledger import Score, to_parquet
-from evaluators.shards import Pace, ShardStore
+from evaluators.shards import ShardStore
 from evaluators.weights import load_any_weights
 from trainables.data.base import Data
 from trainables.data.listing import DataSource, scale_of
@@ -57,12 +57,13 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     subject = repr((weights, classifier, normalisation, scale, source.root, folders))
-    cells = [Cell(evaluator, data, folder, subject) for evaluator in _evaluators(options, scale)]
+    side = scale.image_size
+    cells = [Cell(e, data, folder, subject, side) for e in _evaluators(options, scale)]
     interrupted = False
     for cell in cells:
         print(f"{cell.evaluator.name}: {json.dumps(cell.evaluator.identity(data))}")
         if not (options.report_partial or interrupted):
-            interrupted = not cell.judge(classifier, device, side=scale.image_size)
+            interrupted = not cell.judge(classifier, device)
     judged = [cell for cell in cells if cell.store.judged]
     if not judged and not interrupted:
         raise ValueError(f"no image is judged yet in {folder}: leave --report-partial out")
@@ -86,13 +87,15 @@ class Cell:
     data: Data
     folder: Path
     subject: str
+    side: int
 
     @cached_property
     def store(self) -> ShardStore:
         """The shards of this question and subject."""
         key = f"{self.subject} {cell_digest(self.evaluator, self.data)}"
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        return ShardStore(self.folder / "shards" / digest, self.evaluator.total(self.data))
+        total, least = self.evaluator.total(self.data), self.evaluator.least_shard
+        return ShardStore(self.folder / "shards" / digest, total, side=self.side, least=least)
 
     @cached_property
     def ledger(self) -> pa.Table:
@@ -116,22 +119,19 @@ class Cell:
         part = "" if self.is_whole else f" ({self._part(' ')} images)"
         return [replace(score, name=score.name + part) for score in scores]
 
-    def judge(self, classifier: Classifier, device: torch.device, *, side: int) -> bool:
+    def judge(self, classifier: Classifier, device: torch.device) -> bool:
         """Judge the images that no shard holds yet, showing the time left; False on Ctrl-C."""
-        store, least = self.store, self.evaluator.least_shard
-        pace, console = Pace(side=side, least=least), Console(stderr=True)
-        quiet = store.total <= least or not console.is_terminal
+        store, console = self.store, Console(stderr=True)
+        quiet = store.total <= self.evaluator.least_shard or not console.is_terminal
         with suppress(KeyboardInterrupt), Progress(console=console, disable=quiet) as progress:
             bar = progress.add_task(self.evaluator.name, total=store.total, completed=store.judged)
-            while missing := store.missing():
-                shard, _ = pace.cut(missing[0])
-                began = time.monotonic()
+            while store.waiting:
+                shard, began = store.take(), time.monotonic()
                 ledger = base.evaluate(
                     self.evaluator, classifier, self.data, device=device, shard=shard
                 )
                 seconds, judged_by = time.monotonic() - began, provenance(str(device))
                 store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
-                pace.add(len(shard), seconds)
                 progress.advance(bar, len(shard))
             return True
         return False

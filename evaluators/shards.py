@@ -1,4 +1,4 @@
-"""The shards of a cell that are judged already, and how large the next one is to be."""
+"""The shards of a cell: those that are judged, and how large the next one is to be."""
 
 from __future__ import annotations
 
@@ -25,17 +25,23 @@ LATENCY_SHARE = 7 / 8  # at most, of a shard's seconds, does not grow with its i
 
 
 class ShardStore:
-    """One cell's shards, of any sizes, in a folder of the cell's own: a file each.
+    """One cell's images: judged shards in files of the cell's own folder, and those that wait.
 
-    A file is whole or absent: one that is damaged is removed when the folder is opened.
+    A file is whole or absent: one that is damaged is removed when the folder is opened. side: of
+    the images, in pixels. least: the fewest images that are worth a shard. Shards should take about
+    30 s of one process: the first is small, the next are as long as the seconds so far suggest.
     """
 
-    def __init__(self, folder: Path, total: int) -> None:
+    def __init__(self, folder: Path, total: int, *, side: int = 1, least: int = 1) -> None:
         self._folder, self.total = folder, total
+        self._least = max(least, 1)
+        self._first = max(self._least, FIRST_PIXELS // side**2)
+        self._timed: list[tuple[int, float]] = []
         self._paths: dict[Shard, Path] = {}
         for shard, path in sorted(self._sound_files()):
             if not self._paths or shard.first >= max(self._paths).end:
                 self._paths[shard] = path
+        self.waiting = self.missing()[::-1]
 
     @property
     def judged(self) -> int:
@@ -49,11 +55,22 @@ class ShardStore:
         gaps = zip(ends, firsts, strict=True)
         return [Shard(end, first) for end, first in gaps if end < first]
 
-    def add(self, shard: Shard, content: bytes) -> None:
-        """Keep a shard's ledger, as `to_parquet` made it."""
+    def take(self) -> Shard:
+        """Take the next shard out of those that wait."""
+        gap, images = self.waiting.pop(), self._images()
+        if len(gap) <= images * 1.5:
+            return gap
+        self.waiting.append(Shard(gap.first + images, gap.end))
+        return Shard(gap.first, gap.first + images)
+
+    def add(self, shard: Shard, content: bytes) -> float:
+        """Store a shard's ledger, as `to_parquet` made it; return the seconds that it took."""
         path = self._folder / f"{shard.first}-{shard.end}-{_digest(content)}.parquet"
         write_atomically(path, content)
         self._paths[shard] = path
+        seconds = from_parquet(content)[1]
+        self._timed.append((len(shard), seconds))
+        return seconds
 
     def merged(self) -> tuple[pa.Table, float]:
         """Return the ledger and the seconds of all that is judged; there must be something."""
@@ -85,32 +102,12 @@ class ShardStore:
             path.unlink()
         return [(shard, path) for shard, path in sound if shard.end <= self.total]
 
+    def _images(self) -> int:
+        """Return how many images the next shard should have.
 
-class Pace:
-    """How many images take about 30 s of one process, learned from shards of one cell.
-
-    Seconds are taken for a + b n: of small shards on a GPU most is latency, a, which more images
-    do not raise. The first shards of a cell are small, and grow fourfold at most.
-    """
-
-    def __init__(self, *, side: int, least: int) -> None:
-        self._least = max(least, 1)
-        self._first = max(self._least, FIRST_PIXELS // side**2)
-        self._timed: list[tuple[int, float]] = []
-
-    def add(self, images: int, seconds: float) -> None:
-        """Note what a shard took."""
-        self._timed.append((images, seconds))
-
-    def cut(self, gap: Shard) -> tuple[Shard, Shard]:
-        """Part what is to be judged into the next shard and the rest, which may be empty."""
-        images = self.images()
-        if len(gap) <= images * 1.5:
-            return gap, Shard(gap.end, gap.end)
-        return Shard(gap.first, gap.first + images), Shard(gap.first + images, gap.end)
-
-    def images(self) -> int:
-        """Return how many images the next shard should have."""
+        Seconds are taken for a + b n: of small shards on a GPU most is latency, a, which more
+        images do not raise.
+        """
         if not self._timed:
             return self._first
         sizes = [images for images, _ in self._timed]

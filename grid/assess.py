@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import evaluate
-from evaluators.ledger import from_parquet, to_parquet
-from evaluators.shards import Pace, ShardStore
+from evaluators.ledger import to_parquet
+from evaluators.shards import ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
@@ -46,27 +46,6 @@ class Cell:
     artifact_uri: str
     evaluator: str
     question: str
-
-
-@dataclass
-class _Work:
-    """A cell's images: judged ones in the store, and the shards that wait, the next one last."""
-
-    store: ShardStore
-    pace: Pace
-    waiting: list[Shard]
-    failures: Counter[int] = field(default_factory=Counter)  # by a shard's first image
-
-    @property
-    def left(self) -> int:
-        return self.store.total - self.store.judged
-
-    def next_shard(self) -> Shard:
-        """Take the next shard out of those that wait."""
-        shard, rest = self.pace.cut(self.waiting.pop())
-        if rest:
-            self.waiting.append(rest)
-        return shard
 
 
 class EvaluatorActor:
@@ -155,7 +134,8 @@ class EvaluatorPool:
         self._idle: list[Any] = []
         self._under_way: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._restarting: dict[Any, Any] = {}
-        self._work: dict[Cell, _Work] = {}  # of cells that are not settled
+        self._stores: dict[Cell, ShardStore] = {}  # of cells that are not settled
+        self._failures: Counter[tuple[Cell, int]] = Counter()  # by a shard's first image
         self._turns: list[Cell] = []  # of cells with shards that wait, the cheapest first
         self._whole: list[Cell] = []
         # Of each evaluator: the images judged, and the seconds of all of them.
@@ -164,7 +144,7 @@ class EvaluatorPool:
         self.grow(size)
 
     def __len__(self) -> int:
-        return len(self._work)
+        return len(self._stores)
 
     def grow(self, size: int) -> None:
         """Start actors until there are so many."""
@@ -191,9 +171,9 @@ class EvaluatorPool:
 
         least: the fewest images that are worth a shard.
         """
-        store = ShardStore(self._folder / f"{cell.trial}-{cell.question}", total)
-        self._work[cell] = work = _Work(store, Pace(side=self._side, least=least), store.missing())
-        if work.left:
+        folder = self._folder / f"{cell.trial}-{cell.question}"
+        self._stores[cell] = store = ShardStore(folder, total, side=self._side, least=least)
+        if store.waiting:
             self._await_turn(cell)
         else:
             self._whole.append(cell)
@@ -214,7 +194,7 @@ class EvaluatorPool:
 
     def settle(self, cell: Cell) -> None:
         """Forget a judged cell, now that its ledger is stored elsewhere."""
-        self._work.pop(cell).store.clear()
+        self._stores.pop(cell).clear()
 
     def seconds_left(self, coming: Counter[str]) -> float | None:
         """Estimate the time for all images asked for, and for those `coming`, by evaluator.
@@ -222,8 +202,8 @@ class EvaluatorPool:
         None until a shard of each evaluator has been timed.
         """
         images = Counter(coming)
-        for cell, work in self._work.items():
-            images[cell.evaluator] += work.left
+        for cell, store in self._stores.items():
+            images[cell.evaluator] += store.total - store.judged
         images = +images
         if any(name not in self._judged for name in images):
             return None
@@ -244,17 +224,14 @@ class EvaluatorPool:
             if isinstance(raised, RayTaskError):
                 error = raised.cause or raised
         self._free(actor, error)
-        work = self._work.get(cell)
-        if work is None:
+        store = self._stores.get(cell)
+        if store is None:
             return None
         if error:
             return self._failed(cell, shard, error)
-        seconds = from_parquet(content)[1]
-        self._seconds[cell.evaluator] += seconds
+        self._seconds[cell.evaluator] += patiently(lambda: store.add(shard, content), say=self._say)
         self._judged[cell.evaluator] += len(shard)
-        work.pace.add(len(shard), seconds)
-        patiently(lambda: work.store.add(shard, content), say=self._say)
-        if not work.left:
+        if store.judged == store.total:
             self._whole.append(cell)
         return None
 
@@ -276,16 +253,15 @@ class EvaluatorPool:
 
     def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> tuple[Cell, bytes, str] | None:
         """Have a shard take its turn again; return its cell where that is of no use."""
-        work = self._work[cell]
-        work.failures[shard.first] += 1
+        self._failures[cell, shard.first] += 1
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        if isinstance(cause, OWN_FAULTS) or work.failures[shard.first] > MAX_FAILURES:
-            del self._work[cell]
+        if isinstance(cause, OWN_FAULTS) or self._failures[cell, shard.first] > MAX_FAILURES:
+            del self._stores[cell]
             self._turns = [other for other in self._turns if other != cell]
             return cell, b"", reason
         reason = "its process died" if isinstance(cause, RayError) else reason
         self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
-        work.waiting.append(shard)
+        self._stores[cell].waiting.append(shard)
         if cell not in self._turns:
             self._await_turn(cell)
         return None
@@ -294,15 +270,15 @@ class EvaluatorPool:
         bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
 
     def _merged(self, cell: Cell) -> bytes:
-        store = self._work[cell].store
+        store = self._stores[cell]
         ledger, seconds = store.merged()
         return to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
 
     def _hand_out(self) -> None:
         while self._idle and self._turns:
             cell = self._turns[0]
-            shard = self._work[cell].next_shard()
-            if not self._work[cell].waiting:
+            shard = self._stores[cell].take()
+            if not self._stores[cell].waiting:
                 self._turns.pop(0)
             actor = self._idle.pop()
             self._under_way[actor.judge.remote(cell, shard)] = (cell, shard, actor)

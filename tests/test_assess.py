@@ -68,7 +68,7 @@ def pool(shared, monkeypatch):
     monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("evaluators.shards.FIRST_PIXELS", 5 * DIGITS.image_size**2)
     yield shared
-    for cell in list(shared._work):
+    for cell in list(shared._stores):
         shared.settle(cell)
 
 

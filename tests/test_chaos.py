@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.faults import FAULTS
-from tests.chaos.rounds import FAULTS_EACH, Chaos
+from tests.chaos import FAULTS, FAULTS_EACH, Chaos
 
-FAULTS_IN_CI = ("driver terminated", "MLflow server killed", "checkpoint truncated")
+FAULTS_IN_CI = ("trial actor killed", "MLflow server killed", "checkpoint truncated")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from evaluators.ledger import LEDGER, to_parquet
-from evaluators.shards import GROWTH, Pace, ShardStore
+from evaluators.shards import GROWTH, ShardStore
 from trainables.data.base import WHOLE, Shard
 
 IDS = tuple(f"class-{k}/{i:03d}" for k in range(10) for i in range(100))
@@ -84,37 +84,38 @@ def test_a_damaged_shard_is_judged_again(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def paced(seconds_of, *, side=16, least=1, shards=8):
+def paced(folder, seconds_of, *, side=16, least=1, shards=8):
     """Return the sizes of a cell's first shards where n images take `seconds_of(n)`."""
-    pace, sizes = Pace(side=side, least=least), []
+    store, sizes = ShardStore(folder, 10**9, side=side, least=least), []
     for _ in range(shards):
-        sizes.append(pace.images())
-        pace.add(sizes[-1], seconds_of(sizes[-1]))
+        shard = store.take()
+        sizes.append(len(shard))
+        store.add(shard, to_parquet(LEDGER.empty_table(), seconds=seconds_of(len(shard))))
     return sizes
 
 
-@pytest.mark.parametrize(("side", "first"), [(16, 64), (32, 16), (224, 1)])
-def test_a_cells_first_shard_is_small(side, first):
-    assert Pace(side=side, least=1).images() == first
-    assert Pace(side=side, least=10_000).images() == 10_000
+@pytest.mark.parametrize(
+    ("side", "least", "first"), [(16, 1, 64), (32, 1, 16), (224, 1, 1), (16, 10_000, 10_000)]
+)
+def test_a_cells_first_shard_is_small(tmp_path, side, least, first):
+    assert len(ShardStore(tmp_path, 10**6, side=side, least=least).take()) == first
 
 
-def test_shards_grow_fourfold_until_they_take_thirty_seconds():
-    assert paced(lambda n: 0.01 * n) == [64, 256, 1024, 3000, 3000, 3000, 3000, 3000]
+def test_shards_grow_fourfold_until_they_take_thirty_seconds(tmp_path):
+    assert paced(tmp_path, lambda n: 0.01 * n) == [64, 256, 1024, *[3000] * 5]
     assert GROWTH == 4
 
 
-def test_an_image_that_takes_longer_than_thirty_seconds_is_a_shard():
-    assert paced(lambda n: 100.0 * n, side=224) == [1, 2, 1, 1, 1, 1, 1, 1]
+def test_an_image_that_takes_longer_than_thirty_seconds_is_a_shard(tmp_path):
+    assert paced(tmp_path, lambda n: 100.0 * n, side=224) == [1, 2, *[1] * 6]
 
 
-def test_shards_of_latency_alone_grow_for_all_that():
-    sizes = paced(lambda n: 45 + 0.25 * n, side=224)
+def test_shards_of_latency_alone_grow_for_all_that(tmp_path):
+    sizes = paced(tmp_path, lambda n: 45 + 0.25 * n, side=224)
     assert sizes[:4] == [1, 2, 7, 17]
     assert sizes[-1] == pytest.approx(120, rel=0.15)
 
 
-def test_a_small_rest_is_no_shard_of_its_own():
-    pace = Pace(side=16, least=1)
-    assert pace.cut(Shard(10, 106)) == (Shard(10, 106), Shard(106, 106))
-    assert pace.cut(Shard(10, 107)) == (Shard(10, 74), Shard(74, 107))
+@pytest.mark.parametrize(("images", "taken"), [(96, 96), (97, 64)])
+def test_a_small_rest_is_no_shard_of_its_own(tmp_path, images, taken):
+    assert ShardStore(tmp_path, images, side=16).take() == Shard(0, taken)
