@@ -20,7 +20,7 @@ from grid.progress import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.store.storage import WEIGHTS, fetched, read_file, weights_path, write_file
+from trainables.store.storage import WEIGHTS, fetched, read_file, weights_path
 from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
 
 POLL_SECONDS = 0.2
@@ -128,19 +128,21 @@ class Recorder(threading.Thread):
                 self.tracker.describe_trial(run, params=_params(trial), dataset=self._dataset)
 
     def mend(self, storage: str) -> None:
-        """Restore weights that are to be judged or to teach; without a sound copy, train again.
+        """Have trials go on whose weights are damaged and are to be judged, or to teach.
 
-        They lie twice: in MLflow, to be judged, and in the storage, for students.
+        To be judged they lie in MLflow, for students in the storage; a trial's last checkpoint, if
+        it is there, makes both again.
         """
-        for digest in self._trials:
-            if self._outcome(digest) == "finished" and self._missing(digest):
-                self._mend(self._runs[digest], storage, teaches=False)
+        for digest, run in self._runs.items():
+            if run.outcome == "finished" and self._missing(digest):
+                self._check_weights(run, self.tracker.artifact(run.artifact_uri, WEIGHTS))
         checked: set[str] = set()
-        # One that is trained again has a teacher, too.
+        # One that goes on has a teacher, too.
         while teachers := self._teachers() - checked:
             for digest in teachers:
                 if self._outcome(digest) == "finished":
-                    self._mend(self._runs[digest], storage, teaches=True)
+                    content = read_file(weights_path(storage, digest))
+                    self._check_weights(self._runs[digest], content)
             checked |= teachers
         self._count()
 
@@ -148,39 +150,12 @@ class Recorder(threading.Thread):
         teachers = (trial.recipe.teacher for trial in self.trials_to_train())
         return {teacher.digest() for teacher in teachers if teacher}
 
-    def _mend(self, run: TrialRun, storage: str, *, teaches: bool) -> None:
-        """Restore the copy of a trial's weights that is needed, or have it trained again."""
-
-        def is_sound(content: bytes | None) -> bool:
-            return content is not None and hashlib.sha256(content).hexdigest() == run.weights_sha256
-
-        path = weights_path(storage, run.digest)
-        contents = {
-            "MLflow": lambda: self.tracker.artifact(run.artifact_uri, WEIGHTS),
-            path: lambda: read_file(path),
-        }
-        needed, other = (path, "MLflow") if teaches else ("MLflow", path)
-        if is_sound(contents[needed]()):
-            return
-        content = contents[other]()
-        if content is None or not is_sound(content):
+    def _check_weights(self, run: TrialRun, content: bytes | None) -> None:
+        if content is None or hashlib.sha256(content).hexdigest() != run.weights_sha256:
             self._line.say(
-                f"the weights of trial {run.digest} are damaged or missing: it is trained again"
+                f"the weights of trial {run.digest} are damaged or missing: they are made again"
             )
             self.tracker.continue_trial(run)
-            return
-        if teaches:
-            write_file(path, content)
-        else:
-            self._store_weights(run, path, run.weights_sha256)
-        self._line.say(
-            f"the weights of trial {run.digest} in {needed} were damaged: they are restored"
-        )
-
-    def _store_weights(self, run: TrialRun, path: str, sha256: str) -> None:
-        sizes = {"image_size": self._scale.image_size, "classes": self._scale.num_classes}
-        with fetched(path) as weights:
-            self.tracker.store_weights(run, weights, sha256, **sizes)
 
     def begin(self, parent: str, pool: EvaluatorPool) -> None:
         """Start to write, below the study's run, what trials report and the pool judges."""
@@ -295,7 +270,9 @@ class Recorder(threading.Thread):
         outcome, reason = result["outcome"], result["reason"]
         if outcome == "finished":
             before = run.weights_sha256
-            self._store_weights(run, result["weights"], result["sha256"])
+            sizes = {"image_size": self._scale.image_size, "classes": self._scale.num_classes}
+            with fetched(result["weights"]) as weights:
+                self.tracker.store_weights(run, weights, result["sha256"], **sizes)
             if before not in ("", result["sha256"]):
                 self._forget_cells(run)
         else:

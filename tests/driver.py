@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+from trainables.store.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
 SECONDS = 900
 
 
@@ -19,6 +25,34 @@ epochs = [{epochs}]
 """
 
 
+def start(study, results, *arguments):
+    """Start the real command on a study file, in a session of its own."""
+    command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(driver, code=0):
+    """Wait for a started command to end with an exit status; return all that it printed."""
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == code, said
+    return said
+
+
+def trials(results):
+    """Return the trials that a results folder's database holds, by digest."""
+    uri = f"sqlite:///{results}/mlflow.db"
+    return Tracker(
+        uri, experiment="robustness-digits", artifacts=Path(results, "artifacts")
+    ).trials()
+
+
 def wait_until(process, condition):
     """Wait for something that a started process, if one is named, is to bring about."""
     deadline = time.monotonic() + SECONDS
@@ -29,6 +63,6 @@ def wait_until(process, condition):
         time.sleep(0.1)
 
 
-def wait_for_checkpoint(results, driver):
-    """Wait until a trial of a started command has kept its first checkpoint."""
-    wait_until(driver, lambda: list(results.glob("trials/*/epoch-*.pt")))
+def wait_for_checkpoint(results, driver, *, beside=frozenset()):
+    """Wait until a started command has stored a checkpoint, beside those named."""
+    wait_until(driver, lambda: set(results.glob("trials/*/epoch-*.pt")) - beside)

@@ -120,16 +120,6 @@ def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
     assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
 
 
-def test_a_cell_whose_shards_are_all_kept_comes_out_at_once(pool, trial):
-    cell = cell_of(trial, "clean")
-    store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 597)
-    ledger = evaluate(evaluator_named("clean", SCALE), trial[1], load_data(SCALE), device=CPU)
-    store.add(Shard(0, 597), to_parquet(ledger, seconds=5.0))
-    pool.submit(cell, 597)
-    ((_, content, _),) = pool.poll(0)
-    assert from_parquet(content)[0].equals(ledger)
-
-
 def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):
     pool = new_pool(tmp_path)
     for name in ("autoattack-small", "pgd", "natural", "clean"):
@@ -175,42 +165,35 @@ def pid_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
-def test_an_actor_that_dies_is_replaced_and_its_shard_asked_again(pool, trial):
-    pid = pid_of(idle_actor(pool))
-    pool.submit(cell_of(trial, "pgd"), 12)
-    os.kill(pid, 9)
-    ((_, content, error),) = judged(pool)
-    assert not error
-    assert from_parquet(content)[0].num_rows == 4 * 12
+def killed(actor, trial):
+    actor.__ray_call__.remote(lambda _: os.kill(os.getpid(), 9))
 
 
-@pytest.mark.slow
-def test_an_actor_that_hangs_is_ended_and_its_shard_asked_again(pool, trial):
-    digest, _, uri = trial
-
+def hung(actor, trial):
     def hang(actor):
-        classifier = actor._load(uri, digest)
+        classifier = actor._load(trial[2], trial[0])
         classifier.register_forward_pre_hook(lambda *_: time.sleep(1000))
 
-    actor = idle_actor(pool)
-    pid = pid_of(actor)
     ray.get(actor.__ray_call__.remote(hang))
-    pool.submit(cell_of(trial, "pgd"), 12)
-    ((_, _, error),) = judged(pool)
-    assert not error
-    assert pid_of(idle_actor(pool)) != pid
 
 
-def test_an_actor_whose_device_failed_is_ended_and_another_process_judges(pool, trial):
+def without_device(actor, trial):
     def lose_device(actor):
         def load(*_):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         actor._load = load
 
+    ray.get(actor.__ray_call__.remote(lose_device))
+
+
+@pytest.mark.parametrize(
+    "become", [killed, without_device, pytest.param(hung, marks=pytest.mark.slow)]
+)
+def test_an_actor_that_is_lost_is_replaced_and_its_shard_asked_again(pool, trial, become):
     actor = idle_actor(pool)
     pid = pid_of(actor)
-    ray.get(actor.__ray_call__.remote(lose_device))
+    become(actor, trial)
     pool.submit(cell_of(trial, "pgd"), 12)
     ((_, content, error),) = judged(pool)
     assert not error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grid.run import ENVIRONMENT
-from trainables.store.tracking import Tracker
+from tests.driver import trials
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -64,9 +64,7 @@ def ended(tmp_path_factory):
 
 
 def outcomes(results):
-    uri = f"sqlite:///{results}/mlflow.db"
-    tracker = Tracker(uri, experiment="robustness-digits", artifacts=results / "artifacts")
-    return {run.outcome: run for run in tracker.trials().values()}
+    return {run.outcome: run for run in trials(results).values()}
 
 
 def test_a_collapse_and_a_block_are_outcomes_and_no_failures(ended):
