@@ -93,22 +93,17 @@ def test_a_cell_that_failed_is_done_once_it_has_an_answer(tracker, results, tria
     assert (again.cells, again.failed_cells) == ({"pgd": "q"}, {})
 
 
-def test_a_run_that_was_killed_before_its_end_is_still_training(tracker, results, trial):
-    tracker._tag(trial, outcome="finished")
+def test_a_trial_is_in_training_until_its_end_is_written_and_when_it_goes_on(
+    tracker, results, trial
+):
+    tracker._tag(trial, outcome="finished")  # killed before its end
     assert found_again(results, trial).outcome == "training"
-    tracker.end_trial(trial, outcome="finished", reason="")
-    assert found_again(results, trial).outcome == "finished"
-
-
-def test_a_failed_trial_that_goes_on_is_training_again(tracker, results, trial):
-    tracker.end_trial(trial, outcome="failed", reason="a node was lost")
-    again = found_again(results, trial)
-    assert (again.outcome, again.reason) == ("failed", "a node was lost")
-    tracker.continue_trial(again)
-    assert found_again(results, trial).outcome == "training"
-    tracker.end_trial(again, outcome="finished", reason="")
-    again = found_again(results, trial)
-    assert (again.outcome, again.reason) == ("finished", "")
+    for outcome, reason in (("failed", "a node was lost"), ("finished", "")):
+        tracker.end_trial(trial, outcome=outcome, reason=reason)
+        again = found_again(results, trial)
+        assert (again.outcome, again.reason) == (outcome, reason)
+        tracker.continue_trial(again)
+        assert found_again(results, trial).outcome == "training"
 
 
 def test_a_trial_serves_the_tables_of_every_command_in_their_order(tracker, results, trial):
