@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.data.load import stored_split
 from trainables.data.registry import STORED_SETS
-from trainables.scale import Scale
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
@@ -26,10 +25,8 @@ if TYPE_CHECKING:
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
-READ_AT_ONCE = 500
+AT_ONCE = 500  # images that are read and judged by the reference
 MANY_CLASSES = 50  # beyond it a support vector machine's pairs of classes are too many
-SCORES_BYTES = 256_000_000  # of what the reference holds at once while it judges
-ENTRY_BYTES = 17  # a float64, its negative or square, and a flag
 
 
 class Natural(Evaluator):
@@ -46,9 +43,6 @@ class Natural(Evaluator):
         Column("natural-1000", "ImageNet-A, among all 1,000", own_score="natural-1000"),
     )
 
-    def __init__(self, scale: Scale) -> None:
-        self.data_set = scale.data_set
-
     def identity(self, source: Data) -> dict[str, Any]:
         images = super().identity(source)
         if located := source.counterpart("natural"):
@@ -63,9 +57,9 @@ class Natural(Evaluator):
         return stored_split(*located, source) if located else hardest(source)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        if self.data_set.generated:
+        if self.scale.data_set.generated:
             return math.ceil(held_out * HARDEST_SHARE)
-        return STORED_SETS[self.data_set.counterpart("natural")].images
+        return STORED_SETS[self.scale.data_set.counterpart("natural")].images
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         split, located = self.images(source), source.counterpart("natural")
@@ -96,63 +90,44 @@ def hardest(source: Data) -> Split:
     CNN nor transformer, so it favours no family of the study.
     """
     train, held_out = source.train.subset(REFERENCE_IMAGES, seed=0), source.held_out
-    count = len(source.class_names)
-    reference = _vector_machine(train) if count <= MANY_CLASSES else _kernel_ridge(train, count)
-    pixels_ND, labels_N = _grey_pixels(held_out), held_out.labels.numpy()
-    rows = max(1, SCORES_BYTES // (ENTRY_BYTES * reference.columns))
+    classes, scores_of = _fitted_reference(train, len(source.class_names))
+    pixels_ND, labels_N1 = _grey_pixels(held_out), held_out.labels.numpy()[:, None]
     margins = []
-    for first in range(0, len(held_out), rows):
-        part = slice(first, first + rows)
-        margins.append(reference.margins(pixels_ND[part], labels_N[part]))
+    for first in range(0, len(held_out), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        scores_NK = scores_of(pixels_ND[part])
+        if scores_NK.ndim == 1:  # of two classes scikit-learn returns the second one's score
+            scores_NK = np.stack([-scores_NK, scores_NK], axis=1)
+        true_NK = classes == labels_N1[part]
+        rival_N = np.where(true_NK, -np.inf, scores_NK).max(axis=1)
+        margins.append(np.where(true_NK, scores_NK, -np.inf).max(axis=1) - rival_N)
         beat()
     hard = math.ceil(len(held_out) * HARDEST_SHARE)
     return held_out.at(np.sort(np.argsort(np.concatenate(margins), kind="stable")[:hard]))
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """A fitted classifier: the scores_NK of its classes, for which it holds N x `columns`."""
-
-    score: Callable[[np.ndarray], np.ndarray]
-    classes: np.ndarray
-    columns: int
-
-    def margins(self, pixels_ND: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-        """Return by how much the score of each image's true class exceeds the best other."""
-        scores = self.score(pixels_ND)
-        if scores.ndim == 1:
-            scores = np.stack([-scores, scores], axis=1)
-        true = self.classes == labels_N[:, None]
-        rival = np.where(true, -np.inf, scores).max(axis=1)
-        margins: np.ndarray = np.where(true, scores, -np.inf).max(axis=1) - rival
-        return margins
-
-
-def _vector_machine(train: Split) -> _Reference:
+def _fitted_reference(
+    train: Split, num_classes: int
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Fit the reference; return its classes and the function from pixels_ND to their scores_NK."""
+    from sklearn.kernel_ridge import KernelRidge
     from sklearn.svm import SVC
 
-    fitted = SVC().fit(_grey_pixels(train), train.labels.numpy())
-    return _Reference(fitted.decision_function, fitted.classes_, math.comb(len(fitted.classes_), 2))
-
-
-def _kernel_ridge(train: Split, num_classes: int) -> _Reference:
-    """Fit the classes' indicators, with the kernel's width that a support vector machine takes."""
-    from sklearn.kernel_ridge import KernelRidge
-
-    pixels_ND = _grey_pixels(train).astype(np.float64)
-    classes = np.arange(num_classes)
-    gamma = 1 / max(pixels_ND.shape[1] * pixels_ND.var(), 1e-12)
-    fitted = KernelRidge(kernel="rbf", gamma=gamma).fit(
-        pixels_ND, np.equal(classes, train.labels.numpy()[:, None]).astype(np.float64)
-    )
-    return _Reference(fitted.predict, classes, len(train) + num_classes)
+    pixels_ND, labels_N = _grey_pixels(train), train.labels.numpy()
+    if num_classes <= MANY_CLASSES:
+        machine = SVC().fit(pixels_ND, labels_N)
+        return machine.classes_, machine.decision_function
+    pixels_ND = pixels_ND.astype(np.float64)
+    # The kernel's width is the one that a support vector machine takes.
+    ridge = KernelRidge(kernel="rbf", gamma=1 / (pixels_ND.shape[1] * pixels_ND.var()))
+    return np.arange(num_classes), ridge.fit(pixels_ND, np.eye(num_classes)[labels_N]).predict
 
 
 def _grey_pixels(split: Split) -> np.ndarray:
     """Return each image's grey pixels_ND in [0, 1], at most 32 a side."""
     parts = []
-    for first in range(0, len(split), READ_AT_ONCE):
-        grey_BHW = split.images[first : first + READ_AT_ONCE].float().mean(dim=1)
+    for first in range(0, len(split), AT_ONCE):
+        grey_BHW = split.images[first : first + AT_ONCE].float().mean(dim=1)
         if grey_BHW.shape[-1] > REFERENCE_SIDE:
             grey_BHW = F.adaptive_avg_pool2d(grey_BHW, REFERENCE_SIDE)
         parts.append(grey_BHW.flatten(1).div(255))

@@ -17,7 +17,6 @@ from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.ledger import Score, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import stored_split
-from trainables.scale import Scale
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier
@@ -42,25 +41,19 @@ class Stylized(Evaluator):
         Column("stylized", "Stylized, native size", own_score="stylized-cropped"),
     )
 
-    def __init__(self, scale: Scale) -> None:
-        self.readings = 1 if scale.data_set.generated else 2
-
     def identity(self, source: Data) -> dict[str, Any]:
         images = super().identity(source)
         if located := source.counterpart("stylized"):
             return {"data": located[0].title, **images}
-        return {
-            "data": f"cue conflict ({source.name})",
-            **images,
-            "texture": "Fourier amplitude",
-        }
+        title = f"cue conflict ({source.name})"
+        return {"data": title, **images, "texture": "Fourier amplitude"}
 
     def images(self, source: Data) -> Split:
         located = source.counterpart("stylized")
         return stored_split(*located, source) if located else source.held_out
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        return self.readings * held_out
+        return held_out if self.scale.data_set.generated else 2 * held_out
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         located = source.counterpart("stylized")
@@ -108,16 +101,11 @@ def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batc
 def texture_partners(ids: tuple[str, ...], labels: Tensor) -> np.ndarray:
     """Return for each image the index of one of another class, chosen by the image's id."""
     others = {label: np.flatnonzero(labels != label) for label in set(labels.tolist())}
-    if len(others) < 2:
-        raise ValueError("a cue conflict needs images of at least two classes")
-    chosen = [
-        others[label][
-            int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:7], "big")
-            % len(others[label])
-        ]
-        for image_id, label in zip(ids, labels.tolist(), strict=True)
-    ]
-    return np.array(chosen)
+    partners = []
+    for image_id, label in zip(ids, labels.tolist(), strict=True):
+        number = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:7], "big")
+        partners.append(others[label][number % len(others[label])])
+    return np.array(partners)
 
 
 def mix_cues(shapes_BCHW: Tensor, textures_BCHW: Tensor) -> Tensor:
@@ -127,7 +115,6 @@ def mix_cues(shapes_BCHW: Tensor, textures_BCHW: Tensor) -> Tensor:
     second-order statistics, its mean and contrast included.
     """
     shape, texture = torch.fft.rfft2(shapes_BCHW), torch.fft.rfft2(textures_BCHW)
-    mixed: Tensor = torch.fft.irfft2(
-        torch.polar(texture.abs(), shape.angle()), s=shapes_BCHW.shape[2:]
-    )
-    return mixed.clamp(0, 1)
+    mixed = torch.polar(texture.abs(), shape.angle())
+    images_BCHW: Tensor = torch.fft.irfft2(mixed, s=shapes_BCHW.shape[2:])
+    return images_BCHW.clamp(0, 1)

@@ -109,22 +109,6 @@ def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
     assert wrong <= set(chosen.ids)
 
 
-def test_the_reference_judges_in_parts_of_bounded_memory(monkeypatch):
-    data = load_data(DIGITS)
-    sizes = []
-    decide = SVC.decision_function
-
-    def recorded(fitted, pixels):
-        sizes.append(len(pixels))
-        return decide(fitted, pixels)
-
-    monkeypatch.setattr(SVC, "decision_function", recorded)
-    whole = hardest(replace(data))
-    monkeypatch.setattr(natural, "SCORES_BYTES", 17 * 45 * 100)
-    assert hardest(replace(data)).ids == whole.ids
-    assert sizes == [597, *[100] * 5, 97]
-
-
 @pytest.fixture(scope="module")
 def many():
     """Sixty classes of noisy bars in eight images each; three held out lie about their class."""
@@ -149,7 +133,7 @@ def test_many_classes_have_a_reference_that_is_linear_in_them_and_named(many, mo
     chosen = hardest(many)
     assert len(chosen) == 20
     assert {"many/0", "many/1", "many/2"} <= set(chosen.ids)
-    monkeypatch.setattr(natural, "SCORES_BYTES", 17 * (360 + 60) * 7)
+    monkeypatch.setattr(natural, "AT_ONCE", 7)
     assert hardest(replace(many)).ids == chosen.ids
     assert Natural(DIGITS).identity(many)["reference"] == "kernel ridge regression"
 

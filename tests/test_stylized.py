@@ -117,6 +117,6 @@ def test_the_cropped_reading_is_the_studys_and_the_native_one_as_stored(tmp_path
 
 def test_halving_a_batch_halves_its_remarks_too():
     batch = Batch(torch.zeros(3, 1), torch.arange(3), ("a", "b", "c"), "q", ("x", "y", "z"), (1,))
-    first, second = batch.halves()
-    assert (first.ids, first.stage, first.question) == (("a",), ("x",), "q")
-    assert (second.ids, second.stage, second.candidates) == (("b", "c"), ("y", "z"), (1,))
+    first, second = batch.parts(2)
+    assert (first.ids, first.stage, first.question) == (("a", "b"), ("x", "y"), "q")
+    assert (second.ids, second.stage, second.candidates) == (("c",), ("z",), (1,))
