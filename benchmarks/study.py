@@ -45,8 +45,8 @@ def beside_scripts(arguments: Sequence[str], *, repeats: int) -> Figure:
     plan = build_plan(
         load_study(options.study),
         DIGITS,
-        tables=options.tables or None,
-        evaluators=options.evaluators or None,
+        tables=options.tables,
+        evaluators=options.evaluators,
     )
     cells = sum(len(trial.evaluators) for trial in plan)
     walls = [one_turn(list(plan), arguments) for _ in range(repeats)]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
-
-from pydantic import model_validator
 
 from trainables.models import TIMM_PREFIX, model_named, model_of
 from trainables.recipe import (
@@ -17,6 +15,7 @@ from trainables.recipe import (
     Distillation,
     Recipe,
     format_augmentations,
+    parse_augmentations,
     problem,
     unknown,
 )
@@ -47,10 +46,9 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     ResNet with GELU, 'as-released' (0.8) or 'by-rule' (1.6); curriculum is 'none', one of the
     library or a table of rows; teacher is a base of the library.
 
-    Axes that bring fields along come first; then fields, all at once, so that a named field wins
-    over one that is brought along; then the axes that depend on fields. Epochs that would end
-    before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
-    cannot be.
+    Axes that bring fields along come first; then fields, so that a named one wins; the adversarial
+    rate, which depends on fields, is last. Epochs that would end before the warm-up shorten it in
+    proportion. ValueError where a value, or all of them together, cannot be.
     """
     for axis in values:
         if axis not in AXES:
@@ -58,17 +56,15 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
         if axis in _NAMED and not isinstance(values[axis], str):
             raise ValueError(f"{axis} is a name, not {values[axis]!r}")
     values = dict(values) | _looked_up(values, library or Library())
-    draft: Recipe = _Draft.model_validate(_fields_of(recipe))
-    for axis in sorted(values.keys() & _SETTERS.keys() - {ADVERSARIAL_RATE}, key=AXES.index):
+    rule = values.pop(ADVERSARIAL_RATE, None)
+    draft = recipe
+    for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
         draft = _SETTERS[axis](draft, values[axis])
     fields = {axis: value for axis, value in values.items() if axis not in _SETTERS}
-    draft = draft.replace(**(fields | _shortened_warmup(draft, fields)))
-    if ADVERSARIAL_RATE in values:
-        draft = _with_adversarial_rate(draft, values[ADVERSARIAL_RATE])
-    changed = Recipe.model_validate(_fields_of(draft))
+    changed = draft.replace(**(_shortened_warmup(draft, fields) | fields))
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
-    return changed
+    return changed if rule is None else _with_adversarial_rate(changed, rule)
 
 
 def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
@@ -87,23 +83,9 @@ def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
     return named
 
 
-class _Draft(Recipe):
-    """A recipe while axes are set on it, whose fields are not yet checked together."""
-
-    @model_validator(mode="after")
-    def _can_be(self) -> _Draft:
-        return self
-
-
-def _fields_of(recipe: Recipe) -> dict[str, Any]:
-    return {name: getattr(recipe, name) for name in Recipe.model_fields}
-
-
 def _shortened_warmup(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, float]:
     epochs = fields.get("epochs")
-    if "warmup_epochs" in fields or not isinstance(epochs, int):
-        return {}
-    if not 0 < epochs < recipe.warmup_epochs:
+    if not isinstance(epochs, int) or not 0 < epochs < recipe.warmup_epochs:
         return {}
     return {"warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs}
 
@@ -123,33 +105,14 @@ def with_settings(
     if changed.distillation is None:
         return changed
     teacher = changed.distillation.teacher
+    of_teachers = {axis: value for axis, value in settings.items() if axis in SETTABLE}
     try:
-        teacher = with_settings(teacher, _of_teachers(settings), library=library)
+        teacher = with_settings(teacher, of_teachers, library=library)
     except ValueError as error:
         raise ValueError(f"teacher {teacher.describe()}: {problem(error)}") from None
-    distillation = changed.distillation.model_copy(update={"teacher": teacher})
-    return changed.replace(distillation=distillation)
-
-
-def warmup_notes(
-    recipe: Recipe, settings: Mapping[str, Any], axes: Mapping[str, Any], library: Library
-) -> Iterator[str]:
-    """Say where `with_settings` shortens the warm-up of the recipe or a teacher."""
-    values = {**axes, **settings}
-    changed = with_axes(recipe, values, library)
-    others = {axis: value for axis, value in values.items() if axis != "epochs"}
-    whole = with_axes(recipe, others, library)
-    if whole.warmup_epochs > changed.epochs:
-        yield (
-            f"the warm-up of {whole.warmup_epochs:g} of {whole.epochs} epochs is shortened to "
-            f"{changed.warmup_epochs:g} of {changed.epochs}"
-        )
-    if changed.teacher:
-        yield from warmup_notes(changed.teacher, _of_teachers(settings), {}, library)
-
-
-def _of_teachers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {axis: value for axis, value in settings.items() if axis in SETTABLE}
+    return changed.replace(
+        distillation=changed.distillation.model_copy(update={"teacher": teacher})
+    )
 
 
 def check_settings(settings: Mapping[str, Any], axes: Axes) -> None:
@@ -170,17 +133,23 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{axis}={value}" for axis, value in settings.items())
 
 
+# Setters change drafts, whose fields `with_axes` validates together at its end.
+
+
+def _changed(recipe: Recipe, **fields: Any) -> Recipe:
+    return recipe.model_copy(update=fields)
+
+
 def _with_model(recipe: Recipe, model: str) -> Recipe:
-    changed = recipe.replace(model=model)
+    changed = _changed(recipe, model=model)
     if changed.family == recipe.family or recipe.adversary:
         return changed
     return _with_optimizer(changed, recipe.optimizer)
 
 
 def _with_family(recipe: Recipe, family: str) -> Recipe:
-    if family.startswith(TIMM_PREFIX):
-        return _with_model(recipe, family)
-    return _with_model(recipe, model_of(family, recipe.size))
+    timm = family.startswith(TIMM_PREFIX)
+    return _with_model(recipe, family if timm else model_of(family, recipe.size))
 
 
 def _with_size(recipe: Recipe, size: str) -> Recipe:
@@ -189,22 +158,22 @@ def _with_size(recipe: Recipe, size: str) -> Recipe:
 
 def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
     settings = published_settings(recipe.model, optimizer)
-    changed = recipe.replace(optimizer=optimizer, micro_batch=None, **settings)
+    changed = _changed(recipe, optimizer=optimizer, micro_batch=None, **settings)
     return _adversarial(changed) if recipe.adversary else changed
 
 
 def _with_augmentation(recipe: Recipe, augmentations: Any) -> Recipe:
-    changed = recipe.replace(augmentations=augmentations)
-    smoothed = changed.augmentations or changed.adversary
-    return changed.replace(label_smoothing=0.1 if smoothed else 0.0)
+    names = parse_augmentations(augmentations)
+    smoothing = 0.1 if names or recipe.adversary else 0.0
+    return _changed(recipe, augmentations=names, label_smoothing=smoothing)
 
 
 def _with_training(recipe: Recipe, training: str) -> Recipe:
     if training not in ("clean", "adversarial"):
-        raise ValueError(f"unknown training {training!r}; one of ['adversarial', 'clean']")
+        raise ValueError(unknown("training", training, ("adversarial", "clean")))
     if training == "adversarial":
         return _adversarial(recipe)
-    changed = recipe.replace(adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
+    changed = _changed(recipe, adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
     changed = _with_optimizer(changed, recipe.optimizer)
     return _with_augmentation(changed, changed.augmentations)
 
@@ -218,7 +187,8 @@ def _adversarial(recipe: Recipe) -> Recipe:
     sgd, model = recipe.optimizer == "sgd", model_named(recipe.model)
     cnn = model.settings == "cnn"
     ghosts = {"norm": "ghost", "ghost_batch": 64, "micro_batch": AT_FORWARD}
-    return recipe.replace(
+    return _changed(
+        recipe,
         adversary=Adversary(epsilon=4 / 255, step_size=4 / 255, plain_start=0.2 if cnn else 0.0),
         pixel_range="half",
         batch_size=AT_BATCH,
@@ -237,19 +207,25 @@ def _with_adversarial_rate(recipe: Recipe, rule: str) -> Recipe:
     8 batches and main_adv_res.py counts 4 (0.1 * 128 * 4 * 4 / 256). Other recipes have one rate.
     """
     if rule not in (AS_RELEASED, BY_RULE):
-        raise ValueError(f"unknown adversarial_rate {rule!r}; one of {[AS_RELEASED, BY_RULE]}")
+        raise ValueError(unknown(ADVERSARIAL_RATE, rule, (AS_RELEASED, BY_RULE)))
     if not _has_two_rates(recipe):
         return recipe
     rate = 0.1 * recipe.batch_size / 256
-    return recipe.replace(learning_rate=rate if rule == BY_RULE else rate / 2)
+    return _changed(recipe, learning_rate=rate if rule == BY_RULE else rate / 2)
+
+
+def _has_two_rates(recipe: Recipe) -> bool:
+    settings = model_named(recipe.model).settings
+    kind = settings, recipe.activation, recipe.optimizer, recipe.training
+    return kind == ("cnn", "gelu", "sgd", "adversarial")
 
 
 def _with_curriculum(recipe: Recipe, rows: Any) -> Recipe:
-    return recipe.replace(curriculum=rows, curriculum_epochs=recipe.epochs)
+    return _changed(recipe, curriculum=rows, curriculum_epochs=recipe.epochs)
 
 
 def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
-    return recipe.replace(distillation=Distillation(teacher=teacher) if teacher else None)
+    return _changed(recipe, distillation=Distillation(teacher=teacher) if teacher else None)
 
 
 _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
@@ -259,12 +235,11 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "optimizer": _with_optimizer,
     "augmentation": _with_augmentation,
     "training": _with_training,
-    ADVERSARIAL_RATE: _with_adversarial_rate,
     "curriculum": _with_curriculum,
     "teacher": _with_teacher,
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", ADVERSARIAL_RATE, "teacher")
-AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
+AXES = tuple(dict.fromkeys((*_SETTERS, ADVERSARIAL_RATE, *Recipe.model_fields)))
 # Pairs of axes of which one would undo the other.
 _SAME = (
     *(("model", "family"), ("model", "size")),
@@ -283,40 +258,13 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
     """Return the value a recipe has on an axis, as a user would write it."""
     if axis in ("augmentation", "augmentations"):
         return format_augmentations(recipe.augmentations)
-    if axis == "teacher":
+    if axis in ("teacher", "distillation"):
         return _base_of(recipe.teacher, library) if recipe.teacher else "none"
     if axis == ADVERSARIAL_RATE:
         return _adversarial_rate(recipe)
-    value = getattr(recipe, axis)
-    return _curriculum_name(value, library) if axis == "curriculum" else str(value)
-
-
-def _has_two_rates(recipe: Recipe) -> bool:
-    settings = model_named(recipe.model).settings
-    kind = settings, recipe.activation, recipe.optimizer, recipe.training
-    return kind == ("cnn", "gelu", "sgd", "adversarial")
-
-
-def _adversarial_rate(recipe: Recipe) -> str:
-    if not _has_two_rates(recipe):
-        return BY_RULE
-    study = _with_optimizer(_Draft.model_validate(_fields_of(recipe)), recipe.optimizer)
-    released = scale_named(recipe.scale).shrink(_with_adversarial_rate(study, AS_RELEASED))
-    return AS_RELEASED if recipe.learning_rate == released.learning_rate else BY_RULE
-
-
-def field_text(recipe: Recipe, name: str, library: Library) -> str:
-    """Return the value of a recipe's field as a plan shows it, in a few words."""
-    if name == "adversary" and recipe.adversary:
-        attack = recipe.adversary
-        return (
-            f"epsilon {attack.epsilon * 255:g}/255 in {attack.steps} steps of "
-            f"{attack.step_size * 255:g}/255 (plain start {attack.plain_start:g})"
-        )
-    if name == "distillation":
-        return f"teacher {axis_value(recipe, 'teacher', library)}"
-    value = getattr(recipe, name)
-    return f"{value:g}" if isinstance(value, float) else axis_value(recipe, name, library)
+    if axis == "curriculum":
+        return _curriculum_name(recipe.curriculum, library)
+    return str(getattr(recipe, axis))
 
 
 def _base_of(teacher: Recipe, library: Library) -> str:
@@ -326,6 +274,14 @@ def _base_of(teacher: Recipe, library: Library) -> str:
     )
     names = (name for name, base in library.bases.items() if unscaled(base) == unscaled(teacher))
     return next(names, teacher.model)
+
+
+def _adversarial_rate(recipe: Recipe) -> str:
+    if not _has_two_rates(recipe):
+        return BY_RULE
+    study = _with_adversarial_rate(_with_optimizer(recipe, recipe.optimizer), AS_RELEASED)
+    released = scale_named(recipe.scale).own_value(study, "learning_rate")
+    return AS_RELEASED if recipe.learning_rate == released else BY_RULE
 
 
 def _curriculum_name(rows: tuple[CurriculumRow, ...], library: Library) -> str:

@@ -18,7 +18,7 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grid.address import LOCAL
+from grid.options import LOCAL
 from trainables.ray_internals import listen_on_loopback
 from trainables.store.storage import Folder
 from trainables.store.tracking import Credentials, check_address

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,10 +33,8 @@ from grid.cluster import (
     wait_for_nodes,
 )
 from grid.plan import Plan
-from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.signals import stop_on_signals
-from grid.status import open_tracker
+from grid.status import ProgressLine, open_tracker
 from grid.study import Study
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
@@ -86,7 +85,8 @@ class Launch:
 
     def placement_of(self, family: str) -> Placement:
         """Return how a family's trials are placed: as the study says, else as the command does."""
-        return replace(self.placement, **self.study.placement.get(family, {}))
+        theirs = self.study.placement.get(family)
+        return replace(self.placement, **(theirs.model_dump(exclude_none=True) if theirs else {}))
 
     @property
     def placements(self) -> list[Placement]:
@@ -121,7 +121,6 @@ def run_study(launch: Launch) -> Finished:
     Raises ValueError before any compute when the run cannot be; KeyboardInterrupt after a clean
     stop. Trials and cells that MLflow has are left alone; where that is all, Ray is not started.
     """
-    stop_on_signals()
     data = load_data(launch.scale, launch.source)
     _check_plan(launch)
     with sole_run(launch.results):
@@ -135,8 +134,9 @@ def run_study(launch: Launch) -> Finished:
                 if not finished.failures:
                     return finished
                 recorder = _recorder(launch, data, line)  # some ledgers are damaged
+            handler = signal.getsignal(signal.SIGTERM)
             connect(launch.address)
-            stop_on_signals()  # again: Ray has set a handler of its own
+            signal.signal(signal.SIGTERM, handler)  # Ray has set a handler of its own
             check_room(launch.placements, joined=bool(launch.address))
             recorder = recorder or _recorder(launch, data, line)
             problems = launch.check_nodes(recorder.tracker).items()

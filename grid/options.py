@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +19,9 @@ from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
 
 MODES = ("plan", "check", "status", "report")
+LOCAL = "local"
+STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
+CONNECT_SECONDS = 2
 
 
 class RunOptions(DataOptions):
@@ -146,31 +151,32 @@ class RunOptions(DataOptions):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
         return self
 
-    def kept_values(self) -> dict[str, tuple[str, ...]]:
+    def values_by_axis(self) -> dict[str, tuple[str, ...]]:
         """Return the values that --only leaves of each axis; ValueError."""
-        values = {}
-        for word in " ".join(self.only).split():
-            axis, equals, listed = word.partition("=")
-            if not equals or not listed:
-                raise ValueError(f"--only wants AXIS=VALUE, not {word!r}")
-            if axis not in AXES:
-                raise ValueError(f"--only: {unknown('axis', axis, AXES)}")
-            values[axis] = tuple(listed.split(","))
-        return values
+        words = " ".join(self.only).split()
+        return {axis: tuple(text.split(",")) for axis, text in _pairs("only", words, "axis", AXES)}
 
     def settings(self) -> dict[str, Any]:
         """Return the values that --set gives fields of every recipe; ValueError."""
         settings: dict[str, Any] = {}
-        for word in self.set:
-            field, equals, value = word.partition("=")
-            if not equals or not value:
-                raise ValueError(f"--set wants FIELD=VALUE, not {word!r}")
-            if field not in SETTABLE:
-                raise ValueError(f"--set: {unknown('field', field, SETTABLE)}")
+        for field, value in _pairs("set", self.set, "field", SETTABLE):
             if field in settings:
                 raise ValueError(f"--set has two values of {field}; leave one out")
             settings[field] = _as_in_a_study_file(value)
         return settings
+
+
+def _pairs(
+    option: str, words: Iterable[str], kind: str, known: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the parts of words like NAME=VALUE; ValueError on one that is not, or names none."""
+    for word in words:
+        name, _, value = word.partition("=")
+        if not value:
+            raise ValueError(f"--{option} wants {kind.upper()}=VALUE, not {word!r}")
+        if name not in known:
+            raise ValueError(f"--{option}: {unknown(kind, name, known)}")
+        yield name, value
 
 
 def _as_in_a_study_file(text: str) -> Any:
@@ -180,3 +186,33 @@ def _as_in_a_study_file(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
+
+
+def cluster_address(address: str | None) -> str | None:
+    """Return the address of the Ray cluster to use, or None to start Ray on this machine alone.
+
+    It is the one that is named, here or in RAY_ADDRESS, or the one that `ray start` joined here.
+    ValueError where the named one does not answer.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address == LOCAL:
+        return None
+    if not address:
+        # Whoever else may write in /tmp could name a cluster of theirs, which runs what it likes.
+        trusted = STARTED_HERE.exists() and STARTED_HERE.stat().st_uid in (0, os.getuid())
+        joined = STARTED_HERE.read_text().strip() if trusted else ""
+        return joined if _answers(joined) else None
+    if not _answers(address):
+        raise ValueError(
+            f"no Ray cluster answers at {address}; it wants HOST:PORT, as 10.0.0.5:6379"
+        )
+    return address
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
+            return bool(host)
+    except (OSError, OverflowError, ValueError):  # nobody there; a port or a host that cannot be
+        return False

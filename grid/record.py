@@ -16,7 +16,7 @@ from evaluators.base import cell_digest
 from evaluators.ledger import from_parquet, judged_by
 from grid.assess import Cell, EvaluatorPool
 from grid.plan import Plan, Trial
-from grid.progress import Progress, ProgressLine
+from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale

@@ -5,21 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from grid.address import found_address
-from grid.options import RunOptions
-from grid.plan import Plan, build_plan
-from grid.progress import format_seconds
-from grid.signals import stop_on_signals
+from grid.estimate import print_plan
+from grid.options import RunOptions, cluster_address
+from grid.plan import Plan, build_plan, format_seconds
 from grid.study import Study, load_study
-from grid.summary import print_plan
 from trainables.data.listing import DataSource, scale_of
 from trainables.recipe import problem
 from trainables.scale import Scale
@@ -58,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = RunOptions.read(arguments)
     try:
         study = load_study(options.study)
-        study = replace(study, settings={**study.settings, **options.settings()})
+        settings = {**study.settings, **options.settings()}
+        study = study.model_copy(update={"settings": settings})
         source = options.source(cache=options.results / DECODED_FOLDER)
         scale, plan = _planned(options, study, source)
         if options.plan:
@@ -87,7 +85,7 @@ def _check_places(options: RunOptions) -> None:
         if not options.mlflow:
             check_database(options.results)
         return
-    found_address(options.address)
+    cluster_address(options.address)
     if not options.check:
         check_results(options.results)
 
@@ -97,10 +95,10 @@ def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Sca
     plan = build_plan(
         study,
         scale,
-        tables=options.tables or None,
-        only=options.kept_values(),
+        tables=options.tables,
+        only=options.values_by_axis(),
         seeds=options.seeds,
-        evaluators=options.evaluators or None,
+        evaluators=options.evaluators,
     )
     return scale, plan
 
@@ -166,7 +164,7 @@ def _launch(
         ),
         source=source,
         manifest=manifest,
-        address=found_address(options.address),
+        address=cluster_address(options.address),
         storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
     )
 
@@ -228,6 +226,13 @@ def _command() -> str:
 def _refuse(message: str) -> NoReturn:
     print(f"{RunOptions.prog}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def stop_on_signals() -> None:
+    """Stop on SIGTERM and SIGHUP as on Ctrl-C; one that is ignored stays so (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _leave(code: int) -> NoReturn:

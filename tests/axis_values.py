@@ -17,7 +17,7 @@ VALUES = {
     "augmentation": ("none", "cutmix", "randaug+mixup+cutmix"),
     "training": ("clean", "adversarial"),
     "adversarial_rate": ("as-released", "by-rule"),
-    "curriculum": ("none", "study", [ROW]),
+    "curriculum": ("none", "study", (ROW,)),
     "teacher": ("none", "resnet50"),
     "scale": ("imagenet",),
     "activation": ("relu", "silu"),

@@ -19,9 +19,8 @@ from evaluators.ledger import to_parquet
 from grid.assess import Cell
 from grid.launch import describe, scores_of
 from grid.plan import Plan
-from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.status import open_tracker
+from grid.status import ProgressLine, open_tracker
 from grid.study import Study
 from trainables.data.base import Split, to_unit
 from trainables.data.load import load_data

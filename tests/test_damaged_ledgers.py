@@ -10,10 +10,9 @@ from urllib.request import url2pathname
 import pytest
 
 from grid.plan import build_plan
-from grid.progress import ProgressLine
 from grid.record import Recorder
 from grid.report.build import write_report
-from grid.status import open_tracker
+from grid.status import ProgressLine, open_tracker
 from grid.study import load_study
 from tests.made_up import MadeUpPool, record
 from trainables.data.load import load_data

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -24,7 +23,7 @@ from trainables.scale import DIGITS
 def planned(tmp_path, toml, *, seeds=1, **settings):
     path = tmp_path / "s.toml"
     path.write_text(toml)
-    study = replace(load_study(str(path)), settings=settings)
+    study = load_study(str(path)).model_copy(update={"settings": settings})
     return study, build_plan(study, DIGITS, seeds=seeds)
 
 

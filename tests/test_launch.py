@@ -10,7 +10,7 @@ import ray
 from grid.cluster import Placement, check_room
 from grid.launch import Launch, _open_study, _recorder, _report, _start_pool
 from grid.plan import build_plan
-from grid.progress import ProgressLine
+from grid.status import ProgressLine
 from grid.study import load_study
 from tests.driver import study_of_one
 from tests.made_up import record

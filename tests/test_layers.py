@@ -26,16 +26,13 @@ MAY_IMPORT = {
 }
 LIGHT = (
     "grid/run.py",
-    "grid/address.py",
-    "grid/signals.py",
+    "grid/options.py",
     "trainables/models.py",
     "trainables/store/results.py",
     "grid/study.py",
     "grid/axes.py",
     "grid/plan.py",
     "grid/estimate.py",
-    "grid/summary.py",
-    "grid/progress.py",
 )
 HEAVY = {"torch", "torchvision", "timm", "ray", "mlflow", "sklearn", "scipy", "pyarrow", "numpy"}
 

@@ -29,7 +29,7 @@ from trainables.scale import DIGITS
 
 teacher = resnet50().replace(model="resnet18", weight_decay=1e30)
 student = resnet50().replace(model="resnet18", distillation=Distillation(teacher=teacher))
-study = Study("outcomes", base=student, axes={})
+study = Study(name="outcomes", base=student, axes={})
 launch = Launch(
     study=study,
     plan=build_plan(study, DIGITS),

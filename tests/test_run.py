@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from grid.options import RunOptions
 from grid.run import main
+from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
+from trainables.store.results import is_in_use
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +39,7 @@ def refusal(capsys, *arguments):
         (["--only", "activation"], "--only wants AXIS=VALUE, not 'activation'"),
         (
             ["--scale", "mnist"],
-            "unknown scale 'mnist'; one of ['cifar10', 'digits', 'folder', 'imagenet']",
+            "unknown scale 'mnist'; one of digits, imagenet, cifar10, folder",
         ),
         (["--seeds", "0"], "--seeds: Input should be greater than or equal to 1, not '0'"),
         (["--cpus-per-worker", "two"], "--cpus-per-worker: Input should be a valid integer"),
@@ -227,7 +230,7 @@ def test_plan_tells_hours_wall_clock_and_cost(capsys):
     assert "  T5     3 trials      22 h" in printed
     # The longest training takes 300 epochs of 15.1 units on 8 GPUs: more than a seventh of all.
     longest = 300 * 15.1 * 60 / 8 / 3600
-    assert f"Wall clock: {longest:.1f} h with 7 trials at once of 8 workers; the" in printed
+    assert f"Wall clock: {longest:.1f} h with 7 trials at once of 8 workers" in printed
     assert "Cost: $388." in printed
 
 
@@ -267,7 +270,7 @@ def test_words_of_set_may_hold_commas_and_quotes():
     words = ["--set", "augmentation=randaug+mixup", 'activation="gelu"', "--set", "a=[1, {b = 2}]"]
     options = RunOptions.read([*words, "--only", "family=resnet,deit epochs=10"])
     assert options.set == ("augmentation=randaug+mixup", 'activation="gelu"', "a=[1, {b = 2}]")
-    assert options.kept_values() == {"family": ("resnet", "deit"), "epochs": ("10",)}
+    assert options.values_by_axis() == {"family": ("resnet", "deit"), "epochs": ("10",)}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--plan", "--study", "full"]])
@@ -283,3 +286,39 @@ def test_help_and_plan_import_nothing_heavy(arguments):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def start(tmp_path):
+    study = tmp_path / "one.toml"
+    study.write_text(study_of_one(epochs=900))
+    run = [sys.executable, "grid/run.py", "--study", study, "--results", tmp_path / "results"]
+    return subprocess.Popen(
+        run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_run_that_is_told_to_end_says_how_to_continue(tmp_path, number):
+    driver = start(tmp_path)
+    wait_for_checkpoint(tmp_path / "results", driver)
+    driver.send_signal(number)
+    said = driver.communicate(timeout=SECONDS)[0]
+    assert driver.returncode == 130, said
+    assert "Stopped. Continue with: python grid/run.py --study" in said
+    assert "Traceback" not in said
+    assert not is_in_use(tmp_path / "results")
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, 130), (True, 0)])
+def test_a_process_that_ignores_hangups_is_not_stopped_by_one(ignored, code):
+    program = (
+        "import os, signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from grid.run import stop_on_signals\n"
+        "stop_on_signals()\n"
+        "try: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "except KeyboardInterrupt: sys.exit(130)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert ended.returncode == code

@@ -31,7 +31,7 @@ from evaluators.__main__ import main as evaluators_main
 from evaluators.shards import ShardStore
 from evaluators.textures import LAYOUT, StoredTextures
 from evaluators.weights import load_any_weights
-from grid import address, run
+from grid import options, run
 from grid.study import load_study
 from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
@@ -363,14 +363,14 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives a file to another user")
 def test_a_cluster_that_another_user_notes_in_tmp_is_not_joined(tmp_path, monkeypatch):
     noted = put(tmp_path / "ray_current_cluster", b"")
-    monkeypatch.setattr(address, "STARTED_HERE", noted)
+    monkeypatch.setattr(options, "STARTED_HERE", noted)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         there = f"127.0.0.1:{server.getsockname()[1]}"
         noted.write_text(there)
-        assert address.found_address(None) == there
+        assert options.cluster_address(None) == there
         os.chown(noted, 12345, -1)
-        assert address.found_address(None) is None
+        assert options.cluster_address(None) is None
 
 
 # The hashed set that cluster files install.

@@ -17,7 +17,7 @@ from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data, stored_split
 from trainables.data.registry import StoredSet, folder_data_set
 from trainables.options import DataOptions
-from trainables.scale import DIGITS, IMAGENET, folder_scale, scale_named
+from trainables.scale import DIGITS, IMAGENET, scale_for, scale_named
 
 SIDE = 16
 NOTHING = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
@@ -111,10 +111,14 @@ def test_a_folders_scale_is_rebuilt_from_its_name_and_follows_its_images(tmp_pat
 
 
 def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps():
-    large = folder_scale(image_size=224, num_classes=3, train_images=10**6, content="0" * 8)
+    large = scale_for(
+        folder_data_set(image_size=224, num_classes=3, train_images=10**6, content="0" * 8)
+    )
     assert large.batch_size == {}
     assert (large.stem, large.patch_size) == (IMAGENET.stem, IMAGENET.patch_size)
-    small = folder_scale(image_size=64, num_classes=3, train_images=600, content="0" * 8)
+    small = scale_for(
+        folder_data_set(image_size=64, num_classes=3, train_images=600, content="0" * 8)
+    )
     assert small.batch_size["cnn"] == 32
     assert small.learning_rate["cnn", "sgd"] == pytest.approx(0.1 * 32 / 256)
     assert small.learning_rate["transformer", "adamw"] == pytest.approx(2e-3 * (32 / 2048) ** 0.5)
@@ -131,7 +135,7 @@ def test_large_folders_keep_the_studys_batches_and_small_ones_have_sixteen_steps
 def test_folder_scales_that_cannot_be_are_refused(changes, message):
     wanted = {"image_size": 32, "num_classes": 2, "train_images": 9, "content": "0" * 8}
     with pytest.raises(ValueError, match=message):
-        folder_scale(**(wanted | changes))
+        folder_data_set(**(wanted | changes))
 
 
 def test_held_out_images_are_a_share_of_each_class_chosen_by_name(tmp_path):

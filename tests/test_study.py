@@ -110,29 +110,45 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
         ("columns = [", "colums = [", "tables.0: unknown key 'colums'; one of name, question, "),
         ("columns = [", "colums = [", "Did you mean 'columns'?"),
         ('"pgd-10"]', '"pgd-11"]', "table A1: columns: unknown score 'pgd-11'; one of pgd-5, "),
-        ('"pgd-10"]', '"pdg-10"]', "table A1: unknown score 'pdg-10'; one of clean, natural, "),
+        ('"pgd-10"]', '"pdg-10"]', "tables.0.columns.1: unknown score 'pdg-10'; one of clean, "),
         ('"pgd-10"]', '"stylised"]', "Did you mean 'stylized'?"),
         ('base = "resnet50"', 'base = "resnet5"', "row 'ReLU': unknown base 'resnet5'; one of "),
         ('base = "resnet50"', 'base = "resnet5"', "Did you mean 'resnet50'?"),
-        ('extends = "resnet50"', 'extends = "resnet5"', "bases.smooth: unknown base 'resnet5'"),
+        ('extends = "resnet50"', 'extends = "resnet5"', "bases: smooth: unknown base 'resnet5'"),
         (
             'activation = "gelu"',
             'activation = "gulu"',
             "not 'gulu'. Did you mean 'gelu'?",
         ),
         ('activation = "gelu"', 'activaton = "gelu"', "Did you mean 'activation'?"),
-        ("scheduler =", "schedule =", "table A1: row 'GELU, cosine': unknown axis 'schedule'; one"),
+        (
+            "scheduler =",
+            "schedule =",
+            "row 'GELU, cosine': unknown axis 'schedule'",
+        ),
         ('row = "A1/GELU"', 'row = "A1/GELUU"', "unknown row 'GELUU'; one of ReLU, GELU, GELU, c"),
         ('row = "A1/GELU"', 'row = "A2/GELU"', "unknown table 'A2'; one of A1. Did you mean 'A1'?"),
         ('row = "A1/GELU"', 'row = "GELU"', "claims.0.row: 'GELU' is not a row: write 'TABLE/lab"),
-        ('of = "A1/ReLU"', "", "claim 'GELU and ReLU are level on clean images': test 'level' ne"),
-        ('column = "clean"', 'column = "tpa"', "table A1: unknown column 'tpa'; one of clean, pg"),
+        ('of = "A1/ReLU"', "", "claims.0: test 'level' needs a second row: `of`"),
+        (
+            'column = "clean"',
+            'column = "tpa"',
+            "unknown column 'tpa'; one of clean, pgd-10",
+        ),
         ('test = "level"', 'test = "equal"', "claims.0.test: Input should be 'ahead', 'behind'"),
-        ('"GELU" = [77.1]', '"GELU" = [77.1, 3]', "figures of 'GELU': 2 for 1 columns, clean"),
-        ('"GELU" = [77.1]', '"SiLU" = [77.1]', "table A1: unknown row 'SiLU'; one of ReLU, GELU"),
-        ('label = "GELU"', 'label = "ReLU"', "table A1: row 'ReLU' is there twice"),
+        (
+            '"GELU" = [77.1]',
+            '"GELU" = [77.1, 3]',
+            "published: 'GELU' has 2 for 1 columns, cl",
+        ),
+        (
+            '"GELU" = [77.1]',
+            '"SiLU" = [77.1]',
+            "published: unknown row 'SiLU'; one of ReLU",
+        ),
+        ('label = "GELU"', 'label = "ReLU"', "tables.0.rows: row 'ReLU' is there twice"),
         ("[[claims]]", f"{EMPTY}\n[[claims]]", "table 'A1' is there twice"),
-        ('label = "ReLU", ', "", "table A1: row '': its label is missing"),
+        ('label = "ReLU", ', "", "tables.0.rows.0: row '': its label is missing"),
         (', base = "resnet50" }', " }", "row 'ReLU': unknown base ''; one of resnet50, "),
         ("[[claims]]", "[axes]\nepochs = [3]\n[[claims]]", "axes need a base"),
         ("[[claims]]", "[[claims]", "is not TOML"),
@@ -149,7 +165,7 @@ def test_a_wrong_file_names_file_key_and_nearest_word(tmp_path, old, new, messag
 
 
 def test_a_file_without_a_base_and_tables_has_nothing_to_train(tmp_path):
-    with pytest.raises(ValueError, match="neither a base nor tables"):
+    with pytest.raises(ValueError, match="neither base nor tables"):
         load_study(write(tmp_path, 'name = "s"\n'))
 
 

@@ -7,9 +7,8 @@ import sqlite3
 import pytest
 
 from grid.plan import build_plan
-from grid.progress import ProgressLine
 from grid.record import Recorder
-from grid.status import open_tracker
+from grid.status import ProgressLine, open_tracker
 from grid.study import load_study
 from tests.servers import MlflowServer
 from trainables.data.load import load_data

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_origin
@@ -193,16 +192,11 @@ class DataOptions(Options):
 
 def fraction(text: str, kind: str, example: str) -> Fraction:
     """Read a number above 0 and at most 1, such as 4/255, 0.25/255 or 0.025; ValueError."""
-    numerator, slash, denominator = text.partition("/")
+    numerator, _, denominator = text.partition("/")
     try:
-        value = _exact(numerator) / (_exact(denominator) if slash else 1)
-    except (ValueError, ArithmeticError):
+        value = Fraction(str(float(numerator))) / Fraction(str(float(denominator or 1)))
+    except (ValueError, ZeroDivisionError):
         value = Fraction(0)
     if not 0 < value <= 1:
         raise ValueError(f"{text!r} is no {kind}: above 0 and at most 1, like {example}")
     return value
-
-
-def _exact(text: str) -> Fraction:
-    # The exact fraction of 1e-999999999 would take hours.
-    return Fraction(float(text) if "e" in text.lower() else Decimal(text))

@@ -71,17 +71,16 @@ def format_augmentations(augmentations: Iterable[str]) -> str:
     return "+".join(augmentations) or "none"
 
 
-def _parse_augmentations(value: Any) -> Any:
-    names = ([] if value in ("", "none") else value.split("+")) if isinstance(value, str) else value
-    if not isinstance(names, list | tuple | set | frozenset):
+def parse_augmentations(value: Any) -> Any:
+    """Read a set of augmentations, given as names or as text like 'randaug+cutmix' or 'none'."""
+    if isinstance(value, str):
+        value = () if value in ("", "none") else value.split("+")
+    if not isinstance(value, list | tuple):
         return value
-    unknown = sorted(set(map(str, names)) - set(AUGMENTATIONS))
-    if unknown:
-        raise ValueError(
-            f"unknown augmentation {unknown[0]!r}; 'none' or a '+'-joined subset of "
-            f"{', '.join(AUGMENTATIONS)}"
-        )
-    return tuple(name for name in AUGMENTATIONS if name in names)
+    for name in map(str, value):
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"{unknown('augmentation', name, AUGMENTATIONS)}; join them by +")
+    return tuple(name for name in AUGMENTATIONS if name in value)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -185,7 +184,7 @@ class Recipe(Frozen):
     floor_rate: float = Field(default=1e-5, ge=0)
     epochs: int = Field(gt=0, le=MOST_EPOCHS)
     batch_size: int = Field(gt=0, le=MOST_IMAGES)
-    augmentations: Annotated[tuple[Augmentation, ...], BeforeValidator(_parse_augmentations)] = ()
+    augmentations: Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)] = ()
     randaug_magnitude: int = Field(default=9, ge=0, le=10)
     mixup_alpha: float = Field(default=0.8, gt=0)
     cutmix_alpha: float = Field(default=1.0, gt=0)

@@ -12,59 +12,27 @@ from trainables.data.registry import (
     FOLDER,
     DataSet,
     data_set_named,
-    folder_data_set,
 )
 from trainables.models import Settings, model_named
-from trainables.recipe import Adversary, CurriculumRow, Recipe
+from trainables.recipe import Recipe
 
 PUBLISHED_EPSILON = Fraction(4, 255)
 AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
-# What goes with a kind of model and an optimizer. DeiT under SGD is not in the study: 0.1 per 256
-# images.
-_PUBLISHED: dict[tuple[str, str], dict[str, float | int]] = {
-    ("cnn", "sgd"): {
-        "learning_rate": 0.1,
-        "weight_decay": 1e-4,
-        "batch_size": 256,
-        "warmup_epochs": 0.0,
-    },
-    ("cnn", "adamw"): {
-        "learning_rate": 5e-4,
-        "weight_decay": 0.05,
-        "batch_size": 256,
-        "warmup_epochs": 5.0,
-    },
-    ("transformer", "sgd"): {
-        "learning_rate": 0.8,
-        "weight_decay": 1e-4,
-        "batch_size": 2048,
-        "warmup_epochs": 0.0,
-    },
-    ("transformer", "adamw"): {
-        "learning_rate": 2e-3,
-        "weight_decay": 0.05,
-        "batch_size": 2048,
-        "warmup_epochs": 5.0,
-    },
+# The study's settings of a kind of model and an optimizer. DeiT under SGD is not in the study: 0.1
+# per 256 images.
+_FIELDS = ("learning_rate", "weight_decay", "batch_size", "warmup_epochs")
+_PUBLISHED: dict[tuple[str, str], tuple[float, float, int, float]] = {
+    ("cnn", "sgd"): (0.1, 1e-4, 256, 0.0),
+    ("cnn", "adamw"): (5e-4, 0.05, 256, 5.0),
+    ("transformer", "sgd"): (0.8, 1e-4, 2048, 0.0),
+    ("transformer", "adamw"): (2e-3, 0.05, 2048, 5.0),
 }
 
 
 def published_settings(model: str, optimizer: str) -> dict[str, float | int]:
     """Return the study's rate, decay, batch and warm-up; none for an unknown optimizer."""
     kind = "cnn" if model_named(model).settings == "cnn" else "transformer"
-    return dict(_PUBLISHED.get((kind, optimizer), {}))
-
-
-def _in_proportion(recipe: Recipe, name: str, own: float | None) -> float:
-    """Return a scale's own value of a field, times what the recipe makes of the study's."""
-    value: float = getattr(recipe, name)
-    if own is None:
-        return value
-    published = published_settings(recipe.model, recipe.optimizer)
-    if recipe.adversary:
-        published["learning_rate"] *= AT_BATCH / published["batch_size"]
-        published["batch_size"] = AT_BATCH
-    return own * (value / published[name])
+    return dict(zip(_FIELDS, _PUBLISHED.get((kind, optimizer), ()), strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +126,6 @@ class Scale:
         """Return the number of heads, each `head_width` wide, of a DeiT of published `width`."""
         return math.ceil(width / self.vit_width_divisor / self.head_width)
 
-    def epochs(self, published: int) -> int:
-        """Return the epochs that stand for `published` epochs of the study."""
-        return max(1, round(published * self.epochs_factor))
-
     def epoch_cost(self, model: str) -> float:
         """Return what an epoch of plain training costs, in the unit `cost_unit` of a model."""
         return float(getattr(model_named(model).cost, self.cost_unit))
@@ -174,58 +138,62 @@ class Scale:
         passes = 3 + (2 * recipe.adversary.steps if recipe.adversary else 0)
         return recipe.epochs * epoch * (passes + (1 if recipe.teacher else 0)) / 3
 
+    def own_value(self, recipe: Recipe, name: str) -> float:
+        """Return the rate, decay or batch of the study's recipe as it is at this scale.
+
+        It is the scale's own, times what the recipe makes of the study's.
+        """
+        value: float = getattr(recipe, name)
+        settings = model_named(recipe.model).settings
+        kind = settings if name == "batch_size" else (settings, recipe.optimizer)
+        own: float | None = getattr(self, name).get(kind)
+        if own is None:
+            return value
+        published = published_settings(recipe.model, recipe.optimizer)
+        if recipe.adversary:
+            published["learning_rate"] *= AT_BATCH / published["batch_size"]
+            published["batch_size"] = AT_BATCH
+        return own * (value / published[name])
+
     def shrink(self, recipe: Recipe) -> Recipe:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
-        epochs = self.epochs(recipe.epochs)
-        settings = model_named(recipe.model).settings
-        kind = settings, recipe.optimizer
-        rate = _in_proportion(recipe, "learning_rate", self.learning_rate.get(kind))
-        decay = _in_proportion(recipe, "weight_decay", self.weight_decay.get(kind))
-        batch = _in_proportion(recipe, "batch_size", self.batch_size.get(settings))
+        epochs = max(1, round(recipe.epochs * self.epochs_factor))
+        rate = self.own_value(recipe, "learning_rate")
         changes: dict[str, Any] = {
             "scale": self.name,
             "epochs": epochs,
             "warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs,
             "warmup_rate": recipe.warmup_rate * rate / recipe.learning_rate,
             "learning_rate": rate,
-            "weight_decay": decay,
-            "batch_size": max(1, round(batch)),
+            "weight_decay": self.own_value(recipe, "weight_decay"),
+            "batch_size": max(1, round(self.own_value(recipe, "batch_size"))),
             "randaug_magnitude": round(recipe.randaug_magnitude / self.strength_divisor),
             "mix_probability": recipe.mix_probability / self.strength_divisor,
-            "curriculum": tuple(self._soften(row) for row in recipe.curriculum),
+            "curriculum": tuple(
+                row.model_copy(
+                    update={
+                        "randaug_magnitude": round(row.randaug_magnitude / self.strength_divisor),
+                        "mix_probability": row.mix_probability / self.strength_divisor,
+                    }
+                )
+                for row in recipe.curriculum
+            ),
         }
         if recipe.micro_batch:
             changes["micro_batch"] = min(recipe.micro_batch, int(changes["batch_size"]))
         if recipe.norm == "ghost":
             changes["ghost_batch"] = min(recipe.ghost_batch, self.ghost_batch)
         if recipe.adversary:
-            changes["adversary"] = self._rescale(recipe.adversary)
+            ratio, attack = float(self.epsilon / PUBLISHED_EPSILON), recipe.adversary
+            radii = {"epsilon": attack.epsilon * ratio, "step_size": attack.step_size * ratio}
+            changes["adversary"] = attack.model_copy(update=radii)
         if recipe.distillation:
             teacher = self.shrink(recipe.distillation.teacher)
             changes["distillation"] = recipe.distillation.model_copy(update={"teacher": teacher})
         return recipe.replace(**changes)
 
-    def _soften(self, row: CurriculumRow) -> CurriculumRow:
-        return row.model_copy(
-            update={
-                "randaug_magnitude": round(row.randaug_magnitude / self.strength_divisor),
-                "mix_probability": row.mix_probability / self.strength_divisor,
-            }
-        )
 
-    def _rescale(self, adversary: Adversary) -> Adversary:
-        ratio = float(self.epsilon / PUBLISHED_EPSILON)
-        return adversary.model_copy(
-            update={
-                "epsilon": adversary.epsilon * ratio,
-                "step_size": adversary.step_size * ratio,
-            }
-        )
-
-
-IMAGENET = Scale(
-    data_set=DATA_SETS["imagenet"],
-)
+IMAGENET = Scale(data_set=DATA_SETS["imagenet"])
 
 DIGITS = Scale(
     data_set=DATA_SETS["digits"],
@@ -299,18 +267,6 @@ def scale_names() -> tuple[str, ...]:
 def scale_named(name: str) -> Scale:
     """Return a scale by its data set's name; ValueError lists the names."""
     return SCALES[name] if name in SCALES else scale_for(data_set_named(name))
-
-
-def folder_scale(*, image_size: int, num_classes: int, train_images: int, content: str) -> Scale:
-    """Return the scale of a user's folders; arguments as for `folder_data_set`."""
-    return scale_for(
-        folder_data_set(
-            image_size=image_size,
-            num_classes=num_classes,
-            train_images=train_images,
-            content=content,
-        )
-    )
 
 
 def scale_for(data_set: DataSet) -> Scale:

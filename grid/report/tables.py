@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from scipy.stats import t as student
 
@@ -98,9 +98,12 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
     return tuple(
-        replace(
-            table,
-            shown=tuple(filter(None, (column_named(c).at(scale, scores) for c in table.columns))),
+        table.model_copy(
+            update={
+                "shown": tuple(
+                    filter(None, (column_named(c).at(scale, scores) for c in table.columns))
+                )
+            }
         )
         for table in tables
     )
@@ -123,7 +126,8 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
     columns = tuple(c for name in EVALUATORS if name in names for c in columns_of(name))
     first = [trial for trial in plan if trial.recipe.seed == 0] or list(plan)
     rows = tuple(Row(trial.name, trial.recipe) for trial in first)
-    return Table(study.name, "Every trial of the study", rows, columns)
+    question = "Every trial of the study"
+    return Table(name=study.name, question=question, rows=rows, columns=columns)
 
 
 def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:

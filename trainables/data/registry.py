@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from trainables.recipe import unknown
+
 ENTRY_POINTS = "robustness_grid.data_sets"  # of packages that bring data sets of their own
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -182,8 +184,9 @@ def register(data_set: DataSet) -> None:
     """Add an entry; ValueError where its name is taken, or a stored set of its is not known."""
     if data_set.name in (*DATA_SETS, FOLDER):
         raise ValueError(f"data set {data_set.name!r} is there already")
-    if unknown := [name for name in data_set.counterparts if name not in STORED_SETS]:
-        raise ValueError(f"unknown stored set {unknown[0]!r}; one of {', '.join(STORED_SETS)}")
+    for stored in data_set.counterparts:
+        if stored not in STORED_SETS:
+            raise ValueError(unknown("stored set", stored, STORED_SETS))
     DATA_SETS[data_set.name] = data_set
 
 
@@ -193,7 +196,7 @@ def data_set_named(name: str) -> DataSet:
         return DATA_SETS[name]
     numbers = re.fullmatch(r"folder-(\d+)px-(\d+)classes-(\d+)train-([0-9a-f]{8})", name)
     if not numbers:
-        raise ValueError(f"unknown scale {name!r}; one of {sorted((*DATA_SETS, FOLDER))}")
+        raise ValueError(unknown("scale", name, (*DATA_SETS, FOLDER)))
     size, classes, images = map(int, numbers.groups()[:3])
     return folder_data_set(
         image_size=size, num_classes=classes, train_images=images, content=numbers[4]
