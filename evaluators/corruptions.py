@@ -114,7 +114,7 @@ class Corruptions(Evaluator):
 
 def _stored(source: Data) -> CorruptedSet | None:
     located = source.counterpart("corruptions")
-    return CorruptedSet.open(*located, source) if located else None
+    return CorruptedSet(*located, source) if located else None
 
 
 def _chosen(source: Data) -> Split:

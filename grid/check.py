@@ -26,20 +26,12 @@ from trainables.data.listing import (
     GIBIBYTE,
     DataSource,
     ImageList,
-    check_published,
     class_list,
-    list_by_class,
-    list_data_set,
+    list_splits,
+    list_stored,
     passed_over_text,
 )
-from trainables.data.load import (
-    CorruptedSet,
-    corrupted_folders,
-    is_archived,
-    load_data,
-    stored_kinds,
-    stored_split,
-)
+from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
 from trainables.data.registry import STORED_SETS, StoredSet
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
@@ -142,7 +134,7 @@ class _DataCheck:
             self.files[data_set.short_title] = len(data.train) + len(data.held_out)
             yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"
             return
-        train, held_out = list_data_set(data_set, self.source)
+        train, held_out = list_splits(self.source, data_set)
         self.class_names = train.class_names
         text = f"{len(train):,} to train, {len(held_out):,} held out"
         yield "ok", f"{len(self.class_names)} classes, {text}"
@@ -164,21 +156,32 @@ class _DataCheck:
         if stored.evaluator == "tpa":
             dictionary = open_dictionary(root, self.scale)
             self.files["textures"] = dictionary.digest
-            classes = len(dictionary.classes)
-            yield "ok", f"{dictionary.clusters} textures of each of {classes} classes"
-        elif stored.arrays:
-            yield "ok", f"{self._arrays(stored, root):,} images (as published: {stored.images:,})"
-        else:
-            yield from self._folders(stored, root)
+            yield (
+                "ok",
+                f"{dictionary.clusters} textures of each of {len(dictionary.classes)} classes",
+            )
+            return
+        nothing = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
+        data = Data(
+            data_set=self.data_set, train=nothing, held_out=nothing, class_names=self.class_names
+        )
+        corrupted = stored.evaluator == "corruptions"
+        kinds = CorruptedSet(stored, root, data) if corrupted else None
+        if stored.arrays:
+            count = len(kinds or stored_split(stored, root, data))
+            names = [f"{kind}.npy" for kind in kinds.kinds] if kinds else []
+            for name in (*stored.arrays, *names):
+                with (root / name).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                self.files[f"{stored.name}/{name}"] = digest
+            yield "ok", f"{count:,} images (as published: {stored.images:,})"
+            return
+        yield from self._folders(stored, root, kinds.folders() if kinds else [stored.folder])
 
-    def _folders(self, stored: StoredSet, root: Path) -> Iterator[Remark]:
-        parts = [stored.folder]
-        if stored.evaluator == "corruptions":
-            parts = corrupted_folders(stored_kinds(stored, root))
+    def _folders(self, stored: StoredSet, root: Path, parts: list[str]) -> Iterator[Remark]:
         counts: set[int] = set()
         for part in parts:
-            images = list_by_class(root / part, self.class_names, complete=stored.complete)
-            check_published(stored, images, self.data_set)
+            images = list_stored(stored, root / part, self.class_names, self.data_set)
             counts.add(len(images))
             place = "/".join(filter(None, (stored.name, part)))
             yield from self._opened(images, place, "exact" if stored.native else "any")[1]
@@ -188,22 +191,6 @@ class _DataCheck:
         odd = not self.data_set.generated and counts != {stored.images}
         text = f"{max(counts):,} images of {len(set(images.labels))} classes"
         yield "warning" if odd else "ok", f"{text} (as published: {stored.images:,})"
-
-    def _arrays(self, stored: StoredSet, root: Path) -> int:
-        """Open a set of arrays and enter their content in the manifest; return its images."""
-        nothing = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
-        data = Data(
-            data_set=self.data_set, train=nothing, held_out=nothing, class_names=self.class_names
-        )
-        names, opened = list(stored.arrays), None
-        if stored.evaluator == "corruptions":
-            opened = CorruptedSet.open(stored, root, data)
-            names += [f"{kind}.npy" for kind in opened.kinds]
-        for name in names:
-            with (root / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.files[f"{stored.name}/{name}"] = digest
-        return len(opened or stored_split(stored, root, data))
 
     def _opened(self, images: ImageList, place: str, rule: SizeRule) -> tuple[int, list[Remark]]:
         """Open every image; return the bytes they take decoded, and what is wrong with some.

@@ -23,7 +23,7 @@ from evaluators.corruptions import (
 )
 from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
-from trainables.data.load import load_data, stored_kinds
+from trainables.data.load import CorruptedSet, load_data
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
 from trainables.networks import Classifier
 from trainables.scale import DIGITS, IMAGENET
@@ -278,7 +278,7 @@ def test_kinds_and_severities_that_lack_are_named(tmp_path):
     write_set(tmp_path, set(KINDS) - {"fog"})
     (tmp_path / "saturate" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"lacks 9 of 80: fog/1, .*saturate/2") as error:
-        stored_kinds(STORED_SETS["imagenet-c"], tmp_path)
+        CorruptedSet(STORED_SETS["imagenet-c"], tmp_path, load_data(DIGITS))
     assert "spatter" not in str(error.value)
 
 

@@ -9,8 +9,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
@@ -68,75 +67,104 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def only(self, chosen: Collection[bool]) -> ImageList:
-        """Return the list of the images that are chosen."""
-        paths, labels = compress(self.paths, chosen), compress(self.labels, chosen)
-        return replace(self, paths=tuple(paths), labels=tuple(labels))
 
-    def labelled(self, names: tuple[str, ...]) -> ImageList:
-        """Return the list with labels by the order of other names of the same classes."""
-        places = {name: place for place, name in enumerate(names)}
-        labels = tuple(places[self.class_names[label]] for label in self.labels)
-        return replace(self, class_names=names, labels=labels)
-
-
-def list_splits(source: DataSource) -> tuple[ImageList, ImageList]:
+def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
     """Return the train and the held-out images; ValueError says what the folders lack.
 
-    Held out is what lies in val/, or in test/ where there is no val/. Labels follow the classes'
-    sorted names. Without train/ the list of train images is empty, so that a checkpoint can be
-    judged by val/ alone. Class folders alone are train images.
+    Held out is what lies in val/, or in test/ where there is no val/. Class folders alone are train
+    images. Without train/ the list of train images is empty, so that a checkpoint can be judged by
+    val/ alone. Labels follow the order of the data set's classes, whose folders these have to be,
+    or the sorted names.
     """
     root = source.root
     assert root is not None
-    with _readable():
-        if not root.is_dir():
-            raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ in it")
-        train, val, test = (path if path.is_dir() else None for path in _split_folders(root))
-        judged = val or test
-        if not train and not judged:
-            train = root
-        names = class_folders(train or judged or root)
-        nothing = ImageList(root=root, class_names=names)
-        train_images = _listed(root, train, names) if train else nothing
-        if not judged:
-            return _hold_out(train_images, source.hold_out)
-        if source.hold_out:
-            raise ValueError(f"{judged} is there: --hold-out would put it aside; leave one out")
-        return train_images, _listed(root, judged, names)
+    if not root.is_dir():
+        raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ in it")
+    train, val, test = (
+        path if path.is_dir() else None for path in (root / "train", root / "val", root / "test")
+    )
+    judged = val or test
+    if not train and not judged:
+        if data_set and data_set.archive:
+            raise ValueError(
+                f"{root} holds neither torchvision's archive of {data_set.short_title} nor "
+                "train/ and val/ in class folders; --download fetches the archive"
+            )
+        train = root
+    names = class_folders(train or judged or root)
+    if data_set:
+        names = _classes_of(data_set, names, root)
+    train_images = ImageList(root=root, class_names=names)
+    if train:
+        train_images = _listed(root, train, names)
+    if not judged:
+        return _hold_out(train_images, source.hold_out)
+    if source.hold_out:
+        raise ValueError(f"{judged} is there: --hold-out would put it aside; leave one out")
+    return train_images, _listed(root, judged, names)
 
 
-def _split_folders(root: Path) -> tuple[Path, Path, Path]:
-    return root / "train", root / "val", root / "test"
+def list_stored(
+    stored: StoredSet, folder: Path, names: tuple[str, ...], data_set: DataSet
+) -> ImageList:
+    """List the images of a stored set's class folders, labelled by the places of their classes.
 
-
-def list_by_class(root: Path, names: tuple[str, ...], *, complete: bool = False) -> ImageList:
-    """List a stored set's images, root/<class>/<image>, labelled by the places of their classes.
-
-    ValueError names a folder that is no class, and with `complete` the first missing classes.
+    ValueError names a folder that is no class, the first missing classes of a complete set, and
+    what is not as published of a set whose data are.
     """
-    with _readable():
-        missing = sorted(set(names) - set(class_folders(root)))
-        if complete and missing:
-            raise ValueError(f"{root} lacks {len(missing)} classes; first: {missing[:3]}: add them")
-        return _listed(root, root, names)
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Raise what the system refuses as a ValueError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    missing = sorted(set(names) - set(class_folders(folder)))
+    if stored.complete and missing:
+        raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
+    images = _listed(folder, folder, names)
+    if not data_set.generated:
+        present = {names[label] for label in images.labels}
+        if stored.classes and (differing := _differing(present, class_list(stored.classes))):
+            raise ValueError(f"{folder} is not {stored.title}: it {differing}; fetch it again")
+        if stored.complete and len(images) != stored.images:
+            held = f"{folder} holds {len(images)} images instead of {stored.images}"
+            raise ValueError(f"{held}: fetch it again")
+    return images
 
 
 def class_folders(split: Path) -> tuple[str, ...]:
     """Return the names of a split's class folders, sorted; ValueError where there is none."""
-    names = [path.name for path in split.iterdir() if path.name[0] != "." and path.is_dir()]
+    try:
+        names = [path.name for path in split.iterdir() if path.name[0] != "." and path.is_dir()]
+    except OSError as error:
+        raise ValueError(f"{split} cannot be read: {error.strerror}") from None
     if not names:
         raise ValueError(f"{split} holds no class folders; expected <class>/<image>")
     return tuple(sorted(names))
+
+
+def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Return class names in order; a text names timm's list of them."""
+    if isinstance(classes, tuple):
+        return classes
+    return tuple(resources.files("timm.data").joinpath("_info", classes).read_text().split())
+
+
+def _classes_of(data_set: DataSet, names: tuple[str, ...], root: Path) -> tuple[str, ...]:
+    """Return the names in the data set's order; ValueError unless they are its classes."""
+    known = class_list(data_set.classes)
+    remedy = f"--scale folder --image-size {data_set.image_size} takes any classes"
+    if known and (differing := _differing(names, known)):
+        raise ValueError(f"{root} is not {data_set.short_title}: it {differing}; {remedy}")
+    if len(names) != data_set.num_classes:
+        expected = f"scale {data_set.name!r} has {data_set.num_classes}"
+        raise ValueError(f"{root} has {len(names)} classes, and {expected}: {remedy}")
+    return known or names
+
+
+def _differing(names: Collection[str], known: Collection[str]) -> str:
+    """Say how many known classes lack and how many are foreign, the first of each; '' if none."""
+    lacking, foreign = sorted(set(known) - set(names)), sorted(set(names) - set(known))
+    parts = []
+    if lacking:
+        parts.append(f"lacks {len(lacking)} of {len(known)} classes, the first {lacking[0]!r}")
+    if foreign:
+        parts.append(f"has {len(foreign)} foreign ones, the first {foreign[0]!r}")
+    return ", and ".join(parts)
 
 
 def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
@@ -151,12 +179,14 @@ def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
     for name in sorted(folders, key=places.__getitem__):
         below = (split / name).relative_to(root).as_posix()
         for entry in sorted(os.scandir(split / name), key=lambda entry: entry.name):
-            if entry.name.lower().endswith(SUFFIXES) and entry.name[0] != "." and entry.is_file():
+            if entry.name[0] == ".":
+                continue
+            if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                 paths.append(f"{below}/{entry.name}")
                 labels.append(places[name])
-            elif entry.name[0] != ".":
+            else:
                 passed_over.append(f"{below}/{entry.name}")
-    listed = ImageList(
+    images = ImageList(
         root=root,
         class_names=names,
         paths=tuple(paths),
@@ -164,9 +194,9 @@ def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
         passed_over=tuple(passed_over),
     )
     if not paths:
-        others = f"; {passed_over_text(listed)}" if passed_over else ""
+        others = f"; {passed_over_text(images)}" if passed_over else ""
         raise ValueError(f"{split} holds no image in its classes; expected <class>/<image>{others}")
-    return listed
+    return images
 
 
 def passed_over_text(images: ImageList) -> str:
@@ -174,17 +204,6 @@ def passed_over_text(images: ImageList) -> str:
     taken = f"images lie right below their class and end in {', '.join(SUFFIXES)}"
     first = images.root / images.passed_over[0]
     return f"{len(images.passed_over)} files or folders are passed over, the first {first}: {taken}"
-
-
-def differing_classes(names: Iterable[str], known: Collection[str]) -> str:
-    """Say how many known classes lack and how many are foreign, the first of each; '' if none."""
-    lacking, foreign = sorted(set(known) - set(names)), sorted(set(names) - set(known))
-    parts = []
-    if lacking:
-        parts.append(f"lacks {len(lacking)} of {len(known)} classes, the first {lacking[0]!r}")
-    if foreign:
-        parts.append(f"has {len(foreign)} foreign ones, the first {foreign[0]!r}")
-    return ", and ".join(parts)
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
@@ -198,7 +217,8 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     held: set[str] = set()
     for paths in by_class.values():
         paths.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-        held.update(paths[: min(len(paths) - 1, max(1, round(len(paths) * (share or 0.2))))])
+        count = min(len(paths) - 1, max(1, round(len(paths) * (share or 0.2))))
+        held.update(paths[:count])
     if not share:
         raise ValueError(
             f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which keeps "
@@ -206,55 +226,15 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
             "names' hash, from training and judges by them"
         )
     is_held = [path in held for path in images.paths]
-    return images.only([not held for held in is_held]), images.only(is_held)
-
-
-def content_digest(train: ImageList, held_out: ImageList) -> str:
-    """Return 8 hex digits of the classes and of both splits' image ids."""
-    parts = ("\n".join(part) for part in (train.class_names, train.paths, held_out.paths))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-
-
-def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return class names in order; a text names timm's list of them."""
-    if isinstance(classes, tuple):
-        return classes
-    return tuple(resources.files("timm.data").joinpath("_info", classes).read_text().split())
-
-
-def list_data_set(data_set: DataSet, source: DataSource) -> tuple[ImageList, ImageList]:
-    """List a data set's train and held-out images; ValueError where they are not its own."""
-    root = source.root
-    assert root is not None
-    if data_set.archive and not any(folder.is_dir() for folder in _split_folders(root)):
-        raise ValueError(
-            f"{root} holds neither torchvision's archive of {data_set.short_title} nor "
-            "train/ and val/ in class folders; --download fetches the archive"
+    train, held_out = (
+        replace(
+            images,
+            paths=tuple(compress(images.paths, chosen)),
+            labels=tuple(compress(images.labels, chosen)),
         )
-    train, held_out = list_splits(source)
-    names, known = train.class_names, class_list(data_set.classes)
-    remedy = f"--scale folder --image-size {data_set.image_size} takes any classes"
-    if known and (differing := differing_classes(names, known)):
-        raise ValueError(f"{root} is not {data_set.short_title}: it {differing}; {remedy}")
-    if len(names) != data_set.num_classes:
-        raise ValueError(
-            f"{root} has {len(names)} classes, and scale {data_set.name!r} has "
-            f"{data_set.num_classes}: {remedy}"
-        )
-    return train.labelled(known or names), held_out.labelled(known or names)
-
-
-def check_published(stored: StoredSet, listed: ImageList, data_set: DataSet) -> None:
-    """Raise ValueError where a stored set of a published data set is not as published."""
-    if data_set.generated:
-        return
-    present = {listed.class_names[label] for label in listed.labels}
-    if stored.classes and (differing := differing_classes(present, class_list(stored.classes))):
-        raise ValueError(f"{listed.root} is not {stored.title}: it {differing}; fetch it again")
-    if stored.complete and len(listed) != stored.images:
-        raise ValueError(
-            f"{listed.root} holds {len(listed)} images instead of {stored.images}: fetch it again"
-        )
+        for chosen in ([not held for held in is_held], is_held)
+    )
+    return train, held_out
 
 
 def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
@@ -280,11 +260,12 @@ def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
     if source.root is None or image_size is None:
         raise ValueError("--scale folder needs --data DIR and --image-size N")
     train, held_out = list_splits(source)
+    parts = ("\n".join(part) for part in (train.class_names, train.paths, held_out.paths))
     return scale_for(
         folder_data_set(
             image_size=image_size,
             num_classes=len(train.class_names),
             train_images=len(train),
-            content=content_digest(train, held_out),
+            content=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8],
         )
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import product
@@ -22,13 +21,7 @@ from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles
-from trainables.data.listing import (
-    EMBEDDED,
-    DataSource,
-    check_published,
-    list_by_class,
-    list_data_set,
-)
+from trainables.data.listing import EMBEDDED, DataSource, list_splits, list_stored
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
@@ -89,7 +82,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
 
     Images of an exact size become one tensor in any case.
     """
-    listed, budget = list_data_set(data_set, source), source.memory_bytes
+    listed, budget = list_splits(source, data_set), source.memory_bytes
     train, held_out = (
         ImageFiles(
             part.root,
@@ -163,8 +156,7 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
         images, labels = (root / name for name in stored.arrays)
         pixels = stored_images(images, data.data_set.image_size)
         return _as_split(stored, pixels, stored_labels(labels, len(pixels), len(data.class_names)))
-    listed = list_by_class(root / stored.folder, data.class_names, complete=stored.complete)
-    check_published(stored, listed, data.data_set)
+    listed = list_stored(stored, root / stored.folder, data.class_names, data.data_set)
     files = ImageFiles(
         listed.root,
         listed.paths,
@@ -176,80 +168,60 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
 
 
-@dataclass(frozen=True)
 class CorruptedSet:
-    """A stored set of corruptions: the same images by kind and severity."""
+    """A stored set of corruptions: the same images by kind and severity.
 
-    stored: StoredSet
-    root: Path
-    data: Data
-    kinds: tuple[str, ...]
+    ValueError names what is missing of the fifteen kinds and of their severities, and arrays that
+    do not fit together. Of the extra four kinds those count that there are.
+    """
 
-    @classmethod
-    def open(cls, stored: StoredSet, root: Path, data: Data) -> CorruptedSet:
-        """Open the set; ValueError names what is missing, and arrays that do not fit together."""
-        corrupted = cls(stored, root, data, stored_kinds(stored, root))
+    def __init__(self, stored: StoredSet, root: Path, data: Data) -> None:
+        self.stored, self.root, self.data = stored, root, data
+        name = "{}.npy" if stored.arrays else "{}"
+        extra = (kind for kind in EXTRA_KINDS if (root / name.format(kind)).exists())
+        self.kinds = (*KINDS, *extra)
+        parts = [f"{kind}.npy" for kind in self.kinds] if stored.arrays else self.folders()
+        if missing := [part for part in parts if not (root / part).exists()]:
+            raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
         if stored.arrays:
-            counts = {kind: len(corrupted._pixels(kind)) for kind in corrupted.kinds}
-            count = counts[KINDS[0]]
-            if count % len(SEVERITIES):
-                raise ValueError(
-                    f"{root} has {count} images of a kind, not {len(SEVERITIES)} times as many"
-                )
-            if odd := [kind for kind in counts if counts[kind] != count]:
-                holds = f"{root / odd[0]}.npy holds {counts[odd[0]]} images"
-                raise ValueError(f"{holds}, and {KINDS[0]}.npy {count}: fetch it again")
-            corrupted._labels()
-        return corrupted
+            self._open_arrays()
+
+    def folders(self) -> list[str]:
+        """Return the folders of each kind and severity, where the set has no arrays."""
+        return [f"{kind}/{severity}" for kind, severity in product(self.kinds, SEVERITIES)]
 
     def ids_hash(self) -> str:
         """Return 12 hex digits of the images' names; of arrays, which have none, of the labels."""
         if not self.stored.arrays:
-            return self.split(self.kinds[0], SEVERITIES[0]).ids_hash()
-        return hashlib.sha256(self._labels().numpy().tobytes()).hexdigest()[:12]
+            return self._split(self.kinds[0], SEVERITIES[0]).ids_hash()
+        return hashlib.sha256(self._labels.numpy().tobytes()).hexdigest()[:12]
 
     def __len__(self) -> int:
-        return len(self.split(self.kinds[0], SEVERITIES[0]))
+        return len(self._split(self.kinds[0], SEVERITIES[0]))
 
     def splits(self) -> Iterator[tuple[str, Split]]:
         """Yield each kind and severity as 'kind-severity' with its images."""
         for kind, severity in product(self.kinds, SEVERITIES):
-            yield f"{kind}-{severity}", self.split(kind, severity)
+            yield f"{kind}-{severity}", self._split(kind, severity)
 
-    def split(self, kind: str, severity: int) -> Split:
-        """Return the images of one kind and severity."""
+    def _split(self, kind: str, severity: int) -> Split:
         if not self.stored.arrays:
             return stored_split(self.stored, self.root / kind / str(severity), self.data)
-        pixels, labels = self._pixels(kind), self._labels()
-        count = len(pixels) // len(SEVERITIES)
+        count = len(self._labels) // len(SEVERITIES)
         part = slice((severity - 1) * count, severity * count)
-        return _as_split(self.stored, pixels[part], labels[part])
+        return _as_split(self.stored, self._pixels[kind][part], self._labels[part])
 
-    def _pixels(self, kind: str) -> np.ndarray:
-        return stored_images(self.root / f"{kind}.npy", self.data.data_set.image_size)
-
-    def _labels(self) -> Tensor:
-        count = len(self._pixels(self.kinds[0]))
-        return stored_labels(self.root / self.stored.arrays[0], count, len(self.data.class_names))
-
-
-def stored_kinds(stored: StoredSet, root: Path) -> tuple[str, ...]:
-    """Return a stored set's corruptions: the fifteen, and those of the extra four there are.
-
-    ValueError names the missing ones of the fifteen, and severities that are missing of any.
-    """
-    name = "{}.npy" if stored.arrays else "{}"
-    kinds = (*KINDS, *(kind for kind in EXTRA_KINDS if (root / name.format(kind)).exists()))
-    parts = [f"{k}.npy" for k in kinds] if stored.arrays else corrupted_folders(kinds)
-    missing = [part for part in parts if not (root / part).exists()]
-    if missing:
-        raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
-    return kinds
-
-
-def corrupted_folders(kinds: tuple[str, ...]) -> list[str]:
-    """Return the folders of each kind and severity."""
-    return [f"{kind}/{severity}" for kind, severity in product(kinds, SEVERITIES)]
+    def _open_arrays(self) -> None:
+        side, classes = self.data.data_set.image_size, len(self.data.class_names)
+        self._pixels = {kind: stored_images(self.root / f"{kind}.npy", side) for kind in self.kinds}
+        count = len(self._pixels[KINDS[0]])
+        if count % len(SEVERITIES):
+            raise ValueError(f"{self.root} has {count} images of a kind, not 5 times as many")
+        for kind, pixels in self._pixels.items():
+            if len(pixels) != count:
+                held = f"{self.root / kind}.npy holds {len(pixels)} images"
+                raise ValueError(f"{held}, and {KINDS[0]}.npy {count}: fetch it again")
+        self._labels = stored_labels(self.root / self.stored.arrays[0], count, classes)
 
 
 def stored_images(file: Path, side: int) -> np.ndarray:
