@@ -21,14 +21,13 @@ from evaluators.textures import open_dictionary
 from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
-from trainables.data.images import in_threads, size_or_problem
+from trainables.data.images import ImageFiles, in_threads, size_or_problem
 from trainables.data.listing import (
     GIBIBYTE,
     DataSource,
     ImageList,
     class_list,
     list_splits,
-    list_stored,
     passed_over_text,
 )
 from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
@@ -39,7 +38,6 @@ from trainables.store.storage import write_atomically
 Level = Literal["ok", "warning", "error"]
 Remark = tuple[Level, str]  # what a thing is, or what is wrong with it and what to do
 Finding = tuple[str, Level, str]  # a subject and a remark on it
-SizeRule = Literal["exact", "least", "any"]  # images are of the data's size, or not smaller
 COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 SOUND_FILE = "checked.json"  # lists of images that are sound, by the stamps of their files
 DAMAGED_FILE = "damaged.txt"
@@ -50,20 +48,16 @@ NAMED = 3
 
 def show(findings: Sequence[Finding], *, table: bool, manifest: str = "") -> None:
     """Print the findings as a table, or the warnings alone; ValueError is the first error."""
-    if table:
-        console, rows = Console(), Table("Checked", "", "Finding")
-        for subject, level, text in findings:
-            # A folder's name may read as markup.
-            rows.add_row(subject, f"[{COLOURS[level]}]{level}[/]", escape(text))
-        console.print(rows)
-        if manifest:
-            console.print(f"Manifest of the data: {manifest}")
-    for _, level, text in findings:
+    rows = Table("Checked", "", "Finding")
+    for subject, level, text in findings:
+        # A folder's name may read as markup.
+        rows.add_row(subject, f"[{COLOURS[level]}]{level}[/]", escape(text))
         if level == "warning" and not table:
             print(f"warning: {text}", file=sys.stderr)
-    for _, level, text in findings:
-        if level == "error":
-            raise ValueError(text)
+    if table:
+        Console().print(rows, f"Manifest of the data: {manifest}" if manifest else "")
+    if errors := [text for _, level, text in findings if level == "error"]:
+        raise ValueError(errors[0])
 
 
 def check(
@@ -79,8 +73,9 @@ def check(
     if source.root is not None:
         data_check = _DataCheck(scale, source, results)
         findings = data_check.run(source.root)
-        manifest = data_check.manifest()
-    findings += [("disk", *_disk(plan, results))]
+        listed = "\n".join(f"{path} {size}" for path, size in sorted(data_check.files.items()))
+        manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
+    findings.append(("disk", *_disk(plan, results)))
     return [*findings, *(("device", "ok", text) for text in _devices())], manifest
 
 
@@ -113,11 +108,6 @@ class _DataCheck:
                 write_atomically(self.results / DAMAGED_FILE, "\n".join(self.damaged).encode())
         return findings
 
-    def manifest(self) -> str:
-        """Return 12 hex digits of all files."""
-        listed = "\n".join(f"{path} {size}" for path, size in sorted(self.files.items()))
-        return hashlib.sha256(listed.encode()).hexdigest()[:12]
-
     def _look(self, subject: str, remarks: Iterator[Remark]) -> list[Finding]:
         findings: list[Finding] = []
         try:
@@ -128,7 +118,7 @@ class _DataCheck:
         return findings
 
     def _images(self, root: Path) -> Iterator[Remark]:
-        data_set = self.data_set
+        data_set, side = self.data_set, self.scale.image_size
         if is_archived(data_set, self.source):
             data = load_data(self.scale, self.source)
             self.files[data_set.short_title] = len(data.train) + len(data.held_out)
@@ -141,113 +131,99 @@ class _DataCheck:
         published = data_set.train_images, data_set.held_out_images
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
+        for passed_over in filter(None, dict.fromkeys((train.passed_over, held_out.passed_over))):
+            yield "warning", passed_over_text(root, passed_over)
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
         if not len(train):
             yield "error", f"{root} has no train/ with class folders to train on: add it"
         elif missing := _missing_classes(train):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
-        size_rule: SizeRule = "exact" if data_set.exact_size else "least"
-        decoded, remarks = self._opened(train, "images", size_rule)
-        yield from dict.fromkeys([*remarks, *self._opened(held_out, "images", size_rule)[1]])
-        yield _memory(decoded + 3 * self.scale.image_size**2 * len(held_out), self.source)
+        decoded = 3 * side**2 * len(held_out)
+        for images in (train, held_out):
+            files = ImageFiles(root, images.paths, size=side, native=data_set.exact_size)
+            pixels, remarks = self._opened(files, "images")
+            yield from remarks
+            decoded += 3 * pixels if images is train else 0
+        yield _memory(decoded, self.source)
 
     def _stored(self, stored: StoredSet, root: Path) -> Iterator[Remark]:
         if stored.evaluator == "tpa":
-            dictionary = open_dictionary(root, self.scale)
-            self.files["textures"] = dictionary.digest
-            yield (
-                "ok",
-                f"{dictionary.clusters} textures of each of {len(dictionary.classes)} classes",
-            )
+            textures = open_dictionary(root, self.scale)
+            self.files["textures"] = textures.digest
+            yield "ok", f"{textures.clusters} textures of each of {len(textures.classes)} classes"
             return
-        nothing = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
-        data = Data(
-            data_set=self.data_set, train=nothing, held_out=nothing, class_names=self.class_names
-        )
-        corrupted = stored.evaluator == "corruptions"
-        kinds = CorruptedSet(stored, root, data) if corrupted else None
-        if stored.arrays:
-            count = len(kinds or stored_split(stored, root, data))
-            names = [f"{kind}.npy" for kind in kinds.kinds] if kinds else []
-            for name in (*stored.arrays, *names):
-                with (root / name).open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                self.files[f"{stored.name}/{name}"] = digest
-            yield "ok", f"{count:,} images (as published: {stored.images:,})"
-            return
-        yield from self._folders(stored, root, kinds.folders() if kinds else [stored.folder])
-
-    def _folders(self, stored: StoredSet, root: Path, parts: list[str]) -> Iterator[Remark]:
-        counts: set[int] = set()
-        for part in parts:
-            images = list_stored(stored, root / part, self.class_names, self.data_set)
-            counts.add(len(images))
-            place = "/".join(filter(None, (stored.name, part)))
-            yield from self._opened(images, place, "exact" if stored.native else "any")[1]
+        none = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
+        data = Data(data_set=self.data_set, train=none, held_out=none, class_names=self.class_names)
+        counts, classes = set(), 0
+        for part, split in (
+            CorruptedSet(stored, root, data).splits()
+            if stored.evaluator == "corruptions"
+            else [(stored.folder, stored_split(stored, root, data))]
+        ):
+            counts.add(len(split))
+            classes = len(set(split.labels.tolist()))
+            if isinstance(split.images, ImageFiles):
+                yield from self._opened(split.images, f"{stored.name}/{part}")[1]
+        for file in root.glob("*.npy") if stored.arrays else ():
+            with file.open("rb") as array:
+                digest = hashlib.file_digest(array, "sha256").hexdigest()
+            self.files[f"{stored.name}/{file.name}"] = digest
         if len(counts) > 1:
             text = f"{root}: its kinds and severities hold {sorted(counts)} images"
             yield "error", f"{text}: fetch it again"
         odd = not self.data_set.generated and counts != {stored.images}
-        text = f"{max(counts):,} images of {len(set(images.labels))} classes"
+        text = f"{max(counts):,} images of {classes} classes"
         yield "warning" if odd else "ok", f"{text} (as published: {stored.images:,})"
 
-    def _opened(self, images: ImageList, place: str, rule: SizeRule) -> tuple[int, list[Remark]]:
-        """Open every image; return the bytes they take decoded, and what is wrong with some.
+    def _opened(self, images: ImageFiles, place: str) -> tuple[int, list[Remark]]:
+        """Open every image; return how many pixels they have, and what is wrong with some.
 
         place: the images' set, and where in it they lie, as the manifest has them.
         """
-        paths = [images.root / path for path in images.paths]
-        digest = hashlib.sha256(f"{self.scale.name} {place} {images.passed_over}".encode())
-        for path, below in zip(paths, images.paths, strict=True):
+        paths = [images.path(number) for number in range(len(images))]
+        digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
+        for path in paths:
             stat = path.stat()
-            self.files[f"{place}/{below}"] = stat.st_size
+            self.files[f"{place}/{path.relative_to(images.root)}"] = stat.st_size
             digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         stamp = digest.hexdigest()
-        if stamp in self.sound:
-            return self.sound[stamp]
-        workers = len(os.sched_getaffinity(0))
-        opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
-        sizes = [(path, size) for path, size in opened if not isinstance(size, str)]
-        damaged = [path for path, size in opened if isinstance(size, str)]
-        remarks: list[Remark] = []
-        if images.passed_over:
-            remarks.append(("warning", passed_over_text(images)))
-        remarks += [*self._damaged(damaged), *self._misfits(sizes, place, rule)]
-        result = 3 * sum(width * height for _, (width, height) in sizes), remarks
-        if not damaged:
-            self.sound[stamp] = result
-        return result
+        if stamp not in self.sound:
+            workers = len(os.sched_getaffinity(0))
+            opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
+            damaged = [path for path, size in opened if isinstance(size, str)]
+            sizes = {path: size for path, size in opened if not isinstance(size, str)}
+            pixels, remarks = sum(width * height for width, height in sizes.values()), []
+            if damaged:
+                return pixels, [self._damaged(damaged)]
+            side, native = images.size, images.native
+            odd = [p for p, s in sizes.items() if (s != (side, side) if native else min(s) < side)]
+            if odd:
+                remarks = [self._misfits(odd, sizes[odd[0]], place, native=native)]
+            self.sound[stamp] = pixels, remarks
+        return self.sound[stamp]
 
-    def _damaged(self, paths: list[Path]) -> Iterator[Remark]:
-        if not paths:
-            return
+    def _damaged(self, paths: list[Path]) -> Remark:
         self.damaged += map(str, paths)
         classes = {path.parent.name for path in paths}
         first = f"the first {paths[0]} (class {paths[0].parent.name})"
         text = f"{len(paths)} unreadable images in {len(classes)} classes, {first}"
-        yield "error", f"{text}: replace or remove those in {self.results / DAMAGED_FILE}"
+        return "error", f"{text}: replace or remove those in {self.results / DAMAGED_FILE}"
 
     def _misfits(
-        self, sizes: list[tuple[Path, tuple[int, int]]], place: str, rule: SizeRule
-    ) -> Iterator[Remark]:
-        side = self.scale.image_size
-        if rule == "exact":
-            odd = [(path, size) for path, size in sizes if size != (side, side)]
-            remedy = "--scale folder --image-size N takes images of N px a side and more"
-            text = f"are not {side} x {side} px"
-        else:
-            odd = [(path, size) for path, size in sizes if rule == "least" and min(size) < side]
-            remedy = "give a smaller --image-size, or remove them"
-            text = f"are smaller than {side} px"
-        if not odd:
-            return
-        path, (width, height) = odd[0]
-        text = f"{len(odd)} images {text}, the first {path} ({width} x {height})"
-        if rule == "least" and not self.data_set.generated:
-            yield "warning", f"{text}: they are enlarged, as in the study"
-        else:
-            yield "error", f"{text}: {remedy if place == 'images' else 'make them anew'}"
+        self, paths: list[Path], size: tuple[int, int], place: str, *, native: bool
+    ) -> Remark:
+        side, is_data = self.scale.image_size, place == "images"
+        first = f"the first {paths[0]} ({size[0]} x {size[1]})"
+        if native:
+            remedy = "make them anew"
+            if is_data:
+                remedy = "--scale folder --image-size N takes images of N px a side and more"
+            return "error", f"{len(paths)} images are not {side} x {side} px, {first}: {remedy}"
+        text = f"{len(paths)} images are smaller than {side} px, {first}"
+        if is_data and self.data_set.generated:
+            return "error", f"{text}: give a smaller --image-size, or remove them"
+        return "warning", f"{text}: they are enlarged, as in the study"
 
 
 def _missing_classes(images: ImageList) -> str:

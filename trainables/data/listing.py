@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
@@ -194,16 +194,15 @@ def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
         passed_over=tuple(passed_over),
     )
     if not paths:
-        others = f"; {passed_over_text(images)}" if passed_over else ""
+        others = f"; {passed_over_text(root, passed_over)}" if passed_over else ""
         raise ValueError(f"{split} holds no image in its classes; expected <class>/<image>{others}")
     return images
 
 
-def passed_over_text(images: ImageList) -> str:
+def passed_over_text(root: Path, paths: Sequence[str]) -> str:
     """Say how many files and folders were passed over, the first, and what is taken."""
     taken = f"images lie right below their class and end in {', '.join(SUFFIXES)}"
-    first = images.root / images.passed_over[0]
-    return f"{len(images.passed_over)} files or folders are passed over, the first {first}: {taken}"
+    return f"{len(paths)} files or folders are passed over, the first {root / paths[0]}: {taken}"
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:

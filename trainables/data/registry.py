@@ -25,13 +25,13 @@ KINDS = tuple(kind for group in CORRUPTION_GROUPS.values() for kind in group)
 EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not of the fifteen
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StoredSet:
     """A published out-of-distribution set, and the evaluator that reads it.
 
     It lies where `--stored NAME=DIR` says, or in the folder of its name below the data.
-    `folder`: where its class folders lie below its root. `classes`: timm's list of its classes,
-    none: the data's own. `images`: as published, of each kind and severity where it has kinds.
+    `images`: as published, of each kind and severity where it has kinds. `folder`: where its class
+    folders lie below its root. `classes`: timm's list of its classes, none: the data's own.
     `complete`: every class has a folder. `native`: stored at the data's size. `arrays`: the
     .npy files of its images and labels; of a set with kinds, the labels alone.
     """
@@ -39,46 +39,32 @@ class StoredSet:
     name: str
     title: str
     evaluator: str
+    images: int = 0
     folder: str = ""
     classes: str = ""
-    images: int = 0
     complete: bool = True
     native: bool = True
     arrays: tuple[str, ...] = ()
 
 
 _STORED = (
-    StoredSet(  # <WordNet id>/<image>
-        name="imagenet-a",
-        title="ImageNet-A",
-        evaluator="natural",
-        classes="imagenet_a_synsets.txt",
+    StoredSet(
+        "imagenet-a",
+        "ImageNet-A",
+        "natural",
         images=7_500,
+        classes="imagenet_a_synsets.txt",
         complete=False,
         native=False,
     ),
-    StoredSet(  # <kind>/<severity>/<WordNet id>/<image>
-        name="imagenet-c", title="ImageNet-C", evaluator="corruptions", images=50_000
-    ),
-    StoredSet(  # val/<WordNet id>/<image>
-        name="imagenet-stylized",
-        title="Stylized-ImageNet",
-        evaluator="stylized",
-        folder="val",
-        images=50_000,
-    ),
-    StoredSet(name="textures", title="a texture dictionary", evaluator="tpa"),  # PatchAttack's
-    StoredSet(  # <kind>.npy
-        name="cifar10-c",
-        title="CIFAR-10-C",
-        evaluator="corruptions",
-        images=10_000,
-        arrays=("labels.npy",),
-    ),
+    StoredSet("imagenet-c", "ImageNet-C", "corruptions", images=50_000),  # below <kind>/<severity>
+    StoredSet("imagenet-stylized", "Stylized-ImageNet", "stylized", images=50_000, folder="val"),
+    StoredSet("textures", "a texture dictionary", "tpa"),  # in the layout of PatchAttack
+    StoredSet("cifar10-c", "CIFAR-10-C", "corruptions", images=10_000, arrays=("labels.npy",)),
     StoredSet(
-        name="cifar10.1",
-        title="CIFAR-10.1",
-        evaluator="natural",
+        "cifar10.1",
+        "CIFAR-10.1",
+        "natural",
         images=2_000,
         arrays=("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"),
     ),
