@@ -19,12 +19,10 @@ from trainables.recipe import (
     problem,
     unknown,
 )
-from trainables.scale import AT_BATCH, published_settings, scale_named
+from trainables.scale import AT_BATCH, published_settings
 
 Axes = Mapping[str, tuple[Any, ...]]
 AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
-ADVERSARIAL_RATE = "adversarial_rate"
-AS_RELEASED, BY_RULE = "as-released", "by-rule"
 CURRICULUM_EPOCHS = 100  # that a library's curricula are written for
 
 
@@ -42,13 +40,12 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     An axis is a field of the recipe, or one that brings other fields along: family (or timm:NAME)
     and size choose the model; optimizer brings its rate, decay, batch and warm-up; augmentation
     brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
-    smoothing and ghost batches; adversarial_rate is the peak rate of an adversarially trained
-    ResNet with GELU, 'as-released' (0.8) or 'by-rule' (1.6); curriculum is 'none', one of the
-    library or a table of rows; teacher is a base of the library.
+    smoothing and ghost batches; curriculum is 'none', one of the library or a table of rows;
+    teacher is a base of the library.
 
-    Axes that bring fields along come first; then fields, so that a named one wins; the adversarial
-    rate, which depends on fields, is last. Epochs that would end before the warm-up shorten it in
-    proportion. ValueError where a value, or all of them together, cannot be.
+    Axes that bring fields along come first, so that a named field wins. Epochs that would end
+    before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
+    cannot be.
     """
     for axis in values:
         if axis not in AXES:
@@ -56,7 +53,6 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
         if axis in _NAMED and not isinstance(values[axis], str):
             raise ValueError(f"{axis} is a name, not {values[axis]!r}")
     values = dict(values) | _looked_up(values, library or Library())
-    rule = values.pop(ADVERSARIAL_RATE, None)
     draft = recipe
     for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
         draft = _SETTERS[axis](draft, values[axis])
@@ -64,7 +60,7 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     changed = draft.replace(**(_shortened_warmup(draft, fields) | fields))
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
-    return changed if rule is None else _with_adversarial_rate(changed, rule)
+    return changed
 
 
 def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
@@ -200,26 +196,6 @@ def _adversarial(recipe: Recipe) -> Recipe:
     )
 
 
-def _with_adversarial_rate(recipe: Recipe, rule: str) -> Recipe:
-    """Set the peak rate of an adversarially trained ResNet with GELU and SGD.
-
-    by-rule: 0.1 per 256 images, as with ReLU. as-released: half of it, since advres.sh accumulates
-    8 batches and main_adv_res.py counts 4 (0.1 * 128 * 4 * 4 / 256). Other recipes have one rate.
-    """
-    if rule not in (AS_RELEASED, BY_RULE):
-        raise ValueError(unknown(ADVERSARIAL_RATE, rule, (AS_RELEASED, BY_RULE)))
-    if not _has_two_rates(recipe):
-        return recipe
-    rate = 0.1 * recipe.batch_size / 256
-    return _changed(recipe, learning_rate=rate if rule == BY_RULE else rate / 2)
-
-
-def _has_two_rates(recipe: Recipe) -> bool:
-    settings = model_named(recipe.model).settings
-    kind = settings, recipe.activation, recipe.optimizer, recipe.training
-    return kind == ("cnn", "gelu", "sgd", "adversarial")
-
-
 def _with_curriculum(recipe: Recipe, rows: Any) -> Recipe:
     return _changed(recipe, curriculum=rows, curriculum_epochs=recipe.epochs)
 
@@ -238,13 +214,12 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "curriculum": _with_curriculum,
     "teacher": _with_teacher,
 }
-_NAMED = ("model", "family", "size", "optimizer", "training", ADVERSARIAL_RATE, "teacher")
-AXES = tuple(dict.fromkeys((*_SETTERS, ADVERSARIAL_RATE, *Recipe.model_fields)))
+_NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
+AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 # Pairs of axes of which one would undo the other.
 _SAME = (
     *(("model", "family"), ("model", "size")),
     *(("augmentation", "augmentations"), ("teacher", "distillation")),
-    ("learning_rate", ADVERSARIAL_RATE),
 )
 # What a table's row or column is about, and what --scale and --seeds choose.
 _NOT_FOR_ALL = {
@@ -260,8 +235,6 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
         return format_augmentations(recipe.augmentations)
     if axis in ("teacher", "distillation"):
         return _base_of(recipe.teacher, library) if recipe.teacher else "none"
-    if axis == ADVERSARIAL_RATE:
-        return _adversarial_rate(recipe)
     if axis == "curriculum":
         return _curriculum_name(recipe.curriculum, library)
     return str(getattr(recipe, axis))
@@ -274,14 +247,6 @@ def _base_of(teacher: Recipe, library: Library) -> str:
     )
     names = (name for name, base in library.bases.items() if unscaled(base) == unscaled(teacher))
     return next(names, teacher.model)
-
-
-def _adversarial_rate(recipe: Recipe) -> str:
-    if not _has_two_rates(recipe):
-        return BY_RULE
-    study = _with_adversarial_rate(_with_optimizer(recipe, recipe.optimizer), AS_RELEASED)
-    released = scale_named(recipe.scale).own_value(study, "learning_rate")
-    return AS_RELEASED if recipe.learning_rate == released else BY_RULE
 
 
 def _curriculum_name(rows: tuple[CurriculumRow, ...], library: Library) -> str:

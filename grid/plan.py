@@ -114,28 +114,48 @@ def build_plan(
     ]
     combinations, refused = _grid(study, scale, seeds)
     requests += [(recipe, study.name, for_all) for recipe in combinations]
-    requests = _keep_only(requests, only or {}, study)
+    requests = [
+        (recipe.with_seed(seed) if seed else recipe, purpose, names)
+        for recipe, purpose, names in _keep_only(requests, only or {}, study)
+        for seed in range(seeds)
+    ]
+    rows = {recipe.digest(): recipe for recipe, *_ in requests}
+    teachers = _teachers(rows.values(), for_all)
+    trials = _shared([*requests, *teachers], study, scale, evaluators)
+    chains = _longest_chains(trials)
+    return Plan(
+        tuple(sorted(trials, key=lambda trial: (-chains[trial.digest], trial.digest))),
+        refused=tuple(refused),
+        requests=len(requests) + len(trials) - len(rows),
+        tables=trained,
+        seeds=seeds,
+        notes=_notes(study),
+        longest_chain=max(chains.values(), default=0.0),
+    )
+
+
+def _teachers(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Request]:
+    """Yield the teachers of recipes, their teachers and so on."""
+    for recipe in recipes:
+        if recipe.teacher:
+            yield recipe.teacher, f"teacher of {recipe.digest()}", for_all
+            yield from _teachers([recipe.teacher], for_all)
+
+
+def _shared(
+    requests: Iterable[Request], study: Study, scale: Scale, evaluators: Collection[str]
+) -> list[Trial]:
+    """Return one trial for equal recipes, judged by the evaluators of all of them."""
     recipes: dict[str, Recipe] = {}
     serves: dict[str, dict[str, None]] = defaultdict(dict)
     judges: dict[str, dict[str, None]] = defaultdict(dict)
-
-    def add(recipe: Recipe, purpose: str, names: Iterable[str]) -> None:
+    for recipe, purpose, names in requests:
         digest = recipe.digest()
         recipes.setdefault(digest, recipe)
         serves[digest][purpose] = None
         judges[digest] |= dict.fromkeys(names)
-
-    for recipe, purpose, names in requests:
-        for seed in range(seeds):
-            add(recipe.with_seed(seed) if seed else recipe, purpose, names)
-    without_teachers = len(recipes)
-    for recipe in list(recipes.values()):
-        student = recipe
-        while student.teacher:
-            add(student.teacher, f"teacher of {student.digest()}", for_all)
-            student = student.teacher
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
-    trials = [
+    return [
         Trial(
             recipe,
             digest,
@@ -146,17 +166,6 @@ def build_plan(
         )
         for digest, recipe in recipes.items()
     ]
-    chains = _longest_chains(trials)
-    trials.sort(key=lambda trial: (-chains[trial.digest], trial.digest))
-    return Plan(
-        tuple(trials),
-        refused=tuple(refused),
-        requests=len(requests) * seeds + len(recipes) - without_teachers,
-        tables=trained,
-        seeds=seeds,
-        notes=_notes(study),
-        longest_chain=max(chains.values(), default=0.0),
-    )
 
 
 def _choose_tables(study: Study, names: Collection[str]) -> list[Table]:
@@ -175,7 +184,7 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
     ValueError where what is set for all cannot be in a row, or makes one trial of two rows.
     """
     settings = format_settings(study.settings)
-    told = f" (every trial: {settings})" if settings else ""
+    suffix = f" (every trial: {settings})" if settings else ""
     origins: dict[str, tuple[str, str]] = {}  # of a trained recipe: its row's digest and name
     trained = []
     for table in tables:
@@ -196,7 +205,7 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
             rows.append(replace(row, recipe=_shrunk(recipe, scale)))
-        update = {"question": table.question + told, "rows": tuple(rows)}
+        update = {"question": table.question + suffix, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
     return tuple(trained)
 
@@ -249,8 +258,8 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
         if name not in EVALUATORS:
             raise ValueError(unknown("evaluator", name, EVALUATORS))
         if name not in known:
-            asked = ", ".join(sorted(known))
-            raise ValueError(f"no trial here asks evaluator {name!r}; they ask {asked}")
+            others = ", ".join(sorted(known))
+            raise ValueError(f"no trial here asks evaluator {name!r}; they ask {others}")
     return set(names) or known
 
 

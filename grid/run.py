@@ -17,13 +17,13 @@ from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds
 from grid.study import Study, load_study
-from trainables.data.listing import DataSource, scale_of
+from trainables.data.listing import scale_of
 from trainables.recipe import problem
 from trainables.scale import Scale
 from trainables.store.results import check_database, check_results, database_uri, settle
 
 if TYPE_CHECKING:
-    from grid.launch import Finished, Launch
+    from grid.launch import Launch
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; what
 # is to be tried again `PatientClient` knows.
@@ -46,51 +46,27 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-INTERRUPTED = 130
 DECODED_FOLDER = "decoded"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 done, 1 something failed, 2 asked wrongly, 130 interrupted."""
+    """Run the command; 0 done, 1 something failed, 2 wrong input, 130 interrupted."""
     options = RunOptions.read(arguments)
     try:
-        study = load_study(options.study)
-        settings = {**study.settings, **options.settings()}
-        study = study.model_copy(update={"settings": settings})
-        source = options.source(cache=options.results / DECODED_FOLDER)
-        scale, plan = _planned(options, study, source)
-        if options.plan:
-            print_plan(options, study, plan, scale, source)
-            return 0
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        _check_places(options)
-        manifest = ""
-        if options.check or source.root is not None:
-            manifest = _checked(options, plan, scale, source)
-        if options.check:
-            _check_cluster(_launch(options, study, plan, scale, source), options.wait)
-            return 0
-        return _run(options, study, plan, scale, source, manifest)
+        return _run(options)
     except ValueError as error:
-        _refuse(problem(error))
+        print(f"{options.prog}: {problem(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _say_stopped(f"Stopped. Continue with: {_command()}")
-        return INTERRUPTED
+        with suppress(OSError):  # the terminal may be gone
+            print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
+        return 130
 
 
-def _check_places(options: RunOptions) -> None:
-    """Raise ValueError, before the imports that take seconds, where results or Ray cannot be."""
-    if options.report or options.status:
-        if not options.mlflow:
-            check_database(options.results)
-        return
-    cluster_address(options.address)
-    if not options.check:
-        check_results(options.results)
-
-
-def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Scale, Plan]:
+def _run(options: RunOptions) -> int:
+    study = load_study(options.study)
+    study = study.model_copy(update={"settings": {**study.settings, **options.settings()}})
+    source = options.source(cache=options.results / DECODED_FOLDER)
     scale = scale_of(options.scale, source, image_size=options.image_size)
     plan = build_plan(
         study,
@@ -100,56 +76,28 @@ def _planned(options: RunOptions, study: Study, source: DataSource) -> tuple[Sca
         seeds=options.seeds,
         evaluators=options.evaluators,
     )
-    return scale, plan
-
-
-def _checked(options: RunOptions, plan: Plan, scale: Scale, source: DataSource) -> str:
-    """Check the data and the machine, return the data's manifest; ValueError on what is wrong."""
-    from grid.check import check, show
-
-    findings, manifest = check(scale, source, plan, results=options.results)
-    show(findings, table=options.check, manifest=manifest)
-    return manifest
-
-
-def _run(
-    options: RunOptions,
-    study: Study,
-    plan: Plan,
-    scale: Scale,
-    source: DataSource,
-    manifest: str,
-) -> int:
-    began = time.monotonic()
-    if options.report:
-        return _report(options, study, plan, scale)
-    if options.status:
-        from grid.status import print_status
-
-        print_status(options.results, options.mlflow, scale, plan)
+    if options.plan:
+        print_plan(options, study, plan, scale, source)
         return 0
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
-    from grid.launch import run_study
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if options.report or options.status:
+        return _read_results(options, study, plan, scale)
+    # Before the imports that take seconds.
+    address = cluster_address(options.address)
+    if not options.check:
+        check_results(options.results)
+    manifest = ""
+    if options.check or source.root is not None:
+        from grid.check import check, show
 
-    finished = run_study(_launch(options, study, plan, scale, source, manifest))
-    _say_finished(finished, options, time.monotonic() - began)
-    return 1 if finished.failures else 0
-
-
-def _launch(
-    options: RunOptions,
-    study: Study,
-    plan: Plan,
-    scale: Scale,
-    source: DataSource,
-    manifest: str = "",
-) -> Launch:
+        findings, manifest = check(scale, source, plan, results=options.results)
+        show(findings, table=options.check, manifest=manifest)
     from grid.cluster import Placement
     from grid.launch import Launch
 
     storage = options.storage
-    return Launch(
+    launch = Launch(
         study=study,
         plan=plan,
         scale=scale,
@@ -164,68 +112,65 @@ def _launch(
         ),
         source=source,
         manifest=manifest,
-        address=cluster_address(options.address),
+        address=address,
         storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
     )
+    return _check_cluster(launch, options.wait) if options.check else _train(launch)
 
 
-def _check_cluster(launch: Launch, seconds: float) -> None:
-    """Look at the running Ray, if any, and print what was found; ValueError on what is wrong."""
-    if launch.address is None:
-        return
-    from grid.check import show
-    from grid.launch import check_cluster
-
-    looks = check_cluster(launch, seconds)
-    show(
-        [(node, "ok" if well else "error", text) for node, (well, text) in looks.items()],
-        table=True,
-    )
-
-
-def _report(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:
-    from grid.report.build import write_report
-    from grid.status import open_existing
-
+def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:
     if not options.mlflow:
+        check_database(options.results)
+    from grid.status import describe_status, open_existing
+
+    if options.report and not options.mlflow:
         settle(options.results)
     tracker = open_existing(options.results, options.mlflow, scale)
+    if options.status:
+        print(describe_status(tracker, plan, now=time.time()))
+        return 0
+    from grid.report.build import write_report
+
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
 
 
-def _say_stopped(message: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        print(f"\n{message}", file=sys.stderr)
+def _check_cluster(launch: Launch, seconds: float) -> int:
+    """Look at the running Ray, if any, and print its state; ValueError on what is wrong."""
+    if launch.address is None:
+        return 0
+    from grid.check import show
+    from grid.launch import check_cluster
+
+    looks = check_cluster(launch, seconds).items()
+    show([(node, "ok" if well else "error", text) for node, (well, text) in looks], table=True)
+    return 0
 
 
-def _say_finished(finished: Finished, options: RunOptions, seconds: float) -> None:
+def _train(launch: Launch) -> int:
+    from grid.launch import run_study
+
+    for note in launch.plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    began = time.monotonic()
+    finished = run_study(launch)
+    database = shlex.quote(database_uri(launch.results))
     print(
         f"Trained {finished.trained} and judged {finished.judged} cells "
-        f"in {format_seconds(seconds)}.\n"
+        f"in {format_seconds(time.monotonic() - began)}.\n"
         f"Report:    {finished.report}\n"
-        f"MLflow UI: {_ui_command(options)}\n"
+        f"MLflow UI: {launch.mlflow or f'mlflow ui --backend-store-uri {database}, then'}\n"
         f"           {finished.comparison}"
     )
     for failure in finished.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if finished.failures:
         print(f"Try what failed again with: {_command()}", file=sys.stderr)
-
-
-def _ui_command(options: RunOptions) -> str:
-    if options.mlflow:
-        return str(options.mlflow)
-    return f"mlflow ui --backend-store-uri {shlex.quote(database_uri(options.results))}, then"
+    return 1 if finished.failures else 0
 
 
 def _command() -> str:
     return shlex.join(["python", *sys.argv])
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"{RunOptions.prog}: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def stop_on_signals() -> None:

@@ -143,8 +143,3 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
 def _state(run: TrialRun) -> str:
     """Return a trial's state without the epoch that it stopped at."""
     return run.state.partition(" at epoch")[0]
-
-
-def print_status(results: Path, mlflow: str | None, scale: Scale, plan: Plan) -> None:
-    """Print where a study stands."""
-    print(describe_status(open_existing(results, mlflow, scale), plan, now=time.time()))

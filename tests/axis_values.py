@@ -16,7 +16,6 @@ VALUES = {
     "optimizer": ("sgd", "adamw"),
     "augmentation": ("none", "cutmix", "randaug+mixup+cutmix"),
     "training": ("clean", "adversarial"),
-    "adversarial_rate": ("as-released", "by-rule"),
     "curriculum": ("none", "study", (ROW,)),
     "teacher": ("none", "resnet50"),
     "scale": ("imagenet",),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from grid.axes import AXES, SETTABLE, axis_value, check_settings
+from grid.axes import AXES, SETTABLE, check_settings
 from grid.plan import build_plan, enumerate_trials
 from grid.study import Study, load_study
 from tests.axis_values import VALUES
@@ -87,32 +87,6 @@ def test_cross_recipes_differ_only_in_what_they_cross():
 
 def test_labels_are_smoothed_in_every_adversarial_training():
     assert {recipe.label_smoothing for recipe in recipes("T2").values()} == {0.1}
-
-
-def test_the_rate_of_an_attacked_gelu_resnet_is_as_released_or_by_the_rule():
-    by_rule = with_axes(resnet50(), {"training": "adversarial", "activation": "gelu"})
-    assert by_rule.learning_rate == 1.6
-    released = with_axes(by_rule, {"adversarial_rate": "as-released"})
-    assert (released.learning_rate, axis_value(released, "adversarial_rate", LIBRARY)) == (
-        0.8,
-        "as-released",
-    )
-    assert axis_value(DIGITS.shrink(released), "adversarial_rate", LIBRARY) == "as-released"
-    assert with_axes(released, {"adversarial_rate": "by-rule"}) == by_rule
-    for other in (deit(), adversarial_resnet50(), resnet50()):
-        assert with_axes(other, {"adversarial_rate": "as-released"}) == other
-    study = Study(
-        name="s",
-        base=resnet50(),
-        axes={
-            "adversarial_rate": ("as-released", "by-rule"),
-            "training": ("adversarial",),
-            "activation": ("gelu",),
-        },
-    )
-    plan = build_plan(study, DIGITS)
-    assert sorted(trial.recipe.learning_rate for trial in plan) == [0.05, 0.1]
-    assert len({trial.name for trial in plan}) == 2
 
 
 def test_full_is_the_whole_product_for_every_seed():
@@ -463,11 +437,6 @@ def holds(recipe, axis, value):
         return (recipe.teacher.model if recipe.teacher else "none") == value
     if axis == "adversary":
         return recipe.adversary.steps == value["steps"]
-    if axis == "adversarial_rate":
-        kind = (recipe.family, recipe.activation, recipe.optimizer, recipe.training)
-        per_image = recipe.learning_rate / recipe.batch_size
-        expected = {"as-released": 0.05 / 256, "by-rule": 0.1 / 256}[value]
-        return kind != ("resnet", "gelu", "sgd", "adversarial") or per_image == expected
     return getattr(recipe, axis) == value
 
 
