@@ -52,7 +52,7 @@ def compare(
     """Compare two models' image scores, a mapping per seed, on the images that all share.
 
     Returns ours minus reference; None where they share none. Over several seeds it is the mean
-    over all pairs of a training of ours and one of theirs.
+    over all pairs of a training of ours and one of theirs. Source of p: McNemar (1947).
     """
     shared = sorted(set.intersection(*(set(seed) for seed in (*ours, *reference))))
     if not shared:
@@ -68,17 +68,13 @@ def compare(
         lost = float(((1 - ours_N) * reference_N).sum())
         over_images = of_gained_and_lost(gained, lost, len(shared))
         if len(ours) == len(reference) == 1:
-            p = mcnemar(int(gained), int(lost))
+            discordant = int(gained + lost)
+            p = float(binomtest(int(gained), discordant).pvalue) if discordant else 1.0
     else:
         over_images = of_mean(ours_N - reference_N, least=-1, most=1)
     reach = _reach_over_trainings(ours_SN.mean(axis=1), reference_SN.mean(axis=1))
     low, high = with_trainings(difference, over_images, reach)
     return Paired(difference, low, high, len(shared), p)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided exact p of McNemar's test from the discordant pairs (McNemar 1947)."""
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def of_mean(values_N: np.ndarray, *, least: float, most: float) -> Interval:
