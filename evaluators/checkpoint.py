@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -21,18 +18,17 @@ from rich.progress import Progress
 from evaluators import PGD_STEPS, base, evaluator_named
 from evaluators.base import Evaluator, cell_digest, device_named
 from evaluators.health import red_flags
-from evaluators.ledger import Score, to_parquet
+from evaluators.ledger import Score, scores_as_metrics, to_parquet
 from evaluators.shards import ShardStore
-from evaluators.weights import load_any_weights
+from evaluators.weights import load_any_weights, read_content
 from trainables.data.base import Data
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.networks import Classifier, build_classifier, classifier_named
-from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_named
-from trainables.store.checkpoint import recipe_json_of
-from trainables.store.provenance import provenance
-from trainables.store.storage import DamagedError, write_atomically
+from trainables.store.checkpoint import recipe_of
+from trainables.store.results import ARTIFACTS, provenance, settle
+from trainables.store.storage import write_atomically
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -45,105 +41,80 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     """Judge, print, write and log; False where Ctrl-C cut it short. ValueError."""
     device = device_named(options.device)
     source = options.source()
-    scale, classifier = _loaded(options, source)
-    weights = hashlib.sha256(options.weights.read_bytes()).hexdigest()[:12]
+    content = read_content(options.weights)
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    scale, classifier = _loaded(options, content, source)
     folder = options.ledger or Path(
-        "results/ledgers", f"{options.weights.stem.strip('.')}-{weights}"
+        "results/ledgers", f"{options.weights.stem.strip('.')}-{digest}"
     )
-    _make(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
     tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
-    subject = repr((weights, classifier, normalisation, scale, source.root, folders))
+    subject = repr((digest, classifier, normalisation, scale, source.root, folders))
     side = scale.image_size
-    cells = [Cell(e, data, folder, subject, side) for e in _evaluators(options, scale)]
-    interrupted = False
-    for cell in cells:
-        print(f"{cell.evaluator.name}: {json.dumps(cell.evaluator.identity(data))}")
-        if not (options.report_partial or interrupted):
-            interrupted = not cell.judge(classifier, device)
-    judged = [cell for cell in cells if cell.store.judged]
-    if not judged and not interrupted:
-        raise ValueError(f"no image is judged yet in {folder}: leave --report-partial out")
+    stores = {e: _store(e, data, folder, subject, side) for e in _evaluators(options, scale)}
+    with suppress(KeyboardInterrupt):
+        for evaluator, store in stores.items():
+            print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
+            _judge(evaluator, store, classifier, data, device)
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
-    paths = _report(judged, folder)
-    if not all(cell.is_whole for cell in cells):
-        print("Cut short: the same command judges the other images; --report-partial does not.")
-        return not interrupted
-    for cell in cells:
-        cell.store.clear()
+    scores = _printed_scores(stores)
+    if any(store.missing() for store in stores.values()):
+        print("Cut short: the same command judges the other images.")
+        return False
+    ledgers = [_write_ledger(evaluator, store, folder) for evaluator, store in stores.items()]
+    for store in stores.values():
+        store.clear()
+    print(f"Ledgers: {folder}")
     if tracker:
-        _log(tracker, options.weights, cells, paths, device)
+        run_id = tracker.log_evaluation(
+            str(options.weights),
+            metrics=scores_as_metrics(scores),
+            ledgers=ledgers,
+            judged_by=provenance(str(device)),
+        )
+        print(f"MLflow run: {run_id}")
     return True
 
 
-@dataclass(frozen=True)
-class Cell:
-    """An evaluator's question on a data set, and its shards below a folder."""
-
-    evaluator: Evaluator
-    data: Data
-    folder: Path
-    subject: str
-    side: int
-
-    @cached_property
-    def store(self) -> ShardStore:
-        """The shards of this question and subject."""
-        key = f"{self.subject} {cell_digest(self.evaluator, self.data)}"
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        total, least = self.evaluator.total(self.data), self.evaluator.least_shard
-        return ShardStore(self.folder / "shards" / digest, total, side=self.side, least=least)
-
-    @cached_property
-    def ledger(self) -> pa.Table:
-        """The verdicts that there are."""
-        return self.store.merged()[0]
-
-    @property
-    def is_whole(self) -> bool:
-        """Say whether every image is judged."""
-        return self.store.judged == self.store.total
-
-    @property
-    def file(self) -> str:
-        """Name the ledger's file; that of a part of the images says so."""
-        return f"{self.evaluator.name}{'' if self.is_whole else '-' + self._part('-')}.parquet"
-
-    @property
-    def scores(self) -> list[Score]:
-        """Return the scores; those of a part of the images say so in their names."""
-        scores = self.evaluator.summarize(self.ledger)
-        part = "" if self.is_whole else f" ({self._part(' ')} images)"
-        return [replace(score, name=score.name + part) for score in scores]
-
-    def judge(self, classifier: Classifier, device: torch.device) -> bool:
-        """Judge the images that no shard holds yet, showing the time left; False on Ctrl-C."""
-        store, console = self.store, Console(stderr=True)
-        quiet = store.total <= self.evaluator.least_shard or not console.is_terminal
-        with suppress(KeyboardInterrupt), Progress(console=console, disable=quiet) as progress:
-            bar = progress.add_task(self.evaluator.name, total=store.total, completed=store.judged)
-            while store.waiting:
-                shard, began = store.take(), time.monotonic()
-                ledger = base.evaluate(
-                    self.evaluator, classifier, self.data, device=device, shard=shard
-                )
-                seconds, judged_by = time.monotonic() - began, provenance(str(device))
-                store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
-                progress.advance(bar, len(shard))
-            return True
-        return False
-
-    def _part(self, space: str) -> str:
-        return f"{self.store.judged}{space}of{space}{self.store.total}"
+def _store(evaluator: Evaluator, data: Data, folder: Path, subject: str, side: int) -> ShardStore:
+    """Open the shards of an evaluator's question about a subject."""
+    key = f"{subject} {cell_digest(evaluator, data)}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    total, least = evaluator.total(data), evaluator.least_shard
+    return ShardStore(folder / "shards" / digest, total, side=side, least=least)
 
 
-def _loaded(options: JudgeOptions, source: DataSource) -> tuple[Scale, Classifier]:
+def _judge(
+    evaluator: Evaluator,
+    store: ShardStore,
+    classifier: Classifier,
+    data: Data,
+    device: torch.device,
+) -> None:
+    """Judge the images that no shard holds yet, showing the time left."""
+    console = Console(stderr=True)
+    quiet = store.total <= evaluator.least_shard or not console.is_terminal
+    with Progress(console=console, disable=quiet) as progress:
+        bar = progress.add_task(evaluator.name, total=store.total, completed=store.judged)
+        while store.waiting:
+            shard, began = store.take(), time.monotonic()
+            ledger = base.evaluate(evaluator, classifier, data, device=device, shard=shard)
+            seconds, judged_by = time.monotonic() - began, provenance(str(device))
+            store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
+            progress.advance(bar, len(shard))
+
+
+def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[Scale, Classifier]:
     """Build the model that the options, or the weights file's own header, name; load it."""
     if options.model is None:
-        recipe = _recipe_of(options.weights)
+        recipe = recipe_of(content, options.weights)
         if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
             raise ValueError(
                 f"{options.weights} was trained at {recipe.scale}, not {options.scale}"
@@ -159,17 +130,6 @@ def _loaded(options: JudgeOptions, source: DataSource) -> tuple[Scale, Classifie
             buffer.fill_(value)
     load_any_weights(options.weights, classifier)
     return _with_budgets(scale, options), classifier
-
-
-def _recipe_of(weights: Path) -> Recipe:
-    try:
-        return Recipe.model_validate_json(recipe_json_of(weights))
-    except OSError as error:
-        raise ValueError(f"{weights} cannot be read: {error.strerror or error}") from None
-    except DamagedError:
-        raise
-    except ValueError:
-        raise ValueError(f"{weights} names no recipe of this project: give --model") from None
 
 
 def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
@@ -200,62 +160,44 @@ def _evaluators(options: JudgeOptions, scale: Scale) -> Iterator[Evaluator]:
         yield evaluator_named(name, scale, **settings)
 
 
-def _report(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Print the scores and write the ledgers; return their paths."""
-    if not cells:
+def _printed_scores(stores: Mapping[Evaluator, ShardStore]) -> list[Score]:
+    """Print and return the scores; those of a part of the images say so in their names."""
+    scores, ledgers = [], []
+    for evaluator, store in stores.items():
+        if store.judged:
+            ledger, _ = store.merged()
+            part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
+            named = evaluator.summarize(ledger)
+            scores += [replace(score, name=score.name + part) for score in named]
+            ledgers.append(ledger)
+    if not ledgers:
         return []
-    scores = [score for cell in cells for score in cell.scores]
     width = max(len(score.name) for score in scores)
     print(f"{'score':{width}}  {'%':>6}  {'95 % interval':>15}  {'n':>6}")
     for score in scores:
         interval = f"[{100 * score.low:.1f}, {100 * score.high:.1f}]"
         print(f"{score.name:{width}}  {100 * score.value:6.2f}  {interval:>15}  {score.n:6d}")
-    for flag in red_flags(cell.ledger for cell in cells):
+    for flag in red_flags(ledgers):
         print(f"red flag: {flag}")
-    for cell in cells:
-        _write(cell.ledger, folder / cell.file)
-    print(f"Ledgers: {folder}")
-    return [folder / cell.file for cell in cells]
+    return scores
 
 
-def _write(ledger: pa.Table, path: Path) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(ledger, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
+def _write_ledger(evaluator: Evaluator, store: ShardStore, folder: Path) -> Path:
+    """Write the ledger of an evaluator's shards; return its path."""
+    ledger, seconds = store.merged()
+    path = folder / f"{evaluator.name}.parquet"
+    write_atomically(path, to_parquet(ledger, seconds=seconds, judged_by=store.judged_by()))
+    return path
 
 
 def _tracker(uri: str, scale: Scale) -> Tracker:
-    from trainables.store.results import ARTIFACTS, folder_of, settle
+    """Open an MLflow server, or a database beside which the artifacts lie."""
     from trainables.store.tracking import Tracker, check_address
 
     check_address(uri)
-    remote = uri.startswith(("http://", "https://"))
-    folder = folder_of(uri)
-    settle(folder)
-    artifacts = None if remote else folder.resolve() / ARTIFACTS
+    artifacts = None
+    if uri.startswith("sqlite"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent.resolve()
+        settle(folder)
+        artifacts = folder / ARTIFACTS
     return Tracker(uri, experiment=f"robustness-{scale.name}", artifacts=artifacts)
-
-
-def _log(
-    tracker: Tracker,
-    weights: Path,
-    cells: Sequence[Cell],
-    paths: list[Path],
-    device: torch.device,
-) -> None:
-    from trainables.store.tracking import scores_as_metrics
-
-    run_id = tracker.log_evaluation(
-        str(weights),
-        metrics=scores_as_metrics([score for cell in cells for score in cell.scores]),
-        ledgers=paths,
-        judged_by=provenance(str(device)),
-    )
-    print(f"MLflow run: {run_id}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -104,3 +104,16 @@ def share(name: str, count: int, n: int) -> Score:
 
     interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
     return Score(name, count / n, float(interval.low), float(interval.high), n)
+
+
+def scores_as_metrics(scores: Iterable[Score]) -> dict[str, float]:
+    """Return scores as the metrics they are logged under: name, name/low, name/high, name/n."""
+    metrics: dict[str, float] = {}
+    for score in scores:
+        metrics |= {
+            score.name: score.value,
+            f"{score.name}/low": score.low,
+            f"{score.name}/high": score.high,
+            f"{score.name}/n": float(score.n),
+        }
+    return metrics

@@ -58,9 +58,6 @@ class JudgeOptions(DataOptions):
         gt=0,
         allow_inf_nan=False,
     )
-    report_partial: bool = option(
-        False, "judge nothing; report the images that this command, cut short, has judged"
-    )
     device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
     ledger: Path | None = option(
         None,

@@ -15,7 +15,7 @@ import pyarrow as pa
 from evaluators import SHARD_SECONDS
 from evaluators.ledger import from_parquet, in_order, judged_by
 from trainables.data.base import Shard
-from trainables.store.provenance import joined
+from trainables.store.results import joined
 from trainables.store.storage import write_atomically
 
 FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]{16})\.parquet")

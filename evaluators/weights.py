@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainables.networks import Classifier
-from trainables.store.checkpoint import read_safetensors, unpickled
+from trainables.store.checkpoint import fit_weights, read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
 BACKBONE = "backbone."
@@ -20,28 +20,17 @@ STATISTICS = ("running_mean", "running_var")
 
 def load_any_weights(path: Path, classifier: Classifier) -> None:
     """Load a file's weights into a classifier; ValueError says what does not fit or is refused."""
-    wanted = classifier.state_dict()
+    model = classifier.state_dict()
     tensors = plain_names(read_tensors(path))
     if not any(name.startswith(BACKBONE) for name in tensors):
         tensors = {BACKBONE + name: value for name, value in tensors.items()}
     fitted = {
-        name: _fitted(name, value, wanted[name]) if name in wanted else value
+        name: _fitted(name, value, model[name]) if name in model else value
         for name, value in tensors.items()
     }
     # How many batches a norm has seen is no part of its answer, and ours do not count them.
-    for name in wanted:
-        if name.endswith(".num_batches_tracked"):
-            fitted.setdefault(name, wanted[name])
-    problems = [f"{name} is missing" for name in wanted if name not in fitted]
-    problems += [f"{name} is unknown" for name in fitted if name not in wanted]
-    problems += [
-        f"{name} is {tuple(fitted[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in fitted and fitted[name].shape != wanted[name].shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}")
-    classifier.load_state_dict(fitted)
+    counts = {name: value for name, value in model.items() if name.endswith("num_batches_tracked")}
+    fit_weights(counts | fitted, classifier, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -51,18 +40,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     read = read_safetensors if path.suffix == SUFFIXES[0] else unpickled
-    loaded = read(content, path)
+    loaded = read(read_content(path), path)
     for entry in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
             loaded = loaded[entry]
     if not isinstance(loaded, dict) or not all(map(is_plain, loaded.values())):
         raise ValueError(f"{path} is no dictionary of dense tensors of real numbers")
     return {str(name): value for name, value in loaded.items()}
+
+
+def read_content(path: Path) -> bytes:
+    """Return a file's bytes; ValueError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

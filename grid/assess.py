@@ -6,7 +6,7 @@ import bisect
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,11 @@ from trainables.data.base import Shard
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
 from trainables.scale import Scale
-from trainables.store.patience import patiently
-from trainables.store.provenance import provenance
-from trainables.store.retries import MAX_FAILURES, OWN_FAULTS
+from trainables.store.checkpoint import classifier_of
+from trainables.store.results import provenance
+from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently
 from trainables.store.storage import WEIGHTS
-from trainables.store.tracking import Credentials, fetch_artifact
+from trainables.store.tracking import credentials, fetch_artifact
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class EvaluatorActor:
         threads: int,
         device: str,
         hung_after: float,
-        credentials: Credentials,
+        login: Mapping[str, str],
     ) -> None:
-        credentials.use()
+        os.environ |= login
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device, self._hung_after = torch.device(device), hung_after
@@ -84,8 +84,6 @@ class EvaluatorActor:
         return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
-        from trainables.store.packaged import classifier_of  # timm, which the driver can spare
-
         if self._loaded is None or self._loaded[0] != artifact_uri:
             path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
             classifier = classifier_of(path, digest)
@@ -123,7 +121,7 @@ class EvaluatorPool:
             "threads": threads,
             "device": "cuda" if gpus else "cpu",
             "hung_after": hung_after,
-            "credentials": Credentials.of_environment(),
+            "login": credentials(),
         }
         actor = ray.remote(**options)(EvaluatorActor)
         self._new_actor: Callable[[], Any] = partial(

@@ -42,9 +42,8 @@ from trainables.data.load import load_data
 from trainables.models import MODELS
 from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
-from trainables.store.patience import patiently
 from trainables.store.results import DATABASE, sole_run
-from trainables.store.retries import MAX_FAILURES, wait_after
+from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import Tracker
 from trainables.trial import RecipeTrial, trial_config
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from evaluators import evaluator_named
 from evaluators.base import cell_digest
-from evaluators.ledger import from_parquet, judged_by
+from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
 from grid.assess import Cell, EvaluatorPool
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.recipe import format_augmentations
 from trainables.scale import Scale
-from trainables.store.storage import WEIGHTS, fetched, read_file, weights_path
-from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun, scores_as_metrics
+from trainables.store.storage import WEIGHTS, read_file, weights_path
+from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
@@ -117,15 +117,9 @@ class Recorder(threading.Thread):
         return [name for name in wanted if cells.get(name) != self._questions[name]]
 
     def enrol(self) -> None:
-        """Note on the runs that there are that their trials serve this study.
-
-        One that was stopped before it had its parameters and its data set gets them.
-        """
+        """Note on the runs that there are that their trials serve this study."""
         for digest, run in self._runs.items():
-            trial = self._trials[digest]
-            self.tracker.enrol(run, self._study, _tables(trial))
-            if not run.described:
-                self.tracker.describe_trial(run, params=_params(trial), dataset=self._dataset)
+            self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
 
     def mend(self, storage: str) -> None:
         """Have trials go on whose weights are damaged and are to be judged, or to teach.
@@ -232,20 +226,16 @@ class Recorder(threading.Thread):
     def _on_started(self, digest: str) -> None:
         trial = self._trials[digest]
         self.progress.running.setdefault(digest, trial.name)
-        run = self._runs.get(digest)
-        if run is None:
-            self._runs[digest] = self.tracker.start_trial(
-                digest=digest,
-                name=trial.name,
-                parent=self._parent,
-                study=self._study,
-                tables=_tables(trial),
-                recipe_json=trial.recipe.model_dump_json(),
-                params=_params(trial),
-                dataset=self._dataset,
-            )
-        elif run.outcome != "training":
-            self.tracker.continue_trial(run)
+        self._runs[digest] = self.tracker.start_trial(
+            digest=digest,
+            name=trial.name,
+            parent=self._parent,
+            study=self._study,
+            tables=_tables(trial),
+            recipe_json=trial.recipe.model_dump_json(),
+            params=_params(trial),
+            dataset=self._dataset,
+        )
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
@@ -271,8 +261,9 @@ class Recorder(threading.Thread):
         if outcome == "finished":
             before = run.weights_sha256
             sizes = {"image_size": self._scale.image_size, "classes": self._scale.num_classes}
-            with fetched(result["weights"]) as weights:
-                self.tracker.store_weights(run, weights, result["sha256"], **sizes)
+            content = read_file(result["weights"])
+            assert content is not None, f"{result['weights']} is gone"
+            self.tracker.store_weights(run, content, result["sha256"], **sizes)
             if before not in ("", result["sha256"]):
                 self._forget_cells(run)
         else:

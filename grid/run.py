@@ -20,13 +20,13 @@ from grid.study import Study, load_study
 from trainables.data.listing import scale_of
 from trainables.recipe import problem
 from trainables.scale import Scale
-from trainables.store.results import check_database, check_results, database_uri, settle
+from trainables.store.results import check_database, database_uri, settle, sole_run
 
 if TYPE_CHECKING:
     from grid.launch import Launch
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; what
-# is to be tried again `PatientClient` knows.
+# is to be tried again `patiently` knows.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -86,7 +86,8 @@ def _run(options: RunOptions) -> int:
     # Before the imports that take seconds.
     address = cluster_address(options.address)
     if not options.check:
-        check_results(options.results)
+        with sole_run(options.results):
+            pass
     manifest = ""
     if options.check or source.root is not None:
         from grid.check import check, show

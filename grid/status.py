@@ -98,7 +98,6 @@ def open_tracker(
         mlflow or database_uri(results),
         experiment=f"robustness-{scale.name}",
         artifacts=None if mlflow else results.resolve() / ARTIFACTS,
-        shared=mlflow is not None,
         say=say,
     )
 

@@ -1,72 +1,88 @@
+"""Checkpoints and weights, in a folder and on a real S3 server: whole, their own, or refused."""
+
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import uuid
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from evaluators.weights import load_any_weights
+from tests.servers import s3_bucket
+from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
+from trainables.running import next_result, open_trial
 from trainables.store.checkpoint import (
-    fit_weights,
     load_newest_checkpoint,
-    recipe_json_of,
+    recipe_of,
     save_checkpoint,
     save_weights,
     stored_weights,
 )
-from trainables.store.storage import write_atomically
+from trainables.store.storage import Folder, below, write_atomically
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_bucket() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["folder", "s3"])
+def where(request, tmp_path):
+    if request.param == "folder":
+        return str(tmp_path)
+    return below(request.getfixturevalue("bucket"), uuid.uuid4().hex)
 
 
 def state(value):
     return {"model": {"w": torch.full((3,), float(value))}, "history": [{"epoch": 1.0}]}
 
 
-def test_newest_checkpoint_is_loaded_and_two_are_kept(tmp_path):
-    assert load_newest_checkpoint(tmp_path / "none") is None
+def test_names_go_before_a_uris_query():
+    assert below("/a/b/", "c", "d") == "/a/b/c/d"
+    assert below("s3://grid?scheme=http", "c", "d") == "s3://grid/c/d?scheme=http"
+
+
+def test_storage_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="storage 'ftps://there' cannot be used"):
+        Folder("ftps://there")
+
+
+def test_the_newest_checkpoint_is_loaded_and_two_are_stored(where):
+    place = below(where, "trial")
+    assert load_newest_checkpoint(place) is None
     for epoch in (1, 2, 10):
-        save_checkpoint(tmp_path, epoch, state(epoch))
-    assert torch.equal(load_newest_checkpoint(tmp_path)["model"]["w"], torch.full((3,), 10.0))
-    assert sorted(p.name[:11] for p in tmp_path.iterdir()) == ["epoch-00002", "epoch-00010"]
+        save_checkpoint(place, epoch, state(epoch))
+    assert torch.equal(load_newest_checkpoint(place)["model"]["w"], torch.full((3,), 10.0))
+    assert sorted(name[:11] for name in Folder(place).names()) == ["epoch-00002", "epoch-00010"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
-def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
-    save_checkpoint(tmp_path, 1, state(1))
-    newest = tmp_path / save_checkpoint(tmp_path, 2, state(2))
-    content = newest.read_bytes()
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(where, damage):
+    save_checkpoint(where, 1, state(1))
+    newest = save_checkpoint(where, 2, state(2))
+    folder = Folder(where)
+    content = folder.read(newest)
     flipped = content[:50] + bytes([content[50] ^ 1]) + content[51:]
-    newest.write_bytes({"truncated": content[:-9], "flipped": flipped, "emptied": b""}[damage])
-    assert load_newest_checkpoint(tmp_path)["model"]["w"][0] == 1
-    assert newest.with_suffix(".damaged").exists()
-    assert "is damaged" in caplog.text
+    folder.write(newest, {"truncated": content[:-9], "flipped": flipped, "emptied": b""}[damage])
+    said = []
+    assert load_newest_checkpoint(where, say=said.append)["model"]["w"][0] == 1
+    assert f"{newest}.damaged" in folder.names()
+    assert "is damaged" in said[0]
 
 
-def of_trial(digest, value):
-    return state(value) | {"digest": digest}
-
-
-def test_swapped_checkpoints_are_set_aside_and_both_trials_are_named(tmp_path, caplog):
-    first, second = (tmp_path / name for name in ("aaa", "bbb"))
-    save_checkpoint(first, 1, of_trial("aaa", 1))
-    own = first / save_checkpoint(first, 2, of_trial("aaa", 2))
-    other = second / save_checkpoint(second, 2, of_trial("bbb", 3))
-    other.rename(first / other.name)
-    own.rename(second / own.name)
-    assert load_newest_checkpoint(first, "aaa")["model"]["w"][0] == 1
-    assert load_newest_checkpoint(second, "bbb") is None
-    assert (first / other.name).with_suffix(".foreign").exists()
-    assert "belongs to trial bbb, not to aaa" in caplog.text
-    assert "belongs to trial aaa, not to bbb" in caplog.text
-
-
-def test_a_checkpoint_that_names_no_trial_is_not_taken_for_anyones(tmp_path, caplog):
-    save_checkpoint(tmp_path, 1, state(1))
-    assert load_newest_checkpoint(tmp_path, "aaa") is None
-    assert "belongs to trial that it does not name, not to aaa" in caplog.text
+@pytest.mark.parametrize("owner", [{"digest": "bbb"}, {}])
+def test_a_checkpoint_of_another_trial_is_set_aside_and_both_are_named(tmp_path, owner, caplog):
+    save_checkpoint(tmp_path, 1, state(1) | {"digest": "aaa"})
+    newest = save_checkpoint(tmp_path, 2, state(2) | owner)
+    assert load_newest_checkpoint(tmp_path, "aaa")["model"]["w"][0] == 1
+    assert (tmp_path / f"{newest}.damaged").exists()
+    assert f"belongs to trial {owner.get('digest')}, not to aaa" in caplog.text
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
@@ -76,20 +92,24 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert [path.name[:11] for path in tmp_path.iterdir()] == ["epoch-00001"]
 
 
-class Planted:
-    def __init__(self, path):
-        self.path = path
+def test_a_trial_goes_on_from_its_checkpoint_on_s3(
+    bucket, small, few_digits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("trainables.data.load.load_data", lambda *_: few_digits)
+    monkeypatch.setattr("trainables.running.CHECKPOINT_SECONDS", 0.0)
+    recipe = small("deit", epochs=2)
+    config = {"recipe": recipe.model_dump(mode="json"), "threads": 1, "device": "cpu"}
+    config |= {"compile": False, "source": EMBEDDED}
 
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
+    def opened(storage):
+        return open_trial(config | {"storage": storage})
 
-
-def test_a_checkpoint_can_not_run_code(tmp_path):
-    planted = tmp_path / "planted"
-    save_checkpoint(tmp_path, 1, {"outcome": Planted(planted)})
-    with pytest.raises(ValueError, match=r"epoch-00001-.* holds more than weights"):
-        load_newest_checkpoint(tmp_path)
-    assert not planted.exists()
+    next_result(opened(bucket))
+    resumed = next_result(opened(bucket))
+    assert (resumed["epoch"], resumed["outcome"]) == (2, "finished")
+    undisturbed = opened(str(tmp_path))
+    next_result(undisturbed)
+    assert next_result(undisturbed)["sha256"] == resumed["sha256"]
 
 
 def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
@@ -118,17 +138,20 @@ def test_a_file_is_synced_whole_before_it_has_its_name_and_then_its_folder_is(
     assert (folder, named_then) == (path.parent.stat().st_ino, True)
 
 
-def test_weights_survive_with_their_recipe(tmp_path, small):
+def test_weights_come_back_with_their_recipe_and_equal_ones_have_one_sha256(where, small):
     recipe = small()
     trained = build_classifier(recipe)
-    sha256 = save_weights(tmp_path / "w.safetensors", trained, recipe.model_dump_json())
+    path = below(where, "trial", "weights.safetensors")
+    assert stored_weights(path, recipe.digest()) is None
+    sha256 = save_weights(path, trained, recipe.model_dump_json())
+    stored = stored_weights(path, recipe.digest())
+    assert all(torch.equal(stored[name], v) for name, v in trained.state_dict().items())
+    content = Folder(below(where, "trial")).read("weights.safetensors")
+    assert hashlib.sha256(content).hexdigest() == sha256
+    assert recipe_of(content, path) == recipe
     again = build_classifier(recipe.replace(seed=9))
-    load_any_weights(tmp_path / "w.safetensors", again)
-    assert all(
-        torch.equal(value, again.state_dict()[name]) for name, value in trained.state_dict().items()
-    )
-    assert recipe_json_of(tmp_path / "w.safetensors") == recipe.model_dump_json()
-    assert save_weights(tmp_path / "v.safetensors", again, recipe.model_dump_json()) == sha256
+    again.load_state_dict(stored)
+    assert save_weights(path, again, recipe.model_dump_json()) == sha256
 
 
 @pytest.fixture
@@ -146,8 +169,8 @@ def test_weights_are_a_safetensors_file_that_says_its_own_sha256(weights):
     own = header["__metadata__"]["own_sha256"]
     assert content.count(own.encode()) == 1
     assert hashlib.sha256(content.replace(own.encode(), b"0" * 64)).hexdigest() == own
-    found = load_file(path)
-    assert all(torch.equal(found[name], v) for name, v in classifier.state_dict().items())
+    tensors = load_file(path)
+    assert all(torch.equal(tensors[name], v) for name, v in classifier.state_dict().items())
 
 
 def test_a_bit_flipped_anywhere_in_weights_is_noticed_wherever_they_are_loaded(weights):
@@ -168,10 +191,10 @@ def test_a_bit_flipped_anywhere_in_weights_is_noticed_wherever_they_are_loaded(w
                 load()
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
-def test_truncated_weights_are_refused_by_name(weights, kept):
+@pytest.mark.parametrize("size", [0, 7, 100, 5000, -1])
+def test_truncated_weights_are_refused_by_name(weights, size):
     path, digest, _ = weights
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"w\.safetensors is damaged"):
         stored_weights(str(path), digest)
 
@@ -179,7 +202,6 @@ def test_truncated_weights_are_refused_by_name(weights, kept):
 def test_weights_of_another_trial_are_refused_by_both_digests(weights, small):
     path, digest, _ = weights
     other = small(seed=1).digest()
-    assert stored_weights(str(path), digest) is not None
     with pytest.raises(ValueError, match=f"weights of trial {digest}, not of trial {other}"):
         stored_weights(str(path), other)
 
@@ -189,16 +211,9 @@ def test_weights_that_name_a_recipe_but_no_sha256_are_refused_and_foreign_ones_a
 ):
     path, _, classifier = weights
     tensors, older = load_file(path), tmp_path / "older.safetensors"
-    save_file(tensors, older, metadata={"recipe": recipe_json_of(path)})
+    save_file(tensors, older, metadata={"recipe": "{}"})
     with pytest.raises(ValueError, match="is damaged, or of an older version"):
         load_any_weights(older, classifier)
     foreign = tmp_path / "foreign.safetensors"
     save_file(tensors, foreign, metadata={"format": "pt"})
     load_any_weights(foreign, classifier)
-
-
-def test_weights_of_another_model_are_refused_by_their_keys(tmp_path, small):
-    path = tmp_path / "w.safetensors"
-    save_weights(path, build_classifier(small()), "{}")
-    with pytest.raises(ValueError, match=r"first keys that differ: \['backbone"):
-        fit_weights(load_file(path), build_classifier(small("deit")), path)

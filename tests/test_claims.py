@@ -9,7 +9,7 @@ import torch
 
 from evaluators.base import Batch, verdicts
 from evaluators.intervals import Paired
-from evaluators.ledger import share, to_parquet
+from evaluators.ledger import scores_as_metrics, share, to_parquet
 from grid.plan import build_plan
 from grid.report.claims import Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
@@ -20,7 +20,7 @@ from tests.made_up import record
 from tests.paper import STUDY
 from tests.test_report import trial_run
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
-from trainables.store.tracking import Tracker, scores_as_metrics
+from trainables.store.tracking import Tracker
 
 
 def judge(plan, runs):

@@ -16,9 +16,8 @@ from evaluators.ledger import survival_scores
 from grid.run import main
 from tests.driver import ended, start, trials, wait_for_checkpoint
 from trainables.data.load import load_data
-from trainables.recipe import Recipe
 from trainables.scale import DIGITS
-from trainables.store.checkpoint import recipe_json_of
+from trainables.store.checkpoint import recipe_of
 
 # Long enough to be stopped in the middle.
 STUDY = """
@@ -91,8 +90,8 @@ def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
         assert run.metrics["clean/low"] < run.metrics["clean"] < run.metrics["clean/high"]
         assert run.metrics["clean/n"] == 597
         folder = artifacts_of(run)
-        recipe = Recipe.model_validate_json(recipe_json_of(folder / "weights.safetensors"))
-        assert recipe.digest() == digest
+        weights = folder / "weights.safetensors"
+        assert recipe_of(weights.read_bytes(), weights).digest() == digest
         for name in ("clean", "pgd"):
             for score in survival_scores(pq.read_table(folder / "ledgers" / f"{name}.parquet")):
                 assert run.metrics[score.name] == pytest.approx(score.value)

@@ -45,7 +45,7 @@ from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
-    recipe_json_of,
+    recipe_of,
     save_checkpoint,
     save_weights,
     unpickled,
@@ -312,7 +312,7 @@ def test_a_mutated_weights_file_loads_or_is_refused(classifier, tensors, tmp_pat
     for content in (path.read_bytes(), save(tensors, metadata={"format": "pt"})):
         path.write_bytes(mutated(content, seed))
         assert works_or_names(path, lambda: load_any_weights(path, classifier))
-        assert works_or_names(path, lambda: recipe_json_of(path))
+        assert works_or_names(path, lambda: recipe_of(path.read_bytes(), path))
 
 
 @given(seed=SEEDS)

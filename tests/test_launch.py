@@ -8,13 +8,12 @@ import pytest
 import ray
 
 from grid.cluster import Placement, check_room
-from grid.launch import Launch, _open_study, _recorder, _report, _start_pool
+from grid.launch import Launch, _start_pool
 from grid.plan import build_plan
 from grid.status import ProgressLine
 from grid.study import load_study
 from tests.driver import study_of_one
 from tests.made_up import record
-from trainables.data.load import load_data
 from trainables.scale import DIGITS
 
 CLUSTER = """
@@ -79,20 +78,3 @@ def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_pat
     assert stands[-1] == ("3", "3")
     assert ("1", "1") in stands
     assert stands == sorted(stands)
-
-
-def test_a_study_whose_run_was_deleted_meanwhile_ends_and_the_next_command_writes_it(launch):
-    launch.results.mkdir()
-    recorder = _recorder(launch, load_data(DIGITS), ProgressLine())
-    tracker = recorder.tracker
-    tracker._client.delete_run(parent := _open_study(launch, recorder, load_data(DIGITS)))
-    with pytest.raises(ValueError, match="deleted in MLflow meanwhile: give the same command"):
-        _report(launch, recorder, parent, ProgressLine())
-    parent = _open_study(launch, recorder, load_data(DIGITS))
-    assert _report(launch, recorder, parent, ProgressLine()).report.exists()
-    (run,) = tracker._search("tags.kind = 'study'")
-    assert run.info.status == "FINISHED"
-    assert [file.path for file in tracker._client.list_artifacts(run.info.run_id)] == [
-        "classes.json",
-        "report",
-    ]

@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "trainables/distributed.py",
         "trainables/ray_internals.py",
     },
-    "mlflow": {"trainables/store/tracking.py", "trainables/store/patience.py"},
+    "mlflow": {"trainables/store/tracking.py"},
 }
 LIGHT = (
     "grid/run.py",

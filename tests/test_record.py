@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from mlflow.exceptions import MlflowException
 
-from evaluators.ledger import Score
-from trainables.store.tracking import Tracker, TrialRun, scores_as_metrics
+from evaluators.ledger import Score, scores_as_metrics
+from trainables.store.tracking import Tracker, TrialRun
 
 DATASET = {"name": "digits", "digest": "0", "source_type": "code", "source": "digits"}
 
@@ -96,7 +96,7 @@ def test_a_cell_that_failed_is_done_once_it_has_an_answer(tracker, results, tria
 def test_a_trial_is_in_training_until_its_end_is_written_and_when_it_goes_on(
     tracker, results, trial
 ):
-    tracker._tag(trial, outcome="finished")  # killed before its end
+    tracker._tag(trial, {"outcome": "finished"})  # killed before its end
     assert found_again(results, trial).outcome == "training"
     for outcome, reason in (("failed", "a node was lost"), ("finished", "")):
         tracker.end_trial(trial, outcome=outcome, reason=reason)

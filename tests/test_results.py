@@ -1,26 +1,37 @@
-"""A results folder: who may use it, its database, and artifacts that move with it."""
+"""A results folder: who may use it, its database, artifacts that move with it, its provenance."""
 
 from __future__ import annotations
 
-import json
-import os
+import platform
 import shutil
 import sqlite3
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import mlflow.artifacts
 import pytest
 
+from evaluators.ledger import LEDGER, judged_by, to_parquet
+from evaluators.shards import ShardStore
+from grid.plan import build_plan
+from grid.report.build import write_report
+from grid.report.provenance import describe_provenance
 from grid.run import main
 from grid.status import open_existing, open_tracker
+from grid.study import load_study
+from tests.driver import SECONDS, study_of_one
+from tests.made_up import record
+from trainables.data.base import Shard
+from trainables.data.listing import EMBEDDED
+from trainables.running import next_result, open_trial
 from trainables.scale import CIFAR10, DIGITS
-from trainables.store.results import database_uri, is_in_use, settle, sole_run
-from trainables.store.tracking import SCHEMA, SCHEMA_TAG
+from trainables.store.results import database_uri, is_in_use, joined, provenance, settle, sole_run
+from trainables.store.tracking import SCHEMA_TAG, TrialRun
 
 ROOT = Path(__file__).parents[1]
-STRANGE = "100% of?a=1&b#c %2F é"
+STRANGE = "of=a & b#c é"
 
 
 def refusal(capsys, *arguments):
@@ -42,7 +53,7 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def results(template, tmp_path):
-    """The same folder somewhere else, and nothing at its old place."""
+    """The same folder somewhere else."""
     copy = tmp_path / "results"
     shutil.copytree(template, copy)
     with sole_run(copy):
@@ -67,24 +78,19 @@ def test_artifacts_are_read_and_written_where_the_folder_lies_now(results, tmp_p
         tracker = open_tracker(moved, None, DIGITS)
         parent = tracker.open_study("s", "a study", classes=["zero", "one", "two"])
     assert tracker.classes("s") == ["zero", "one", "two"]
-    written = moved / "artifacts" / parent / "artifacts" / "classes.json"
-    assert json.loads(written.read_text()) == ["zero", "one", "two"]
     assert files(results) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"results", name}
     # As `mlflow ui` finds them.
-    uri = database_uri(moved)
-    where = mlflow.artifacts.download_artifacts(
-        run_id=parent, artifact_path="classes.json", tracking_uri=uri
-    )
-    assert json.loads(Path(where).read_text()) == ["zero", "one", "two"]
+    listed = mlflow.artifacts.list_artifacts(run_id=parent, tracking_uri=database_uri(moved))
+    assert [artifact.path for artifact in listed] == ["classes.json"]
+    assert (moved / "artifacts" / parent / "artifacts" / "classes.json").is_file()
 
 
 def test_every_experiment_of_a_folder_that_moved_goes_with_it(results, tmp_path):
     moved = results.rename(tmp_path / "moved")
     settle(moved)
-    kept = query(moved, "select name, artifact_location from experiments where experiment_id > 0")
+    rows = query(moved, "select name, artifact_location from experiments where experiment_id > 0")
     here = (moved / "artifacts").as_uri()
-    assert sorted(kept) == [("robustness-cifar10", here), ("robustness-digits", here)]
+    assert sorted(rows) == [("robustness-cifar10", here), ("robustness-digits", here)]
 
 
 def test_a_folder_that_a_run_holds_is_in_use_and_no_others(results):
@@ -96,22 +102,22 @@ def test_a_folder_that_a_run_holds_is_in_use_and_no_others(results):
     assert not is_in_use(results)
 
 
-@pytest.mark.parametrize("asked", [[], ["--status"], ["--report"]])
+@pytest.mark.parametrize("options", [[], ["--status"]])
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda content: b"", "mlflow.db is empty"),
-        (lambda content: content[:100] + b"\1" * 4000 + content[4100:], "mlflow.db is damaged"),
-        (lambda content: content[: len(content) // 2], "mlflow.db is damaged"),
-        (lambda content: b"no database" * 1000, "mlflow.db is damaged (file is not a database)"),
+        (lambda content: b"", "no such table: experiments"),
+        (lambda content: content[:100] + b"\1" * 4000 + content[4100:], ""),
+        (lambda content: content[: len(content) // 2], ""),
+        (lambda content: b"no database" * 1000, "file is not a database"),
     ],
     ids=["empty", "overwritten", "cut", "another"],
 )
-def test_a_database_that_is_not_sound_is_named(results, capsys, damage, problem, asked):
+def test_a_database_that_is_not_sound_is_named(results, capsys, damage, problem, options):
     database = results / "mlflow.db"
     database.write_bytes(damage(database.read_bytes()))
-    message = refusal(capsys, *asked, "--results", str(results))
-    assert problem in message
+    message = refusal(capsys, *options, "--results", str(results))
+    assert f"mlflow.db is damaged ({problem}" in message
     assert message.count("\n") == 1
 
 
@@ -123,62 +129,198 @@ def test_a_database_that_was_being_made_when_its_run_was_killed_is_made_anew(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db"}
 
 
-def test_results_of_another_version_are_refused_with_what_to_do(results, capsys):
-    query(results, "update experiment_tags set value = '99' where key = ?", SCHEMA_TAG)
-    message = refusal(capsys, "--status", "--results", str(results))
-    assert "were made by a later version of this project (0.1.0), whose schema is 99" in message
+@pytest.mark.parametrize("schema", ["99", None])
+def test_results_of_another_version_are_refused_with_what_to_do(results, capsys, schema):
     query(results, "delete from experiment_tags where key = ?", SCHEMA_TAG)
+    if schema:
+        added = "insert into experiment_tags (key, value, experiment_id) values (?, ?, 1)"
+        query(results, added, SCHEMA_TAG, schema)
     message = refusal(capsys, "--status", "--results", str(results))
-    assert "were made by an earlier version of this project" in message
-    assert "give --results (or --mlflow) another place" in message
+    assert f"are of schema {schema}, and this version of the project (0.1.0) writes" in message
+    assert "continue with the version that made them (0.1.0), or give --results" in message
     assert message.count("\n") == 1
 
 
-def test_an_experiment_made_by_hand_that_nothing_is_in_is_taken(tmp_path):
-    tracker = open_tracker(tmp_path, None, DIGITS)
-    query(tmp_path, "delete from experiment_tags")
-    tracker = open_existing(tmp_path, None, DIGITS)
-    tracker.open_study("s", "a study")
-    assert open_existing(tmp_path, None, DIGITS).trials() == {}
-    assert query(tmp_path, "select value from experiment_tags where key = ?", SCHEMA_TAG) == [
-        (str(SCHEMA),)
-    ]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("results", "address", "message"),
     [
-        (["--results", "file/results"], "results folder file/results is not writable"),
-        (["--results", "/proc/results"], "results folder /proc/results is not writable"),
-        (["--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
-        (["--address", "127.0.0.1:99999"], "no Ray cluster answers at 127.0.0.1:99999"),
-        (["--address", "http://..:1"], "no Ray cluster answers at http://..:1"),
-        (["--address", "nonsense"], "it wants HOST:PORT"),
+        ("file/results", "", "results folder file/results is not writable"),
+        ("a?b", "", "has a '?' or '%' in it"),
+        ("results", "127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9"),
+        ("results", "127.0.0.1:99999", "no Ray cluster answers at 127.0.0.1:99999"),
+        ("results", "nonsense", "it wants HOST:PORT"),
     ],
 )
-def test_places_that_cannot_be_are_refused_before_the_heavy_imports(tmp_path, arguments, message):
+def test_places_that_cannot_be_are_refused(
+    tmp_path, monkeypatch, results, address, message, capsys
+):
     (tmp_path / "file").write_text("")
-    if arguments[1] == "/proc/results" and not Path("/proc").is_dir():
-        pytest.skip("no /proc here, which nobody can write")
-    option, value = arguments
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    if option == "--address":
-        arguments, environment = [], environment | {"RAY_ADDRESS": value}
-    code = (
-        "import sys\nfrom grid.run import main\n"
-        f"try: main({arguments!r})\n"
-        "except SystemExit as ended: assert ended.code == 2\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'scipy'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert message in refusal(capsys, "--results", results)
+
+
+# Provenance: what trained and judged a result.
+
+
+def test_a_process_says_its_versions_and_hardware():
+    here = provenance("cpu")
+    assert here["torch"] == version("torch")
+    assert here["python"] == platform.python_version()
+    assert here["device"] == "cpu"
+    assert {"robustness-grid", "timm", "ray", "mlflow", "pyautoattack", "cpu"} <= here.keys()
+    assert "gpu" not in here
+
+
+def test_what_two_processes_did_in_turn_names_both_once(tmp_path):
+    old, new = {"torch": "2.14", "cpu": "A"}, {"torch": "2.15", "cpu": "A"}
+    both = {"torch": "2.14 then 2.15", "cpu": "A"}
+    assert joined(old, new) == both
+    assert joined(both, old) == both
+    assert joined({}, new) == new
+    store = ShardStore(tmp_path / "cell", 2)
+    for index, versions in enumerate([old, new]):
+        content = to_parquet(LEDGER.empty_table(), seconds=1.0, judged_by=versions)
+        assert judged_by(content) == versions
+        store.add(Shard(index, 2), content)
+    assert store.judged_by() == both
+
+
+def run_of(digest, trained, judged=None):
+    judged = judged or {}
+    fields = dict.fromkeys(("run_id", "reason", "artifact_uri", "recipe"), "")
+    return TrialRun(
+        **fields,
+        digest=digest,
+        outcome="finished",
+        start_time=0,
+        end_time=0,
+        metrics={"epoch": 1.0},
+        cells=dict.fromkeys(judged, "q"),
+        trained=trained,
+        judged=judged,
     )
+
+
+def test_versions_that_are_mixed_are_said_with_how_many_trials_they_trained():
+    same = {"torch": "2.14", "device": "cpu"}
+    runs = [run_of("a", same), run_of("b", same | {"torch": "2.15"}), run_of("c", same)]
+    said = describe_provenance(runs)
+    assert said == "Trained with device cpu. Trained with torch 2.14 and 2.15: 2 and 1 trials."
+    judged = {"clean": same, "pgd": same | {"device": "cuda"}}
+    said = describe_provenance([run_of("a", same, judged)])
+    assert said == (
+        "Trained with torch 2.14, device cpu. "
+        "Judged with torch 2.14. Judged with device cpu and cuda: 1 and 1 cells."
+    )
+    assert describe_provenance([run_of("a", same, {"clean": same})]).endswith(
+        "Judged with the same."
+    )
+    assert describe_provenance([run_of("b", {})]) == "Trained with unknown versions."
+
+
+def test_a_report_says_what_trained_the_trials_and_not_what_draws_it(tmp_path):
+    study = load_study("bai2021")
+    plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
+    tracker = record(tmp_path, study, plan)
+    first, *others = tracker.trials().values()
+    tracker.tag_trained(first, {"torch": "1.13.7"})
+    for other in others:
+        tracker.tag_trained(other, {"torch": "1.12.0"})
+    page = write_report(tracker, study, plan, DIGITS, tmp_path / "report")
+    for written in (page, page.parent / "tables.md"):
+        assert "Trained with torch 1.12.0 and 1.13.7: 2 and 1 trials." in written.read_text()
+        assert version("torch") not in written.read_text()
+
+
+def test_a_trial_carries_what_trained_it_from_checkpoint_to_checkpoint(tmp_path, small):
+    config = {"recipe": small().model_dump(mode="json"), "storage": str(tmp_path), "threads": 1}
+    config |= {"device": "cpu", "compile": False, "source": EMBEDDED}
+    running = open_trial(config)
+    running.trained = {"torch": "2.14"}
+    result = next_result(running)
+    while not result["done"]:
+        result = next_result(running)
+    again = next_result(open_trial(config))
+    expected = joined({"torch": "2.14"}, provenance("cpu"))
+    assert again["trained"] == result["trained"] == expected
+
+
+# A study that was run, then copied, renamed and gone on with.
+
+
+def run(results, study, *arguments):
+    command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
     ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
+        [*command, *arguments],
+        cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert message in ended.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+    return ended
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "one.toml"
+    path.write_text(study_of_one(epochs=10))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, study):
+    results = tmp_path_factory.mktemp("strange") / STRANGE
+    return results, run(results, study)
+
+
+@pytest.mark.slow
+def test_a_folder_of_any_name_holds_everything_and_its_provenance(finished):
+    results, ended = finished
+    assert [path.name for path in results.parent.iterdir()] == [STRANGE]
+    names = {path.name for path in results.iterdir()}
+    assert names == {".lock", "artifacts", "mlflow.db", "report", "trials", "tune"}
+    assert f"Report:    {results}/report/index.html\n" in ended.stdout
+    assert f"--backend-store-uri '{database_uri(results)}'" in ended.stdout
+    (trial,) = open_existing(results, None, DIGITS).trials().values()
+    assert trial.artifact_uri.startswith(results.as_uri())
+    assert trial.trained == trial.judged["clean"] == provenance("cpu")
+
+
+@pytest.mark.slow
+def test_a_copy_is_all_done_without_the_original_and_so_is_its_new_name(
+    finished, study, tmp_path, capsys
+):
+    original, _ = finished
+    copy, hidden = tmp_path / "copy", original.with_name("hidden")
+    shutil.copytree(original, copy)
+    shutil.rmtree(copy / "report")
+    original.rename(hidden)
+    try:
+        for results in (copy, copy.with_name("renamed")):
+            if results != copy:
+                copy.rename(results)
+            assert main(["--study", str(study), "--results", str(results)]) == 0
+            assert "1 done, 0 to train; 0 cells to judge" in capsys.readouterr().err
+            page = (results / "report" / "index.html").read_text()
+            assert "not run yet" not in page
+            assert "not judged yet" not in page
+        assert [path.name for path in original.parent.iterdir()] == ["hidden"]
+        assert [path.name for path in tmp_path.iterdir()] == ["renamed"]
+    finally:
+        hidden.rename(original)
+
+
+@pytest.mark.slow
+def test_what_a_copy_lacks_is_computed_in_it_and_nothing_in_the_original(finished, study, tmp_path):
+    original, _ = finished
+    before = files(original)
+    copy = tmp_path / "copy"
+    shutil.copytree(original, copy)
+    ended = run(copy, study, "--evaluators", "clean", "natural", "--seeds", "2")
+    assert "2 trials: 1 done, 1 to train" in ended.stderr
+    assert "Trained 1 and judged 3 cells" in ended.stdout
+    assert files(original) == before
+    assert len(list(copy.glob("artifacts/*/artifacts/ledgers/*.parquet"))) == 4

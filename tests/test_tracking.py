@@ -1,66 +1,75 @@
-"""What a trial's run holds in MLflow, whole however much it is and wherever a run was stopped."""
+"""A trial's run in MLflow: whole however large it is, and one however often a call is repeated."""
 
 from __future__ import annotations
 
-import sqlite3
+import errno
+import threading
 
+import mlflow.artifacts
+import mlflow.pyfunc
 import pytest
+import requests
+import torch
+from mlflow.exceptions import MlflowException
 
-from grid.plan import build_plan
-from grid.record import Recorder
-from grid.status import ProgressLine, open_tracker
-from grid.study import load_study
 from tests.servers import MlflowServer
-from trainables.data.load import load_data
-from trainables.scale import DIGITS
+from trainables.networks import build_classifier
+from trainables.store.checkpoint import save_weights
+from trainables.store.retries import patiently
+from trainables.store.storage import NoRoomError
 from trainables.store.tracking import Tracker
 
 EPOCHS, KEYS, PARAMS = 300, 8, 250
 DATASET = {"name": "d", "digest": "0", "source_type": "code", "source": "d"}
 
 
-def metrics_of(epoch):
-    return {"epoch": float(epoch)} | {f"metric-{k}": epoch + k / 10 for k in range(KEYS - 1)}
+def tracker_in(folder):
+    uri = f"sqlite:///{folder}/mlflow.db"
+    return Tracker(uri, experiment="x", artifacts=folder / "artifacts")
 
 
-def start_trial(tracker, params=()):
+@pytest.fixture
+def tracker(tmp_path):
+    return tracker_in(tmp_path)
+
+
+def start_trial(tracker, study="s", recipe_json="{}", params=()):
     return tracker.start_trial(
         digest="abc",
         name="a trial",
         parent="",
-        study="s",
+        study=study,
         tables="T1",
-        recipe_json="{}",
+        recipe_json=recipe_json,
         params=dict(params),
         dataset=DATASET,
     )
 
 
-def assert_holds_everything(tracker):
-    params = {f"parameter-{number}": number for number in range(PARAMS)}
-    run = start_trial(tracker, params)
-    tracker.tag_trained(run, {f"library-{number}": "1" for number in range(PARAMS)})
-    tracker.log_epochs(run, [metrics_of(epoch) for epoch in range(1, EPOCHS + 1)])
+def metrics_of(epoch):
+    return {"epoch": float(epoch)} | {f"metric-{k}": epoch + k / 10 for k in range(KEYS - 1)}
+
+
+def assert_has_every_epoch(tracker, run):
     for number in range(KEYS - 1):
         expected = [(epoch, epoch + number / 10) for epoch in range(1, EPOCHS + 1)]
         assert tracker.history(run, f"metric-{number}") == expected
-    found = tracker.trials()["abc"]
-    assert found.logged_epochs == EPOCHS
-    assert len(found.trained) == PARAMS
-    logged = tracker._client.get_run(run.run_id).data.params
-    assert logged == {name: str(value) for name, value in params.items()}
 
 
-def test_a_database_holds_more_than_mlflow_takes_at_once(tmp_path):
-    assert_holds_everything(open_tracker(tmp_path, None, DIGITS))
-
-
-@pytest.mark.slow
-def test_a_server_holds_more_than_mlflow_takes_at_once(tmp_path):
+@pytest.mark.parametrize("place", ["database", pytest.param("server", marks=pytest.mark.slow)])
+def test_a_run_holds_more_than_mlflow_takes_at_once(place, tracker, tmp_path):
     server = MlflowServer(tmp_path / "server")
-    server.start()
     try:
-        assert_holds_everything(Tracker(server.uri, experiment="large", artifacts=None))
+        if place == "server":
+            server.start()
+            tracker = Tracker(server.uri, experiment="large", artifacts=None)
+        params = {f"parameter-{number}": number for number in range(PARAMS)}
+        run = start_trial(tracker, params=params)
+        tracker.log_epochs(run, [metrics_of(epoch) for epoch in range(1, EPOCHS + 1)])
+        assert_has_every_epoch(tracker, run)
+        assert tracker.trials()["abc"].logged_epochs == EPOCHS
+        logged = tracker._client.get_run(run.run_id).data.params
+        assert logged == {name: str(value) for name, value in params.items()}
     finally:
         server.kill()
 
@@ -69,12 +78,11 @@ class KilledError(BaseException):
     pass
 
 
-def test_an_epoch_that_a_kill_cut_in_two_is_logged_again(tmp_path):
-    tracker = open_tracker(tmp_path, None, DIGITS)
+def test_an_epoch_that_a_kill_cut_in_two_is_logged_again(tracker, monkeypatch):
     run = start_trial(tracker)
     entries = [metrics_of(epoch) for epoch in range(1, EPOCHS + 1)]
-    store = tracker._client._client._tracking_client.store
-    log_batch, calls = store.log_batch, []
+    store, calls = tracker._client._tracking_client.store, []
+    log_batch = store.log_batch
 
     def killed_later(**arguments):
         if calls:
@@ -82,44 +90,141 @@ def test_an_epoch_that_a_kill_cut_in_two_is_logged_again(tmp_path):
         calls.append(arguments)
         log_batch(**arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(store, "log_batch", killed_later)
         tracker.log_epochs(run, entries)
+    cut = tracker.trials()["abc"]
+    assert 0 < cut.logged_epochs < EPOCHS
+    tracker.log_epochs(cut, entries)
+    assert_has_every_epoch(tracker, cut)
+
+
+def test_a_run_killed_before_its_parameters_gets_them_from_the_next_start(tracker):
+    tags = {"kind": "trial", "digest": "abc", "recipe": "{}", "outcome": "training"}
+    tracker._client.create_run(tracker.experiment_id, tags=tags)
+    for _ in range(2):
+        run = start_trial(tracker, params={"epochs": 3})
+        stored = tracker._client.get_run(run.run_id)
+        assert stored.data.params == {"epochs": "3"}
+        assert [entry.dataset.name for entry in stored.inputs.dataset_inputs] == ["d"]
+        assert list(tracker.trials()) == ["abc"]
+
+
+def test_a_lost_answer_makes_no_second_run(tmp_path, monkeypatch):
+    said = []
+    tracker = tracker_in(tmp_path)
+    tracker._say = said.append
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
+    create_run, lost = tracker._client.create_run, []
+
+    def losing_the_first_answer(*arguments, **named):
+        run = create_run(*arguments, **named)
+        if not lost:
+            lost.append(run)
+            raise requests.ConnectionError("the answer was lost")
+        return run
+
+    monkeypatch.setattr(tracker._client, "create_run", losing_the_first_answer)
+    assert start_trial(tracker).run_id == lost[0].info.run_id
+    assert len(tracker._search("")) == 1
+    assert said == [
+        "MLflow is away or busy: training goes on, what is to be written waits",
+        "what waited is written",
+    ]
+
+
+def test_two_commands_on_one_server_make_one_run_of_a_trial_and_of_a_study(tracker, tmp_path):
+    other = tracker_in(tmp_path)
+    first = start_trial(tracker)
+    tracker.log_epochs(first, [{"epoch": 1.0, "train/loss": 2.0}])
+    tracker.end_trial(first, outcome="failed", reason="no disk")
+    second = start_trial(other, "another")
+    assert (second.run_id, second.logged_epochs, second.outcome) == (first.run_id, 1, "training")
     found = tracker.trials()["abc"]
-    assert 0 < found.logged_epochs < EPOCHS
-    tracker.log_epochs(found, entries)
-    for number in range(KEYS - 1):
-        expected = [(epoch, epoch + number / 10) for epoch in range(1, EPOCHS + 1)]
-        assert tracker.history(run, f"metric-{number}") == expected
+    assert (found.studies, found.reason) == ({"s": "T1", "another": "T1"}, "")
+    study = tracker.open_study("s", "a study")
+    (tmp_path / "report").mkdir()
+    tracker.close_study(study, tmp_path / "report", complete=True)
+    assert other.open_study("s", "a study") == study
+    assert [run.info.status for run in tracker._search("tags.kind = 'study'")] == ["RUNNING"]
 
 
-@pytest.mark.parametrize("outcome", ["training", "finished"])
-def test_a_run_killed_before_its_parameters_is_completed_by_the_next_start(tmp_path, outcome):
-    study = load_study("bai2021")
-    plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
-    tracker = open_tracker(tmp_path, None, DIGITS)
-    trial = plan.trials[0]
-    tags = {"kind": "trial", "digest": trial.digest, "recipe": trial.recipe.model_dump_json()}
-    tags |= {"outcome": outcome}
-    made = tracker._client.create_run(
-        tracker.experiment_id, run_name=trial.name, tags=tags, made=lambda: None, shared=False
-    )
-    if outcome == "finished":
-        tracker._client.set_terminated(made.info.run_id)
-    recorder = Recorder(
-        open_tracker(tmp_path, None, DIGITS),
-        plan,
-        study=study.name,
-        scale=DIGITS,
-        data=load_data(DIGITS),
-        line=ProgressLine(),
-    )
-    recorder.enrol()
-    run = tracker._client.get_run(made.info.run_id)
-    assert run.data.params["model"] == trial.recipe.model
-    assert run.data.params["epochs"] == str(trial.recipe.epochs)
-    assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["digits"]
-    recorder.enrol()
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        assert database.execute("select count(*) from inputs").fetchall() == [(1,)]
-        assert database.execute("select count(*) from runs").fetchall() == [(1,)]
+def test_an_artifact_is_waited_for_but_not_where_it_is_refused(tracker, monkeypatch):
+    tracker.open_study("s", "a study cut short")
+    assert tracker.classes("s") == []
+    tracker.open_study("s", "a study", classes=["cat", "dog"])
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
+    download, errors = mlflow.artifacts.download_artifacts, []
+
+    def fail_first(**named):
+        if errors:
+            raise errors.pop()
+        return download(**named)
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", fail_first)
+    errors.append(requests.ConnectionError("nobody there"))
+    assert tracker.classes("s") == ["cat", "dog"]
+    errors.append(MlflowException("no such bucket"))
+    with pytest.raises(MlflowException, match="no such bucket"):
+        tracker.classes("s")
+
+
+def test_mlflow_loads_the_trained_classifier_and_refuses_damaged_weights(tracker, tmp_path, small):
+    recipe = small()
+    classifier = build_classifier(recipe).eval()
+    path = tmp_path / "weights.safetensors"
+    sha256 = save_weights(path, classifier, recipe.model_dump_json())
+    run = start_trial(tracker, recipe_json=recipe.model_dump_json())
+    tracker.store_weights(run, path.read_bytes(), sha256, image_size=32, classes=10)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = classifier(images)
+    loaded = mlflow.pyfunc.load_model(run.artifact_uri)
+    assert torch.equal(torch.from_numpy(loaded.predict(images.numpy())), expected)
+    other = small(seed=1)
+    save_weights(path, build_classifier(other), other.model_dump_json())
+    tracker.store_weights(run, path.read_bytes(), sha256, image_size=32, classes=10)
+    with pytest.raises(ValueError, match=f"weights of trial {other.digest()}, not of trial"):
+        mlflow.pyfunc.load_model(run.artifact_uri)
+
+
+def answering(*answers):
+    """Return a function that gives these answers in turn, and raises those that are errors."""
+    coming = iter(answers)
+
+    def call():
+        answer = next(coming)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (NoRoomError("no room for a.pt"), "no room for a.pt: "),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room ([Errno 28]"),
+        (MlflowException("database or disk is full"), "no room (database"),
+        (MlflowException("(sqlite3.OperationalError) database is locked"), "MLflow is away"),
+        (MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed"), "MLflow is away"),
+        (requests.HTTPError("503 Server Error: Service Unavailable"), "MLflow is away"),
+    ],
+)
+def test_an_error_that_passes_is_waited_for_and_said_once(error, cause, monkeypatch):
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 0.01)
+    said = []
+    assert patiently(answering(error, error, "there"), say=said.append) == "there"
+    waits, over = said
+    assert waits.startswith(cause)
+    assert over == "what waited is written"
+
+
+def test_any_other_error_and_one_after_the_stop_are_raised():
+    with pytest.raises(MlflowException, match="no such experiment"):
+        patiently(answering(MlflowException("no such experiment")), say=pytest.fail)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(requests.ConnectionError, match="nobody there"):
+        patiently(answering(requests.ConnectionError("nobody there")), say=pytest.fail, stop=stop)

@@ -133,7 +133,7 @@ def test_a_full_disk_pauses_the_trial_and_nothing_that_is_there_is_lost(
     paused, still = actor.step(), actor.step()
     assert (paused["outcome"], paused["done"], paused["epoch"]) == ("training", False, 2)
     (note,) = paused["notes"]
-    said = rf"paused: no room for {own}/\S+\.pt: it takes \d\.\d MB, and 0\.0 MB are free"
+    said = rf"paused: no room for {own}/\S+\.pt, which takes \d\.\d MB: No space left on device"
     assert re.fullmatch(said, note)
     assert (still["notes"], still["epochs"], still["epoch"]) == ([], [], 2)
     assert contents(own) == kept
@@ -169,7 +169,7 @@ def test_a_trial_says_that_its_checkpoint_was_damaged(start, small, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1])
     result = start(recipe).step()
     (note,) = result["notes"]
-    assert f"{newest.name} in" in note
+    assert f"{newest.name} is damaged" in note
     assert "is damaged; it is kept as" in note
     assert result["epoch"] == 2
 

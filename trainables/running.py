@@ -20,7 +20,7 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
-from trainables.store.provenance import joined, provenance
+from trainables.store.results import joined, provenance
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.train.loop import EpochReport, train
 from trainables.train.team import ALONE, Team

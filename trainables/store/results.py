@@ -1,21 +1,25 @@
-"""A results folder: one run at a time, its MLflow database, and where its artifacts lie."""
+"""Results: the folder with its lock, MLflow database and artifacts; what computed them."""
 
 from __future__ import annotations
 
 import fcntl
-import os
+import platform
 import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
 
 LOCK = ".lock"
 DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
-LOCK_SECONDS = 1.0  # another process may hold the lock for a moment, to see whether it is free
-# The columns in which MLflow (checked with 3.17) keeps absolute addresses of artifacts.
+PROJECT = "robustness-grid"
+LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
+ROOT = Path(__file__).parents[2]
+THEN = " then "
+# The columns in which MLflow (checked with 3.17) stores absolute addresses of artifacts.
 ADDRESSES = {
     "experiments": "artifact_location",
     "runs": "artifact_uri",
@@ -37,66 +41,37 @@ def sole_run(results: Path) -> Iterator[None]:
         results.mkdir(parents=True, exist_ok=True)
         lock = (results / LOCK).open("w")
     except OSError as error:
-        raise _unwritable(results, error.strerror) from None
+        raise ValueError(f"results folder {results} is not writable: {error.strerror}") from None
     with lock:
-        if not os.access(results, os.W_OK):
-            raise _unwritable(results, "Permission denied")
-        if not _takes(fcntl.LOCK_EX, lock, seconds=LOCK_SECONDS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise ValueError(
                 f"another run is using {results}; wait for it, or give --results another folder"
-            )
+            ) from None
         check_database(results)
         _reroot(results)
         yield
 
 
-def check_results(results: Path) -> None:
-    """Raise ValueError where `sole_run` would; a folder that is not there is not left behind."""
-    if results.exists():
-        with sole_run(results):
-            return
-    missing = [folder for folder in (results, *results.parents) if not folder.exists()]
-    try:
-        results.mkdir(parents=True)
-    except OSError as error:
-        raise _unwritable(results, error.strerror) from None
-    finally:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-
-
 def is_in_use(results: Path) -> bool:
     """Tell whether a run holds the folder now."""
     try:
-        lock = (results / LOCK).open()
-    except OSError:
+        with (results / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    with lock:
-        return not _takes(fcntl.LOCK_SH, lock, seconds=0.0)
+    except OSError:
+        return True
+    return False
 
 
 def database_uri(results: Path) -> str:
-    """Return the MLflow tracking URI of the folder's database, whatever its path contains."""
+    """Return the MLflow tracking URI of the folder's database."""
     path = str(results.resolve() / DATABASE)
-    if not set(path) & set("?%"):
-        return f"sqlite:///{path}"
-    from sqlalchemy.engine import URL, make_url
-
-    # With the driver named, MLflow does not take the escaped path for a folder to make.
-    uri = URL.create("sqlite+pysqlite", database=path).render_as_string()
-    if make_url(uri).database != path:
-        raise ValueError(f"{results} has a '?' or '%' in its path, which needs SQLAlchemy 2.1")
-    return uri
-
-
-def folder_of(uri: str) -> Path:
-    """Return the folder of an SQLite database, beside which its artifacts lie; else `results`."""
-    from sqlalchemy.engine import make_url
-
-    if not uri.startswith("sqlite"):
-        return Path("results")
-    return Path(make_url(uri).database or f"results/{DATABASE}").parent
+    if set(path) & set("?%"):
+        raise ValueError(f"{path} has a '?' or '%' in it, which its URI cannot have: rename it")
+    return f"sqlite:///{path}"
 
 
 def check_database(results: Path) -> None:
@@ -104,19 +79,16 @@ def check_database(results: Path) -> None:
     path = results / DATABASE
     if not path.exists():
         return
-    problem = "is empty" if path.stat().st_size == 0 else ""
-    if not problem:
-        try:
-            with closing(_connected(path)) as database:
-                (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
-                database.execute("SELECT artifact_location FROM experiments LIMIT 1")
-            problem = "" if state == "ok" else f"is damaged ({state.splitlines()[-1]})"
-        except sqlite3.Error as error:
-            problem = f"is damaged ({error})"
-    if problem:
+    try:
+        with closing(_connected(path)) as database:
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            database.execute("SELECT artifact_location FROM experiments LIMIT 1")
+    except sqlite3.Error as error:
+        state = str(error)
+    if state != "ok":
         raise ValueError(
-            f"{path} {problem}: put a copy of it back, or move it away and run again: trials go "
-            "on from their own files, and cells are judged anew"
+            f"{path} is damaged ({state.splitlines()[-1]}): put a copy of it back, or move it away "
+            "and run again: trials go on from their own files, and cells are judged anew"
         )
 
 
@@ -125,6 +97,11 @@ def settle(results: Path) -> None:
     if _moved_roots(results) and not is_in_use(results):
         with sole_run(results):
             pass
+
+
+def artifacts_uri(results: Path) -> str:
+    """Return the address below which MLflow stores the folder's artifacts."""
+    return (results.resolve() / ARTIFACTS).as_uri()
 
 
 def _reroot(results: Path) -> None:
@@ -146,11 +123,6 @@ def _reroot(results: Path) -> None:
                     )
 
 
-def artifacts_uri(results: Path) -> str:
-    """Return the address below which MLflow keeps the folder's artifacts."""
-    return (results.resolve() / ARTIFACTS).as_uri()
-
-
 def _moved_roots(results: Path) -> list[str]:
     """Return the addresses of artifacts, as the database has them, that are not the folder's."""
     path = results / DATABASE
@@ -166,19 +138,69 @@ def _connected(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
 
 
-def _takes(kind: int, file: IO[str], *, seconds: float) -> bool:
-    """Lock a file, waiting so long; False where another process holds it."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
+@cache
+def provenance(device: str) -> dict[str, str]:
+    """Return the versions and the hardware of this process, by name; `device` as torch names it."""
+    versions = {name: version_of(name) for name in (PROJECT, *LIBRARIES)}
+    known = {
+        PROJECT: versions.pop(PROJECT),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": _cpu(),
+        "gpu": _gpu(device),
+        "device": device.partition(":")[0],
+    }
+    return {name: value for name, value in known.items() if value}
 
 
-def _unwritable(results: Path, reason: str | None) -> ValueError:
-    return ValueError(f"results folder {results} is not writable: {reason}")
+def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
+    """Return the provenance of what two processes computed in turn: 'torch': '2.14 then 2.15'."""
+    both = dict(earlier)
+    for name, value in later.items():
+        before = earlier[name].split(THEN) if name in earlier else []
+        both[name] = THEN.join(dict.fromkeys([*before, *value.split(THEN)]))
+    return both
+
+
+def version_of(package: str) -> str:
+    """Return a package's version, '' where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Return the commit that is checked out, '' outside a checkout; '+changes' if it was edited."""
+    if not (ROOT / ".git").exists():
+        return ""
+    describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    try:
+        said = subprocess.run(  # noqa: S603 - no part of it is a user's
+            ["git", "-C", str(ROOT), *describe],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _gpu(device: str) -> str:
+    if not device.startswith("cuda"):
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_name(device))

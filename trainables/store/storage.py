@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 WEIGHTS = "weights.safetensors"  # of a finished trial
+RECIPE = "recipe.json"  # beside the weights in MLflow
 ASIDE = "."  # begins the name of a file that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -37,13 +35,6 @@ def weights_path(storage: str, digest: str) -> str:
     return below(storage, "trials", digest, WEIGHTS)
 
 
-def parted(where: str) -> tuple[str, str]:
-    """Return the folder and the name of a file at a path or URI."""
-    base, mark, query = where.partition("?") if "://" in where else (where, "", "")
-    folder, _, name = base.rpartition("/")
-    return (folder or ".") + mark + query, name
-
-
 class Folder:
     """A flat set of named files in a folder, or below a URI that pyarrow reaches.
 
@@ -52,32 +43,17 @@ class Folder:
     """
 
     def __init__(self, where: str | Path) -> None:
-        self._is_local = "://" not in str(where)
-        self._path: str
-        try:
-            self._files, self._path = (
-                (LocalFileSystem(), str(Path(where).absolute()))
-                if self._is_local
-                else FileSystem.from_uri(where)
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"storage {where!r} cannot be used: {error}") from None
+        self._files, self._path = _reached(where)
 
     def names(self) -> list[str]:
         entries = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
         return [entry.base_name for entry in entries if entry.is_file]
 
     def read(self, name: str) -> bytes:
-        with self._files.open_input_file(f"{self._path}/{name}") as file:
-            return bytes(file.read())
+        return _read(self._files, f"{self._path}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
-        if self._is_local:
-            write_atomically(Path(self._path, name), content)
-            return
-        # An object of a store appears when it is complete.
-        with self._files.open_output_stream(f"{self._path}/{name}") as file:
-            file.write(content)
+        _write(self._files, f"{self._path}/{name}", content)
 
     def rename(self, name: str, new: str) -> None:
         self._files.move(f"{self._path}/{name}", f"{self._path}/{new}")
@@ -90,28 +66,40 @@ class Folder:
 
 def read_file(where: str) -> bytes | None:
     """Return the content of a file at a path or URI, None where there is none."""
-    folder, name = parted(where)
-    files = Folder(folder)
-    return files.read(name) if name in files.names() else None
+    try:
+        return _read(*_reached(where))
+    except FileNotFoundError:
+        return None
 
 
 def write_file(where: str, content: bytes) -> None:
     """Write a file at a path or URI, whole or not at all."""
-    folder, name = parted(where)
-    Folder(folder).write(name, content)
+    _write(*_reached(where), content)
 
 
-@contextmanager
-def fetched(where: str) -> Iterator[Path]:
-    """Lend a file at a path or URI as one of this machine."""
-    if "://" not in where:
-        yield Path(where)
+def _reached(where: str | Path) -> tuple[FileSystem, str]:
+    """Return the file system of a path or URI, and the path in it."""
+    if "://" not in str(where):
+        return LocalFileSystem(), str(Path(where).absolute())
+    try:
+        files, path = FileSystem.from_uri(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"storage {where!r} cannot be used: {error}") from None
+    return files, path
+
+
+def _read(files: FileSystem, path: str) -> bytes:
+    with files.open_input_file(path) as file:
+        return bytes(file.read())
+
+
+def _write(files: FileSystem, path: str, content: bytes) -> None:
+    if isinstance(files, LocalFileSystem):
+        write_atomically(Path(path), content)
         return
-    folder, name = parted(where)
-    with tempfile.TemporaryDirectory() as here:
-        path = Path(here) / name
-        path.write_bytes(Folder(folder).read(name))
-        yield path
+    # An object of a store appears when it is complete.
+    with files.open_output_stream(path) as file:
+        file.write(content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -131,8 +119,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        aside.unlink(missing_ok=True)
-        raise NoRoomError(_without_room(path, len(content))) from None
+        needed = f"{len(content) / 1e6:.1f} MB"
+        raise NoRoomError(f"no room for {path}, which takes {needed}: {error.strerror}") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -144,9 +132,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _without_room(path: Path, needed: int) -> str:
-    there = next(folder for folder in path.parents if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    return f"no room for {path}: it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"

@@ -9,69 +9,55 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, ParamSpec, TypeVar
 
 import mlflow.artifacts
 import mlflow.pyfunc
 import numpy as np
 import requests
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    Run,
-    RunStatus,
-    RunTag,
-    ViewType,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
-from packaging.specifiers import SpecifierSet
 
-from trainables.store.patience import PatientClient, patiently
-from trainables.store.provenance import PROJECT, version_of
-from trainables.store.results import DATABASE, database_uri
-from trainables.store.storage import ASIDE, DamagedError
+from trainables.store.results import DATABASE, PROJECT, database_uri, version_of
+from trainables.store.retries import patiently
+from trainables.store.storage import ASIDE, RECIPE, WEIGHTS, DamagedError
 
 logger = logging.getLogger(__name__)
+# Tags of a trial's run. A cell's is a document: question, asked, sha256 of its ledger, judged_by.
 CELL_TAG = "cell."
-ASKED_TAG = "asked."
 FAILED_TAG = "failed."
+STUDY_TAG = "study."
 WEIGHTS_TAG = "weights_sha256"
-LEDGER_TAG = "ledger."  # the sha256 of a cell's ledger
+TRAINED_TAG = "trained"
 # Why a cell's answer, whose scores may be there yet, counts no more.
 DAMAGED_LEDGER = "damaged ledger: judged again by the next run"
 OTHER_WEIGHTS = "other weights: judged again by the next run"
-STUDY_TAG = "study."
-JUDGED_TAG = "judged."
-TRAINED_TAG = "trained."  # the versions and the hardware that trained it, by name
 SCHEMA_TAG = f"{PROJECT}.schema"
-VERSION_TAG = f"{PROJECT}.version"
-SCHEMA = 3  # of runs, tags and artifacts as written here; the first had no tag
-EXPERIMENT_KIND = "custom_model_development"  # opens on runs, not on traces of chats
-PAGE = 250  # runs asked for at once, which bounds the memory they take
+SCHEMA = 4  # of runs, tags and artifacts as written here
+PAGE = 250  # runs read at once, which bounds the memory they take
 LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
-SERVERS = SpecifierSet(">=3.5,<4", prereleases=True)
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-# Under which the UI keeps a view that a link opens. MLflow documents neither this nor what
-# `check_address` calls: checked with 3.17.
+SERVERS = re.compile(r"3\.([5-9]|[1-9]\d)\b")  # the versions that are known to work
+# Not documented by MLflow, checked with 3.17: the tag under which the UI stores a view that a link
+# opens, the kind of an experiment that opens on runs, and what `check_address` calls.
 VIEW_TAG = "mlflow.sharedViewState."
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 CLASSES_FILE = "classes.json"
 LEDGERS = "ledgers"  # the folder of a run's artifacts
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -81,9 +67,8 @@ class TrialRun:
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
     `ledgers` to the sha256 of its answer, `studies` a study's name to the tables that it serves
     there; `trained` is the provenance of its weights, `judged` that of each evaluator's verdicts.
-    `described`: it has its parameters and its data set. `live`: a run may be training it; None
-    where that is not known. `images` counts those of the data set's splits, "train" and
-    "held_out", where that was noted.
+    `live`: a run may be training it; None where that is not known. `images` counts those of the
+    data set's splits, "train" and "held_out", where that was noted.
     """
 
     run_id: str
@@ -102,7 +87,6 @@ class TrialRun:
     studies: dict[str, str] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
     judged: dict[str, dict[str, str]] = field(default_factory=dict)
-    described: bool = True
     live: bool | None = True
     images: dict[str, int] = field(default_factory=dict)
 
@@ -125,14 +109,12 @@ class TrialRun:
 
 
 class Tracker:
-    """The one writer: a parent run per study, a child run per trial, found again by digest.
+    """The one writer: a parent run per study, a child run per trial, looked up by digest.
 
-    uri: an MLflow tracking URI. artifacts: where they lie, or None to leave it to the server.
-    shared: other commands may open trials there too, so each is looked for before it is made,
-    which takes the longer the more there are.
+    uri: an MLflow tracking URI. artifacts: their folder, or None to leave it to the server.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
-    on a server that is away is waited for, which `say` is told; a run that was deleted meanwhile
-    is a ValueError. `live`: whether a run is writing there now, None where nobody knows.
+    on a server that is away is waited for, and `say` gets the reason. `live`: whether a run is
+    writing there now, None where nobody knows.
     """
 
     def __init__(
@@ -141,35 +123,32 @@ class Tracker:
         *,
         experiment: str,
         artifacts: Path | None,
-        shared: bool = True,
         say: Callable[[str], None] = logger.warning,
     ) -> None:
-        self.uri, self._shared = uri, shared
+        self.uri, self._say, self._stop = uri, say, threading.Event()
         self.live: bool | None = True
         try:
-            client = MlflowClient(uri)
-            self._client = PatientClient(client, say)
-            earlier = client.get_experiment_by_name(experiment)
-            self.experiment_id: str = (
-                earlier.experiment_id
-                if earlier
-                else client.create_experiment(
+            self._client = MlflowClient(uri)
+            there = self._client.get_experiment_by_name(experiment)
+            if there is None:
+                new_id = self._client.create_experiment(
                     experiment,
                     artifact_location=artifacts.as_uri() if artifacts else None,
-                    tags={"mlflow.experimentKind": EXPERIMENT_KIND} | _made_here(),
+                    tags=KIND | {SCHEMA_TAG: str(SCHEMA), PROJECT: version_of(PROJECT)},
                 )
-            )
-            there = client.get_experiment(self.experiment_id)
-            self.artifacts: str = there.artifact_location
-            unused = SCHEMA_TAG not in there.tags and not self._search("", most=1)
-        except Exception as error:  # a scheme, a driver or a disk: each says no in its own way
+                there = self._client.get_experiment(new_id)
+        except Exception as error:  # a scheme, a driver or a disk: each raises its own kind
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"MLflow at {uri} cannot be used: {reason}") from None
-        if unused:
-            for key, value in _made_here().items():
-                self._client.set_experiment_tag(self.experiment_id, key, value)
-        else:
-            _check_schema(there.tags, uri)
+        self.experiment_id: str = there.experiment_id
+        self.artifacts: str = there.artifact_location
+        if (schema := there.tags.get(SCHEMA_TAG)) != str(SCHEMA):
+            raise ValueError(
+                f"the results in MLflow at {uri} are of schema {schema}, and this version of the "
+                f"project ({version_of(PROJECT)}) writes schema {SCHEMA}: continue with the "
+                f"version that made them ({there.tags.get(PROJECT, 'unknown')}), or give "
+                "--results (or --mlflow) another place"
+            )
 
     def open_study(
         self, name: str, description: str, scores: Sequence[str] = (), classes: Sequence[str] = ()
@@ -180,9 +159,9 @@ class Tracker:
         `classes` the names of the data's classes, by label.
         """
         tags = {"kind": "study", "study": name, "mlflow.note.content": description}
-        run = self._create(_study_query(name), True, run_name=f"study: {name}", tags=tags)
+        run = self._create(_study_query(name), f"study: {name}", tags)
         run_id = str(run.info.run_id)
-        self._client.update_run(run_id, status="RUNNING")
+        self._call(self._client.update_run, run_id, status="RUNNING")
         view = {
             "searchFilter": f"tags.kind = 'trial' and tags.`{STUDY_TAG}{name}` LIKE '%'",
             "selectedColumns": [
@@ -195,37 +174,33 @@ class Tracker:
             "orderByKey": "tags.`mlflow.runName`",
             "orderByAsc": True,
         }
-        key = VIEW_TAG + name
-        self._client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
+        self._call(
+            self._client.set_experiment_tag, self.experiment_id, VIEW_TAG + name, json.dumps(view)
+        )
         if classes:
             content = json.dumps(list(classes)).encode()
             self._store(run.info.artifact_uri, {CLASSES_FILE: content})
         return run_id
 
     def classes(self, study: str) -> list[str]:
-        """Return the names of a study's classes, by label; empty where none were ever kept."""
+        """Return the names of a study's classes, by label; empty where none were stored."""
         runs = self._search(_study_query(study))
-        if not runs:
-            return []
-        content = self.artifact(runs[0].info.artifact_uri, CLASSES_FILE)
+        content = self.artifact(runs[0].info.artifact_uri, CLASSES_FILE) if runs else None
         return list(json.loads(content)) if content else []
 
     def give_up(self) -> None:
         """Wait for no server any more."""
-        self._client.give_up()
+        self._stop.set()
 
     def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
-        """Keep the folder of a report with the parent run and end it."""
-        artifact_uri = self._client.get_run(run_id).info.artifact_uri
-        self._client.log_folder(artifact_uri, str(report), "report")
-        self._client.set_terminated(run_id, "FINISHED" if complete else "FAILED")
+        """Store the folder of a report with the parent run and end it."""
+        artifact_uri = self._call(self._client.get_run, run_id).info.artifact_uri
+        self._log_folder(artifact_uri, report, "report")
+        self._call(self._client.set_terminated, run_id, "FINISHED" if complete else "FAILED")
 
     def page(self, *, run_id: str = "", study: str = "") -> str:
-        """Return where the MLflow UI shows a run, or compares a study's; never a password."""
-        parts = urlsplit(self.uri)
-        host = parts.netloc.rpartition("@")[2]
-        place = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
-        address = place if parts.scheme in ("http", "https") else LOCAL_UI
+        """Return where the MLflow UI shows a run, or compares a study's."""
+        address = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
         path = run_id and f"/{run_id}"
         view = study and f"?viewStateShareKey={study}&workflowType=machine_learning"
         return f"{address}/#/experiments/{self.experiment_id}/runs{path}{view}"
@@ -247,46 +222,38 @@ class Tracker:
         params: Mapping[str, Any],
         dataset: Mapping[str, str],
     ) -> TrialRun:
-        """Open a trial's run, or the one that another command has opened meanwhile."""
+        """Open a trial's run, new or not, with its parameters and its data set."""
         tags = {
             "kind": "trial",
             "digest": digest,
-            STUDY_TAG + study: _in_order(tables.split()),
             "recipe": recipe_json,
             "outcome": "training",
             "mlflow.parentRunId": parent,
         }
         # A database looks through the tag's values of all runs: only trials have this one.
-        query = f"tags.digest = '{digest}'"
-        run = _trial_run(self._create(query, self._shared, run_name=name, tags=tags))
-        if not run.described:
-            self.describe_trial(run, params=params, dataset=dataset)
+        run = _trial_run(self._create(f"tags.digest = '{digest}'", name, tags))
+        # Both do nothing where they are there: a run may have been killed in between.
+        self._log(run, params=[Param(k, str(v)) for k, v in params.items()])
+        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
+        self._call(self._client.log_inputs, run.run_id, datasets=[source])
+        run.images = dict(json.loads(dataset.get("profile", "{}")))
         self.enrol(run, study, tables)
         if run.outcome != "training":
             self.continue_trial(run)
         return run
 
-    def describe_trial(
-        self, run: TrialRun, *, params: Mapping[str, Any], dataset: Mapping[str, str]
-    ) -> None:
-        """Log a trial's parameters, then its data set: a run that has this has both."""
-        self._client.log_batch(run.run_id, params=[Param(k, str(v)) for k, v in params.items()])
-        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
-        self._client.log_inputs(run.run_id, datasets=[source])
-        run.described, run.images = True, dict(json.loads(dataset.get("profile", "{}")))
-
     def enrol(self, run: TrialRun, study: str, tables: str) -> None:
         """Note that a trial serves these tables of a study, beside those that it serves already."""
         served = {*run.studies.get(study, "").split(), *tables.split()}
-        noted = _in_order(served)
+        noted = " ".join(sorted(served, key=lambda table: (len(table), table)))  # T1 T3 T10
         if noted != run.studies.get(study):
-            self._client.set_tag(run.run_id, STUDY_TAG + study, noted)
+            self._tag(run, {STUDY_TAG + study: noted})
             run.studies[study] = noted
 
     def continue_trial(self, run: TrialRun) -> None:
         """Mark a trial's run as running again."""
-        self._client.update_run(run.run_id, status="RUNNING")
-        self._tag(run, outcome="training", reason="")
+        self._call(self._client.update_run, run.run_id, status="RUNNING")
+        self._tag(run, {"outcome": "training", "reason": ""})
         run.outcome, run.reason = "training", ""
 
     def log_epochs(self, run: TrialRun, epochs: Iterable[Mapping[str, float]]) -> None:
@@ -308,39 +275,39 @@ class Tracker:
             for entry in new
             for key, value in entry.items()
         ]
-        self._client.log_batch(run.run_id, metrics=metrics)
+        self._log(run, metrics=metrics)
         for entry in new:
             run.metrics |= entry
 
     def tag_trained(self, run: TrialRun, trained: Mapping[str, str]) -> None:
         """Note the provenance of a trial's weights, where that is news."""
-        if news := {k: v for k, v in trained.items() if run.trained.get(k) != v}:
-            self._tag(run, **{TRAINED_TAG + name: value for name, value in news.items()})
-            run.trained |= news
+        if trained and trained != run.trained:
+            self._tag(run, {TRAINED_TAG: json.dumps(dict(trained))})
+            run.trained = dict(trained)
 
     def store_weights(
-        self, run: TrialRun, weights: Path, sha256: str, *, image_size: int, classes: int
+        self, run: TrialRun, content: bytes, sha256: str, *, image_size: int, classes: int
     ) -> None:
-        """Store a trial's trained weights and its recipe: a model that MLflow can load."""
+        """Store a trial's weights file and its recipe: a model that MLflow can load."""
         with tempfile.TemporaryDirectory() as temporary:
             model = Path(temporary, "model")
             _describe_model(model, image_size=image_size, classes=classes)
-            (model / "recipe.json").write_text(run.recipe)
-            (model / weights.name).symlink_to(weights.resolve())
-            self._client.log_folder(run.artifact_uri, str(model))
-        self._tag(run, **{WEIGHTS_TAG: sha256})
+            (model / RECIPE).write_text(run.recipe)
+            (model / WEIGHTS).write_bytes(content)
+            self._log_folder(run.artifact_uri, model)
+        self._tag(run, {WEIGHTS_TAG: sha256})
         run.weights_sha256 = sha256
 
     def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
         """End a trial's run with its outcome; failed and blocked ones are tried again.
 
-        trace: the traceback to keep with it, if any.
+        trace: the traceback to store with it, if any.
         """
         if trace:
             self._store(run.artifact_uri, {"error.txt": trace.encode()})
-        self._tag(run, outcome=outcome, reason=reason[:LONGEST_TAG])
-        over = outcome in ("finished", "collapsed")
-        self._client.set_terminated(run.run_id, "FINISHED" if over else "FAILED")
+        self._tag(run, {"outcome": outcome, "reason": reason})
+        status = "FINISHED" if outcome in ("finished", "collapsed") else "FAILED"
+        self._call(self._client.set_terminated, run.run_id, status)
         run.outcome, run.reason = outcome, reason
 
     def record_cell(
@@ -354,69 +321,62 @@ class Tracker:
         metrics: Mapping[str, float],
         judged_by: Mapping[str, str] | None = None,
     ) -> None:
-        """Store a cell's ledger, its scores, their provenance and what was asked.
+        """Store a cell's ledger and its scores, then the tag that marks it done.
 
-        The tag that marks it done is written last.
+        cell: the digest of the question, `asked` as JSON.
         """
         self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
-        values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
-        self._client.log_batch(run.run_id, metrics=values)
-        sha256 = hashlib.sha256(ledger).hexdigest()
-        tags = {ASKED_TAG: asked, LEDGER_TAG: sha256}
-        if judged_by:
-            tags[JUDGED_TAG] = json.dumps(dict(judged_by))
-            run.judged[evaluator] = dict(judged_by)
+        document = {
+            "question": cell,
+            "asked": json.loads(asked),
+            "sha256": hashlib.sha256(ledger).hexdigest(),
+            "judged_by": dict(judged_by or {}),
+        }
+        tags = [RunTag(CELL_TAG + evaluator, json.dumps(document))]
         if run.failed_cells.pop(evaluator, ""):
-            tags[FAILED_TAG] = ""
-        self._tag(run, **{tag + evaluator: value for tag, value in tags.items()})
-        self._client.set_tag(run.run_id, CELL_TAG + evaluator, cell)
+            tags.append(RunTag(FAILED_TAG + evaluator, ""))
+        values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
+        self._log(run, metrics=values, tags=tags)
         run.metrics |= metrics
-        run.cells[evaluator], run.ledgers[evaluator] = cell, sha256
+        run.cells[evaluator], run.ledgers[evaluator] = cell, document["sha256"]
+        run.judged[evaluator] = document["judged_by"]
 
     def fail_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
-        """Note why a cell has no answer; it is asked again by the next run of the command."""
-        self._client.set_tag(run.run_id, FAILED_TAG + evaluator, reason[:LONGEST_TAG])
+        """Note why a cell has no answer; the next run of the command judges it."""
+        self._tag(run, {FAILED_TAG + evaluator: reason})
         run.failed_cells[evaluator] = reason
 
     def forget_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
-        """Note that a cell's answer is lost, and why; it is asked again by the next run."""
-        self._tag(run, **{FAILED_TAG + evaluator: reason, CELL_TAG + evaluator: ""})
+        """Note that a cell's answer is lost, and why; the next run judges it again."""
+        self._tag(run, {FAILED_TAG + evaluator: reason, CELL_TAG + evaluator: ""})
         run.failed_cells[evaluator] = reason
         run.cells.pop(evaluator, None)
 
     def history(self, run: TrialRun, metric: str) -> list[tuple[int, float]]:
         """Return a metric's values by step."""
-        entries = self._client.get_metric_history(run.run_id, metric)
+        entries = self._call(self._client.get_metric_history, run.run_id, metric)
         return sorted((entry.step, entry.value) for entry in entries)
 
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
-        """Return a cell's ledger as it was stored; DamagedError where it is not there so."""
+        """Return a cell's ledger; DamagedError where it is missing or not as it was stored."""
         name = f"{LEDGERS}/{evaluator}.parquet"
         content = self.artifact(run.artifact_uri, name)
         if content is None:
             raise DamagedError(f"{run.artifact_uri}/{name} is missing")
-        sha256 = hashlib.sha256(content).hexdigest()
-        if run.ledgers.get(evaluator, sha256) != sha256:
+        if hashlib.sha256(content).hexdigest() != run.ledgers.get(evaluator):
             raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
         return content
 
     def artifact(self, artifact_uri: str, name: str) -> bytes | None:
         """Return the content of an artifact of a run, None where there is none."""
         try:
-            return fetch_artifact(self.uri, artifact_uri, name).read_bytes()
+            return fetch_artifact(self.uri, artifact_uri, name, say=self._say).read_bytes()
         except (MlflowException, OSError):
-            folder, _, file = f"{artifact_uri}/{name}".rpartition("/")
-            listed = partial(mlflow.artifacts.list_artifacts, folder, tracking_uri=self.uri)
-            paths = [artifact.path for artifact in patiently(listed, say=logger.warning)]
-            if any(path.rpartition("/")[2] == file for path in paths):
+            store = get_artifact_repository(artifact_uri, tracking_uri=self.uri)
+            listed = self._call(store.list_artifacts, name.rpartition("/")[0] or None)
+            if any(artifact.path == name for artifact in listed):
                 raise
             return None
-
-    def _store(self, artifact_uri: str, files: Mapping[str, bytes], place: str = "") -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                Path(folder, name).write_bytes(content)
-            self._client.log_folder(artifact_uri, folder, place)
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
@@ -432,42 +392,70 @@ class Tracker:
         judged_by: Mapping[str, str],
     ) -> str:
         """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
-        token = uuid.uuid4().hex
-        tags = {"kind": "evaluation", "token": token}
-        tags |= {JUDGED_TAG + name: value for name, value in judged_by.items()}
-        run = self._create(f"tags.token = '{token}'", False, run_name=name, tags=tags)
+        tags = {"kind": "evaluation", "judged_by": json.dumps(dict(judged_by))}
+        run = self._call(self._client.create_run, self.experiment_id, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
-        self._client.log_batch(run_id, metrics=values)
+        self._call(self._client.log_batch, run_id, metrics=values)
         files = {path.name: path.read_bytes() for path in ledgers}
         self._store(run.info.artifact_uri, files, LEDGERS)
-        self._client.set_terminated(run_id, "FINISHED")
+        self._call(self._client.set_terminated, run_id, "FINISHED")
         return run_id
 
-    def _create(self, query: str, shared: bool, *, run_name: str, tags: Mapping[str, str]) -> Run:
-        """Return the run that `query` finds, where there may be one, or create it."""
+    def _call(self, method: Callable[P, Answer], *args: P.args, **named: P.kwargs) -> Answer:
+        """Call the client; what is called again must do no harm the second time."""
+        return patiently(lambda: method(*args, **named), say=self._say, stop=self._stop)
 
-        def made() -> Run | None:
-            return next(iter(self._search(query)), None)
+    def _create(self, query: str, run_name: str, tags: Mapping[str, str]) -> Run:
+        """Return the run that matches `query`, else a new one.
 
-        run: Run = self._client.create_run(
-            self.experiment_id, run_name=run_name, tags=dict(tags), made=made, shared=shared
-        )
-        return run
+        It may be another command's, or of an earlier call whose answer was lost.
+        """
 
-    def _tag(self, run: TrialRun, **tags: str) -> None:
-        self._client.log_batch(run.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        def found_or_created() -> Run:
+            page = self._client.search_runs([self.experiment_id], query, max_results=1)
+            return (
+                page[0]
+                if page
+                else self._client.create_run(self.experiment_id, run_name=run_name, tags=dict(tags))
+            )
 
-    def _search(self, query: str, most: int | None = None) -> list[Run]:
+        return self._call(found_or_created)
+
+    def _tag(self, run: TrialRun, tags: Mapping[str, str]) -> None:
+        self._log(run, tags=[RunTag(k, v[:LONGEST_TAG]) for k, v in tags.items()])
+
+    def _log(self, run: TrialRun, **entries: Sequence[Any]) -> None:
+        self._call(self._client.log_batch, run.run_id, **entries)
+
+    def _store(self, artifact_uri: str, files: Mapping[str, bytes], place: str = "") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            self._log_folder(artifact_uri, Path(folder), place)
+
+    def _log_folder(self, artifact_uri: str, folder: Path, place: str = "") -> None:
+        """Store a local folder's files at a place below an artifact URI.
+
+        The client's `log_artifacts` goes by a run's id, which a copied results folder shares.
+        """
+        store = get_artifact_repository(artifact_uri, tracking_uri=self.uri)
+        self._call(store.log_artifacts, str(folder), place or None)
+
+    def _search(self, query: str) -> list[Run]:
         runs: list[Run] = []
         token = None
         while True:
-            page = self._client.search_runs(
-                [self.experiment_id], query, ViewType.ACTIVE_ONLY, most or PAGE, page_token=token
+            page = self._call(
+                self._client.search_runs,
+                [self.experiment_id],
+                query,
+                max_results=PAGE,
+                page_token=token,
             )
             runs += page
             token = page.token
-            if most or not token:
+            if not token:
                 return runs
 
 
@@ -487,64 +475,37 @@ def create_database(results: Path) -> None:
     aside.rmdir()
 
 
-def _made_here() -> dict[str, str]:
-    return {SCHEMA_TAG: str(SCHEMA), VERSION_TAG: version_of(PROJECT)}
-
-
-def _check_schema(tags: Mapping[str, str], uri: str) -> None:
-    """Raise ValueError where an experiment was made by a version that writes otherwise."""
-    schema = tags.get(SCHEMA_TAG, "1")
-    if schema == str(SCHEMA):
-        return
-    age = "a later" if schema.isdecimal() and int(schema) > SCHEMA else "an earlier"
-    named = f" ({tags[VERSION_TAG]})" if tags.get(VERSION_TAG) else ""
-    raise ValueError(
-        f"the results in MLflow at {uri} were made by {age} version of this project{named}, whose "
-        f"schema is {schema}, not {SCHEMA}: go on with that version, or give --results (or "
-        "--mlflow) another place"
-    )
-
-
 def _study_query(name: str) -> str:
     return f"tags.kind = 'study' AND tags.study = '{name}'"
 
 
 def _trial_run(run: Run) -> TrialRun:
     tags = run.data.tags
-    ended = run.info.status == RunStatus.to_string(RunStatus.FINISHED)
     outcome = tags.get("outcome", "training")
+    cells = {name: json.loads(text) for name, text in _tagged(tags, CELL_TAG).items()}
+    inputs = run.inputs.dataset_inputs if run.inputs else []
     return TrialRun(
         run_id=run.info.run_id,
         digest=tags["digest"],
         # Killed between its last tag and its end: the run is not done.
-        outcome=outcome if ended or outcome in ("failed", "blocked") else "training",
+        outcome=outcome
+        if run.info.status == "FINISHED" or outcome in ("failed", "blocked")
+        else "training",
         reason=tags.get("reason", ""),
         artifact_uri=run.info.artifact_uri,
         start_time=run.info.start_time,
         end_time=run.info.end_time or 0,
         recipe=tags["recipe"],
         metrics=dict(run.data.metrics),
-        cells=_tagged(tags, CELL_TAG),
+        cells={name: cell["question"] for name, cell in cells.items()},
         failed_cells=_tagged(tags, FAILED_TAG),
-        ledgers=_tagged(tags, LEDGER_TAG),
+        ledgers={name: cell["sha256"] for name, cell in cells.items()},
         weights_sha256=tags.get(WEIGHTS_TAG, ""),
         studies=_tagged(tags, STUDY_TAG),
-        trained=_tagged(tags, TRAINED_TAG),
-        judged={name: json.loads(text) for name, text in _tagged(tags, JUDGED_TAG).items()},
-        described=bool(run.inputs and run.inputs.dataset_inputs),
-        images=_images(run),
+        trained=json.loads(tags.get(TRAINED_TAG, "{}")),
+        judged={name: cell["judged_by"] for name, cell in cells.items()},
+        images=json.loads((inputs and inputs[0].dataset.profile) or "{}"),
     )
-
-
-def _images(run: Run) -> dict[str, int]:
-    inputs = run.inputs.dataset_inputs if run.inputs else []
-    profile = inputs[0].dataset.profile if inputs else None
-    return dict(json.loads(profile)) if profile else {}
-
-
-def _in_order(tables: Iterable[str]) -> str:
-    """Name tables as T1 T3 T10."""
-    return " ".join(sorted(tables, key=lambda table: (len(table), table)))
 
 
 def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
@@ -556,7 +517,7 @@ def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
     number, shape = np.dtype("float32"), (3, image_size, image_size)
     mlflow.pyfunc.save_model(
         folder,
-        loader_module="trainables.store.packaged",
+        loader_module="trainables.store.checkpoint",
         pip_requirements=["robustness-grid"],
         signature=ModelSignature(
             Schema([TensorSpec(number, (-1, *shape))]), Schema([TensorSpec(number, (-1, classes))])
@@ -565,82 +526,51 @@ def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
     )
 
 
-def fetch_artifact(tracking_uri: str, artifact_uri: str, name: str) -> Path:
+def fetch_artifact(
+    tracking_uri: str,
+    artifact_uri: str,
+    name: str,
+    *,
+    say: Callable[[str], None] = logger.warning,
+) -> Path:
     """Return a local path to one artifact of a run, fetched if it is elsewhere.
 
     A server that is away is waited for.
     """
+    address = f"{artifact_uri.rstrip('/')}/{name}"
 
     def fetch() -> str:
         return str(
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{artifact_uri.rstrip('/')}/{name}", tracking_uri=tracking_uri
-            )
+            mlflow.artifacts.download_artifacts(artifact_uri=address, tracking_uri=tracking_uri)
         )
 
-    return Path(patiently(fetch, say=logger.warning))
+    return Path(patiently(fetch, say=say))
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """What an MLflow server asks of its clients, taken to other nodes.
+def credentials() -> dict[str, str]:
+    """Return the variables by which MLflow's clients log in, for the environment of other nodes.
 
-    It travels as an argument, which Ray shows nowhere: a runtime environment is on the dashboard.
+    Pass them as an argument: Ray shows runtime environments on its dashboard, arguments nowhere.
     """
-
-    values: Mapping[str, str] = field(repr=False)
-
-    @classmethod
-    def of_environment(cls) -> Credentials:
-        """Take them from MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN."""
-        return cls({name: os.environ[name] for name in CREDENTIALS if name in os.environ})
-
-    def use(self) -> None:
-        """Have this process's MLflow clients send them."""
-        os.environ.update(self.values)
+    return {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
 
 
 def check_address(uri: str) -> None:
-    """Ask an MLflow server whether it is there, of a version that will do, and lets this user in.
-
-    ValueError says what answered instead. Any other tracking URI is let through.
-    """
+    """Raise ValueError where no MLflow server of a usable version answers this user at an URL."""
     if not uri.startswith(("http://", "https://")):
         return
+    login = get_default_host_creds(uri)
     try:
-        password = urlsplit(uri).password
-    except ValueError as error:
-        raise ValueError(f"MLflow at {uri} cannot be used: {error}") from None
-    if password:
-        raise ValueError(
-            "an MLflow address is printed and logged: give its user and password as "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-        )
-    try:
-        health = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
-        answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=30)
+        answer = http_request(login, "/version", "GET", max_retries=0, timeout=30)
     except (requests.RequestException, MlflowException) as error:
         raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
-    if health.text.strip() != "OK":
-        raise ValueError(f"{uri} answers {health.status_code}, but not as an MLflow server does")
     if answer.status_code in (401, 403):
         raise ValueError(
-            f"the MLflow server at {uri} lets in who gives MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, and refuses those given here"
+            f"the MLflow server at {uri} refuses this user: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
         )
-    version = answer.text.strip()
-    if not re.match(r"\d+\.\d+", version) or version not in SERVERS:
-        raise ValueError(f"the MLflow server at {uri} is of version {version[:20]}, not {SERVERS}")
-
-
-def scores_as_metrics(scores: Sequence[Any]) -> dict[str, float]:
-    """Return scores as the metrics they are logged under: name, name/low, name/high, name/n."""
-    metrics: dict[str, float] = {}
-    for score in scores:
-        metrics |= {
-            score.name: score.value,
-            f"{score.name}/low": score.low,
-            f"{score.name}/high": score.high,
-            f"{score.name}/n": float(score.n),
-        }
-    return metrics
+    if not SERVERS.match(answer.text):
+        raise ValueError(
+            f"{uri} answers {answer.status_code} {answer.text[:20]!r}, and not as an MLflow server "
+            "from version 3.5 to 3.x"
+        )
