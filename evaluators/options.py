@@ -17,8 +17,7 @@ from trainables.scale import scale_named, scale_names
 # Single lengths of pgd take its shorter trajectory.
 NAMES = (*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS))
 Radius = Annotated[
-    Fraction,
-    BeforeValidator(lambda word: fraction(word, "radius for pixels in [0, 1]", "4/255")),
+    Fraction, BeforeValidator(lambda word: fraction(word, "radius for pixels in [0, 1]", "4/255"))
 ]
 Area = Annotated[
     float, BeforeValidator(lambda word: float(fraction(word, "share of an image", "0.025")))
@@ -49,20 +48,11 @@ class JudgeOptions(DataOptions):
         "the normalisation's mean, all channels, pixels in [0, 1] (default: the file's recipe's, "
         "or the scale's)",
         "MEAN",
-        allow_inf_nan=False,
     )
-    std: float | None = option(
-        None,
-        "the normalisation's deviation, as --mean",
-        "DEVIATION",
-        gt=0,
-        allow_inf_nan=False,
-    )
+    std: float | None = option(None, "the normalisation's deviation, as --mean", "DEVIATION", gt=0)
     device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
     ledger: Path | None = option(
-        None,
-        "where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)",
-        "DIR",
+        None, "where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)", "DIR"
     )
     mlflow: Address | None = option(None, "log scores and ledgers there as well", "URI")
     epsilon: Annotated[tuple[Radius, ...], Split] = option(

@@ -57,7 +57,10 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
         draft = _SETTERS[axis](draft, values[axis])
     fields = {axis: value for axis, value in values.items() if axis not in _SETTERS}
-    changed = draft.replace(**(_shortened_warmup(draft, fields) | fields))
+    epochs = fields.get("epochs")
+    if isinstance(epochs, int) and 0 < epochs < draft.warmup_epochs:
+        fields = {"warmup_epochs": draft.warmup_epochs * epochs / draft.epochs} | fields
+    changed = draft.replace(**fields)
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
     return changed
@@ -77,13 +80,6 @@ def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
             raise ValueError(unknown("teacher", name, ["none", *library.bases]))
         named["teacher"] = library.bases.get(name)
     return named
-
-
-def _shortened_warmup(recipe: Recipe, fields: Mapping[str, Any]) -> dict[str, float]:
-    epochs = fields.get("epochs")
-    if not isinstance(epochs, int) or not 0 < epochs < recipe.warmup_epochs:
-        return {}
-    return {"warmup_epochs": recipe.warmup_epochs * epochs / recipe.epochs}
 
 
 def with_settings(
@@ -148,10 +144,6 @@ def _with_family(recipe: Recipe, family: str) -> Recipe:
     return _with_model(recipe, family if timm else model_of(family, recipe.size))
 
 
-def _with_size(recipe: Recipe, size: str) -> Recipe:
-    return _with_model(recipe, model_of(recipe.family, size))
-
-
 def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
     settings = published_settings(recipe.model, optimizer)
     changed = _changed(recipe, optimizer=optimizer, micro_batch=None, **settings)
@@ -196,10 +188,6 @@ def _adversarial(recipe: Recipe) -> Recipe:
     )
 
 
-def _with_curriculum(recipe: Recipe, rows: Any) -> Recipe:
-    return _changed(recipe, curriculum=rows, curriculum_epochs=recipe.epochs)
-
-
 def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
     return _changed(recipe, distillation=Distillation(teacher=teacher) if teacher else None)
 
@@ -207,11 +195,13 @@ def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
 _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "model": _with_model,
     "family": _with_family,
-    "size": _with_size,
+    "size": lambda recipe, size: _with_model(recipe, model_of(recipe.family, size)),
     "optimizer": _with_optimizer,
     "augmentation": _with_augmentation,
     "training": _with_training,
-    "curriculum": _with_curriculum,
+    "curriculum": lambda recipe, rows: _changed(
+        recipe, curriculum=rows, curriculum_epochs=recipe.epochs
+    ),
     "teacher": _with_teacher,
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", "teacher")

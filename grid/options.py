@@ -42,9 +42,7 @@ class RunOptions(DataOptions):
     tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
     evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
     only: Words = option(
-        (),
-        "only trials with these values, e.g. family=resnet activation=relu,gelu",
-        "AXIS=VALUE",
+        (), "only trials with these values, e.g. family=resnet activation=relu,gelu", "AXIS=VALUE"
     )
     set: Words = option(
         (),
@@ -68,7 +66,6 @@ class RunOptions(DataOptions):
         "took)",
         "X",
         ge=0,
-        allow_inf_nan=False,
     )
     trials_at_once: Count | None = option(
         None,
@@ -77,9 +74,7 @@ class RunOptions(DataOptions):
         "N",
         advanced=True,
     )
-    dollars_per_gpu_hour: float | None = option(
-        None, "with --plan: price of a GPU-hour", "D", ge=0, allow_inf_nan=False
-    )
+    dollars_per_gpu_hour: float | None = option(None, "with --plan: price of a GPU-hour", "D", ge=0)
     wait: Count = option(
         600,
         "with --check: seconds to wait for the nodes that the cluster file promises",
@@ -117,7 +112,6 @@ class RunOptions(DataOptions):
         "GPUs per worker; 0.75 on a machine with one GPU, of which evaluators hold the rest",
         "G",
         ge=0,
-        allow_inf_nan=False,
     )
     compile: bool = option(
         False, "train through torch.compile: faster on a GPU, with other bits", advanced=True
@@ -127,7 +121,6 @@ class RunOptions(DataOptions):
         "restart a worker or evaluator that makes no step for so many seconds",
         "SECONDS",
         gt=0,
-        allow_inf_nan=False,
         advanced=True,
     )
 

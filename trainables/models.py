@@ -99,10 +99,11 @@ def register(model: Model) -> None:
     MODELS[model.name] = model
 
 
-def check_model_name(name: str) -> None:
-    """Raise ValueError where no model has this name; 'timm:NAME' passes."""
+def check_model_name(name: str) -> str:
+    """Return a model's name; ValueError where none has it; 'timm:NAME' passes."""
     if name not in MODELS and not name.startswith(TIMM_PREFIX):
         raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)} or timm:NAME")
+    return name
 
 
 def check_family(name: str) -> str:

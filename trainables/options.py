@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Self, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
@@ -42,7 +41,9 @@ class Options(BaseModel):
     """A command's options; `groups` titles a part of the help by the first option in it."""
 
     model_config = ConfigDict(
-        alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
     prog: ClassVar[str]
     groups: ClassVar[dict[str, str]] = {}
@@ -85,7 +86,8 @@ class Options(BaseModel):
 
 def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool) -> None:
     extra: Any = field.json_schema_extra
-    text = f"{field.description}{_default_text(field.default)}".replace("%", "%%")
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    shown = "" if field.is_required() or not default else f" (default: {default})"
     settings: dict[str, Any] = {"metavar": extra["metavar"]}
     if field.annotation is bool:
         settings = {"action": "store_true"}
@@ -95,17 +97,11 @@ def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool)
         f"--{field.alias}",
         dest=field.alias,
         required=field.is_required(),
-        help=text if advanced or not extra["advanced"] else argparse.SUPPRESS,
+        help=f"{field.description}{shown}"
+        if advanced or not extra["advanced"]
+        else argparse.SUPPRESS,
         **settings,
     )
-
-
-def _default_text(default: Any) -> str:
-    if default in (None, False, ()) or default is PydanticUndefined:
-        return ""
-    values = default if isinstance(default, tuple) else (default,)
-    words = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-    return f" (default: {' '.join(words)})"
 
 
 def without_password(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -85,12 +86,6 @@ def parse_augmentations(value: Any) -> Any:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _check_model(value: Any) -> Any:
-    if isinstance(value, str):
-        check_model_name(value)
-    return value
 
 
 def parse_epsilon(value: Any) -> Any:
@@ -173,7 +168,7 @@ class Recipe(Frozen):
     """
 
     scale: str
-    model: Annotated[str, BeforeValidator(_check_model)]
+    model: Annotated[str, AfterValidator(check_model_name)]
     activation: Activation = "relu"
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)
@@ -205,8 +200,38 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _can_be(self) -> Recipe:
-        for check in (_check_warmup, _check_batches, _check_ghosts, _check_curriculum):
-            check(self)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "
+                f"{self.epochs} epochs"
+            )
+        if self.batch_size % self.forward_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by micro_batch "
+                f"{self.micro_batch}: no accumulation reaches the total batch"
+            )
+        if self.mixes and self.forward_batch % 2:
+            raise ValueError(
+                f"a batch of {self.forward_batch} is odd: mixup and cutmix pair its images"
+            )
+        if self.norm == "ghost" and not model_named(self.model).batch_norm:
+            raise ValueError(f"norm 'ghost' needs batch normalisation, and {self.model} has none")
+        if self.norm == "ghost" and self.forward_batch % self.ghost_batch:
+            raise ValueError(
+                f"ghost batch normalisation splits a batch of {self.forward_batch} into virtual "
+                f"batches of {self.ghost_batch}, which does not divide it"
+            )
+        epochs = [row.epoch for row in self.curriculum]
+        if epochs != list(range(len(epochs))):
+            raise ValueError(
+                f"the curriculum has rows for epochs {epochs}; they must be 0, 1, 2, ... without "
+                "a gap"
+            )
+        if epochs and set(self.augmentations) != set(AUGMENTATIONS):
+            raise ValueError(
+                "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have "
+                "them"
+            )
         return self
 
     @property
@@ -314,48 +339,4 @@ class Recipe(Frozen):
                 *filter(None, extras),
                 f"{self.epochs}ep seed{self.seed}",
             ]
-        )
-
-
-def _check_warmup(recipe: Recipe) -> None:
-    if recipe.warmup_epochs > recipe.epochs:
-        raise ValueError(
-            f"warm-up of {recipe.warmup_epochs:g} epochs is longer than the training of "
-            f"{recipe.epochs} epochs"
-        )
-
-
-def _check_batches(recipe: Recipe) -> None:
-    if recipe.batch_size % recipe.forward_batch:
-        raise ValueError(
-            f"batch_size {recipe.batch_size} is not divisible by micro_batch {recipe.micro_batch}: "
-            "no accumulation reaches the total batch"
-        )
-    if recipe.mixes and recipe.forward_batch % 2:
-        raise ValueError(
-            f"a batch of {recipe.forward_batch} is odd: mixup and cutmix pair its images"
-        )
-
-
-def _check_ghosts(recipe: Recipe) -> None:
-    if recipe.norm != "ghost":
-        return
-    if not model_named(recipe.model).batch_norm:
-        raise ValueError(f"norm 'ghost' needs batch normalisation, and {recipe.model} has none")
-    if recipe.forward_batch % recipe.ghost_batch:
-        raise ValueError(
-            f"ghost batch normalisation splits a batch of {recipe.forward_batch} into virtual "
-            f"batches of {recipe.ghost_batch}, which does not divide it"
-        )
-
-
-def _check_curriculum(recipe: Recipe) -> None:
-    epochs = [row.epoch for row in recipe.curriculum]
-    if epochs != list(range(len(epochs))):
-        raise ValueError(
-            f"the curriculum has rows for epochs {epochs}; they must be 0, 1, 2, ... without a gap"
-        )
-    if recipe.curriculum and not {"randaug", "mixup", "cutmix"} <= set(recipe.augmentations):
-        raise ValueError(
-            "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have them"
         )
