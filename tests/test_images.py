@@ -142,18 +142,6 @@ def test_damaged_decoded_images_are_said_and_decoded_again(files, tmp_path, capl
     assert f"{path} is damaged" in caplog.text
 
 
-def test_decoded_images_under_anothers_name_are_decoded_again(files, tmp_path):
-    for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
-        part.cropped_once(tmp_path, BUDGET)
-    first, second = tmp_path.glob("*.u8")
-    contents = first.read_bytes(), second.read_bytes()
-    first.write_bytes(contents[1])
-    second.write_bytes(contents[0])
-    for part in (files.at(np.arange(3)), files.at(np.arange(3, 6))):
-        assert torch.equal(part.cropped_once(tmp_path, BUDGET), part[:])
-    assert (first.read_bytes(), second.read_bytes()) == contents
-
-
 def test_a_writer_that_is_killed_leaves_nothing_that_is_read(files, tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:

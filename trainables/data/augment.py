@@ -94,29 +94,24 @@ def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     # A tensor is equal to itself alone as a key: its hash is its identity.
     key = images, recipe.seed, epoch, _magnitude(recipe, epoch), _fill(recipe), flip
     shown = _EPOCHS.pop(key, None)
-    _EPOCHS[key] = shown = _shifted(images, recipe, epoch, None) if shown is None else shown
+    if shown is None:
+        shown = _shifted(images, recipe, epoch, torch.arange(len(images)))
+    _EPOCHS[key] = shown
     while sum(other.nbytes for other in _EPOCHS.values()) > KEPT_BYTES:
         del _EPOCHS[next(iter(_EPOCHS))]
     return shown
 
 
-def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor | None) -> Tensor:
-    """Shift, flip and RandAugment images in memory, all or those at `places`."""
-    moved = shift(images, seed=recipe.seed, epoch=epoch, places=places)
+def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
+    """Shift, flip and RandAugment the images in memory at some places."""
+    seed, magnitude = recipe.seed, _magnitude(recipe, epoch)
+    shown = shift(images, places, seed=seed, epoch=epoch)
     if scale_named(recipe.scale).data_set.flip:
-        count = len(images)
-        moved = flipped(moved, seed=recipe.seed, epoch=epoch, places=places, count=count)
-    magnitude = _magnitude(recipe, epoch)
+        shown = flipped(shown, places, count=len(images), seed=seed, epoch=epoch)
     if magnitude is None:
-        return moved
-    return randaugment(
-        moved,
-        magnitude=magnitude,
-        fill=_fill(recipe),
-        seed=recipe.seed,
-        epoch=epoch,
-        places=None if places is None else places.tolist(),
-    )
+        return shown
+    fill = _fill(recipe)
+    return randaugment(shown, places, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
 
 
 def _magnitude(recipe: Recipe, epoch: int) -> int | None:
@@ -161,13 +156,10 @@ def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[in
     return torch.from_numpy(augmented).permute(0, 3, 1, 2)
 
 
-def flipped(
-    images_BCHW: Tensor, *, seed: int, epoch: int, places: Tensor | None = None, count: int = 0
-) -> Tensor:
+def flipped(images_BCHW: Tensor, places: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
     """Mirror each image, or not, by an even chance; `places` are theirs among `count`."""
-    drawn = _flips(seed, epoch, count or len(images_BCHW))
-    chosen = drawn if places is None else drawn[places]
-    return torch.where(chosen[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+    drawn = _flips(seed, epoch, count)[places]
+    return torch.where(drawn[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
 
 
 @lru_cache(maxsize=2)
@@ -175,17 +167,15 @@ def _flips(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch, 6)).integers(0, 2, count) == 1)
 
 
-def shift(images_NCHW: Tensor, *, seed: int, epoch: int, places: Tensor | None = None) -> Tensor:
-    """Move each image, or those at `places`, by up to 1/16 of its side, filling with black."""
+def shift(images_NCHW: Tensor, places: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """Move each image at `places` by up to 1/16 of its side, filling with black."""
     count, channels, height, width = images_NCHW.shape
     reach = height // SHIFT_FRACTION
-    offsets = _offsets(seed, epoch, count, reach)
-    if places is not None:
-        images_NCHW, offsets, count = images_NCHW[places], offsets[places], len(places)
-    padded = F.pad(images_NCHW, (reach,) * 4)
+    offsets = _offsets(seed, epoch, count, reach)[places]
+    padded = F.pad(images_NCHW[places], (reach,) * 4)
     rows = (offsets[:, :1] + torch.arange(height))[:, None, :, None]
     columns = (offsets[:, 1:] + torch.arange(width))[:, None, None, :]
-    image = torch.arange(count)[:, None, None, None]
+    image = torch.arange(len(places))[:, None, None, None]
     return padded[image, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
@@ -196,25 +186,25 @@ def _offsets(seed: int, epoch: int, count: int, reach: int) -> Tensor:
 
 
 def randaugment(
-    images_NCHW: Tensor,
+    images_BCHW: Tensor,
+    places: Tensor,
     *,
     magnitude: int,
     fill: tuple[int, ...],
     seed: int,
     epoch: int,
-    places: Sequence[int] | None = None,
 ) -> Tensor:
     """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image, filling with a colour.
 
-    `places`: where the images lie in their split, if they are not all of it.
+    `places`: where the images lie in their split.
     """
-    indices = places or range(len(images_NCHW))
-    transform = _rand_augment(magnitude, images_NCHW.shape[-1], fill)
-    augmented = np.empty((len(images_NCHW), *images_NCHW.shape[2:], 3), dtype=np.uint8)
+    transform = _rand_augment(magnitude, images_BCHW.shape[-1], fill)
+    pixels_BHWC = images_BCHW.permute(0, 2, 3, 1).numpy()
+    augmented = np.empty_like(pixels_BHWC, order="C")
     with library_randomness() as reseed:
-        for row, pixels in enumerate(images_NCHW.permute(0, 2, 3, 1).numpy()):
-            reseed(seed, epoch, 2, indices[row])
-            augmented[row] = np.asarray(transform(Image.fromarray(pixels)))
+        for row, place in enumerate(places.tolist()):
+            reseed(seed, epoch, 2, place)
+            augmented[row] = np.asarray(transform(Image.fromarray(pixels_BHWC[row])))
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
 

@@ -284,7 +284,7 @@ def _content(file: Path) -> Mapped | None:
     if file.stat().st_size > HASH_BYTES:
         whole = np.memmap(file, dtype=np.uint8, mode="c")
         content = whole[:-HASH_BYTES]
-        if _hash(file.name, content) == whole[-HASH_BYTES:].tobytes():
+        if hashlib.sha256(content.data).digest() == whole[-HASH_BYTES:].tobytes():
             return content
     logger.warning("%s is damaged: its images are decoded again", file)
     return None
@@ -295,16 +295,10 @@ def _written(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
     try:
         with aside.open("wb") as out:
             write(out)
-        digest = _hash(file.name, np.memmap(aside, dtype=np.uint8, mode="r"))
-        with aside.open("ab") as out:
+        with aside.open("rb+") as out:
+            digest = hashlib.file_digest(out, "sha256").digest()
             out.write(digest)
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
     return np.memmap(file, dtype=np.uint8, mode="c")[:-HASH_BYTES]
-
-
-def _hash(name: str, content: np.ndarray) -> bytes:
-    digest = hashlib.sha256(name.encode())
-    digest.update(content.data)
-    return digest.digest()
