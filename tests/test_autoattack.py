@@ -52,17 +52,6 @@ def judged(classifier, batch, *, radii=(EPSILON,)):
     return evaluator, evaluator.judge(classifier, batch)
 
 
-@pytest.fixture(scope="module")
-def small_and_standard(classifier, batch):
-    batch = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
-    radii = [EPSILON, 0.8 * EPSILON]
-    return judged(classifier, batch, radii=radii)
-
-
-def rows(ledger, question):
-    return [row for row in ledger.to_pylist() if row["question"] == question]
-
-
 def test_same_survivors_as_pyautoattack_called_plainly(classifier, batch):
     plain = PlainAutoAttack(classifier, eps=EPSILON, seed=0, version="standard")
     plain.square.n_queries = QUERIES
@@ -74,36 +63,26 @@ def test_same_survivors_as_pyautoattack_called_plainly(classifier, batch):
     assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= IMAGES // 100
 
 
-def test_every_image_has_a_stage_unless_it_survived(small_and_standard):
-    for row in small_and_standard[1].to_pylist():
-        assert (row["stage"] is None) == row["survived"]
+def test_verdicts_and_scores_at_two_radii_agree(classifier, batch):
+    few = Batch(batch.images[:FEW], batch.labels[:FEW], batch.ids[:FEW])
+    evaluator, ledger = judged(classifier, few, radii=[EPSILON, 0.8 * EPSILON])
+    rows = {name: [] for name in (SMALLER, LARGER)}
+    for row in ledger.to_pylist():
+        rows[row["question"]].append(row)
+        assert (row["stage"] is None) == row["survived"] == (row["predicted"] == row["label"])
         assert row["stage"] in (None, "clean", *STAGES)
-        assert row["survived"] == (row["predicted"] == row["label"])
-
-
-def test_only_images_that_reach_square_have_queries(small_and_standard):
-    for row in small_and_standard[1].to_pylist():
-        reached = row["stage"] in (None, "square")
-        assert (row["queries"] is not None) == reached
-        assert not reached or 1 <= row["queries"] <= QUERIES + 1
-
-
-def test_what_a_smaller_radius_broke_is_broken_at_the_larger(small_and_standard):
-    small = rows(small_and_standard[1], SMALLER)
-    standard = rows(small_and_standard[1], LARGER)
-    broken = [(s, t) for s, t in zip(small, standard, strict=True) if not s["survived"]]
-    assert broken
-    assert not any(t["survived"] for _, t in broken)
-
-
-def test_scores_count_survivors_after_each_stage(small_and_standard):
-    evaluator, ledger = small_and_standard
+        reached_square = row["stage"] in (None, "square")
+        assert (row["queries"] is not None) == reached_square
+        assert not reached_square or 1 <= row["queries"] <= QUERIES + 1
+    pairs = list(zip(*rows.values(), strict=True))
+    assert not all(small["survived"] for small, _ in pairs)
+    assert not any(large["survived"] for small, large in pairs if not small["survived"])
     scores = {score.name: score for score in evaluator.summarize(ledger)}
-    standard = rows(ledger, LARGER)
     after = [scores[f"{LARGER}/after-{stage}"].value for stage in STAGES]
     assert after == sorted(after, reverse=True)
-    assert after[-1] == scores[LARGER].value
-    assert scores["autoattack/clean"].value == sum(r["stage"] != "clean" for r in standard) / FEW
+    assert after[-1] == scores[LARGER].value == sum(r["survived"] for r in rows[LARGER]) / FEW
+    right = sum(row["stage"] != "clean" for row in rows[LARGER])
+    assert scores["autoattack/clean"].value == right / FEW
     assert scores[SMALLER].value >= scores[LARGER].value
     assert all(score.n == FEW for score in scores.values())
 
@@ -242,20 +221,15 @@ def test_fewer_classes_have_fewer_targets_and_say_so():
 
 
 def test_a_model_without_gradients_is_not_broken_by_nan(batch, classifier, caplog):
+    class Quantised(nn.Module):
+        def forward(self, images):
+            return classifier((images * 4).round() / 4)
+
     caplog.set_level(logging.ERROR)
-    quantised = Classifier(_Quantised(classifier), (0.0,) * 3, (1.0,) * 3).eval()
+    quantised = Classifier(Quantised(), (0.0,) * 3, (1.0,) * 3).eval()
     few = Batch(batch.images[:3], batch.labels[:3], batch.ids[:3])
-    _, ledger = judged(quantised, few)
+    rows = judged(quantised, few)[1].to_pylist()
     with torch.no_grad():
         right = (quantised(few.images).argmax(1) == few.labels).tolist()
-    assert any(row["survived"] for row in ledger.to_pylist())
-    assert [row["stage"] != "clean" for row in ledger.to_pylist()] == right
-
-
-class _Quantised(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images):
-        return self.inner((images * 4).round() / 4)
+    assert any(row["survived"] for row in rows)
+    assert [row["stage"] != "clean" for row in rows] == right
