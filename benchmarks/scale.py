@@ -118,6 +118,7 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
     """Run the study, and again when all is done; what starting Ray takes stands apart."""
     from grid import launch
     from grid.cluster import Placement, connect
+    from grid.record import Recorder
 
     launch.RecipeTrial = StubTrial  # type: ignore[misc]
 
@@ -134,7 +135,7 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
         mlflow=None,
         placement=Placement(),
     )
-    record = launch._recording
+    record = Recorder.recording
 
     @contextmanager
     def until_recorded(*arguments: Any) -> Iterator[None]:
@@ -142,7 +143,7 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
         with wall, driver, record(*arguments):
             yield
 
-    launch._recording = until_recorded
+    Recorder.recording = until_recorded  # type: ignore[method-assign]
     finished = launch.run_study(asked)
     assert finished.trained == len(plan.trials), finished.failures
     with timed(seconds, "resume s", time.perf_counter):

@@ -124,19 +124,14 @@ def _cluster_file() -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text())) if path.is_file() else {}
 
 
-def describe_nodes() -> str:
-    """Say how many nodes there are, and what they have."""
-    nodes = nodes_there()
-    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
-    return f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
-
-
-def wait_for_nodes(seconds: float) -> str:
-    """Wait until all nodes of the cluster file are there; say which are missing by then."""
+def wait_for_nodes(seconds: float) -> tuple[bool, str]:
+    """Wait for all nodes of the cluster file; say whether they are there, and which are missing."""
     deadline = time.monotonic() + seconds
     while (missing := _missing_nodes()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    return missing
+    nodes = nodes_there()
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    return not missing, missing or f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
 
 
 def _missing_nodes() -> str:

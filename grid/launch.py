@@ -9,7 +9,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,14 +20,13 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from evaluators import EVALUATORS, columns_of, evaluator_named
+from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
 from grid.cluster import (
     Placement,
     check_nodes,
     check_room,
     connect,
-    describe_nodes,
     nodes_there,
     wait_for_nodes,
 )
@@ -129,7 +127,8 @@ def run_study(launch: Launch) -> Finished:
             recorder = _recorder(launch, data, line) if may_be_done else None
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
-                finished = _report(launch, recorder, _open_study(launch, recorder, data), line)
+                recorder.open_study()
+                finished = _report(launch, recorder, line)
                 if not finished.failures:
                     return finished
                 recorder = _recorder(launch, data, line)  # some ledgers are damaged
@@ -143,13 +142,13 @@ def run_study(launch: Launch) -> Finished:
                 raise ValueError(ill)
             recorder.mend(launch.kept_in)
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
-            parent = _open_study(launch, recorder, data)
+            recorder.open_study()
             line.say(_opening(recorder, launch.plan))
-            with _recording(recorder, parent, pool):
+            with recorder.recording(pool):
                 train_missing(launch, recorder)
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
-            return _report(launch, recorder, parent, line)
+            return _report(launch, recorder, line)
         finally:
             line.close()
             ray.shutdown()
@@ -197,28 +196,6 @@ def _opening(recorder: Recorder, plan: Plan) -> str:
     )
 
 
-def _open_study(launch: Launch, recorder: Recorder, data: Data) -> str:
-    """Return the id of the study's run in MLflow, where its trials' runs are noted to serve it."""
-    study, plan = launch.study, launch.plan
-    described = describe(study, plan, launch.scale)
-    parent = recorder.tracker.open_study(study.name, described, scores_of(plan), data.class_names)
-    recorder.enrol()
-    return parent
-
-
-def describe(study: Study, plan: Plan, scale: Scale) -> str:
-    """Say in a sentence what a study is, for its run in MLflow."""
-    tables = ", ".join(table.name for table in plan.tables) or "no tables"
-    return f"{len(plan.trials)} trials of study {study.name} ({tables}) at scale {scale.title}"
-
-
-def scores_of(plan: Plan) -> list[str]:
-    """Return the score that stands for each evaluator of a plan, the cheapest first."""
-    names = {name for trial in plan for name in trial.evaluators}
-    columns = {name: list(columns_of(name)) for name in EVALUATORS if name in names}
-    return [name if name in scores else scores[-1] for name, scores in columns.items() if scores]
-
-
 def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) -> EvaluatorPool:
     """Give the evaluators their share; ValueError where trials then have no room beside them.
 
@@ -248,21 +225,6 @@ def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) ->
             advice = f": give --gpus-per-worker {1 - total:g}" if total == EVALUATOR_GPUS else ""
             raise ValueError(f"{error} (evaluators hold {total:g} GPUs){advice}") from None
     return pool
-
-
-@contextmanager
-def _recording(recorder: Recorder, parent: str, pool: EvaluatorPool) -> Iterator[None]:
-    """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error."""
-    recorder.begin(parent, pool)
-    try:
-        yield
-        recorder.finish()
-    except BaseException as error:
-        # What asks Ray again once it is shut down would start another one.
-        recorder.abandon()
-        if isinstance(recorder.error, ValueError):
-            raise recorder.error from error
-        raise
 
 
 def train_missing(launch: Launch, recorder: Recorder) -> None:
@@ -432,7 +394,7 @@ def _digest_of(trial: Trial) -> str:
     return str(trial_config(trial.config)["digest"])
 
 
-def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine) -> Finished:
+def _report(launch: Launch, recorder: Recorder, line: ProgressLine) -> Finished:
     """Write the report of all that there is by now, and end the study's run."""
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_report
@@ -444,7 +406,7 @@ def _report(launch: Launch, recorder: Recorder, parent: str, line: ProgressLine)
     )
     patiently(lambda: write_ledgers(tracker, plan, folder / "ledgers"), say=line.say)
     failures = (*recorder.failures, *_forgotten(tracker, plan))
-    tracker.close_study(parent, folder, complete=not failures)
+    tracker.close_study(recorder.parent, folder, complete=not failures)
     return Finished(
         trained=recorder.progress.trials_done,
         judged=recorder.progress.cells_done,
@@ -470,8 +432,7 @@ def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]
     """
     connect(launch.address)
     try:
-        missing = wait_for_nodes(seconds)
-        findings = {"nodes": (not missing, missing or describe_nodes())}
+        findings = {"nodes": wait_for_nodes(seconds)}
         try:
             check_room(launch.placements, joined=bool(launch.address))
         except ValueError as error:

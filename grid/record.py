@@ -8,10 +8,11 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from evaluators import evaluator_named
+from evaluators import EVALUATORS, columns_of, evaluator_named
 from evaluators.base import cell_digest
 from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
 from grid.assess import Cell, EvaluatorPool
@@ -51,9 +52,10 @@ class Recorder(threading.Thread):
         self.failures: list[str] = []
         self.error: BaseException | None = None
         self._pool: EvaluatorPool
-        self._parent = ""
+        self.parent = ""  # the id of the study's run in MLflow
         self.tracker, self._line = tracker, line
-        self._study, self._scale = study, scale
+        self._study, self._plan, self._scale = study, plan, scale
+        self._class_names = data.class_names
         self._dataset = {
             "name": data.name,
             "digest": manifest or data.train.ids_hash(),
@@ -116,8 +118,14 @@ class Recorder(threading.Thread):
         wanted = self._trials[digest].evaluators
         return [name for name in wanted if cells.get(name) != self._questions[name]]
 
-    def enrol(self) -> None:
-        """Note on the runs that there are that their trials serve this study."""
+    def open_study(self) -> None:
+        """Mark the study's run in MLflow as running, and note on its trials' runs which serve it."""
+        tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
+        described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
+        described += self._scale.title
+        columns = {n: list(columns_of(n)) for n in EVALUATORS if n in self._evaluators}
+        scores = [n if n in names else names[-1] for n, names in columns.items() if names]
+        self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
         for digest, run in self._runs.items():
             self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
 
@@ -151,10 +159,29 @@ class Recorder(threading.Thread):
             )
             self.tracker.continue_trial(run)
 
-    def begin(self, parent: str, pool: EvaluatorPool) -> None:
-        """Start to write, below the study's run, what trials report and the pool judges."""
-        self._parent, self._pool = parent, pool
+    @contextmanager
+    def recording(self, pool: EvaluatorPool) -> Iterator[None]:
+        """Write down what happens meanwhile, to the last cell, or up to Ctrl-C or an error.
+
+        After those, cells under way are left to the next run.
+        """
+        self._pool = pool
         self.start()
+        try:
+            yield
+            self._training_over.set()
+            while self.is_alive():
+                self.join(timeout=0.5)
+            if self.error is not None:
+                raise self.error
+        except BaseException as error:
+            # What asks Ray again once it is shut down would start another one.
+            self._abandon.set()
+            self.tracker.give_up()
+            self.join(timeout=30)
+            if isinstance(self.error, ValueError):
+                raise self.error from error
+            raise
 
     def started(self, digest: str) -> None:
         """Note that a trial began or went on."""
@@ -174,20 +201,6 @@ class Recorder(threading.Thread):
     def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""
         self._events.put(("failed", digest, {"reason": reason, "trace": trace}))
-
-    def finish(self) -> None:
-        """Wait until every event is written and every cell is judged."""
-        self._training_over.set()
-        while self.is_alive():
-            self.join(timeout=0.5)
-        if self.error is not None:
-            raise self.error
-
-    def abandon(self) -> None:
-        """Write the events so far and stop; cells under way are left to the next run."""
-        self._abandon.set()
-        self.tracker.give_up()
-        self.join(timeout=30)
 
     def run(self) -> None:
         try:
@@ -229,7 +242,7 @@ class Recorder(threading.Thread):
         self._runs[digest] = self.tracker.start_trial(
             digest=digest,
             name=trial.name,
-            parent=self._parent,
+            parent=self.parent,
             study=self._study,
             tables=_tables(trial),
             recipe_json=trial.recipe.model_dump_json(),

@@ -17,7 +17,6 @@ from evaluators.autoattack import CLEAN, STAGES
 from evaluators.base import EXAMPLES, Batch, verdicts
 from evaluators.ledger import to_parquet
 from grid.assess import Cell
-from grid.launch import describe, scores_of
 from grid.plan import Plan
 from grid.record import Recorder
 from grid.status import ProgressLine, open_tracker
@@ -111,9 +110,6 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
     results.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(results, None, DIGITS)
     data = load_data(DIGITS)
-    parent = tracker.open_study(
-        study.name, describe(study, plan, DIGITS), scores_of(plan), data.class_names
-    )
     recorder = Recorder(
         tracker,
         plan,
@@ -122,26 +118,26 @@ def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tr
         data=data,
         line=ProgressLine(),
     )
-    recorder.begin(parent, MadeUpPool())
+    recorder.open_study()
     weights = results / "weights.safetensors"
     weights.write_bytes(b"made up")
-    for place, trial in enumerate(plan):
-        falls = place >= len(plan.trials) - collapsed
-        recorder.started(trial.digest)
-        recorder.reported(
-            {
-                "digest": trial.digest,
-                "epoch": 3,
-                "epochs": [
-                    {"epoch": e, "train/loss": 2.0 / e, "held_out/accuracy": 0.3 * e}
-                    for e in (1, 2, 3)
-                ],
-                "outcome": "collapsed" if falls else "finished",
-                "reason": "PGD-10 accuracy stayed at chance" if falls else "",
-                "weights": str(weights),
-                "sha256": "0" * 64,
-            }
-        )
-    recorder.finish()
+    with recorder.recording(MadeUpPool()):
+        for place, trial in enumerate(plan):
+            falls = place >= len(plan.trials) - collapsed
+            recorder.started(trial.digest)
+            recorder.reported(
+                {
+                    "digest": trial.digest,
+                    "epoch": 3,
+                    "epochs": [
+                        {"epoch": e, "train/loss": 2.0 / e, "held_out/accuracy": 0.3 * e}
+                        for e in (1, 2, 3)
+                    ],
+                    "outcome": "collapsed" if falls else "finished",
+                    "reason": "PGD-10 accuracy stayed at chance" if falls else "",
+                    "weights": str(weights),
+                    "sha256": "0" * 64,
+                }
+            )
     assert not recorder.failures
     return tracker

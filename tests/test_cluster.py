@@ -323,9 +323,9 @@ def test_nodes_that_a_cluster_file_promises_are_missed(joined, tmp_path, monkeyp
     file.write_text(
         "available_node_types: {head: {}, gpu: {min_workers: 1}, big: {min_workers: 2}}"
     )
-    assert wait_for_nodes(0).startswith("2 of 4 nodes are there: `ray status`")
+    assert wait_for_nodes(0)[1].startswith("2 of 4 nodes are there: `ray status`")
     file.write_text("provider: {worker_ips: [127.0.0.99]}")
-    assert wait_for_nodes(0).startswith("no Ray on 127.0.0.99: `ray monitor")
+    assert wait_for_nodes(0)[1].startswith("no Ray on 127.0.0.99: `ray monitor")
 
 
 def test_a_check_looks_at_every_node(start, study, tmp_path, cluster, monkeypatch):

@@ -56,12 +56,12 @@ def ledger_of(tracker, trial, name="clean"):
 
 def run_again(tracker, study, plan):
     """Run the study again with a pool that answers at once; return how many cells it judged."""
-    parent = tracker.open_study(study.name, "")
     data, line = load_data(DIGITS), ProgressLine()
     recorder = Recorder(tracker, plan, study=study.name, scale=DIGITS, data=data, line=line)
     assert recorder.trials_to_train() == []
-    recorder.begin(parent, MadeUpPool())
-    recorder.finish()
+    recorder.open_study()
+    with recorder.recording(MadeUpPool()):
+        pass
     return recorder.progress.cells_done
 
 

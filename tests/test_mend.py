@@ -32,7 +32,6 @@ class Results:
     def __init__(self, folder):
         self.storage, self.said = str(folder), []
         self.tracker = open_tracker(folder, None, DIGITS)
-        self.parent = self.tracker.open_study(STUDY.name, "")
         self.stored = Path(weights_path(self.storage, TEACHER.digest()))
         self.finish(TEACHER)
         uri = self.tracker.trials()[TEACHER.digest()].artifact_uri
@@ -51,11 +50,11 @@ class Results:
         network = build_classifier(recipe.replace(seed=initial))
         sha256 = save_weights(path, network, recipe.model_dump_json())
         recorder = self.recorder()
-        recorder.begin(self.parent, MadeUpPool())
-        recorder.started(recipe.digest())
-        ended = {"outcome": "finished", "reason": "", "weights": path, "sha256": sha256}
-        recorder.reported({"digest": recipe.digest(), "epoch": 1, "epochs": []} | ended)
-        recorder.finish()
+        recorder.open_study()
+        with recorder.recording(MadeUpPool()):
+            recorder.started(recipe.digest())
+            ended = {"outcome": "finished", "reason": "", "weights": path, "sha256": sha256}
+            recorder.reported({"digest": recipe.digest(), "epoch": 1, "epochs": []} | ended)
         return recorder
 
     def trained_again(self):

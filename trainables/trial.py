@@ -50,9 +50,6 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
         except OWN_FAULTS as error:
             return failed_result(self._trial_config["digest"], error)
 
-    def cleanup(self) -> None:
-        self._running = None
-
 
 def trial_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a trial is told. It travels as text: Tune copies a grid's dicts n times n."""
