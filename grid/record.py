@@ -119,7 +119,7 @@ class Recorder(threading.Thread):
         return [name for name in wanted if cells.get(name) != self._questions[name]]
 
     def open_study(self) -> None:
-        """Mark the study's run in MLflow as running, and note on its trials' runs which serve it."""
+        """Open the study's run in MLflow, and note on its trials' runs that they serve it."""
         tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
