@@ -59,6 +59,12 @@ def columns_of(evaluator: str) -> dict[str, Column]:
     return {column.name: replace(column, evaluator=evaluator) for column in columns}
 
 
+def headline_of(evaluator: str) -> str:
+    """Return the score that stands for an evaluator: the one of its name, or the last; or ''."""
+    columns = columns_of(evaluator)
+    return evaluator if evaluator in columns else next(reversed(columns), "")
+
+
 def column_named(score: str) -> Column:
     """Return the column of a score; ValueError lists those of its evaluator."""
     columns = columns_of(evaluator_of(score))

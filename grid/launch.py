@@ -397,8 +397,7 @@ def _digest_of(trial: Trial) -> str:
 def _report(launch: Launch, recorder: Recorder, line: ProgressLine) -> Finished:
     """Write the report of all that there is by now, and end the study's run."""
     # What draws and tests is imported when there is something to tell.
-    from grid.report.build import write_report
-    from grid.report.export import write_ledgers
+    from grid.report.build import write_ledgers, write_report
 
     tracker, plan, folder = recorder.tracker, launch.plan, launch.results / "report"
     page = patiently(

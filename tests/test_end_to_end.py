@@ -112,10 +112,10 @@ def test_the_report_is_one_file_with_every_value_and_lies_with_the_studys_run(fi
     ui = "http://127.0.0.1:5000/#/experiments/"
     assert all(address.startswith(("#", "data:", ui)) for address in fetched)
     assert len([address for address in fetched if address.startswith(ui)]) == TRIALS + 1
-    assert {"clean", "PGD-100"} <= set(re.findall('<img [^>]* alt="([^"]*)"', page))
+    assert {"clean", "pgd-100"} <= set(re.findall('<img [^>]* alt="([^"]*)"', page))
     for run in trials(results).values():
         assert f"{100 * run.metrics['clean']:.1f}" in page
-    assert "| paper |" in (results / "report" / "tables.md").read_text()
+    assert "| published |" in (results / "report" / "tables.md").read_text()
     names = {path.name for path in results.glob("artifacts/*/artifacts/report/**/*")}
     assert {"index.html", "tables.csv", "tables.tex", "tables.md", "scatter.svg"} <= names
     assert {"clean.parquet", "pgd.parquet"} <= names

@@ -47,10 +47,10 @@ def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
     assert "A1: ReLU or GELU" in page
     assert re.search(r'title="the notebook of a colleague">77.1, [+-]\d+\.\d</span>', page)
     assert re.search(
-        r"GELU and ReLU are level on clean images: <span class=\"verdict [a-z-]+\"", page
+        r"GELU and ReLU are level on clean images: <span class=\"decision [a-z-]+\"", page
     )
     # The published difference: 77.1 - 76.9.
-    assert '<span class="paper">+0.2</span>' in page
+    assert '<span class="published">+0.2</span>' in page
     assert re.search(r"Here GELU is .* on clean images \([+-]", page)
     assert "Of 1 claims of the study: 1 " in page
     assert "Transformer" not in page
@@ -66,7 +66,7 @@ def test_a_claim_about_a_score_that_the_data_lack_cannot_be_judged(tmp_path):
     plan = build_plan(study, DIGITS)
     tables = tables_of(study, plan, {})
     (judgement,) = judge_claims(study.claims, tables, 1, Verdicts(None, {}), {})
-    assert (judgement.verdict, judgement.outcome[:10]) == ("cannot be judged", "these data")
+    assert (judgement.decision, judgement.outcome[:10]) == ("cannot be judged", "these data")
 
 
 def test_a_study_of_a_file_of_its_own_knows_no_other_bases(tmp_path):

@@ -1,82 +1,194 @@
-"""Write the report: one self-contained page, and its tables as Markdown, CSV and LaTeX."""
+"""Write the report: one self-contained page, its tables as Markdown, CSV and LaTeX, and ledgers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader
 
+from evaluators.ledger import LEDGER
+from evaluators.intervals import Paired
 from grid.plan import Plan
-from grid.report.claims import answer
-from grid.report.effects import leading
-from grid.report.export import attacks_text, difference_text, markdown, write_exports
-from grid.report.findings import Findings, find
-from grid.report.plots import Plot, claims_plot
+from grid.report.claims import answer, judge_claims
+from grid.report.effects import grid_effects, leading
+from grid.report.plots import draw
+from grid.report.tables import (
+    FilledCell,
+    FilledTable,
+    describe_provenance,
+    fill_tables,
+    images_text,
+    tables_of,
+)
+from grid.report.verdicts import Verdicts, gallery
 from grid.study import Study
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
 from trainables.store.tracking import Tracker
 
+JUDGED = [name for name in LEDGER.names if name != "image"]
+_OWNER = pa.dictionary(pa.int32(), pa.string())
+VERDICTS = pa.schema([("trial", _OWNER), ("model", _OWNER), *map(LEDGER.field, JUDGED)])
+
 
 def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folder: Path) -> Path:
     """Write the page, its tables and its figures from what MLflow holds; return the page's path."""
-    findings = find(tracker, study, plan, scale)
+    report = _gather(tracker, study, plan, scale)
+    environment = Environment(
+        loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
+    )
+    environment.filters |= {"difference": difference_text, "md": _escaped}
+    environment.tests["nan"] = pd.isna
     page = folder / "index.html"
-    write_atomically(page, _html(findings, tracker).encode())
-    write_atomically(folder / "tables.md", markdown(findings, _title(study)).encode())
-    write_exports(findings.tables, scale, folder)
-    for plot in findings.plots:
+    write_atomically(page, environment.get_template("page.html.j2").render(report).encode())
+    text = environment.get_template("tables.md.j2").render(report)
+    write_atomically(folder / "tables.md", text.encode())
+    tables = report["tables"]
+    write_atomically(folder / "tables.csv", _cells(tables).to_csv(index=False).encode())
+    latex = "\n".join(_latex(table, scale) for table in tables)
+    write_atomically(folder / "tables.tex", latex.encode())
+    for plot in report["plots"]:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.file().encode())
     return page
 
 
-def _html(findings: Findings, tracker: Tracker) -> str:
-    environment = Environment(
-        loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
+def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[str, Any]:
+    """Return what the templates show of a plan, by the names that they use."""
+    runs = tracker.trials()
+    verdicts = Verdicts(tracker, runs)
+    verdicts.forget_damaged(plan)
+    planned = [runs[t.digest] for t in plan if t.digest in runs]
+    tables = tables_of(study, plan, runs)
+    filled = fill_tables(tables, plan.seeds, runs)
+    judgements = judge_claims(study.claims, tables, plan.seeds, verdicts, runs)
+    effects = grid_effects(study, plan, scale, runs)
+    plots = draw(
+        plan,
+        list(zip(tables, filled, strict=True)),
+        runs,
+        scale=scale,
+        tracker=tracker,
+        verdicts=verdicts,
+        judgements=judgements,
+        effects=effects,
     )
-    plan, scale = findings.plan, findings.scale
-    return environment.get_template("page.html.j2").render(
-        title=_title(findings.study),
-        subtitle=_subtitle(findings),
-        scale_title=scale.title,
-        same_data=not scale.data_set.generated,
-        interval=_interval(plan.seeds),
-        attacks=attacks_text(findings),
-        states=", ".join(_states(findings)),
-        found=findings,
-        answer=answer(findings.study, findings.judgements),
-        leading=leading(findings.effects),
-        first=claims_plot(findings.judgements) or _plot_named("scatter", findings),
-        difference=difference_text,
-        mlflow=tracker.page,
+    states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)
+    by_name = {plot.name: plot for plot in plots}
+    return {
+        "study": study,
+        "plan": plan,
+        "scale": scale,
+        "title": study.title or f"Study {study.name}",
+        "images": images_text(planned, scale),
+        "attacks": attacks_text(plan, scale),
+        "states": states.most_common(),
+        "tables": filled,
+        "comparisons": {table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
+        "judgements": judgements,
+        "answer": answer(study, judgements),
+        "effects": effects,
+        "leading": leading(effects),
+        "plots": plots,
+        "first": by_name.get("claims", by_name.get("scatter")),
+        "health": verdicts.health(plan),
+        "gallery": gallery(plan, verdicts, tracker.classes(study.name)),
+        "provenance": describe_provenance(planned),
+        "mlflow": tracker.page,
+    }
+
+
+def attacks_text(plan: Plan, scale: Scale) -> str:
+    """Say what the attacks may do at a scale, and how models are trained against them."""
+    patch = scale.patch
+    radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
+    protocols = sorted({t.recipe.protocol for t in plan if t.recipe.adversary})
+    trained = f" Adversarial training by the {' and '.join(protocols)} protocol."
+    return (
+        f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}), on pixels in "
+        "[0, 1], in float32; PGD from a random start, a quarter of the radius a step; texture "
+        f"patches: up to {patch.patches}, each of {patch.area:.1%} of the image."
+        f"{trained if protocols else ''}"
     )
 
 
-def _subtitle(findings: Findings) -> str:
-    study, count = findings.study, len(findings.plan.trials)
-    source = f" ({study.source})" if study.source else ""
-    return f"Study {study.name}{source} on {findings.scale.title}: {count} trainings."
+def difference_text(paired: Paired | None) -> str:
+    """Write a difference in points: '+1.2 [-0.3, +2.7] p 0.12'; '' where there is none."""
+    if paired is None:
+        return ""
+    points = [100 * value for value in (paired.difference, paired.low, paired.high)]
+    text = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
+    return text if paired.p is None else f"{text} p {paired.p:.2g}"
 
 
-def _title(study: Study) -> str:
-    return study.title or f"Study {study.name}"
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
-def _interval(seeds: int) -> str:
-    over_images = "Wilson; of corruptions Student's t over images"
-    if seeds == 1:
-        return over_images
-    return f"{over_images}; widened by Student's t over {seeds} seeds"
+def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
+    """Return a line per cell of every table."""
+    return pd.DataFrame(
+        {
+            "table": table.name,
+            "scale": row.recipe.scale,
+            "model": row.label,
+            "digest": digest,
+            "run_id": row.run_id,
+            "score": column,
+            "state": cell.state,
+            "value": cell.value,
+            "low": cell.low,
+            "high": cell.high,
+            "n": cell.n or None,
+            "trained_images": row.images.get("train"),
+            "held_out_images": row.images.get("held_out"),
+            "published": cell.published,
+            "difference": cell.difference,
+            "source": cell.source,
+        }
+        for table in tables
+        for row in table.rows
+        for digest in [row.recipe.digest()]
+        for column, cell in zip(table.columns, row.cells, strict=True)
+    )
 
 
-def _plot_named(name: str, findings: Findings) -> Plot | None:
-    return next((plot for plot in findings.plots if plot.name == name), None)
+def _latex(table: FilledTable, scale: Scale) -> str:
+    def text(cell: FilledCell) -> str:
+        published = cell.published_text()
+        return f"{cell.text()}; {published}" if published else cell.text()
+
+    rows = [[*map(text, row.cells)] for row in table.rows]
+    labels = [*(row.label for row in table.rows), "judged on, images"]
+    frame = pd.DataFrame([*rows, table.judged_on], columns=table.columns, index=labels)
+    name = table.name.replace("_", r"\_")
+    units = "percent, 95\\% interval; published figure"
+    caption = f"{name}: {table.question}, on {scale.title} ({units})"
+    latex: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
+    return latex
 
 
-def _states(findings: Findings) -> Iterator[str]:
-    """Say how many cells there are in each state."""
-    cells = [cell for table in findings.tables for row in table.rows for cell in row.cells]
-    for state, count in Counter(cell.kind for cell in cells).most_common():
-        yield f"{count} {'not yet there' if state == 'not' else state}"
+def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
+    """Write every verdict of a plan but for its images: a Parquet file per evaluator.
+
+    Beside the columns of a ledger it says which `trial` and `model` each is of.
+    """
+    verdicts = Verdicts(tracker, tracker.trials())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted({name for trial in plan for name in trial.evaluators}):
+        path, aside = folder / f"{name}.parquet", folder / f"{name}.part"
+        with pq.ParquetWriter(aside, VERDICTS, compression="zstd") as file:
+            for trial in plan:
+                if (ledger := verdicts.ledger(trial.digest, name)) is not None:
+                    owner = [
+                        pa.array([text] * len(ledger)).dictionary_encode()
+                        for text in (trial.digest, trial.name)
+                    ]
+                    judged = map(ledger.column, JUDGED)
+                    file.write_table(pa.table([*owner, *judged], schema=VERDICTS))
+        aside.replace(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from evaluators.base import Column
@@ -14,23 +14,23 @@ from grid.report.verdicts import Verdicts
 from grid.study import Claim, Row, Study, Table, Test
 from trainables.store.tracking import TrialRun
 
-Verdict = Literal[
+Decision = Literal[
     "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"
 ]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+DECISIONS: tuple[Decision, ...] = get_args(Decision)
 MARGIN = 0.05  # two models within five points are level
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim, the paired difference in shares that was found, and what follows.
+    """A claim, the paired difference in shares behind it, and what was decided.
 
     Of one row alone `paired` is its own score, as its table shows it. Where there is none,
     `outcome` says how the trainings ended.
     """
 
     claim: Claim
-    verdict: Verdict
+    decision: Decision
     test: str
     paired: Paired | None = None
     published: float | None = None
@@ -50,72 +50,74 @@ def judge_claims(
     figures = {(t.name, *cell): value for t in tables for cell, (value, _) in t.published.items()}
     judgements = []
     for claim in claims:
-        if claim.row not in rows:
+        pairs = [[rows.get(place) for place in pair if any(place)] for pair in claim.pairs]
+        compared = [tuple(filter(None, pair)) for pair in pairs]
+        if any(None in pair for pair in pairs):
             continue
-        row = rows[claim.row]
         if claim.test == "collapses":
-            outcomes = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
-            judgements.append(_judge_collapse(claim, outcomes))
-            continue
-        column = columns.get((claim.row[0], claim.column))
-        if column is None:
-            outcome = "these data have no such score"
-            judgements.append(Judgement(claim, "cannot be judged", claim.column, outcome=outcome))
-            continue
-        if claim.test == "none survive":
-            judgement = _judge_alone(claim, row, column, runs, seeds)
-        elif all(place in rows for pair in claim.pairs for place in pair):
-            pairs = [(rows[ours], rows[theirs]) for ours, theirs in claim.pairs]
-            differences = [verdicts.compare(*pair, column, seeds) for pair in pairs]
-            judged = [difference for difference in differences if difference]
-            judgement = (
-                _judged(claim, _test(column, pairs), _mean(judged))
-                if len(judged) == len(pairs)
-                else _not_judged(claim, pairs, column, runs, seeds)
-            )
+            judgements.append(_judge_collapse(claim, compared[0][0], seeds, runs))
+        elif column := columns.get((claim.row[0], claim.column)):
+            published = _published(claim, figures)
+            paired = _difference(compared, column, seeds, verdicts, runs)
+            test = _test(column, compared)
+            if paired is not None:
+                decision = decide(claim.test, paired.low, paired.high)
+                judgements.append(Judgement(claim, decision, test, paired, published))
+            else:
+                undecided, outcome = _undecided(compared, seeds, runs)
+                judgements.append(Judgement(claim, undecided, test, None, published, outcome))
         else:
-            continue
-        judgements.append(replace(judgement, published=_published(claim, figures)))
+            lacking = "these data have no such score"
+            judgements.append(Judgement(claim, "cannot be judged", claim.column, outcome=lacking))
     return judgements
 
 
-def _judge_collapse(claim: Claim, runs: Sequence[TrialRun | None]) -> Judgement:
-    test = f"{claim.row[1]} ({claim.row[0]}): the outcome of its training"
-    ended = [run.outcome for run in runs if run and run.outcome in ("finished", "collapsed")]
-    if len(ended) < len(runs):
+def _judge_collapse(claim: Claim, row: Row, seeds: int, runs: Mapping[str, TrialRun]) -> Judgement:
+    test = f"{row.label} ({claim.row[0]}): the outcome of its training"
+    outcomes = [runs[d].outcome for d in digests_of(row.recipe, seeds) if d in runs]
+    ended = [outcome for outcome in outcomes if outcome in ("finished", "collapsed")]
+    if len(ended) < seeds:
         return Judgement(claim, "not judged yet", test)
     count = ended.count("collapsed")
-    verdict: Verdict = "too little data to say"
-    if count in (0, len(ended)):
-        verdict = "reproduced" if count else "not reproduced"
-    return Judgement(claim, verdict, test, outcome=f"{count} of {len(ended)} collapsed")
+    decision: Decision = "too little data to say"
+    if count in (0, seeds):
+        decision = "reproduced" if count else "not reproduced"
+    return Judgement(claim, decision, test, outcome=f"{count} of {seeds} collapsed")
 
 
-def _judge_alone(
-    claim: Claim, row: Row, column: Column, runs: Mapping[str, TrialRun], seeds: int
-) -> Judgement:
-    digests = digests_of(row.recipe, seeds)
-    metrics = [runs[digest].metrics for digest in digests if digest in runs]
-    judged = [entry for entry in metrics if column.score in entry]
-    if len(judged) < len(digests):
-        return _not_judged(claim, [(row,)], column, runs, seeds)
-    value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
-    alone = Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
-    return _judged(claim, _test(column, [(row,)]), alone)
-
-
-def _judged(claim: Claim, test: str, paired: Paired) -> Judgement:
-    verdict = decide(claim.test, paired.low, paired.high)
-    return Judgement(claim, verdict, test, paired)
-
-
-def _not_judged(
-    claim: Claim,
+def _difference(
     compared: Sequence[tuple[Row, ...]],
     column: Column,
-    runs: Mapping[str, TrialRun],
     seeds: int,
-) -> Judgement:
+    verdicts: Verdicts,
+    runs: Mapping[str, TrialRun],
+) -> Paired | None:
+    """Return the mean difference of pairs of rows, as over seeds, or one row's own score.
+
+    None where not all of it is judged.
+    """
+    if len(compared[0]) == 1:
+        digests = digests_of(compared[0][0].recipe, seeds)
+        metrics = [runs[digest].metrics for digest in digests if digest in runs]
+        judged = [entry for entry in metrics if column.score in entry]
+        if len(judged) < seeds:
+            return None
+        value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
+        return Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
+    every = [verdicts.compare(ours, theirs, column, seeds) for ours, theirs in compared]
+    pairs = [paired for paired in every if paired]
+    if len(pairs) < len(every):
+        return None
+    if len(pairs) == 1:
+        return pairs[0]
+    ends = [{"": p.difference, "/low": p.low, "/high": p.high} for p in pairs]
+    difference, low, high = (figure / 100 for figure in over_seeds(ends, ""))
+    return Paired(difference, low, high, min(p.n for p in pairs), None)
+
+
+def _undecided(
+    compared: Sequence[tuple[Row, ...]], seeds: int, runs: Mapping[str, TrialRun]
+) -> tuple[Decision, str]:
     """Say which trainings ended without a model to judge; a collapsed one never has one."""
     ended = [
         (row.label, runs[digest].outcome)
@@ -125,22 +127,8 @@ def _not_judged(
         if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked")
     ]
     fell = any(outcome == "collapsed" for _, outcome in ended)
-    outcome = ", ".join(dict.fromkeys(f"{label} {outcome}" for label, outcome in ended))
-    return Judgement(
-        claim,
-        "cannot be judged" if fell else "not judged yet",
-        _test(column, compared),
-        outcome=outcome,
-    )
-
-
-def _mean(pairs: Sequence[Paired]) -> Paired:
-    """Return the mean difference of pairs of models: of several, as over seeds."""
-    if len(pairs) == 1:
-        return pairs[0]
-    ends = [{"": p.difference, "/low": p.low, "/high": p.high} for p in pairs]
-    difference, low, high = (figure / 100 for figure in over_seeds(ends, ""))
-    return Paired(difference, low, high, min(p.n for p in pairs), None)
+    outcomes = ", ".join(dict.fromkeys(f"{label} {outcome}" for label, outcome in ended))
+    return "cannot be judged" if fell else "not judged yet", outcomes
 
 
 def _test(column: Column, compared: Sequence[tuple[Row, ...]]) -> str:
@@ -150,7 +138,7 @@ def _test(column: Column, compared: Sequence[tuple[Row, ...]]) -> str:
     return f"{mean}{rows} under {column.title}{how}, 95 % interval"
 
 
-def decide(test: Test, low: float, high: float) -> Verdict:
+def decide(test: Test, low: float, high: float) -> Decision:
     """Decide a claim by the interval of its difference, in shares."""
     holds, fails = {
         "ahead": (low > 0, high < 0),
@@ -182,23 +170,15 @@ def answer(study: Study, judgements: Sequence[Judgement]) -> str:
     """Answer the study's question in a paragraph: where its subject is ahead, and where not."""
     standings: dict[str, list[str]] = {"ahead": [], "behind": [], "not to be told apart": []}
     for judgement in judgements:
-        if judgement.claim.headline and judgement.paired:
-            standing, text = _standing(judgement.claim, judgement.paired)
-            standings[standing].append(text)
+        if judgement.claim.headline and (p := judgement.paired):
+            signed = (100 * judgement.claim.sign * v + 0.0 for v in (p.difference, p.low, p.high))
+            value, *ends = signed
+            low, high = min(ends), max(ends)
+            standing = "ahead" if low > 0 else "behind" if high < 0 else "not to be told apart"
+            interval = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {p.n}"
+            standings[standing].append(f"{judgement.claim.headline} ({interval})")
     parts = [f"{standing} {' and '.join(texts)}" for standing, texts in standings.items() if texts]
     here = f"Here {study.subject} is {'; '.join(parts)}. " if parts else ""
-    counts = Counter(judgement.verdict for judgement in judgements)
-    verdicts = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
-    return f"{here}Of {len(judgements)} claims of the study: {verdicts}."
-
-
-def _standing(claim: Claim, paired: Paired) -> tuple[str, str]:
-    """Say how the study's subject stands by the interval of a difference."""
-    ends = [
-        100 * claim.sign * value + 0.0 for value in (paired.difference, paired.low, paired.high)
-    ]
-    value, low, high = ends[0], min(ends), max(ends)
-    text = f"{claim.headline} ({value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {paired.n})"
-    if low > 0:
-        return "ahead", text
-    return ("behind" if high < 0 else "not to be told apart"), text
+    counts = Counter(judgement.decision for judgement in judgements)
+    decisions = ", ".join(f"{counts[d]} {d}" for d in DECISIONS if counts[d])
+    return f"{here}Of {len(judgements)} claims of the study: {decisions}."

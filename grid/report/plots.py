@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
 import pyarrow.compute as pc
 from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluators import column_named, columns_of
 from grid.plan import Plan
 from grid.report.claims import Judgement
-from grid.report.effects import Effects, Interaction
+from grid.report.effects import Effects
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
 from grid.study import Row, Table
@@ -29,7 +28,7 @@ from trainables.store.tracking import Tracker, TrialRun
 
 # Okabe and Ito's colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-VERDICT_COLOURS = {"reproduced": COLOURS[2], "not reproduced": COLOURS[1]}
+DECISION_COLOURS = {"reproduced": COLOURS[2], "not reproduced": COLOURS[1]}
 UNDECIDED = "#777777"
 STYLE = {
     "svg.hashsalt": "report",
@@ -40,7 +39,7 @@ STYLE = {
     "axes.prop_cycle": cycler(color=COLOURS),
     "legend.frameon": False,
 }
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*" * 9
 MOST_LINES = 12  # more models than these no eye tells apart
 PANELS_IN_A_ROW = 5
 MOST_LOSS = 1e6  # nats; what is above, infinite or no number is not drawn
@@ -65,112 +64,112 @@ class Plot:
         return self.svg.replace("<svg ", f"<svg {space} ", 1)
 
 
-class _Canvas:
-    """A figure with one or more axes, turned into SVG once it is drawn."""
-
-    def __init__(self, figure: Figure) -> None:
-        self.figure = figure
-        self.svg = ""
-
-    @property
-    def axes(self) -> Axes:
-        return self.figure.axes[0]
+def _figure(width: float, height: float, *, panels: int = 1, rows: int = 1) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.subplots(rows, panels, squeeze=False)
+    return figure
 
 
-@contextmanager
-def _canvas(width: float, height: float, *, panels: int = 1, rows: int = 1) -> Iterator[_Canvas]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.subplots(rows, panels, squeeze=False)
-        canvas = _Canvas(figure)
-        yield canvas
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    canvas.svg = _inline(buffer.getvalue())
-
-
-def _inline(svg: str) -> str:
-    """Return the bare <svg> element, which a page needs neither a doctype nor metadata for."""
+def _plot(name: str, caption: str, figure: Figure, table: str = "") -> Plot:
+    """Return a figure as the bare <svg> element: a page needs neither a doctype nor metadata."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", element)
-    return element.replace("xlink:href", "href")
+    return Plot(name, caption, element.replace("xlink:href", "href"), table)
+
+
+def draw(
+    plan: Plan,
+    tables: Sequence[tuple[Table, FilledTable]],
+    runs: Mapping[str, TrialRun],
+    *,
+    scale: Scale,
+    tracker: Tracker,
+    verdicts: Verdicts,
+    judgements: Sequence[Judgement],
+    effects: Sequence[Effects],
+) -> list[Plot]:
+    """Draw every figure of a report for which there is something to draw."""
+    with mpl.rc_context(STYLE):
+        plots = [
+            claims_plot(judgements),
+            scatter_plot(plan, runs),
+            shape_bias_plot([table for table, _ in tables], runs),
+            *map(effects_plot, effects),
+        ]
+        for table, filled in tables:
+            plots += _curves(filled, scale)
+            evaluators = {column.evaluator for column in table.shown}
+            if "tpa" in evaluators:
+                plots.append(patches_plot(table, verdicts, scale))
+            if "corruptions" in evaluators:
+                plots.append(corruptions_plot(table, verdicts))
+            if "size" in table.plots:
+                plots.append(size_plot(table, runs))
+            if len(tables) == 1 or _is_about_training(table, runs):
+                plots.append(training_plot(table, tracker, runs))
+    return [plot for plot in plots if plot]
+
+
+def _is_about_training(table: Table, runs: Mapping[str, TrialRun]) -> bool:
+    """Say whether a table trains adversarially or lost a training."""
+    digests = [row.recipe.digest() for row in table.rows]
+    fell = any(runs[digest].outcome == "collapsed" for digest in digests if digest in runs)
+    return fell or any(row.recipe.adversary for row in table.rows)
 
 
 def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
     """Draw every claim's difference with its interval beside the published one."""
-    shown = [j for j in judgements if j.paired or j.outcome]
+    shown = [j for j in judgements[::-1] if j.paired or j.outcome]
     if not shown:
         return None
-    with _canvas(7.5, 0.9 + 0.42 * len(shown)) as canvas:
-        axes = canvas.axes
-        for place, judgement in enumerate(reversed(shown)):
-            colour = VERDICT_COLOURS.get(judgement.verdict, UNDECIDED)
-            if paired := judgement.paired:
-                value, low, high = (100 * v for v in (paired.difference, paired.low, paired.high))
-                axes.plot([low, high], [place, place], color=colour, linewidth=2)
-                axes.plot(value, place, "o", color=colour)
-            else:
-                text = _wrapped(f" {judgement.outcome}", 32).replace("\n", "\n ")
-                axes.text(0, place, text, color=colour, va="center", fontsize=7)
-            if judgement.published is not None:
-                axes.plot(judgement.published, place, "D", color="black", fillstyle="none")
-        axes.axvline(0, color="#999999", linewidth=0.8)
-        labels = [_wrapped(j.claim.says) for j in reversed(shown)]
-        axes.set_yticks(range(len(shown)), labels, fontsize=8)
-        axes.set_xlabel("difference, points")
-    return Plot(
-        "claims",
+    figure = _figure(7.5, 0.9 + 0.42 * len(shown))
+    (axes,) = figure.axes
+    for place, judgement in enumerate(shown):
+        colour = DECISION_COLOURS.get(judgement.decision, UNDECIDED)
+        if paired := judgement.paired:
+            value, low, high = (100 * v for v in (paired.difference, paired.low, paired.high))
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(value, place, "o", color=colour)
+        else:
+            text = fill(judgement.outcome, 32, initial_indent=" ", subsequent_indent=" ")
+            axes.text(0, place, text, color=colour, va="center", fontsize=7)
+        if judgement.published is not None:
+            axes.plot(judgement.published, place, "D", color="black", fillstyle="none")
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [fill(j.claim.says, 52) for j in shown], fontsize=8)
+    axes.set_xlabel("difference, points")
+    caption = (
         "Each claim's paired difference with its 95 % interval (of one model: its own score), or "
         "how its trainings ended; green: reproduced, orange: not, grey: undecided; hollow "
-        "diamond: the published difference, on ImageNet.",
-        canvas.svg,
+        "diamond: the published difference."
     )
+    return _plot("claims", caption, figure)
 
 
-def _wrapped(text: str, width: int = 52) -> str:
-    cut = text.rfind(" ", 0, width) if len(text) > width else len(text)
-    return text[:cut] + "\n" + text[cut + 1 :] if cut < len(text) else text
-
-
-def steps_plot(table: FilledTable) -> Plot | None:
-    """Draw robust accuracy against the number of PGD steps."""
-    columns = {c.label: float(c.label.removeprefix("PGD-")) for c in columns_of("pgd").values()}
+def _curves(table: FilledTable, scale: Scale) -> Iterator[Plot | None]:
+    """Draw robust accuracy against the number of PGD steps, and against AutoAttack's radius."""
+    steps = {c.label: float(c.label.removeprefix("PGD-")) for c in columns_of("pgd").values()}
     caption = f"Accuracy under PGD against its steps, {table.name}."
-    return _lines(table, columns, "steps", caption, "PGD steps, number")
-
-
-def radii_plot(table: FilledTable, scale: Scale) -> Plot | None:
-    """Draw accuracy against the radius: clean, and under AutoAttack at the radii asked."""
+    yield _lines(table, steps, "steps", caption, "PGD steps, number")
     radii = {"autoattack-small": scale.small_epsilon, "autoattack": scale.epsilon}
-    shown = {column_named(name).at(scale.name): 255 * float(e) for name, e in radii.items()}
-    clean = column_named("autoattack/clean").label
-    columns = {clean: 0.0} | {column.title: radius for column, radius in shown.items() if column}
+    columns = {column_named(name).at(scale.name): 255 * float(e) for name, e in radii.items()}
+    epsilons = {column_named("autoattack/clean").label: 0.0}
+    epsilons |= {column.title: radius for column, radius in columns.items() if column}
     caption = (
         f"Accuracy under AutoAttack against epsilon, {table.name}; more radii for a model: "
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
     )
-    return _lines(table, columns, "epsilon", caption, "epsilon, 1/255")
-
-
-def stages_plot(table: FilledTable, scale: Scale) -> Plot | None:
-    """Draw the survivors after each stage of AutoAttack."""
-    shown = filter(None, (column.at(scale.name) for column in columns_of("autoattack").values()))
-    columns = {column.title: float(place) for place, column in enumerate(shown)}
-    caption = f"Survivors after each of AutoAttack's stages, {table.name}."
-    ticks = ("clean", "APGD-CE", "APGD-T", "FAB-T", "Square")
-    return _lines(table, columns, "stages", caption, "after stage, in their order", ticks)
+    yield _lines(table, epsilons, "epsilon", caption, "epsilon, 1/255")
 
 
 def _lines(
-    table: FilledTable,
-    columns: Mapping[str, float],
-    name: str,
-    caption: str,
-    x_label: str,
-    ticks: Sequence[str] = (),
+    table: FilledTable, columns: Mapping[str, float], name: str, caption: str, x_label: str
 ) -> Plot | None:
-    """Draw a line per row of a table through the columns given, at their places on the x axis.
+    """Draw a line per row of a table through some columns, at their places on the x axis.
 
     Nothing where a column lacks, or where the lines are more than can be told apart.
     """
@@ -181,21 +180,19 @@ def _lines(
     if not 0 < len(rows) <= MOST_LINES:
         return None
     xs = list(columns.values())
-    with _canvas(6.5, 3.6) as canvas:
-        axes = canvas.axes
-        for row, marker in zip(rows, MARKERS * 2, strict=False):
-            cells = [row.cells[i] for i in places]
-            values = [c.value or 0.0 for c in cells]
-            spread = [
-                [v - (c.low or 0.0) for v, c in zip(values, cells, strict=True)],
-                [(c.high or 0.0) - v for v, c in zip(values, cells, strict=True)],
-            ]
-            axes.errorbar(xs, values, yerr=np.maximum(spread, 0), marker=marker, label=row.label,
-                          capsize=2, linewidth=1.2, markersize=4)  # fmt: skip
-        axes.set(xlabel=x_label, ylabel="survived, %", ylim=(-2, 102))
-        axes.set_xticks(xs, ticks or [f"{x:g}" for x in xs])
-        canvas.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
-    return Plot(f"{name}-{table.name}", caption, canvas.svg, table.name)
+    figure = _figure(6.5, 3.6)
+    (axes,) = figure.axes
+    for row, marker in zip(rows, MARKERS, strict=False):
+        cells = [row.cells[i] for i in places]
+        values, lows, highs = (
+            np.array([getattr(cell, end) for cell in cells]) for end in ("value", "low", "high")
+        )
+        spread = np.maximum([values - lows, highs - values], 0)
+        axes.errorbar(xs, values, spread, marker=marker, markersize=4, capsize=2, label=row.label)
+    axes.set(xlabel=x_label, ylabel="survived, %", ylim=(-2, 102))
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+    return _plot(f"{name}-{table.name}", caption, figure, table.name)
 
 
 def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
@@ -207,21 +204,20 @@ def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     kinds = list(next(iter(judged.values())))
     across = min(len(judged), PANELS_IN_A_ROW)
     down = -(-len(judged) // across)
-    with _canvas(2.2 + 1.6 * across, 0.6 + 3.2 * down, panels=across, rows=down) as canvas:
-        panels = canvas.figure.axes
-        for axes, (label, errors) in zip(panels, judged.items(), strict=False):
-            values = [errors[kind] for kind in kinds]
-            image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            axes.set_title(label, fontsize=8)
-            axes.set_xticks(range(len(SEVERITIES)), [str(s) for s in SEVERITIES])
-            axes.set_yticks(range(len(kinds)), [k.replace("_", " ") for k in kinds], fontsize=7)
-            axes.set_xlabel("severity, level")
-            axes.label_outer()
-        for unused in panels[len(judged) :]:
-            unused.remove()
-        canvas.figure.colorbar(image, ax=canvas.figure.axes, label="error, %")
+    figure = _figure(2.2 + 1.6 * across, 0.6 + 3.2 * down, panels=across, rows=down)
+    for unused in figure.axes[len(judged) :]:
+        unused.remove()
+    for axes, (label, errors) in zip(figure.axes, judged.items(), strict=True):
+        values = [errors[kind] for kind in kinds]
+        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        axes.set_title(fill(label, 22), fontsize=8)
+        axes.set_xticks(range(len(SEVERITIES)), [str(s) for s in SEVERITIES])
+        axes.set_yticks(range(len(kinds)), [k.replace("_", " ") for k in kinds], fontsize=7)
+        axes.set_xlabel("severity, level")
+        axes.label_outer()
+    figure.colorbar(image, ax=figure.axes, label="error, %")
     caption = f"Error on corrupted images by kind and severity, {table.name}."
-    return Plot(f"corruptions-{table.name}", caption, canvas.svg, table.name)
+    return _plot(f"corruptions-{table.name}", caption, figure, table.name)
 
 
 def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
@@ -242,24 +238,24 @@ def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
     if not judged:
         return None
     patches = range(scale.patch.patches + 1)
-    with _canvas(8.5, 3.4, panels=2) as canvas:
-        by_queries, by_patches = canvas.figure.axes
-        for (label, ledger), marker in zip(judged.items(), MARKERS * 2, strict=False):
-            rows = ledger.filter(pc.equal(ledger["question"], "tpa"))
-            survived = np.array(rows["survived"].to_pylist())
-            queries = np.where(survived, np.inf, np.array(rows["queries"].to_pylist(), dtype=float))
-            spent = np.concatenate([[0], np.sort(queries[np.isfinite(queries)])])
-            left = [100 * float(np.mean(queries > q)) for q in spent]
-            by_queries.step(spent, left, where="post", label=label)
-            stages = rows["stage"].to_pylist()
-            broken = np.cumsum([stages.count(f"patch-{n}" if n else "clean") for n in patches])
-            by_patches.plot(patches, 100 * (1 - broken / len(stages)), marker=marker, markersize=4)
-        by_queries.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
-        by_patches.set(xlabel="patches, number", ylabel="survived, %", ylim=(-2, 102))
-        by_patches.set_xticks(patches)
-        canvas.figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    figure = _figure(8.5, 3.4, panels=2)
+    by_queries, by_patches = figure.axes
+    for (label, ledger), marker in zip(judged.items(), MARKERS, strict=False):
+        rows = ledger.filter(pc.equal(ledger["question"], "tpa"))
+        survived = np.array(rows["survived"].to_pylist())
+        queries = np.where(survived, np.inf, np.array(rows["queries"].to_pylist(), dtype=float))
+        spent = np.concatenate([[0], np.sort(queries[np.isfinite(queries)])])
+        left = [100 * float(np.mean(queries > q)) for q in spent]
+        by_queries.step(spent, left, where="post", label=label)
+        stages = rows["stage"].to_pylist()
+        broken = np.cumsum([stages.count(f"patch-{n}" if n else "clean") for n in patches])
+        by_patches.plot(patches, 100 * (1 - broken / len(stages)), marker=marker, markersize=4)
+    by_queries.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
+    by_patches.set(xlabel="patches, number", ylabel="survived, %", ylim=(-2, 102))
+    by_patches.set_xticks(patches)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     caption = f"Survival of the texture patch attack against queries and patches, {table.name}."
-    return Plot(f"patches-{table.name}", caption, canvas.svg, table.name)
+    return _plot(f"patches-{table.name}", caption, figure, table.name)
 
 
 def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) -> Plot | None:
@@ -267,25 +263,20 @@ def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) 
     runs_by_label = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
     if not 0 < len(runs_by_label) <= MOST_LINES:
         return None
-    with _canvas(8.5, 3.6, panels=2) as canvas:
-        loss, accuracy = canvas.figure.axes
-        for label, run in runs_by_label.items():
-            history = tracker.history(run, "train/loss")
-            losses = [entry for entry in history if entry[1] < MOST_LOSS]
-            (line,) = loss.plot(*_xy(losses), label=label)
-            epochs, shares = _xy(tracker.history(run, "held_out/accuracy"))
-            accuracy.plot(epochs, [100 * s for s in shares], ".-", color=line.get_color())
-            if run.outcome == "collapsed" and losses:
-                loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)
-        loss.set(xlabel="time, epochs", ylabel="training loss, nats")
-        accuracy.set(xlabel="time, epochs", ylabel="held-out accuracy, %", ylim=(-2, 102))
-        canvas.figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+    figure = _figure(8.5, 3.6, panels=2)
+    loss, accuracy = figure.axes
+    for label, run in runs_by_label.items():
+        losses = [(e, v) for e, v in tracker.history(run, "train/loss") if v < MOST_LOSS]
+        (line,) = loss.plot(*np.reshape(losses, (-1, 2)).T, label=label)
+        epochs, shares = np.reshape(tracker.history(run, "held_out/accuracy"), (-1, 2)).T
+        accuracy.plot(epochs, 100 * shares, ".-", color=line.get_color())
+        if run.outcome == "collapsed" and losses:
+            loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)
+    loss.set(xlabel="time, epochs", ylabel="training loss, nats")
+    accuracy.set(xlabel="time, epochs", ylabel="held-out accuracy, %", ylim=(-2, 102))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     caption = f"Training of {table.name}'s models; a cross marks a collapse."
-    return Plot(f"training-{table.name}", caption, canvas.svg, table.name)
-
-
-def _xy(history: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in history], [value for _, value in history]
+    return _plot(f"training-{table.name}", caption, figure, table.name)
 
 
 def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
@@ -299,12 +290,13 @@ def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
             groups.setdefault(f"{trial.recipe.family}, {training} training", []).append(point)
     if not groups:
         return None
-    with _canvas(5.5, 3.4) as canvas:
-        for (label, points), marker in zip(groups.items(), MARKERS * 9, strict=False):
-            canvas.axes.plot(*zip(*points, strict=True), marker, label=label, alpha=0.7)
-        canvas.axes.set(xlabel="clean accuracy, %", ylabel="PGD-100 accuracy, %")
-        canvas.axes.legend(fontsize=7)
-    return Plot("scatter", "Clean against robust accuracy, every trial of the study.", canvas.svg)
+    figure = _figure(5.5, 3.4)
+    (axes,) = figure.axes
+    for (label, points), marker in zip(groups.items(), MARKERS, strict=False):
+        axes.plot(*zip(*points, strict=True), marker, label=label, alpha=0.7)
+    axes.set(xlabel="clean accuracy, %", ylabel="PGD-100 accuracy, %")
+    axes.legend(fontsize=7)
+    return _plot("scatter", "Clean against robust accuracy, every trial of the study.", figure)
 
 
 def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
@@ -315,81 +307,56 @@ def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
     judged = [row for row in table.rows if (d := row.recipe.digest()) in runs and runs[d].metrics]
     if not judged:
         return None
-    with _canvas(8.5, 3.6, panels=2) as canvas:
-        for row, marker in zip(judged, MARKERS * 9, strict=False):
-            count = count_parameters(build_classifier(row.recipe))
-            metrics = runs[row.recipe.digest()].metrics
-            for axes, score in zip(canvas.figure.axes, scores, strict=True):
-                if score in metrics:
-                    axes.plot(count, 100 * metrics[score], marker, label=row.label)
-        for axes, label in zip(canvas.figure.axes, scores.values(), strict=True):
-            axes.set(xlabel="parameters, number", ylabel=f"{label}, %", xscale="log")
-        handles, labels = canvas.axes.get_legend_handles_labels()
-        canvas.figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
-    return Plot("size", "Accuracy and error against model size.", canvas.svg, table.name)
+    figure = _figure(8.5, 3.6, panels=2)
+    for axes, (score, label) in zip(figure.axes, scores.items(), strict=True):
+        axes.set(xlabel="parameters, number", ylabel=f"{label}, %", xscale="log")
+        for row, marker in zip(judged, MARKERS, strict=False):
+            if (share := runs[row.recipe.digest()].metrics.get(score)) is not None:
+                count = count_parameters(build_classifier(row.recipe))
+                axes.plot(count, 100 * share, marker, label=row.label)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
+    return _plot("size", "Accuracy and error against model size.", figure, table.name)
 
 
 def shape_bias_plot(tables: Sequence[Table], runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw each model's shape bias: shape's share of the answers that are shape's or texture's."""
     score = "stylized/shape-bias"
-    rows: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for table in tables:
         for row in table.rows:
-            rows.setdefault(row.recipe.digest(), f"{table.name}: {row.label}")
-    judged = {
-        label: runs[digest].metrics
-        for digest, label in rows.items()
-        if digest in runs and score in runs[digest].metrics
-    }
-    if not judged:
+            labels.setdefault(row.recipe.digest(), f"{table.name}: {row.label}")
+    judged = [(runs[d].metrics, label) for d, label in labels.items() if d in runs]
+    shown = sorted((m[score], label, m) for m, label in judged if score in m)[-3 * MOST_LINES :]
+    if not shown:
         return None
-    judged = dict(sorted(judged.items(), key=lambda item: item[1][score])[-3 * MOST_LINES :])
-    with _canvas(6.5, 0.9 + 0.25 * len(judged)) as canvas:
-        for place, metrics in enumerate(judged.values()):
-            value, low, high = (100 * metrics[score + end] for end in ("", "/low", "/high"))
-            canvas.axes.errorbar(
-                value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=2,
-                color=COLOURS[0],
-            )  # fmt: skip
-        canvas.axes.set_yticks(range(len(judged)), list(judged), fontsize=7)
-        canvas.axes.set(xlabel="shape bias, %", xlim=(0, 100))
-    caption = "Shape bias on cue conflicts with its 95 % interval, every model asked."
-    return Plot("shape-bias", caption, canvas.svg)
+    figure = _figure(6.5, 0.9 + 0.25 * len(shown))
+    (axes,) = figure.axes
+    for place, (share, _, metrics) in enumerate(shown):
+        low, high = (100 * metrics[score + end] for end in ("/low", "/high"))
+        axes.plot([low, high], [place, place], "|-", color=COLOURS[0])
+        axes.plot(100 * share, place, "o", color=COLOURS[0])
+    axes.set_yticks(range(len(shown)), [label for _, label, _ in shown], fontsize=7)
+    axes.set(xlabel="shape bias, %", xlim=(0, 100))
+    caption = "Shape bias on cue conflicts with its 95 % interval, every model judged."
+    return _plot("shape-bias", caption, figure)
 
 
 def effects_plot(effects: Effects) -> Plot:
-    """Draw each choice's main effect, and beside it the interaction that explains the most."""
-    contrasts, interaction = effects.contrasts[::-1], effects.interaction
-    panels = 2 if interaction else 1
-    width, height = 4.5 + 3.5 * (panels - 1), 1.2 + 0.26 * len(contrasts)
-    with _canvas(width, max(height, 2.8), panels=panels) as canvas:
-        axes = canvas.axes
-        for place, c in enumerate(contrasts):
-            colour = COLOURS[0] if c.is_told_apart else UNDECIDED
-            if c.low is not None and c.high is not None:
-                axes.plot([100 * c.low, 100 * c.high], [place, place], color=colour)
-            axes.plot(100 * c.difference, place, "o", color=colour, markersize=4)
-        axes.axvline(0, color="#999999", linewidth=0.8)
-        names = [f"{c.axis}: {c.value} - {c.reference}" for c in contrasts]
-        axes.set_yticks(range(len(contrasts)), names, fontsize=7)
-        axes.set_xlabel(f"{effects.score}: difference, points")
-        if interaction:
-            _draw_interaction(canvas.figure.axes[1], effects.score, interaction)
+    """Draw the difference that each value of each axis makes."""
+    contrasts = list(effects.contrasts[::-1].itertuples())
+    figure = _figure(4.5, max(2.8, 1.2 + 0.26 * len(contrasts)))
+    (axes,) = figure.axes
+    for place, c in enumerate(contrasts):
+        colour = COLOURS[0] if c.low > 0 or c.high < 0 else UNDECIDED
+        axes.plot([100 * c.low, 100 * c.high], [place, place], color=colour)
+        axes.plot(100 * c.difference, place, "o", color=colour, markersize=4)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    names = [f"{c.axis}: {c.value} - {c.reference}" for c in contrasts]
+    axes.set_yticks(range(len(contrasts)), names, fontsize=7)
+    axes.set_xlabel(f"{effects.score}: difference, points")
     caption = (
-        f"Main effects on {effects.score} with 95 % intervals"
-        + (f", and the strongest interaction, {interaction.axis}" if interaction else "")
-        + "; grey: the interval holds 0, or the pairs are too alike for one."
+        f"Main effects on {effects.score} with 95 % intervals; grey: the interval holds 0, or the "
+        "pairs are too alike for one."
     )
-    return Plot(f"effects-{effects.score}", caption, canvas.svg, "effects")
-
-
-def _draw_interaction(axes: Axes, score: str, interaction: Interaction) -> None:
-    means = interaction.means
-    places = {value: place for place, value in enumerate(dict.fromkeys(a for a, _ in means))}
-    for value, marker in zip(dict.fromkeys(b for _, b in means), MARKERS * 9, strict=False):
-        points = [(places[a], 100 * mean) for (a, b), mean in means.items() if b == value]
-        axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=value)
-    axes.set_xticks(list(places.values()), list(places), fontsize=7)
-    first, second = interaction.axis.split(" x ")
-    axes.set(xlabel=f"{first}, value", ylabel=f"mean {score}, %")
-    axes.legend(fontsize=6, title=second, title_fontsize=7)
+    return _plot(f"effects-{effects.score}", caption, figure, "effects")

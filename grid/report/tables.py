@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scipy.stats import t as student
@@ -14,10 +15,10 @@ from evaluators.intervals import with_trainings
 from grid.plan import Plan
 from grid.study import Row, Study, Table
 from trainables.recipe import Recipe
-from trainables.scale import Scale, scale_named
+from trainables.scale import Scale
 from trainables.store.tracking import TrialRun
 
-STORED = ("natural", "corruptions", "stylized")  # evaluators with images of their own
+PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class FilledCell:
 class FilledRow:
     """One model of a table with its cells; `run_id` is its MLflow run, if there is one.
 
-    images: how many it was trained on and how many were held out, where that was noted.
+    images: how many it was trained on ("train") and how many were held out, where that was noted.
     """
 
     label: str
@@ -68,25 +69,24 @@ class FilledRow:
     cells: tuple[FilledCell, ...]
     images: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def trained_on(self) -> str:
-        """Write the number of train images: '1,200', or '5,000 of CIFAR-10's 50,000'."""
-        scale = scale_named(self.recipe.scale)
-        return _of_all(self.images.get("train", 0), scale.data_set.train_images, scale)
-
 
 @dataclass(frozen=True)
 class FilledTable:
-    """One table of the study, filled as far as the runs go.
-
-    judged_on: how many images each column's models were judged on, '64 of 597'; '' where none was.
-    """
+    """One table of the study, filled as far as the runs go."""
 
     name: str
     question: str
     columns: tuple[str, ...]
     rows: tuple[FilledRow, ...]
-    judged_on: tuple[str, ...]
+
+    @property
+    def judged_on(self) -> list[str]:
+        """Write on how many images each column's models were judged: '64', '30 to 64' or ''."""
+        texts = []
+        for place in range(len(self.columns)):
+            counts = sorted({row.cells[place].n for row in self.rows} - {0})
+            texts.append(" to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:])))
+        return texts
 
 
 def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
@@ -97,28 +97,11 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
+    shown = [[column_named(c).at(scale, scores) for c in table.columns] for table in tables]
     return tuple(
-        table.model_copy(
-            update={
-                "shown": tuple(
-                    filter(None, (column_named(c).at(scale, scores) for c in table.columns))
-                )
-            }
-        )
-        for table in tables
+        table.model_copy(update={"shown": tuple(filter(None, columns))})
+        for table, columns in zip(tables, shown, strict=True)
     )
-
-
-def digests_of(recipe: Recipe, seeds: int) -> list[str]:
-    """Return the digests of a row's trials, one per seed."""
-    return [recipe.with_seed(seed).digest() for seed in range(seeds)]
-
-
-def fill_tables(
-    tables: Iterable[Table], seeds: int, runs: Mapping[str, TrialRun]
-) -> list[FilledTable]:
-    """Fill tables as far as the runs go."""
-    return [_fill(table, runs, seeds) for table in tables]
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
@@ -130,7 +113,19 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
     return Table(name=study.name, question=question, rows=rows, columns=columns)
 
 
-def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable:
+def digests_of(recipe: Recipe, seeds: int) -> list[str]:
+    """Return the digests of a row's trials, one per seed."""
+    return [recipe.with_seed(seed).digest() for seed in range(seeds)]
+
+
+def fill_tables(
+    tables: Iterable[Table], seeds: int, runs: Mapping[str, TrialRun]
+) -> list[FilledTable]:
+    """Fill tables as far as the runs go."""
+    return [_fill(table, seeds, runs) for table in tables]
+
+
+def _fill(table: Table, seeds: int, runs: Mapping[str, TrialRun]) -> FilledTable:
     rows = []
     for row in table.rows:
         trained = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
@@ -139,49 +134,33 @@ def _fill(table: Table, runs: Mapping[str, TrialRun], seeds: int) -> FilledTable
         run_id, images = (first.run_id, first.images) if first else ("", {})
         rows.append(FilledRow(row.label, row.recipe, run_id, cells, images))
     titles = tuple(column.title for column in table.shown)
-    judged_on = tuple(_judged_on(column, i, rows) for i, column in enumerate(table.shown))
-    return FilledTable(table.name, table.question, titles, tuple(rows), judged_on)
-
-
-def _judged_on(column: Column, place: int, rows: Sequence[FilledRow]) -> str:
-    counts = sorted({row.cells[place].n for row in rows} - {0})
-    if not counts:
-        return ""
-    text = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-    held_out = max(row.images.get("held_out", 0) for row in rows)
-    # A stored set of its own is no part of what is held out.
-    is_part = column.evaluator not in STORED or column.heading
-    return f"{text} of {held_out:,}" if is_part and counts[-1] < held_out else text
-
-
-def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
-    """Say in a sentence how many images models were trained on and how many were held out."""
-    counts = {(r.images["train"], r.images["held_out"]) for r in runs if r.images}
-    parts = (
-        f"{_of_all(train, scale.data_set.train_images, scale)} (held out: "
-        f"{_of_all(held_out, scale.data_set.held_out_images or held_out, scale)})"
-        for train, held_out in sorted(counts)
-    )
-    return f"Images trained on: {'; '.join(parts)}." if counts else ""
-
-
-def _of_all(count: int, total: int, scale: Scale) -> str:
-    if not count:
-        return ""
-    name = scale.title.partition(",")[0]
-    return f"{count:,} of {name}'s {total:,}" if count < total else f"{count:,}"
+    return FilledTable(table.name, table.question, titles, tuple(rows))
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    paper, source = table.published.get((row.label, column.name), (None, ""))
-    metrics = [run.metrics for run in runs if run and _has_score(run, column)]
-    if len(metrics) < len(runs):
-        lacking = next(r for r in runs if r is None or not _has_score(r, column))
-        return FilledCell(_state(lacking, column), published=paper, source=source)
+    published, source = table.published.get((row.label, column.name), (None, ""))
+    for run in runs:
+        if run is None or column.score not in run.metrics or run.is_forgotten(column.evaluator):
+            return FilledCell(_state(run, column), published=published, source=source)
+    metrics = [run.metrics for run in runs if run]
     value, low, high = over_seeds(metrics, column.score)
-    # Every seed is asked about the same images.
+    # Every seed is judged on the same images.
     n = int(max(entry[f"{column.score}/n"] for entry in metrics))
-    return FilledCell("done", value, low, high, n, paper, source)
+    return FilledCell("done", value, low, high, n, published, source)
+
+
+def _state(run: TrialRun | None, column: Column) -> str:
+    if run is None:
+        return "not run yet"
+    if run.is_forgotten(column.evaluator):
+        return run.failed_cells[column.evaluator]
+    if column.evaluator in run.failed_cells:
+        return f"failed: {run.failed_cells[column.evaluator]}"
+    if run.outcome in ("collapsed", "failed"):
+        return f"{run.outcome}: {run.reason}"
+    if run.outcome == "blocked":
+        return run.reason
+    return run.state if run.outcome == "training" else "not judged yet"
 
 
 def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
@@ -200,21 +179,48 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
     return value, *with_trainings(value, (low, high), reach)
 
 
-def _has_score(run: TrialRun, column: Column) -> bool:
-    return column.score in run.metrics and not run.is_forgotten(column.evaluator)
+def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
+    """Say in a sentence how many images models were trained on and how many were held out."""
+    data_set, name = scale.data_set, scale.title.partition(",")[0]
+
+    def of_all(count: int, total: int) -> str:
+        return f"{count:,} of {name}'s {total:,}" if count < total else f"{count:,}"
+
+    counts = sorted({(r.images["train"], r.images["held_out"]) for r in runs if r.images})
+    parts = (
+        f"{of_all(train, data_set.train_images)} "
+        f"(held out: {of_all(held_out, data_set.held_out_images)})"
+        for train, held_out in counts
+    )
+    return f"Images trained on: {'; '.join(parts)}." if counts else ""
 
 
-def _state(run: TrialRun | None, column: Column) -> str:
-    if run is None:
-        return "not run yet"
-    if run.is_forgotten(column.evaluator):
-        return run.failed_cells[column.evaluator]
-    if column.evaluator in run.failed_cells:
-        return f"failed: {run.failed_cells[column.evaluator]}"
-    if run.outcome == "collapsed":
-        return f"collapsed: {run.reason}"
-    if run.outcome == "failed":
-        return f"failed: {run.reason}"
-    if run.outcome == "blocked":
-        return run.reason
-    return run.state if run.outcome == "training" else "not judged yet"
+def describe_provenance(runs: Sequence[TrialRun]) -> str:
+    """Say which versions and hardware trained and judged the runs, and where they are mixed."""
+    trained = [run.trained for run in runs if run.logged_epochs]
+    judged = [run.judged.get(evaluator, {}) for run in runs for evaluator in run.cells]
+    sentences = [
+        *_provenance("Trained", trained, "trials"),
+        *_provenance("Judged", judged, "cells"),
+    ]
+    if judged and all(entry in trained for entry in judged) and all(e in judged for e in trained):
+        sentences = [*_provenance("Trained", trained, "trials"), "Judged with the same."]
+    return " ".join(sentences)
+
+
+def _provenance(verb: str, entries: Sequence[Mapping[str, str]], unit: str) -> Iterator[str]:
+    """Name what all have in common, then every mix with its numbers."""
+    alike, mixed = [], []
+    for name in dict.fromkeys(name for entry in entries for name in entry):
+        counts = sorted(Counter(entry.get(name, "unknown") for entry in entries).items())
+        label = PROVENANCE_LABELS.get(name, name)
+        if len(counts) == 1:
+            alike.append(f"{label} {counts[0][0]}")
+        else:
+            values, numbers = (" and ".join(map(str, part)) for part in zip(*counts, strict=True))
+            mixed.append(f"{verb} with {label} {values}: {numbers} {unit}.")
+    if entries and not alike and not mixed:
+        alike = ["unknown versions"]
+    if alike:
+        yield f"{verb} with {', '.join(alike)}."
+    yield from mixed

@@ -1,43 +1,46 @@
-"""What the ledgers say beyond single scores: paired comparisons and red flags."""
+"""What the ledgers say beyond single scores: paired comparisons, red flags and example images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 
+from evaluators import EVALUATORS
 from evaluators.base import Column
 from evaluators.health import is_checked, red_flags
 from evaluators.intervals import Paired, compare, image_scores
 from evaluators.ledger import from_parquet
-from grid.plan import Trial
+from grid.plan import Plan, Trial
 from grid.report.tables import digests_of
 from grid.study import Row, Table
+from trainables.data.listing import WORDNET_ID
 from trainables.store.storage import DamagedError
 from trainables.store.tracking import DAMAGED_LEDGER, Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
-KEPT_LEDGERS = 256
+CACHED_LEDGERS = 256
 MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row of a table against its first row, column by column, in shares."""
-
-    label: str
-    cells: tuple[Paired | None, ...]
+MODELS = 4  # whose images the gallery shows
+MIDDLE = 128  # grey
+SMALL_CHANGE = 32  # of 255: a change of an image that is shown magnified
 
 
 @dataclass(frozen=True)
 class Health:
     """Whether the attacks on models are to be believed, by the models' names.
 
-    flags: why not, of every model with a judged attack; empty where it was found sound. unchecked:
-    models that are not asked what tells misleading gradients. waiting: which attacks are asked and
-    not judged yet, so that their model is neither flagged nor cleared by them.
+    flags: why not, of every model with a judged attack; empty where it is sound. unchecked: models
+    on which nothing looks for misleading gradients. waiting: the attacks of a model that are not
+    judged yet, so that it is neither flagged nor cleared by them.
     """
 
     flags: Mapping[str, list[str]]
@@ -46,18 +49,18 @@ class Health:
 
     @property
     def standing(self) -> str:
-        """Say in a sentence how many models were looked at, and how many are not judged yet."""
+        """Say in a sentence how many models have a red flag, and how many are not judged yet."""
         flagged = sum(map(bool, self.flags.values()))
-        looked = f"{flagged} of {len(self.flags)} models whose attacks were judged have a red flag"
-        return f"{looked}; {len(self.waiting)} not judged yet." if self.waiting else f"{looked}."
+        text = f"{flagged} of {len(self.flags)} models whose attacks were judged have a red flag"
+        return f"{text}; {len(self.waiting)} not judged yet." if self.waiting else f"{text}."
 
 
 class Verdicts:
-    """The ledgers of the runs, read when they are asked for."""
+    """The ledgers of the runs, read when they are needed."""
 
     def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun]) -> None:
         self._tracker, self._runs = tracker, runs
-        self._read = lru_cache(KEPT_LEDGERS)(self._fetch)
+        self.ledger = lru_cache(CACHED_LEDGERS)(self._ledger)
 
     def forget_damaged(self, trials: Iterable[Trial]) -> None:
         """Count cells whose ledger is damaged or missing as not judged, here and in MLflow."""
@@ -68,65 +71,12 @@ class Verdicts:
                 except DamagedError:
                     self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
 
-    def comparisons(self, table: Table, seeds: int) -> tuple[Comparison, ...]:
-        """Compare each row with the first, on the images that both were asked about.
-
-        Rows that share no judged column with it are left out, and tables of very many rows.
-        """
-        reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
-        compared = (
-            Comparison(
-                row.label,
-                tuple(self.compare(row, reference, column, seeds) for column in table.shown),
-            )
-            for row in others
-        )
-        return tuple(comparison for comparison in compared if any(comparison.cells))
-
-    def health(self, trials: Iterable[Trial]) -> Health:
-        """Say what tells of the attacks on every trial whose attacks are asked.
-
-        A collapsed trial has no model to attack.
-        """
-        flags, unchecked, waiting = {}, [], {}
-        for trial in trials:
-            attacks = [name for name in ATTACKS if name in trial.evaluators]
-            ledgers = {name: self._read(trial.digest, name) for name in ATTACKS}
-            known = [ledger for ledger in ledgers.values() if ledger is not None]
-            if known:
-                flags[trial.name] = red_flags(known)
-            if known and "health" not in attacks and not is_checked(known):
-                unchecked.append(trial.name)
-            lacking = [name for name in attacks if ledgers[name] is None]
-            if lacking and not self._is_collapsed(trial.digest):
-                waiting[trial.name] = lacking
-        return Health(flags, tuple(unchecked), waiting)
-
-    def _is_collapsed(self, digest: str) -> bool:
-        return digest in self._runs and self._runs[digest].outcome == "collapsed"
-
-    def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
-        """Return a row minus another in a column; None where either is not judged."""
-        ours = self._scores(digests_of(row.recipe, seeds), column)
-        other = self._scores(digests_of(reference.recipe, seeds), column)
-        return compare(ours, other) if ours and other else None
-
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
         return digest in self._runs and evaluator in self._runs[digest].cells
 
-    def ledger(self, digest: str, evaluator: str) -> pa.Table | None:
+    def _ledger(self, digest: str, evaluator: str) -> pa.Table | None:
         """Return a cell's ledger; None where it is not judged."""
-        return self._read(digest, evaluator)
-
-    def _scores(self, digests: Sequence[str], column: Column) -> list[dict[str, float]]:
-        """Return the image scores of every seed; nothing where one lacks."""
-        ledgers = [self._read(digest, column.evaluator) for digest in digests]
-        scores = [image_scores(ledger, column.score) for ledger in ledgers if ledger is not None]
-        known = [score for score in scores if score is not None]
-        return known if len(known) == len(digests) else []
-
-    def _fetch(self, digest: str, evaluator: str) -> pa.Table | None:
         if not self.is_judged(digest, evaluator):
             return None
         run = self._runs[digest]
@@ -135,3 +85,139 @@ class Verdicts:
         except ValueError:
             self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
             return None
+
+    def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
+        """Return a row minus another in a column; None where either is not judged."""
+        ours, theirs = (self._scores(r, column, seeds) for r in (row, reference))
+        return compare(ours, theirs) if ours and theirs else None
+
+    def _scores(self, row: Row, column: Column, seeds: int) -> list[dict[str, float]]:
+        """Return the image scores of every seed; nothing where one lacks."""
+        digests = digests_of(row.recipe, seeds)
+        ledgers = [self.ledger(digest, column.evaluator) for digest in digests]
+        scores = [image_scores(ledger, column.score) for ledger in ledgers if ledger is not None]
+        known = [score for score in scores if score is not None]
+        return known if len(known) == len(digests) else []
+
+    def comparisons(self, table: Table, seeds: int) -> dict[str, list[Paired | None]]:
+        """Compare each row with the first, on the images on which both were judged.
+
+        By label, a difference per column. Rows that share no judged column with the first are left
+        out, and tables of very many rows.
+        """
+        reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
+        compared = {
+            row.label: [self.compare(row, reference, column, seeds) for column in table.shown]
+            for row in others
+        }
+        return {label: cells for label, cells in compared.items() if any(cells)}
+
+    def health(self, trials: Iterable[Trial]) -> Health:
+        """Say for every trial with attacks whether they can be believed.
+
+        A collapsed trial has no model to attack.
+        """
+        flags, unchecked, waiting = {}, [], {}
+        for trial in trials:
+            attacks = [name for name in ATTACKS if name in trial.evaluators]
+            ledgers = {name: self.ledger(trial.digest, name) for name in ATTACKS}
+            known = [ledger for ledger in ledgers.values() if ledger is not None]
+            if known:
+                flags[trial.name] = red_flags(known)
+            if known and "health" not in attacks and not is_checked(known):
+                unchecked.append(trial.name)
+            lacking = [name for name in attacks if ledgers[name] is None]
+            run = self._runs.get(trial.digest)
+            if lacking and not (run and run.outcome == "collapsed"):
+                waiting[trial.name] = lacking
+        return Health(flags, tuple(unchecked), waiting)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An image as a data URI, its title and, where it was judged, the answer and if it is right."""
+
+    title: str
+    source: str
+    answer: str = ""
+    right: bool = True
+
+
+Gallery = dict[tuple[str, str], dict[str, list[Shot]]]  # by image id and class, by model
+
+
+def gallery(plan: Plan, verdicts: Verdicts, classes: Sequence[str]) -> Gallery:
+    """Return the example images that the ledgers of a few unlike models hold.
+
+    classes: their names by label; a class without one goes by its label.
+    """
+    readable = dict(enumerate(_readable(classes)))
+
+    def name(label: int) -> str:
+        return readable.get(label, str(label))
+
+    shown: Gallery = {}
+    for trial in _unlike(plan, verdicts):
+        for image_id, rows in _examples(trial, verdicts).items():
+            if "clean" in rows:
+                example = shown.setdefault((image_id, name(rows["clean"]["label"])), {})
+                example[trial.name] = list(_shots(rows, name))
+    return dict(sorted(shown.items()))
+
+
+def _readable(classes: Sequence[str]) -> list[str]:
+    """Say in words what WordNet ids stand for; other names are left as they are."""
+    if not classes or not all(map(WORDNET_ID.fullmatch, classes)):
+        return list(classes)
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return [info.label_name_to_description(name).partition(",")[0] for name in classes]
+
+
+def _unlike(plan: Plan, verdicts: Verdicts) -> list[Trial]:
+    """Choose of each family, trained cleanly or adversarially, the trial with most ledgers."""
+    best: dict[tuple[bool, str], tuple[int, Trial]] = {}
+    for trial in plan:
+        judged = sum(verdicts.is_judged(trial.digest, name) for name in trial.evaluators)
+        kind = (trial.recipe.adversary is not None, trial.recipe.family)
+        if judged > best.get(kind, (0, trial))[0]:
+            best[kind] = (judged, trial)
+    return [best[kind][1] for kind in sorted(best)][:MODELS]
+
+
+def _examples(trial: Trial, verdicts: Verdicts) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the ledgers' rows that hold an image, by image and question, cheap ones first."""
+    examples: dict[str, dict[str, dict[str, Any]]] = {}
+    for evaluator in (name for name in EVALUATORS if name in trial.evaluators):
+        ledger = verdicts.ledger(trial.digest, evaluator)
+        if ledger is not None:
+            for row in ledger.filter(pc.is_valid(ledger["image"])).to_pylist():
+                examples.setdefault(row["image_id"], {})[row["question"]] = row
+    return examples
+
+
+def _shots(rows: Mapping[str, Mapping[str, Any]], name: Callable[[int], str]) -> Iterator[Shot]:
+    for question, row in rows.items():
+        remark, _, label = (row["stage"] or "").partition(":")  # such as texture:3
+        about = f" ({remark} {name(int(label))})" if label.isdigit() else ""
+        right = row["predicted"] == row["label"]
+        title = question.replace("_", " ") + about
+        yield Shot(title, _data_uri(row["image"]), name(row["predicted"]), right)
+        if question != "clean":
+            yield from _small_change(rows["clean"]["image"], row["image"])
+
+
+def _small_change(clean: bytes, changed: bytes) -> Iterator[Shot]:
+    """Show what an attack added, grey where nothing, magnified to the full range."""
+    before, after = (np.asarray(Image.open(io.BytesIO(png)), dtype=int) for png in (clean, changed))
+    if before.shape == after.shape and 0 < (most := np.abs(after - before).max()) <= SMALL_CHANGE:
+        factor = MIDDLE // most
+        pixels = np.clip(MIDDLE + factor * (after - before), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        yield Shot(f"added, x {factor}", _data_uri(buffer.getvalue()))
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
