@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from evaluators import EVALUATORS, columns_of, evaluator_named
+from evaluators import EVALUATORS, evaluator_named, headline_of
 from evaluators.base import cell_digest
 from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
 from grid.assess import Cell, EvaluatorPool
@@ -123,8 +123,8 @@ class Recorder(threading.Thread):
         tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
-        columns = {n: list(columns_of(n)) for n in EVALUATORS if n in self._evaluators}
-        scores = [n if n in names else names[-1] for n, names in columns.items() if names]
+        names = [name for name in EVALUATORS if name in self._evaluators]
+        scores = list(filter(None, map(headline_of, names)))
         self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
         for digest, run in self._runs.items():
             self.tracker.enrol(run, self._study, _tables(self._trials[digest]))

@@ -1,27 +1,28 @@
+"""The report: cells beside published figures, tables by data, and every form of it."""
+
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import replace
 
+import pandas as pd
 import pytest
 
+from evaluators.ledger import from_parquet
 from grid.plan import build_plan
-from grid.report.plots import stages_plot
-from grid.report.tables import (
-    FilledCell,
-    FilledRow,
-    FilledTable,
-    fill_tables,
-    images_text,
-    tables_of,
-)
+from grid.report.build import write_ledgers, write_report
+from grid.report.tables import fill_tables, images_text, tables_of
+from grid.report.verdicts import Verdicts, gallery
 from grid.study import load_study
-from tests.paper import STUDY, deit
+from tests.made_up import record
+from tests.paper import STUDY
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.store.tracking import TrialRun
 
+ENDS = {"": 0.5, "/low": 0.4, "/high": 0.6}
 
-def trial_run(digest, outcome="finished", reason="", **metrics):
+
+def trial_run(digest, outcome="finished", reason="", images=None, failed=None, **metrics):
     return TrialRun(
         run_id=f"run-{digest}",
         digest=digest,
@@ -32,6 +33,8 @@ def trial_run(digest, outcome="finished", reason="", **metrics):
         end_time=1,
         recipe="",
         metrics={key.replace("__", "/"): value for key, value in metrics.items()},
+        failed_cells=failed or {},
+        images=images or {},
     )
 
 
@@ -41,15 +44,10 @@ def judged(digest, value):
     return trial_run(digest, **metrics)
 
 
-def fill(runs, *, tables=("T6",), seeds=1):
-    study = STUDY
-    plan = build_plan(study, DIGITS, tables=tables, seeds=seeds)
-    found = {run.digest: run for run in runs(plan)}
-    return fill_tables(tables_of(study, plan, found), plan.seeds, found)[0]
-
-
-def titles(table):
-    return tuple(column.title for column in table.shown)
+def fill(runs, *, table="T6", seeds=1):
+    plan = build_plan(STUDY, DIGITS, tables=[table], seeds=seeds)
+    by_digest = {run.digest: run for run in runs(plan)}
+    return fill_tables(tables_of(STUDY, plan, by_digest), seeds, by_digest)[0]
 
 
 def row_digests(plan, seed=0):
@@ -64,36 +62,27 @@ def test_a_cell_has_our_value_and_interval_beside_the_published_one():
     assert cell.text() == "95.0 [94.0, 97.0]"
 
 
-def test_cells_without_a_value_say_why():
-    def runs(plan):
-        first, second, third = row_digests(plan)
-        return [
-            trial_run(first, "collapsed", "PGD-10 accuracy was at chance"),
-            trial_run(second, "failed", "RuntimeError: no"),
-            trial_run(third, "blocked", "blocked by deit_small"),
-        ]
-
-    states = [row.cells[0].text() for row in fill(runs).rows]
-    assert states == [
-        "collapsed: PGD-10 accuracy was at chance",
-        "failed: RuntimeError: no",
-        "blocked by deit_small",
-    ]
-
-
-def test_a_trial_under_way_or_not_judged_is_shown_as_such():
-    def runs(plan):
-        first, second, _ = row_digests(plan)
-        return [trial_run(first, "training"), trial_run(second)]
-
-    assert [r.cells[0].state for r in fill(runs).rows][:2] == ["training", "not judged yet"]
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        ({"outcome": "collapsed", "reason": "at chance"}, "collapsed: at chance"),
+        ({"outcome": "failed", "reason": "RuntimeError: no"}, "failed: RuntimeError: no"),
+        ({"outcome": "blocked", "reason": "blocked by deit"}, "blocked by deit"),
+        ({"outcome": "training"}, "training"),
+        ({"failed": {"clean": "RuntimeError: no"}}, "failed: RuntimeError: no"),
+        ({}, "not judged yet"),
+    ],
+)
+def test_a_cell_without_a_value_says_why(run, text):
+    table = fill(lambda plan: [trial_run(row_digests(plan)[0], **run)])
+    assert [row.cells[0].text() for row in table.rows] == [text, "not run yet", "not run yet"]
 
 
 def test_seeds_widen_the_interval_over_images_by_students():
     values = (0.90, 0.94, 0.95)
 
-    def runs(plan):
-        return [judged(row_digests(plan, seed)[0], v) for seed, v in enumerate(values)]
+    def runs(plan, seeds=3):
+        return [judged(row_digests(plan, s)[0], v) for s, v in enumerate(values[:seeds])]
 
     cell = fill(runs, seeds=3).rows[0].cells[0]
     mean, deviation = 93.0, 2.6457513
@@ -104,152 +93,172 @@ def test_seeds_widen_the_interval_over_images_by_students():
         abs=1e-3,
     )
     assert cell.n == 597
+    assert fill(lambda plan: runs(plan, 2), seeds=3).rows[0].cells[0].text() == "not run yet"
 
 
-def test_seeds_that_agree_keep_the_interval_of_their_images():
-    def runs(plan):
-        return [judged(row_digests(plan, seed)[0], 0.90) for seed in range(2)]
-
-    cell = fill(runs, seeds=2).rows[0].cells[0]
-    assert (cell.value, cell.low, cell.high) == pytest.approx((90.0, 89.0, 92.0))
+def test_a_students_row_finds_its_trial_for_every_seed():
+    table = fill(lambda plan: [judged(trial.digest, 0.9) for trial in plan], table="T9", seeds=2)
+    assert [row.cells[0].state for row in table.rows] == ["done"] * 4
 
 
-def test_a_row_waits_for_all_its_seeds():
-    cell = fill(lambda plan: [judged(row_digests(plan)[0], 0.9)], seeds=2).rows[0].cells[0]
-    assert cell.text() == "not run yet"
-
-
-def test_a_study_without_tables_gets_one_of_all_its_trials(tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text('name="mine"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
-    study = load_study(str(path))
-    (table,) = tables_of(study, build_plan(study, DIGITS), {})
-    assert table.name == "mine"
-    assert len(table.rows) == 2
-    assert titles(table) == ("Clean", "PGD-5", "PGD-10", "PGD-50", "PGD-100")
-
-
-def test_a_grids_table_shows_whatever_is_asked_of_it(tmp_path):
+def test_a_study_without_tables_gets_one_of_all_its_trials_and_evaluators(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text('name="mine"\nbase="resnet50"\n[axes]\nactivation=["relu","gelu"]\n')
     study = load_study(str(path))
     plan = build_plan(study, DIGITS, evaluators=["clean", "autoattack", "tpa", "corruptions"])
-    asked = {"clean", "autoattack", "tpa", "corruptions"}
-    assert all(set(trial.evaluators) == asked for trial in plan)
     (table,) = tables_of(study, plan, {})
-    assert titles(table) == (
+    assert (table.name, len(table.rows)) == ("mine", 2)
+    assert [column.title for column in table.shown] == [
         *("Clean", "Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
         "Clean, same images",
         *("after APGD-CE", "after APGD-T", "after FAB-T", "AutoAttack (digits)"),
-    )
+    ]
 
 
 STUDYS = (
     *("Clean", "ImageNet-A", "ImageNet-A, among all 1,000", "ImageNet-C error"),
     *("Error, 19 corruptions", "ImageNet-C mCE", "Stylized", "Stylized, native size"),
 )
-COUNTERPARTS = ("Clean", "Natural-adversarial", "Corruptions error", "Cue conflict")
+COUNTERPARTS = ("Natural-adversarial", "Corruptions error", "Cue conflict")
 
 
 @pytest.mark.parametrize(
     ("scale", "scores", "expected"),
     [
         (IMAGENET, (), STUDYS),
-        (DIGITS, (), [f"{c} (digits)" if c != "Clean" else c for c in COUNTERPARTS]),
+        (DIGITS, (), ["Clean", *(f"{c} (digits)" for c in COUNTERPARTS)]),
         # Stored sets are known by the scores that they alone give.
         (IMAGENET, ("corruptions", "corruptions/mCE"), [c for c in STUDYS if "19" not in c]),
         (IMAGENET, ("stylized",), [*STUDYS[:6], "Cue conflict (imagenet)"]),
-        (
-            CIFAR10,
-            ("corruptions", "corruptions-19"),
-            [
-                *("Clean", "Natural-adversarial (cifar10)", "Corruptions error (cifar10)"),
-                *("Error, 19 corruptions", "Cue conflict (cifar10)"),
-            ],
-        ),
     ],
 )
 def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
-    study = STUDY
-    plan = build_plan(study, scale, tables=["T5"])
+    plan = build_plan(STUDY, scale, tables=["T5"])
     metrics = {name.replace("/", "__"): 0.5 for name in scores}
     runs = {plan.trials[0].digest: trial_run(plan.trials[0].digest, **metrics)}
-    (table,) = tables_of(study, plan, runs)
-    assert titles(table) == tuple(expected)
+    (table,) = tables_of(STUDY, plan, runs)
+    assert [column.title for column in table.shown] == [*expected]
 
 
-@pytest.mark.parametrize(
-    ("scale", "scores", "shown"),
-    [(IMAGENET, {"stylized": 0.1, "stylized-cropped": 0.2}, 20.0), (DIGITS, {"stylized": 0.1}, 10)],
-)
-def test_the_papers_stylized_figure_is_beside_the_cropped_images(scale, scores, shown):
-    study = STUDY
-    plan = build_plan(study, scale, tables=["T5"])
-    digest = plan.tables[0].rows[0].recipe.digest()
-    ends = ("", "/low", "/high", "/n")
-    metrics = {f"{name}{end}": value for name, value in scores.items() for end in ends}
-    runs = {digest: replace(trial_run(digest), metrics=metrics)}
-    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
-    cells = [cell for cell in table.rows[0].cells if cell.published == 8.3]
-    assert [cell.value for cell in cells] == [pytest.approx(shown)]
-
-
-def test_a_table_names_the_images_trained_and_judged():
-    study = STUDY
-    plan = build_plan(study, CIFAR10, tables=["T1"])
-    counts = {"clean": 1000, "pgd-5": 500, "pgd-10": 500, "autoattack": 200}
-    ends = {"": 0.5, "/low": 0.4, "/high": 0.6}
-    metrics = {f"{name}{end}": value for name in counts for end, value in ends.items()}
+def test_a_table_says_how_many_images_were_trained_on_and_judged():
+    plan = build_plan(STUDY, CIFAR10, tables=["T1"])
+    counts = {"clean": 1000, "pgd-5": 500, "pgd-10": 500}
+    metrics = {f"{name}{end}": value for name in counts for end, value in ENDS.items()}
     metrics |= {f"{name}/n": float(n) for name, n in counts.items()}
-    images = {"train": 5_000, "held_out": 1_000}
+    images = {"train": 5_000, "held_out": 10_000}
     first, second = plan
     runs = {
-        first.digest: replace(trial_run(first.digest), metrics=metrics, images=images),
-        second.digest: replace(trial_run(second.digest), metrics=metrics | {"pgd-10/n": 300.0}),
+        first.digest: trial_run(first.digest, images=images, **metrics),
+        second.digest: trial_run(second.digest, **(metrics | {"pgd-10/n": 300.0})),
     }
-    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
-    judged = dict(zip(table.columns, table.judged_on, strict=True))
-    assert judged["Clean"] == "1,000"
-    assert judged["PGD-5"] == "500 of 1,000"
-    assert judged["PGD-10"] == "300 to 500 of 1,000"
-    assert judged["AutoAttack (cifar10)"] == "200 of 1,000"
-    assert judged["PGD-50"] == ""
-    trained = {row.recipe.digest(): row.trained_on for row in table.rows}
-    assert trained == {first.digest: "5,000 of CIFAR-10's 50,000", second.digest: ""}
+    (table,) = fill_tables(tables_of(STUDY, plan, runs), 1, runs)
+    assert table.judged_on[:4] == ["1,000", "500", "300 to 500", ""]
     assert images_text(runs.values(), CIFAR10) == (
-        "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 1,000 of CIFAR-10's 10,000)."
+        "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 10,000)."
     )
 
 
-def test_a_stored_sets_images_are_no_part_of_the_held_out_ones():
-    study = STUDY
-    plan = build_plan(study, IMAGENET, tables=["T5"])
-    scores = ("natural", "natural-1000")
-    metrics = {f"{s}{end}": 7500.0 for s in scores for end in ("", "/low", "/high", "/n")}
-    images = {"train": 1_281_167, "held_out": 50_000}
-    digest = plan.tables[0].rows[0].recipe.digest()
-    runs = {digest: replace(trial_run(digest), metrics=metrics, images=images)}
-    (table,) = fill_tables(tables_of(study, plan, runs), 1, runs)
-    assert dict(zip(table.columns, table.judged_on, strict=True))["ImageNet-A"] == "7,500"
-    assert table.rows[0].trained_on == "1,281,167"
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    plan = build_plan(STUDY, DIGITS, tables=("T1",))
+    return record(tmp_path_factory.mktemp("results"), STUDY, plan), plan
 
 
-def test_the_last_stage_of_autoattack_is_that_of_its_own_radius():
-    def drawn(last):
-        labels = ("Clean, same images", "after APGD-CE", "after APGD-T", "after FAB-T", *last)
-        cells = tuple(FilledCell("done", 9.0, 8.0, 10.0) for _ in labels)
-        rows = (FilledRow("a model", deit(), "", cells),)
-        table = FilledTable("T", "a question", labels, rows, ("30 of 597",) * len(labels))
-        return stages_plot(table, DIGITS)
+def test_every_verdict_is_exported_once_with_whose_it_is(recorded, tmp_path):
+    tracker, plan = recorded
+    write_ledgers(tracker, plan, tmp_path)
+    evaluators = {name for trial in plan for name in trial.evaluators}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.parquet" for name in evaluators}
+    runs = tracker.trials()
+    for name in evaluators:
+        frame = pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert "image" not in frame
+        for trial in plan:
+            rows = frame[frame["trial"] == trial.digest]
+            assert set(rows["model"]) == {trial.recipe.describe()}
+            ledger, _ = from_parquet(tracker.ledger(runs[trial.digest], name))
+            expected = ledger.drop_columns(["image"]).to_pandas()
+            rows = rows.drop(columns=["trial", "model"]).reset_index(drop=True)
+            pd.testing.assert_frame_equal(rows, expected, check_dtype=False)
 
-    small, own = "AutoAttack, small radius (digits)", "AutoAttack (digits)"
-    assert drawn([small]) is None
-    assert drawn([small, own]) == drawn([own])
+
+def test_text_from_a_study_is_shown_and_not_executed(recorded, tmp_path):
+    tracker, plan = recorded
+    study = STUDY.model_copy(update={"name": "my_study", "source": "a <b>notebook</b>"})
+    planted = "<img src=x onerror=alert(1)>"
+    tracker.open_study(study.name, "", classes=[f"{planted}{n}" for n in range(10)])
+    run = next(iter(tracker.trials().values()))
+    tracker.end_trial(run, outcome="failed", reason="<class 'X'> & others")
+    try:
+        page = write_report(tracker, study, plan, DIGITS, tmp_path).read_text()
+    finally:
+        tracker.end_trial(run, outcome="finished", reason="")
+    assert planted not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;3" in page
+    assert "“published” is the figure of a &lt;b&gt;notebook" in page
+    assert page.count("<svg ") == page.count('<svg role="img" aria-label="')
 
 
-def test_a_students_row_finds_its_trial_for_every_seed():
-    def runs(plan):
-        return [judged(trial.digest, 0.9) for trial in plan]
+def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_path):
+    tracker, plan = recorded
+    table = plan.tables[0].model_copy(update={"name": "T_1"})
+    plan = dataclasses.replace(plan, tables=(table,))
+    page = write_report(tracker, STUDY, plan, DIGITS, tmp_path).read_text()
+    markdown = (tmp_path / "tables.md").read_text()
+    latex = (tmp_path / "tables.tex").read_text()
+    frame = pd.read_csv(tmp_path / "tables.csv")
+    row = frame[(frame["score"] == "Clean") & (frame["model"] == "DeiT-S")].iloc[0]
+    value = f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+    assert f"| DeiT-S | {value} | 76.8 |" in markdown
+    assert f"DeiT-S & {value}; 76.8 &" in latex
+    assert f'{row["value"]:.1f} <span class="interval" title="n = 597">' in page
+    assert set(frame["trained_images"]) == {1200}
+    assert set(frame["held_out_images"]) == {597}
+    for text in (page, markdown):
+        assert "Images trained on: 1,200 (held out: 597)." in text
+    assert "PGD-5<br><small>n = 64</small>" in page
+    assert "| judged on, images | 597 |  | 64 |" in markdown
+    assert r"judged on, images & 597 & 64 &" in latex
+    assert r"\caption{T\_1: Vanilla models under attack, on scikit-learn's handwritten" in latex
 
-    table = fill(runs, tables=("T9",), seeds=2)
-    assert [row.cells[0].state for row in table.rows] == ["done"] * 4
+
+def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
+    tracker, plan = recorded
+    more = build_plan(STUDY, DIGITS, tables=("T1", "T2"))
+    page = write_report(tracker, STUDY, more, DIGITS, tmp_path).read_text()
+    markdown = (tmp_path / "tables.md").read_text()
+    waiting = [trial for trial in more if trial.digest not in {done.digest for done in plan}]
+    for trial in waiting:
+        assert f"- not judged yet: {trial.name}: health, pgd, autoattack\n" in markdown
+    standing = "2 models whose attacks were judged have a red flag; 7 not judged yet."
+    assert (len(waiting), standing in markdown, standing in page) == (7, True, True)
+
+
+def test_models_are_flagged_cleared_waited_for_or_have_nothing_to_attack(recorded):
+    tracker, plan = recorded
+    first, second = plan.trials
+    runs = tracker.trials()
+    del runs[first.digest].cells["autoattack"], runs[first.digest].cells["health"]
+    health = Verdicts(tracker, runs).health(plan)
+    assert health.waiting == {first.name: ["health", "autoattack"]}
+    assert health.flags.keys() == {first.name, second.name}
+    assert health.unchecked == ()
+    without = dataclasses.replace(first, evaluators=("clean", "pgd"))
+    assert Verdicts(tracker, runs).health([without]).unchecked == (first.name,)
+    runs[first.digest].cells.clear()
+    runs[first.digest].outcome = "collapsed"
+    assert not Verdicts(tracker, runs).health([first]).waiting
+
+
+def test_the_gallery_names_classes_as_people_do(recorded):
+    tracker, plan = recorded
+    verdicts = Verdicts(tracker, tracker.trials())
+    assert tracker.classes("bai2021") == [str(digit) for digit in range(10)]
+    wordnet = ["n01440764", "n01443537", *["n02085620"] * 8]
+    for classes, names in ((wordnet, {"tench", "goldfish", "Chihuahua"}), ([], set("0123456789"))):
+        examples = gallery(plan, verdicts, classes)
+        shots = [
+            shot for models in examples.values() for shots in models.values() for shot in shots
+        ]
+        assert {name for _, name in examples} | {shot.answer for shot in shots} <= names | {""}
+        assert {"clean", "pgd-100"} <= {shot.title for shot in shots}

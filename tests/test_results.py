@@ -17,7 +17,7 @@ from evaluators.ledger import LEDGER, judged_by, to_parquet
 from evaluators.shards import ShardStore
 from grid.plan import build_plan
 from grid.report.build import write_report
-from grid.report.provenance import describe_provenance
+from grid.report.tables import describe_provenance
 from grid.run import main
 from grid.status import open_existing, open_tracker
 from grid.study import load_study

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader
 
-from evaluators.ledger import LEDGER
 from evaluators.intervals import Paired
+from evaluators.ledger import LEDGER
 from grid.plan import Plan
 from grid.report.claims import answer, judge_claims
 from grid.report.effects import grid_effects, leading
