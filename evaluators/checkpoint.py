@@ -18,7 +18,7 @@ from rich.progress import Progress
 from evaluators import PGD_STEPS, base, evaluator_named
 from evaluators.base import Evaluator, cell_digest, device_named
 from evaluators.health import red_flags
-from evaluators.ledger import Score, scores_as_metrics, to_parquet
+from evaluators.ledger import to_parquet
 from evaluators.shards import ShardStore
 from evaluators.weights import load_any_weights, read_content
 from trainables.data.base import Data
@@ -27,12 +27,11 @@ from trainables.data.load import load_data
 from trainables.networks import Classifier, build_classifier, classifier_named
 from trainables.scale import Scale, scale_named
 from trainables.store.checkpoint import recipe_of
-from trainables.store.results import ARTIFACTS, provenance, settle
+from trainables.store.results import provenance
 from trainables.store.storage import write_atomically
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
-    from trainables.store.tracking import Tracker
 
 OF_RADII = ("pgd", "pgd-as-published", "autoattack")
 
@@ -51,7 +50,6 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
-    tracker = _tracker(options.mlflow, scale) if options.mlflow else None
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
@@ -64,22 +62,17 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
             _judge(evaluator, store, classifier, data, device)
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
-    scores = _printed_scores(stores)
+    _print_scores(stores)
     if any(store.missing() for store in stores.values()):
         print("Cut short: the same command judges the other images.")
         return False
-    ledgers = [_write_ledger(evaluator, store, folder) for evaluator, store in stores.items()]
+    for evaluator, store in stores.items():
+        ledger, seconds = store.merged()
+        content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
+        write_atomically(folder / f"{evaluator.name}.parquet", content)
     for store in stores.values():
         store.clear()
     print(f"Ledgers: {folder}")
-    if tracker:
-        run_id = tracker.log_evaluation(
-            str(options.weights),
-            metrics=scores_as_metrics(scores),
-            ledgers=ledgers,
-            judged_by=provenance(str(device)),
-        )
-        print(f"MLflow run: {run_id}")
     return True
 
 
@@ -160,8 +153,8 @@ def _evaluators(options: JudgeOptions, scale: Scale) -> Iterator[Evaluator]:
         yield evaluator_named(name, scale, **settings)
 
 
-def _printed_scores(stores: Mapping[Evaluator, ShardStore]) -> list[Score]:
-    """Print and return the scores; those of a part of the images say so in their names."""
+def _print_scores(stores: Mapping[Evaluator, ShardStore]) -> None:
+    """Print the scores; those of a part of the images say so in their names."""
     scores, ledgers = [], []
     for evaluator, store in stores.items():
         if store.judged:
@@ -171,7 +164,7 @@ def _printed_scores(stores: Mapping[Evaluator, ShardStore]) -> list[Score]:
             scores += [replace(score, name=score.name + part) for score in named]
             ledgers.append(ledger)
     if not ledgers:
-        return []
+        return
     width = max(len(score.name) for score in scores)
     print(f"{'score':{width}}  {'%':>6}  {'95 % interval':>15}  {'n':>6}")
     for score in scores:
@@ -179,25 +172,3 @@ def _printed_scores(stores: Mapping[Evaluator, ShardStore]) -> list[Score]:
         print(f"{score.name:{width}}  {100 * score.value:6.2f}  {interval:>15}  {score.n:6d}")
     for flag in red_flags(ledgers):
         print(f"red flag: {flag}")
-    return scores
-
-
-def _write_ledger(evaluator: Evaluator, store: ShardStore, folder: Path) -> Path:
-    """Write the ledger of an evaluator's shards; return its path."""
-    ledger, seconds = store.merged()
-    path = folder / f"{evaluator.name}.parquet"
-    write_atomically(path, to_parquet(ledger, seconds=seconds, judged_by=store.judged_by()))
-    return path
-
-
-def _tracker(uri: str, scale: Scale) -> Tracker:
-    """Open an MLflow server, or a database beside which the artifacts lie."""
-    from trainables.store.tracking import Tracker, check_address
-
-    check_address(uri)
-    artifacts = None
-    if uri.startswith("sqlite"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent.resolve()
-        settle(folder)
-        artifacts = folder / ARTIFACTS
-    return Tracker(uri, experiment=f"robustness-{scale.name}", artifacts=artifacts)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, field_validator
 
 from evaluators import EVALUATORS, PGD_STEPS
 from trainables.models import MODELS, TIMM_PREFIX
-from trainables.options import Address, Count, DataOptions, Names, Split, Words, fraction, option
+from trainables.options import Count, DataOptions, Names, Split, Words, fraction, option
 from trainables.recipe import ACTIVATIONS, Activation, unknown
 from trainables.scale import scale_named, scale_names
 
@@ -54,7 +54,6 @@ class JudgeOptions(DataOptions):
     ledger: Path | None = option(
         None, "where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)", "DIR"
     )
-    mlflow: Address | None = option(None, "log scores and ledgers there as well", "URI")
     epsilon: Annotated[tuple[Radius, ...], Split] = option(
         (),
         "radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 0.5/255 "

@@ -28,7 +28,7 @@ from trainables.store.checkpoint import classifier_of
 from trainables.store.results import provenance
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently
 from trainables.store.storage import WEIGHTS
-from trainables.store.tracking import credentials, fetch_artifact
+from trainables.store.tracking import client_settings, fetch_artifact
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class EvaluatorActor:
         threads: int,
         device: str,
         hung_after: float,
-        login: Mapping[str, str],
+        settings: Mapping[str, str],
     ) -> None:
-        os.environ |= login
+        os.environ |= settings
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device, self._hung_after = torch.device(device), hung_after
@@ -121,7 +121,7 @@ class EvaluatorPool:
             "threads": threads,
             "device": "cuda" if gpus else "cpu",
             "hung_after": hung_after,
-            "login": credentials(),
+            "settings": client_settings(),
         }
         actor = ray.remote(**options)(EvaluatorActor)
         self._new_actor: Callable[[], Any] = partial(

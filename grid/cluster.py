@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grid.options import LOCAL
 from trainables.ray_internals import listen_on_loopback
 from trainables.store.storage import Folder
-from trainables.store.tracking import check_address, credentials
+from trainables.store.tracking import check_address, client_settings
 from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -169,7 +169,7 @@ def check_nodes(
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 probe = ray.remote(num_cpus=0, scheduling_strategy=there)(_probe)
                 name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-                answers[name] = probe.remote(storage, names, mlflow, mark, credentials())
+                answers[name] = probe.remote(storage, names, mlflow, mark, client_settings())
         return {name: _answer(reference) for name, reference in answers.items()}
 
 
@@ -185,7 +185,7 @@ def _probe(
     names: Mapping[Path, list[str]],
     mlflow: str,
     mark: str,
-    login: Mapping[str, str],
+    settings: Mapping[str, str],
 ) -> str:
     """Try what a run needs, on the node that this runs on; say what is wrong."""
     try:
@@ -204,7 +204,7 @@ def _probe(
                     f"sees {len(there)} entries at {path}, where the driver's node sees "
                     f"{len(expected)} or others"
                 )
-        os.environ |= login
+        os.environ |= settings
         check_address(mlflow)
     except (OSError, ValueError) as error:
         return str(error)

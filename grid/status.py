@@ -13,7 +13,7 @@ from rich.console import Console
 from grid.plan import Plan, format_seconds
 from trainables.scale import Scale
 from trainables.store.results import ARTIFACTS, DATABASE, database_uri, is_in_use
-from trainables.store.tracking import Tracker, TrialRun, check_address, create_database
+from trainables.store.tracking import Tracker, TrialRun, create_database
 
 QUIET_SECONDS = 15.0
 
@@ -91,7 +91,6 @@ def open_tracker(
     Only one command at a time runs on a results folder, so only it writes to the database there.
     `say` is told when the server is away.
     """
-    check_address(mlflow or "")
     if not mlflow:
         create_database(results)
     return Tracker(

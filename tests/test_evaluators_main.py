@@ -23,7 +23,6 @@ from trainables.networks import build_classifier, classifier_named
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
-from trainables.store.tracking import Tracker
 from trainables.train.loop import train
 
 RECIPE = Recipe(
@@ -328,16 +327,3 @@ def test_a_run_that_is_killed_loses_the_shard_under_way_alone(own_file, tmp_path
     assert judge(own_file, tmp_path / "alone", *options) == 0
     whole, alone = (pq.read_table(f / "autoattack.parquet") for f in (tmp_path, tmp_path / "alone"))
     assert whole.equals(alone)
-
-
-# mlflow itself uses what its database layer deprecates.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_scores_and_ledgers_go_to_mlflow_beside_the_database(own_file, tmp_path, capsys):
-    uri = f"sqlite:///{tmp_path}/there/mlflow.db"
-    (tmp_path / "there").mkdir()
-    assert judge(own_file, tmp_path / "ledgers", "--mlflow", uri) == 0
-    run_id = capsys.readouterr().out.splitlines()[-1].removeprefix("MLflow run: ")
-    run = Tracker(uri, experiment="robustness-digits", artifacts=None)._client.get_run(run_id)
-    assert run.data.metrics["clean/n"] == 597
-    (ledger,) = (tmp_path / "there" / "artifacts" / run_id).rglob("clean.parquet")
-    assert ledger.read_bytes() == (tmp_path / "ledgers" / "clean.parquet").read_bytes()

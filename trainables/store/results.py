@@ -7,7 +7,7 @@ import platform
 import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,14 +94,9 @@ def check_database(results: Path) -> None:
 
 def settle(results: Path) -> None:
     """Re-root the artifacts of a folder that has moved, unless a run holds it, which then has."""
-    if _moved_roots(results) and not is_in_use(results):
+    if not is_in_use(results) and (results / DATABASE).exists():
         with sole_run(results):
             pass
-
-
-def artifacts_uri(results: Path) -> str:
-    """Return the address below which MLflow stores the folder's artifacts."""
-    return (results.resolve() / ARTIFACTS).as_uri()
 
 
 def _reroot(results: Path) -> None:
@@ -111,27 +106,17 @@ def _reroot(results: Path) -> None:
     at its old place. To change them once, here, serves this project, `mlflow ui` and
     `mlflow.pyfunc.load_model` alike.
     """
-    new = artifacts_uri(results)
-    if moved := _moved_roots(results):
-        with closing(_connected(results / DATABASE)) as database, database:
-            for old in moved:
-                for table, column in ADDRESSES.items():
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608
-                        f"WHERE substr({column}, 1, ?) IN (?, ?)",
-                        (new, len(old) + 1, len(old) + 1, old, f"{old}/"),
-                    )
-
-
-def _moved_roots(results: Path) -> list[str]:
-    """Return the addresses of artifacts, as the database has them, that are not the folder's."""
-    path = results / DATABASE
-    if not path.exists():
-        return []
-    with closing(_connected(path)) as database:
-        theirs = (f"file:%/{ARTIFACTS}", artifacts_uri(results))
-        rows = database.execute(MOVED_ROOTS, theirs).fetchall()
-    return [old for (old,) in rows]
+    if not (results / DATABASE).exists():
+        return
+    new = (results.resolve() / ARTIFACTS).as_uri()
+    with closing(_connected(results / DATABASE)) as database, database:
+        for (old,) in database.execute(MOVED_ROOTS, (f"file:%/{ARTIFACTS}", new)).fetchall():
+            for table, column in ADDRESSES.items():
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608
+                    f"WHERE substr({column}, 1, ?) IN (?, ?)",
+                    (new, len(old) + 1, len(old) + 1, old, f"{old}/"),
+                )
 
 
 def _connected(path: Path) -> sqlite3.Connection:
@@ -173,29 +158,21 @@ def version_of(package: str) -> str:
 
 def _commit() -> str:
     """Return the commit that is checked out, '' outside a checkout; '+changes' if it was edited."""
-    if not (ROOT / ".git").exists():
-        return ""
     describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-    try:
-        said = subprocess.run(  # noqa: S603 - no part of it is a user's
-            ["git", "-C", str(ROOT), *describe],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return said.stdout.strip()
+    command = ["git", "--git-dir", str(ROOT / ".git"), "--work-tree", str(ROOT), *describe]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(  # noqa: S603 - no part of it is a user's
+            command, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    return ""
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _gpu(device: str) -> str:

@@ -6,27 +6,24 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import mlflow.artifacts
 import mlflow.pyfunc
 import numpy as np
-import requests
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
 
 from trainables.store.results import DATABASE, PROJECT, database_uri, version_of
 from trainables.store.retries import patiently
@@ -47,10 +44,10 @@ SCHEMA = 4  # of runs, tags and artifacts as written here
 PAGE = 250  # runs read at once, which bounds the memory they take
 LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-SERVERS = re.compile(r"3\.([5-9]|[1-9]\d)\b")  # the versions that are known to work
+# What MLflow's clients on other nodes need of the driver's environment.
+SETTINGS = ("MLFLOW_TRACKING_", "MLFLOW_HTTP_")
 # Not documented by MLflow, checked with 3.17: the tag under which the UI stores a view that a link
-# opens, the kind of an experiment that opens on runs, and what `check_address` calls.
+# opens, and the kind of an experiment that opens on runs.
 VIEW_TAG = "mlflow.sharedViewState."
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 CLASSES_FILE = "classes.json"
@@ -138,8 +135,7 @@ class Tracker:
                 )
                 there = self._client.get_experiment(new_id)
         except Exception as error:  # a scheme, a driver or a disk: each raises its own kind
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"MLflow at {uri} cannot be used: {reason}") from None
+            raise ValueError(_refusal(uri, error)) from None
         self.experiment_id: str = there.experiment_id
         self.artifacts: str = there.artifact_location
         if (schema := there.tags.get(SCHEMA_TAG)) != str(SCHEMA):
@@ -383,25 +379,6 @@ class Tracker:
         judged = (run.metrics.get(f"{evaluator}/seconds", 0.0) for evaluator in run.cells)
         return run.metrics.get(SECONDS_SO_FAR, 0.0) + sum(judged)
 
-    def log_evaluation(
-        self,
-        name: str,
-        *,
-        metrics: Mapping[str, float],
-        ledgers: Iterable[Path],
-        judged_by: Mapping[str, str],
-    ) -> str:
-        """Log the scores and ledgers of a checkpoint that is no trial's; return the run's id."""
-        tags = {"kind": "evaluation", "judged_by": json.dumps(dict(judged_by))}
-        run = self._call(self._client.create_run, self.experiment_id, run_name=name, tags=tags)
-        run_id = str(run.info.run_id)
-        values = [Metric(k, value, run.info.start_time, 0) for k, value in metrics.items()]
-        self._call(self._client.log_batch, run_id, metrics=values)
-        files = {path.name: path.read_bytes() for path in ledgers}
-        self._store(run.info.artifact_uri, files, LEDGERS)
-        self._call(self._client.set_terminated, run_id, "FINISHED")
-        return run_id
-
     def _call(self, method: Callable[P, Answer], *args: P.args, **named: P.kwargs) -> Answer:
         """Call the client; what is called again must do no harm the second time."""
         return patiently(lambda: method(*args, **named), say=self._say, stop=self._stop)
@@ -527,50 +504,37 @@ def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
 
 
 def fetch_artifact(
-    tracking_uri: str,
-    artifact_uri: str,
-    name: str,
-    *,
-    say: Callable[[str], None] = logger.warning,
+    tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
 ) -> Path:
     """Return a local path to one artifact of a run, fetched if it is elsewhere.
 
     A server that is away is waited for.
     """
     address = f"{artifact_uri.rstrip('/')}/{name}"
-
-    def fetch() -> str:
-        return str(
-            mlflow.artifacts.download_artifacts(artifact_uri=address, tracking_uri=tracking_uri)
-        )
-
-    return Path(patiently(fetch, say=say))
+    download = partial(
+        mlflow.artifacts.download_artifacts, artifact_uri=address, tracking_uri=tracking_uri
+    )
+    return Path(patiently(download, say=say))
 
 
-def credentials() -> dict[str, str]:
-    """Return the variables by which MLflow's clients log in, for the environment of other nodes.
+def client_settings() -> dict[str, str]:
+    """Return the variables by which MLflow's clients log in and wait, for other nodes.
 
     Pass them as an argument: Ray shows runtime environments on its dashboard, arguments nowhere.
     """
-    return {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
+    return {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
 
 
 def check_address(uri: str) -> None:
-    """Raise ValueError where no MLflow server of a usable version answers this user at an URL."""
-    if not uri.startswith(("http://", "https://")):
-        return
-    login = get_default_host_creds(uri)
-    try:
-        answer = http_request(login, "/version", "GET", max_retries=0, timeout=30)
-    except (requests.RequestException, MlflowException) as error:
-        raise ValueError(f"no MLflow server answers at {uri} ({type(error).__name__})") from None
-    if answer.status_code in (401, 403):
-        raise ValueError(
-            f"the MLflow server at {uri} refuses this user: set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD"
-        )
-    if not SERVERS.match(answer.text):
-        raise ValueError(
-            f"{uri} answers {answer.status_code} {answer.text[:20]!r}, and not as an MLflow server "
-            "from version 3.5 to 3.x"
-        )
+    """Raise ValueError where no MLflow server answers this user at an URL."""
+    if uri.startswith("http"):
+        try:
+            MlflowClient(uri).search_experiments(max_results=1)
+        except Exception as error:
+            raise ValueError(_refusal(uri, error)) from None
+
+
+def _refusal(uri: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    login = ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    return f"MLflow at {uri} cannot be used: {reason}{login if 'error code 401' in reason else ''}"
