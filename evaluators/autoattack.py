@@ -95,27 +95,21 @@ class AutoAttack(Evaluator):
         return super().batches(source, batch_size=batch_size * GATHERED_BATCHES, shard=shard)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
+        """Run every stage over the survivors of the one before, from the smallest radius on."""
         rows, smaller = [], None
         # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier):
             for question, epsilon in self.radii.items():
                 victims = _Victims(classifier, batch, epsilon)
-                self._attack(victims, smaller)
-                rows.append(victims.verdicts(question))
+                for stage in self.stages:
+                    victims.begin(stage, smaller)
+                    for run in victims.runs(self.targets if stage.endswith("-t") else 1):
+                        with suppress(_AllBrokenError):
+                            _ATTACKS[stage](victims, run, self.scale.square_queries)
+                answers, stages, queries = victims.predicted_B, victims.stages, victims.queries
+                rows.append(verdicts(batch, question, answers, stage=stages, queries=queries))
                 smaller = victims
         return pa.concat_tables(rows)
-
-    def _attack(self, victims: _Victims, smaller: _Victims | None) -> None:
-        """Run every stage over the survivors of the one before.
-
-        An image that a stage broke in a smaller ball is broken by that stage in the larger one:
-        the same adversarial example lies in both.
-        """
-        for stage in self.stages:
-            victims.begin(stage, smaller)
-            for run in victims.runs(self.targets if stage.endswith("-t") else 1):
-                with suppress(_AllBrokenError):
-                    _ATTACKS[stage](victims, run, self.scale.square_queries)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         scores = super().summarize(ledger)
@@ -193,7 +187,8 @@ class _Victims:
     def begin(self, stage: str, smaller: _Victims | None = None) -> None:
         """Go on to a stage, and break the images that it broke within a smaller radius.
 
-        `rank_B` is the rank of the target that has broken an image in the stage.
+        The same adversarial examples lie in the larger ball. `rank_B` is the rank of the target
+        that has broken an image in the stage.
         """
         self.stage = stage
         self.rank_B = torch.where(self.broken_B, BEFORE, UNBROKEN)
@@ -256,17 +251,6 @@ class _Victims:
         for owner, rank, answer in zip(*columns, strict=True):
             if answer != self.batch.labels[owner] and rank < self.rank_B[owner]:
                 self._break(owner, rank, answer)
-
-    def verdicts(self, question: str) -> pa.Table:
-        """Return the rows of the ledger."""
-        return verdicts(
-            self.batch,
-            question,
-            self.predicted_B,
-            survived_B=~self.broken_B,
-            stage=self.stages,
-            queries=self.queries,
-        )
 
     def _break(self, owner: int, rank: int, answer: int) -> None:
         self.broken_B[owner] = True

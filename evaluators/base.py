@@ -247,18 +247,17 @@ def verdicts(
         for place, image_id in enumerate(batch.ids):
             if image_id in batch.examples:
                 pictures[place] = _png(judged_BCHW[place])
-    columns: Sequence[Any] = (
-        batch.ids,
-        [question] * count,
-        labels.numpy(),
-        predicted.numpy(),
-        survived.numpy(),
-        stage or [None] * count,
-        queries or [None] * count,
-        pictures,
-    )
-    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, LEDGER, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=LEDGER)
+    rows = {
+        "image_id": batch.ids,
+        "question": [question] * count,
+        "label": labels.numpy(),
+        "predicted": predicted.numpy(),
+        "survived": survived.numpy(),
+        "stage": stage or [None] * count,
+        "queries": queries or [None] * count,
+        "image": pictures,
+    }
+    return pa.Table.from_pydict(rows, schema=LEDGER)
 
 
 def _png(image_3HW: Tensor) -> bytes:

@@ -98,13 +98,11 @@ class LSTMPolicy:
         normal = sum(self._sizes[: len(embeddings)])
         rest = sum(self._sizes) - normal
         # torch's own defaults: embeddings from N(0, 1), LSTM and heads from +-1/sqrt(width).
-        draws = [
-            (torch.randn(normal, generator=g), torch.rand(rest, generator=g))
-            for g in task.generators
-        ]
-        rows = [
-            torch.cat([normal_P, (uniform_P * 2 - 1) / WIDTH**0.5]) for normal_P, uniform_P in draws
-        ]
+        rows = []
+        for generator in task.generators:
+            embedded = torch.randn(normal, generator=generator)
+            others = (torch.rand(rest, generator=generator) * 2 - 1) / WIDTH**0.5
+            rows.append(torch.cat([embedded, others]))
         self._parameters = torch.stack(rows).to(task.images.device).requires_grad_(True)
         self._adam = torch.optim.Adam([self._parameters], lr=RATE)
         self._log_probability = torch.empty(0)
@@ -142,6 +140,8 @@ class LSTMPolicy:
 
     def keep(self, index: Tensor) -> None:
         """Drop every image but those at `index`, with its Adam moments."""
+        if len(index) == len(self._parameters):
+            return
         moments = self._adam.state[self._parameters]
         self._parameters = self._parameters.detach()[index].requires_grad_(True)
         self._adam = torch.optim.Adam([self._parameters], lr=RATE)
@@ -246,15 +246,13 @@ class PatchSearch:
             predicted[rows] = predicted_MS[better, best]
             means[active, step] = rewards_MS.mean(dim=1)
             stops = _stops(predicted[active] != part.labels, means[active, : step + 1], policy)
-            if step + 1 == self.budget.steps or stops.all():
+            going = (~stops).nonzero().flatten()
+            if step + 1 == self.budget.steps or not len(going):
                 break
             if policy:
                 policy.learn(rewards_MS)
-            if stops.any():
-                going = (~stops).nonzero().flatten()
-                active = active[going]
-                if policy:
-                    policy.keep(going)
+                policy.keep(going)
+            active = active[going]
         return paste(task, actions, everyone, side=side), predicted, queries
 
     @torch.no_grad()
@@ -341,7 +339,16 @@ class TexturePatchAttack(Evaluator):
                 )
                 generators = tuple(self._generator(question, i) for i in part.ids)
                 outcome = search.run(replace(task, generators=generators), clean_B)
-                parts.append(_rows(part, question, outcome))
+                parts.append(
+                    verdicts(
+                        part,
+                        question,
+                        outcome.predicted,
+                        stage=outcome.stages(part.labels),
+                        queries=outcome.queries.tolist(),
+                        judged_BCHW=outcome.images if question == self.name else None,
+                    )
+                )
         return pa.concat_tables(parts)
 
     def _task(self, batch: Batch) -> Task:
@@ -388,14 +395,3 @@ class TexturePatchAttack(Evaluator):
                 mean = float(queries.mean())
                 scores.append(Score(f"{question}/queries", mean, low, high, len(queries)))
         return scores
-
-
-def _rows(batch: Batch, question: str, outcome: Outcome) -> pa.Table:
-    return verdicts(
-        batch,
-        question,
-        outcome.predicted,
-        stage=outcome.stages(batch.labels),
-        queries=outcome.queries.tolist(),
-        judged_BCHW=outcome.images if question == "tpa" else None,
-    )

@@ -144,20 +144,17 @@ def test_targeted_stages_run_against_nine_classes_and_the_others_once(
     assert ranks == {"apgd-ce": {2}, "apgd-t": nine, "fab-t": nine, "square": {2}}
 
 
-def test_an_attack_that_finds_less_in_a_larger_ball_breaks_what_it_broke_before(
-    classifier, batch, monkeypatch
-):
+def test_a_stage_breaks_what_it_broke_in_a_smaller_ball(classifier, batch):
     few = Batch(batch.images[:3], batch.labels[:3], batch.ids[:3])
     smaller, larger = (_Victims(classifier, few, radius) for radius in (0.01, 0.02))
-    monkeypatch.setitem(autoattack._ATTACKS, "apgd-t", lambda victims, run, queries: None)
-    evaluator = AutoAttack(DIGITS)
-    evaluator.stages = ("apgd-t",)
     for victims in (smaller, larger):
         victims.broken_B[:] = False
         victims.stages = [None] * 3
     smaller.begin("apgd-t")
     smaller._break(1, 2, 7)
-    evaluator._attack(larger, smaller)
+    larger.begin("apgd-ce", smaller)
+    assert not larger.broken_B.any()
+    larger.begin("apgd-t", smaller)
     assert larger.broken_B.tolist() == [False, True, False]
     assert (larger.stages[1], int(larger.predicted_B[1])) == ("apgd-t", 7)
 

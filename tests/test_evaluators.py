@@ -18,7 +18,7 @@ from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
 import evaluators
-from evaluators import EVALUATORS, PGD_STEPS, column_named, evaluator_named
+from evaluators import EVALUATORS, PGD_STEPS, base, column_named, evaluator_named
 from evaluators.base import Batch, Clean, cell_digest, evaluate, one_ahead, split_batches, verdicts
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, PublishedPGD
@@ -119,6 +119,15 @@ def test_clean_is_the_share_of_right_answers(classifier, few_digits):
         images = few_digits.held_out.images.float() / 255
         right = int((classifier(images).argmax(1) == few_digits.held_out.labels).sum())
     assert (score.value, score.n) == (right / 60, 60)
+
+
+def test_a_device_is_made_exact_before_the_first_pass(classifier, few_digits, monkeypatch):
+    calls = []
+    judge = Clean.judge
+    monkeypatch.setattr(base, "exact", calls.append)
+    monkeypatch.setattr(Clean, "judge", lambda *a: calls.append("a pass") or judge(*a))
+    evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    assert calls == [CPU, "a pass"]
 
 
 def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits):

@@ -227,21 +227,6 @@ def random_task(count):
 
 
 @both_searches
-def test_the_search_never_loses_a_success(learns):
-    network, task = random_network(), random_task(12)
-    for image in range(12):
-        alone, wrong = task.rows(torch.tensor([image])), []
-
-        def spy(images_BCHW, label=int(alone.labels), wrong=wrong):
-            logits = network(images_BCHW)
-            wrong.append(bool((logits.argmax(dim=1) != label).any()))
-            return logits
-
-        outcome, _ = run(spy, alone, learns=learns, budget=replace(BUDGET, patches=1))
-        assert bool(outcome.predicted != alone.labels) == any(wrong)
-
-
-@both_searches
 def test_image_fares_the_same_alone_as_in_a_batch(learns):
     task = random_task(8)
     together, _ = run(random_network(), task, learns=learns)
