@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from evaluators.options import JudgeOptions
 
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 2 asked wrongly, 130 interrupted."""
@@ -16,12 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from evaluators.checkpoint import judge_checkpoint
 
-        return 0 if judge_checkpoint(options) else INTERRUPTED
+        return 0 if judge_checkpoint(options) else 130
     except ValueError as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 130
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     content = read_content(options.weights)
     digest = hashlib.sha256(content).hexdigest()[:12]
     scale, classifier = _loaded(options, content, source)
-    folder = options.ledger or Path(
-        "results/ledgers", f"{options.weights.stem.strip('.')}-{digest}"
-    )
+    folder = options.ledger or Path("results/ledgers", f"{options.weights.stem}-{digest}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

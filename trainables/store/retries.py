@@ -10,8 +10,6 @@ from typing import TypeVar
 
 import requests
 
-from trainables.store.storage import FULL, NoRoomError
-
 MAX_FAILURES = 3  # in a row, without getting any further
 FIRST_WAIT_SECONDS = 2.0
 FACTOR = 4.0
@@ -37,7 +35,7 @@ AWAY = re.compile(
     re.IGNORECASE,
 )
 CUT_OFF = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-NO_ROOM = re.compile(r"disk is full|No space left|quota exceeded", re.IGNORECASE)
+NO_ROOM = re.compile(r"no room|disk is full|No space left|quota exceeded", re.IGNORECASE)
 Answer = TypeVar("Answer")
 
 
@@ -77,9 +75,7 @@ def patiently(
 
 def _passing_cause(error: Exception) -> str:
     """Return why a call failed where time may mend it, else ''."""
-    if isinstance(error, NoRoomError):
+    if NO_ROOM.search(str(error)):
         return str(error)
-    if getattr(error, "errno", None) in FULL or NO_ROOM.search(str(error)):
-        return f"no room ({error})"
     away = isinstance(error, CUT_OFF) or AWAY.search(str(error))
     return "MLflow is away or busy" if away else ""

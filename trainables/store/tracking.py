@@ -227,9 +227,11 @@ class Tracker:
             "mlflow.parentRunId": parent,
         }
         # A database looks through the tag's values of all runs: only trials have this one.
-        run = _trial_run(self._create(f"tags.digest = '{digest}'", name, tags))
-        # Both do nothing where they are there: a run may have been killed in between.
-        self._log(run, params=[Param(k, str(v)) for k, v in params.items()])
+        opened = self._create(f"tags.digest = '{digest}'", name, tags)
+        run = _trial_run(opened)
+        if not opened.data.params:
+            self._log(run, params=[Param(k, str(v)) for k, v in params.items()])
+        # Does nothing where it is there.
         source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
         self._call(self._client.log_inputs, run.run_id, datasets=[source])
         run.images = dict(json.loads(dataset.get("profile", "{}")))
