@@ -149,7 +149,7 @@ def _missing_nodes() -> str:
 def check_nodes(
     storage: Sequence[str], data: Sequence[Path] = (), mlflow: str = ""
 ) -> dict[str, str]:
-    """Try on every other node what a run needs; say for each what is wrong, '' if nothing is.
+    """Try on every other node what a run needs; return each node's problem, '' where there is none.
 
     storage: paths or URIs to write. data: folders to read. mlflow: a server to reach. ValueError
     when this machine itself cannot write the storage.
@@ -187,7 +187,7 @@ def _probe(
     mark: str,
     settings: Mapping[str, str],
 ) -> str:
-    """Try what a run needs, on the node that this runs on; say what is wrong."""
+    """Try what a run needs, on the node that this runs on; return the problem."""
     try:
         for place in storage:
             folder, written = Folder(place), f"{mark}-{uuid.uuid4().hex}"

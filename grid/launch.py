@@ -96,17 +96,20 @@ class Launch:
         return any(placement.gpus for placement in self.placements)
 
     @property
-    def kept_in(self) -> str:
+    def storage_root(self) -> str:
         """The path or URI in which trials keep their files."""
         return self.storage or str(self.results.resolve())
 
     def check_nodes(self, tracker: Tracker) -> dict[str, str]:
-        """Say for every other node of the cluster what it lacks, '' if nothing."""
+        """Return the problem of every other node of the cluster, '' where there is none."""
         artifacts = tracker.artifacts
         if artifacts.startswith("file:///"):
             artifacts = url2pathname(artifacts.removeprefix("file://"))
         through_server = artifacts.startswith(("mlflow-artifacts:", "http:", "https:"))
-        storage = [self.kept_in, *([artifacts] * ("://" not in artifacts and not through_server))]
+        storage = [
+            self.storage_root,
+            *([artifacts] * ("://" not in artifacts and not through_server)),
+        ]
         root = self.source.root
         data = () if root is None else (root, *self.source.folders.values())
         return check_nodes(storage, data, (self.mlflow or "") if through_server else "")
@@ -140,7 +143,7 @@ def run_study(launch: Launch) -> Finished:
             problems = launch.check_nodes(recorder.tracker).items()
             if ill := "; ".join(f"node {node}: {problem}" for node, problem in problems if problem):
                 raise ValueError(ill)
-            recorder.mend(launch.kept_in)
+            recorder.mend(launch.storage_root)
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
             recorder.open_study()
             line.say(_opening(recorder, launch.plan))
@@ -274,7 +277,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "digest": trial.digest,
         "teacher": teacher.digest() if teacher else None,
         "recipe": trial.recipe.model_dump(mode="json"),
-        "storage": launch.kept_in,
+        "storage": launch.storage_root,
         "threads": placement.cpus,
         "workers": placement.workers,
         "gpus": placement.gpus,
@@ -440,5 +443,5 @@ def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]
         problems = launch.check_nodes(tracker)
     finally:
         ray.shutdown()
-    well = f"writes {launch.kept_in} and sees the data"
+    well = f"writes {launch.storage_root} and sees the data"
     return findings | {f"node {n}": (not p, p or well) for n, p in problems.items()}

@@ -48,10 +48,10 @@ def train_together(config: dict[str, Any]) -> None:
             return
         except Exception as error:
             workers = getattr(error, "worker_failures", {}).values()
-            own = [cause for cause in (error, *workers) if isinstance(cause, OWN_FAULTS)]
-            if own:
+            faults = [cause for cause in (error, *workers) if isinstance(cause, OWN_FAULTS)]
+            if faults:
                 trace = "".join(traceback.format_exception(error))
-                tune.report(failed_result(trial["digest"], own[0], trace))
+                tune.report(failed_result(trial["digest"], faults[0], trace))
                 return
             if not (lacked_room(error) and teams_placed()):
                 raise

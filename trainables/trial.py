@@ -52,13 +52,13 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
 
 
 def trial_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a trial is told. It travels as text: Tune copies a grid's dicts n times n."""
+    """Return a trial's settings. They travel as text: Tune copies a grid's dicts n times n."""
     settings: dict[str, Any] = json.loads(config["trial"])
     return settings | {"source": config["source"]}
 
 
 def failed_result(digest: str, error: BaseException, trace: str = "") -> dict[str, Any]:
-    """Return what the recorder is told of a trial whose program is at fault."""
+    """Return the report of a trial whose program is at fault."""
     return {
         "digest": digest,
         "epochs": [],
