@@ -106,10 +106,9 @@ class Launch:
         if artifacts.startswith("file:///"):
             artifacts = url2pathname(artifacts.removeprefix("file://"))
         through_server = artifacts.startswith(("mlflow-artifacts:", "http:", "https:"))
-        storage = [
-            self.storage_root,
-            *([artifacts] * ("://" not in artifacts and not through_server)),
-        ]
+        storage = [self.storage_root]
+        if "://" not in artifacts and not through_server:
+            storage.append(artifacts)
         root = self.source.root
         data = () if root is None else (root, *self.source.folders.values())
         return check_nodes(storage, data, (self.mlflow or "") if through_server else "")
