@@ -47,9 +47,9 @@ def channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def file_names(classes: Sequence[int], clusters: int) -> list[str]:
-    """Return the names of a dictionary's files in the published layout."""
-    return [LAYOUT.format(label=k, cluster=c) for k in classes for c in range(clusters)]
+def file_names(label: int, clusters: int) -> list[str]:
+    """Return the names of a class's files in the published layout."""
+    return [LAYOUT.format(label=label, cluster=cluster) for cluster in range(clusters)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StoredTextures(Mapping[int, Tensor]):
     clusters: int
 
     def __getitem__(self, label: int) -> Tensor:
-        names = file_names((label,), self.clusters)
+        names = file_names(label, self.clusters)
         return torch.stack([_read_texture(self.root / name) for name in names])
 
     def __iter__(self) -> Iterator[int]:
@@ -74,7 +74,7 @@ class StoredTextures(Mapping[int, Tensor]):
     def digest(self) -> str:
         """12 hex digits of every file's place, size and middle 4 KiB."""
         digest = hashlib.sha256()
-        for name in file_names(self.classes, self.clusters):
+        for name in (n for label in self.classes for n in file_names(label, self.clusters)):
             path = self.root / name
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -100,7 +100,7 @@ def open_dictionary(root: Path, scale: Scale) -> StoredTextures:
     A class has all of the scale's textures, or none: then it is left out.
     """
     clusters = scale.patch.textures
-    files = {k: [root / n for n in file_names((k,), clusters)] for k in range(scale.num_classes)}
+    files = {k: [root / n for n in file_names(k, clusters)] for k in range(scale.num_classes)}
     present = tuple(k for k, paths in files.items() if any(path.is_file() for path in paths))
     if len(present) < 2:
         raise ValueError(f"{root} holds textures of {len(present)} classes; first: {LAYOUT}")
@@ -136,7 +136,8 @@ def dictionary_for(scale: Scale, data: Data) -> Mapping[int, Tensor]:
 def _load_or_build(scale: Scale, data: Data, path: Path | None) -> Mapping[int, Tensor]:
     try:
         if path:
-            return {int(label): value for label, value in load_file(path).items()}
+            textures = load_file(path)
+            return {int(label): textures[label] for label in sorted(textures, key=int)}
     except (FileNotFoundError, SafetensorError):  # it is missing or damaged
         pass
     settings = own_settings(scale)
@@ -178,7 +179,7 @@ def own_settings(scale: Scale) -> TextureSettings:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FeatureNetwork:
     """A VGG-like classifier of normalised images, its layers in a row.
 
@@ -231,13 +232,8 @@ def small_network(scale: Scale, data: Data, settings: TextureSettings) -> Featur
             # Averaged over the image before the last layer: the Grad-CAM is the class's evidence.
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.class_names))),
         )
-    network = FeatureNetwork(
-        layers=layers,
-        style_layers=(1, 4, 7),
-        cam_layer=7,
-        mean=scale.data_set.mean,
-        std=scale.data_set.std,
-    )
+    mean, std = scale.data_set.mean, scale.data_set.std
+    network = FeatureNetwork(layers, style_layers=(1, 4, 7), cam_layer=7, mean=mean, std=std)
     optimizer = torch.optim.Adam(layers.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(settings.seed)
     split = data.train.subset(FITTED_IMAGES, seed=settings.seed)

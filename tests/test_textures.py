@@ -199,6 +199,14 @@ def test_own_dictionary_is_built_once_for_all_processes(two, tmp_path, monkeypat
     assert all(torch.equal(built[0][label], built[1][label]) for label in (0, 1))
 
 
+def test_the_stored_own_dictionary_has_its_classes_in_order(two, tmp_path, monkeypatch):
+    ten_and_more = {label: torch.zeros(2, 3, 16, 16) for label in (0, 2, 10, 11)}
+    monkeypatch.setattr(textures, "build_textures", lambda *_, **__: ten_and_more)
+    for _process in range(2):
+        monkeypatch.setattr(textures, "_built", {})
+        assert list(dictionary_for(DIGITS, replace(two, cache=tmp_path))) == [0, 2, 10, 11]
+
+
 def test_a_damaged_file_of_the_own_dictionary_is_made_again(two, tmp_path, monkeypatch):
     monkeypatch.setattr(textures, "own_settings", lambda scale: QUICK)
     for _process in range(2):

@@ -76,7 +76,7 @@ def _build(options: BuildOptions) -> None:
         network = small_network(scale, data, settings)
     print(f"features: {'VGG-19' if options.weights else 'a small network'}; {settings}")
     for label in track(range(len(data.class_names)), "classes"):
-        names = file_names((label,), settings.clusters)
+        names = file_names(label, settings.clusters)
         if not all((options.out / name).is_file() for name in names):
             of_class = data.train.at((data.train.labels == label).nonzero().flatten().numpy())
             built = build_textures(network, of_class, settings, device=device)
@@ -110,7 +110,7 @@ def write_class(root: Path, label: int, textures_TCHW: Tensor) -> None:
     """Write a class's textures in the published layout: ImageNet-normalised tensors, one a file."""
     normalised_TCHW = (textures_TCHW - channels(IMAGENET_MEAN)) / channels(IMAGENET_STD)
     for name, texture_CHW in zip(
-        file_names((label,), len(textures_TCHW)), normalised_TCHW, strict=True
+        file_names(label, len(textures_TCHW)), normalised_TCHW, strict=True
     ):
         buffer = io.BytesIO()
         torch.save(texture_CHW.clone(), buffer)
