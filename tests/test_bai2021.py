@@ -68,18 +68,8 @@ def test_every_published_figure_has_its_value_and_source():
 
 
 def test_every_claim_has_its_statement_test_rows_and_headline():
-    claims = [
-        {
-            "says": claim.says,
-            "test": claim.test,
-            "row": "/".join(claim.row),
-            "of": "/".join(claim.of).strip("/"),
-            "column": claim.column,
-            "published": claim.published,
-            "headline": claim.headline,
-            "sign": claim.sign,
-            "also": [list(pair) for pair in claim.also],
-        }
-        for claim in STUDY.claims
-    ]
+    claims = []
+    for claim in STUDY.claims:
+        places = {"row": "/".join(claim.row), "of": "/".join(claim.of).strip("/")}
+        claims.append(claim.model_dump() | places | {"also": list(map(list, claim.also))})
     assert claims == GOLDEN["claims"]

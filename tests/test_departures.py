@@ -13,7 +13,6 @@ from evaluators import EVALUATORS
 from evaluators.options import JudgeOptions
 from grid.options import RunOptions
 from tests.paper import BASES, with_settings
-from trainables.options import Options
 from trainables.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -28,19 +27,15 @@ THEIR_FILE = re.compile(r"[\w./-]+(?:\.(?:py|sh|txt|md|ipynb)|/)(?::\d+(?:-\d+)?
 JUDGE = "python -m evaluators "
 
 
-def _cells(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
-
-
 def _tables() -> list[list[tuple[str, ...]]]:
     """Return the document's tables, each with its header and without the rule below it."""
-    tables: list[list[tuple[str, ...]]] = [[]]
-    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
-        if line.startswith("|"):
-            tables[-1].append(_cells(line))
-        elif tables[-1]:
-            tables.append([])
-    return [[table[0], *table[2:]] for table in tables if table]
+    text = DOCUMENT.read_text(encoding="utf-8")
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *lines = block.splitlines()
+        rows = [tuple(map(str.strip, line.strip("|").split("|"))) for line in (header, *lines)]
+        tables.append(rows)
+    return tables
 
 
 ROWS = [row for table in _tables() for row in table[1:]]
@@ -66,37 +61,18 @@ def test_a_row_names_a_file_on_both_sides_and_ours_is_there(row):
 
 
 @pytest.mark.parametrize("what", SWITCHES)
-def test_a_switch_is_taken_and_what_it_sets_makes_another_trial(what):
+def test_a_switch_is_taken_and_a_setting_makes_another_trial(what):
     (switch,) = CODE.findall(SWITCHES[what])
     assert SWITCHES[what] == f"`{switch}`"
+    words = shlex.split(switch.removeprefix(JUDGE))
     if switch.startswith(JUDGE):
-        _judges(shlex.split(switch.removeprefix(JUDGE)))
-    else:
-        _runs(shlex.split(switch))
-
-
-def _judges(arguments: list[str]) -> None:
-    """Parse as `python -m evaluators` does."""
-    words = ["--weights", "FILE", *arguments]
-    _know_each_option(JudgeOptions, words)
-    JudgeOptions.read(words)
-
-
-def _runs(arguments: list[str]) -> None:
-    """Parse as `grid/run.py` does; what is set changes a base recipe, every evaluator is one."""
-    _know_each_option(RunOptions, arguments)
-    options = RunOptions.read(arguments)
-    settings = options.settings()
-    assert set(options.evaluators or ()) <= set(EVALUATORS)
-    if settings:
-        bases = list(BASES.values())
-        assert any(_digest(base, settings) not in (None, base.digest()) for base in bases)
-
-
-def _know_each_option(options: type[Options], arguments: list[str]) -> None:
-    """Take no option that is only short for one."""
-    known = {option for action in options.parser()._actions for option in action.option_strings}
-    assert {argument for argument in arguments if argument.startswith("--")} <= known
+        JudgeOptions.read(["--weights", "FILE", *words])
+        return
+    options = RunOptions.read(words)
+    assert set(options.evaluators) <= set(EVALUATORS)
+    if settings := options.settings():
+        digests = {_digest(base, settings) for base in BASES.values()}
+        assert digests - {None} - {base.digest() for base in BASES.values()}
 
 
 def _digest(recipe: Recipe, settings: dict[str, Any]) -> str | None:
