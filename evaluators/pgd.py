@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluators import PGD_STEPS
 from evaluators.base import Batch, Column, Evaluator, verdicts
@@ -35,10 +35,9 @@ def at_radius(radius: Fraction, radii: Sequence[Fraction]) -> str:
 class PGD(Evaluator):
     """PGD of several lengths as one trajectory with step epsilon/4 and a random start.
 
-    `steps`: the lengths, unless given 5, 10, 50 and 100; the trajectory ends at the longest, and
-    the final iterate of each is scored, in float32. Step max(epsilon/4, epsilon/n) is
-    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. `radii`: the scale's unless given; of
-    several, each is a question of its own, pgd-100@8/255. Source: STUDY section 3.
+    The iterate of each length in `steps` is scored, in float32. Step max(epsilon/4, epsilon/n) is
+    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. `radii`: by default the scale's; each of
+    several is its own question, pgd-100@8/255. Source: STUDY section 3.
     """
 
     name = "pgd"
@@ -69,41 +68,27 @@ class PGD(Evaluator):
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         half = half_precision(batch.images.device, enabled=self.protocol == "as-published")
+        rows = []
         with attacked(classifier), half:
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
             at_once = images_at_once(victim, batch.images, most=len(batch.ids))
-            rows = [
-                self._attack(classifier, victim, part, suffix=suffix, epsilon=epsilon)
-                for suffix, epsilon in self.radii.items()
-                for part in batch.parts(at_once)
-            ]
-        return pa.concat_tables(rows)
-
-    def _attack(
-        self,
-        classifier: Classifier,
-        victim: nn.Module,
-        batch: Batch,
-        *,
-        suffix: str,
-        epsilon: float,
-    ) -> pa.Table:
-        rows = []
-        iterates = pgd_iterates(
-            victim,
-            batch.images,
-            batch.labels,
-            epsilon=epsilon,
-            step_size=epsilon / 4,
-            stops=self.steps,
-            start_BCHW=self._start(batch, epsilon),
-        )
-        for steps, images_BCHW in iterates:
-            with torch.no_grad():
-                predicted = classifier(images_BCHW).argmax(dim=1)
-            shown = images_BCHW if steps == self.steps[-1] else None
-            question = f"{self.name}-{steps}{suffix}"
-            rows.append(verdicts(batch, question, predicted, judged_BCHW=shown))
+            for suffix, epsilon in self.radii.items():
+                for part in batch.parts(at_once):
+                    iterates = pgd_iterates(
+                        victim,
+                        part.images,
+                        part.labels,
+                        epsilon=epsilon,
+                        step_size=epsilon / 4,
+                        stops=self.steps,
+                        start_BCHW=self._start(part, epsilon),
+                    )
+                    for steps, images_BCHW in iterates:
+                        with torch.no_grad():
+                            predicted = classifier(images_BCHW).argmax(dim=1)
+                        shown = images_BCHW if steps == self.steps[-1] else None
+                        question = f"{self.name}-{steps}{suffix}"
+                        rows.append(verdicts(part, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
 
     def _start(self, batch: Batch, epsilon: float) -> Tensor:
