@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -28,7 +28,6 @@ from trainables.data.listing import (
     ImageList,
     class_list,
     list_splits,
-    passed_over_text,
 )
 from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
 from trainables.data.registry import STORED_SETS, StoredSet
@@ -41,7 +40,7 @@ Finding = tuple[str, Level, str]  # a subject and a remark on it
 COLOURS: dict[Level, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 SOUND_FILE = "checked.json"  # lists of images that are sound, by the stamps of their files
 DAMAGED_FILE = "damaged.txt"
-SOUND = TypeAdapter(dict[str, tuple[int, list[Remark]]])
+SOUND = TypeAdapter(dict[str, list[Remark]])
 LEAST_FREE_BYTES = GIBIBYTE
 NAMED = 3
 
@@ -73,14 +72,15 @@ def check(
     if source.root is not None:
         data_check = _DataCheck(scale, source, results)
         findings = data_check.run(source.root)
-        listed = "\n".join(f"{path} {size}" for path, size in sorted(data_check.files.items()))
+        files = data_check.sizes | data_check.digests
+        listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
         manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
     findings.append(("disk", *_disk(plan, results)))
     return [*findings, *(("device", "ok", text) for text in _devices())], manifest
 
 
 class _DataCheck:
-    """The part of the check that opens files; `files` gathers the manifest.
+    """The part of the check that opens files; `sizes` and `digests` of files are the manifest.
 
     A list of images is opened again only when the path, size or time of one of them changes.
     """
@@ -89,9 +89,10 @@ class _DataCheck:
         self.scale, self.source, self.results = scale, source, results
         self.data_set = scale.data_set
         self.class_names = class_list(scale.data_set.classes)
-        self.files: dict[str, int | str] = {}
+        self.sizes: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
         self.damaged: list[str] = []
-        self.sound: dict[str, tuple[int, list[Remark]]] = {}
+        self.sound: dict[str, list[Remark]] = {}
         with suppress(OSError, ValueError):
             self.sound = SOUND.validate_json((results / SOUND_FILE).read_bytes())
 
@@ -121,7 +122,7 @@ class _DataCheck:
         data_set, side = self.data_set, self.scale.image_size
         if is_archived(data_set, self.source):
             data = load_data(self.scale, self.source)
-            self.files[data_set.short_title] = len(data.train) + len(data.held_out)
+            self.sizes[data_set.short_title] = len(data.train) + len(data.held_out)
             yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"
             return
         train, held_out = list_splits(self.source, data_set)
@@ -131,26 +132,23 @@ class _DataCheck:
         published = data_set.train_images, data_set.held_out_images
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
-        for passed_over in filter(None, dict.fromkeys((train.passed_over, held_out.passed_over))):
-            yield "warning", passed_over_text(root, passed_over)
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
         if not len(train):
             yield "error", f"{root} has no train/ with class folders to train on: add it"
         elif missing := _missing_classes(train):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
-        decoded = 3 * side**2 * len(held_out)
         for images in (train, held_out):
             files = ImageFiles(root, images.paths, size=side, native=data_set.exact_size)
-            pixels, remarks = self._opened(files, "images")
-            yield from remarks
-            decoded += 3 * pixels if images is train else 0
-        yield _memory(decoded, self.source)
+            yield from self._opened(files, "images")
+        if not self.source.workers and sum(self.sizes.values()) > self.source.memory_bytes:
+            text = "the images take more than --data-memory: each trial reads them from files"
+            yield "warning", f"{text} by one process; give --data-workers N"
 
     def _stored(self, stored: StoredSet, root: Path) -> Iterator[Remark]:
         if stored.evaluator == "tpa":
             textures = open_dictionary(root, self.scale)
-            self.files["textures"] = textures.digest
+            self.digests["textures"] = textures.digest
             yield "ok", f"{textures.clusters} textures of each of {len(textures.classes)} classes"
             return
         none = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
@@ -164,11 +162,11 @@ class _DataCheck:
             counts.add(len(split))
             classes = len(set(split.labels.tolist()))
             if isinstance(split.images, ImageFiles):
-                yield from self._opened(split.images, f"{stored.name}/{part}")[1]
+                yield from self._opened(split.images, f"{stored.name}/{part}")
         for file in root.glob("*.npy") if stored.arrays else ():
             with file.open("rb") as array:
                 digest = hashlib.file_digest(array, "sha256").hexdigest()
-            self.files[f"{stored.name}/{file.name}"] = digest
+            self.digests[f"{stored.name}/{file.name}"] = digest
         if len(counts) > 1:
             text = f"{root}: its kinds and severities hold {sorted(counts)} images"
             yield "error", f"{text}: fetch it again"
@@ -176,8 +174,8 @@ class _DataCheck:
         text = f"{max(counts):,} images of {classes} classes"
         yield "warning" if odd else "ok", f"{text} (as published: {stored.images:,})"
 
-    def _opened(self, images: ImageFiles, place: str) -> tuple[int, list[Remark]]:
-        """Open every image; return how many pixels they have, and what is wrong with some.
+    def _opened(self, images: ImageFiles, place: str) -> list[Remark]:
+        """Open every image; return what is wrong with some.
 
         place: the images' set, and where in it they lie, as the manifest has them.
         """
@@ -185,45 +183,41 @@ class _DataCheck:
         digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
         for path in paths:
             stat = path.stat()
-            self.files[f"{place}/{path.relative_to(images.root)}"] = stat.st_size
+            self.sizes[f"{place}/{path.relative_to(images.root)}"] = stat.st_size
             digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         stamp = digest.hexdigest()
         if stamp not in self.sound:
             workers = len(os.sched_getaffinity(0))
             opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
-            damaged = [path for path, size in opened if isinstance(size, str)]
-            sizes = {path: size for path, size in opened if not isinstance(size, str)}
-            pixels, remarks = sum(width * height for width, height in sizes.values()), []
-            if damaged:
-                return pixels, [self._damaged(damaged)]
-            side, native = images.size, images.native
-            odd = [p for p, s in sizes.items() if (s != (side, side) if native else min(s) < side)]
-            if odd:
-                remarks = [self._misfits(odd, sizes[odd[0]], place, native=native)]
-            self.sound[stamp] = pixels, remarks
+            if damaged := [path for path, size in opened if isinstance(size, str)]:
+                self.damaged += map(str, damaged)
+                classes = {path.parent.name for path in damaged}
+                first = f"the first {damaged[0]} (class {damaged[0].parent.name})"
+                text = f"{len(damaged)} unreadable images in {len(classes)} classes, {first}"
+                listed = self.results / DAMAGED_FILE
+                return [("error", f"{text}: replace or remove those in {listed}")]
+            self.sound[stamp] = list(self._misfits(opened, images.native, place == "images"))
         return self.sound[stamp]
 
-    def _damaged(self, paths: list[Path]) -> Remark:
-        self.damaged += map(str, paths)
-        classes = {path.parent.name for path in paths}
-        first = f"the first {paths[0]} (class {paths[0].parent.name})"
-        text = f"{len(paths)} unreadable images in {len(classes)} classes, {first}"
-        return "error", f"{text}: replace or remove those in {self.results / DAMAGED_FILE}"
-
     def _misfits(
-        self, paths: list[Path], size: tuple[int, int], place: str, *, native: bool
-    ) -> Remark:
-        side, is_data = self.scale.image_size, place == "images"
-        first = f"the first {paths[0]} ({size[0]} x {size[1]})"
-        if native:
-            remedy = "make them anew"
-            if is_data:
-                remedy = "--scale folder --image-size N takes images of N px a side and more"
-            return "error", f"{len(paths)} images are not {side} x {side} px, {first}: {remedy}"
-        text = f"{len(paths)} images are smaller than {side} px, {first}"
-        if is_data and self.data_set.generated:
-            return "error", f"{text}: give a smaller --image-size, or remove them"
-        return "warning", f"{text}: they are enlarged, as in the study"
+        self, opened: list[tuple[Path, Any]], native: bool, is_data: bool
+    ) -> Iterator[Remark]:
+        """Say how many images have not the data's size, or are smaller where they need not."""
+        side = self.scale.image_size
+        wrong = f"are not {side} x {side} px" if native else f"are smaller than {side} px"
+        odd = [(p, s) for p, s in opened if (s != (side, side) if native else min(s) < side)]
+        if not odd:
+            return
+        path, (width, height) = odd[0]
+        text = f"{len(odd)} images {wrong}, the first {path} ({width} x {height})"
+        if native and is_data:
+            yield "error", f"{text}: --scale folder --image-size N takes images of N px and more"
+        elif native:
+            yield "error", f"{text}: make them anew"
+        elif is_data and self.data_set.generated:
+            yield "error", f"{text}: give a smaller --image-size, or remove them"
+        else:
+            yield "warning", f"{text}: they are enlarged, as in the study"
 
 
 def _missing_classes(images: ImageList) -> str:
@@ -231,16 +225,6 @@ def _missing_classes(images: ImageList) -> str:
     missing = sorted(set(range(len(images.class_names))) - set(images.labels))
     first = [images.class_names[label] for label in missing[:NAMED]]
     return f"{len(missing)} classes (the first: {', '.join(first)})" if missing else ""
-
-
-def _memory(decoded: int, source: DataSource) -> Remark:
-    needed = f"decoded the images take {decoded / GIBIBYTE:.2f} GiB"
-    if decoded <= source.memory_bytes:
-        return "ok", f"{needed} and are kept in memory"
-    files = f"{needed}, more than --data-memory: they are read from files"
-    if source.workers:
-        return "ok", files
-    return "warning", f"{files}, by one process of each trial: give --data-workers N"
 
 
 def _disk(plan: Plan, results: Path) -> Remark:
@@ -260,6 +244,4 @@ def _devices() -> Iterator[str]:
         yield f"CPU, {torch.get_num_threads()} threads; no GPU"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        halves = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16, no bf16"
-        memory = properties.total_memory / GIBIBYTE
-        yield f"{properties.name}, {memory:.0f} GiB, mixed precision by {halves}"
+        yield f"{properties.name}, {properties.total_memory / GIBIBYTE:.0f} GiB"

@@ -147,8 +147,8 @@ class ImageFiles:
 
         Returns the images and the bytes they take, 0 where they stay in files beyond the budget.
         """
-        stamp, places = self._stamp(budget), range(len(self))
-        if not cache or not len(self) or stamp is None:
+        stamp, places = self._stamp(budget) if cache and len(self) else None, range(len(self))
+        if not cache or not stamp:
             return self, 0
         file = cache / f"originals-{stamp}.u8"
         if not file.exists():
@@ -199,10 +199,7 @@ class ImageFiles:
         digest, total = hashlib.sha256(str(self.root).encode()), 0
         for place in range(len(self)):
             path = self.path(place)
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise unreadable(path, error) from error
+            stat = path.stat()
             total += stat.st_size
             if budget is not None and total > budget:
                 return None
@@ -215,7 +212,10 @@ class ImageFiles:
             with Image.open(path, formats=FORMATS) as file:
                 return take(file)
         except UNREADABLE as error:
-            raise unreadable(path, error) from error
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ValueError(
+                f"{path} (class {path.parent.name}) cannot be read: {reason}; replace or remove it"
+            ) from error
 
     def _decoded(self, place: int) -> Tensor:
         image = self.original(place)
@@ -227,14 +227,6 @@ class ImageFiles:
                 f"{self.size}: --scale folder --image-size N takes images of N px a side and more"
             )
         return as_tensor(image)
-
-
-def unreadable(path: Path, error: Exception) -> ValueError:
-    """Return the error that names an unreadable image, its class and what to do."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ValueError(
-        f"{path} (class {path.parent.name}) cannot be read: {reason}; replace or remove it"
-    )
 
 
 def in_threads(

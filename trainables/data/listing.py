@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
@@ -53,16 +53,12 @@ EMBEDDED = DataSource()
 
 @dataclass(frozen=True, kw_only=True)
 class ImageList:
-    """The images of one split, by class and name: paths below `root`, a label each.
-
-    `passed_over`: files and folders of the classes that are not images, as paths below `root`.
-    """
+    """The images of one split, by class and name: paths below `root`, a label each."""
 
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
-    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -169,40 +165,25 @@ def _differing(names: Collection[str], known: Collection[str]) -> str:
 
 def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
     """List the images of a split's class folders, as paths below a root; ValueError if none."""
-    paths: list[str] = []
-    labels: list[int] = []
-    passed_over: list[str] = []
     folders = class_folders(split)
     if foreign := sorted(set(folders) - set(names)):
         raise ValueError(f"{split / foreign[0]} is no class of the data: remove it")
-    places = {name: place for place, name in enumerate(names)}
-    for name in sorted(folders, key=places.__getitem__):
-        below = (split / name).relative_to(root).as_posix()
-        for entry in sorted(os.scandir(split / name), key=lambda entry: entry.name):
-            if entry.name[0] == ".":
-                continue
-            if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                paths.append(f"{below}/{entry.name}")
-                labels.append(places[name])
-            else:
-                passed_over.append(f"{below}/{entry.name}")
-    images = ImageList(
-        root=root,
-        class_names=names,
-        paths=tuple(paths),
-        labels=tuple(labels),
-        passed_over=tuple(passed_over),
-    )
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        if name in folders:
+            below = (split / name).relative_to(root).as_posix()
+            images = sorted(e.name for e in os.scandir(split / name) if _is_image(e))
+            paths += [f"{below}/{image}" for image in images]
+            labels += [label] * len(images)
     if not paths:
-        others = f"; {passed_over_text(root, passed_over)}" if passed_over else ""
-        raise ValueError(f"{split} holds no image in its classes; expected <class>/<image>{others}")
-    return images
+        expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
+        raise ValueError(f"{split} holds no image in its classes; {expected}")
+    return ImageList(root=root, class_names=names, paths=tuple(paths), labels=tuple(labels))
 
 
-def passed_over_text(root: Path, paths: Sequence[str]) -> str:
-    """Say how many files and folders were passed over, the first, and what is taken."""
-    taken = f"images lie right below their class and end in {', '.join(SUFFIXES)}"
-    return f"{len(paths)} files or folders are passed over, the first {root / paths[0]}: {taken}"
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
