@@ -25,9 +25,8 @@ from evaluators.pgd import FOLDED_ON, at_radius
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.networks import Classifier
 from trainables.scale import Scale
-from trainables.train.adversary import attacked
+from trainables.train.adversary import attacked, folded
 from trainables.train.exactness import image_numbers, uniform
-from trainables.train.folding import folded
 
 CLEAN = "clean"
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")

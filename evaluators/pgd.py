@@ -16,9 +16,8 @@ from evaluators.memory import images_at_once
 from trainables.data.base import Data
 from trainables.recipe import Protocol
 from trainables.scale import Scale
-from trainables.train.adversary import attacked, half_precision, pgd_iterates, random_start
+from trainables.train.adversary import attacked, folded, half_precision, pgd_iterates, random_start
 from trainables.train.exactness import image_numbers, uniform
-from trainables.train.folding import folded
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier

@@ -24,8 +24,7 @@ from evaluators.pgd import FOLDED_ON
 from evaluators.textures import dictionary_for, dictionary_identity
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import PatchBudget, Scale
-from trainables.train.adversary import attacked
-from trainables.train.folding import folded
+from trainables.train.adversary import attacked, folded
 
 if TYPE_CHECKING:
     from trainables.networks import Classifier

@@ -117,7 +117,6 @@ class Table(Frozen):
     columns: Columns
     rows: tuple[Annotated[Row, BeforeValidator(_row)], ...]
     published: dict[tuple[str, str], Figure] = Field({})
-    plots: tuple[Literal["size"], ...] = ()
     shown: tuple[Any, ...] = Field((), max_length=0)
 
     @field_validator("rows")

@@ -8,12 +8,12 @@ from trainables.data.base import to_unit
 from trainables.networks import build_classifier
 from trainables.train.adversary import (
     attacked,
+    folded,
     pgd_iterates,
     random_start,
     training_attack,
     training_start,
 )
-from trainables.train.folding import folded
 
 EPSILON = 16 / 255
 

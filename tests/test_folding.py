@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from trainables.networks import Classifier, build_classifier
-from trainables.train.adversary import attacked
-from trainables.train.folding import folded
+from trainables.train.adversary import attacked, folded
 from trainables.train.optim import build_optimizer
 
 

@@ -19,7 +19,6 @@ from trainables.networks import (
     GhostBatchNorm2d,
     build_classifier,
     by_own_ghost,
-    count_parameters,
     use_set,
 )
 from trainables.scale import DIGITS, IMAGENET
@@ -32,6 +31,10 @@ PUBLISHED_PARAMETERS = {
     "deit_mini": 9_982_184,
     "deit_small": 22_050_664,
 }
+
+
+def count_parameters(classifier):
+    return sum(p.numel() for p in classifier.parameters())
 
 
 @pytest.fixture
@@ -74,13 +77,6 @@ def test_models_have_the_published_numbers_of_parameters(model, count):
     assert count_parameters(build_classifier(resnet50().replace(model=model))) == count
 
 
-def test_hybrid_has_about_21_million_parameters_and_reads_the_trunks_last_stage():
-    hybrid = build_classifier(resnet50().replace(model="hybrid_deit"))
-    assert 20.5e6 < count_parameters(hybrid) < 21.5e6
-    assert hybrid.backbone.patch_embed.proj.in_channels == 512
-    assert len(hybrid.backbone.blocks) == 12
-
-
 @pytest.mark.parametrize("name", ["resnet50", "deit_small_patch16_224"])
 def test_imagenet_models_are_timms_own(name):
     model = "deit_small" if "deit" in name else name
@@ -99,12 +95,6 @@ def test_every_model_runs_at_digits_with_every_activation_swapped_for_real(model
     assert layers
     assert all(isinstance(layer, ACTIVATION_LAYERS[activation]) for layer in layers)
     assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 10)
-
-
-def test_families_match_in_size_at_digits():
-    resnet = count_parameters(build_classifier(DIGITS.shrink(resnet50())))
-    vit = count_parameters(build_classifier(DIGITS.shrink(deit())))
-    assert abs(resnet - vit) / vit < 0.15
 
 
 def test_initial_weights_follow_from_the_seed_and_leave_global_randomness_alone(small):
@@ -185,32 +175,21 @@ def test_an_attacked_image_is_normalised_by_its_own_ghosts_running_statistics():
     )
 
 
-@pytest.mark.parametrize("norm", ["batch", "ghost"])
-def test_residual_branches_of_a_resnet_start_with_a_gain_of_one(norm):
-    recipe = DIGITS.shrink(adversarial_resnet50() if norm == "ghost" else resnet50())
-    gains = [
-        parameter
-        for name, parameter in build_classifier(recipe).named_parameters()
-        if name.endswith("bn3.weight")
-    ]
-    assert len(gains) == 5
-    assert all((gain == 1).all() for gain in gains)
-
-
-@pytest.mark.parametrize("scale", [DIGITS, IMAGENET])
-def test_residual_branches_of_a_deit_start_at_zero(scale):
-    network = build_classifier(scale.shrink(deit("small"))).backbone
-    for block in network.blocks:
-        assert not block.attn.proj.weight.any()
-        assert not block.mlp.fc2.weight.any()
-        assert block.attn.qkv.weight.any()
-    assert float(network.cls_token.detach().std()) == pytest.approx(0.02, rel=0.35)
+def test_residual_branches_start_with_a_gain_of_one_in_a_resnet_and_at_zero_in_a_deit():
+    for recipe in (adversarial_resnet50(), resnet50()):
+        weights = dict(build_classifier(DIGITS.shrink(recipe)).named_parameters())
+        gains = [weight for name, weight in weights.items() if name.endswith("bn3.weight")]
+        assert len(gains) == 5
+        assert all((gain == 1).all() for gain in gains)
+    for scale in (DIGITS, IMAGENET):
+        network = build_classifier(scale.shrink(deit("small"))).backbone
+        for block in network.blocks:
+            assert not block.attn.proj.weight.any()
+            assert not block.mlp.fc2.weight.any()
+            assert block.attn.qkv.weight.any()
+        assert float(network.cls_token.detach().std()) == pytest.approx(0.02, rel=0.35)
 
 
 def test_ghost_says_when_a_batch_does_not_split():
     with pytest.raises(ValueError, match="a batch of 7 does not split into 2"):
         GhostBatchNorm2d(4, ghosts=2, sets=1)(torch.randn(7, 4, 5, 5))
-
-
-def test_imagenet_scale_changes_nothing():
-    assert IMAGENET.shrink(deit()) == deit()

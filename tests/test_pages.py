@@ -26,7 +26,6 @@ FIGURES = {
     "claims",
     "scatter",
     "shape-bias",
-    "size",
     *("steps-T1", "epsilon-T1", "steps-T2", "training-T2", "patches-T3", "patches-T4"),
     *(f"corruptions-{table}" for table in TABLES[4:]),
     "training-T8",  # where the recorded collapse is

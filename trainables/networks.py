@@ -24,7 +24,6 @@ BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
 HYBRID_WIDTH = 256
 DEIT_DEPTH = 12
-HALF = (0.5, 0.5, 0.5)
 FEW_TOKENS = 16
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -155,25 +154,32 @@ def _ghost_norms(module: nn.Module) -> list[GhostBatchNorm2d]:
 def build_classifier(recipe: Recipe) -> Classifier:
     """Build a recipe's untrained classifier; its initial weights follow from the seed alone."""
     scale = scale_named(recipe.scale)
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d
+    if recipe.norm == "ghost":
+        ghosts = recipe.forward_batch // recipe.ghost_batch
+        norm_layer = partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = model_named(recipe.model).build(scale, _norm_layer(recipe))
-    swap_activation(backbone, recipe.activation)
-    half = recipe.pixel_range == "half"
-    mean, std = (HALF, HALF) if half else (scale.data_set.mean, scale.data_set.std)
-    return _channels_last(Classifier(backbone, mean, std))
+        backbone = model_named(recipe.model).build(scale, norm_layer)
+    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" else None
+    return _classifier(backbone, scale, recipe.activation, half)
 
 
 def classifier_named(model: str, scale: Scale, *, activation: str | None = None) -> Classifier:
     """Build a model by name, untrained; without `activation` it keeps its network's own."""
-    backbone = model_named(model).build(scale, nn.BatchNorm2d)
+    return _classifier(model_named(model).build(scale, nn.BatchNorm2d), scale, activation)
+
+
+def _classifier(
+    backbone: nn.Module,
+    scale: Scale,
+    activation: str | None,
+    mean_and_std: tuple[float, ...] | None = None,
+) -> Classifier:
     if activation:
         swap_activation(backbone, activation)
-    return _channels_last(Classifier(backbone, scale.data_set.mean, scale.data_set.std))
-
-
-def _channels_last(classifier: Classifier) -> Classifier:
-    return classifier.to(memory_format=torch.channels_last)
+    mean, std = mean_and_std or scale.data_set.mean, mean_and_std or scale.data_set.std
+    return Classifier(backbone, mean, std).to(memory_format=torch.channels_last)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -196,18 +202,6 @@ def swap_activation(module: nn.Module, name: str) -> None:
             setattr(module, child_name, ACTIVATION_LAYERS[name]())
         else:
             swap_activation(child, name)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _norm_layer(recipe: Recipe) -> Callable[[int], nn.Module]:
-    if recipe.norm == "batch":
-        return nn.BatchNorm2d
-    ghosts = recipe.forward_batch // recipe.ghost_batch
-    return partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
 
 
 def resnet(
@@ -244,7 +238,11 @@ def resnet(
 def deit(
     width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
 ) -> nn.Module:
-    """Build a DeiT of a published width, at a scale's depth and width; `norm_layer` is not used."""
+    """Build a DeiT of a published width, at a scale's depth and width; `norm_layer` is not used.
+
+    Every residual branch starts at zero: `_init_weights_2` of the study's
+    models/vision_transformer.py.
+    """
     heads = scale.vit_heads(width)
     network = VisionTransformer(
         img_size=scale.image_size,
@@ -256,10 +254,15 @@ def deit(
         **options,
     )
     if scale.stem == "small":
-        _rescale_init(network, scale)
-    _start_as_the_study(network)
-    if network.patch_embed.num_patches <= FEW_TOKENS:
-        for block in network.blocks:
+        for name, parameter in network.blocks.named_parameters():
+            if name.endswith("weight") and parameter.ndim == 2:
+                nn.init.trunc_normal_(parameter, std=scale.init_std)
+        nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
+    nn.init.trunc_normal_(network.cls_token, std=0.02)
+    for block in network.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.mlp.fc2.weight)
+        if network.patch_embed.num_patches <= FEW_TOKENS:
             # With a few tokens the fused kernel costs more than the attention it computes.
             block.attn.fused_attn = False
     return cast(nn.Module, network)
@@ -274,24 +277,6 @@ def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
     # HybridEmbed takes its patch size from the trunk's output.
     embed = partial(HybridEmbed, backbone=trunk)
     return deit(HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed)
-
-
-def _start_as_the_study(network: VisionTransformer) -> None:
-    """Start every residual branch at zero.
-
-    Source: `_init_weights_2` of the study's models/vision_transformer.py.
-    """
-    nn.init.trunc_normal_(network.cls_token, std=0.02)
-    for block in network.blocks:
-        nn.init.zeros_(block.attn.proj.weight)
-        nn.init.zeros_(block.mlp.fc2.weight)
-
-
-def _rescale_init(network: VisionTransformer, scale: Scale) -> None:
-    for name, parameter in network.blocks.named_parameters():
-        if name.endswith("weight") and parameter.ndim == 2:
-            nn.init.trunc_normal_(parameter, std=scale.init_std)
-    nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
 
 
 def from_timm(name: str, scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:

@@ -104,11 +104,9 @@ def draw(
             plots += _curves(filled, scale)
             evaluators = {column.evaluator for column in table.shown}
             if "tpa" in evaluators:
-                plots.append(patches_plot(table, verdicts, scale))
+                plots.append(patches_plot(table, verdicts))
             if "corruptions" in evaluators:
                 plots.append(corruptions_plot(table, verdicts))
-            if "size" in table.plots:
-                plots.append(size_plot(table, runs))
             if len(tables) == 1 or _is_about_training(table, runs):
                 plots.append(training_plot(table, tracker, runs))
     return [plot for plot in plots if plot]
@@ -231,30 +229,22 @@ def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
     return {kind: [errors[f"{kind}-{severity}"] for severity in SEVERITIES] for kind in kinds}
 
 
-def patches_plot(table: Table, verdicts: Verdicts, scale: Scale) -> Plot | None:
-    """Draw the share of images that survive texture patches against queries and patches spent."""
+def patches_plot(table: Table, verdicts: Verdicts) -> Plot | None:
+    """Draw the share of images that survive texture patches against the queries spent."""
     ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "tpa") for row in table.rows}
     judged = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
     if not judged:
         return None
-    patches = range(scale.patch.patches + 1)
-    figure = _figure(8.5, 3.4, panels=2)
-    by_queries, by_patches = figure.axes
-    for (label, ledger), marker in zip(judged.items(), MARKERS, strict=False):
-        rows = ledger.filter(pc.equal(ledger["question"], "tpa"))
-        survived = np.array(rows["survived"].to_pylist())
-        queries = np.where(survived, np.inf, np.array(rows["queries"].to_pylist(), dtype=float))
-        spent = np.concatenate([[0], np.sort(queries[np.isfinite(queries)])])
-        left = [100 * float(np.mean(queries > q)) for q in spent]
-        by_queries.step(spent, left, where="post", label=label)
-        stages = rows["stage"].to_pylist()
-        broken = np.cumsum([stages.count(f"patch-{n}" if n else "clean") for n in patches])
-        by_patches.plot(patches, 100 * (1 - broken / len(stages)), marker=marker, markersize=4)
-    by_queries.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
-    by_patches.set(xlabel="patches, number", ylabel="survived, %", ylim=(-2, 102))
-    by_patches.set_xticks(patches)
+    figure = _figure(6.5, 3.6)
+    (axes,) = figure.axes
+    for label, ledger in judged.items():
+        rows = ledger.filter(pc.equal(ledger["question"], "tpa")).to_pylist()
+        spent = sorted(row["queries"] or 0 for row in rows if not row["survived"])
+        left = 100 * (1 - np.arange(len(spent) + 1) / len(rows))
+        axes.step([0, *spent], left, where="post", label=label)
+    axes.set(xlabel="queries, forward passes", ylabel="survived, %", ylim=(-2, 102))
     figure.legend(loc="outside lower center", ncols=4, fontsize=7)
-    caption = f"Survival of the texture patch attack against queries and patches, {table.name}."
+    caption = f"Survival of the texture patch attack against its queries, {table.name}."
     return _plot(f"patches-{table.name}", caption, figure, table.name)
 
 
@@ -297,26 +287,6 @@ def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
     axes.set(xlabel="clean accuracy, %", ylabel="PGD-100 accuracy, %")
     axes.legend(fontsize=7)
     return _plot("scatter", "Clean against robust accuracy, every trial of the study.", figure)
-
-
-def size_plot(table: Table, runs: Mapping[str, TrialRun]) -> Plot | None:
-    """Draw clean accuracy and corruption error against the number of parameters."""
-    from trainables.networks import build_classifier, count_parameters
-
-    scores = {"clean": "clean accuracy", "corruptions": "corruption error"}
-    judged = [row for row in table.rows if (d := row.recipe.digest()) in runs and runs[d].metrics]
-    if not judged:
-        return None
-    figure = _figure(8.5, 3.6, panels=2)
-    for axes, (score, label) in zip(figure.axes, scores.items(), strict=True):
-        axes.set(xlabel="parameters, number", ylabel=f"{label}, %", xscale="log")
-        for row, marker in zip(judged, MARKERS, strict=False):
-            if (share := runs[row.recipe.digest()].metrics.get(score)) is not None:
-                count = count_parameters(build_classifier(row.recipe))
-                axes.plot(count, 100 * share, marker, label=row.label)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
-    return _plot("size", "Accuracy and error against model size.", figure, table.name)
 
 
 def shape_bias_plot(tables: Sequence[Table], runs: Mapping[str, TrialRun]) -> Plot | None:

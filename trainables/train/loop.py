@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,14 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.networks import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
-from trainables.train.adversary import attacked, pgd_iterates, training_attack
+from trainables.train.adversary import (
+    FoldedClassifier,
+    attacked,
+    folded,
+    pgd_iterates,
+    training_attack,
+)
 from trainables.train.exactness import exact
-from trainables.train.folding import FoldedClassifier, folded
 from trainables.train.optim import build_optimizer, rate_at
 from trainables.train.team import ALONE, Team, gathered
 from trainables.watchdog import beat
@@ -187,24 +192,20 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
                 group["lr"] = rate
             optimizer.zero_grad()
         use_set(training.classifier, micro)
-        with _named_memory(training, len(places)), _gathering(training, micro):
+        network, last = training.network, micro + 1 == recipe.accumulation
+        # A team's gradients are gathered with the last forward batch of a step only.
+        is_apart = isinstance(network, DistributedDataParallel) and not last
+        gathering = cast(DistributedDataParallel, network).no_sync() if is_apart else nullcontext()
+        with _named_memory(training, len(places)), gathering:
             loss = _batch_loss(training, images, places, epoch, forward)
             scaled = training.scaler.scale(loss / recipe.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-        if micro + 1 == recipe.accumulation:
+        if last:
             training.scaler.step(optimizer)
             training.scaler.update()
     mean = float(training.team.total(total)) / training.team.size
     return {"train/loss": mean / (steps * recipe.accumulation), "train/rate": rate}
-
-
-def _gathering(training: _Training, micro: int) -> AbstractContextManager[None]:
-    """Have a team's gradients gathered with the last forward batch of a step only."""
-    network = training.network
-    if isinstance(network, DistributedDataParallel) and micro + 1 < training.recipe.accumulation:
-        return network.no_sync()
-    return nullcontext()
 
 
 def _batch_loss(
