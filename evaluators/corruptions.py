@@ -159,12 +159,11 @@ def _aggregates(kinds: Sequence[str], alexnet_errors: dict[str, float]) -> dict[
 
 
 def _errors(ledger: pa.Table) -> tuple[list[str], np.ndarray]:
-    """Return the kinds, and errors_NK of each image under each kind over all severities."""
+    """Return the kinds, and errors_NK over all severities of the images that have every kind."""
     kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
     wrong = pc.invert(ledger["survived"]).cast(pa.float64())
     rows = pa.table({"kind": kinds, "image": ledger["image_id"], "wrong": wrong})
-    errors = rows.group_by(["kind", "image"]).aggregate([("wrong", "mean")])
-    errors = errors.sort_by([("image", "ascending")])
+    errors = rows.group_by(["image", "kind"]).aggregate([("wrong", "mean")]).to_pandas()
     names = pc.unique(kinds).to_pylist()
-    of_kind = (errors.filter(pc.equal(errors["kind"], name))["wrong_mean"] for name in names)
-    return names, np.stack([values.to_numpy() for values in of_kind], axis=1)
+    table = errors.pivot_table(index="image", columns="kind", values="wrong_mean")
+    return names, table[names].dropna().to_numpy()

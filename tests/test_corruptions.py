@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import imagecorruptions
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
@@ -247,6 +248,13 @@ def test_a_score_that_lacks_a_kind_is_left_out():
     names = {s.name for s in Corruptions(IMAGENET).summarize(ledger)}
     assert names.isdisjoint({"corruptions", "corruptions/mCE", "corruptions/weather"})
     assert {"corruptions/noise", "corruptions/snow"} <= names
+
+
+def test_an_image_that_lacks_a_kind_is_left_out():
+    ledger = ledger_of(lambda image, *_: image == 0, KINDS)
+    lacking = pc.and_(pc.equal(ledger["image_id"], "i0"), pc.starts_with(ledger["question"], "fog"))
+    for score in Corruptions(DIGITS).summarize(ledger.filter(pc.invert(lacking))):
+        assert (score.value, score.n) == (0, 3)
 
 
 def write_set(root, kinds):
