@@ -20,11 +20,10 @@ from grid.run import main
 from grid.study import Study
 from tests.paper import resnet50
 from tests.pictures import write_folder, write_picture
+from tests.test_cifar import CLASSES, write_arrays, write_classes
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.registry import KINDS
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
-
-CIFAR_CLASSES = CIFAR10.data_set.classes
 
 
 @pytest.fixture
@@ -62,13 +61,6 @@ def write_stored(root, name, classes, *, side=32):
         folder = root / name / f"class-{label:02d}"
         folder.mkdir(parents=True)
         Image.new("RGB", (side, side)).save(folder / "a.png")
-
-
-def write_cifar_classes(root, *, names=CIFAR_CLASSES, side=32):
-    for folder in [root / split / name for split in ("train", "val") for name in names]:
-        folder.mkdir(parents=True)
-        Image.new("RGB", (side, side)).save(folder / "a.png")
-    return root
 
 
 def test_a_sound_folder_is_found_sound(root, tmp_path):
@@ -205,18 +197,12 @@ def test_what_is_wrong_with_a_stored_set_is_named(root, tmp_path, name, classes,
 
 
 def test_cifar_sets_are_looked_at(tmp_path):
-    root = write_cifar_classes(tmp_path / "data")
-    (root / "cifar10-c").mkdir()
-    assert "lacks 15 of 15: gaussian_noise.npy" in problem(root, tmp_path, scale=CIFAR10)
-    for kind in KINDS:
-        np.save(root / "cifar10-c" / f"{kind}.npy", np.zeros((10, 32, 32, 3), np.uint8))
-    np.save(root / "cifar10-c" / "labels.npy", np.array([3, 5] * 5))
-    (root / "cifar10.1").mkdir()
-    np.save(root / "cifar10.1" / "cifar10.1_v6_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
-    np.save(root / "cifar10.1" / "cifar10.1_v6_labels.npy", np.array([0, 9, 1]))
+    root = tmp_path / "data"
+    write_classes(root)
+    write_arrays(root)
     assert problem(root, tmp_path, scale=CIFAR10) == ""
     sound = texts(root, tmp_path, scale=CIFAR10)
-    assert sound["cifar10.1"] == "3 images of 3 classes (as published: 2,000)"
+    assert sound["cifar10.1"] == "3 images of 2 classes (as published: 2,000)"
     assert sound["cifar10-c"] == "2 images of 2 classes (as published: 10,000)"
     manifests = [look(root, tmp_path, scale=CIFAR10)[1]]
     for name in ("cifar10-c/fog.npy", "cifar10.1/cifar10.1_v6_data.npy"):
@@ -228,15 +214,20 @@ def test_cifar_sets_are_looked_at(tmp_path):
     fog = root / "cifar10-c" / "fog.npy"
     fog.write_bytes(fog.read_bytes()[:-1])
     assert "fog.npy cannot be read" in problem(root, tmp_path, scale=CIFAR10)
+    fog.unlink()
+    assert "lacks 1 of 15: fog.npy" in problem(root, tmp_path, scale=CIFAR10)
 
 
 def test_cifar_10_has_its_own_classes_and_size(tmp_path):
-    other = write_cifar_classes(tmp_path / "other", names=[*CIFAR_CLASSES[:9], "van"])
-    said = problem(other, tmp_path, scale=CIFAR10)
+    (tmp_path / "bare").mkdir()
+    said = problem(tmp_path / "bare", tmp_path, scale=CIFAR10)
+    assert "holds neither torchvision's archive of CIFAR-10 nor train/" in said
+    write_classes(tmp_path / "other", names=[*CLASSES[:9], "van"])
+    said = problem(tmp_path / "other", tmp_path, scale=CIFAR10)
     assert "is not CIFAR-10: it lacks 1 of 10 classes, the first 'truck', and has 1" in said
-    large = write_cifar_classes(tmp_path / "large", side=40)
-    said = problem(large, tmp_path, scale=CIFAR10)
-    assert said.startswith("10 images are not 32 x 32 px, the first")
+    write_classes(tmp_path / "large", side=40)
+    said = problem(tmp_path / "large", tmp_path, scale=CIFAR10)
+    assert said.startswith("30 images are not 32 x 32 px, the first")
     assert "(40 x 40): --scale folder --image-size N takes images of N px" in said
     (tmp_path / "empty" / "cifar-10-batches-py").mkdir(parents=True)
     assert "is not CIFAR-10 as published" in problem(tmp_path / "empty", tmp_path, scale=CIFAR10)

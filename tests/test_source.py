@@ -234,16 +234,14 @@ def write(path, value=0, size=(SIDE, SIDE)):
     Image.new("RGB", size, (value,) * 3).save(path)
 
 
-def stored(root, *, complete=False, native=True):
+def stored(root, *, native=True):
     data = Data(
         data_set=folder_data_set(image_size=SIDE, num_classes=3, train_images=9, content="0" * 8),
         train=NOTHING,
         held_out=NOTHING,
         class_names=("n03", "n01", "n02"),
     )
-    known = StoredSet(
-        name="set", title="Set", evaluator="natural", complete=complete, native=native
-    )
+    known = StoredSet("set", "Set", "natural", complete=False, native=native)
     return stored_split(known, root, data)
 
 
@@ -254,20 +252,6 @@ def test_labels_follow_the_class_names_and_not_the_folder_order(tmp_path):
     assert [part.labels.tolist() for part in parts] == [[0, 1], [2]]
     assert [part.ids for part in parts] == [("n03/a", "n01/a"), ("n02/a",)]
     assert torch.cat([part.images for part in parts])[:, 0, 0, 0].tolist() == [20, 0, 10]
-
-
-def test_a_stored_set_has_classes_of_the_data_and_all_where_it_is_complete(tmp_path):
-    with pytest.raises(ValueError, match="absent cannot be read: No such file"):
-        stored(tmp_path / "absent")
-    with pytest.raises(ValueError, match="<class>/<image>"):
-        stored(tmp_path)
-    write(tmp_path / "n01" / "a.png")
-    assert stored(tmp_path).labels.tolist() == [1]
-    with pytest.raises(ValueError, match=r"lacks 2 classes; first: \['n02', 'n03'\]"):
-        stored(tmp_path, complete=True)
-    write(tmp_path / "n99" / "a.png")
-    with pytest.raises(ValueError, match="n99 is no class of the data: remove it"):
-        stored(tmp_path)
 
 
 def test_a_wrong_size_is_named_unless_images_are_resized_and_cut(tmp_path):
