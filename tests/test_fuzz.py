@@ -6,6 +6,7 @@ pytest tests/test_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics
 from __future__ import annotations
 
 import io
+import json
 import random
 import shutil
 
@@ -59,16 +60,7 @@ VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3))
 
 
 def toml_value(value):
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
-    if isinstance(value, str):
-        escaped = "".join(
-            c if c.isalnum() or c in "+:_-" else f"\\u{ord(c) % 0xD7FF:04x}" for c in value
-        )
-        return f'"{escaped}"'
-    return repr(value)
+    return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
 
 
 @given(

@@ -118,13 +118,3 @@ def test_another_archive_of_torchvisions_is_one_entry(monkeypatch, tmp_path):
     source = DataSource(root=tmp_path)
     with pytest.raises(ValueError, match="cifar-100-python is not CIFAR-100 as published"):
         load_data(scale_of("cifar100", source), source)
-
-
-def test_labels_follow_the_entrys_order_of_classes(shapes, root, monkeypatch):
-    turned = replace(shapes, name="turned", classes=("square", "disc"))
-    monkeypatch.setitem(DATA_SETS, "turned", turned)
-    source = DataSource(root=root)
-    data = load_data(scale_of("turned", source), source)
-    assert data.class_names == ("square", "disc")
-    labels = dict(zip(data.train.ids, data.train.labels.tolist(), strict=True))
-    assert (labels["train/square/0.png"], labels["train/disc/0.png"]) == (0, 1)

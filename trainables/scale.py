@@ -7,12 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from trainables.data.registry import (
-    DATA_SETS,
-    FOLDER,
-    DataSet,
-    data_set_named,
-)
+from trainables.data.registry import DATA_SETS, FOLDER, DataSet, data_set_named
 from trainables.models import Settings, model_named
 from trainables.recipe import Recipe
 
