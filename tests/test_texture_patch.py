@@ -148,13 +148,6 @@ def test_finished_image_leaves_the_batch_and_costs_nothing_more():
     assert queried == 300
 
 
-def test_image_broken_without_a_patch_costs_no_query():
-    task = task_of(grey(2), label=1)
-    outcome, images = run(unmoved, task)
-    assert (images, outcome.queries.tolist()) == (0, [0, 0])
-    assert outcome.stages(task.labels) == ["clean", "clean"]
-
-
 def test_patches_lie_inside_and_cover_exactly_their_area():
     task = task_of(grey(1))
     assert task.spaces(2) == (6, 6, 2, 6, 6)
