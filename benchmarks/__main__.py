@@ -9,27 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.measure import Figure, device_name
+from trainables.store.results import provenance
 
-BENCHMARKS = (
-    "training",
-    "loader",
-    "pgd",
-    "autoattack",
-    "corruptions",
-    "overhead",
-    "study",
-)
+BENCHMARKS = ("training", "loader", "pgd", "autoattack", "corruptions", "overhead", "study")
 KEPT = Path(__file__).with_name("results.json")
 PACKAGES = ("torch", "timm", "ray", "mlflow")
 
@@ -87,25 +77,13 @@ def table(found: dict[str, list[dict[str, object]]]) -> str:
 
 def circumstances() -> dict[str, str]:
     """Say when, of which commit, with which packages and on what a figure was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=KEPT.parent,
-    )
+    here = provenance("cpu")
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        "machine": f"{os.cpu_count()} cores, {_processor()}, models on {device_name()}",
+        "commit": here.get("commit", "unknown"),
+        "versions": ", ".join(f"{name} {here[name]}" for name in PACKAGES),
+        "machine": f"{os.cpu_count()} cores, {here['cpu']}, models on {device_name()}",
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,27 +12,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
-from torch.nn import functional as F
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, require
-from benchmarks.pgd import untrained
+from benchmarks.pgd import trained, untrained
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Batch
 from grid.study import base_named
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier
-from trainables.recipe import Recipe
+from trainables.networks import Classifier
+from trainables.recipe import Adversary, Recipe
 from trainables.scale import DIGITS
-from trainables.train.adversary import attacked, pgd_iterates, random_start
 
 # model, epochs, PGD steps while training, images, Square's queries (the standard ones, or fewer)
 CASES = (("resnet18", 6, 0, 100, 5000), ("resnet50", 8, 3, 20, 1000))
 EPSILON = 16 / 255
 TINY_RADIUS, FEW_QUERIES = 1e-6, 500
-BATCH = 64
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
@@ -42,7 +38,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         split = load_data(DIGITS).held_out.subset(images, seed=0)
         images_BCHW, labels_B = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
         attack = Attack(
-            trained(model, epochs=epochs, attack_steps=steps),
+            trained(recipe_of(model, attack_steps=steps), epochs=epochs),
             Batch(images_BCHW, labels_B, split.ids),
             epsilon=EPSILON,
             queries=queries,
@@ -95,6 +91,22 @@ def beside_pyautoattack(name: str, attack: Attack, *, repeats: int) -> Figure:
     )
 
 
+def recipe_of(model: str, *, attack_steps: int) -> Recipe:
+    """Return a recipe for the digits, adversarial where `attack_steps` is not 0."""
+    attack = {"epsilon": EPSILON, "step_size": EPSILON / 2, "steps": attack_steps}
+    return Recipe(
+        scale=DIGITS.name,
+        model=model,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=1e-4,
+        scheduler="cosine",
+        epochs=1,
+        batch_size=64,
+        adversary=Adversary(**attack) if attack_steps else None,
+    )
+
+
 def attacked_here(attack: Attack) -> list[bool]:
     """Return which images survive this project's AutoAttack."""
     scale = replace(DIGITS, square_queries=attack.queries)
@@ -114,58 +126,3 @@ def attacked_plainly(attack: Attack) -> list[bool]:
     _, answers = plain.run_standard_evaluation(batch.images.contiguous(), batch.labels)
     survived: list[bool] = (answers == batch.labels).tolist()
     return survived
-
-
-def trained(model: str, *, epochs: int, attack_steps: int) -> Classifier:
-    """Train a model on the digits, on PGD iterates where `attack_steps` is not 0."""
-    recipe = Recipe(
-        scale=DIGITS.name,
-        model=model,
-        optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=1e-4,
-        scheduler="cosine",
-        epochs=epochs,
-        batch_size=BATCH,
-    )
-    classifier = build_classifier(recipe).to(DEVICE)
-    split = load_data(DIGITS).train
-    steps = epochs * (len(split) // BATCH)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        chosen = torch.randint(len(split), (BATCH,), generator=generator)
-        images = to_unit(split.images[chosen].to(DEVICE))
-        labels = split.labels[chosen].to(DEVICE)
-        if attack_steps:
-            images = perturbed(classifier, images, labels, attack_steps, step)
-        classifier.train()
-        optimizer.zero_grad()
-        F.cross_entropy(classifier(images), labels).backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval()
-
-
-def perturbed(
-    classifier: Classifier,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    steps: int,
-    step: int,
-) -> torch.Tensor:
-    """Return the last iterate of PGD from a random start."""
-    with attacked(classifier):
-        ((_, iterate),) = pgd_iterates(
-            classifier,
-            images,
-            labels,
-            epsilon=EPSILON,
-            step_size=EPSILON / 2,
-            stops=(steps,),
-            start_BCHW=random_start(
-                images, torch.arange(len(images)), epsilon=EPSILON, key=(step,)
-            ),
-        )
-    return iterate

@@ -3,8 +3,7 @@
 Both sides deliver uint8 batches from one process and one thread, whose CPU time other work on the
 machine does not move; timm's prefetcher, which converts on a GPU, is taken off its loader. Both
 crop (RandomResizedCrop 0.08-1, bicubic) and flip: at 224 px from files of 500 x 375 px, and at
-32 px files of 32 x 32 px, which ours keeps decoded in memory. A line of its own has both shift
-(by up to 2 px) and flip the 32 px images, as CIFAR-10's are here.
+32 px files of 32 x 32 px, which ours keeps decoded in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,23 +21,16 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
-from timm.data.transforms import ToNumpy
 from torch import Tensor
-from torchvision.transforms import (  # type: ignore[import-untyped]
-    Compose,
-    RandomCrop,
-    RandomHorizontalFlip,
-)
 
 from benchmarks.measure import Figure, in_turns, require
 from grid.study import base_named
-from trainables.data.augment import SHIFT_FRACTION, TrainBatches
+from trainables.data.augment import TrainBatches
 from trainables.data.base import Split
 from trainables.data.images import ImageFiles, as_tensor
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.recipe import Recipe
-from trainables.scale import CIFAR10
 
 Batch = tuple[Tensor, Tensor]  # images, labels
 CLASSES = 4
@@ -62,9 +53,6 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         recipe, train = from_files(root, side=32, cache=cache)
         name = "memory at 32 px, crop and flip"
         yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats)
-        recipe, train = CIFAR10.shrink(base_named("resnet50")), in_memory(train)
-        name = "memory at 32 px, shift and flip"
-        yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats, shifted=True)
 
 
 def beside_timm(
@@ -75,7 +63,6 @@ def beside_timm(
     *,
     target: float,
     repeats: int,
-    shifted: bool = False,
 ) -> Figure:
     """Time an epoch of each side in turns; both must deliver the same images."""
     side = train.images.shape[-1]
@@ -86,7 +73,7 @@ def beside_timm(
         for images, places in batches.epoch(next(epochs)):
             yield images, train.labels[places]
 
-    theirs = timm_batches(root, side, shifted=shifted)
+    theirs = timm_batches(root, side)
     require_same_images(train, root)
     told = require_same_delivery(ours(), theirs, side=side)
     pairs = in_turns(
@@ -146,14 +133,10 @@ def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
                 image.save(folder / f"{number}.jpg", quality=90)
 
 
-def timm_batches(root: Path, side: int, *, shifted: bool) -> torch.utils.data.DataLoader[Any]:
-    """Return timm's loader of uint8 batches, as its `create_loader` gives it to its prefetcher.
-
-    `shifted`: torchvision's shift and flip in place of timm's transform.
-    """
-    files = ImageDataset(str(root / "train"))
+def timm_batches(root: Path, side: int) -> torch.utils.data.DataLoader[Any]:
+    """Return timm's loader of uint8 batches, as its `create_loader` gives it to its prefetcher."""
     prefetched = create_loader(
-        files,
+        ImageDataset(str(root / "train")),
         input_size=side,
         batch_size=BATCH,
         is_training=True,
@@ -162,9 +145,6 @@ def timm_batches(root: Path, side: int, *, shifted: bool) -> torch.utils.data.Da
         num_workers=0,
         device=torch.device("cpu"),
     )
-    if shifted:
-        shift = RandomCrop(side, padding=side // SHIFT_FRACTION)
-        files.transform = Compose([shift, RandomHorizontalFlip(), ToNumpy()])
     return prefetched.loader
 
 
@@ -173,9 +153,3 @@ def from_files(root: Path, *, side: int, cache: Path | None = None) -> tuple[Rec
     source = DataSource(root=root, cache=cache)
     scale = scale_of("folder", source, image_size=side)
     return scale.shrink(base_named("resnet50")), load_data(scale, source).train
-
-
-def in_memory(train: Split) -> Split:
-    """Return the same images as one tensor."""
-    pixels = torch.stack([decoded(train.images, place) for place in range(len(train))])
-    return replace(train, images=pixels)

@@ -27,14 +27,13 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     trials, epochs, repeats = (3, 1, 1) if quick else (14, 17, 5)
     nested = (lambda: 0.0) if quick else nested_overhead
     turns = [(overhead(trials, epochs=epochs), nested()) for _ in range(repeats)]
-    told = f"{trials} trials finished"
     yield Figure(
         name="a trial beyond its training",
         values=tuple(our_s for our_s, _ in turns),
         target=0.5,
         better="less",
         unit="s",
-        same=told,
+        same=f"{trials} trials finished",
     )
     yield Figure(
         name="a trial beyond its training, TorchTrainer in a Tune function",

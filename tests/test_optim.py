@@ -17,15 +17,11 @@ def test_cosine_meets_the_figure_of_the_public_log():
     assert rate_at(lagging, 44, 7, 100) == pytest.approx(0.00244019576659, abs=1e-13)
 
 
-def test_as_published_is_held_for_an_epoch_and_lags_by_one():
+def test_as_published_holds_the_rate_for_an_epoch_and_lags_and_corrected_follows_steps():
     recipe = deit().replace(protocol="as-published")
     assert rate_at(recipe, 0, 5, 10) == rate_at(recipe, 1, 0, 10) == recipe.warmup_rate
     assert rate_at(recipe, 30, 0, 10) == rate_at(recipe, 30, 9, 10) == learning_rate(recipe, 29)
-
-
-def test_corrected_follows_the_schedule_step_by_step():
-    recipe = deit()
-    assert rate_at(recipe, 50, 5, 10) == learning_rate(recipe, 50.5)
+    assert rate_at(deit(), 50, 5, 10) == learning_rate(deit(), 50.5)
 
 
 def test_warmup_is_linear_and_the_cosine_is_not_shifted_by_it():
