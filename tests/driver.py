@@ -25,7 +25,7 @@ epochs = [{epochs}]
 """
 
 
-def start(study, results, *arguments):
+def start(study, results, *arguments, env=None):
     """Start the real command on a study file, in a session of its own."""
     command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
     return subprocess.Popen(
@@ -34,6 +34,7 @@ def start(study, results, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=env,
         start_new_session=True,
     )
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sqlite3
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import mlflow.artifacts
 import pytest
@@ -19,9 +16,9 @@ from grid.plan import build_plan
 from grid.report.build import write_report
 from grid.report.tables import describe_provenance
 from grid.run import main
-from grid.status import open_existing, open_tracker
+from grid.status import open_tracker
 from grid.study import load_study
-from tests.driver import SECONDS, study_of_one
+from tests.driver import ended, start, study_of_one, trials
 from tests.made_up import record
 from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
@@ -30,14 +27,12 @@ from trainables.scale import CIFAR10, DIGITS
 from trainables.store.results import database_uri, is_in_use, joined, provenance, settle, sole_run
 from trainables.store.tracking import SCHEMA_TAG, TrialRun
 
-ROOT = Path(__file__).parents[1]
 STRANGE = "of=a & b#c é"
 
 
 def refusal(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert ended.value.code == 2
     return capsys.readouterr().err
 
 
@@ -247,20 +242,6 @@ def test_a_trial_carries_what_trained_it_from_checkpoint_to_checkpoint(tmp_path,
 # A study that was run, then copied, renamed and gone on with.
 
 
-def run(results, study, *arguments):
-    command = [sys.executable, "grid/run.py", "--study", str(study), "--results", str(results)]
-    ended = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     path = tmp_path_factory.mktemp("study") / "one.toml"
@@ -271,18 +252,18 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, study):
     results = tmp_path_factory.mktemp("strange") / STRANGE
-    return results, run(results, study)
+    return results, ended(start(study, results))
 
 
 @pytest.mark.slow
 def test_a_folder_of_any_name_holds_everything_and_its_provenance(finished):
-    results, ended = finished
+    results, said = finished
     assert [path.name for path in results.parent.iterdir()] == [STRANGE]
     names = {path.name for path in results.iterdir()}
     assert names == {".lock", "artifacts", "mlflow.db", "report", "trials", "tune"}
-    assert f"Report:    {results}/report/index.html\n" in ended.stdout
-    assert f"--backend-store-uri '{database_uri(results)}'" in ended.stdout
-    (trial,) = open_existing(results, None, DIGITS).trials().values()
+    assert f"Report:    {results}/report/index.html\n" in said
+    assert f"--backend-store-uri '{database_uri(results)}'" in said
+    (trial,) = trials(results).values()
     assert trial.artifact_uri.startswith(results.as_uri())
     assert trial.trained == trial.judged["clean"] == provenance("cpu")
 
@@ -317,8 +298,8 @@ def test_what_a_copy_lacks_is_computed_in_it_and_nothing_in_the_original(finishe
     before = files(original)
     copy = tmp_path / "copy"
     shutil.copytree(original, copy)
-    ended = run(copy, study, "--evaluators", "clean", "natural", "--seeds", "2")
-    assert "2 trials: 1 done, 1 to train" in ended.stderr
-    assert "Trained 1 and judged 3 cells" in ended.stdout
+    said = ended(start(study, copy, "--evaluators", "clean", "natural", "--seeds", "2"))
+    assert "2 trials: 1 done, 1 to train" in said
+    assert "Trained 1 and judged 3 cells" in said
     assert files(original) == before
     assert len(list(copy.glob("artifacts/*/artifacts/ledgers/*.parquet"))) == 4

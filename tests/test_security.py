@@ -32,7 +32,7 @@ from evaluators.textures import LAYOUT, StoredTextures
 from evaluators.weights import load_any_weights
 from grid import options, run
 from grid.study import load_study
-from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
+from tests.driver import ROOT, SECONDS, ended, start, study_of_one, wait_for_checkpoint
 from tests.pictures import write_folder
 from tests.servers import MlflowServer
 from tests.test_cifar import write_archive
@@ -48,8 +48,6 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
-
-ROOT = Path(__file__).parents[1]
 
 
 class Planted:
@@ -304,7 +302,6 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "secret/of+aws",
     "RAY_AUTH_TOKEN": "5ec2e7" * 8,
 }
-STUDY = study_of_one("pgd", epochs=20)
 ASK_GCS = """
 import sys
 from ray._raylet import GcsClient
@@ -364,11 +361,10 @@ def environment(folder):
     return kept | own | SECRETS
 
 
-def command(folder, server, *arguments):
-    (folder / "study.toml").write_text(STUDY)
-    fixed = ["--study", str(folder / "study.toml"), "--results", str(folder / "results")]
-    fixed += ["--mlflow", server.uri, "--address", "local"]
-    return [sys.executable, "grid/run.py", *fixed, *arguments]
+def started(folder, server, environment, *arguments):
+    study = put(folder / "study.toml", study_of_one("pgd", epochs=20).encode())
+    options = ("--mlflow", server.uri, "--address", "local", *arguments)
+    return start(study, folder / "results", *options, env=environment)
 
 
 def looked_into(driver, folder, environment):
@@ -390,37 +386,23 @@ def ran(folder, server, environment):
     marker = folder / "was-run"
     for name in ("tuner.pkl", "trainable.pkl", "error.pkl", "x/error.pkl", "x/.tune_metadata"):
         put(folder / "results" / "tune" / name, pickle.dumps(Planted(marker)))
-    with subprocess.Popen(
-        command(folder, server),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as driver:
-        try:
-            found, asked = looked_into(driver, folder, environment)
-            said = driver.communicate(timeout=SECONDS)[0]
-        finally:
-            driver.kill()
-    assert driver.returncode == 0, said
-    return found, asked, said
+    driver = started(folder, server, environment)
+    try:
+        found, asked = looked_into(driver, folder, environment)
+        return found, asked, ended(driver)
+    finally:
+        driver.kill()
 
 
 @pytest.mark.slow
-def test_a_run_on_one_machine_listens_on_its_loopback_alone(ran):
-    found, _, _ = ran
+def test_a_run_listens_on_its_loopback_alone_and_ray_answers_nobody_without_its_token(ran):
+    found, asked, _ = ran
     assert len(found) > 5
     assert set(found.values()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-
-
-@pytest.mark.slow
-def test_ray_answers_nobody_without_its_token(ran):
-    _, asked, _ = ran
-    assert asked["its own"].returncode == 0, asked["its own"].stderr
-    for name in ("none", "another"):
-        assert asked[name].returncode != 0
-        assert "uthenticat" in asked[name].stderr
+    assert asked.pop("its own").returncode == 0
+    for answer in asked.values():
+        assert answer.returncode != 0
+        assert "uthenticat" in answer.stderr
 
 
 @pytest.mark.slow
@@ -438,15 +420,6 @@ def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, se
     marker = folder / "was-run"
     (ledger,) = (folder / "server" / "artifacts").rglob("artifacts/ledgers/pgd.parquet")
     put(ledger, pickle.dumps(Planted(marker)))
-    again = subprocess.run(
-        command(folder, server, "--report"),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr
+    ended(started(folder, server, environment, "--report"))
     assert "damaged ledger" in (folder / "results" / "report" / "tables.md").read_text()
     assert not marker.exists()

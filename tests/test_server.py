@@ -16,22 +16,14 @@ import requests
 import yaml
 
 from grid.run import main
-from tests.driver import SECONDS, wait_for_checkpoint, wait_until
+from tests.driver import ROOT, ended, start, study_of_one, wait_for_checkpoint, wait_until
 from tests.servers import MlflowServer, free_port
 from trainables.store.tracking import Tracker, check_address, client_settings
 
-ROOT = Path(__file__).parents[1]
 WRITERS, EPOCHS = 8, 30
 CREDENTIALS = """[mlflow]
 mlflow_tracking_username = admin
 mlflow_tracking_password = a long password
-"""
-STUDY = """
-name = "away"
-base = "resnet50"
-evaluators = ["clean"]
-[set]
-size = "small"
 """
 STEPS = (
     "select m.step from metrics m join tags t using (run_uuid) "
@@ -50,22 +42,14 @@ def server(tmp_path_factory):
 @pytest.mark.slow
 def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
     study = tmp_path / "study.toml"
-    study.write_text(STUDY)
-    command = [sys.executable, "grid/run.py", "--study", str(study), "--mlflow", server.uri]
-    driver = subprocess.Popen(
-        [*command, "--results", str(tmp_path / "results")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    study.write_text(study_of_one(epochs=100))
+    driver = start(study, tmp_path / "results", "--mlflow", server.uri)
     wait_for_checkpoint(tmp_path / "results", driver)
     server.kill()
     wait_until(driver, lambda: list(tmp_path.glob("results/trials/*/weights.safetensors")))
     time.sleep(2)
     server.start()
-    said = driver.communicate(timeout=SECONDS)[0]
-    assert driver.returncode == 0, said
+    said = ended(driver)
     assert "MLflow is away or busy: training goes on" in said
     assert "what waited is written" in said
     assert "Trained 1 and judged 1 cells" in said
