@@ -43,7 +43,13 @@ from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import Tracker
-from trainables.trial import RecipeTrial, trial_config
+from trainables.trial import (
+    CONTROLLER,
+    RecipeTrial,
+    teams_placed,
+    train_together,
+    trial_config,
+)
 
 SHARDS_FOLDER = "shards"
 TUNE_FOLDER = "tune"
@@ -245,8 +251,6 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
     if alone:
         trainable, order = tune.with_resources(RecipeTrial, _resources), PlanOrder(configs)
     else:
-        from trainables.distributed import CONTROLLER, teams_placed, train_together
-
         trainable = tune.with_resources(train_together, CONTROLLER)
         order = PlanOrder(configs, teams_placed)
     tune.Tuner(

@@ -12,9 +12,9 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util import placement_group
 
-from trainables import distributed
-from trainables.distributed import teams_placed, train_together
+from trainables import trial
 from trainables.ray_internals import release_orphans
+from trainables.trial import teams_placed, train_together
 
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
 BUSY = WorkerGroupError("both failed", {0: RuntimeError("NCCL error"), 1: ActorDiedError()})
@@ -25,18 +25,18 @@ OWN = WorkerGroupError("two failed", {0: RuntimeError("NCCL error"), 1: ValueErr
 def tried(monkeypatch):
     """Return a function: what a team that ends in errors reports, in how many tries."""
     reported = []
-    monkeypatch.setattr(distributed, "release_orphans", lambda: None)
-    monkeypatch.setattr(distributed.tune, "report", reported.append)
+    monkeypatch.setattr(trial, "release_orphans", lambda: None)
+    monkeypatch.setattr(trial.tune, "report", reported.append)
 
     def run(*errors, others=0):
         left = list(errors)
 
-        def train(trial):
+        def train(settings):
             if left:
                 raise left.pop(0)
 
-        monkeypatch.setattr(distributed, "_train", train)
-        monkeypatch.setattr(distributed, "teams_placed", lambda: others)
+        monkeypatch.setattr(trial, "_train", train)
+        monkeypatch.setattr(trial, "teams_placed", lambda: others)
         train_together({"trial": json.dumps({"digest": "abc"}), "source": None})
         return len(errors) - len(left), reported
 

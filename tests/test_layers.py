@@ -19,7 +19,6 @@ MAY_IMPORT = {
         "grid/launch.py",
         "grid/assess.py",
         "trainables/trial.py",
-        "trainables/distributed.py",
         "trainables/ray_internals.py",
     },
     "mlflow": {"trainables/store/tracking.py"},

@@ -1,18 +1,35 @@
-"""The trial placed in one process: a Tune Trainable that resumes itself from its own files."""
+"""The trial as Tune runs it, in one process or by a team; it resumes itself from its own files."""
 
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.util import placement_group_table
 
+from trainables.ray_internals import lacked_room, release_orphans
 from trainables.store.retries import OWN_FAULTS
+from trainables.store.storage import below
 from trainables.watchdog import counting_steps
 
 if TYPE_CHECKING:
     from trainables.running import RunningTrial
+
+# Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
+# It takes none of what workers need, so that no trial can wait for another's workers.
+CONTROLLER = {"node:__internal_head__": 0.001}
+TRAIN_FOLDER = "train"
+# A team waits for its workers, and again: a node that died may take its successor minutes to come
+# up. Without its workers for an hour a trial has failed, unless others hold the room.
+START_SECONDS, FAILED_SECONDS = 300, 3600
+TRAIN_SETTINGS = {
+    # Ray Train takes one report per look at its workers: by default every two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_SECONDS),
+}
 
 
 class RecipeTrial(tune.Trainable):  # type: ignore[misc]
@@ -67,3 +84,86 @@ def failed_result(digest: str, error: BaseException, trace: str = "") -> dict[st
         "trace": trace or "".join(traceback.format_exception(error)),
         "done": True,
     }
+
+
+def train_together(config: dict[str, Any]) -> None:
+    """Train one recipe with its config's number of workers; report each epoch to Tune.
+
+    A death, of a worker, a node or Train's controller, is raised: Tune tries the trial again, from
+    its own checkpoint. The program's own fault is reported. A team that has no room waits for as
+    long as other teams train. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
+    worker).
+    """
+    trial = trial_config(config)
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    while True:
+        release_orphans()
+        try:
+            _train(trial)
+            return
+        except Exception as error:
+            workers = getattr(error, "worker_failures", {}).values()
+            faults = [cause for cause in (error, *workers) if isinstance(cause, OWN_FAULTS)]
+            if faults:
+                trace = "".join(traceback.format_exception(error))
+                tune.report(failed_result(trial["digest"], faults[0], trace))
+                return
+            if not (lacked_room(error) and teams_placed()):
+                raise
+
+
+def teams_placed() -> int:
+    """Return how many teams have their workers now; one that waits for them has not."""
+    groups = placement_group_table().values()
+    held = [group["bundles"].values() for group in groups if group["state"] == "CREATED"]
+    return sum(any("CPU" in bundle for bundle in bundles) for bundles in held)
+
+
+def _train(trial: dict[str, Any]) -> None:
+    """Train with a team until the trial is over; ControllerError where the team cannot start."""
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    gpus = {"GPU": trial["gpus"]} if trial["gpus"] else {}
+    TorchTrainer(
+        _work,
+        train_loop_config=trial,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=trial["workers"],
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": trial["threads"]} | gpus,
+            placement_strategy="PACK",
+        ),
+        run_config=train.RunConfig(
+            name=trial["digest"],
+            storage_path=below(trial["storage"], TRAIN_FOLDER),
+            callbacks=[TuneReportCallback()],
+            failure_config=train.FailureConfig(
+                controller_failure_limit=FAILED_SECONDS // START_SECONDS
+            ),
+        ),
+    ).fit()
+
+
+def _work(trial: dict[str, Any]) -> None:
+    """Train as one worker of the team; every worker reports, Tune takes the first one's report."""
+    from ray import train
+    from ray.train.torch import get_device
+
+    from trainables.running import next_result, open_trial
+    from trainables.train.team import Team
+
+    context = train.get_context()
+    team = Team(context.get_world_rank(), context.get_world_size())
+    device = get_device() if trial["gpus"] else "cpu"
+    running = open_trial(trial | {"device": str(device)}, team)
+    over = False
+    while not over:
+        with counting_steps(trial["hung_after"]):
+            result = next_result(running)
+        # Tune must not take the trial for over while its workers are being put away.
+        over = result.pop("done")
+        train.report(result)
