@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from grid.run import ENVIRONMENT
-from tests.driver import trials
+from tests.driver import ROOT, SECONDS, trials
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 # A decay that overflows float32 in the first step; the study file's axes do not reach a teacher.
 DRIVER = """
 from pathlib import Path
@@ -46,51 +44,34 @@ BLOCKED = "blocked by resnet18"
 
 
 def run(results):
-    return subprocess.run(
+    """Run the study; return how many trials and cells it ended, its failures, and its words."""
+    ended = subprocess.run(
         [sys.executable, "-c", DRIVER, str(results)],
         cwd=ROOT,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         check=False,
     )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split(), ended.stderr
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    results = tmp_path_factory.mktemp("outcomes") / "results"
-    return results, run(results)
-
-
-def outcomes(results):
-    return {run.outcome: run for run in trials(results).values()}
-
-
-def test_a_collapse_and_a_block_are_outcomes_and_no_failures(ended):
-    results, driver = ended
-    assert driver.returncode == 0, driver.stderr
-    assert driver.stdout.split() == ["2", "0", "()"]
-    assert "collapsed: resnet18 relu sgd step none 10ep seed0" in driver.stderr
-    found = outcomes(results)
-    assert found.keys() == {"collapsed", "blocked"}
-    assert found["collapsed"].reason == COLLAPSED
-    assert found["collapsed"].cells == {}
-    assert found["blocked"].reason.startswith(BLOCKED)
-
-
-def test_the_tables_say_so(ended):
-    results, _ = ended
+def test_a_collapse_and_a_block_are_outcomes_and_no_failures(tmp_path):
+    results = tmp_path / "results"
+    ended, said = run(results)
+    assert ended == ["2", "0", "()"]
+    assert "collapsed: resnet18 relu sgd step none 10ep seed0" in said
+    outcomes = {run.outcome: run for run in trials(results).values()}
+    assert outcomes.keys() == {"collapsed", "blocked"}
+    collapsed = outcomes["collapsed"]
+    assert (collapsed.reason, collapsed.cells) == (COLLAPSED, {})
+    assert outcomes["blocked"].reason.startswith(BLOCKED)
     tables = (results / "report" / "tables.md").read_text()
     assert f"collapsed: {COLLAPSED}" in tables
     assert BLOCKED in tables
-
-
-def test_a_collapse_is_not_tried_again(ended):
-    results, _ = ended
-    collapsed = outcomes(results)["collapsed"]
-    again = run(results)
-    assert again.returncode == 0, again.stderr
-    found = outcomes(results)["collapsed"]
-    assert (found.run_id, found.end_time) == (collapsed.run_id, collapsed.end_time)
-    assert again.stdout.split() == ["1", "0", "()"]
+    # A block is tried again, a collapse is not.
+    assert run(results)[0] == ["1", "0", "()"]
+    again = trials(results)[collapsed.digest]
+    assert (again.run_id, again.end_time) == (collapsed.run_id, collapsed.end_time)
