@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,7 +136,7 @@ def dictionary_for(scale: Scale, data: Data) -> Mapping[int, Tensor]:
 def _load_or_build(scale: Scale, data: Data, path: Path | None) -> Mapping[int, Tensor]:
     try:
         if path:
-            textures = load_file(path)
+            textures = load(path.read_bytes())
             return {int(label): textures[label] for label in sorted(textures, key=int)}
     except (FileNotFoundError, SafetensorError):  # it is missing or damaged
         pass
