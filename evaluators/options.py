@@ -6,16 +6,21 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import AfterValidator, BeforeValidator
 
 from evaluators import EVALUATORS, PGD_STEPS
-from trainables.models import MODELS, TIMM_PREFIX
-from trainables.options import Count, DataOptions, Names, Split, Words, fraction, option
-from trainables.recipe import ACTIVATIONS, Activation, unknown
+from trainables.models import MODELS
+from trainables.options import Count, DataOptions, Split, fraction, option
+from trainables.recipe import ACTIVATIONS, Activation, check_model, one_of
 from trainables.scale import scale_named, scale_names
 
 # Single lengths of pgd take its shorter trajectory.
 NAMES = (*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS))
+Name = Annotated[str, one_of("evaluator", NAMES)]
+ScaleName = Annotated[
+    str, AfterValidator(lambda name: name if name in scale_names() else scale_named(name).name)
+]
+ModelName = Annotated[str, AfterValidator(check_model)]
 Radius = Annotated[
     Fraction, BeforeValidator(lambda word: fraction(word, "radius for pixels in [0, 1]", "4/255"))
 ]
@@ -31,7 +36,7 @@ class JudgeOptions(DataOptions):
     groups: ClassVar[dict[str, str]] = {**DataOptions.groups, "epsilon": "attacks"}
 
     weights: Path = option(..., ".safetensors, or torch's .pth, .pt, .th or .bin", "FILE")
-    model: str | None = option(
+    model: ModelName | None = option(
         None,
         f"{', '.join(MODELS)} or timm:NAME (default: as the weights file's header says)",
         "NAME",
@@ -39,8 +44,10 @@ class JudgeOptions(DataOptions):
     activation: Activation | None = option(
         None, f"replaces the network's own activation: {', '.join(ACTIVATIONS)}", "NAME"
     )
-    evaluators: Names = option(("clean",), ", ".join(NAMES), "NAME")
-    scale: str | None = option(
+    evaluators: Annotated[tuple[Name, ...], Split] = option(
+        ("clean",), ", ".join(NAMES), "NAME", min_length=1
+    )
+    scale: ScaleName | None = option(
         None, f"{', '.join(scale_names())} (default: the file's, or digits)", "NAME"
     )
     mean: float | None = option(
@@ -69,25 +76,3 @@ class JudgeOptions(DataOptions):
     patch_area: Area | None = option(
         None, "share of the image that one patch covers (default: the scale's)", "SHARE"
     )
-
-    @field_validator("evaluators")
-    @classmethod
-    def _are_known(cls, names: Words) -> Words:
-        for name in names or ("",):
-            if name not in NAMES:
-                raise ValueError(unknown("evaluator", name, NAMES))
-        return names
-
-    @field_validator("model")
-    @classmethod
-    def _is_known(cls, model: str) -> str:
-        if model not in MODELS and not model.startswith(TIMM_PREFIX):
-            raise ValueError(unknown("model", model, [*MODELS, "timm:NAME"]))
-        return model
-
-    @field_validator("scale")
-    @classmethod
-    def _is_a_scale(cls, name: str) -> str:
-        if name not in scale_names():
-            scale_named(name)
-        return name

@@ -14,6 +14,7 @@ from trainables.recipe import (
     CurriculumRow,
     Distillation,
     Recipe,
+    check_model,
     format_augmentations,
     parse_augmentations,
     problem,
@@ -133,7 +134,7 @@ def _changed(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 def _with_model(recipe: Recipe, model: str) -> Recipe:
-    changed = _changed(recipe, model=model)
+    changed = _changed(recipe, model=check_model(model))
     if changed.family == recipe.family or recipe.adversary:
         return changed
     return _with_optimizer(changed, recipe.optimizer)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from evaluators import evaluator_named, evaluator_of
 from grid.axes import axis_value, format_settings
 from grid.options import RunOptions
-from grid.plan import Plan, Trial, format_seconds
+from grid.plan import Plan, format_seconds
 from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
 from trainables.models import model_named
@@ -170,7 +170,10 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
     """Say every trial with its hyper-parameters, then every field in which trials differ."""
     for trial in plan:
         yield f"  {trial.digest}  {trial.name}"
-        yield f"{INDENT}{_hyperparameters(trial)}"
+        yield (
+            f"{INDENT}rate {trial.recipe.learning_rate:g}, decay {trial.recipe.weight_decay:g}, "
+            f"batch {trial.recipe.batch_size}, warm-up {trial.recipe.warmup_epochs:g}"
+        )
         yield f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}"
     yield "Trials differ in:"
     for name in Recipe.model_fields:
@@ -178,21 +181,6 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
         more = f" and {len(texts) - MOST_VALUES} more" if len(texts) > MOST_VALUES else ""
         if len(texts) > 1:
             yield f"  {name}: {', '.join(texts[:MOST_VALUES])}{more}"
-
-
-def _hyperparameters(trial: Trial) -> str:
-    recipe = trial.recipe
-    parts = [
-        f"rate {recipe.learning_rate:g}",
-        f"decay {recipe.weight_decay:g}",
-        f"batch {recipe.batch_size}",
-        f"warm-up {recipe.warmup_epochs:g}",
-    ]
-    if recipe.norm == "ghost":
-        parts.append(f"ghost batch {recipe.ghost_batch} of {recipe.forward_batch}")
-    if recipe.adversary:
-        parts.append(f"epsilon {recipe.adversary.epsilon * 255:g}/255")
-    return ", ".join(parts)
 
 
 def _short(hours: float) -> str:

@@ -28,7 +28,7 @@ from pydantic import (
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import AXES, Library, with_axes
 from trainables.models import check_family
-from trainables.recipe import CurriculumRow, Frozen, Recipe, problem, unknown
+from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, unknown
 
 FOLDER = Path(__file__).parent / "studies"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
@@ -38,15 +38,6 @@ ALONE = ("none survive", "collapses")  # tests of one row
 Mode = Literal["product", "one-at-a-time"]
 Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
 Figure = tuple[float, str]  # a published figure in percent, and its source
-
-
-def _one_of(kind: str, known: Iterable[str]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in known:
-            raise ValueError(unknown(kind, name, known))
-        return name
-
-    return AfterValidator(check)
 
 
 def _scored(column: str) -> str:
@@ -62,7 +53,7 @@ def _place(value: Any) -> Any:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Axis = Annotated[str, _one_of("axis", AXES)]
+Axis = Annotated[str, one_of("axis", AXES)]
 Columns = tuple[Annotated[str, AfterValidator(_scored)], ...]
 Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the label of a row of it
 
@@ -209,7 +200,7 @@ class Study(Frozen):
     settings: dict[Axis, Any] = Field({}, validation_alias="set")
     axes: dict[Axis, tuple[Any, ...]] = Field({})
     mode: Mode = "product"
-    evaluators: tuple[Annotated[str, _one_of("evaluator", EVALUATORS)], ...] | None = None
+    evaluators: tuple[Annotated[str, one_of("evaluator", EVALUATORS)], ...] | None = None
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
     tables: tuple[Table, ...] = ()
     claims: tuple[Claim, ...] = ()

@@ -53,7 +53,7 @@ def refusal(capsys, *arguments):
         (["--scale", "imagenet"], "'imagenet' has no embedded data"),
         (["--workers", "3"], "3 workers; their number must be one of 1, 2, 4, 8, 16, 32"),
         (["--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
-        (["--mlflow", "http://127.0.0.1:9"], "no MLflow server answers at http://127.0.0.1:9"),
+        (["--mlflow", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
         (["--report"], "holds no mlflow.db"),
         (["--status"], "holds no mlflow.db"),
     ],
@@ -101,7 +101,7 @@ def test_studies_that_cannot_be_trained_are_refused(capsys, tmp_path, rest, mess
 def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
     assert main(["--plan", "--all", "--tables", "T2", "--scale", "imagenet"]) == 0
     printed = capsys.readouterr().out
-    assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5, ghost batch 64 of 1024" in printed
+    assert "rate 1.6, decay 0.0001, batch 4096, warm-up 5\n" in printed
     assert "7 rows, 7 trainings (0 shared), 0 combinations refused; 28 cells to judge" in printed
 
 

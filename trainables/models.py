@@ -99,13 +99,6 @@ def register(model: Model) -> None:
     MODELS[model.name] = model
 
 
-def check_model_name(name: str) -> str:
-    """Return a model's name; ValueError where none has it; 'timm:NAME' passes."""
-    if name not in MODELS and not name.startswith(TIMM_PREFIX):
-        raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)} or timm:NAME")
-    return name
-
-
 def check_family(name: str) -> str:
     """Return the name of a family; ValueError where no model is of it."""
     families = {model.family: None for model in MODELS.values()} | {TIMM: None}
@@ -118,7 +111,8 @@ def model_named(name: str) -> Model:
     """Return a model's entry; timm's models count as the largest of each cost."""
     if name in MODELS:
         return MODELS[name]
-    check_model_name(name)
+    if not name.startswith(TIMM_PREFIX):
+        raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)} or timm:NAME")
     largest = Cost(*map(max, zip(*(model.cost for model in MODELS.values()), strict=True)))
     build = _network("from_timm", name.removeprefix(TIMM_PREFIX))
     return Model(name, "-", build, largest, TIMM, "timm")

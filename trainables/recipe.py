@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainables.models import check_model_name, model_named
+from trainables.models import MODELS, TIMM_PREFIX, model_named
 
 Activation = Literal["relu", "gelu", "silu", "softplus"]
 Augmentation = Literal["randaug", "mixup", "cutmix"]
@@ -49,6 +49,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Ask whether the nearest known word is meant; "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(kind: str, known: Collection[str]) -> AfterValidator:
+    """Return the validator of a name that must be among the known ones."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(unknown(kind, name, known))
+        return name
+
+    return AfterValidator(check)
+
+
+def check_model(name: str) -> str:
+    """Return a model's name; ValueError where none has it; 'timm:NAME' passes."""
+    if name not in MODELS and not name.startswith(TIMM_PREFIX):
+        raise ValueError(unknown("model", name, [*MODELS, "timm:NAME"]))
+    return name
 
 
 def problem(error: ValueError, prefix: str = "") -> str:
@@ -168,7 +186,7 @@ class Recipe(Frozen):
     """
 
     scale: str
-    model: Annotated[str, AfterValidator(check_model_name)]
+    model: Annotated[str, AfterValidator(check_model)]
     activation: Activation = "relu"
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)

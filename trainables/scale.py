@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from trainables.data.registry import DATA_SETS, FOLDER, DataSet, data_set_named
 from trainables.models import Settings, model_named
-from trainables.recipe import Recipe
+from trainables.recipe import CurriculumRow, Recipe
 
 PUBLISHED_EPSILON = Fraction(4, 255)
 AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
@@ -141,14 +141,14 @@ class Scale:
         value: float = getattr(recipe, name)
         settings = model_named(recipe.model).settings
         kind = settings if name == "batch_size" else (settings, recipe.optimizer)
-        own: float | None = getattr(self, name).get(kind)
-        if own is None:
+        stated: float | None = getattr(self, name).get(kind)
+        if stated is None:
             return value
         published = published_settings(recipe.model, recipe.optimizer)
         if recipe.adversary:
             published["learning_rate"] *= AT_BATCH / published["batch_size"]
             published["batch_size"] = AT_BATCH
-        return own * (value / published[name])
+        return stated * (value / published[name])
 
     def shrink(self, recipe: Recipe) -> Recipe:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
@@ -162,17 +162,10 @@ class Scale:
             "learning_rate": rate,
             "weight_decay": self.own_value(recipe, "weight_decay"),
             "batch_size": max(1, round(self.own_value(recipe, "batch_size"))),
-            "randaug_magnitude": round(recipe.randaug_magnitude / self.strength_divisor),
-            "mix_probability": recipe.mix_probability / self.strength_divisor,
             "curriculum": tuple(
-                row.model_copy(
-                    update={
-                        "randaug_magnitude": round(row.randaug_magnitude / self.strength_divisor),
-                        "mix_probability": row.mix_probability / self.strength_divisor,
-                    }
-                )
-                for row in recipe.curriculum
+                row.model_copy(update=self._softened(row)) for row in recipe.curriculum
             ),
+            **self._softened(recipe),
         }
         if recipe.micro_batch:
             changes["micro_batch"] = min(recipe.micro_batch, int(changes["batch_size"]))
@@ -186,6 +179,12 @@ class Scale:
             teacher = self.shrink(recipe.distillation.teacher)
             changes["distillation"] = recipe.distillation.model_copy(update={"teacher": teacher})
         return recipe.replace(**changes)
+
+    def _softened(self, strong: Recipe | CurriculumRow) -> dict[str, float]:
+        return {
+            "randaug_magnitude": round(strong.randaug_magnitude / self.strength_divisor),
+            "mix_probability": strong.mix_probability / self.strength_divisor,
+        }
 
 
 IMAGENET = Scale(data_set=DATA_SETS["imagenet"])
