@@ -98,24 +98,15 @@ class _DataCheck:
 
     def run(self, root: Path) -> list[Finding]:
         """Check the images, then each stored set that there is."""
-        findings = self._look("images", self._images(root))
+        findings = _findings("images", self._images(root))
         if self.class_names:
             for name in self.data_set.counterparts:
                 if place := self.source.folders.get(name):
-                    findings += self._look(name, self._stored(STORED_SETS[name], place))
+                    findings += _findings(name, self._stored(STORED_SETS[name], place))
         with suppress(OSError):  # the look at the disk says so
             write_atomically(self.results / SOUND_FILE, SOUND.dump_json(self.sound))
             if self.damaged:
                 write_atomically(self.results / DAMAGED_FILE, "\n".join(self.damaged).encode())
-        return findings
-
-    def _look(self, subject: str, remarks: Iterator[Remark]) -> list[Finding]:
-        findings: list[Finding] = []
-        try:
-            for level, text in remarks:
-                findings.append((subject, level, text))
-        except (OSError, ValueError) as error:
-            findings.append((subject, "error", str(error)))
         return findings
 
     def _images(self, root: Path) -> Iterator[Remark]:
@@ -153,12 +144,12 @@ class _DataCheck:
             return
         none = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
         data = Data(data_set=self.data_set, train=none, held_out=none, class_names=self.class_names)
+        if stored.evaluator == "corruptions":
+            splits = CorruptedSet(stored, root, data).splits()
+        else:
+            splits = iter([(stored.folder, stored_split(stored, root, data))])
         counts, classes = set(), 0
-        for part, split in (
-            CorruptedSet(stored, root, data).splits()
-            if stored.evaluator == "corruptions"
-            else [(stored.folder, stored_split(stored, root, data))]
-        ):
+        for part, split in splits:
             counts.add(len(split))
             classes = len(set(split.labels.tolist()))
             if isinstance(split.images, ImageFiles):
@@ -218,6 +209,17 @@ class _DataCheck:
             yield "error", f"{text}: give a smaller --image-size, or remove them"
         else:
             yield "warning", f"{text}: they are enlarged, as in the study"
+
+
+def _findings(subject: str, remarks: Iterator[Remark]) -> list[Finding]:
+    """Return the remarks on a subject; one that is raised is the last."""
+    findings: list[Finding] = []
+    try:
+        for level, text in remarks:
+            findings.append((subject, level, text))
+    except (OSError, ValueError) as error:
+        findings.append((subject, "error", str(error)))
+    return findings
 
 
 def _missing_classes(images: ImageList) -> str:

@@ -180,15 +180,13 @@ class CorruptedSet:
         name = "{}.npy" if stored.arrays else "{}"
         extra = (kind for kind in EXTRA_KINDS if (root / name.format(kind)).exists())
         self.kinds = (*KINDS, *extra)
-        parts = [f"{kind}.npy" for kind in self.kinds] if stored.arrays else self.folders()
+        parts = [f"{kind}/{severity}" for kind, severity in product(self.kinds, SEVERITIES)]
+        if stored.arrays:
+            parts = [f"{kind}.npy" for kind in self.kinds]
         if missing := [part for part in parts if not (root / part).exists()]:
             raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
         if stored.arrays:
             self._open_arrays()
-
-    def folders(self) -> list[str]:
-        """Return the folders of each kind and severity, where the set has no arrays."""
-        return [f"{kind}/{severity}" for kind, severity in product(self.kinds, SEVERITIES)]
 
     def ids_hash(self) -> str:
         """Return 12 hex digits of the images' names; of arrays, which have none, of the labels."""
