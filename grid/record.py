@@ -327,7 +327,7 @@ class Recorder(threading.Thread):
             run,
             evaluator=cell.evaluator,
             cell=cell.question,
-            asked=self._identities[cell.evaluator],
+            identity=self._identities[cell.evaluator],
             ledger=content,
             judged_by=judged_by(content),
             metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},

@@ -66,7 +66,7 @@ def test_a_judged_cell_adds_its_seconds_and_its_scores(tracker, results, trial):
     tracker.log_epochs(trial, epochs(1))
     metrics = scores_as_metrics([Score("clean", 0.5, 0.4, 0.7, 60)]) | {"clean/seconds": 5.0}
     tracker.record_cell(
-        trial, evaluator="clean", cell="q1", asked="{}", ledger=b"rows", metrics=metrics
+        trial, evaluator="clean", cell="q1", identity="{}", ledger=b"rows", metrics=metrics
     )
     again = found_again(results, trial)
     assert again.cells == {"clean": "q1"}
@@ -81,14 +81,14 @@ def test_a_cell_whose_ledger_was_not_stored_is_not_done(tracker, results, trial)
     kept.mkdir(parents=True)
     (kept / "ledgers").write_text("in the way")
     with pytest.raises((OSError, MlflowException)):
-        tracker.record_cell(trial, evaluator="pgd", cell="q", asked="{}", ledger=b"", metrics={})
+        tracker.record_cell(trial, evaluator="pgd", cell="q", identity="{}", ledger=b"", metrics={})
     assert found_again(results, trial).cells == {}
 
 
 def test_a_cell_that_failed_is_done_once_it_has_an_answer(tracker, results, trial):
     tracker.fail_cell(trial, "pgd", "no memory")
     assert found_again(results, trial).failed_cells == {"pgd": "no memory"}
-    tracker.record_cell(trial, evaluator="pgd", cell="q", asked="{}", ledger=b"", metrics={})
+    tracker.record_cell(trial, evaluator="pgd", cell="q", identity="{}", ledger=b"", metrics={})
     again = found_again(results, trial)
     assert (again.cells, again.failed_cells) == ({"pgd": "q"}, {})
 

@@ -72,7 +72,12 @@ def write(uri, number):
     for epoch in range(1, EPOCHS + 1):
         tracker.log_epochs(run, [{"epoch": float(epoch), "loss": number + epoch / 100}])
     tracker.record_cell(
-        run, evaluator="clean", cell="q", asked="{}", ledger=b"%d" % number, metrics={"clean": 1.0}
+        run,
+        evaluator="clean",
+        cell="q",
+        identity="{}",
+        ledger=b"%d" % number,
+        metrics={"clean": 1.0},
     )
     tracker.end_trial(run, outcome="finished", reason="")
 

@@ -36,7 +36,7 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
         done,
         evaluator="clean",
         cell="q",
-        asked="{}",
+        identity="{}",
         ledger=b"",
         metrics={"clean": 0.9, "clean/seconds": 10.0},
     )

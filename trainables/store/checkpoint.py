@@ -185,12 +185,9 @@ def unpickled(content: bytes, path: str | Path) -> Any:
         # Training scripts save their parsed options beside the weights: a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        cause = str(error).partition("WeightsUnpickler error: ")[2]
-        # torch goes on to say how to run it all the same.
-        cause = cause.partition("\n")[0].partition(" Please use")[0]
+    except pickle.UnpicklingError:  # whose message says how to run it all the same
         raise ValueError(
-            f"{path} holds more than weights and is not opened: {cause or 'not a pickle'}"
+            f"{path} is not opened: it holds more than weights, or is no pickle"
         ) from None
     except Exception as error:  # unpicklers raise all kinds of errors on bytes that are no pickle
         raise DamagedError(f"{path} is damaged: {_reason(error)}") from None

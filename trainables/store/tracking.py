@@ -30,7 +30,7 @@ from trainables.store.retries import patiently
 from trainables.store.storage import ASIDE, RECIPE, WEIGHTS, DamagedError
 
 logger = logging.getLogger(__name__)
-# Tags of a trial's run. A cell's is a document: question, asked, sha256 of its ledger, judged_by.
+# Tags of a trial's run. A cell's is a document: question, identity, sha256, judged_by.
 CELL_TAG = "cell."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
@@ -314,19 +314,19 @@ class Tracker:
         *,
         evaluator: str,
         cell: str,
-        asked: str,
+        identity: str,
         ledger: bytes,
         metrics: Mapping[str, float],
         judged_by: Mapping[str, str] | None = None,
     ) -> None:
         """Store a cell's ledger and its scores, then the tag that marks it done.
 
-        cell: the digest of the question, `asked` as JSON.
+        cell: the digest of the question, whose `identity` is JSON.
         """
         self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
         document = {
             "question": cell,
-            "asked": json.loads(asked),
+            "identity": json.loads(identity),
             "sha256": hashlib.sha256(ledger).hexdigest(),
             "judged_by": dict(judged_by or {}),
         }
