@@ -43,7 +43,7 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     environment = Environment(
         loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
     )
-    environment.filters |= {"difference": difference_text, "md": _escaped}
+    environment.filters["difference"] = difference_text
     environment.tests["nan"] = pd.isna
     page = folder / "index.html"
     write_atomically(page, environment.get_template("page.html.j2").render(report).encode())
@@ -124,10 +124,6 @@ def difference_text(paired: Paired | None) -> str:
     points = [100 * value for value in (paired.difference, paired.low, paired.high)]
     text = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
     return text if paired.p is None else f"{text} p {paired.p:.2g}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:

@@ -21,8 +21,7 @@ from grid.report.claims import Judgement
 from grid.report.effects import Effects
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.study import Row, Table
-from trainables.data.registry import SEVERITIES
+from grid.study import Table
 from trainables.scale import Scale
 from trainables.store.tracking import Tracker, TrialRun
 
@@ -195,38 +194,29 @@ def _lines(
 
 def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw the error by kind and severity, a panel per row of a table."""
-    grids = {row.label: _errors_by_kind(row, verdicts) for row in table.rows[:MOST_LINES]}
-    judged = {label: grid for label, grid in grids.items() if grid}
+    rows = table.rows[:MOST_LINES]
+    ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "corruptions") for row in rows}
+    judged = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
     if not judged:
         return None
-    kinds = list(next(iter(judged.values())))
     across = min(len(judged), PANELS_IN_A_ROW)
     down = -(-len(judged) // across)
     figure = _figure(2.2 + 1.6 * across, 0.6 + 3.2 * down, panels=across, rows=down)
     for unused in figure.axes[len(judged) :]:
         unused.remove()
-    for axes, (label, errors) in zip(figure.axes, judged.items(), strict=True):
-        values = [errors[kind] for kind in kinds]
-        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for axes, (label, ledger) in zip(figure.axes, judged.items(), strict=True):
+        frame = ledger.select(["question", "survived"]).to_pandas()
+        frame[["kind", "severity"]] = frame["question"].str.rsplit("-", n=1, expand=True)
+        survived = frame.pivot_table("survived", index="kind", columns="severity", sort=False)
+        image = axes.imshow(100 * (1 - survived), cmap="cividis", vmin=0, vmax=100, aspect="auto")
         axes.set_title(fill(label, 22), fontsize=8)
-        axes.set_xticks(range(len(SEVERITIES)), [str(s) for s in SEVERITIES])
-        axes.set_yticks(range(len(kinds)), [k.replace("_", " ") for k in kinds], fontsize=7)
+        axes.set_xticks(range(len(survived.columns)), survived.columns)
+        axes.set_yticks(range(len(survived)), survived.index.str.replace("_", " "), fontsize=7)
         axes.set_xlabel("severity, level")
         axes.label_outer()
     figure.colorbar(image, ax=figure.axes, label="error, %")
     caption = f"Error on corrupted images by kind and severity, {table.name}."
     return _plot(f"corruptions-{table.name}", caption, figure, table.name)
-
-
-def _errors_by_kind(row: Row, verdicts: Verdicts) -> dict[str, list[float]]:
-    ledger = verdicts.ledger(row.recipe.digest(), "corruptions")
-    if ledger is None:
-        return {}
-    grouped = ledger.group_by("question").aggregate([("survived", "mean")])
-    shares = zip(grouped["question"].to_pylist(), grouped["survived_mean"].to_pylist(), strict=True)
-    errors = {question: 100 * (1 - share) for question, share in shares}
-    kinds = dict.fromkeys(question.rpartition("-")[0] for question in errors)
-    return {kind: [errors[f"{kind}-{severity}"] for severity in SEVERITIES] for kind in kinds}
 
 
 def patches_plot(table: Table, verdicts: Verdicts) -> Plot | None:

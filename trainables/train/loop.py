@@ -155,16 +155,14 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
 
 
 def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport:
-    recipe, last, scaler = training.recipe, history[-1], training.scaler
-    chance = {
-        "num_classes": len(training.data.class_names),
-        "n": min(scale_named(recipe.scale).probe_images, len(training.data.train)),
-    }
-    reason = collapse_reason(recipe, history, **chance)
+    recipe, scaler = training.recipe, training.scaler
+    n = min(scale_named(recipe.scale).probe_images, len(training.data.train))
+    classes = len(training.data.class_names)
+    reason = collapse_reason(recipe, history, num_classes=classes, n=n)
     outcome: Outcome = "finished" if len(history) == recipe.epochs else "training"
     return EpochReport(
         epoch=len(history),
-        metrics=last,
+        metrics=history[-1],
         outcome="collapsed" if reason else outcome,
         reason=reason,
         state={
