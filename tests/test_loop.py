@@ -29,20 +29,20 @@ CPU = torch.device("cpu")
 ADVERSARY = {"epsilon": 16 / 255, "step_size": 16 / 255, "plain_start": 0.2}
 
 
-def variants(small):
-    teacher = small("deit", epochs=1)
-    return {
-        "vanilla": small(epochs=3),
-        "strong AdamW": small("deit", epochs=3),
-        "ghost, accumulation, adversarial": small(
-            epochs=3, norm="ghost", ghost_batch=16, micro_batch=32, adversary=ADVERSARY
-        ),
-        "adversarial with curriculum": small(
-            "deit", epochs=3, adversary=ADVERSARY, curriculum=CURRICULA["study"]
-        ),
-        "distilled": small(epochs=3, distillation=Distillation(teacher=teacher)),
-        "half precision": small(epochs=3, precision="fp16"),
-    }
+VARIANTS = {
+    "vanilla": ("resnet", {}),
+    "strong AdamW": ("deit", {}),
+    "ghost, accumulation, adversarial": (
+        "resnet",
+        {"norm": "ghost", "ghost_batch": 16, "micro_batch": 32, "adversary": ADVERSARY},
+    ),
+    "adversarial with curriculum": (
+        "deit",
+        {"adversary": ADVERSARY, "curriculum": CURRICULA["study"]},
+    ),
+    "distilled": ("resnet", {}),
+    "half precision": ("resnet", {"precision": "fp16"}),
+}
 
 
 def teacher_of(recipe):
@@ -53,19 +53,12 @@ def weights(classifier):
     return {name: value.clone() for name, value in classifier.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "vanilla",
-        "strong AdamW",
-        "ghost, accumulation, adversarial",
-        "adversarial with curriculum",
-        "distilled",
-        "half precision",
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_path, variant):
-    recipe = variants(small)[variant]
+    base, changes = VARIANTS[variant]
+    recipe = small(base, epochs=3, **changes)
+    if variant == "distilled":
+        recipe = recipe.replace(distillation=Distillation(teacher=small("deit", epochs=1)))
     whole = build_classifier(recipe)
     reports = []
     for report in train(recipe, whole, few_digits, device=CPU, teacher=teacher_of(recipe)):
@@ -192,23 +185,17 @@ class FewAtOnce(Classifier):
         return self.backbone(images)
 
 
-@pytest.mark.parametrize(("most", "largest"), [(300, 256), (30, 22)])
-def test_the_probe_takes_as_many_images_as_fit_and_finds_the_same(small, digits, most, largest):
-    recipe = small(batch_size=512, adversary=ADVERSARY)
+def test_the_probe_takes_a_forward_batch_at_most_and_halves_it_out_of_memory(small, digits):
+    recipe = small(batch_size=512, micro_batch=64, adversary=ADVERSARY)
     classifier = build_classifier(recipe)
     split = digits.train.subset(300, seed=0)
-    few = FewAtOnce(classifier, most)
-    whole = FewAtOnce(classifier, 300)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainables.train.loop.EVALUATION_BATCH", 300)
-        expected = probe(recipe, whole, split, device=CPU)
-    assert set(whole.shown) == {300}
+    whole, few = FewAtOnce(classifier, 300), FewAtOnce(classifier, 30)
+    expected = probe(recipe, whole, split, device=CPU)
+    assert max(whole.shown) == 64
     assert probe(recipe, few, split, device=CPU) == expected
-    assert max(shown for shown in few.shown if shown <= most) == largest
-    micro = recipe.replace(micro_batch=64)
-    parted = FewAtOnce(classifier, 64)
-    assert probe(micro, parted, split, device=CPU) == expected
-    assert max(parted.shown) == 64
+    assert max(shown for shown in few.shown if shown <= 30) == 22
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(recipe, FewAtOnce(classifier, 0), split, device=CPU)
 
 
 @pytest.mark.parametrize("most", [1, 30, 256])
