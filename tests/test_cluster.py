@@ -146,20 +146,6 @@ def test_a_team_keeps_its_files_on_s3(start, tmp_path, bucket):
     assert "0 to train" in ended(start(path, results, *arguments))
 
 
-@LONG
-def test_more_trials_run_when_a_node_joins(start, tmp_path, cluster):
-    path = tmp_path / "four.toml"
-    path.write_text(STUDY.replace('["small"]', '["small"]\nseed = [0, 1]').replace("200", "240"))
-    results = tmp_path / "results"
-    cluster.add_node(num_cpus=2)
-    command = start(path, results, "--address", cluster.address)
-    wait_for_checkpoint(results, command)
-    cluster.add_node(num_cpus=2)
-    ended(command)
-    first, second = sorted(trials(results).values(), key=lambda run: run.start_time)
-    assert second.start_time < first.end_time
-
-
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=LONG), "2"])
 def test_an_autoscaler_starts_the_nodes_that_a_study_has_use_for(
     workers, start, tmp_path, autoscaled
