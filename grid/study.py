@@ -123,7 +123,9 @@ class Table(Frozen):
         if not isinstance(entries, tuple) or not {"rows", "columns"} <= info.data.keys():
             return entries
         labels, cells = [row.label for row in info.data["rows"]], {}
-        for entry in map(PublishedFigures.model_validate, entries):
+        with _at("figures"):
+            entries = [PublishedFigures.model_validate(entry) for entry in entries]
+        for entry in entries:
             for label, values in entry.figures.items():
                 if len(values) != len(entry.columns):
                     columns = ", ".join(entry.columns)

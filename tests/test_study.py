@@ -170,6 +170,7 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
         (', base = "resnet50" }', " }", "row 'ReLU': unknown base ''; one of resnet50, "),
         ("[[claims]]", "[axes]\nepochs = [3]\n[[claims]]", "axes need a base"),
         ("[[claims]]", "[[claims]", "is not TOML"),
+        ("source =", "sorce =", "published: figures: unknown key 'sorce'; one of source, columns"),
         ('name = "gelu"', "name = 3", "name: Input should be a valid string, not 3"),
         ('name = "gelu"', 'name = "../up"', "name: String should match"),
         ("[[claims]]", "[axes]\nactivations = [3]\n[[claims]]", "Did you mean 'activation'?"),

@@ -78,7 +78,7 @@ def problem(error: ValueError, prefix: str = "") -> str:
         return str(error)
     first = error.errors()[0]
     key = prefix + ".".join(map(str, first["loc"])) if first["loc"] else ""
-    text = first["msg"].removeprefix("Value error, ")
+    text = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if first["type"] not in ("value_error", "missing"):
         words = re.findall("'([^']+)'", text) if first["type"] == "literal_error" else []
         text = f"{text}, not {first['input']!r}{nearest(str(first['input']), words)}"
