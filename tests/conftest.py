@@ -51,7 +51,7 @@ def migrated_once() -> Iterator[None]:
     """Spare the tests MLflow's migrations, in a session that has to do with MLflow at all."""
     with pytest.MonkeyPatch.context() as patch:
         if "mlflow" in sys.modules:
-            from tests.databases import migrate_once
+            from tests.servers import migrate_once
 
             migrate_once(patch)
         yield
