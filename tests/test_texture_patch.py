@@ -202,6 +202,21 @@ def test_a_success_comes_before_a_sample_of_better_reward():
     assert outcome.queries.tolist() == [60] * 3
 
 
+@both_searches
+def test_without_a_success_the_patch_that_hurts_the_true_class_most_stays(learns):
+    def sturdy(images_BCHW):
+        """The true class has 0.6 with any black, 0.97 with white alone, and 0.9 on grey."""
+        low, high = images_BCHW.flatten(1).aminmax(dim=1)
+        true_p = torch.where(low == 0, 0.6, torch.where(high == 1, 0.97, 0.9))
+        return torch.stack([true_p, 1 - true_p], dim=1).log()
+
+    budget = replace(BUDGET, patches=1)
+    outcome, _ = run(sturdy, task_of(grey(3)), learns=learns, budget=budget)
+    assert outcome.stages(torch.zeros(3)) == [None] * 3
+    assert (outcome.images.amin(dim=(1, 2, 3)) == 0).all()
+    assert outcome.images.max() == 0.5
+
+
 def random_network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
