@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import shutil
 import sqlite3
+import threading
 from importlib.metadata import version
 
 import mlflow.artifacts
@@ -24,7 +26,15 @@ from trainables.data.base import Shard
 from trainables.data.listing import EMBEDDED
 from trainables.running import next_result, open_trial
 from trainables.scale import CIFAR10, DIGITS
-from trainables.store.results import database_uri, is_in_use, joined, provenance, settle, sole_run
+from trainables.store.results import (
+    LOCK,
+    database_uri,
+    is_in_use,
+    joined,
+    provenance,
+    settle,
+    sole_run,
+)
 from trainables.store.tracking import SCHEMA_TAG, TrialRun
 
 STRANGE = "of=a & b#c é"
@@ -95,6 +105,16 @@ def test_a_folder_that_a_run_holds_is_in_use_and_no_others(results):
         with pytest.raises(ValueError, match="another run is using"), sole_run(results):
             pass
     assert not is_in_use(results)
+
+
+def test_a_run_starts_while_another_command_looks_whether_the_folder_is_in_use(results):
+    with sole_run(results):
+        pass
+    look = (results / LOCK).open()
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.2, look.close).start()
+    with sole_run(results):
+        assert look.closed
 
 
 @pytest.mark.parametrize("options", [[], ["--status"]])

@@ -6,13 +6,16 @@ import fcntl
 import platform
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 LOCK = ".lock"
+LOOK_SECONDS = 1.0  # `is_in_use` holds the lock for a moment
 DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
 PROJECT = "robustness-grid"
@@ -43,15 +46,27 @@ def sole_run(results: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"results folder {results} is not writable: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locks(lock):
             raise ValueError(
                 f"another run is using {results}; wait for it, or give --results another folder"
-            ) from None
+            )
         check_database(results)
         _reroot(results)
         yield
+
+
+def _locks(file: IO[str]) -> bool:
+    """Lock a file for this process; False where another one holds it for longer than a look."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def is_in_use(results: Path) -> bool:
