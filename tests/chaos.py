@@ -55,8 +55,10 @@ ROWS = (
 )
 # A ledger's file, and so its sha256, also says how long its verdicts took.
 TAGS = (
-    "select d.value, t.key, t.value from tags d join tags t using (run_uuid) where "
-    "d.key = 'digest' and t.key != 'mlflow.parentRunId' and t.key not like 'ledger.%' order by 1, 2"
+    "select d.value, t.key, case when t.key like 'cell.%' and t.value != '' "
+    "then json_remove(t.value, '$.sha256') else t.value end "
+    "from tags d join tags t using (run_uuid) "
+    "where d.key = 'digest' and t.key != 'mlflow.parentRunId' order by 1, 2"
 )
 STATUSES = "select name, status from runs order by 1, 2"
 
