@@ -38,13 +38,13 @@ def count_parameters(classifier):
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def plain():
     """The model that docs/model.md adds by one entry."""
-    monkeypatch.setattr("trainables.models.MODELS", dict(MODELS))
     page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})  # noqa: S102 - the project's own page
-    return "plain"
+    yield "plain"
+    del MODELS["plain"]
 
 
 @pytest.mark.parametrize(("base", "passes"), [(resnet50, 3), (adversarial_resnet50, 5)])
