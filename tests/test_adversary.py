@@ -186,8 +186,8 @@ def trained_a_little(recipe, images):
         ("deit", {"model": "hybrid_deit"}),
     ],
 )
-def test_the_twin_answers_and_ascends_as_the_classifier_does(small, base, changes):
-    images = torch.rand(64, 3, 16, 16)
+def test_the_twin_answers_and_ascends_as_the_classifier_does(small, generator, base, changes):
+    images = torch.rand(64, 3, 16, 16, generator=generator)
     classifier = trained_a_little(small(base, **changes), images)
     with attacked(classifier):
         twin = folded(classifier, images)
