@@ -184,7 +184,7 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evaluators", "pgd-7"], "unknown evaluator 'pgd-7'; one of clean, natural"),
+        (["--evaluators", "pgd-7"], "--evaluators: unknown evaluator 'pgd-7'; one of clean"),
         (["--evaluators", "claen"], "Did you mean 'clean'?"),
         (["--evaluator", "clean"], "Did you mean '--evaluators'?"),
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),

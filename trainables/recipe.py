@@ -77,7 +77,9 @@ def problem(error: ValueError, prefix: str = "") -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    key = prefix + ".".join(map(str, first["loc"])) if first["loc"] else ""
+    # An option's words have no number that their users know.
+    parts = [str(part) for part in first["loc"] if not prefix or isinstance(part, str)]
+    key = prefix + ".".join(parts) if parts else ""
     text = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if first["type"] not in ("value_error", "missing"):
         words = re.findall("'([^']+)'", text) if first["type"] == "literal_error" else []
