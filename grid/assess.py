@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trainables.networks import Classifier
 
 PLACED_SECONDS = 1800
+LOOK_SECONDS = 5.0
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
 
@@ -128,7 +129,7 @@ class EvaluatorPool:
             actor.remote, tracking_uri, scale, source, **settings
         )
         self._size, self._gpus, self._folder, self._say = 0, gpus, folder, say
-        self._side = scale.image_size
+        self._side, self._looked_at = scale.image_size, time.monotonic()
         self._idle: list[Any] = []
         self._under_way: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._restarting: dict[Any, Any] = {}
@@ -181,8 +182,13 @@ class EvaluatorPool:
         """Return the cells judged by now, waiting up to `timeout` seconds for a shard.
 
         With each comes its ledger as Parquet, to `settle` once it is stored, or why it has none.
+        ConnectionError where no node of Ray is left: all that waits would wait for ever.
         """
         failed = []
+        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            if not any(node["Alive"] for node in ray.nodes()):
+                raise ConnectionError("Ray's last node has died")
         if references := [*self._under_way, *self._restarting]:
             ready, _ = ray.wait(references, timeout=0 if self._whole else timeout)
             failed = [failure for reference in ready if (failure := self._collect(reference))]

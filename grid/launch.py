@@ -363,7 +363,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
-    """Hand Tune's events to the recorder; nothing here may block or raise."""
+    """Hand Tune's events to the recorder, without which Tune stops; nothing here may block."""
 
     def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
         self._recorder: Recorder | None = recorder
@@ -372,6 +372,10 @@ class _Events(tune.Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
         return {"_recorder": None}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._recorder:
+            self._recorder.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._recorder:

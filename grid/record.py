@@ -179,7 +179,7 @@ class Recorder(threading.Thread):
             self._abandon.set()
             self.tracker.give_up()
             self.join(timeout=30)
-            if isinstance(self.error, ValueError):
+            if isinstance(self.error, ValueError | ConnectionError):
                 raise self.error from error
             raise
 
@@ -187,10 +187,13 @@ class Recorder(threading.Thread):
         """Note that a trial began or went on."""
         self._events.put(("started", digest, None))
 
-    def reported(self, result: Mapping[str, Any]) -> None:
-        """Note what a step of a trial returned; RuntimeError when nobody writes it down."""
+    def check(self) -> None:
+        """Raise RuntimeError when nobody writes down any more what happens."""
         if self.error is not None:
             raise RuntimeError("the recorder has stopped") from self.error
+
+    def reported(self, result: Mapping[str, Any]) -> None:
+        """Note what a step of a trial returned."""
         kind = "failed" if result["outcome"] == "failed" else "reported"
         self._events.put((kind, str(result["digest"]), result))
 

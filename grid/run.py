@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{options.prog}: {problem(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ConnectionError as error:
+        print(f"{options.prog}: {error}. Continue with: {_command()}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
             print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)

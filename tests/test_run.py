@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from grid.options import RunOptions
 from grid.run import main
-from tests.driver import SECONDS, study_of_one, wait_for_checkpoint
+from tests.driver import SECONDS, ended, start, study_of_one, wait_for_checkpoint
 from trainables.store.results import is_in_use
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +228,18 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(tmp_path, number):
     assert "Stopped. Continue with: python grid/run.py --study" in said
     assert "Traceback" not in said
     assert not is_in_use(tmp_path / "results")
+
+
+@pytest.mark.slow
+def test_a_run_whose_ray_has_died_ends_and_says_how_to_continue(tmp_path):
+    study = tmp_path / "one.toml"
+    study.write_text(study_of_one(epochs=900))
+    driver = start(study, tmp_path / "results", "--address", "local")
+    assert "1 to train" in driver.stdout.readline()
+    family = psutil.Process(driver.pid).children(recursive=True)
+    next(process for process in family if process.name() == "raylet").kill()
+    said = ended(driver, code=1)
+    assert "Ray's last node has died. Continue with: python grid/run.py --study" in said
 
 
 @pytest.mark.parametrize(("ignored", "code"), [(False, 130), (True, 0)])
