@@ -8,6 +8,7 @@ import math
 import pandas as pd
 import pytest
 
+from evaluators import column_named
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
 from grid.report.build import write_ledgers, write_report
@@ -52,6 +53,12 @@ def fill(runs, *, table="T6", seeds=1):
 
 def row_digests(plan, seed=0):
     return [row.recipe.with_seed(seed).digest() for row in plan.tables[0].rows]
+
+
+def test_a_column_takes_the_score_of_the_data_that_it_is_shown_for():
+    column = column_named("stylized-cropped")
+    scores = [column.at(scale).score for scale in ("imagenet", "digits")]
+    assert scores == ["stylized-cropped", "stylized"]
 
 
 def test_a_cell_has_our_value_and_interval_beside_the_published_one():
