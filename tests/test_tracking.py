@@ -205,8 +205,11 @@ def answering(*answers):
     ("error", "cause"),
     [
         (NoRoomError("no room for a.pt"), "no room for a.pt"),
-        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space"),
-        (MlflowException("database or disk is full"), "database or disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room ([Errno 28] No space"),
+        (
+            MlflowException("database or disk is full\n[SQL: INSERT"),
+            "no room (database or disk is full)",
+        ),
         (MlflowException("(sqlite3.OperationalError) database is locked"), "MLflow is away"),
         (MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed"), "MLflow is away"),
         (requests.HTTPError("503 Server Error: Service Unavailable"), "MLflow is away"),

@@ -75,7 +75,8 @@ def patiently(
 
 def _passing_cause(error: Exception) -> str:
     """Return why a call failed where time may mend it, else ''."""
-    if NO_ROOM.search(str(error)):
-        return str(error)
+    for line in str(error).splitlines():  # a database goes on with its query
+        if NO_ROOM.search(line):
+            return line if line.startswith("no room") else f"no room ({line})"
     away = isinstance(error, CUT_OFF) or AWAY.search(str(error))
     return "MLflow is away or busy" if away else ""
