@@ -26,7 +26,7 @@ from trainables.data.load import load_data
 from trainables.scale import Scale
 from trainables.store.checkpoint import classifier_of
 from trainables.store.results import provenance
-from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently
+from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently, wait_after
 from trainables.store.storage import WEIGHTS
 from trainables.store.tracking import client_settings, fetch_artifact
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
@@ -98,8 +98,8 @@ class EvaluatorPool:
 
     They reserve no CPU: on a machine without GPUs they share the cores with training, so neither
     waits for the other. On GPUs each holds its share of one for as long as it lives. An actor that
-    dies is restarted by Ray, and its shard is asked again, a few times; so is one that ran out of
-    memory. One whose device failed is ended, for a new one. Shards that are done lie in
+    dies is restarted by Ray, and its shard is judged again after a wait, a few times; so is one
+    that ran out of memory. One whose device failed is ended, for a new one. Finished shards lie in
     `folder` until their cell is: a run that was stopped judges the other images, in shards of
     whatever size takes about 30 s. `say` is told of retries, and of a full disk.
     """
@@ -136,6 +136,7 @@ class EvaluatorPool:
         self._stores: dict[Cell, ShardStore] = {}  # of cells that are not settled
         self._failures: Counter[tuple[Cell, int]] = Counter()  # by a shard's first image
         self._turns: list[Cell] = []  # of cells with shards that wait, the cheapest first
+        self._resting: list[tuple[float, Cell, Shard]] = []  # failed shards, and until when
         self._whole: list[Cell] = []
         # Of each evaluator: the images judged, and the seconds of all of them.
         self._judged: Counter[str] = Counter()
@@ -184,15 +185,22 @@ class EvaluatorPool:
         With each comes its ledger as Parquet, to `settle` once it is stored, or why it has none.
         ConnectionError where no node of Ray is left: all that waits would wait for ever.
         """
-        failed = []
-        if time.monotonic() - self._looked_at > LOOK_SECONDS:
-            self._looked_at = time.monotonic()
+        failed, now = [], time.monotonic()
+        for entry in [entry for entry in self._resting if entry[0] <= now]:
+            self._resting.remove(entry)
+            self._stores[entry[1]].waiting.append(entry[2])
+            self._await_turn(entry[1])
+        self._hand_out()
+        if now - self._looked_at > LOOK_SECONDS:
+            self._looked_at = now
             if not any(node["Alive"] for node in ray.nodes()):
                 raise ConnectionError("Ray's last node has died")
         if references := [*self._under_way, *self._restarting]:
             ready, _ = ray.wait(references, timeout=0 if self._whole else timeout)
             failed = [failure for reference in ready if (failure := self._collect(reference))]
             self._hand_out()
+        elif self._resting:
+            time.sleep(timeout)
         whole, self._whole = self._whole, []
         return failed + [(cell, self._merged(cell), "") for cell in whole]
 
@@ -256,22 +264,23 @@ class EvaluatorPool:
             self._idle.append(actor)
 
     def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> tuple[Cell, bytes, str] | None:
-        """Have a shard take its turn again; return its cell where that is of no use."""
+        """Have a shard judged again after a wait; return its cell where that is of no use."""
         self._failures[cell, shard.first] += 1
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         if isinstance(cause, OWN_FAULTS) or self._failures[cell, shard.first] > MAX_FAILURES:
             del self._stores[cell]
             self._turns = [other for other in self._turns if other != cell]
+            self._resting = [entry for entry in self._resting if entry[1] != cell]
             return cell, b"", reason
         reason = "its process died" if isinstance(cause, RayError) else reason
         self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
-        self._stores[cell].waiting.append(shard)
-        if cell not in self._turns:
-            self._await_turn(cell)
+        wait = wait_after(self._failures[cell, shard.first])
+        self._resting.append((time.monotonic() + wait, cell, shard))
         return None
 
     def _await_turn(self, cell: Cell) -> None:
-        bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
+        if cell not in self._turns:
+            bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
 
     def _merged(self, cell: Cell) -> bytes:
         store = self._stores[cell]

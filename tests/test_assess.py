@@ -199,3 +199,19 @@ def test_an_actor_that_is_lost_is_replaced_and_its_shard_asked_again(pool, trial
     assert not error
     assert from_parquet(content)[0].num_rows == 4 * 12
     assert pid_of(idle_actor(pool)) != pid
+
+
+def test_a_shard_that_failed_is_not_judged_again_before_its_wait_is_over(pool, trial, monkeypatch):
+    monkeypatch.setattr("trainables.store.retries.FIRST_WAIT_SECONDS", 3600.0)
+    without_device(idle_actor(pool), trial)
+    cell = cell_of(trial, "clean")
+    pool.submit(cell, 5)
+    idle_actor(pool)  # it is restarted, and free
+    assert pool.poll(0.2) == []
+    assert not pool._under_way
+
+    ((until, *shard),) = pool._resting
+    pool._resting = [(until - 3600, *shard)]
+    ((_, content, error),) = judged(pool)
+    assert not error
+    assert from_parquet(content)[0].num_rows == 5

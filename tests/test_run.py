@@ -87,7 +87,7 @@ GRID = 'name="s"\nbase="resnet50"\n[axes]\nfamily='
         ),
         (
             '["resnet"]\n[placement]\nvit.workers = 2',
-            "placement.vit.[key]: unknown family 'vit'; one of resnet, deit, hy",
+            "placement.vit: unknown family 'vit'; one of resnet, deit, hy",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def problem(error: ValueError, prefix: str = "") -> str:
         return str(error)
     first = error.errors()[0]
     # An option's words have no number that their users know.
-    parts = [str(part) for part in first["loc"] if not prefix or isinstance(part, str)]
+    parts = [str(p) for p in first["loc"] if p != "[key]" and (not prefix or isinstance(p, str))]
     key = prefix + ".".join(parts) if parts else ""
     text = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if first["type"] not in ("value_error", "missing"):
