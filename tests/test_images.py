@@ -142,6 +142,16 @@ def test_damaged_decoded_images_are_said_and_decoded_again(files, tmp_path, capl
     assert f"{path} is damaged" in caplog.text
 
 
+def test_the_content_of_another_cached_file_is_not_taken(files, tmp_path, caplog):
+    files.at(np.arange(len(files))[::-1].copy()).cropped_once(tmp_path, BUDGET)
+    (other,) = tmp_path.glob("*.u8")
+    files.cropped_once(tmp_path, BUDGET)
+    (path,) = set(tmp_path.glob("*.u8")) - {other}
+    path.write_bytes(other.read_bytes())
+    assert torch.equal(files.cropped_once(tmp_path, BUDGET), files[:])
+    assert f"{path} is damaged" in caplog.text
+
+
 def test_a_writer_that_is_killed_leaves_nothing_that_is_read(files, tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:

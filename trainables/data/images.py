@@ -276,10 +276,17 @@ def _content(file: Path) -> Mapped | None:
     if file.stat().st_size > HASH_BYTES:
         whole = np.memmap(file, dtype=np.uint8, mode="c")
         content = whole[:-HASH_BYTES]
-        if hashlib.sha256(content.data).digest() == whole[-HASH_BYTES:].tobytes():
+        digest = _name_hash(file)
+        digest.update(content.data)
+        if digest.digest() == whole[-HASH_BYTES:].tobytes():
             return content
     logger.warning("%s is damaged: its images are decoded again", file)
     return None
+
+
+def _name_hash(file: Path) -> Any:
+    """Return a SHA-256 that begins with the name: the content of another file does not pass."""
+    return hashlib.sha256(file.name.encode())
 
 
 def _written(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
@@ -288,7 +295,7 @@ def _written(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
         with aside.open("wb") as out:
             write(out)
         with aside.open("rb+") as out:
-            digest = hashlib.file_digest(out, "sha256").digest()
+            digest = hashlib.file_digest(out, lambda: _name_hash(file)).digest()
             out.write(digest)
         aside.replace(file)
     finally:
