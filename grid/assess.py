@@ -248,7 +248,7 @@ class EvaluatorPool:
         return None
 
     def _free(self, actor: Any, error: Exception | None) -> None:
-        """Have an actor judge again, once it is restarted where it died or is of no more use.
+        """Return an actor to the pool, after a restart where it died or has lost its device.
 
         After an error of CUDA all that follows fails. torch raises it as RuntimeError, of which
         the others are kinds.
@@ -264,7 +264,7 @@ class EvaluatorPool:
             self._idle.append(actor)
 
     def _failed(self, cell: Cell, shard: Shard, cause: Exception) -> tuple[Cell, bytes, str] | None:
-        """Have a shard judged again after a wait; return its cell where that is of no use."""
+        """Judge a shard again after a wait; return its cell when it has failed for good."""
         self._failures[cell, shard.first] += 1
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         if isinstance(cause, OWN_FAULTS) or self._failures[cell, shard.first] > MAX_FAILURES:
@@ -273,7 +273,7 @@ class EvaluatorPool:
             self._resting = [entry for entry in self._resting if entry[1] != cell]
             return cell, b"", reason
         reason = "its process died" if isinstance(cause, RayError) else reason
-        self._say(f"{cell.evaluator} of {cell.trial} is asked again: {reason}")
+        self._say(f"{cell.evaluator} of {cell.trial} is judged again: {reason}")
         wait = wait_after(self._failures[cell, shard.first])
         self._resting.append((time.monotonic() + wait, cell, shard))
         return None

@@ -130,10 +130,10 @@ class Recorder(threading.Thread):
             self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
 
     def mend(self, storage: str) -> None:
-        """Have trials go on whose weights are damaged and are to be judged, or to teach.
+        """Continue trials whose weights are damaged, if an evaluator or a student still needs them.
 
-        To be judged they lie in MLflow, for students in the storage; a trial's last checkpoint, if
-        it is there, makes both again.
+        Evaluators read weights from MLflow, students from the storage. The trial's last checkpoint
+        makes both copies again.
         """
         for digest, run in self._runs.items():
             if run.outcome == "finished" and self._missing(digest):
@@ -290,7 +290,7 @@ class Recorder(threading.Thread):
         self._submit_missing_cells(run)
 
     def _forget_cells(self, run: TrialRun) -> None:
-        """Have cells judged again that other weights of the trial answered."""
+        """Mark cells to be judged again: they were judged with other weights of the trial."""
         before = len(self._missing(run.digest))
         for evaluator in list(run.cells):
             self.tracker.forget_cell(run, evaluator, OTHER_WEIGHTS)

@@ -126,14 +126,14 @@ class GhostBatchNorm2d(nn.Module):
 
 
 def use_set(module: nn.Module, index: int) -> None:
-    """Have every ghost batch normalisation keep its statistics in one accumulation step's set."""
+    """Make every ghost batch normalisation use the set of statistics of one accumulation step."""
     for layer in _ghost_norms(module):
         layer.active_set = index
 
 
 @contextmanager
 def by_own_ghost(module: nn.Module) -> Iterator[None]:
-    """Have ghost batch normalisations in eval mode take each image's own ghost's statistics.
+    """Make ghost batch normalisations in eval mode use the statistics of each image's own ghost.
 
     They are those of the active set. Source: `to_adv` of the study's models/advresnet_gbn.py.
     """

@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 
 def listen_on_loopback() -> None:
-    """Have a Ray that is started here listen on the loopback alone, as it does on a Mac."""
+    """Make a Ray that starts here listen on the loopback only, as it does on a Mac."""
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 

@@ -115,7 +115,7 @@ def settle(results: Path) -> None:
 
 
 def _reroot(results: Path) -> None:
-    """Have MLflow's database address artifacts where the folder lies now.
+    """Point MLflow's database at the artifacts where the folder is now.
 
     It stores absolute addresses; so a folder that was moved or copied would be read, and written,
     at its old place. To change them once, here, serves this project, `mlflow ui` and

@@ -126,7 +126,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Have the names in a folder outlive a loss of power: a rename is one of them."""
+    """Sync a folder, so that its names (after a rename, too) survive a loss of power."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

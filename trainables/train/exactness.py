@@ -22,7 +22,7 @@ MANTISSA = 24  # bits of a float32 in [0, 1)
 
 
 def exact(device: torch.device) -> None:
-    """Have this process compute in whole float32 and repeatably on a GPU; on a CPU do nothing.
+    """Make this process compute in full float32 and deterministically on a GPU; no-op on a CPU.
 
     Call it before the first computation: cuBLAS reads its workspace's size once. Operations without
     a repeatable kernel still run, without torch's warning.
