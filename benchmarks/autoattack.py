@@ -21,7 +21,7 @@ from evaluators.base import Batch
 from grid.study import base_named
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.recipe import Adversary, Recipe
 from trainables.scale import DIGITS
 

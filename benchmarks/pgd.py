@@ -18,7 +18,8 @@ from evaluators.pgd import PGD
 from grid.study import base_named
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS, IMAGENET, Scale, scale_named
 from trainables.train.loop import train

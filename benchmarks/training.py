@@ -42,7 +42,8 @@ from trainables.data.augment import TrainBatches, mix
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import CIFAR10, DIGITS, IMAGENET, Scale
 from trainables.train.loop import PRECISIONS, accuracy, train

@@ -23,7 +23,7 @@ from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.ledger import Score, share
 from evaluators.pgd import FOLDED_ON, at_radius
 from trainables.data.base import WHOLE, Data, Shard
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, folded
 from trainables.train.exactness import image_numbers, uniform

@@ -22,7 +22,7 @@ from trainables.data.registry import data_set_named
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
     from trainables.scale import Scale
 
 EXAMPLES = 4
@@ -176,7 +176,7 @@ def split_batches(split: Split, *, batch_size: int, shard: Shard = WHOLE) -> Ite
         yield Batch(to_unit(part.images[:]), part.labels, part.ids)
 
 
-def evaluate(
+def judge_images(
     evaluator: Evaluator,
     classifier: Classifier,
     source: Data,

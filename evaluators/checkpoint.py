@@ -24,7 +24,8 @@ from evaluators.weights import load_any_weights, read_content
 from trainables.data.base import Data
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier, classifier_named
+from trainables.layers import Classifier
+from trainables.networks import build_classifier, classifier_named
 from trainables.scale import Scale, scale_named
 from trainables.store.checkpoint import recipe_of
 from trainables.store.results import provenance
@@ -96,7 +97,7 @@ def _judge(
         bar = progress.add_task(evaluator.name, total=store.total, completed=store.judged)
         while store.waiting:
             shard, began = store.take(), time.monotonic()
-            ledger = base.evaluate(evaluator, classifier, data, device=device, shard=shard)
+            ledger = base.judge_images(evaluator, classifier, data, device=device, shard=shard)
             seconds, judged_by = time.monotonic() - began, provenance(str(device))
             store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
             progress.advance(bar, len(shard))

@@ -23,7 +23,7 @@ from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVE
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts

@@ -21,7 +21,7 @@ from trainables.train.adversary import attacked, pgd_iterates, random_start
 from trainables.train.exactness import image_numbers
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 HUGE_STEPS = 20

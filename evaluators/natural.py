@@ -20,7 +20,7 @@ from trainables.data.registry import STORED_SETS
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000

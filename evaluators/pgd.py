@@ -20,7 +20,7 @@ from trainables.train.adversary import attacked, folded, half_precision, pgd_ite
 from trainables.train.exactness import image_numbers, uniform
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0

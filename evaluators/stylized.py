@@ -19,7 +19,7 @@ from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import stored_split
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 TEXTURE = "texture:"
 

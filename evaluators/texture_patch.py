@@ -27,7 +27,7 @@ from trainables.scale import PatchBudget, Scale
 from trainables.train.adversary import attacked, folded
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 ACTIONS = 5  # row, column, texture, crop row, crop column
 WIDTH = 30  # of the embedding and of the LSTM

@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.store.checkpoint import fit_weights, read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")

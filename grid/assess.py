@@ -17,7 +17,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from evaluators.ledger import to_parquet
 from evaluators.shards import ShardStore
 from trainables.data.base import Shard
@@ -32,7 +32,7 @@ from trainables.store.tracking import client_settings, fetch_artifact
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 PLACED_SECONDS = 1800
 LOOK_SECONDS = 5.0
@@ -80,7 +80,7 @@ class EvaluatorActor:
         question = evaluator_named(cell.evaluator, self._scale)
         began = time.monotonic()
         with counting_steps(self._hung_after):
-            ledger = evaluate(question, classifier, data, device=self._device, shard=shard)
+            ledger = judge_images(question, classifier, data, device=self._device, shard=shard)
         judged_by = provenance(str(self._device))
         return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 

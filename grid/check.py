@@ -110,7 +110,7 @@ class _DataCheck:
         return findings
 
     def _images(self, root: Path) -> Iterator[Remark]:
-        data_set, side = self.data_set, self.scale.image_size
+        data_set = self.data_set
         if is_archived(data_set, self.source):
             data = load_data(self.scale, self.source)
             self.sizes[data_set.short_title] = len(data.train) + len(data.held_out)
@@ -130,7 +130,9 @@ class _DataCheck:
         elif missing := _missing_classes(train):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
-            files = ImageFiles(root, images.paths, size=side, native=data_set.exact_size)
+            files = ImageFiles(
+                root, images.paths, preprocessing=data_set.preprocessing, native=data_set.exact_size
+            )
             yield from self._opened(files, "images")
         if not self.source.workers and sum(self.sizes.values()) > self.source.memory_bytes:
             text = "the images take more than --data-memory: each trial reads them from files"

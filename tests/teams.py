@@ -11,7 +11,8 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from trainables.data.base import Data, Split
 from trainables.data.load import load_data
-from trainables.networks import GhostBatchNorm2d, build_classifier, use_set
+from trainables.layers import GhostBatchNorm2d, use_set
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.train.loop import train

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from trainables.data.base import to_unit
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.train.adversary import (
     attacked,
     folded,

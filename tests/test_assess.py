@@ -12,7 +12,7 @@ import ray
 import torch
 
 from evaluators import evaluator_named
-from evaluators.base import cell_digest, evaluate
+from evaluators.base import cell_digest, judge_images
 from evaluators.ledger import from_parquet, to_parquet
 from evaluators.shards import ShardStore
 from grid.assess import Cell, EvaluatorPool
@@ -96,7 +96,7 @@ def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial
     ((_, content, _),) = judged(pool)
     ledger, seconds = from_parquet(content)
     assert seconds > 0
-    assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
+    assert ledger.equals(judge_images(pgd, classifier, load_data(SCALE), device=CPU))
     assert {s.name: s.n for s in pgd.summarize(ledger)}["pgd-100"] == 12
     names = sorted(path.name.rpartition("-")[0] for path in pool._folder.rglob("*.parquet"))
     assert names == ["0-5", "5-12"]
@@ -112,12 +112,12 @@ def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
     store = ShardStore(pool._folder / f"{cell.trial}-{cell.question}", 12)
     pgd = evaluator_named("pgd", SCALE)
     for shard in (Shard(2, 4), Shard(8, 12)):
-        ledger = evaluate(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
+        ledger = judge_images(pgd, classifier, load_data(SCALE), device=CPU, shard=shard)
         store.add(shard, to_parquet(ledger, seconds=1000.0))
     pool.submit(cell, 12)
     ledger, seconds = from_parquet(judged(pool)[0][1])
     assert 2000 < seconds < 2900
-    assert ledger.equals(evaluate(pgd, classifier, load_data(SCALE), device=CPU))
+    assert ledger.equals(judge_images(pgd, classifier, load_data(SCALE), device=CPU))
 
 
 def test_the_cheapest_evaluators_are_asked_first(ray_session, trial, tmp_path):

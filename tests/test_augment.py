@@ -32,6 +32,7 @@ from trainables.data.augment import (
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
+from trainables.recipe import Preprocessing
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 
@@ -101,7 +102,7 @@ def test_randaugment_of_files_is_the_studys_in_every_setting(tmp_path, monkeypat
         lambda *a, **named: transforms.append(_rand_augment(*a, **named)) or transforms[-1],
     )
     Image.new("RGB", (240, 240)).save(tmp_path / "black.png")
-    files = ImageFiles(tmp_path, ["black.png"], size=224)
+    files = ImageFiles(tmp_path, ["black.png"], preprocessing=Preprocessing(size=224))
     augmented(IMAGENET.shrink(deit()), files, 0, torch.tensor([0]))
     for ours, theirs in zip(transforms[0].ops, studys.ops, strict=True):
         for field in ("name", "prob", "magnitude", "magnitude_std", "hparams"):

@@ -13,12 +13,12 @@ from torch import nn
 
 from evaluators import autoattack
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
-from evaluators.base import Batch, evaluate
+from evaluators.base import Batch, judge_images
 from evaluators.ledger import in_order
 from tests.tiny import trained_classifier
 from trainables.data.base import WHOLE, Shard, to_unit
 from trainables.data.load import load_data
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS
 
 CPU = torch.device("cpu")
@@ -100,7 +100,9 @@ def test_an_images_verdict_is_the_same_in_any_shard_batch_and_order(
         monkeypatch.setattr(autoattack, "ROWS_AT_ONCE", rows)
         evaluator = AutoAttack(THRIFTY, radii=radii)
         evaluator.stages = (stage,)
-        judge = partial(evaluate, evaluator, classifier, data, device=CPU, batch_size=batch_size)
+        judge = partial(
+            judge_images, evaluator, classifier, data, device=CPU, batch_size=batch_size
+        )
         return in_order(pa.concat_tables([judge(shard=shard) for shard in shards]))
 
     before = torch.random.get_rng_state()

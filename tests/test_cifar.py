@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10 as TORCHVISION
 
-from evaluators.base import cell_digest, evaluate
+from evaluators.base import cell_digest, judge_images
 from evaluators.corruptions import Corruptions
 from evaluators.natural import Natural
 from tests.paper import deit, resnet50
@@ -160,7 +160,7 @@ class Always5(torch.nn.Module):
 def test_stored_cifar_10_c_is_judged_by_kind_and_severity(stored):
     evaluator = Corruptions(CIFAR10)
     assert evaluator.identity(stored)["data"] == "CIFAR-10-C"
-    ledger = evaluate(evaluator, Always5(), stored, device=CPU)
+    ledger = judge_images(evaluator, Always5(), stored, device=CPU)
     assert ledger.num_rows == 15 * 5 * 2
     assert {"fog-1", "fog-5"} <= set(ledger["question"].to_pylist())
     scores = {score.name: score.value for score in evaluator.summarize(ledger)}
@@ -171,7 +171,7 @@ def test_stored_cifar_10_c_is_judged_by_kind_and_severity(stored):
 def test_stored_cifar_10_1_is_the_natural_set(stored):
     evaluator = Natural(CIFAR10)
     assert evaluator.identity(stored)["data"] == "CIFAR-10.1"
-    ledger = evaluate(evaluator, Always5(), stored, device=CPU)
+    ledger = judge_images(evaluator, Always5(), stored, device=CPU)
     (score,) = evaluator.summarize(ledger)
     assert (score.name, score.value, score.n) == ("natural", pytest.approx(2 / 3), 3)
 

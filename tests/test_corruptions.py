@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
-from evaluators.base import Batch, evaluate, verdicts
+from evaluators.base import Batch, judge_images, verdicts
 from evaluators.corruption_kinds import corrupt, smear
 from evaluators.corruptions import (
     ALEXNET_ERRORS,
@@ -26,7 +26,7 @@ from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
 from trainables.data.load import CorruptedSet, load_data
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
@@ -127,12 +127,12 @@ def test_another_id_draws_another_corruption(kind):
 
 def test_a_cell_on_digits_asks_75_questions_of_each_image_and_keeps_the_images():
     corruptions, data = Corruptions(DIGITS), load_data(DIGITS)
-    ledger = evaluate(corruptions, classifier(), data, device=CPU)
+    ledger = judge_images(corruptions, classifier(), data, device=CPU)
     assert len(ledger) == GENERATED_IMAGES * 75
     assert len(set(ledger["image_id"].to_pylist())) == GENERATED_IMAGES
     assert set(ledger["question"].to_pylist()) == {f"{k}-{s}" for k in KINDS for s in SEVERITIES}
     assert corruptions.identity(data)["data"] == "corruptions (digits)"
-    assert evaluate(corruptions, classifier(), data, device=CPU).equals(ledger)
+    assert judge_images(corruptions, classifier(), data, device=CPU).equals(ledger)
     scores = {score.name: score for score in corruptions.summarize(ledger)}
     wrong = 1 - np.mean(ledger["survived"].to_pylist())
     assert scores["corruptions"].value == pytest.approx(wrong)
@@ -269,7 +269,7 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
         roots={"imagenet-c": tmp_path},
     )
     corruptions = Corruptions(IMAGENET)
-    ledger = evaluate(corruptions, classifier(), source, device=CPU)
+    ledger = judge_images(corruptions, classifier(), source, device=CPU)
     assert len(ledger) == 16 * 5 * 2
     scores = {score.name: score.value for score in corruptions.summarize(ledger)}
     assert scores["corruptions"] == scores["corruptions/spatter"] == scores["corruptions/mCE"] == 0

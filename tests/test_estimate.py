@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from grid.estimate import disk_bytes, work_of
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
 from tests.made_up import record
+from trainables.layers import Classifier
 from trainables.models import MODELS
-from trainables.networks import Classifier, classifier_named
+from trainables.networks import classifier_named
 from trainables.scale import DIGITS, IMAGENET, PatchBudget
 
 THRIFTY = replace(
@@ -58,7 +59,7 @@ def test_a_cost_is_the_passes_that_an_evaluator_takes_of_an_unbreakable_model(na
     network = Counting()
     evaluator = evaluator_named(name, THRIFTY)
     classifier = Classifier(network, DIGITS.data_set.mean, DIGITS.data_set.std)
-    evaluate(evaluator, classifier, zeros, device=torch.device("cpu"))
+    judge_images(evaluator, classifier, zeros, device=torch.device("cpu"))
     cost = evaluator.cost(597, withstanding=1.0)
     # The learning half of the patch search stops where its rewards are level.
     least = 0.5 if name == "tpa" else 0.95

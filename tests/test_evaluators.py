@@ -19,12 +19,21 @@ from torch import nn
 
 import evaluators
 from evaluators import EVALUATORS, PGD_STEPS, base, column_named, evaluator_named
-from evaluators.base import Batch, Clean, cell_digest, evaluate, one_ahead, split_batches, verdicts
+from evaluators.base import (
+    Batch,
+    Clean,
+    cell_digest,
+    judge_images,
+    one_ahead,
+    split_batches,
+    verdicts,
+)
 from evaluators.ledger import LEDGER, share, survival_scores
 from evaluators.pgd import PGD, PublishedPGD
 from tests.tiny import Watched
 from trainables.data.base import Data, Split, to_unit
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
@@ -53,7 +62,7 @@ def keeps_the_contract(name, classifier, few_digits):
     evaluator = evaluator_named(name, THRIFTY)
     assert evaluator.name == name
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
-    ledger = evaluate(evaluator, classifier, few_digits, device=CPU)
+    ledger = judge_images(evaluator, classifier, few_digits, device=CPU)
     assert ledger.schema == LEDGER
     assert ledger.num_rows > 0
     assert set(ledger["image_id"].to_pylist()) <= {*few_digits.held_out.ids} | {
@@ -64,7 +73,7 @@ def keeps_the_contract(name, classifier, few_digits):
     assert all(score.low <= score.value <= score.high and score.n > 0 for score in scores)
     assert all(torch.equal(value, before[k]) for k, value in classifier.state_dict().items())
     assert all(p.requires_grad for p in classifier.parameters())
-    assert evaluate(evaluator, classifier, few_digits, device=CPU).equals(ledger)
+    assert judge_images(evaluator, classifier, few_digits, device=CPU).equals(ledger)
     return scores
 
 
@@ -88,8 +97,8 @@ def test_the_documented_evaluator_is_added_by_its_file_and_its_entry(
     assert (score.name, score.n) == ("noise", 60)
     assert column_named("noise").title == "Under noise"
     assert evaluator_named("noise", DIGITS).cost(597, withstanding=1.0) == 597
-    clean = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
-    noisy = evaluate(evaluator_named("noise", DIGITS), classifier, few_digits, device=CPU)
+    clean = judge_images(Clean(DIGITS), classifier, few_digits, device=CPU)
+    noisy = judge_images(evaluator_named("noise", DIGITS), classifier, few_digits, device=CPU)
     assert noisy["predicted"] != clean["predicted"]
 
 
@@ -114,7 +123,9 @@ def test_an_unknown_evaluator_is_refused_with_the_list():
 
 
 def test_clean_is_the_share_of_right_answers(classifier, few_digits):
-    (score,) = Clean(DIGITS).summarize(evaluate(Clean(DIGITS), classifier, few_digits, device=CPU))
+    (score,) = Clean(DIGITS).summarize(
+        judge_images(Clean(DIGITS), classifier, few_digits, device=CPU)
+    )
     with torch.inference_mode():
         images = few_digits.held_out.images.float() / 255
         right = int((classifier(images).argmax(1) == few_digits.held_out.labels).sum())
@@ -126,13 +137,13 @@ def test_a_device_is_made_exact_before_the_first_pass(classifier, few_digits, mo
     judge = Clean.judge
     monkeypatch.setattr(base, "exact", calls.append)
     monkeypatch.setattr(Clean, "judge", lambda *a: calls.append("a pass") or judge(*a))
-    evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
+    judge_images(Clean(DIGITS), classifier, few_digits, device=CPU)
     assert calls == [CPU, "a pass"]
 
 
 def test_pgd_is_four_lengths_of_one_trajectory_on_one_subset(classifier, digits):
     evaluator = PGD(DIGITS)
-    ledger = evaluate(evaluator, classifier, digits, device=CPU)
+    ledger = judge_images(evaluator, classifier, digits, device=CPU)
     scores = {score.name: score.value for score in evaluator.summarize(ledger)}
     assert list(scores) == [f"pgd-{n}" for n in PGD_STEPS]
     assert scores["pgd-100"] <= scores["pgd-5"] + 0.02
@@ -147,7 +158,7 @@ def test_pgd_at_the_studys_scale_starts_anywhere_in_the_ball_and_steps_by_one_of
     source = Data(data_set=DIGITS.data_set, train=split, held_out=split, class_names=("0", "1"))
     network = Watched(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)))
     classifier = Classifier(network, (0.0,) * 3, (1.0,) * 3)
-    evaluate(PGD(IMAGENET, steps=(10,)), classifier, source, device=CPU)
+    judge_images(PGD(IMAGENET, steps=(10,)), classifier, source, device=CPU)
     start, second, *_ = network.attacked
     off = start - images / 255
     assert len(network.attacked) == 10
@@ -192,8 +203,8 @@ class Forgetful(Clean):
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on_at_the_same_image(classifier, few_digits):
-    whole = evaluate(Clean(DIGITS), classifier, few_digits, device=CPU)
-    halved = evaluate(Forgetful(DIGITS), classifier, few_digits, device=CPU)
+    whole = judge_images(Clean(DIGITS), classifier, few_digits, device=CPU)
+    halved = judge_images(Forgetful(DIGITS), classifier, few_digits, device=CPU)
     assert halved.combine_chunks().equals(whole.combine_chunks())
 
 
@@ -227,7 +238,7 @@ def test_no_thread_is_left_when_judging_fails(classifier, few_digits, monkeypatc
     monkeypatch.setattr(Clean, "judge", judge)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="no verdict"):
-        evaluate(Clean(DIGITS), classifier, few_digits, device=CPU, batch_size=7)
+        judge_images(Clean(DIGITS), classifier, few_digits, device=CPU, batch_size=7)
     assert threading.active_count() == before
 
 
@@ -278,6 +289,6 @@ def test_pgd_as_published_attacks_in_half_precision(digits):
     data = replace(digits, held_out=digits.held_out.subset(4, seed=0))
     for evaluator, expected in ((PublishedPGD, torch.bfloat16), (PGD, torch.float32)):
         dtypes.clear()
-        ledger = evaluate(evaluator(DIGITS), Recording(), data, device=CPU)
+        ledger = judge_images(evaluator(DIGITS), Recording(), data, device=CPU)
         assert dtypes == {expected}
         assert ledger["question"][0].as_py() == f"{evaluator.name}-5"

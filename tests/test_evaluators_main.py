@@ -14,7 +14,7 @@ import torch
 
 from evaluators import evaluator_named
 from evaluators.__main__ import main
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from evaluators.weights import load_any_weights
 from trainables.data.load import load_data
 from trainables.networks import build_classifier, classifier_named
@@ -115,7 +115,7 @@ def test_a_file_of_this_project_is_judged_as_its_study_judges_it(ghostly, tmp_pa
     assert judge(path, tmp_path) == 0
     ledger = pq.read_table(tmp_path / "clean.parquet")
     evaluator = evaluator_named("clean", DIGITS)
-    judged = evaluate(evaluator, classifier, load_data(DIGITS), device=torch.device("cpu"))
+    judged = judge_images(evaluator, classifier, load_data(DIGITS), device=torch.device("cpu"))
     assert ledger.equals(judged)
     assert len(set(ledger["predicted"].to_pylist())) > 1
 
@@ -267,21 +267,21 @@ def test_a_run_cut_short_reports_its_images_and_goes_on_behind_them(
             if len(judged) == count:
                 raise KeyboardInterrupt
             judged.append(shard)
-            return evaluate(*arguments, shard=shard, **named)
+            return judge_images(*arguments, shard=shard, **named)
 
         return judged_or_interrupted
 
-    monkeypatch.setattr("evaluators.base.evaluate", interrupted_at(1))
+    monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(1))
     assert judge(own_file, tmp_path, *options) == 130
     *_, score, cut_short = capsys.readouterr().out.splitlines()
     assert score.startswith("pgd-5 (5 of 12 images) ")
     assert score.endswith(" 5")
     assert cut_short == "Cut short: the same command judges the other images."
     # Another normalisation is another question: nothing is taken for it.
-    monkeypatch.setattr("evaluators.base.evaluate", interrupted_at(1))
+    monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(1))
     assert judge(own_file, tmp_path, *options, "--mean", "0.9") == 130
     assert "of 12 images" not in capsys.readouterr().out
-    monkeypatch.setattr("evaluators.base.evaluate", interrupted_at(None))
+    monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(None))
     assert judge(own_file, tmp_path, *options) == 0
     assert sum(map(len, judged)) == 12
     assert judge(own_file, tmp_path / "alone", *options) == 0
@@ -303,10 +303,10 @@ def test_a_run_that_is_killed_loses_the_shard_under_way_alone(own_file, tmp_path
 
     def noted(*arguments, shard, **named):
         judged.append(shard)
-        return evaluate(*arguments, shard=shard, **named)
+        return judge_images(*arguments, shard=shard, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr("evaluators.base.evaluate", noted)
+        patched.setattr("evaluators.base.judge_images", noted)
         assert judge(own_file, tmp_path, *options) == 0
     assert sum(map(len, judged)) == 200 - 64
     assert judge(own_file, tmp_path / "alone", *options) == 0

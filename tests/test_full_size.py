@@ -10,14 +10,15 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from evaluators.textures import LAYOUT
 from tests.paper import STRONG, resnet50
 from tests.pictures import write_picture
 from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.scale import IMAGENET, PatchBudget
 from trainables.train.loop import train
 
@@ -94,6 +95,6 @@ def test_every_evaluator_judges_a_thousand_classes(name, judged, data, monkeypat
         predicted = judged(data.held_out.images[:].float() / 255).argmax(dim=1)
     labels = torch.where(torch.arange(3) == 0, predicted, data.held_out.labels)
     source = replace(data, held_out=replace(data.held_out, labels=labels))
-    ledger = evaluate(evaluator, judged, source, device=CPU, batch_size=3)
+    ledger = judge_images(evaluator, judged, source, device=CPU, batch_size=3)
     assert ledger.num_rows > 0
     assert evaluator.summarize(ledger)

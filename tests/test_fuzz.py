@@ -39,7 +39,7 @@ from trainables.data.base import Shard
 from trainables.data.images import ImageFiles, size_or_problem
 from trainables.data.load import stored_images, stored_labels
 from trainables.networks import build_classifier
-from trainables.recipe import Recipe
+from trainables.recipe import Preprocessing, Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
@@ -345,7 +345,7 @@ def test_the_check_and_the_loader_agree_on_which_image_is_damaged(tmp_path, cont
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mutated(content, seed))
     size = size_or_problem(path)
-    files = ImageFiles(tmp_path, ["train/class/picture.jpg"], size=16)
+    files = ImageFiles(tmp_path, ["train/class/picture.jpg"], preprocessing=Preprocessing(size=16))
     if isinstance(size, str):
         with pytest.raises(ValueError, match=r"picture\.jpg \(class class\) cannot be read: "):
             files.original(0)
@@ -361,7 +361,7 @@ def pictures(tmp_path_factory):
 @given(seed=SEEDS)
 def test_mutated_originals_are_decoded_again(pictures, tmp_path, seed):
     paths = [f"train/class-00/picture {number}.JPEG" for number in (0, 1)]
-    files = ImageFiles(pictures, paths, size=16)
+    files = ImageFiles(pictures, paths, preprocessing=Preprocessing(size=16))
     files.decoded_once(tmp_path, 2**30)
     (cached,) = tmp_path.glob("originals-*")
     cached.write_bytes(mutated(cached.read_bytes(), seed))

@@ -25,7 +25,7 @@ from tests.golden import (
 from tests.golden.pgd import STORED, attack_inputs
 from tests.tiny import Watched
 from trainables.data.augment import TrainBatches
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS, IMAGENET
 from trainables.train.loop import train
 from trainables.train.optim import parameter_groups, rate_at

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from evaluators.autoattack import AutoAttack
-from evaluators.base import Batch, evaluate, verdicts
+from evaluators.base import Batch, judge_images, verdicts
 from evaluators.health import Health, is_checked, red_flags
 from evaluators.pgd import PGD
 from tests.tiny import trained_classifier
 from trainables.data.load import load_data
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS
 
 
@@ -38,7 +38,7 @@ def wrapped(classifier, **functions):
 
 
 def asked(evaluator, classifier):
-    return evaluate(evaluator, classifier, load_data(DIGITS), device=torch.device("cpu"))
+    return judge_images(evaluator, classifier, load_data(DIGITS), device=torch.device("cpu"))
 
 
 def hand_made(question, survived, stage=None):

@@ -18,6 +18,7 @@ from tests.pictures import KINDS, write_folder, write_picture
 from trainables.data.images import ImageFiles, as_rgb, in_threads
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
+from trainables.recipe import Preprocessing
 from trainables.scale import IMAGENET
 
 BUDGET = 2**30
@@ -36,7 +37,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(root):
     train, _ = list_splits(DataSource(root=root))
-    return ImageFiles(root, train.paths, size=32)
+    return ImageFiles(root, train.paths, preprocessing=Preprocessing(size=32))
 
 
 def test_validation_equals_the_studys_transforms_on_the_same_files(tmp_path):
@@ -48,7 +49,7 @@ def test_validation_equals_the_studys_transforms_on_the_same_files(tmp_path):
         image.save(tmp_path / f"{number}.jpg")
         paths.append(f"{number}.jpg")
     expected = torch.stack([RELEASED(pil_loader(str(tmp_path / path))) for path in paths])
-    images = ImageFiles(tmp_path, paths, size=IMAGENET.image_size)[:]
+    images = ImageFiles(tmp_path, paths, preprocessing=Preprocessing(size=IMAGENET.image_size))[:]
     assert torch.equal(images.float().div(255), expected)
 
 
@@ -57,7 +58,7 @@ def test_a_picture_of_any_kind_is_what_the_study_makes_of_it_upright(tmp_path, k
     path = write_picture(tmp_path, KINDS.index(kind), 3, side=260)
     stored = pil_loader(str(path))
     upright = stored.transpose(Image.Transpose.ROTATE_270) if kind == "turned" else stored
-    images = ImageFiles(tmp_path, [path.name], size=224)[:]
+    images = ImageFiles(tmp_path, [path.name], preprocessing=Preprocessing(size=224))[:]
     assert torch.equal(images[0].float().div(255), RELEASED(upright))
 
 
@@ -74,7 +75,7 @@ def test_grey_of_more_than_8_bits_is_refused_by_name(tmp_path, mode, kind):
     path = tmp_path / "class-00" / "deep.tif"
     path.parent.mkdir()
     Image.fromarray(np.array([[0, 257, 65535]]).astype(kind)).save(path)
-    files = ImageFiles(tmp_path, ["class-00/deep.tif"], size=32)
+    files = ImageFiles(tmp_path, ["class-00/deep.tif"], preprocessing=Preprocessing(size=32))
     said = rf"deep.tif \(class class-00\) cannot be read: its pixels are of mode {mode}: .* 8 bits"
     with pytest.raises(ValueError, match=said):
         files.original(0)
@@ -111,7 +112,7 @@ def test_originals_in_the_cache_are_those_in_the_files(files, tmp_path):
 
 def test_decoded_files_are_written_once_and_anew_when_an_image_changes(tmp_path):
     path = write_picture(tmp_path / "train" / "a", 0, 0, side=40)
-    files = ImageFiles(tmp_path, ["train/a/picture 0.JPEG"], size=32)
+    files = ImageFiles(tmp_path, ["train/a/picture 0.JPEG"], preprocessing=Preprocessing(size=32))
     cache = tmp_path / "cache"
     first = files.cropped_once(cache, BUDGET)
     written = {p.name: p.stat().st_ino for p in cache.glob("*.u8")}

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from tests.paper import CURRICULA
 from trainables.data.base import Split
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Distillation
 from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
 from trainables.train.loop import (

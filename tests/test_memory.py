@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from evaluators import memory
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from evaluators.memory import images_at_once
 from evaluators.pgd import PGD
 from tests.tiny import Watched
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS
 
 CPU = torch.device("cpu")
@@ -42,11 +42,11 @@ def test_an_attack_shows_a_model_no_more_images_than_fit(few_digits, monkeypatch
     network = Watched(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)))
     classifier = Classifier(network, (0.0,) * 3, (1.0,) * 3)
     pgd = PGD(DIGITS, steps=(2,), radii=[Fraction(1, 255), Fraction(2, 255)])
-    whole = evaluate(pgd, classifier, few_digits, device=CPU)
+    whole = judge_images(pgd, classifier, few_digits, device=CPU)
     network.attacked.clear()
     monkeypatch.setattr(memory, "images_at_once", lambda *_, most: min(most, 25))
     monkeypatch.setattr("evaluators.pgd.images_at_once", memory.images_at_once)
-    parts = evaluate(pgd, classifier, few_digits, device=CPU)
+    parts = judge_images(pgd, classifier, few_digits, device=CPU)
     assert {len(images) for images in network.attacked} == {25, 10}
     for column in ("image_id", "question", "survived"):
         assert parts[column].equals(whole[column])

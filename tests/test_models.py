@@ -13,14 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.paper import adversarial_resnet50, deit, resnet50, with_axis
+from trainables.layers import GhostBatchNorm2d, by_own_ghost, use_set
 from trainables.models import MODELS, model_named, register
-from trainables.networks import (
-    ACTIVATION_LAYERS,
-    GhostBatchNorm2d,
-    build_classifier,
-    by_own_ghost,
-    use_set,
-)
+from trainables.networks import ACTIVATION_LAYERS, build_classifier
 from trainables.scale import DIGITS, IMAGENET
 from trainables.train.loop import train
 

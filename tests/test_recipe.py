@@ -96,7 +96,7 @@ def test_teacher_is_part_of_the_identity_by_its_own_digest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "greater than 0"),
+        ({"epochs": 0}, "a training of 0 epochs needs the weights that it has"),
         ({"batch_size": 2**30}, "less than or equal to"),
         ({"epochs": 4, "warmup_epochs": 5.0}, "warm-up of 5 epochs is longer"),
         ({"batch_size": 100, "micro_batch": 64}, "not divisible by micro_batch 64"),

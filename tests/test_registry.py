@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from evaluators.natural import Natural
 from grid.check import check
 from grid.plan import build_plan
@@ -61,7 +61,7 @@ def test_the_documented_data_set_is_trained_judged_and_checked(shapes, root, tmp
     assert classifier.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     (report,) = train(recipe, classifier, data, device=CPU)
     assert report.outcome == "finished"
-    ledger = evaluate(Natural(scale), classifier, data, device=CPU)
+    ledger = judge_images(Natural(scale), classifier, data, device=CPU)
     # Of two classes only squares have natural images: among these no answer is wrong.
     scores = {score.name: (score.value, score.n) for score in Natural(scale).summarize(ledger)}
     assert scores["natural"] == (1.0, 3)

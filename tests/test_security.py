@@ -40,6 +40,7 @@ from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data, stored_images, stored_labels
 from trainables.networks import build_classifier
+from trainables.recipe import Preprocessing
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
     classifier_of,
@@ -111,6 +112,7 @@ def test_a_planted_pickle_does_run_where_it_is_read_carelessly(marker, form):
     assert marker.exists()
 
 
+SIXTEEN = Preprocessing(size=16)
 # By the name of the file, in which HASH is that of its content: how the project reads it.
 READERS = {
     "epoch-00001-HASH.pt": lambda path, _: load_newest_checkpoint(path.parent),
@@ -126,7 +128,9 @@ READERS = {
     "fog.npy": lambda path, _: stored_images(path, 32),
     "cifar10.1_v6_labels.npy": lambda path, _: stored_labels(path, 1, 10),
     "cifar-10-python.tar.gz": lambda path, _: load_data(CIFAR10, DataSource(root=path.parent)),
-    "picture.jpg": lambda path, _: ImageFiles(path.parent, [path.name], size=16).original(0),
+    "picture.jpg": lambda path, _: ImageFiles(
+        path.parent, [path.name], preprocessing=SIXTEEN
+    ).original(0),
     "study.toml": lambda path, _: load_study(str(path)),
 }
 
@@ -169,7 +173,7 @@ def shard(root, content):
 def decoded(method):
     def place(root, content):
         data = write_folder(root / "data", per_class=1, held_out=0)
-        images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], size=16)
+        images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], preprocessing=SIXTEEN)
         getattr(images, method)(root / "decoded", 2**30)
         (path,) = (root / "decoded").glob("*.u8")
         return put(path, content), lambda: getattr(images, method)(root / "decoded", 2**30)

@@ -12,13 +12,13 @@ from torch import nn
 from torchvision import transforms
 
 from evaluators import natural
-from evaluators.base import Batch, evaluate, verdicts
+from evaluators.base import Batch, judge_images, verdicts
 from evaluators.natural import Natural, hardest
 from evaluators.stylized import Stylized, mix_cues, texture_partners
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.load import load_data
 from trainables.data.registry import folder_data_set
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def source(tmp_path):
 
 def test_answers_are_restricted_to_the_classes_present_and_mapped_by_name(source):
     evaluator = Natural(DIGITS)
-    ledger = evaluate(evaluator, classifier(9.0, 2.0, 5.0, 1.0), source, device=CPU)
+    ledger = judge_images(evaluator, classifier(9.0, 2.0, 5.0, 1.0), source, device=CPU)
     rows = {(r["question"], r["image_id"]): r for r in ledger.to_pylist()}
     assert rows["natural", "n04/a"]["label"] == 1
     assert rows["natural", "n01/a"]["label"] == 3
@@ -95,7 +95,7 @@ def test_stored_sets_are_shown_as_the_study_shows_them(source, tmp_path):
 
 def test_both_readings_of_the_stylized_set_are_scored(source):
     two = replace(source, class_names=("n04", "n01"))
-    ledger = evaluate(Stylized(DIGITS), classifier(1.0, 0.0), two, device=CPU)
+    ledger = judge_images(Stylized(DIGITS), classifier(1.0, 0.0), two, device=CPU)
     scores = {score.name: score.value for score in Stylized(DIGITS).summarize(ledger)}
     assert scores == {"stylized": 0.5, "stylized-cropped": 0.5}
 
@@ -128,7 +128,7 @@ def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
     evaluator = Natural(DIGITS)
     identity = {"data": "natural-adversarial (digits)", "images": chosen.ids_hash()}
     assert evaluator.identity(data) == identity
-    ledger = evaluate(evaluator, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
+    ledger = judge_images(evaluator, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
     assert set(ledger["question"].to_pylist()) == {"natural"}
 
 

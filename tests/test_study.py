@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluators import EVALUATORS, columns_of, evaluator_named, evaluator_of
-from evaluators.base import evaluate
+from evaluators.base import judge_images
 from grid.plan import build_plan
 from grid.report.build import write_report
 from grid.report.claims import judge_claims
@@ -214,7 +214,7 @@ def test_a_new_evaluator_brings_its_column(noise, tmp_path, few_digits):
         evaluator_named("noise", DIGITS),
         build_classifier(plan.trials[0].recipe),
     )
-    ledger = evaluate(evaluator, classifier, few_digits, device=torch.device("cpu"))
+    ledger = judge_images(evaluator, classifier, few_digits, device=torch.device("cpu"))
     (score,) = evaluator.summarize(ledger)
     assert (score.name, score.n) == ("noise", len(few_digits.held_out))
 

@@ -9,7 +9,7 @@ import torch
 from texture_builder import write_class
 from torch import nn
 
-from evaluators.base import Batch, evaluate, verdicts
+from evaluators.base import Batch, judge_images, verdicts
 from evaluators.texture_patch import (
     ACTIONS,
     LSTMPolicy,
@@ -22,7 +22,7 @@ from evaluators.texture_patch import (
 )
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.scale import PatchBudget, scale_named
 
 SIDE = 8
@@ -281,7 +281,7 @@ def nearest_mean(images_BCHW):
 
 def test_ledger_holds_both_searches_beside_clean(data):
     evaluator, (classifier, backbone) = TexturePatchAttack(SMALL), classifier_of(nearest_mean)
-    ledger = evaluate(evaluator, classifier, data, device=CPU)
+    ledger = judge_images(evaluator, classifier, data, device=CPU)
     assert pc.unique(ledger["question"]).to_pylist() == ["tpa/clean", "tpa", "tpa-random"]
     assert ledger.num_rows == 18
     assert backbone.images == 6 + pc.sum(ledger["queries"]).as_py()
@@ -289,7 +289,7 @@ def test_ledger_holds_both_searches_beside_clean(data):
         assert row["survived"] == (row["stage"] is None)
         assert (row["queries"] == 0) == (row["stage"] == "clean")
         assert row["survived"] == (row["label"] == row["predicted"])
-    parts = evaluate(evaluator, classifier, data, device=CPU, batch_size=2)
+    parts = judge_images(evaluator, classifier, data, device=CPU, batch_size=2)
     # Not the example's picture: of two samples alike but for rounding, either may stay.
     assert parts.drop_columns(["image"]).equals(ledger.drop_columns(["image"]))
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from trainables.data.load import load_data
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.train.loop import train

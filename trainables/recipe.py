@@ -29,6 +29,7 @@ Protocol = Literal["corrected", "as-published"]
 Norm = Literal["batch", "ghost"]
 PixelRange = Literal["data", "half"]
 Precision = Literal["float32", "bf16", "fp16"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
@@ -176,6 +177,26 @@ class CurriculumRow(Frozen):
     switch_probability: float = Field(ge=0, le=1)
 
 
+class Preprocessing(Frozen):
+    """How an image becomes a model's input; what is None is as the data set has it.
+
+    size: the side in pixels. squash: both sides are brought to it; otherwise the shorter side is
+    brought to size / crop, rounded down, and the middle square is cut out (timm's crop_pct). mean,
+    std: of the normalisation inside the model, one number or one a channel, for pixels in [0, 1].
+    """
+
+    size: int | None = Field(default=None, ge=4, le=2048)
+    crop: float | None = Field(default=None, gt=0, le=1)
+    squash: bool | None = None
+    interpolation: Interpolation | None = None
+    mean: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
+    std: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the fields that are not left to the data set."""
+        return {name: value for name, value in self if value is not None}
+
+
 class Recipe(Frozen):
     """Everything that determines the weights; equal digests mean equal weights.
 
@@ -184,7 +205,9 @@ class Recipe(Frozen):
     (None: the whole batch) and their gradients accumulate to the total batch. `curriculum` is
     written for a training of `curriculum_epochs` and stretched to this one. `pixel_range` half
     normalises by mean and std 0.5. `precision` is that of the weight step's forward pass, fp16 with
-    a scaled loss; attacks are float32. Source of the values: STUDY section 3.
+    a scaled loss; attacks are float32. `init`: where the first weights come from, of whatever
+    origin (`trainables.pretrained`), "": drawn by the seed; with 0 epochs they are the last as
+    well. `preprocessing` departs from the data set's. Source of the values: STUDY section 3.
     """
 
     scale: str
@@ -197,7 +220,7 @@ class Recipe(Frozen):
     warmup_epochs: float = Field(default=0, ge=0)
     warmup_rate: float = Field(default=1e-6, ge=0)
     floor_rate: float = Field(default=1e-5, ge=0)
-    epochs: int = Field(gt=0, le=MOST_EPOCHS)
+    epochs: int = Field(ge=0, le=MOST_EPOCHS)
     batch_size: int = Field(gt=0, le=MOST_IMAGES)
     augmentations: Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)] = ()
     randaug_magnitude: int = Field(default=9, ge=0, le=10)
@@ -216,10 +239,14 @@ class Recipe(Frozen):
     adversary: Adversary | None = None
     distillation: Distillation | None = None
     protocol: Protocol = "corrected"
+    init: str = ""
+    preprocessing: Preprocessing = Preprocessing()
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @model_validator(mode="after")
     def _can_be(self) -> Recipe:
+        if not self.epochs and not self.init:
+            raise ValueError("a training of 0 epochs needs the weights that it has: init")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "

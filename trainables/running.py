@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from trainables.data.load import load_data
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
-from trainables.scale import scale_named
+from trainables.scale import scale_of_recipe
 from trainables.store.checkpoint import (
     fit_weights,
     load_newest_checkpoint,
@@ -80,7 +81,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     running.reports = train(
         recipe,
         running.classifier,
-        load_data(scale_named(recipe.scale), config["source"]),
+        load_data(scale_of_recipe(recipe), config["source"]),
         device=torch.device(config["device"]),
         teacher=teacher,
         start=start,

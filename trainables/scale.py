@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from trainables.data.registry import DATA_SETS, FOLDER, DataSet, data_set_named
 from trainables.models import Settings, model_named
-from trainables.recipe import CurriculumRow, Recipe
+from trainables.recipe import CurriculumRow, Preprocessing, Recipe
 
 PUBLISHED_EPSILON = Fraction(4, 255)
 AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
@@ -107,6 +107,10 @@ class Scale:
     @property
     def num_classes(self) -> int:
         return self.data_set.num_classes
+
+    def preprocessed(self, preprocessing: Preprocessing) -> Scale:
+        """Return the scale as a model with a preprocessing of its own sees it."""
+        return replace(self, data_set=self.data_set.preprocessed(preprocessing))
 
     def depth(self, blocks: int) -> int:
         """Return the number of blocks that stands for `blocks` of the study's model."""
@@ -263,6 +267,11 @@ def scale_named(name: str) -> Scale:
     return SCALES[name] if name in SCALES else scale_for(data_set_named(name))
 
 
+def scale_of_recipe(recipe: Recipe) -> Scale:
+    """Return a recipe's scale, with the recipe's own preprocessing."""
+    return scale_named(recipe.scale).preprocessed(recipe.preprocessing)
+
+
 def scale_for(data_set: DataSet) -> Scale:
     """Return the scale of a data set that has no training values of its own.
 
@@ -276,7 +285,9 @@ def scale_for(data_set: DataSet) -> Scale:
         data_set=data_set,
         stem="small" if size <= 64 else "imagenet",
         stem_stride=1 if size <= 32 else 2,
-        patch_size=next(side for side in (16, 8, 4, 2) if size % side == 0 and size // side >= 8),
+        patch_size=next(
+            (side for side in (16, 8, 4, 2) if size % side == 0 and size // side >= 8), 1
+        ),
         batch_size=dict.fromkeys(get_args(Settings), batch) if batch else {},
         learning_rate=rates,
         ghost_batch=min(64, batch or 64),

@@ -17,7 +17,8 @@ from torch import nn
 from grid.study import base_named
 from trainables.data.base import Data, Split
 from trainables.data.registry import DATA_SETS
-from trainables.networks import Classifier, build_classifier
+from trainables.layers import Classifier
+from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 

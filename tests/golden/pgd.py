@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.golden import FOLDER, classifier_of, data_of_one_batch, recipe_at_digits
 from trainables.data.base import to_unit
-from trainables.networks import Classifier
+from trainables.layers import Classifier
 
 STORED = FOLDER / "pgd.json"
 EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10

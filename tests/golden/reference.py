@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.golden import STEPS, classifier_of, data_of_one_batch, recipe_at_digits
 from trainables.data.augment import TrainBatches, library_randomness
-from trainables.networks import GhostBatchNorm2d
+from trainables.layers import GhostBatchNorm2d
 from trainables.recipe import Recipe
 from trainables.train.adversary import training_start
 

@@ -6,6 +6,7 @@ import copy
 import fcntl
 import hashlib
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
 
 logger = logging.getLogger(__name__)
@@ -63,18 +65,24 @@ def size_or_problem(path: Path) -> tuple[int, int] | str:
     return size
 
 
-def validated(image: Image.Image, *, size: int) -> Image.Image:
-    """Bring the shorter side to 256/224 of `size` (bilinear) and cut out the middle square.
+def validated(image: Image.Image, to: Preprocessing) -> Image.Image:
+    """Bring an image to the size of a preprocessing; bilinear unless it says otherwise.
 
-    Source: the study's datasets.py, `build_transform`.
+    Without `crop`: the shorter side to 256/224 of the size, as the study's datasets.py,
+    `build_transform`. With it: as timm's transforms_factory.py, crop mode "center".
     """
     # Two seconds of imports that a study of images in memory, and its driver, need not pay.
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
     from torchvision.transforms.v2 import functional as T  # type: ignore[import-untyped]
 
-    shorter = round(size * 256 / 224)
-    resized = T.resize(image, [shorter], interpolation=InterpolationMode.BILINEAR)
-    cropped: Image.Image = T.center_crop(resized, [size, size])
+    assert to.size
+    mode = InterpolationMode(to.interpolation or "bilinear")
+    if to.squash:
+        squashed: Image.Image = T.resize(image, [to.size, to.size], interpolation=mode)
+        return squashed
+    shorter = math.floor(to.size / to.crop) if to.crop else round(to.size * 256 / 224)
+    resized = T.resize(image, [shorter], interpolation=mode)
+    cropped: Image.Image = T.center_crop(resized, [to.size, to.size])
     return cropped
 
 
@@ -86,9 +94,9 @@ def as_tensor(image: Image.Image) -> Tensor:
 class ImageFiles:
     """Images below a folder; indexing decodes them: uint8 (B, 3, size, size).
 
-    They are brought to `size` as validated, or must have it as stored (`native`). `original` gives
-    one as it is stored, for the random crops of training. `workers`: threads that may decode even
-    where torch has fewer. Paths are one array of bytes: workers that were forked would copy a
+    They are `validated`, or must have the preprocessing's size as stored (`native`). `original`
+    gives one as it is stored, for the random crops of training. `workers`: threads that may decode
+    even where torch has fewer. Paths are one array of bytes: workers that were forked would copy a
     million Python strings by merely counting references to them.
     """
 
@@ -97,11 +105,13 @@ class ImageFiles:
         root: Path,
         paths: Sequence[str],
         *,
-        size: int,
+        preprocessing: Preprocessing,
         native: bool = False,
         workers: int = 0,
     ) -> None:
-        self.root, self.size, self.native, self.workers = root, size, native, workers
+        assert preprocessing.size
+        self.root, self.native, self.workers = root, native, workers
+        self.preprocessing, self.size = preprocessing, preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self._content: Mapped | None = None  # decoded images, one behind another
         self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
@@ -182,7 +192,10 @@ class ImageFiles:
         """
         if not cache or not len(self) or self.nbytes > budget:
             return self
-        kind = "native" if self.native else "validated-bilinear"
+        rule = self.preprocessing
+        kind = "native" if self.native else f"validated-{rule.interpolation or 'bilinear'}"
+        if not self.native and (rule.crop or rule.squash):
+            kind += f"-{'squashed' if rule.squash else rule.crop}"
 
         def write(out: BinaryIO) -> None:
             for first in range(0, len(self), AT_ONCE):
@@ -220,7 +233,7 @@ class ImageFiles:
     def _decoded(self, place: int) -> Tensor:
         image = self.original(place)
         if not self.native:
-            return as_tensor(validated(image, size=self.size))
+            return as_tensor(validated(image, self.preprocessing))
         if image.size != (self.size, self.size):
             raise ValueError(
                 f"{self.path(place)} is {image.width} x {image.height} px, not {self.size} x "

@@ -87,7 +87,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         ImageFiles(
             part.root,
             part.paths,
-            size=data_set.image_size,
+            preprocessing=data_set.preprocessing,
             native=data_set.exact_size,
             workers=source.workers,
         )
@@ -160,7 +160,7 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     files = ImageFiles(
         listed.root,
         listed.paths,
-        size=data.data_set.image_size,
+        preprocessing=data.data_set.preprocessing,
         native=stored.native if native is None else native,
         workers=data.workers,
     )

@@ -6,10 +6,10 @@ Nothing here imports torch or opens a file, so that `--plan` stays quick.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
-from trainables.recipe import unknown
+from trainables.recipe import Interpolation, Preprocessing, unknown
 
 ENTRY_POINTS = "robustness_grid.data_sets"  # of packages that bring data sets of their own
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
@@ -92,8 +92,11 @@ class DataSet:
     num_classes: int
     train_images: int
     held_out_images: int = 0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop: float | None = None
+    squash: bool = False
+    interpolation: Interpolation = "bilinear"
     classes: tuple[str, ...] | str = ()
     package: str = ""
     archive: str = ""
@@ -103,9 +106,6 @@ class DataSet:
     generated: bool = True
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        if not 16 <= size <= 1024 or size % 4:
-            raise ValueError(f"an image size of {size} is not a multiple of 4 from 16 to 1024")
         if self.num_classes < 2:
             raise ValueError(
                 f"a classifier needs at least two classes, and {self.title} has {self.num_classes}"
@@ -114,6 +114,24 @@ class DataSet:
     @property
     def short_title(self) -> str:
         return self.title.partition(",")[0]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(
+            size=self.image_size,
+            crop=self.crop,
+            squash=self.squash,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def preprocessed(self, preprocessing: Preprocessing) -> DataSet:
+        """Return the data set as a model with a preprocessing of its own sees it."""
+        changes = preprocessing.chosen()
+        if "size" in changes:
+            changes["image_size"] = changes.pop("size")
+        return replace(self, **changes)
 
     def counterpart(self, evaluator: str) -> str:
         """Return the name of the stored set that an evaluator reads, '' where there is none."""
@@ -166,8 +184,15 @@ _KNOWN = (
 DATA_SETS = {data_set.name: data_set for data_set in _KNOWN}
 
 
+def check_size(size: int) -> None:
+    """Raise ValueError where the study's models cannot be built for images of a size."""
+    if not 16 <= size <= 1024 or size % 4:
+        raise ValueError(f"an image size of {size} is not a multiple of 4 from 16 to 1024")
+
+
 def register(data_set: DataSet) -> None:
     """Add an entry; ValueError where its name is taken, or a stored set of its is not known."""
+    check_size(data_set.image_size)
     if data_set.name in (*DATA_SETS, FOLDER):
         raise ValueError(f"data set {data_set.name!r} is there already")
     for stored in data_set.counterparts:
@@ -193,6 +218,7 @@ def folder_data_set(
     *, image_size: int, num_classes: int, train_images: int, content: str
 ) -> DataSet:
     """Return the entry of a user's folders; `content` are 8 hex digits of what lies in them."""
+    check_size(image_size)
     return DataSet(
         name=f"folder-{image_size}px-{num_classes}classes-{train_images}train-{content}",
         title=f"a folder of {num_classes} classes, {image_size} px ({train_images:,} to train)",

@@ -30,7 +30,7 @@ from trainables.store.storage import (
 )
 
 if TYPE_CHECKING:
-    from trainables.networks import Classifier
+    from trainables.layers import Classifier
 
 CHECKPOINTS = 2  # of a trial, the newest
 RECIPE_ENTRY = "recipe"  # of a weights file's header

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from trainables.networks import Classifier, GhostBatchNorm2d, by_own_ghost
+from trainables.layers import Classifier, GhostBatchNorm2d, by_own_ghost
 from trainables.recipe import Adversary, Recipe
 from trainables.train.exactness import uniform
 from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d

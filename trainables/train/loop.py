@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from trainables.data.augment import TrainBatches, mix
 from trainables.data.base import Data, Split, to_unit
-from trainables.networks import Classifier, use_set
+from trainables.layers import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
 from trainables.train.adversary import (

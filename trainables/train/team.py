@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainables.networks import Classifier, GhostBatchNorm2d
+from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.recipe import Recipe
 
 
