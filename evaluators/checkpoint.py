@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-
-from evaluators import PGD_STEPS, base, evaluator_named
-from evaluators.base import Evaluator, cell_digest, device_named
+from evaluators import PGD_STEPS, evaluator_named
+from evaluators.base import Evaluator, device_named
 from evaluators.health import red_flags
-from evaluators.ledger import to_parquet
-from evaluators.shards import ShardStore
+from evaluators.judging import Cells
 from evaluators.weights import load_any_weights, read_content
-from trainables.data.base import Data
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.layers import Classifier
 from trainables.networks import build_classifier, classifier_named
 from trainables.scale import Scale, scale_named
 from trainables.store.checkpoint import recipe_of
-from trainables.store.results import provenance
-from trainables.store.storage import write_atomically
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -45,62 +36,24 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     digest = hashlib.sha256(content).hexdigest()[:12]
     scale, classifier = _loaded(options, content, source)
     folder = options.ledger or Path("results/ledgers", f"{options.weights.stem}-{digest}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     subject = repr((digest, classifier, normalisation, scale, source.root, folders))
-    side = scale.image_size
-    stores = {e: _store(e, data, folder, subject, side) for e in _evaluators(options, scale)}
+    cells = Cells.of(_evaluators(options, scale), data, folder, subject)
     with suppress(KeyboardInterrupt):
-        for evaluator, store in stores.items():
+        for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
-            _judge(evaluator, store, classifier, data, device)
+            cells.judge(evaluator, classifier, data, device)
     print(f"{options.weights} at scale {scale.name}: {scale.title}")
-    _print_scores(stores)
-    if any(store.missing() for store in stores.values()):
+    _print_scores(cells)
+    if not cells.is_whole:
         print("Cut short: the same command judges the other images.")
         return False
-    for evaluator, store in stores.items():
-        ledger, seconds = store.merged()
-        content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
-        write_atomically(folder / f"{evaluator.name}.parquet", content)
-    for store in stores.values():
-        store.clear()
+    cells.write_ledgers()
     print(f"Ledgers: {folder}")
     return True
-
-
-def _store(evaluator: Evaluator, data: Data, folder: Path, subject: str, side: int) -> ShardStore:
-    """Open the shards of an evaluator's question about a subject."""
-    key = f"{subject} {cell_digest(evaluator, data)}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    total, least = evaluator.total(data), evaluator.least_shard
-    return ShardStore(folder / "shards" / digest, total, side=side, least=least)
-
-
-def _judge(
-    evaluator: Evaluator,
-    store: ShardStore,
-    classifier: Classifier,
-    data: Data,
-    device: torch.device,
-) -> None:
-    """Judge the images that no shard holds yet, showing the time left."""
-    console = Console(stderr=True)
-    quiet = store.total <= evaluator.least_shard or not console.is_terminal
-    with Progress(console=console, disable=quiet) as progress:
-        bar = progress.add_task(evaluator.name, total=store.total, completed=store.judged)
-        while store.waiting:
-            shard, began = store.take(), time.monotonic()
-            ledger = base.judge_images(evaluator, classifier, data, device=device, shard=shard)
-            seconds, judged_by = time.monotonic() - began, provenance(str(device))
-            store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
-            progress.advance(bar, len(shard))
 
 
 def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[Scale, Classifier]:
@@ -152,16 +105,8 @@ def _evaluators(options: JudgeOptions, scale: Scale) -> Iterator[Evaluator]:
         yield evaluator_named(name, scale, **settings)
 
 
-def _print_scores(stores: Mapping[Evaluator, ShardStore]) -> None:
-    """Print the scores; those of a part of the images say so in their names."""
-    scores, ledgers = [], []
-    for evaluator, store in stores.items():
-        if store.judged:
-            ledger, _ = store.merged()
-            part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
-            named = evaluator.summarize(ledger)
-            scores += [replace(score, name=score.name + part) for score in named]
-            ledgers.append(ledger)
+def _print_scores(cells: Cells) -> None:
+    scores, ledgers = cells.scores()
     if not ledgers:
         return
     width = max(len(score.name) for score in scores)
