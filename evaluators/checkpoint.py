@@ -69,10 +69,11 @@ def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[
         scale, classifier = scale_named(recipe.scale), build_classifier(recipe)
     else:
         scale = scale_of(options.scale or "digits", source, image_size=options.image_size)
+        scale = scale.preprocessed(options.preprocessing())
         classifier = classifier_named(options.model, scale, activation=options.activation)
     for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):
-        if value is not None:
-            buffer.fill_(value)
+        if value:
+            buffer.copy_(torch.tensor(value).view_as(buffer))
     load_any_weights(options.weights, classifier)
     return _with_budgets(scale, options), classifier
 

@@ -50,13 +50,6 @@ class JudgeOptions(DataOptions):
     scale: ScaleName | None = option(
         None, f"{', '.join(scale_names())} (default: the file's, or digits)", "NAME"
     )
-    mean: float | None = option(
-        None,
-        "the normalisation's mean, all channels, pixels in [0, 1] (default: the file's recipe's, "
-        "or the scale's)",
-        "MEAN",
-    )
-    std: float | None = option(None, "the normalisation's deviation, as --mean", "DEVIATION", gt=0)
     device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
     ledger: Path | None = option(
         None, "where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)", "DIR"

@@ -17,6 +17,7 @@ from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data, stored_split
 from trainables.data.registry import StoredSet, folder_data_set
 from trainables.options import DataOptions
+from trainables.recipe import Preprocessing
 from trainables.scale import DIGITS, IMAGENET, scale_for, scale_named
 
 SIDE = 16
@@ -298,6 +299,33 @@ def test_options_that_do_not_go_together_are_refused(root, name, arguments, mess
     )
     with pytest.raises(ValueError, match=message):
         scale_of(name, source, image_size=arguments.get("image_size"))
+
+
+def test_preprocessing_is_what_options_say_and_open_where_they_are_silent():
+    assert options().preprocessing() == Preprocessing()
+    words = "--image-size 64 --resize squash --interpolation bicubic --mean .5 --std .1,.2,.3"
+    assert options(*words.split()).preprocessing().chosen() == {
+        "size": 64,
+        "squash": True,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.1, 0.2, 0.3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mean .5 .5", "--mean: one number or one a channel (3), not 2"),
+        ("--std 0 1 1", "--std: Input should be greater than 0"),
+        ("--resize squsah", "Did you mean 'squash'?"),
+        ("--interpolation cubic", "Did you mean 'bicubic'?"),
+        ("--resize squash --crop 0.9", "--crop is a share that --resize crop cuts out"),
+        ("--image-size 2", "--image-size: Input should be greater than or equal to 4"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(capsys, words, message):
+    assert message in refusal(capsys, *words.split())
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,30 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
-from trainables.recipe import nearest, problem, unknown
+from trainables.recipe import Interpolation, Preprocessing, nearest, problem, unknown
 
 HELP_ALL = "--help-all"
 Count = Annotated[int, Field(ge=1)]
 Words = tuple[str, ...]  # after one option
 Split = BeforeValidator(lambda words: [part for word in words for part in word.split(",")])
 Names = Annotated[Words, Split]  # with spaces or commas between them
+CHANNELS = 3
+Deviation = Annotated[float, Field(gt=0)]
 
 
 def option(
@@ -124,7 +134,34 @@ class DataOptions(Options):
     groups: ClassVar[dict[str, str]] = {"data": "data"}
 
     data: Path | None = option(None, "train/ and val/ (or test/), class folders below", "DIR")
-    image_size: Count | None = option(None, "side in pixels, for --scale folder", "N")
+    image_size: int | None = option(
+        None, "side in pixels that a model sees (default: the data's)", "N", ge=4, le=2048
+    )
+    resize: Literal["crop", "squash"] | None = option(
+        None,
+        "crop: shrink the shorter side, cut out the middle; squash: shrink both sides "
+        "(default: crop)",
+        "HOW",
+    )
+    crop: float | None = option(
+        None,
+        "with --resize crop: the share of the shorter side that is cut out (default: 224/256)",
+        "SHARE",
+        gt=0,
+        le=1,
+    )
+    interpolation: Interpolation | None = option(
+        None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME"
+    )
+    mean: Annotated[tuple[float, ...], Split] = option(
+        (),
+        "normalisation's mean, one number or one a channel, pixels in [0, 1] (default: the "
+        "model's, or the data's)",
+        "MEAN",
+    )
+    std: Annotated[tuple[Deviation, ...], Split] = option(
+        (), "the normalisation's deviation, as --mean", "DEVIATION"
+    )
     hold_out: float = option(
         0.0,
         "judge by this share of each class's train images where there is no val/ or test/",
@@ -157,6 +194,19 @@ class DataOptions(Options):
         advanced=True,
     )
 
+    @field_validator("mean", "std")
+    @classmethod
+    def _per_channel(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if len(numbers) not in (0, 1, CHANNELS):
+            raise ValueError(f"one number or one a channel ({CHANNELS}), not {len(numbers)}")
+        return numbers * CHANNELS if len(numbers) == 1 else numbers
+
+    @model_validator(mode="after")
+    def _crops_or_squashes(self) -> Self:
+        if self.crop is not None and self.resize == "squash":
+            raise ValueError("--crop is a share that --resize crop cuts out: leave one out")
+        return self
+
     @field_validator("stored")
     @classmethod
     def _names_a_set(cls, words: Words) -> Words:
@@ -167,6 +217,17 @@ class DataOptions(Options):
             if name not in STORED_SETS:
                 raise ValueError(unknown("set", name, STORED_SETS))
         return words
+
+    def preprocessing(self) -> Preprocessing:
+        """Return how the options bring images to a model; None where they leave it open."""
+        return Preprocessing(
+            size=self.image_size,
+            crop=self.crop,
+            squash=None if self.resize is None else self.resize == "squash",
+            interpolation=self.interpolation,
+            mean=self.mean or None,
+            std=self.std or None,
+        )
 
     def source(self, *, cache: Path | None = None) -> DataSource:
         """Return the data source that is named; ValueError on a folder that is not there."""
