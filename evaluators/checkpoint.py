@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from evaluators import PGD_STEPS, evaluator_named
 from evaluators.base import Evaluator, device_named
 from evaluators.health import red_flags
