@@ -131,7 +131,10 @@ class _DataCheck:
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
             files = ImageFiles(
-                root, images.paths, preprocessing=data_set.preprocessing, native=data_set.exact_size
+                root,
+                images.paths,
+                preprocessing=data_set.preprocessing,
+                native=data_set.stored_size if data_set.exact_size else 0,
             )
             yield from self._opened(files, "images")
         if not self.source.workers and sum(self.sizes.values()) > self.source.memory_bytes:
@@ -193,10 +196,10 @@ class _DataCheck:
         return self.sound[stamp]
 
     def _misfits(
-        self, opened: list[tuple[Path, Any]], native: bool, is_data: bool
+        self, opened: list[tuple[Path, Any]], native: int, is_data: bool
     ) -> Iterator[Remark]:
         """Say how many images have not the data's size, or are smaller where they need not."""
-        side = self.scale.image_size
+        side = native or self.scale.image_size
         wrong = f"are not {side} x {side} px" if native else f"are smaller than {side} px"
         odd = [(p, s) for p, s in opened if (s != (side, side) if native else min(s) < side)]
         if not odd:

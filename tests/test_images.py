@@ -15,11 +15,13 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
 from tests.pictures import KINDS, write_folder, write_picture
-from trainables.data.images import ImageFiles, as_rgb, in_threads
+from tests.tiny import RECIPE
+from trainables.data.augment import augmented
+from trainables.data.images import ImageFiles, ResizedImages, as_rgb, in_threads
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
 from trainables.recipe import Preprocessing
-from trainables.scale import IMAGENET
+from trainables.scale import DIGITS, IMAGENET
 
 BUDGET = 2**30
 # As the study's datasets.py has it for evaluation, without the normalisation.
@@ -210,3 +212,46 @@ def test_a_truncated_image_is_named_with_its_class(tmp_path, in_memory):
     scale = scale_of("folder", source, image_size=32)
     with pytest.raises(ValueError, match=r"picture 0\.JPEG \(class class-05\) cannot be read"):
         load_data(scale, source).train.images[:]
+
+
+# In memory, at another size than is stored.
+
+
+def test_images_in_memory_are_resized_whole_when_indexed():
+    stored = torch.arange(2 * 3 * 4).reshape(2, 3, 2, 2).byte()
+    nearest = Preprocessing(size=4, crop=0.5, interpolation="nearest")
+    images = ResizedImages(stored, nearest)
+    assert images.shape == (2, 3, 4, 4)
+    assert images[1:][0, 2].tolist() == [[20, 20, 21, 21]] * 2 + [[22, 22, 23, 23]] * 2
+    assert torch.equal(images.at(np.array([1]))[:], images[torch.tensor([1])])
+
+
+def test_digits_are_resized_for_a_model_of_another_size():
+    scale = DIGITS.preprocessed(Preprocessing(size=32, interpolation="bicubic"))
+    data, stored = load_data(scale), load_data(DIGITS)
+    assert data.held_out.ids == stored.held_out.ids
+    assert data.held_out.images.shape == (597, 3, 32, 32)
+    digit = Image.fromarray(stored.held_out.images[5].permute(1, 2, 0).numpy())
+    bicubic = np.array(digit.resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(data.held_out.images[5:6][0].permute(1, 2, 0), bicubic)
+    assert load_data(DIGITS.preprocessed(Preprocessing(size=16))) is stored
+
+
+def test_a_training_shifts_at_the_stored_size_and_then_resizes():
+    nearest = Preprocessing(size=32, interpolation="nearest")
+    images = load_data(DIGITS.preprocessed(nearest)).train.images
+    places = torch.arange(20)
+    shown = augmented(RECIPE, images, 0, places)
+    small = augmented(RECIPE, load_data(DIGITS).train.images, 0, places)
+    assert shown.shape == (20, 3, 32, 32)
+    assert torch.equal(shown, small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_images_of_an_exact_size_in_files_are_resized_too(tmp_path):
+    pixels = np.array([[0, 255], [255, 0]], dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    nearest = Preprocessing(size=32, interpolation="nearest")
+    images = ImageFiles(tmp_path, ["a.png"], preprocessing=nearest, native=16)[:]
+    assert np.array_equal(images[0, 0], pixels.repeat(2, axis=0).repeat(2, axis=1))
+    with pytest.raises(ValueError, match="16 x 16 px, not 32 x 32"):
+        ImageFiles(tmp_path, ["a.png"], preprocessing=nearest, native=32)[:]

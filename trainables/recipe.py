@@ -196,6 +196,11 @@ class Preprocessing(Frozen):
         """Return the fields that are not left to the data set."""
         return {name: value for name, value in self if value is not None}
 
+    def beyond(self, other: Preprocessing) -> Preprocessing:
+        """Return the fields that are chosen otherwise than another preprocessing has them."""
+        own = {k: v for k, v in self.chosen().items() if v != getattr(other, k)}
+        return Preprocessing(**own)
+
 
 class Recipe(Frozen):
     """Everything that determines the weights; equal digests mean equal weights.

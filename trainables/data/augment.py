@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
-from trainables.data.base import Split
-from trainables.data.images import ImageFiles
+from trainables.data.base import Images, Split
+from trainables.data.images import ImageFiles, ResizedImages
 from trainables.recipe import Recipe
 from trainables.scale import scale_named
 from trainables.train.team import ALONE, Team
@@ -68,22 +68,25 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(rng.permutation(count))
 
 
-def augmented(recipe: Recipe, images: Tensor | ImageFiles, epoch: int, places: Tensor) -> Tensor:
+def augmented(recipe: Recipe, images: Images, epoch: int, places: Tensor) -> Tensor:
     """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
 
     Images in memory are shifted and, where the scale says so, flipped; images in files are cropped
     at random and flipped, as in the study. Then RandAugment, which resamples images in files
-    bicubically, as in the study, and those in memory as timm draws it for each operation. Each
-    follows from (seed, epoch, place) alone, whichever images are asked for beside it.
+    bicubically, as in the study, and those in memory as timm draws it for each operation. Images
+    in memory that a model sees at another size are resized at the end. Each follows from (seed,
+    epoch, place) alone, whichever images are asked for beside it.
     """
     if isinstance(images, Tensor) and is_cached(images):
         return augmented_epoch(recipe, images, epoch)[places]
+    if isinstance(images, ResizedImages):
+        return images.resized(augmented(recipe, images.stored, epoch, places))
     if isinstance(images, ImageFiles):
         return _cropped(images, recipe, epoch, places.tolist())
     return _shifted(images, recipe, epoch, places)
 
 
-def is_cached(images: Tensor | ImageFiles) -> bool:
+def is_cached(images: Images) -> bool:
     """Tell whether the images are so few that whole augmented epochs are kept."""
     return isinstance(images, Tensor) and images.nbytes <= CACHED_BYTES
 
@@ -128,7 +131,7 @@ def _fill(recipe: Recipe) -> tuple[int, ...]:
 def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[int]) -> Tensor:
     """Crop, flip and RandAugment images one by one: torchvision and timm draw for one."""
     seed, magnitude = recipe.seed, _magnitude(recipe, epoch)
-    size = images.size
+    size, may_flip = images.size, scale_named(recipe.scale).data_set.flip
     crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
     transform = None
     if magnitude is not None:
@@ -148,7 +151,7 @@ def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[in
             image = v2.functional.resized_crop(
                 image, **crop.make_params([image]), size=crop.size, interpolation=crop.interpolation
             )
-            if torch.rand(1) < FLIP_PROBABILITY:
+            if torch.rand(1) < FLIP_PROBABILITY and may_flip:
                 image = v2.functional.horizontal_flip(image)
             if transform is not None:
                 image = transform(image)
@@ -264,7 +267,7 @@ def mix(
 class _Augmented(Dataset[Tensor]):
     """A split's images as an epoch shows them; it knows no epoch itself, so its workers stay."""
 
-    def __init__(self, recipe: Recipe, images: Tensor | ImageFiles) -> None:
+    def __init__(self, recipe: Recipe, images: Images) -> None:
         self._recipe, self._images = recipe, images
 
     def __getitems__(self, batch: list[int]) -> Tensor:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.data.images import ImageFiles
+from trainables.data.images import ImageFiles, ResizedImages
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
+
+Images = Tensor | ImageFiles | ResizedImages
 
 
 @dataclass(frozen=True, order=True)
@@ -45,10 +47,11 @@ WHOLE = Shard()
 class Split:
     """Images of one part of a data set: uint8 (N, 3, H, W), labels int64 (N,), one id each.
 
-    Images in files are decoded when they are indexed, by a slice or a tensor of places.
+    Images in files are decoded when they are indexed, by a slice or a tensor of places; those in
+    memory that a model sees at another size are resized then.
     """
 
-    images: Tensor | ImageFiles
+    images: Images
     labels: Tensor
     ids: tuple[str, ...]
 

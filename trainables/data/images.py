@@ -86,6 +86,13 @@ def validated(image: Image.Image, to: Preprocessing) -> Image.Image:
     return cropped
 
 
+def resized_whole(image: Image.Image, to: Preprocessing) -> Image.Image:
+    """Bring an image that is stored at a data set's size to another one; nothing is cut off."""
+    if image.size == (to.size, to.size):
+        return image
+    return validated(image, to.model_copy(update={"squash": True}))
+
+
 def as_tensor(image: Image.Image) -> Tensor:
     """Return an RGB image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -94,10 +101,10 @@ def as_tensor(image: Image.Image) -> Tensor:
 class ImageFiles:
     """Images below a folder; indexing decodes them: uint8 (B, 3, size, size).
 
-    They are `validated`, or must have the preprocessing's size as stored (`native`). `original`
-    gives one as it is stored, for the random crops of training. `workers`: threads that may decode
-    even where torch has fewer. Paths are one array of bytes: workers that were forked would copy a
-    million Python strings by merely counting references to them.
+    They are `validated`; those stored at an exact side (`native`, in pixels) must have it, and are
+    resized whole. `original` gives one as it is stored, for the random crops of training.
+    `workers`: threads that may decode even where torch has fewer. Paths are one array of bytes:
+    workers that were forked would copy a million Python strings by merely counting references.
     """
 
     def __init__(
@@ -106,7 +113,7 @@ class ImageFiles:
         paths: Sequence[str],
         *,
         preprocessing: Preprocessing,
-        native: bool = False,
+        native: int = 0,
         workers: int = 0,
     ) -> None:
         assert preprocessing.size
@@ -139,6 +146,13 @@ class ImageFiles:
         chosen = copy.copy(self)
         chosen._paths, chosen._cached = self._paths[places], self._cached[places]
         return chosen
+
+    def preprocessed(self, preprocessing: Preprocessing) -> ImageFiles:
+        """Return the images as another preprocessing shows them, still undecoded."""
+        assert preprocessing.size
+        shown = copy.copy(self)
+        shown.preprocessing, shown.size = preprocessing, preprocessing.size
+        return shown
 
     def path(self, place: int) -> Path:
         """Return the file of the image at a place."""
@@ -193,8 +207,10 @@ class ImageFiles:
         if not cache or not len(self) or self.nbytes > budget:
             return self
         rule = self.preprocessing
-        kind = "native" if self.native else f"validated-{rule.interpolation or 'bilinear'}"
-        if not self.native and (rule.crop or rule.squash):
+        kind = f"validated-{rule.interpolation or 'bilinear'}"
+        if self.native:
+            kind = "native" if self.native == self.size else f"{kind}-of-{self.native}"
+        elif rule.crop or rule.squash:
             kind += f"-{'squashed' if rule.squash else rule.crop}"
 
         def write(out: BinaryIO) -> None:
@@ -234,12 +250,47 @@ class ImageFiles:
         image = self.original(place)
         if not self.native:
             return as_tensor(validated(image, self.preprocessing))
-        if image.size != (self.size, self.size):
+        if image.size != (self.native, self.native):
             raise ValueError(
-                f"{self.path(place)} is {image.width} x {image.height} px, not {self.size} x "
-                f"{self.size}: --scale folder --image-size N takes images of N px a side and more"
+                f"{self.path(place)} is {image.width} x {image.height} px, not {self.native} x "
+                f"{self.native}: --scale folder takes images of any size"
             )
-        return as_tensor(image)
+        return as_tensor(resized_whole(image, self.preprocessing))
+
+
+class ResizedImages:
+    """Images in memory, uint8 (N, 3, S, S), that indexing resizes: uint8 (B, 3, size, size)."""
+
+    def __init__(self, stored_N3SS: Tensor, preprocessing: Preprocessing) -> None:
+        assert preprocessing.size
+        self.stored, self.preprocessing = stored_N3SS, preprocessing
+        self.shape = (len(stored_N3SS), CHANNELS, preprocessing.size, preprocessing.size)
+        self.nbytes = math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return self.resized(self.stored[index])
+
+    def at(self, places: np.ndarray) -> ResizedImages:
+        """Return the images at some places, still at their stored size."""
+        return ResizedImages(self.stored[torch.from_numpy(places)], self.preprocessing)
+
+    def preprocessed(self, preprocessing: Preprocessing) -> ResizedImages:
+        """Return the images as another preprocessing shows them."""
+        return ResizedImages(self.stored, preprocessing)
+
+    def resized(self, images_B3SS: Tensor) -> Tensor:
+        """Resize images of the stored size as these are resized."""
+        shown = torch.empty((len(images_B3SS), *self.shape[1:]), dtype=torch.uint8)
+        for row, image in enumerate(in_threads(self._resized, images_B3SS)):
+            shown[row] = image
+        return shown
+
+    def _resized(self, image_3SS: Tensor) -> Tensor:
+        image = Image.fromarray(image_3SS.permute(1, 2, 0).contiguous().numpy())
+        return as_tensor(resized_whole(image, self.preprocessing))
 
 
 def in_threads(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from itertools import product
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
-from trainables.data.images import ImageFiles
+from trainables.data.images import ImageFiles, ResizedImages
 from trainables.data.listing import EMBEDDED, DataSource, list_splits, list_stored
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
@@ -38,6 +39,10 @@ def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
 
 @cache
 def _loaded(data_set: DataSet, source: DataSource) -> Data:
+    if data_set.origin and (data_set.package or data_set.exact_size):
+        data = _loaded(data_set.origin, source)
+        train, held_out = (_resized(part, data_set) for part in (data.train, data.held_out))
+        return replace(data, data_set=data_set, train=train, held_out=held_out)
     if data_set.package:
         module, _, function = data_set.package.partition(":")
         train, held_out, names = getattr(import_module(module), function)(data_set)
@@ -53,6 +58,15 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         workers=source.workers,
         cache=source.cache,
     )
+
+
+def _resized(split: Split, data_set: DataSet) -> Split:
+    """Return images that are stored at one size as a preprocessing shows them."""
+    if not isinstance(split.images, Tensor):
+        return replace(split, images=split.images.preprocessed(data_set.preprocessing))
+    if split.images.shape[2:] == (data_set.image_size,) * 2:
+        return split
+    return replace(split, images=ResizedImages(split.images, data_set.preprocessing))
 
 
 def digits(data_set: DataSet) -> Loaded:
@@ -88,7 +102,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
             part.root,
             part.paths,
             preprocessing=data_set.preprocessing,
-            native=data_set.exact_size,
+            native=data_set.stored_size if data_set.exact_size else 0,
             workers=source.workers,
         )
         for part in listed
@@ -154,14 +168,15 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     """
     if stored.arrays:
         images, labels = (root / name for name in stored.arrays)
-        pixels = stored_images(images, data.data_set.image_size)
-        return _as_split(stored, pixels, stored_labels(labels, len(pixels), len(data.class_names)))
+        pixels = stored_images(images, data.data_set.stored_size)
+        classes = stored_labels(labels, len(pixels), len(data.class_names))
+        return _as_split(stored, pixels, classes, data.data_set)
     listed = list_stored(stored, root / stored.folder, data.class_names, data.data_set)
     files = ImageFiles(
         listed.root,
         listed.paths,
         preprocessing=data.data_set.preprocessing,
-        native=stored.native if native is None else native,
+        native=data.data_set.stored_size if (stored.native if native is None else native) else 0,
         workers=data.workers,
     )
     ids = tuple(path.rpartition(".")[0] for path in listed.paths)
@@ -207,10 +222,11 @@ class CorruptedSet:
             return stored_split(self.stored, self.root / kind / str(severity), self.data)
         count = len(self._labels) // len(SEVERITIES)
         part = slice((severity - 1) * count, severity * count)
-        return _as_split(self.stored, self._pixels[kind][part], self._labels[part])
+        pixels, labels = self._pixels[kind][part], self._labels[part]
+        return _as_split(self.stored, pixels, labels, self.data.data_set)
 
     def _open_arrays(self) -> None:
-        side, classes = self.data.data_set.image_size, len(self.data.class_names)
+        side, classes = self.data.data_set.stored_size, len(self.data.class_names)
         self._pixels = {kind: stored_images(self.root / f"{kind}.npy", side) for kind in self.kinds}
         count = len(self._pixels[KINDS[0]])
         if count % len(SEVERITIES):
@@ -249,9 +265,11 @@ def _mapped_array(file: Path) -> np.ndarray:
     return array
 
 
-def _as_split(stored: StoredSet, pixels_NHWC: np.ndarray, labels: Tensor) -> Split:
+def _as_split(
+    stored: StoredSet, pixels_NHWC: np.ndarray, labels: Tensor, data_set: DataSet
+) -> Split:
     """Return stored images, copied out of their file, as a split."""
     images = torch.from_numpy(np.array(pixels_NHWC)).permute(0, 3, 1, 2)
     width = len(str(stored.images))
     ids = tuple(f"{stored.name}/{place:0{width}d}" for place in range(len(labels)))
-    return Split(images=images, labels=labels, ids=ids)
+    return _resized(Split(images=images, labels=labels, ids=ids), data_set)

@@ -83,7 +83,8 @@ class DataSet:
     at `image_size` and kept as one tensor. `flip`: a mirrored image is one of its class.
     `counterparts`: the stored sets that its evaluators read; without one a counterpart is
     generated. Not `generated`: the data and its stored sets must be as published, no generated
-    counterpart stands for one, and AlexNet's errors, which mCE needs, are theirs.
+    counterpart stands for one, and AlexNet's errors, which mCE needs, are theirs. `origin`: the
+    entry of which a model's preprocessing made this one.
     """
 
     name: str
@@ -104,6 +105,7 @@ class DataSet:
     flip: bool = True
     counterparts: tuple[str, ...] = ("imagenet-a", "imagenet-c", "imagenet-stylized", "textures")
     generated: bool = True
+    origin: DataSet | None = None
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -128,10 +130,15 @@ class DataSet:
 
     def preprocessed(self, preprocessing: Preprocessing) -> DataSet:
         """Return the data set as a model with a preprocessing of its own sees it."""
-        changes = preprocessing.chosen()
+        changes = preprocessing.beyond(self.preprocessing).chosen()
         if "size" in changes:
             changes["image_size"] = changes.pop("size")
-        return replace(self, **changes)
+        return replace(self, origin=self.origin or self, **changes) if changes else self
+
+    @property
+    def stored_size(self) -> int:
+        """The side at which images of an exact size, and stored sets, are stored."""
+        return (self.origin or self).image_size
 
     def counterpart(self, evaluator: str) -> str:
         """Return the name of the stored set that an evaluator reads, '' where there is none."""
