@@ -16,13 +16,14 @@ from evaluators import PGD_STEPS, evaluator_named
 from evaluators.base import Evaluator, device_named
 from evaluators.health import red_flags
 from evaluators.judging import Cells
-from evaluators.weights import load_any_weights, read_content
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.layers import Classifier
 from trainables.networks import build_classifier, classifier_named
+from trainables.pretrained import load_weights
 from trainables.scale import Scale, scale_named
 from trainables.store.checkpoint import recipe_of
+from trainables.weights import read_content
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -76,7 +77,7 @@ def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[
     for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):
         if value:
             buffer.copy_(torch.tensor(value).view_as(buffer))
-    load_any_weights(options.weights, classifier)
+    load_weights(options.weights, classifier)
     return _with_budgets(scale, options), classifier
 
 

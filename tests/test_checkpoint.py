@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluators.weights import load_any_weights
 from tests.servers import s3_bucket
 from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
+from trainables.pretrained import load_weights
 from trainables.running import next_result, open_trial
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
@@ -185,7 +185,7 @@ def test_a_bit_flipped_anywhere_in_weights_is_noticed_wherever_they_are_loaded(w
         path.write_bytes(flipped)
         for load in (
             lambda: stored_weights(str(path), digest),
-            lambda: load_any_weights(path, classifier),
+            lambda: load_weights(path, classifier),
         ):
             with pytest.raises(ValueError, match=r"w\.safetensors"):
                 load()
@@ -213,7 +213,7 @@ def test_weights_that_name_a_recipe_but_no_sha256_are_refused_and_foreign_ones_a
     tensors, older = load_file(path), tmp_path / "older.safetensors"
     save_file(tensors, older, metadata={"recipe": "{}"})
     with pytest.raises(ValueError, match="is damaged, or of an older version"):
-        load_any_weights(older, classifier)
+        load_weights(older, classifier)
     foreign = tmp_path / "foreign.safetensors"
     save_file(tensors, foreign, metadata={"format": "pt"})
-    load_any_weights(foreign, classifier)
+    load_weights(foreign, classifier)

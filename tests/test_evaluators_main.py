@@ -15,9 +15,9 @@ import torch
 from evaluators import evaluator_named
 from evaluators.__main__ import main
 from evaluators.base import judge_images
-from evaluators.weights import load_any_weights
 from trainables.data.load import load_data
 from trainables.networks import build_classifier, classifier_named
+from trainables.pretrained import load_weights
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
@@ -91,7 +91,7 @@ def test_released_ghost_batchnorm_checkpoints_load(timm_resnet50, tmp_path, sets
     weights = released(timm_resnet50, sets=sets, ghosts=ghosts)
     torch.save({"model": weights, "epoch": 99, "args": argparse.Namespace(lr=1.6)}, path)
     classifier = classifier_named("timm:resnet50", DIGITS).eval()
-    load_any_weights(path, classifier)
+    load_weights(path, classifier)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = timm_resnet50((images - classifier.mean) / classifier.std)
@@ -123,7 +123,7 @@ def test_a_file_of_this_project_is_judged_as_its_study_judges_it(ghostly, tmp_pa
 def test_a_plain_network_takes_the_weights_of_one_with_ghosts(ghostly):
     path, classifier = ghostly
     plain = classifier_named("resnet18", DIGITS, activation="gelu").eval()
-    load_any_weights(path, plain)
+    load_weights(path, plain)
     images = torch.rand(8, 3, 32, 32)
     with torch.no_grad():
         ours, theirs = plain.backbone(images), classifier.backbone(images)
@@ -136,7 +136,7 @@ def test_torch_files_are_read_by_any_of_their_names(tmp_path, suffix):
     classifier = build_classifier(RECIPE)
     torch.save(classifier.state_dict(), path)
     fresh = build_classifier(RECIPE.replace(seed=1))
-    load_any_weights(path, fresh)
+    load_weights(path, fresh)
     assert torch.equal(fresh.backbone.fc.weight, classifier.backbone.fc.weight)
 
 
@@ -159,8 +159,8 @@ def test_weights_that_do_not_fit_are_named_up_to_three(timm_resnet50, tmp_path, 
     state = timm_resnet50.state_dict() | {"fc.weight": torch.zeros(1000, 2048)}
     torch.save(state | {"extra.a": torch.zeros(1)}, path)
     error = refused(["--model", "timm:resnet50", "--weights", path], capsys)
-    assert "backbone.fc.weight is (1000, 2048), not (10, 2048)" in error
-    assert "backbone.extra.a is unknown" in error
+    assert "fc.weight is (1000, 2048), not (10, 2048)" in error
+    assert "extra.a is unknown" in error
     torch.save({"a": torch.zeros(1)}, path)
     error = refused(["--model", "timm:resnet50", "--weights", path], capsys)
     assert error.count(" is missing") == 3

@@ -27,7 +27,6 @@ from evaluators.ledger import LEDGER, from_parquet, survival_scores, to_parquet
 from evaluators.options import JudgeOptions
 from evaluators.shards import ShardStore
 from evaluators.textures import LAYOUT, StoredTextures
-from evaluators.weights import load_any_weights
 from grid import run
 from grid.axes import AXES
 from grid.options import RunOptions
@@ -39,6 +38,7 @@ from trainables.data.base import Shard
 from trainables.data.images import ImageFiles, size_or_problem
 from trainables.data.load import stored_images, stored_labels
 from trainables.networks import build_classifier
+from trainables.pretrained import load_weights
 from trainables.recipe import Preprocessing, Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import (
@@ -218,12 +218,12 @@ STATE = {"epoch": torch.arange(9), "history": [{"epoch": 1.0}], "generator": (1,
 TEXTURE = LAYOUT.format(label=0, cluster=0)
 # By a file's name: its content, of a model's tensors, and how it is read.
 FORMS = {
-    "w.safetensors": (lambda tensors: save(tensors, metadata={"recipe": "{}"}), load_any_weights),
+    "w.safetensors": (lambda tensors: save(tensors, metadata={"recipe": "{}"}), load_weights),
     "recipe.safetensors": (
         lambda tensors: save(tensors, metadata={"recipe": "{}"}),
         lambda path, _: recipe_of(path.read_bytes(), path),
     ),
-    "w.pth": (pickled, load_any_weights),
+    "w.pth": (pickled, load_weights),
     "c.pt": (lambda _: pickled(STATE), lambda path, _: unpickled(path.read_bytes(), str(path))),
     TEXTURE: (
         lambda _: pickled(torch.zeros(3, 8, 8)),
@@ -266,7 +266,7 @@ ODD = {
 def test_tensors_of_a_strange_kind_are_refused(classifier, tensors, tmp_path, name):
     path = tmp_path / "weights.pt"
     path.write_bytes(pickled(tensors | {"backbone.fc.bias": ODD[name]}))
-    for read in (lambda: load_any_weights(path, classifier), lambda: vgg19_network(path)):
+    for read in (lambda: load_weights(path, classifier), lambda: vgg19_network(path)):
         with pytest.raises(ValueError, match="no dictionary of dense tensors of real numbers"):
             read()
 

@@ -29,7 +29,6 @@ from torchvision.datasets import CIFAR10 as TORCHVISION
 
 from evaluators.shards import ShardStore
 from evaluators.textures import LAYOUT, StoredTextures
-from evaluators.weights import load_any_weights
 from grid import options, run
 from grid.study import load_study
 from tests.driver import ROOT, SECONDS, ended, start, study_of_one, wait_for_checkpoint
@@ -40,6 +39,7 @@ from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data, stored_images, stored_labels
 from trainables.networks import build_classifier
+from trainables.pretrained import load_weights
 from trainables.recipe import Preprocessing
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
@@ -117,7 +117,7 @@ SIXTEEN = Preprocessing(size=16)
 READERS = {
     "epoch-00001-HASH.pt": lambda path, _: load_newest_checkpoint(path.parent),
     **{
-        f"weights{suffix}": lambda path, recipe: load_any_weights(path, build_classifier(recipe))
+        f"weights{suffix}": lambda path, recipe: load_weights(path, build_classifier(recipe))
         for suffix in (".pth", ".pt", ".safetensors")
     },
     "artifact.safetensors": lambda path, recipe: classifier_of(path, recipe.digest()),

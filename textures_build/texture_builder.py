@@ -27,12 +27,12 @@ from evaluators.textures import (
     own_settings,
     small_network,
 )
-from evaluators.weights import read_tensors
 from trainables.data.listing import scale_of
 from trainables.data.load import load_data
 from trainables.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from trainables.options import DataOptions, option
 from trainables.store.storage import write_atomically
+from trainables.weights import read_tensors
 
 
 class BuildOptions(DataOptions):
