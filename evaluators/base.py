@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainables.scale import Scale
 
 EXAMPLES = 4
+PRESENT = "-present"  # ends the name of a question that is answered among the classes present
 FORWARD_SHARD = 10_000  # images that one forward pass each answers for
 SUBSET_SEED = 0
 
@@ -34,8 +35,9 @@ SUBSET_SEED = 0
 class Batch:
     """Images float32 in [0, 1] (B, 3, H, W), labels int64 (B,), and the images' ids.
 
-    Some evaluators set the question, a remark on each image for the ledger's `stage`, or the labels
-    that an answer is chosen from. The ledger keeps the `examples`, by their ids, as pictures.
+    Some evaluators set the question, or a remark on each image for the ledger's `stage`. Where the
+    model's head is wider than the classes present, `candidates` are their labels. The ledger keeps
+    the `examples`, by their ids, as pictures.
     """
 
     images: Tensor
@@ -187,18 +189,38 @@ def judge_images(
 ) -> pa.Table:
     """Ask an evaluator's question of a classifier; return the ledger in its own order.
 
-    Out of memory halves the batch and goes on at the same image.
+    A head that is wider than the data is matched with it. Out of memory halves the batch and goes
+    on at the same image.
     """
     exact(device)
     classifier.to(device).eval()
+    present = match_head(classifier, source, device)
     examples = frozenset(source.held_out.subset(EXAMPLES, seed=0).ids)
     parts: list[pa.Table] = []
     batches = evaluator.batches(source, batch_size=batch_size, shard=shard)
     with closing(one_ahead(batches)) as ready:
         for batch in ready:
-            shown = replace(batch, examples=examples & set(batch.ids))
+            candidates = batch.candidates or present
+            shown = replace(batch, examples=examples & set(batch.ids), candidates=candidates)
             parts += _judge_in_memory(evaluator, classifier, shown, device)
     return in_order(pa.concat_tables(parts))
+
+
+@torch.no_grad()
+def match_head(
+    classifier: Classifier, source: Data, device: torch.device
+) -> tuple[int, ...] | None:
+    """Let a classifier's first logits be those of the data's classes, in order.
+
+    Returns their labels where the head has other classes, too. ValueError where none can be theirs.
+    """
+    classifier.columns = None
+    image = to_unit(source.held_out.images[:1]).to(device)
+    columns = source.columns_of_head(classifier(image).shape[1])
+    if columns is None:
+        return None
+    classifier.columns = torch.tensor(columns, device=device)
+    return tuple(range(len(source.class_names)))
 
 
 def one_ahead(batches: Iterable[Batch]) -> Generator[Batch]:
@@ -260,6 +282,32 @@ def verdicts(
     return pa.Table.from_pydict(rows, schema=LEDGER)
 
 
+def answers(
+    batch: Batch,
+    question: str,
+    logits_BK: Tensor,
+    *,
+    stage: Sequence[str | None] | None = None,
+    judged_BCHW: Tensor | None = None,
+) -> pa.Table:
+    """Return the rows of a question, answered among all classes.
+
+    Where there are candidates, those of `question`-present follow, answered among these alone.
+    """
+    free_B = logits_BK.argmax(dim=1)
+    rows = [verdicts(batch, question, free_B, stage=stage, judged_BCHW=judged_BCHW)]
+    if batch.candidates:
+        among_B = likeliest(logits_BK, batch.candidates)
+        rows.append(verdicts(batch, f"{question}{PRESENT}", among_B, stage=stage))
+    return pa.concat_tables(rows)
+
+
+def likeliest(logits_BK: Tensor, candidates: Sequence[int]) -> Tensor:
+    """Return each image's likeliest class among the candidates."""
+    allowed = torch.tensor(candidates, device=logits_BK.device)
+    return allowed[logits_BK[:, allowed].argmax(dim=1)]
+
+
 def _png(image_3HW: Tensor) -> bytes:
     from PIL import Image
 
@@ -270,12 +318,18 @@ def _png(image_3HW: Tensor) -> bytes:
 
 
 class Clean(Evaluator):
-    """Top-1 accuracy on every held-out image."""
+    """Top-1 accuracy on every held-out image.
+
+    `clean` answers among all classes of the head, `clean-present` among the data's, where it has
+    others.
+    """
 
     name = "clean"
-    columns = (Column("clean", "Clean"),)
+    columns = (
+        Column("clean", "Clean"),
+        Column("clean-present", "Clean, among classes present", own_score="clean-present"),
+    )
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        predicted = classifier(batch.images).argmax(dim=1)
-        return verdicts(batch, self.name, predicted, judged_BCHW=batch.images)
+        return answers(batch, self.name, classifier(batch.images), judged_BCHW=batch.images)

@@ -13,7 +13,15 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
+from evaluators.base import (
+    Batch,
+    Column,
+    Evaluator,
+    answers,
+    likeliest,
+    split_batches,
+    verdicts,
+)
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.data.load import stored_split
 from trainables.data.registry import STORED_SETS
@@ -33,14 +41,16 @@ class Natural(Evaluator):
     """Top-1 accuracy on natural images that are hard by themselves.
 
     ImageNet-A: `natural` answers among its 200 classes (the study's figure), `natural-1000` among
-    all. At scale cifar10: CIFAR-10.1. Without a stored set: the natural-adversarial counterpart,
-    `natural` alone.
+    all. At scale cifar10: CIFAR-10.1. Without a stored set: the natural-adversarial counterpart.
+    There `natural` answers among all classes, `natural-present` among the data's where the head
+    has others.
     """
 
     name = "natural"
     columns = (
         Column("natural", "ImageNet-A", "Natural-adversarial", own_score="natural-1000"),
         Column("natural-1000", "ImageNet-A, among all 1,000", own_score="natural-1000"),
+        Column("natural-present", "Natural, among classes present", own_score="natural-present"),
     )
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -67,17 +77,16 @@ class Natural(Evaluator):
         some = located is not None and not located[0].complete
         present = tuple(sorted(set(split.labels.tolist()))) if some else None
         for batch in split_batches(split, batch_size=batch_size, shard=shard):
-            yield replace(batch, candidates=present)
+            yield replace(batch, candidates=present, question="natural-1000" if some else "")
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         logits_BK = classifier(batch.images)
-        free = logits_BK.argmax(dim=1)
-        if batch.candidates is None:
-            return verdicts(batch, "natural", free)
-        allowed = torch.tensor(batch.candidates, device=logits_BK.device)
-        restricted = allowed[logits_BK[:, allowed].argmax(dim=1)]
-        rows = [verdicts(batch, "natural", restricted), verdicts(batch, "natural-1000", free)]
+        if not batch.question:
+            return answers(batch, "natural", logits_BK)
+        assert batch.candidates
+        restricted, free = likeliest(logits_BK, batch.candidates), logits_BK.argmax(dim=1)
+        rows = [verdicts(batch, "natural", restricted), verdicts(batch, batch.question, free)]
         return pa.concat_tables(rows)
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
+from evaluators.base import Batch, Column, Evaluator, answers, split_batches
 from evaluators.ledger import Score, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import stored_split
@@ -30,7 +30,8 @@ class Stylized(Evaluator):
     Stylized-ImageNet: `stylized` at native size, `stylized-cropped` as the study's commands read
     it (Resize 256, CenterCrop 224). Without a stored set: the cue conflict of `mix_cues` on every
     held-out image, and `stylized/shape-bias`, the share of shape among the answers that are the
-    shape's class or the texture's (Geirhos et al., ICLR 2019).
+    shape's class or the texture's (Geirhos et al., ICLR 2019). Each answers among all classes, and
+    as `stylized-present` and `stylized-cropped-present` among the data's where the head has others.
     """
 
     name = "stylized"
@@ -67,18 +68,24 @@ class Stylized(Evaluator):
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        predicted = classifier(batch.images).argmax(dim=1)
-        return verdicts(
-            batch, batch.question, predicted, stage=batch.stage, judged_BCHW=batch.images
-        )
+        logits_BK, shown = classifier(batch.images), batch.images
+        return answers(batch, batch.question, logits_BK, stage=batch.stage, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
-        textured = ledger.filter(pc.is_valid(ledger["stage"]))
-        textures = pc.replace_substring(textured["stage"], TEXTURE, "").cast(pa.int32())
-        shape = pc.sum(textured["survived"]).as_py() or 0
-        texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
-        bias = [share("stylized/shape-bias", shape, shape + texture)] if shape + texture else []
-        return super().summarize(ledger) + bias
+        scores = super().summarize(ledger)
+        for question in pc.unique(ledger["question"]).to_pylist():
+            scores += _shape_bias(ledger.filter(pc.equal(ledger["question"], question)), question)
+        return scores
+
+
+def _shape_bias(ledger: pa.Table, question: str) -> list[Score]:
+    """Return the share of shape among the answers by shape or texture; nothing without any."""
+    textured = ledger.filter(pc.is_valid(ledger["stage"]))
+    textures = pc.replace_substring(textured["stage"], TEXTURE, "").cast(pa.int32())
+    shape = pc.sum(textured["survived"]).as_py() or 0
+    texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
+    bias = f"{question}/shape-bias"
+    return [share(bias, shape, shape + texture)] if shape + texture else []
 
 
 def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batch]:

@@ -283,7 +283,8 @@ def test_pgd_as_published_attacks_in_half_precision(digits):
 
         def forward(self, images):
             logits = self.head(images.flatten(1))
-            dtypes.add(logits.dtype)
+            if len(images) > 1:  # one image alone shows how wide the head is
+                dtypes.add(logits.dtype)
             return logits
 
     data = replace(digits, held_out=digits.held_out.subset(4, seed=0))

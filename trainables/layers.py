@@ -15,19 +15,23 @@ class Classifier(nn.Module):
     """Map images in [0, 1] to logits; the normalisation is part of the model.
 
     images_BCHW float32 in [0, 1] -> logits_BK. The contract of every attack and evaluator.
+    `columns`: the head's outputs in the order in which the logits show them; None: its own.
     """
 
     mean: Tensor
     std: Tensor
+    columns: Tensor | None
 
     def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.backbone = backbone
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("columns", None, persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return cast(Tensor, self.backbone((images_BCHW - self.mean) / self.std))
+        logits_BK = cast(Tensor, self.backbone((images_BCHW - self.mean) / self.std))
+        return logits_BK if self.columns is None else logits_BK[:, self.columns]
 
 
 class GhostBatchNorm2d(nn.Module):

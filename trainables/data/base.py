@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from trainables.data.images import ImageFiles, ResizedImages
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
+from trainables.recipe import nearest
 
 Images = Tensor | ImageFiles | ResizedImages
 
@@ -107,6 +110,32 @@ class Data:
     def name(self) -> str:
         return self.data_set.name
 
+    def columns_of_head(self, outputs: int) -> tuple[int, ...] | None:
+        """Return a head's outputs as the data count them: its own classes in order, then the rest.
+
+        None where the head is the data's own. A wider one is matched by the classes' names, which
+        are WordNet ids or names of ImageNet's classes, as timm lists those of a head of that width,
+        or else the outputs' indices. ValueError names a class that the head lacks.
+        """
+        names = self.class_names
+        if outputs == len(names):
+            return None
+        head = f"the model answers among {outputs} classes, and the data have {len(names)}"
+        if outputs < len(names):
+            raise ValueError(f"{head}: give data of its classes alone, or a model for these data")
+        places = _places_in_head(outputs)
+        if missing := [name for name in names if _plain(name) not in places]:
+            raise ValueError(
+                f"{head}, of which {len(missing)} are not known to be among them, the first "
+                f"{missing[0]!r}: name classes by WordNet id, by ImageNet's names or by the index "
+                f"of their output{nearest(missing[0], places)}"
+            )
+        columns = [places[_plain(name)] for name in names]
+        if len(set(columns)) < len(columns):
+            twice = next(n for n, c in zip(names, columns, strict=True) if columns.count(c) > 1)
+            raise ValueError(f"{head}, two of which are one of its classes; the first: {twice!r}")
+        return (*columns, *sorted({*range(outputs)} - {*columns}))
+
     def counterpart(self, evaluator: str) -> tuple[StoredSet, Path] | None:
         """Return the stored set that an evaluator reads and where it lies; None: generate it.
 
@@ -118,6 +147,32 @@ class Data:
         if not self.data_set.generated:
             raise ValueError(f"on {self.data_set.title} this needs the set: --stored {name}=DIR")
         return None
+
+
+def _plain(class_name: str) -> str:
+    """Return a class's name as it is compared: golden_retriever is Golden Retriever, 007 is 7."""
+    if class_name.isdecimal():
+        return str(int(class_name))
+    return class_name.lower().replace("_", " ").replace("-", " ")
+
+
+@cache
+def _places_in_head(outputs: int) -> dict[str, int]:
+    """Return the outputs of a head by index, of ImageNet's heads by WordNet id and name as well.
+
+    A name of several classes (crane) stands for none.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    places = {str(index): index for index in range(outputs)}
+    if subset := infer_imagenet_subset({"num_classes": outputs}):
+        info, owners = ImageNetInfo(subset), Counter[str]()
+        for index, label in enumerate(info.label_names()):
+            names = {_plain(n) for n in info.label_name_to_description(label).split(", ")}
+            owners.update(names)
+            places |= dict.fromkeys((label, *names), index)
+        places = {name: index for name, index in places.items() if owners[name] < 2}
+    return places
 
 
 def to_unit(images: Tensor) -> Tensor:
