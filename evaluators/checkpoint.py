@@ -44,7 +44,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     subject = repr((digest, classifier, normalisation, scale, source.root, folders))
-    cells = Cells.of(_evaluators(options, scale), data, folder, subject)
+    cells = Cells.of(_evaluators(options, scale), data, folder, subject, device)
     with suppress(KeyboardInterrupt):
         for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import torch
 from rich.console import Console
@@ -17,10 +26,16 @@ from evaluators import base
 from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import Score, to_parquet
 from evaluators.shards import ShardStore
-from trainables.data.base import Data
+from trainables.data.base import Data, Shard
+from trainables.data.listing import GIBIBYTE
 from trainables.layers import Classifier
 from trainables.store.results import provenance
 from trainables.store.storage import write_atomically
+
+PROCESS_BYTES = 2 * GIBIBYTE  # that an attack at 224 px may add to a process
+Judge = Callable[[Shard], bytes]
+Ledgers = Generator[tuple[Shard, bytes]]
+_judge: Judge  # of a fork
 
 
 @dataclass(frozen=True)
@@ -29,9 +44,17 @@ class Cells:
 
     stores: dict[Evaluator, ShardStore]
     folder: Path
+    processes: int
 
     @classmethod
-    def of(cls, evaluators: Iterable[Evaluator], data: Data, folder: Path, subject: str) -> Cells:
+    def of(
+        cls,
+        evaluators: Iterable[Evaluator],
+        data: Data,
+        folder: Path,
+        subject: str,
+        device: torch.device,
+    ) -> Cells:
         """Open the shards; `subject` is all that an answer follows from but for the question.
 
         ValueError where the folder cannot be made.
@@ -40,7 +63,9 @@ class Cells:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
-        return cls({e: _store(e, data, folder, subject) for e in evaluators}, folder)
+        processes = processes_for(device)
+        stores = {e: _store(e, data, folder, subject, processes) for e in evaluators}
+        return cls(stores, folder, processes)
 
     @property
     def is_whole(self) -> bool:
@@ -48,19 +73,29 @@ class Cells:
         return not any(store.missing() for store in self.stores.values())
 
     def judge(
-        self, evaluator: Evaluator, classifier: Classifier, data: Data, device: torch.device
+        self,
+        evaluator: Evaluator,
+        classifier: Classifier,
+        data: Data,
+        device: torch.device,
+        *,
+        batch_size: int = 200,
+        progress: bool = True,
     ) -> None:
-        """Judge the images that no shard holds yet, showing the time left."""
+        """Judge the images that no shard holds yet, on all cores, showing the time left."""
         store, console = self.stores[evaluator], Console(stderr=True)
-        quiet = store.total <= evaluator.least_shard or not console.is_terminal
-        with Progress(console=console, disable=quiet) as progress:
-            bar = progress.add_task(evaluator.name, total=store.total, completed=store.judged)
-            while store.waiting:
-                shard, began = store.take(), time.monotonic()
-                ledger = base.judge_images(evaluator, classifier, data, device=device, shard=shard)
-                seconds, judged_by = time.monotonic() - began, provenance(str(device))
-                store.add(shard, to_parquet(ledger, seconds=seconds, judged_by=judged_by))
-                progress.advance(bar, len(shard))
+        quiet = not progress or store.total <= evaluator.least_shard or not console.is_terminal
+        judge = partial(_judged, evaluator, classifier, data, device, batch_size)
+        alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
+        ledgers = _in_this_process if alone else _in_processes
+        with (
+            Progress(console=console, disable=quiet) as bars,
+            closing(ledgers(store, judge, self.processes)) as judged,
+        ):
+            bar = bars.add_task(evaluator.name, total=store.total, completed=store.judged)
+            for shard, content in judged:
+                store.add(shard, content)
+                bars.advance(bar, len(shard))
 
     def scores(self) -> tuple[list[Score], list[pa.Table]]:
         """Return the scores and ledgers; scores of a part of the images say so in their names."""
@@ -84,9 +119,88 @@ class Cells:
             store.clear()
 
 
-def _store(evaluator: Evaluator, data: Data, folder: Path, subject: str) -> ShardStore:
+def processes_for(device: torch.device) -> int:
+    """Return how many processes judge at a time: one for each of torch's threads, on a CPU.
+
+    A process that has threads or is a daemon's may not be forked everywhere: on Linux alone.
+    """
+    if device.type != "cpu" or sys.platform != "linux" or current_process().daemon:
+        return 1
+    fitting = int(psutil.virtual_memory().available) // PROCESS_BYTES
+    return max(1, min(torch.get_num_threads(), fitting))
+
+
+def _judged(
+    evaluator: Evaluator,
+    classifier: Classifier,
+    data: Data,
+    device: torch.device,
+    batch_size: int,
+    shard: Shard,
+) -> bytes:
+    """Return a shard's ledger as Parquet."""
+    began = time.monotonic()
+    ledger = base.judge_images(
+        evaluator, classifier, data, device=device, batch_size=batch_size, shard=shard
+    )
+    judged_by = provenance(str(device))
+    return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
+
+
+def _in_this_process(store: ShardStore, judge: Judge, processes: int) -> Ledgers:
+    while store.waiting:
+        shard = store.take()
+        yield shard, judge(shard)
+
+
+def _in_processes(store: ShardStore, judge: Judge, processes: int) -> Ledgers:
+    """Yield shards as they are judged by forks of this process, on one thread each.
+
+    Small layers gain nothing from a second thread. A fork need not pickle the model.
+    """
+    others, begin = set(active_children()), (judge, os.getpid())
+    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin, begin)
+    under_way: dict[Future[bytes], Shard] = {}
+    try:
+        while store.waiting or under_way:
+            while store.waiting and len(under_way) < processes:
+                shard = store.take()
+                under_way[pool.submit(_judged_here, shard)] = shard
+            for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                yield under_way.pop(done), done.result()
+    except BaseException:  # their work is lost: they need not end it
+        for child in set(active_children()) - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _begin(judge: Judge, parent: int) -> None:
+    """Begin a fork: Ctrl-C is its parent's to answer, with whom it ends."""
+    global _judge  # noqa: PLW0603
+    _judge = judge
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _judged_here(shard: Shard) -> bytes:
+    return _judge(shard)
+
+
+def _store(
+    evaluator: Evaluator, data: Data, folder: Path, subject: str, processes: int
+) -> ShardStore:
     """Open the shards of an evaluator's question about a subject."""
     key = f"{subject} {cell_digest(evaluator, data)}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     total, least, side = evaluator.total(data), evaluator.least_shard, data.data_set.image_size
-    return ShardStore(folder / "shards" / digest, total, side=side, least=least)
+    path = folder / "shards" / digest
+    return ShardStore(path, total, side=side, least=least, processes=processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from contextlib import suppress
@@ -30,9 +31,12 @@ class ShardStore:
     A file is whole or absent: one that is damaged is removed when the folder is opened. side: of
     the images, in pixels. least: the fewest images that are worth a shard. Shards should take about
     30 s of one process: the first is small, the next are as long as the seconds so far suggest.
+    processes: that judge at a time, each of which is to have a part.
     """
 
-    def __init__(self, folder: Path, total: int, *, side: int = 1, least: int = 1) -> None:
+    def __init__(
+        self, folder: Path, total: int, *, side: int = 1, least: int = 1, processes: int = 1
+    ) -> None:
         self._folder, self.total = folder, total
         self._least = max(least, 1)
         self._first = max(self._least, FIRST_PIXELS // side**2)
@@ -42,6 +46,7 @@ class ShardStore:
             if not self._paths or shard.first >= max(self._paths).end:
                 self._paths[shard] = path
         self.waiting = self.missing()[::-1]
+        self._most = max(self._least, math.ceil(sum(map(len, self.waiting)) / processes))
 
     @property
     def judged(self) -> int:
@@ -57,7 +62,7 @@ class ShardStore:
 
     def take(self) -> Shard:
         """Take the next shard out of those that wait."""
-        gap, images = self.waiting.pop(), self._images()
+        gap, images = self.waiting.pop(), min(self._images(), self._most)
         if len(gap) <= images * 1.5:
             return gap
         self.waiting.append(Shard(gap.first + images, gap.end))
