@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from evaluators.options import JudgeOptions
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = JudgeOptions.prog) -> int:
     """Run the command; 0 done, 2 asked wrongly, 130 interrupted."""
-    options = JudgeOptions.read(arguments)
+    options = JudgeOptions.read(arguments, prog)
     try:
         from evaluators.checkpoint import judge_checkpoint
 
         return 0 if judge_checkpoint(options) else 130
     except ValueError as error:
-        print(f"{options.prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         return 130

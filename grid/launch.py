@@ -38,6 +38,7 @@ from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.models import MODELS
+from trainables.options import again
 from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
@@ -152,6 +153,7 @@ def run_study(launch: Launch) -> Finished:
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
             recorder.open_study()
             line.say(_opening(recorder, launch.plan))
+            line.say(f"Status: {again('--status')}")
             with recorder.recording(pool):
                 train_missing(launch, recorder)
                 # Takes seconds, in which the last cells are judged.

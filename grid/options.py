@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from grid.axes import AXES, SETTABLE
 from grid.study import DEFAULT, STUDIES
-from trainables.options import Address, Count, DataOptions, Names, Words, option
+from trainables.options import Address, Count, DataOptions, Names, Options, Words, option
 from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
@@ -24,7 +24,41 @@ STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray s
 CONNECT_SECONDS = 2
 
 
-class RunOptions(DataOptions):
+class PlaceOptions(Options):
+    """Where the results are."""
+
+    groups: ClassVar[dict[str, str]] = {"results": "places"}
+
+    results: Path = option(
+        Path("results"),
+        "folder of everything that a run makes; nodes of a cluster share it (GRID_RESULTS sets "
+        "the default)",
+        "DIR",
+    )
+    mlflow: Address | None = option(
+        None,
+        "MLflow server (MLFLOW_TRACKING_URI sets the default; without one, a database in the "
+        "results)",
+        "URI",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
+        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
+        return here | values
+
+
+class UiOptions(PlaceOptions):
+    """Show the results in MLflow's pages, to this machine alone, until Ctrl-C."""
+
+    prog: ClassVar[str] = "robustness-grid ui"
+
+    port: int = option(5000, "port on 127.0.0.1", "N", ge=1, le=65535)
+
+
+class RunOptions(PlaceOptions, DataOptions):
     """Train and judge the models of a study, and write its report.
 
     The same command again continues: finished trials and cells are skipped.
@@ -33,8 +67,9 @@ class RunOptions(DataOptions):
     prog: ClassVar[str] = "python grid/run.py"
     groups: ClassVar[dict[str, str]] = {
         **DataOptions.groups,
+        **PlaceOptions.groups,
         "plan": "instead of a run",
-        "results": "places",
+        "storage": "cluster",
         "workers": "workers of each trial",
     }
 
@@ -81,23 +116,11 @@ class RunOptions(DataOptions):
         "SECONDS",
         advanced=True,
     )
-    results: Path = option(
-        Path("results"),
-        "folder of everything that a run makes; nodes of a cluster share it (GRID_RESULTS sets "
-        "the default)",
-        "DIR",
-    )
     storage: Address | None = option(
         None,
         "folder, s3:// or gs:// where trials put checkpoints and weights (default: the results)",
         "PLACE",
         advanced=True,
-    )
-    mlflow: Address | None = option(
-        None,
-        "MLflow server (MLFLOW_TRACKING_URI sets the default; without one, a database in the "
-        "results)",
-        "URI",
     )
     address: str | None = option(
         None,
@@ -123,13 +146,6 @@ class RunOptions(DataOptions):
         gt=0,
         advanced=True,
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
-        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
-        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
-        return here | values
 
     @model_validator(mode="after")
     def _has_one_mode(self) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shlex
 import signal
 import sys
 import time
@@ -18,9 +17,10 @@ from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds
 from grid.study import Study, load_study
 from trainables.data.listing import scale_of
+from trainables.options import again, installed
 from trainables.recipe import problem
 from trainables.scale import Scale
-from trainables.store.results import check_database, database_uri, settle, sole_run
+from trainables.store.results import check_database, settle, sole_run
 
 if TYPE_CHECKING:
     from grid.launch import Launch
@@ -49,20 +49,20 @@ ENVIRONMENT = {
 DECODED_FOLDER = "decoded"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = RunOptions.prog) -> int:
     """Run the command; 0 done, 1 something failed, 2 wrong input, 130 interrupted."""
-    options = RunOptions.read(arguments)
+    options = RunOptions.read(arguments, prog)
     try:
         return _run(options)
     except ValueError as error:
-        print(f"{options.prog}: {problem(error)}", file=sys.stderr)
+        print(f"{prog}: {problem(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ConnectionError as error:
-        print(f"{options.prog}: {error}. Continue with: {_command()}", file=sys.stderr)
+        print(f"{prog}: {error}. Continue with: {again()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
-            print(f"\nStopped. Continue with: {_command()}", file=sys.stderr)
+            print(f"\nStopped. Continue with: {again()}", file=sys.stderr)
         return 130
 
 
@@ -158,23 +158,19 @@ def _train(launch: Launch) -> int:
         print(f"note: {note}", file=sys.stderr)
     began = time.monotonic()
     finished = run_study(launch)
-    database = shlex.quote(database_uri(launch.results))
+    ui = launch.mlflow or installed("ui", "--results", str(launch.results))
     print(
         f"Trained {finished.trained} and judged {finished.judged} cells "
         f"in {format_seconds(time.monotonic() - began)}.\n"
         f"Report:    {finished.report}\n"
-        f"MLflow UI: {launch.mlflow or f'mlflow ui --backend-store-uri {database}, then'}\n"
+        f"MLflow UI: {ui}\n"
         f"           {finished.comparison}"
     )
     for failure in finished.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if finished.failures:
-        print(f"Try what failed again with: {_command()}", file=sys.stderr)
+        print(f"Try what failed again with: {again()}", file=sys.stderr)
     return 1 if finished.failures else 0
-
-
-def _command() -> str:
-    return shlex.join(["python", *sys.argv])
 
 
 def stop_on_signals() -> None:
@@ -184,7 +180,7 @@ def stop_on_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End the process without taking apart all that it has loaded, which takes seconds."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -195,4 +191,4 @@ def _leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     stop_on_signals()
-    _leave(main())
+    leave(main())

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import sys
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -71,7 +72,7 @@ def test_the_command_says_where_the_report_and_the_ui_are(finished):
     results, said = finished
     assert f"Trained {TRIALS} and judged {2 * TRIALS} cells" in said
     assert str(results / "report" / "index.html") in said
-    assert f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db" in said
+    assert re.search(rf"MLflow UI: /.* ui --results {results}\n +http://127.0.0.1:5000/#/", said)
     names = {path.name for path in results.iterdir()}
     assert names == {".lock", "artifacts", "mlflow.db", "report", "trials", "tune"}
 
@@ -164,7 +165,7 @@ def test_interrupted_then_killed_it_ends_as_if_undisturbed(finished, study, tmp_
     wait_for_checkpoint(results, driver)
     driver.send_signal(signal.SIGINT)
     said = ended(driver, code=130)
-    assert "Stopped. Continue with: python grid/run.py" in said
+    assert f"Stopped. Continue with: {sys.executable} grid/run.py" in said
     assert "Traceback" not in said
 
     driver = start(study, results)

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "mlflow": {"trainables/store/tracking.py"},
 }
 LIGHT = (
+    "grid/command.py",
     "grid/run.py",
     "grid/options.py",
     "trainables/models.py",

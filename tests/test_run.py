@@ -225,7 +225,7 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(tmp_path, number):
     driver.send_signal(number)
     said = driver.communicate(timeout=SECONDS)[0]
     assert driver.returncode == 130, said
-    assert "Stopped. Continue with: python grid/run.py --study" in said
+    assert f"Stopped. Continue with: {sys.executable} grid/run.py --study" in said
     assert "Traceback" not in said
     assert not is_in_use(tmp_path / "results")
 
@@ -239,7 +239,7 @@ def test_a_run_whose_ray_has_died_ends_and_says_how_to_continue(tmp_path):
     family = psutil.Process(driver.pid).children(recursive=True)
     next(process for process in family if process.name() == "raylet").kill()
     said = ended(driver, code=1)
-    assert "Ray's last node has died. Continue with: python grid/run.py --study" in said
+    assert f"Ray's last node has died. Continue with: {sys.executable} grid/run.py --study" in said
 
 
 @pytest.mark.parametrize(("ignored", "code"), [(False, 130), (True, 0)])

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,6 +27,7 @@ from pydantic.fields import FieldInfo
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import STORED_SETS
 from trainables.recipe import Interpolation, Preprocessing, nearest, problem, unknown
+from trainables.store.results import PROJECT
 
 HELP_ALL = "--help-all"
 Count = Annotated[int, Field(ge=1)]
@@ -59,10 +61,13 @@ class Options(BaseModel):
     groups: ClassVar[dict[str, str]] = {}
 
     @classmethod
-    def read(cls, words: Sequence[str] | None) -> Self:
-        """Read the words; wrong ones end the command with exit code 2 and say what is right."""
+    def read(cls, words: Sequence[str] | None, prog: str = "") -> Self:
+        """Read the words; wrong ones end the command with exit code 2 and say what is right.
+
+        prog: what the user calls the command.
+        """
         arguments = list(sys.argv[1:] if words is None else words)
-        parser = cls.parser(advanced=HELP_ALL in arguments)
+        parser = cls.parser(prog, advanced=HELP_ALL in arguments)
         values, others = parser.parse_known_args(arguments)
         if others:
             known = [f"--{field.alias}" for field in cls.model_fields.values()]
@@ -74,11 +79,11 @@ class Options(BaseModel):
             parser.error(problem(error, "--"))
 
     @classmethod
-    def parser(cls, *, advanced: bool = True) -> argparse.ArgumentParser:
+    def parser(cls, prog: str = "", *, advanced: bool = True) -> argparse.ArgumentParser:
         """Return the parser of the options; its help may leave out the advanced ones."""
         parser = argparse.ArgumentParser(
-            prog=cls.prog,
-            usage=f"{cls.prog} [options]",
+            prog=prog or cls.prog,
+            usage=f"{prog or cls.prog} [options]",
             description=cls.__doc__,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -112,6 +117,25 @@ def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool)
         else argparse.SUPPRESS,
         **settings,
     )
+
+
+def again(*more: str) -> str:
+    """Return the shell's words that run this command here again, whatever is on the PATH.
+
+    more: options for it to have as well.
+    """
+    script = Path(sys.argv[0]).absolute()
+    called = [sys.executable, *sys.orig_argv[1:]]
+    if script.name == PROJECT:
+        called = [str(script), *sys.argv[1:]]
+    return shlex.join([*called, *more])
+
+
+def installed(*words: str) -> str:
+    """Return the shell's words that run the installed command, whatever is on the PATH."""
+    script = Path(sys.executable).with_name(PROJECT)
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "grid.command"]
+    return shlex.join([*start, *words])
 
 
 def without_password(text: str) -> str:

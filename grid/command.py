@@ -1,0 +1,109 @@
+"""The installed command: `robustness-grid COMMAND [options]`; each command reads its own options.
+
+It imports what a command needs once it knows which one, so that its help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "evaluate": "judge one model: clean accuracy, attacks, shifts",
+    "run": "train and judge the models of a study, and write its report",
+    "plan": "print a study's trials, hours, disk and cost; compute nothing",
+    "check": "look at data, disk, memory and device, and on a cluster at every node",
+    "status": "print how far a study is",
+    "report": "write a study's report again",
+    "ui": "show the results in MLflow's pages, on this machine alone",
+}
+MODES = ("plan", "check", "status", "report")  # of `run`
+LOOPBACK = "127.0.0.1"
+
+
+def main() -> None:
+    """Run the command that the first word names, and end the process with its status."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        from grid.run import leave, stop_on_signals
+
+        stop_on_signals()
+        leave(dispatch(words[0], words[1:]))
+    parser = _parser()
+    if words and words[0][0] != "-":
+        from trainables.recipe import unknown
+
+        parser.error(unknown("command", words[0], COMMANDS))
+    parser.parse_known_args(words or ["--help"])
+    parser.error(f"a command comes before its options, like {parser.prog} run {words[0]}")
+
+
+def dispatch(command: str, words: Sequence[str]) -> int:
+    """Run a command with its options; return its exit status. SystemExit on wrong options."""
+    prog = f"robustness-grid {command}"
+    if command == "evaluate":
+        from evaluators.__main__ import main as evaluate
+
+        return evaluate(words, prog)
+    if command == "ui":
+        return _show_results(words, prog)
+    from grid.run import main as run
+
+    return run([f"--{command}", *words] if command in MODES else words, prog)
+
+
+def _show_results(words: Sequence[str], prog: str) -> int:
+    """Become MLflow's server on the results' database; return only where there is none to start."""
+    from grid.options import UiOptions
+    from grid.run import ENVIRONMENT
+    from trainables.store.results import DATABASE, check_database, database_uri, settle
+
+    options = UiOptions.read(words, prog)
+    if options.mlflow and options.mlflow.startswith("http"):
+        print(f"MLflow's pages are at {options.mlflow}")
+        return 0
+    try:
+        if not (options.mlflow or (options.results / DATABASE).exists()):
+            raise ValueError(f"{options.results} holds no {DATABASE}: run a study first")
+        check_database(options.results)
+        settle(options.results)
+        with socket.create_server((LOOPBACK, options.port)):
+            pass
+    except (OSError, ValueError) as error:
+        in_use = isinstance(error, OSError)
+        reason = f"port {options.port} is in use: give another --port" if in_use else error
+        print(f"{prog}: {reason}", file=sys.stderr)
+        return 2
+    print(f"MLflow's pages: http://{LOOPBACK}:{options.port} (Ctrl-C ends them)", flush=True)
+    uri = options.mlflow or database_uri(options.results)
+    server = f"-m mlflow ui --host {LOOPBACK} --port {options.port} --workers 1".split()
+    server += ["--backend-store-uri", uri, "--uvicorn-opts", "--log-level warning"]
+    environment = {**ENVIRONMENT, **os.environ}
+    return os.execve(sys.executable, [sys.executable, *server], environment)  # noqa: S606
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="robustness-grid",
+        usage="robustness-grid COMMAND [options]",
+        description=f"Measure how robust image classifiers are. Commands:\n{lines}",
+        epilog="robustness-grid COMMAND --help lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def _version() -> str:
+    from trainables.store.results import PROJECT, version_of
+
+    return f"{PROJECT} {version_of(PROJECT)}"
+
+
+if __name__ == "__main__":
+    main()
