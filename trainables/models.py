@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple
 
 TIMM = "timm"  # the family of all its models
 TIMM_PREFIX = f"{TIMM}:"
-ENTRY_POINTS = "robustness_grid.models"  # of packages that bring models of their own
 Settings = Literal["cnn", "transformer", "timm"]
 Build = Callable[[Any, Callable[[int], Any]], Any]
 
@@ -124,7 +122,3 @@ def model_of(family: str, size: str) -> str:
     if size not in sizes:
         raise ValueError(f"family {family!r} has no size {size!r}; one of {sorted(sizes)}")
     return sizes[size]
-
-
-for _point in entry_points(group=ENTRY_POINTS):
-    register(_point.load())

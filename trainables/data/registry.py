@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 
 from trainables.recipe import Interpolation, Preprocessing, unknown
 
-ENTRY_POINTS = "robustness_grid.data_sets"  # of packages that bring data sets of their own
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
@@ -233,7 +231,3 @@ def folder_data_set(
         num_classes=num_classes,
         train_images=train_images,
     )
-
-
-for _point in entry_points(group=ENTRY_POINTS):
-    register(_point.load())

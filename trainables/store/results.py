@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
+from trainables.plugins import versions as plug_in_versions
+
 LOCK = ".lock"
 LOOK_SECONDS = 1.0  # `is_in_use` holds the lock for a moment
 DATABASE = "mlflow.db"
@@ -147,6 +149,7 @@ def provenance(device: str) -> dict[str, str]:
         "commit": _commit(),
         "python": platform.python_version(),
         **versions,
+        **plug_in_versions(),
         "cpu": _cpu(),
         "gpu": _gpu(device),
         "device": device.partition(":")[0],
