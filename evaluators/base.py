@@ -106,12 +106,14 @@ class Column:
 class Evaluator(ABC):
     """A question asked of a classifier: here of the held-out images, or of a subset of them.
 
-    `columns` are the scores that tables may show. `least_shard` is how many images make a shard at
-    least, `subset_size` how many are drawn by a fixed seed (None: all are asked about).
+    `columns` are the scores that tables may show. `least_shard`: shards are multiples of so many
+    images; `subset_size`: how many are drawn by a fixed seed (None: all are asked about).
+    `takes_radii`: it can be set up with `radii`, in place of the scale's.
     """
 
     name: str
     columns: tuple[Column, ...] = ()
+    takes_radii = False
     least_shard = FORWARD_SHARD
     subset_size: int | None = None
 

@@ -29,9 +29,10 @@ class ShardStore:
     """One cell's images: judged shards in files of the cell's own folder, and those that wait.
 
     A file is whole or absent: one that is damaged is removed when the folder is opened. side: of
-    the images, in pixels. least: the fewest images that are worth a shard. Shards should take about
-    30 s of one process: the first is small, the next are as long as the seconds so far suggest.
-    processes: that judge at a time, each of which is to have a part.
+    the images, in pixels. least: the fewest images that are worth a shard, of which every shard but
+    the last is a multiple. Shards should take about 30 s of one process: the first is small, the
+    next are as long as the seconds so far suggest. processes: that judge at a time, each of which
+    is to have a part.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ShardStore:
     def take(self) -> Shard:
         """Take the next shard out of those that wait."""
         gap, images = self.waiting.pop(), min(self._images(), self._most)
+        images -= images % self._least
         if len(gap) <= images * 1.5:
             return gap
         self.waiting.append(Shard(gap.first + images, gap.end))

@@ -38,9 +38,23 @@ class Shard:
         """Return the ascending places in the list, whose ids are given, of the shard's images."""
         if self.first == 0 and self.end >= len(ids):
             return np.arange(len(ids))
+        return np.sort(self._in_random_order(ids))
+
+    def blocks(self, ids: Sequence[str], size: int) -> Iterator[np.ndarray]:
+        """Yield the ascending places of the shard's images, `size` at a time.
+
+        The list falls into the same blocks in every shard; a shard must be made of whole ones.
+        """
+        if self.first % size or (self.end % size and self.end < len(ids)):
+            raise ValueError(f"{self} is not made of whole blocks of {size} images")
+        order = self._in_random_order(ids)
+        for first in range(0, len(order), size):
+            yield np.sort(order[first : first + size])
+
+    def _in_random_order(self, ids: Sequence[str]) -> np.ndarray:
         hashes = [hashlib.sha256(image_id.encode()).digest() for image_id in ids]
         order = sorted(range(len(ids)), key=hashes.__getitem__)
-        return np.sort(np.array(order[self.first : self.end], dtype=np.int64))
+        return np.array(order[self.first : self.end], dtype=np.int64)
 
 
 WHOLE = Shard()
