@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
+from trainables.plugins import leave_out, plug_ins
 from trainables.recipe import unknown
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from evaluators.base import Column, Evaluator
 
-# Where each evaluator is, the cheapest first; it is imported when it is asked for, so that
-# `--help` stays quick.
+# Where each evaluator is, the cheapest first, then plug-ins; it is imported when it is asked for,
+# so that `--help` stays quick.
 EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
@@ -28,6 +32,8 @@ EVALUATORS: dict[str, str] = {
 }
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
+PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
+PLUG_IN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file and of a metric in MLflow
 
 
 def evaluator_named(name: str, scale: Scale, **settings: Any) -> Evaluator:
@@ -35,12 +41,15 @@ def evaluator_named(name: str, scale: Scale, **settings: Any) -> Evaluator:
 
     settings: of its class, such as the radii of an attack.
     """
-    return cast("Evaluator", _class_named(name)(scale, **settings))
+    return cast("Evaluator", class_named(name)(scale, **settings))
 
 
-def _class_named(name: str) -> Any:
+def class_named(name: str) -> Any:
+    """Return an evaluator's class; ValueError lists the names, or says why a plug-in has none."""
     if name not in EVALUATORS:
         raise ValueError(unknown("evaluator", name, EVALUATORS))
+    if name in PLUG_INS:
+        return import_module("evaluators.plugged").class_of(PLUG_INS[name])
     module, _, class_name = EVALUATORS[name].partition(":")
     return getattr(import_module(module), class_name)
 
@@ -55,7 +64,7 @@ def evaluator_of(score: str) -> str:
 
 def columns_of(evaluator: str) -> dict[str, Column]:
     """Return the columns that an evaluator states, by the name of their score."""
-    columns: tuple[Column, ...] = _class_named(evaluator).columns
+    columns: tuple[Column, ...] = class_named(evaluator).columns
     return {column.name: replace(column, evaluator=evaluator) for column in columns}
 
 
@@ -71,3 +80,18 @@ def column_named(score: str) -> Column:
     if score not in columns:
         raise ValueError(unknown("score", score, columns))
     return columns[score]
+
+
+def _add_plug_ins() -> None:
+    """Add the evaluators, corruptions and attacks of other packages by their names."""
+    for point in (p for kind in ("evaluators", "corruptions", "attacks") for p in plug_ins(kind)):
+        if point.name in {*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS)}:
+            leave_out(point, "an evaluator, or a score, of this name is there already")
+        elif not PLUG_IN_NAME.fullmatch(point.name):
+            leave_out(point, "a name has letters, digits, '-', '_' and '.' only")
+        else:
+            PLUG_INS[point.name] = point
+            EVALUATORS[point.name] = point.value
+
+
+_add_plug_ins()

@@ -61,6 +61,7 @@ class AutoAttack(Evaluator):
         Column("autoattack/after-fab-t", "after FAB-T"),
         Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
     )
+    takes_radii = True
     least_shard = 1
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
@@ -132,6 +133,7 @@ class SmallAutoAttack(AutoAttack):
 
     name = "autoattack-small"
     columns = (Column("autoattack-small", "AutoAttack 0.001", "AutoAttack, small radius"),)
+    takes_radii = False
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return super().cost(held_out, withstanding=max(withstanding, SMALL_WITHSTANDING))

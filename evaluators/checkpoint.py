@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evaluators import PGD_STEPS, evaluator_named
+from evaluators import PGD_STEPS, class_named, evaluator_named
 from evaluators.base import Evaluator, device_named
 from evaluators.health import red_flags
 from evaluators.judging import Cells
@@ -27,8 +27,6 @@ from trainables.weights import read_content
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
-
-OF_RADII = ("pgd", "pgd-as-published", "autoattack")
 
 
 def judge_checkpoint(options: JudgeOptions) -> bool:
@@ -102,7 +100,7 @@ def _evaluators(options: JudgeOptions, scale: Scale) -> Iterator[Evaluator]:
     steps = sorted(lengths[name] for name in {*options.evaluators} & lengths.keys())
     for name in dict.fromkeys("pgd" if n in lengths else n for n in options.evaluators):
         settings: dict[str, Any] = {}
-        if name in OF_RADII:
+        if class_named(name).takes_radii:
             settings["radii"] = tuple(dict.fromkeys(options.epsilon))
         if name == "pgd" and name not in options.evaluators:
             settings["steps"] = steps

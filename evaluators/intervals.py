@@ -16,7 +16,7 @@ from trainables.data.registry import EXTRA_KINDS
 
 Interval = tuple[float, float]
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
-ERRORS = "corruptions"  # the one score that is an error, a mean over questions
+ERRORS = "corruptions"  # an error, a mean over questions; so is the score of one kind alone
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Paired:
 
 def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:
     """Return what each image adds to a score; None for a score that is no mean over images."""
-    if score == ERRORS:
-        kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
+    kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
+    if score == ERRORS or pc.unique(kinds).to_pylist() == [score]:
         fifteen = pc.invert(pc.is_in(kinds, pa.array(EXTRA_KINDS)))
         grouped = ledger.filter(fifteen).group_by("image_id").aggregate([("survived", "mean")])
         ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])

@@ -42,6 +42,7 @@ class PGD(Evaluator):
     name = "pgd"
     columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in PGD_STEPS)
     protocol: Protocol = "corrected"
+    takes_radii = True
     least_shard = 1
 
     def __init__(

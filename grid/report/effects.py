@@ -44,8 +44,10 @@ def grid_effects(
 ) -> list[Effects]:
     """Return the effects on each evaluator's headline score where eight trials or more have it."""
     axes, recipes = list(study.axes or {}), _grid(study, plan, scale)
+    scores = {score for digest in recipes if digest in runs for score in runs[digest].metrics}
+    judged = [name for name in EVALUATORS if any(score.startswith(name) for score in scores)]
     effects = []
-    for score in filter(None, map(headline_of, EVALUATORS if recipes else ())):
+    for score in filter(None, map(headline_of, judged)):
         frame = pd.DataFrame(
             {axis: axis_value(recipe, axis, study.library) for axis in axes}
             | {"seed": str(recipe.seed), "score": runs[digest].metrics[score]}
