@@ -69,7 +69,7 @@ def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[
             recipe = recipe.replace(activation=options.activation)
         scale, classifier = scale_named(recipe.scale), build_classifier(recipe)
     else:
-        scale = scale_of(options.scale or "digits", source, image_size=options.image_size)
+        scale = scale_of(options.scale, source, image_size=options.image_size)
         scale = scale.preprocessed(options.preprocessing())
         classifier = classifier_named(options.model, scale, activation=options.activation)
     for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):

@@ -13,6 +13,7 @@ from trainables.recipe import (
     Adversary,
     CurriculumRow,
     Distillation,
+    Preprocessing,
     Recipe,
     check_model,
     format_augmentations,
@@ -193,6 +194,13 @@ def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
     return _changed(recipe, distillation=Distillation(teacher=teacher) if teacher else None)
 
 
+def _with_preprocessing(recipe: Recipe, chosen: Any) -> Recipe:
+    """Change the fields that are chosen; the recipe's own others stay."""
+    fields = Preprocessing.model_validate(chosen).chosen()
+    merged = Preprocessing.model_validate({**recipe.preprocessing.chosen(), **fields})
+    return _changed(recipe, preprocessing=merged)
+
+
 _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "model": _with_model,
     "family": _with_family,
@@ -204,6 +212,7 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
         recipe, curriculum=rows, curriculum_epochs=recipe.epochs
     ),
     "teacher": _with_teacher,
+    "preprocessing": _with_preprocessing,
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))

@@ -86,7 +86,9 @@ class RunOptions(PlaceOptions, DataOptions):
         "FIELD=VALUE",
     )
     seeds: Count = option(1, "train each recipe N times", "N")
-    scale: str = option("digits", ", ".join(scale_names()), "NAME")
+    scale: str | None = option(
+        None, f"{', '.join(scale_names())} (default: folder with --data DIR, or digits)", "NAME"
+    )
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(
         False, "look at data, disk, memory and device, and on a cluster at every node"

@@ -18,7 +18,7 @@ from grid.plan import Plan, build_plan, format_seconds
 from grid.study import Study, load_study
 from trainables.data.listing import scale_of
 from trainables.options import again, installed
-from trainables.recipe import problem
+from trainables.recipe import Preprocessing, problem
 from trainables.scale import Scale
 from trainables.store.results import check_database, settle, sole_run
 
@@ -68,9 +68,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = RunOptions.prog) ->
 
 def _run(options: RunOptions) -> int:
     study = load_study(options.study)
-    study = study.model_copy(update={"settings": {**study.settings, **options.settings()}})
     source = options.source(cache=options.results / DECODED_FOLDER)
     scale = scale_of(options.scale, source, image_size=options.image_size)
+    scale = scale.preprocessed(options.preprocessing())
+    settings = {**study.settings, **options.settings()}
+    if chosen := scale.data_set.departure.chosen():
+        settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
+    study = study.model_copy(update={"settings": settings})
     plan = build_plan(
         study,
         scale,
@@ -81,6 +85,9 @@ def _run(options: RunOptions) -> int:
     )
     if options.plan:
         print_plan(options, study, plan, scale, source)
+    if not (options.report or options.status):
+        print(options.images_line(scale))
+    if options.plan:
         return 0
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

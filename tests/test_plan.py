@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grid.axes import AXES, SETTABLE, check_settings
+from grid.axes import AXES, SETTABLE, check_settings, with_settings
 from grid.plan import build_plan, enumerate_trials
 from grid.study import Study, load_study
 from tests.paper import (
@@ -17,6 +17,7 @@ from tests.paper import (
     with_axes,
     with_axis,
 )
+from trainables.recipe import Preprocessing
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 ROW = {
@@ -62,6 +63,8 @@ VALUES = {
     "adversary": ({"epsilon": "2/255", "step_size": "1/255", "steps": 3},),
     "distillation": (),
     "protocol": ("as-published",),
+    "init": ("timm:resnet18.a1_in1k",),
+    "preprocessing": ({"size": 32, "squash": True},),
     "seed": (3,),
 }
 
@@ -238,6 +241,12 @@ def test_settings_hold_in_every_trial_and_in_teachers_of_rows(scale, most):
     assert {teacher.digest() for teacher in teachers} <= digests
 
 
+def test_a_setting_of_preprocessing_leaves_what_a_recipe_has_beside_it():
+    recipe = BASES["resnet50"].replace(preprocessing=Preprocessing(size=64, crop=0.9))
+    changed = with_settings(recipe, {"preprocessing": {"size": 32}})
+    assert changed.preprocessing == Preprocessing(size=32, crop=0.9)
+
+
 def test_tables_and_names_tell_the_settings_and_keep_the_published_figures():
     study = with_all(STUDY, precision="bf16", micro_batch=128)
     plan = build_plan(study, IMAGENET, tables=["T5"])
@@ -276,6 +285,8 @@ def holds(recipe, axis, value):
         return len(recipe.curriculum) == {"none": 0, "study": 11}.get(str(value), 1)
     if axis == "teacher":
         return (recipe.teacher.model if recipe.teacher else "none") == value
+    if axis == "preprocessing":
+        return recipe.preprocessing.chosen() == value
     if axis == "adversary":
         return recipe.adversary.steps == value["steps"]
     return getattr(recipe, axis) == value

@@ -286,8 +286,7 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("folder", {}, "--scale folder needs --data DIR and --image-size N"),
-        ("imagenet", {"image_size": 64}, "--image-size belongs to --scale folder"),
+        ("folder", {}, "--scale folder needs --data DIR"),
         ("digits", {"root": True}, "scale 'digits' is embedded"),
         ("mnist", {}, "unknown scale 'mnist'"),
         ("imagenet", {"download": True}, "--download fetches CIFAR-10"),
@@ -298,7 +297,29 @@ def test_options_that_do_not_go_together_are_refused(root, name, arguments, mess
         root=root if arguments.get("root") else None, download="download" in arguments
     )
     with pytest.raises(ValueError, match=message):
-        scale_of(name, source, image_size=arguments.get("image_size"))
+        scale_of(name, source)
+
+
+def test_a_folder_is_the_scale_of_data_and_digits_that_of_none(root):
+    assert scale_of(None, DataSource()) == DIGITS
+    assert scale_of(None, DataSource(root=root)) == scale_of("folder", DataSource(root=root))
+
+
+def test_a_folders_size_is_the_median_of_its_images_and_at_most_224(root, tmp_path):
+    # Shorter sides of 40, 43, 46, 49, 40 and 43 in each class.
+    assert scale_of("folder", DataSource(root=root)).image_size == 40
+    source = DataSource(root=write_folder(tmp_path, per_class=1, held_out=1, side=300))
+    assert scale_of("folder", source).image_size == 224
+    assert scale_of("folder", source, image_size=64).name.startswith("folder-64px-")
+    unusual = scale_of("folder", source, image_size=299)
+    assert unusual.image_size == 299
+    assert unusual.name.startswith("folder-224px-")
+
+
+def test_what_departs_from_the_entry_is_the_identity_of_a_preprocessing():
+    chosen = Preprocessing(size=16, interpolation="bicubic")
+    assert DIGITS.preprocessed(chosen).data_set.departure.chosen() == {"interpolation": "bicubic"}
+    assert DIGITS.preprocessed(Preprocessing(size=16)) == DIGITS
 
 
 def test_preprocessing_is_what_options_say_and_open_where_they_are_silent():

@@ -46,7 +46,7 @@ class BuildOptions(DataOptions):
         "VGG-19's, .safetensors or .pth (default: a small network trained on the data)",
         "FILE",
     )
-    scale: str = option("digits", "as for grid/run.py", "NAME")
+    scale: str | None = option(None, "as for grid/run.py", "NAME")
     device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
 
 
@@ -67,6 +67,7 @@ def _build(options: BuildOptions) -> None:
     """Build class after class into the folder, but for the classes that it holds."""
     source = options.source()
     scale = scale_of(options.scale, source, image_size=options.image_size)
+    scale = scale.preprocessed(options.preprocessing())
     data, device = load_data(scale, source), device_named(options.device)
     settings = TextureSettings() if options.weights else own_settings(scale)
     settings = replace(settings, clusters=scale.patch.textures, classes_at_once=1)

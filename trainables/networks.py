@@ -42,7 +42,8 @@ def build_classifier(recipe: Recipe) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         backbone = model_named(recipe.model).build(scale, norm_layer)
-    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" else None
+    own = recipe.preprocessing.mean or recipe.preprocessing.std
+    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" and not own else None
     return _classifier(backbone, scale, recipe.activation, half)
 
 

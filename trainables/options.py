@@ -25,8 +25,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from trainables.data.listing import GIBIBYTE, DataSource
-from trainables.data.registry import STORED_SETS
+from trainables.data.registry import FOLDER, STORED_SETS
 from trainables.recipe import Interpolation, Preprocessing, nearest, problem, unknown
+from trainables.scale import Scale
 from trainables.store.results import PROJECT
 
 HELP_ALL = "--help-all"
@@ -166,6 +167,7 @@ class DataOptions(Options):
         "crop: shrink the shorter side, cut out the middle; squash: shrink both sides "
         "(default: crop)",
         "HOW",
+        advanced=True,
     )
     crop: float | None = option(
         None,
@@ -173,18 +175,20 @@ class DataOptions(Options):
         "SHARE",
         gt=0,
         le=1,
+        advanced=True,
     )
     interpolation: Interpolation | None = option(
-        None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME"
+        None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME", advanced=True
     )
     mean: Annotated[tuple[float, ...], Split] = option(
         (),
         "normalisation's mean, one number or one a channel, pixels in [0, 1] (default: the "
         "model's, or the data's)",
         "MEAN",
+        advanced=True,
     )
     std: Annotated[tuple[Deviation, ...], Split] = option(
-        (), "the normalisation's deviation, as --mean", "DEVIATION"
+        (), "the normalisation's deviation, as --mean", "DEVIATION", advanced=True
     )
     hold_out: float = option(
         0.0,
@@ -252,6 +256,16 @@ class DataOptions(Options):
             mean=self.mean or None,
             std=self.std or None,
         )
+
+    def images_line(self, scale: Scale) -> str:
+        """Say how a scale's images are brought to a model, and where their size is from."""
+        data_set = scale.data_set
+        line = f"Images of {scale.name}: {data_set.preprocessing}"
+        if not (data_set.in_memory or data_set.squash or data_set.crop):
+            line += ", crop 224/256"
+        if self.image_size is None and self.data and scale.name.startswith(FOLDER):
+            line += "; the size is the median of their shorter sides, at most 224: --image-size N"
+        return line
 
     def source(self, *, cache: Path | None = None) -> DataSource:
         """Return the data source that is named; ValueError on a folder that is not there."""

@@ -196,6 +196,15 @@ class Preprocessing(Frozen):
         """Return the fields that are not left to the data set."""
         return {name: value for name, value in self if value is not None}
 
+    def __str__(self) -> str:
+        """Say the fields that are chosen, as a person would: '224 px, crop 0.9, bicubic'."""
+        parts = [f"{self.size} px" if self.size else "", "squash" if self.squash else ""]
+        parts += [f"crop {self.crop:.4g}" if self.crop else "", self.interpolation or ""]
+        for name in ("mean", "std"):
+            if numbers := getattr(self, name):
+                parts.append(f"{name} {' '.join(f'{number:g}' for number in numbers)}")
+        return ", ".join(filter(None, parts))
+
     def beyond(self, other: Preprocessing) -> Preprocessing:
         """Return the fields that are chosen otherwise than another preprocessing has them."""
         own = {k: v for k, v in self.chosen().items() if v != getattr(other, k)}

@@ -10,12 +10,24 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
 from pathlib import Path
+from statistics import median_low
 
-from trainables.data.registry import FOLDER, STORED_SETS, DataSet, StoredSet, folder_data_set
+from trainables.data.registry import (
+    FOLDER,
+    SIZE_STEP,
+    SMALLEST_SIZE,
+    STORED_SETS,
+    DataSet,
+    StoredSet,
+    folder_data_set,
+    is_buildable,
+)
+from trainables.recipe import Preprocessing
 from trainables.scale import Scale, scale_for, scale_named
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -49,6 +61,9 @@ class DataSource:
 
 
 EMBEDDED = DataSource()
+EMBEDDED_SCALE = "digits"
+SAMPLED = 100  # images whose sides are read
+LARGEST_USUAL = 224  # of the sizes that follow from a folder's images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +232,17 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     return train, held_out
 
 
-def scale_of(name: str, source: DataSource, *, image_size: int | None = None) -> Scale:
-    """Return the scale that the options name; a folder's own says what lies in the folder."""
+def scale_of(name: str | None, source: DataSource, *, image_size: int | None = None) -> Scale:
+    """Return the scale that the options name; a folder's own says what lies in the folder.
+
+    Without a name: the folder's, or digits where there is none. A folder's images are seen at the
+    median of their shorter sides, at most 224 px, unless `image_size` says otherwise.
+    """
+    name = name or (FOLDER if source.root else EMBEDDED_SCALE)
     scale = _folder_scale(source, image_size) if name == FOLDER else scale_named(name)
     data_set = scale.data_set
     if source.download and not (data_set.archive and source.root):
         raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
-    if name != FOLDER and image_size is not None:
-        raise ValueError(f"--image-size belongs to --scale folder, not to scale {name!r}")
     if data_set.package and source.root is not None:
         raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
     for stored, _ in source.stored:
@@ -233,13 +251,15 @@ def scale_of(name: str, source: DataSource, *, image_size: int | None = None) ->
                 f"--stored {stored}=DIR is not read at scale {name!r}: its stored sets are "
                 f"{', '.join(data_set.counterparts) or 'none'}"
             )
-    return scale
+    return scale.preprocessed(Preprocessing(size=image_size))
 
 
 def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
-    if source.root is None or image_size is None:
-        raise ValueError("--scale folder needs --data DIR and --image-size N")
+    if source.root is None:
+        raise ValueError("--scale folder needs --data DIR")
     train, held_out = list_splits(source)
+    if image_size is None or not is_buildable(image_size):
+        image_size = _usual_size(train if len(train) else held_out)
     parts = ("\n".join(part) for part in (train.class_names, train.paths, held_out.paths))
     return scale_for(
         folder_data_set(
@@ -249,3 +269,15 @@ def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
             content=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8],
         )
     )
+
+
+def _usual_size(images: ImageList) -> int:
+    """Return the median of the images' shorter sides, of a sample, that models are built for."""
+    from PIL import Image
+
+    sides = []
+    for path in images.paths[:: max(1, len(images) // SAMPLED)]:
+        with suppress(Exception), Image.open(images.root / path) as file:  # --check names damage
+            sides.append(min(file.size))
+    side = median_low(sides) if sides else LARGEST_USUAL
+    return max(SMALLEST_SIZE, min(LARGEST_USUAL, side - side % SIZE_STEP))

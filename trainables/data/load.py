@@ -39,7 +39,7 @@ def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
 
 @cache
 def _loaded(data_set: DataSet, source: DataSource) -> Data:
-    if data_set.origin and (data_set.package or data_set.exact_size):
+    if data_set.origin and data_set.in_memory:
         data = _loaded(data_set.origin, source)
         train, held_out = (_resized(part, data_set) for part in (data.train, data.held_out))
         return replace(data, data_set=data_set, train=train, held_out=held_out)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from trainables.recipe import Interpolation, Preprocessing, unknown
 
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
+SMALLEST_SIZE, LARGEST_SIZE, SIZE_STEP = 16, 1024, 4  # of images for the study's models
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
 CORRUPTION_GROUPS: dict[str, tuple[str, ...]] = {
@@ -134,6 +135,16 @@ class DataSet:
         return replace(self, origin=self.origin or self, **changes) if changes else self
 
     @property
+    def in_memory(self) -> bool:
+        """Whether its images are stored at one size, and kept so: none is cut."""
+        return bool(self.package) or self.exact_size
+
+    @property
+    def departure(self) -> Preprocessing:
+        """What a model's preprocessing has otherwise than the entry."""
+        return self.preprocessing.beyond((self.origin or self).preprocessing)
+
+    @property
     def stored_size(self) -> int:
         """The side at which images of an exact size, and stored sets, are stored."""
         return (self.origin or self).image_size
@@ -189,10 +200,18 @@ _KNOWN = (
 DATA_SETS = {data_set.name: data_set for data_set in _KNOWN}
 
 
+def is_buildable(size: int) -> bool:
+    """Tell whether the study's models can be built for images of a size."""
+    return SMALLEST_SIZE <= size <= LARGEST_SIZE and size % SIZE_STEP == 0
+
+
 def check_size(size: int) -> None:
     """Raise ValueError where the study's models cannot be built for images of a size."""
-    if not 16 <= size <= 1024 or size % 4:
-        raise ValueError(f"an image size of {size} is not a multiple of 4 from 16 to 1024")
+    if not is_buildable(size):
+        raise ValueError(
+            f"an image size of {size} is not a multiple of {SIZE_STEP} from {SMALLEST_SIZE} to "
+            f"{LARGEST_SIZE}"
+        )
 
 
 def register(data_set: DataSet) -> None:
