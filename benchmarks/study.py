@@ -129,7 +129,8 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     from trainables.data.load import load_data
     from trainables.networks import build_classifier
     from trainables.recipe import Recipe
-    from trainables.store.checkpoint import fit_weights, save_weights, stored_weights
+    from trainables.store.checkpoint import save_weights, stored_weights
+    from trainables.store.tensors import fit_weights
     from trainables.train.loop import train
 
     recipe = Recipe.model_validate_json(recipe_json)

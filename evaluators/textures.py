@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from trainables.scale import Scale
-from trainables.store.checkpoint import unpickled
 from trainables.store.storage import write_atomically
+from trainables.store.tensors import unpickled
 from trainables.watchdog import beat
 from trainables.weights import is_plain
 

@@ -45,9 +45,9 @@ from trainables.store.checkpoint import (
     load_newest_checkpoint,
     recipe_of,
     save_checkpoint,
-    unpickled,
 )
 from trainables.store.storage import Folder
+from trainables.store.tensors import unpickled
 
 SCALARS = st.one_of(
     st.integers(-(10**20), 10**20),

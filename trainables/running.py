@@ -15,7 +15,6 @@ from trainables.networks import build_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store.checkpoint import (
-    fit_weights,
     load_newest_checkpoint,
     save_checkpoint,
     save_weights,
@@ -23,6 +22,7 @@ from trainables.store.checkpoint import (
 )
 from trainables.store.results import joined, provenance
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
+from trainables.store.tensors import fit_weights
 from trainables.train.loop import EpochReport, train
 from trainables.train.team import ALONE, Team
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.layers import Classifier
-from trainables.store.checkpoint import fit_weights, read_safetensors, unpickled
+from trainables.store.tensors import fit_weights, read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")

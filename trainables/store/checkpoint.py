@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
-import json
 import logging
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from trainables.recipe import Recipe
@@ -28,21 +25,21 @@ from trainables.store.storage import (
     read_file,
     write_file,
 )
+from trainables.store.tensors import (
+    RECIPE_ENTRY,
+    fit_weights,
+    metadata_of,
+    read_safetensors,
+    sealed,
+    unpickled,
+)
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
 CHECKPOINTS = 2  # of a trial, the newest
-RECIPE_ENTRY = "recipe"  # of a weights file's header
 DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to
 
-# A weights file's header begins with the file's own sha256, computed with its digits as zeros.
-LENGTH_BYTES = 8  # of the header's length, in front of it
-OPENING = b'{"__metadata__":{'
-OWN_SHA256 = "own_sha256"
-FIELD = f'"{OWN_SHA256}":"'.encode()
-ZEROS = b"0" * 64
-FIRST = LENGTH_BYTES + len(OPENING) + len(FIELD)  # of the digits
 logger = logging.getLogger(__name__)
 
 
@@ -96,7 +93,7 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
     tensors: dict[str, Tensor] = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    content = _sealed(save(tensors, metadata={RECIPE_ENTRY: recipe_json}))
+    content = sealed(save(tensors, metadata={RECIPE_ENTRY: recipe_json}))
     write_file(str(where), content)
     return hashlib.sha256(content).hexdigest()
 
@@ -128,7 +125,7 @@ def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
 
 def recipe_of(content: bytes, path: str | Path) -> Recipe:
     """Return the recipe in a weights file's header; ValueError where there is none."""
-    metadata = _metadata(content, path)
+    metadata = metadata_of(content, path)
     try:
         return Recipe.model_validate_json(metadata[RECIPE_ENTRY])
     except (KeyError, ValueError):
@@ -164,90 +161,6 @@ def _load_pyfunc(folder: str) -> PackagedClassifier:
     """Build the model of a run: `mlflow.pyfunc.load_model("runs:/RUN_ID/")` calls this."""
     recipe = Recipe.model_validate_json(Path(folder, RECIPE).read_text())
     return PackagedClassifier(classifier_of(Path(folder, WEIGHTS), recipe.digest()))
-
-
-def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file of any origin; DamagedError names its path.
-
-    One that `save_weights` wrote must be, to the last bit, as it was written.
-    """
-    try:
-        tensors: dict[str, Tensor] = load(content)
-    except Exception as error:  # SafetensorError, or what torch says of a strange type or shape
-        raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
-    _metadata(content, path)
-    return tensors
-
-
-def unpickled(content: bytes, path: str | Path) -> Any:
-    """Unpickle tensors and plain values, nothing that could run code; ValueError for the rest."""
-    try:
-        # Training scripts save their parsed options beside the weights: a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose message says how to run it all the same
-        raise ValueError(
-            f"{path} is not opened: it holds more than weights, or is no pickle"
-        ) from None
-    except Exception as error:  # unpicklers raise all kinds of errors on bytes that are no pickle
-        raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
-
-
-def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path) -> None:
-    """Give a model the weights of a file; ValueError names the first three that do not fit."""
-    model = module.state_dict()
-    problems = [f"{name} is missing" for name in model if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in model]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in model.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}")
-    module.load_state_dict(tensors)
-
-
-def _metadata(content: bytes, path: str | Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file's header; empty where it is no such file.
-
-    DamagedError where it is a file of this project and not as it was written.
-    """
-    length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    try:
-        header = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
-        metadata = dict(header.get("__metadata__", {}))
-    except (AttributeError, RecursionError, TypeError, ValueError):
-        return {}
-    # A flipped bit in the name of either entry must not pass for a file of another origin.
-    if metadata.keys() & {RECIPE_ENTRY, OWN_SHA256} and not _is_sealed(content):
-        raise DamagedError(f"{path} is damaged, or of an older version: its sha256 is another")
-    return metadata
-
-
-def _sealed(content: bytes) -> bytes:
-    """Return a safetensors file that has metadata with its own sha256 as the first entry."""
-    start = LENGTH_BYTES + len(OPENING)
-    assert content[LENGTH_BYTES:start] == OPENING
-    entry = FIELD + ZEROS + b'",'
-    assert len(entry) % 8 == 0  # the tensors' bytes stay aligned
-    length = int.from_bytes(content[:LENGTH_BYTES], "little") + len(entry)
-    whole = length.to_bytes(LENGTH_BYTES, "little") + OPENING + entry + content[start:]
-    return whole[:FIRST] + _own_sha256(whole) + whole[FIRST + len(ZEROS) :]
-
-
-def _is_sealed(content: bytes) -> bool:
-    return content[FIRST : FIRST + len(ZEROS)] == _own_sha256(content)
-
-
-def _own_sha256(content: bytes) -> bytes:
-    sha256 = hashlib.sha256(content[:FIRST] + ZEROS)
-    sha256.update(memoryview(content)[FIRST + len(ZEROS) :])
-    return sha256.hexdigest().encode()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _newest_first(folder: Folder) -> list[str]:
