@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,20 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from evaluators import PGD_STEPS, class_named, evaluator_named
 from evaluators.base import Evaluator, device_named
 from evaluators.health import red_flags
 from evaluators.judging import Cells
-from trainables.data.listing import DataSource, scale_of
+from evaluators.loading import load_subject
 from trainables.data.load import load_data
-from trainables.layers import Classifier
-from trainables.networks import build_classifier, classifier_named
-from trainables.pretrained import load_weights
-from trainables.scale import Scale, scale_named
-from trainables.store.checkpoint import recipe_of
-from trainables.weights import read_content
+from trainables.scale import Scale
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -33,21 +25,21 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     """Judge, print, write and log; False where Ctrl-C cut it short. ValueError."""
     device = device_named(options.device)
     source = options.source()
-    content = read_content(options.weights)
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    scale, classifier = _loaded(options, content, source)
-    folder = options.ledger or Path("results/ledgers", f"{options.weights.stem}-{digest}")
+    subject = load_subject(options, source)
+    scale, classifier = _with_budgets(subject.scale, options), subject.classifier
+    folder = options.ledger or Path("results/ledgers", f"{subject.name}-{subject.digest}")
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
-    subject = repr((digest, classifier, normalisation, scale, source.root, folders))
-    cells = Cells.of(_evaluators(options, scale), data, folder, subject, device)
+    judged = repr((subject.digest, classifier, normalisation, scale, source.root, folders))
+    cells = Cells.of(_evaluators(options, scale), data, folder, judged, device)
+    print(*subject.said, sep="\n")
     with suppress(KeyboardInterrupt):
         for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
             cells.judge(evaluator, classifier, data, device)
-    print(f"{options.weights} at scale {scale.name}: {scale.title}")
+    print(f"{subject.name} at scale {scale.name}: {scale.title}")
     _print_scores(cells)
     if not cells.is_whole:
         print("Cut short: the same command judges the other images.")
@@ -55,28 +47,6 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     cells.write_ledgers()
     print(f"Ledgers: {folder}")
     return True
-
-
-def _loaded(options: JudgeOptions, content: bytes, source: DataSource) -> tuple[Scale, Classifier]:
-    """Build the model that the options, or the weights file's own header, name; load it."""
-    if options.model is None:
-        recipe = recipe_of(content, options.weights)
-        if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
-            raise ValueError(
-                f"{options.weights} was trained at {recipe.scale}, not {options.scale}"
-            )
-        if options.activation:
-            recipe = recipe.replace(activation=options.activation)
-        scale, classifier = scale_named(recipe.scale), build_classifier(recipe)
-    else:
-        scale = scale_of(options.scale, source, image_size=options.image_size)
-        scale = scale.preprocessed(options.preprocessing())
-        classifier = classifier_named(options.model, scale, activation=options.activation)
-    for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):
-        if value:
-            buffer.copy_(torch.tensor(value).view_as(buffer))
-    load_weights(options.weights, classifier)
-    return _with_budgets(scale, options), classifier
 
 
 def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:

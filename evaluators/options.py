@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator
 
 from evaluators import EVALUATORS, PGD_STEPS
-from trainables.models import MODELS
-from trainables.options import Count, DataOptions, Split, fraction, option
+from trainables.models import FORMS, MODELS
+from trainables.options import Address, Count, DataOptions, Split, Words, fraction, option
 from trainables.recipe import ACTIVATIONS, Activation, check_model, one_of
 from trainables.scale import scale_named, scale_names
 
@@ -29,18 +30,36 @@ Area = Annotated[
 ]
 
 
+def _arguments(words: Words) -> Words:
+    for word in words:
+        if not word.partition("=")[0].isidentifier() or "=" not in word:
+            raise ValueError(f"{word!r} is not NAME=VALUE, like num_classes=10")
+    return words
+
+
 class JudgeOptions(DataOptions):
     """Ask evaluators' questions of a checkpoint of any origin; print the scores."""
 
     prog: ClassVar[str] = "python -m evaluators"
     groups: ClassVar[dict[str, str]] = {**DataOptions.groups, "epsilon": "attacks"}
 
-    weights: Path = option(..., ".safetensors, or torch's .pth, .pt, .th or .bin", "FILE")
+    weights: Address | None = option(
+        None,
+        "a .safetensors file, or torch's .pth, .pt, .th or .bin, whatever prefix its names have; "
+        "an https:// URL of one with --sha256; hf://ORG/REPO[/FILE]; timm:NAME.TAG",
+        "FILE",
+    )
     model: ModelName | None = option(
         None,
-        f"{', '.join(MODELS)} or timm:NAME (default: as the weights file's header says)",
+        f"{', '.join(MODELS)}, or {', '.join(FORMS)} (FILE, MODULE and REPO are code, which runs) "
+        "(default: as the weights file's header says)",
         "NAME",
     )
+    model_arg: Annotated[Words, AfterValidator(_arguments)] = option(
+        (), "keyword arguments of what builds the model, like drop_rate=0.1", "NAME=VALUE"
+    )
+    pretrained: bool = option(False, "timm's own weights of --model timm:NAME[.TAG]")
+    sha256: str = option("", "that the file of the weights must have", "HEX", advanced=True)
     activation: Activation | None = option(
         None, f"replaces the network's own activation: {', '.join(ACTIVATIONS)}", "NAME"
     )
@@ -69,3 +88,15 @@ class JudgeOptions(DataOptions):
     patch_area: Area | None = option(
         None, "share of the image that one patch covers (default: the scale's)", "SHARE"
     )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the model's arguments: Python's values where they read as such, or text."""
+        pairs = (word.partition("=")[::2] for word in self.model_arg)
+        return {name: _value(text) for name, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text

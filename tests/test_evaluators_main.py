@@ -226,7 +226,9 @@ def test_help_imports_nothing_heavy():
 def test_pgd_has_the_lengths_and_radii_of_the_options(own_file, tmp_path, capsys, names, lengths):
     options = ["--attack-images", "2", "--epsilon", "1/255", "60/255"]
     assert judge(own_file, tmp_path, "--evaluators", "clean", *names.split(), *options) == 0
-    clean, pgd, _, *scores = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    first = next(place for place, line in enumerate(printed) if line.startswith("score"))
+    (clean, pgd, _), scores = printed[first - 3 : first], printed[first:]
     assert clean.startswith("clean: ")
     assert json.loads(pgd.removeprefix("pgd: "))["steps"] == lengths
     radii = ("1/255", "60/255")

@@ -34,6 +34,21 @@ class Classifier(nn.Module):
         return logits_BK if self.columns is None else logits_BK[:, self.columns]
 
 
+class Program(nn.Module):
+    """An exported program: it stays in the mode that it was exported in."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def train(self, mode: bool = True) -> Program:
+        self.training = mode  # which a graph module refuses to change
+        return self
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return cast(Tensor, self.graph(images_BCHW))
+
+
 class GhostBatchNorm2d(nn.Module):
     """Batch normalisation by virtual batches, with statistics of their own, under one affine.
 

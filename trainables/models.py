@@ -5,6 +5,7 @@ It imports no torch: a plan needs names, families and costs only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 TIMM = "timm"  # the family of all its models
 TIMM_PREFIX = f"{TIMM}:"
+HUB_PREFIX = "torchhub:"
+OWN = "own"  # the family of models that a user's own code builds
+FORMS = (
+    "timm:NAME",
+    "FILE.py:FUNCTION",
+    "PACKAGE.MODULE:FUNCTION",
+    "torchhub:REPO:NAME",
+    "FILE.pt2",
+)
 Settings = Literal["cnn", "transformer", "timm"]
 Build = Callable[[Any, Callable[[int], Any]], Any]
 
@@ -46,12 +56,12 @@ class Model:
     batch_norm: bool = True
 
 
-def _network(function: str, *arguments: Any) -> Build:
-    """Return the builder that calls a function of `trainables.networks`, imported only then."""
+def _network(function: str, *arguments: Any, room: str = "networks", **options: Any) -> Build:
+    """Return the builder that calls a function of a file of `trainables`, imported only then."""
 
     def build(scale: Any, norm_layer: Callable[[int], Any]) -> Any:
-        networks = import_module("trainables.networks")
-        return getattr(networks, function)(*arguments, scale, norm_layer)
+        module = import_module(f"trainables.{room}")
+        return getattr(module, function)(*arguments, scale, norm_layer, **options)
 
     return build
 
@@ -105,15 +115,32 @@ def check_family(name: str) -> str:
     return name
 
 
-def model_named(name: str) -> Model:
-    """Return a model's entry; timm's models count as the largest of each cost."""
+def model_named(name: str, **arguments: Any) -> Model:
+    """Return a model's entry; ValueError where no model has the name.
+
+    Models of other origins (`FORMS`) count as the largest of each cost. arguments: keyword
+    arguments of what builds such a model.
+    """
     if name in MODELS:
+        if arguments:
+            raise ValueError(f"model {name!r} takes no arguments of its own, as {FORMS[0]} does")
         return MODELS[name]
-    if not name.startswith(TIMM_PREFIX):
-        raise ValueError(f"unknown model {name!r}; one of {', '.join(MODELS)} or timm:NAME")
     largest = Cost(*map(max, zip(*(model.cost for model in MODELS.values()), strict=True)))
-    build = _network("from_timm", name.removeprefix(TIMM_PREFIX))
-    return Model(name, "-", build, largest, TIMM, "timm")
+    if name.startswith(TIMM_PREFIX):
+        build = _network("from_timm", name.removeprefix(TIMM_PREFIX), **arguments)
+        return Model(name, "-", build, largest, TIMM, "timm")
+    builder = next((b for b, is_of in _OWN_CODE.items() if is_of(name)), None)
+    if builder is None:
+        raise ValueError(f"unknown model {name!r}; one of {', '.join((*MODELS, *FORMS))}")
+    build = _network(builder, name, room="pretrained", **arguments)
+    return Model(name, "-", build, largest, OWN, "timm")
+
+
+_OWN_CODE: dict[str, Callable[[str], object]] = {
+    "from_hub": re.compile(rf"{HUB_PREFIX}.+:[\w-]+").fullmatch,
+    "from_program": lambda name: name.endswith(".pt2"),
+    "from_function": re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*").fullmatch,
+}
 
 
 def model_of(family: str, size: str) -> str:

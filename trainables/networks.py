@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -15,7 +15,8 @@ from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
 from trainables.layers import Classifier, GhostBatchNorm2d
-from trainables.models import model_named
+from trainables.models import TIMM_PREFIX, model_named
+from trainables.pretrained import timm_config
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_of_recipe
 
@@ -24,6 +25,7 @@ TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
 HYBRID_WIDTH = 256
 DEIT_DEPTH = 12
 FEW_TOKENS = 16
+FEW_PATCHES = 8  # a side
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -47,9 +49,23 @@ def build_classifier(recipe: Recipe) -> Classifier:
     return _classifier(backbone, scale, recipe.activation, half)
 
 
-def classifier_named(model: str, scale: Scale, *, activation: str | None = None) -> Classifier:
-    """Build a model by name, untrained; without `activation` it keeps its network's own."""
-    return _classifier(model_named(model).build(scale, nn.BatchNorm2d), scale, activation)
+def classifier_named(
+    model: str,
+    scale: Scale,
+    *,
+    activation: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+) -> Classifier:
+    """Build a model by name; without `activation` it keeps its network's own.
+
+    arguments: of what builds a model of another origin. num_classes: of its head, where it is not
+    that of the scale's data.
+    """
+    if num_classes:
+        scale = replace(scale, data_set=replace(scale.data_set, num_classes=num_classes))
+    backbone = model_named(model, **(arguments or {})).build(scale, nn.BatchNorm2d)
+    return _classifier(backbone, scale, activation)
 
 
 def _classifier(
@@ -66,15 +82,18 @@ def _classifier(
 
 def check_model(recipe: Recipe) -> None:
     """Pass one image through a recipe's untrained model; ValueError when it cannot take it."""
-    side = scale_of_recipe(recipe).image_size
-    classifier = build_classifier(recipe).eval()
+    check_images(build_classifier(recipe).eval(), recipe.model, scale_of_recipe(recipe).image_size)
+
+
+def check_images(classifier: Classifier, model: str, side: int) -> None:
+    """Pass an image through a classifier, and two; ValueError when it cannot take them."""
     try:
         with torch.inference_mode():
-            classifier(torch.zeros(1, 3, side, side))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"model {recipe.model!r} cannot take images of {side} px: {error}"
-        ) from None
+            shapes = [classifier(torch.zeros(count, 3, side, side)).shape for count in (1, 2)]
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"model {model!r} cannot take images of {side} px: {error}") from None
+    if len(shapes[0]) != 2 or len(shapes[1]) != 2:
+        raise ValueError(f"model {model!r} returns {tuple(shapes[1])} for 2 images, not (2, K)")
 
 
 def swap_activation(module: nn.Module, name: str) -> None:
@@ -161,9 +180,38 @@ def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
     return deit(HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed)
 
 
-def from_timm(name: str, scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
-    """Build a model of timm, whole, with its own normalisation; ValueError names similar ones."""
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
-        raise ValueError(f"timm has no model {name!r}; similar names: {close}")
-    return cast(nn.Module, timm.create_model(name, num_classes=scale.num_classes))
+def from_timm(
+    name: str, scale: Scale, norm_layer: Callable[[int], nn.Module], **arguments: Any
+) -> nn.Module:
+    """Build a model of timm, whole, with its own normalisation.
+
+    Where its images have one size it takes the scale's, and a plain transformer of images too
+    small for its patches takes the scale's patches. ValueError names the nearest model, or the
+    argument that it does not take.
+    """
+    config = timm_config(f"{TIMM_PREFIX}{name}")
+    assert config is not None
+    side = scale.image_size
+    fitting: dict[str, Any] = {"num_classes": scale.num_classes}
+    if config["fixed_input_size"] and config["input_size"][1:] != (side, side):
+        fitting |= {"img_size": side, **_patches(name, scale)}
+    fitting |= arguments
+    try:
+        network = timm.create_model(name, **fitting)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        stated = ", ".join(f"{key}={value!r}" for key, value in fitting.items())
+        raise ValueError(f"timm cannot build {name!r} with {stated}: {error}") from None
+    network.built_with = fitting  # what timm needs to load its pretrained weights into the like
+    return cast(nn.Module, network)
+
+
+def _patches(name: str, scale: Scale) -> dict[str, int]:
+    """Return the scale's patches for a plain transformer whose own leave under 8 a side, or {}."""
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    own = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    reductions = {stage["reduction"] for stage in getattr(network, "feature_info", [])}
+    if not own or reductions - {own[0]}:
+        return {}
+    fits = scale.image_size % own[0] == 0 and scale.image_size // own[0] >= FEW_PATCHES
+    return {} if fits else {"patch_size": scale.patch_size}

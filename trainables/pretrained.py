@@ -5,14 +5,28 @@ It imports no torch or timm by itself: a plan needs names only.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from trainables.models import MODELS, TIMM_PREFIX
+from trainables.models import HUB_PREFIX, MODELS, TIMM_PREFIX
 from trainables.recipe import Preprocessing, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from trainables.scale import Scale
+
+HF_PREFIX = "hf://"
+HF_FILES = ["model.safetensors", "pytorch_model.bin"]  # what a repository's weights are called
 
 
 def preprocessing_of(model: str) -> Preprocessing:
@@ -74,30 +88,188 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load weights of any origin into a module; return notes on what was mapped.
 
-    where: the path of a .safetensors file or one of torch's, or timm:NAME.TAG. sha256: the file's.
-    new_head: a head of another number of classes stays as it is (fine-tuning). ValueError says
-    what does not fit or is refused; `weights.OtherHeadError` where it is the head alone.
+    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. new_head: a head of
+    another number of classes stays as it is (fine-tuning). ValueError says what does not fit or is
+    refused; `weights.OtherHeadError` where it is the head alone.
     """
     from trainables.weights import fit_any_weights, read_tensors
 
     where = str(where)
     if where.startswith(TIMM_PREFIX):
-        tensors = _timm_weights(where)
+        tensors = _timm_weights(where, module)
     else:
-        tensors = read_tensors(Path(where), sha256)
+        tensors = read_tensors(local_file(where, sha256), sha256)
     return fit_any_weights(tensors, module, where, new_head=new_head)
 
 
-def _timm_weights(model: str) -> dict[str, Tensor]:
+def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return timm's pretrained weights, brought by timm to the image size of a module."""
     import timm
 
     config = timm_config(model)
     assert config is not None
+    built_with = getattr(getattr(module, "backbone", module), "built_with", {})
+    options = {**built_with, "num_classes": config["num_classes"]}
     try:
-        pretrained = timm.create_model(
-            model.removeprefix(TIMM_PREFIX), pretrained=True, num_classes=config["num_classes"]
-        )
+        pretrained = timm.create_model(model.removeprefix(TIMM_PREFIX), pretrained=True, **options)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{model} cannot be fetched: {error}") from None
+        raise ValueError(f"weights {model} cannot be had: {error}") from None
     tensors: dict[str, Tensor] = pretrained.state_dict()
     return tensors
+
+
+def local_file(where: str, sha256: str = "") -> Path:
+    """Return the file at a path, an http(s) URL, or hf://ORG/REPO[/FILE], fetched if need be.
+
+    A URL's file lies in torch.hub's folder under its sha256, which must be stated; a repository's
+    in huggingface_hub's. ValueError says why it cannot be had.
+    """
+    if where.startswith(("http://", "https://")):
+        return _downloaded(where, sha256)
+    if where.startswith(HF_PREFIX):
+        return _from_hugging_face(where)
+    return Path(where)
+
+
+def _downloaded(url: str, sha256: str) -> Path:
+    from torch.hub import download_url_to_file, get_dir
+
+    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(
+            f"{url} needs the sha256 of its file, 64 hex digits: what a URL serves changes"
+        )
+    name = Path(urlsplit(url).path).name
+    path = Path(get_dir(), "checkpoints", f"{sha256.lower()[:16]}-{name}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(url, str(path), hash_prefix=sha256.lower())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{url} cannot be fetched: {error}") from None
+    return path
+
+
+def _from_hugging_face(where: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    parts = where.removeprefix(HF_PREFIX).split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise ValueError(f"{where} is not {HF_PREFIX}ORG/REPO or {HF_PREFIX}ORG/REPO/FILE")
+    repository, files = "/".join(parts[:2]), parts[2:] or HF_FILES
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except EntryNotFoundError:
+            continue
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(f"{where} cannot be fetched: {error}") from None
+    raise ValueError(
+        f"{where} holds no {' or '.join(files)}: name the file, {HF_PREFIX}{repository}/FILE"
+    )
+
+
+def from_function(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
+    """Build a model by a user's function, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.
+
+    This runs the user's code. Parameters `num_classes` and `image_size` or `img_size`, where the
+    function has them and no argument is stated, get the scale's. ValueError.
+    """
+    place, _, attribute = name.rpartition(":")
+    module = _imported(place)
+    functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, functions)}")
+    parameters = inspect.signature(function).parameters
+    data = {"num_classes": scale.num_classes}
+    data |= dict.fromkeys(("image_size", "img_size"), scale.image_size)
+    known = {key: value for key, value in data.items() if key in parameters} | arguments
+    try:
+        inspect.signature(function).bind(**known)
+    except TypeError as error:
+        takes = f"{attribute}{inspect.signature(function)}"
+        raise ValueError(f"{name}: {error}; --model-arg NAME=VALUE states what {takes} takes")
+    return _network_of(lambda: function(**known), name)
+
+
+def code_of(model: str) -> bytes:
+    """Return the file of the user's code, or the exported program, that a model's name names."""
+    if model in MODELS or model.startswith((TIMM_PREFIX, HUB_PREFIX)):
+        return b""
+    place = model if model.endswith(".pt2") else model.rpartition(":")[0]
+    if place.endswith((".py", ".pt2")):
+        return Path(place).read_bytes()
+    file = _imported(place).__file__
+    return Path(file).read_bytes() if file else b""
+
+
+def _imported(place: str) -> ModuleType:
+    """Import a user's file, whose folder it may import from, or a module; ValueError."""
+    path, is_file = Path(place), place.endswith(".py")
+    if is_file and not path.is_file():
+        raise ValueError(f"{path} is not there")
+    if (folder := str((path.parent if is_file else Path()).resolve())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        if not is_file:
+            return importlib.import_module(place)
+        specification = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+        assert specification and specification.loader
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[module.__name__] = module  # which dataclasses in the file look up
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{place} cannot be imported: {_where(error)}") from error
+    return module
+
+
+def from_hub(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
+    """Build a model by torch.hub: torchhub:OWNER/REPOSITORY[:REF]:NAME, or of a local folder.
+
+    This runs the repository's code. ValueError.
+    """
+    import torch
+
+    repository, _, entry = name.removeprefix(HUB_PREFIX).rpartition(":")
+    source = "local" if Path(repository).is_dir() else "github"
+
+    load: Callable[..., object] = torch.hub.load
+    settings = {"source": source, "trust_repo": True, "verbose": False}
+    return _network_of(lambda: load(repository, entry, **settings, **arguments), name)
+
+
+def from_program(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
+    """Load an exported program, FILE.pt2, with the weights in it.
+
+    torch unpickles such a file, which can run code. ValueError.
+    """
+    import torch
+
+    from trainables.layers import Program
+
+    if arguments:
+        raise ValueError(f"{name} is an exported program: it takes no --model-arg")
+    if not Path(name).is_file():
+        raise ValueError(f"{name} is not there")
+    return _network_of(lambda: Program(torch.export.load(name).module()), name)
+
+
+def _network_of(build: Callable[[], object], name: str) -> nn.Module:
+    """Call what builds a network; ValueError says where it failed, or what it made instead."""
+    from torch import nn
+
+    try:
+        network = build()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be built: {_where(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} returns a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def _where(error: Exception) -> str:
+    """Say an error of a user's code in a line, with its place."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainables.models import MODELS, TIMM_PREFIX, model_named
+from trainables.models import MODELS, model_named
 
 Activation = Literal["relu", "gelu", "silu", "softplus"]
 Augmentation = Literal["randaug", "mixup", "cutmix"]
@@ -64,10 +64,11 @@ def one_of(kind: str, known: Collection[str]) -> AfterValidator:
 
 
 def check_model(name: str) -> str:
-    """Return a model's name; ValueError where none has it; 'timm:NAME' passes."""
-    if name not in MODELS and not name.startswith(TIMM_PREFIX):
-        raise ValueError(unknown("model", name, [*MODELS, "timm:NAME"]))
-    return name
+    """Return a model's name; ValueError where none can have it; nothing is built."""
+    try:
+        return model_named(name).name
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest(name, MODELS)}") from None
 
 
 def problem(error: ValueError, prefix: str = "") -> str:

@@ -1,0 +1,149 @@
+"""The model that the judging command's options name, with its weights and preprocessing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainables.data.listing import DataSource, scale_of
+from trainables.layers import Classifier
+from trainables.models import MODELS, TIMM_PREFIX
+from trainables.networks import build_classifier, check_images, classifier_named
+from trainables.pretrained import (
+    code_of,
+    load_weights,
+    local_file,
+    num_classes_of,
+    preprocessing_of,
+)
+from trainables.recipe import Preprocessing, Recipe
+from trainables.scale import Scale, scale_of_recipe
+from trainables.store.checkpoint import recipe_of
+from trainables.weights import OtherHeadError, read_content
+
+if TYPE_CHECKING:
+    from evaluators.options import JudgeOptions
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged: a classifier, its scale, and the lines that say what it was made of.
+
+    digest: 12 hex digits of the weights and of the user's code, if any.
+    """
+
+    classifier: Classifier
+    scale: Scale
+    name: str
+    digest: str
+    said: tuple[str, ...]
+
+
+def load_subject(options: JudgeOptions, source: DataSource) -> Subject:
+    """Build the model that the options, or the weights file's own header, name; load it.
+
+    ValueError.
+    """
+    weights = _weights(options)
+    in_file = weights and not weights.startswith(TIMM_PREFIX)
+    content = read_content(local_file(weights, options.sha256), options.sha256) if in_file else b""
+    model = options.model or ("" if in_file else weights)
+    if model:
+        scale = _scale(options, model, source)
+        classifier, notes = _by_name(options, model, weights, scale)
+    else:
+        recipe = _recipe(options, content, weights)
+        model, scale, classifier = recipe.model, scale_of_recipe(recipe), build_classifier(recipe)
+        notes = load_weights(weights, classifier, sha256=options.sha256)
+    for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):
+        if value:
+            buffer.copy_(torch.tensor(value).view_as(buffer))
+    if model not in MODELS:
+        check_images(classifier.eval(), model, scale.image_size)
+    mean, std = (", ".join(f"{v:.4g}" for v in b.flatten()) for b in classifier.buffers(False))
+    said = (
+        f"Model: {model}; weights: {weights or 'as the model brings them'}",
+        *(f"Weights: {note}" for note in notes),
+        f"Normalisation inside the model: mean {mean}; std {std}",
+    )
+    name = (weights or model).rpartition(":")[2] if not in_file else Path(weights).stem
+    return Subject(classifier, scale, name, _digest(classifier, content, code_of(model)), said)
+
+
+def _weights(options: JudgeOptions) -> str:
+    """Return where the weights are, "" where the model brings its own; ValueError if neither."""
+    model = options.model or ""
+    of_timm = model.startswith(TIMM_PREFIX)
+    if options.pretrained and options.weights:
+        raise ValueError("--pretrained stands for timm's weights, and --weights for others")
+    if options.pretrained and not of_timm:
+        raise ValueError(
+            "--pretrained goes with --model timm:NAME; what else a model loads is its own "
+            "argument, like --model-arg pretrained=True"
+        )
+    if not (options.pretrained or options.weights) and (of_timm or model in {"", *MODELS}):
+        remedy = "--pretrained takes timm's own, --weights others" if of_timm else "--weights FILE"
+        raise ValueError(f"model {model or 'and weights'} without weights: {remedy}")
+    if options.arguments() and not model:
+        raise ValueError("--model-arg goes with --model")
+    return model if options.pretrained else options.weights or ""
+
+
+def _scale(options: JudgeOptions, model: str, source: DataSource) -> Scale:
+    """Return the data's scale as the model sees it: as the options say, or as timm does."""
+    scale = scale_of(options.scale, source, image_size=options.image_size)
+    stated = preprocessing_of(model).chosen() | options.preprocessing().chosen()
+    return scale.preprocessed(Preprocessing.model_validate(stated))
+
+
+def _by_name(
+    options: JudgeOptions, model: str, weights: str, scale: Scale
+) -> tuple[Classifier, tuple[str, ...]]:
+    """Build a model, with the head that the weights have, and load them."""
+
+    def build(num_classes: int | None) -> Classifier:
+        return classifier_named(
+            model,
+            scale,
+            activation=options.activation,
+            arguments=options.arguments(),
+            num_classes=num_classes,
+        )
+
+    classifier = build(num_classes_of(weights))
+    if not weights:
+        return classifier, ()
+    try:
+        return classifier, load_weights(weights, classifier, sha256=options.sha256)
+    except OtherHeadError as other:
+        classifier = build(other.outputs)
+        notes = load_weights(weights, classifier, sha256=options.sha256)
+        return classifier, (f"the model gets their head of {other.outputs} classes", *notes)
+
+
+def _recipe(options: JudgeOptions, content: bytes, weights: str) -> Recipe:
+    """Return the recipe in a weights file's header, with what the options change."""
+    recipe = recipe_of(content, weights)
+    if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
+        raise ValueError(f"{weights} was trained at {recipe.scale}, not {options.scale}")
+    stated = recipe.preprocessing.chosen() | options.preprocessing().chosen()
+    changes: dict[str, Any] = {"preprocessing": Preprocessing.model_validate(stated)}
+    if options.activation:
+        changes["activation"] = options.activation
+    return recipe.replace(**changes)
+
+
+def _digest(classifier: Classifier, content: bytes, code: bytes) -> str:
+    """Return 12 hex digits of a weights file, or of the weights themselves, and of code."""
+    sha256 = hashlib.sha256(content)
+    tensors: Mapping[str, torch.Tensor] = {} if content else classifier.state_dict()
+    for name, value in tensors.items():
+        sha256.update(name.encode())
+        sha256.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    sha256.update(code)
+    return sha256.hexdigest()[:12]
