@@ -67,7 +67,9 @@ class Column:
 
     A score's name begins with its evaluator's: pgd-100. On other data the column is the score
     `counterpart_score` ("": the same) of a `counterpart` of that title, if there is one, under a
-    `heading`. `own_score`: a score that only the study's own data give.
+    `heading`. `own_score`: a score that only the study's own data give, without which the column
+    is that of its counterpart, or none; `stored_score`: one that tells them alone. `stands_in`:
+    the counterpart takes the place of a published set at the published data's own scale.
     """
 
     name: str
@@ -75,8 +77,10 @@ class Column:
     counterpart: str = ""
     counterpart_score: str = ""
     own_score: str = ""
+    stored_score: str = ""
     heading: str = ""
     evaluator: str = ""
+    stands_in: bool = False
 
     @property
     def score(self) -> str:
@@ -93,14 +97,16 @@ class Column:
 
         scores: those of the models judged so far, which tell what data they were judged on.
         """
-        is_own = not data_set_named(scale).generated
-        if self.own_score and self.evaluator in scores:
-            is_own = self.own_score in scores
+        data_set = data_set_named(scale)
+        is_own, telling = not data_set.generated, self.own_score or self.stored_score
+        if telling and self.evaluator in scores:
+            is_own = telling in scores
         if is_own or not (self.counterpart or self.own_score):
             return self
         if not self.counterpart:
             return None
-        return replace(self, heading=f"{self.counterpart} ({scale})")
+        heading = data_set.stand_in(self.counterpart)
+        return replace(self, heading=heading, stands_in=not data_set.generated)
 
 
 class Evaluator(ABC):

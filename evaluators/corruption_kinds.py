@@ -58,13 +58,18 @@ class Draws:
 
 
 def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int) -> Tensor:
-    """Corrupt square float32 images in [0, 1]; a result follows from the image and its id alone.
+    """Corrupt float32 images in [0, 1], RGB or grey; a result follows from image and id alone.
 
-    Returns multiples of 1/255.
+    Oblong ones are made square by repeating their border, and cut again. Returns multiples of
+    1/255.
     """
     apply, constants = _CORRUPTIONS[kind]
     draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
-    return _cut_off(apply(images_BCHW.contiguous(), constants[severity - 1], draws).clamp_(0, 1))
+    height, width = images_BCHW.shape[2:]
+    side = max(height, width)
+    square = F.pad(images_BCHW, (0, side - width, 0, side - height), mode="replicate")
+    corrupted = apply(square.contiguous(), constants[severity - 1], draws)
+    return _cut_off(corrupted[..., :height, :width].clamp_(0, 1))
 
 
 def gaussian_noise(images_BCHW: Tensor, std: float, draws: Draws) -> Tensor:
@@ -139,6 +144,8 @@ def frost(images_BCHW: Tensor, constant: tuple[float, float], draws: Draws) -> T
     choice, room = (choice * len(panes)).int(), panes.shape[-1] - side
     corners = zip(choice, (down * room).int(), (right * room).int(), strict=True)
     pieces = torch.stack([panes[k, :, y : y + side, x : x + side] for k, y, x in corners])
+    if images_BCHW.shape[1] == 1:
+        pieces = pieces.mean(dim=1, keepdim=True)
     return constant[0] * images_BCHW + constant[1] * pieces.to(images_BCHW.device)
 
 
@@ -196,8 +203,8 @@ def jpeg_compression(images_BCHW: Tensor, quality: int, draws: Draws) -> Tensor:
     decoded = []
     for pixels in quantised.contiguous().cpu().numpy():
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-        decoded.append(np.asarray(Image.open(buffer)))
+        Image.fromarray(pixels.squeeze()).save(buffer, "JPEG", quality=quality)
+        decoded.append(np.asarray(Image.open(buffer)).reshape(pixels.shape))
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images_BCHW) / 255
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 2  # raise it when generated images change: it is part of a cell's identity
+GENERATED = "generated"  # the ledger's remark where a published set was not there
 KEPT_BYTES = 2**28
 SHOWN = ("gaussian_noise-3", "defocus_blur-3", "fog-3")  # of which the ledger keeps examples
 # AlexNet's errors, by which Hendrycks and Dietterich (2019) normalise. Source: google-research/
@@ -56,12 +57,14 @@ class Corruptions(Evaluator):
     """Error on corrupted images: mean over 15 kinds, over 19, mCE, per group and per kind.
 
     ImageNet-C is read as stored, 224 px. Without a stored set the 15 kinds are generated from 100
-    held-out images, kept for the process's next model.
+    held-out images, kept for the process's next model; there is no mCE of those.
     """
 
     name = "corruptions"
     columns = (
-        Column("corruptions", "ImageNet-C error", "Corruptions error"),
+        Column(
+            "corruptions", "ImageNet-C error", "Corruptions error", stored_score="corruptions/mCE"
+        ),
         Column("corruptions-19", "Error, 19 corruptions", own_score="corruptions-19"),
         Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE"),
     )
@@ -76,7 +79,7 @@ class Corruptions(Evaluator):
             title = stored.stored.title
             return {"data": title, "images": stored.ids_hash(), "kinds": stored.kinds}
         return {
-            "data": f"corruptions ({source.name})",
+            "data": source.data_set.stand_in("corruptions"),
             "images": _chosen(source).ids_hash(),
             "generation": GENERATION,
         }
@@ -90,21 +93,25 @@ class Corruptions(Evaluator):
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         stored = _stored(source)
+        remark = "" if stored or source.data_set.generated else GENERATED
         for question, split in stored.splits() if stored else _generated(source):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
-                yield replace(batch, question=question)
+                stage = (remark,) * len(batch.ids) if remark else None
+                yield replace(batch, question=question, stage=stage)
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
         shown = batch.images if batch.question in SHOWN else None
-        return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
+        return verdicts(batch, batch.question, predicted, stage=batch.stage, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return errors, not accuracies, with Student's interval over the n images."""
         kinds, errors_NK = _errors(ledger)
+        is_generated = pc.any(pc.equal(ledger["stage"], GENERATED)).as_py()
+        alexnet_errors = {} if is_generated else self.alexnet_errors
         scores = []
-        for name, weights in _aggregates(kinds, self.alexnet_errors).items():
+        for name, weights in _aggregates(kinds, alexnet_errors).items():
             errors_N = errors_NK @ weights
             # Of mCE the most, where every answer is wrong, is above 1.
             low, high = of_mean(errors_N, least=0, most=float(weights.sum()))

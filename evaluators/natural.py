@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
+FOLDS = 5
 AT_ONCE = 500  # images that are read and judged by the reference
 MANY_CLASSES = 50  # beyond it a support vector machine's pairs of classes are too many
 
@@ -57,10 +58,10 @@ class Natural(Evaluator):
         images = super().identity(source)
         if located := source.counterpart("natural"):
             return {"data": located[0].title, **images}
-        counterpart = {"data": f"natural-adversarial ({source.name})", **images}
-        if len(source.class_names) > MANY_CLASSES:
-            counterpart["reference"] = "kernel ridge regression"
-        return counterpart
+        many = len(source.class_names) > MANY_CLASSES
+        reference = ["kernel ridge regression"] * many + ["cross-fitted"] * (not len(source.train))
+        counterpart = {"data": source.data_set.stand_in("natural-adversarial"), **images}
+        return counterpart | ({"reference": ", ".join(reference)} if reference else {})
 
     def images(self, source: Data) -> Split:
         located = source.counterpart("natural")
@@ -90,19 +91,58 @@ class Natural(Evaluator):
         return pa.concat_tables(rows)
 
 
-@lru_cache(maxsize=4)
 def hardest(source: Data) -> Split:
     """Return the sixth of the held-out images with the least margin of their true class.
 
     The reference is a support vector machine, beyond 50 classes a kernel ridge regression (both
     with an RBF kernel), on grey pixels, fitted on at most 5,000 images of the train split: neither
-    CNN nor transformer, so it favours no family of the study.
+    CNN nor transformer, so it favours no family of the study. Without train images each fifth of
+    the held-out ones is judged by a reference of the others. Pixels are the data's own, whatever
+    preprocessing a model has: every model is shown the same images.
     """
-    train, held_out = source.train.subset(REFERENCE_IMAGES, seed=0), source.held_out
-    classes, scores_of = _fitted_reference(train, len(source.class_names))
-    pixels_ND, labels_N1 = _grey_pixels(held_out), held_out.labels.numpy()[:, None]
+    return source.held_out.at(_hardest_places(source.origin() if source.origin else source))
+
+
+@lru_cache(maxsize=4)
+def _hardest_places(source: Data) -> np.ndarray:
+    train, held_out, classes = source.train, source.held_out, len(source.class_names)
+    if len(train):
+        margins_N = _margins(train.subset(REFERENCE_IMAGES, seed=0), held_out, classes)
+    else:
+        margins_N = _cross_fitted(held_out, classes)
+    hard = math.ceil(len(held_out) * HARDEST_SHARE)
+    return np.sort(np.argsort(margins_N, kind="stable")[:hard])
+
+
+def _cross_fitted(held_out: Split, num_classes: int) -> np.ndarray:
+    """Return each image's margin by a reference that was fitted on the other fifths of its class.
+
+    It is infinite where no image of its class is among them. ValueError with too few images.
+    """
+    if (held_out.labels.bincount() > 1).sum() < 2:
+        raise ValueError(
+            "natural-adversarial images of held-out images alone need two images of each of two "
+            "classes, or more: add images, or train images"
+        )
+    places = sorted(range(len(held_out)), key=lambda i: (int(held_out.labels[i]), held_out.ids[i]))
+    folds_N = np.empty(len(held_out), dtype=np.int64)
+    folds_N[places] = np.arange(len(held_out)) % FOLDS
+    margins_N = np.full(len(held_out), np.inf)
+    for fold in range(FOLDS):
+        fitted = held_out.at(np.flatnonzero(folds_N != fold)).subset(REFERENCE_IMAGES, seed=0)
+        is_known = np.isin(held_out.labels.numpy(), fitted.labels.numpy())
+        judged = np.flatnonzero((folds_N == fold) & is_known)
+        if len(judged):
+            margins_N[judged] = _margins(fitted, held_out.at(judged), num_classes)
+    return margins_N
+
+
+def _margins(fitted: Split, judged: Split, num_classes: int) -> np.ndarray:
+    """Return the margin of each judged image's true class by a reference fitted on others."""
+    classes, scores_of = _fitted_reference(fitted, num_classes)
+    pixels_ND, labels_N1 = _grey_pixels(judged), judged.labels.numpy()[:, None]
     margins = []
-    for first in range(0, len(held_out), AT_ONCE):
+    for first in range(0, len(judged), AT_ONCE):
         part = slice(first, first + AT_ONCE)
         scores_NK = scores_of(pixels_ND[part])
         if scores_NK.ndim == 1:  # of two classes scikit-learn returns the second one's score
@@ -111,8 +151,7 @@ def hardest(source: Data) -> Split:
         rival_N = np.where(true_NK, -np.inf, scores_NK).max(axis=1)
         margins.append(np.where(true_NK, scores_NK, -np.inf).max(axis=1) - rival_N)
         beat()
-    hard = math.ceil(len(held_out) * HARDEST_SHARE)
-    return held_out.at(np.sort(np.argsort(np.concatenate(margins), kind="stable")[:hard]))
+    return np.concatenate(margins)
 
 
 def _fitted_reference(

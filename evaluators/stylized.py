@@ -46,7 +46,7 @@ class Stylized(Evaluator):
         images = super().identity(source)
         if located := source.counterpart("stylized"):
             return {"data": located[0].title, **images}
-        title = f"cue conflict ({source.name})"
+        title = source.data_set.stand_in("cue conflict")
         return {"data": title, **images, "texture": "Fourier amplitude"}
 
     def images(self, source: Data) -> Split:
@@ -107,12 +107,15 @@ def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batc
 
 def texture_partners(ids: tuple[str, ...], labels: Tensor) -> np.ndarray:
     """Return for each image the index of one of another class, chosen by the image's id."""
-    others = {label: np.flatnonzero(labels != label) for label in set(labels.tolist())}
-    partners = []
-    for image_id, label in zip(ids, labels.tolist(), strict=True):
-        number = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:7], "big")
-        partners.append(others[label][number % len(others[label])])
-    return np.array(partners)
+    partners = np.empty(len(ids), dtype=np.int64)
+    for label in set(labels.tolist()):
+        others = np.flatnonzero(labels != label)
+        if not len(others):
+            raise ValueError("a cue conflict needs held-out images of two classes, and all are one")
+        for place in np.flatnonzero(labels == label):
+            number = int.from_bytes(hashlib.sha256(ids[place].encode()).digest()[:7], "big")
+            partners[place] = others[number % len(others)]
+    return partners
 
 
 def mix_cues(shapes_BCHW: Tensor, textures_BCHW: Tensor) -> Tensor:

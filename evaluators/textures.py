@@ -113,8 +113,8 @@ def open_dictionary(root: Path, scale: Scale) -> StoredTextures:
 
 def dictionary_identity(scale: Scale, data: Data) -> object:
     """Return what names the dictionary of `dictionary_for`, without building it."""
-    if located := data.counterpart("tpa"):
-        return open_dictionary(located[1], scale).digest
+    if stored := _stored(scale, data):
+        return stored.digest
     return {"settings": asdict(own_settings(scale)), "train": data.train.ids_hash()}
 
 
@@ -123,14 +123,24 @@ def dictionary_for(scale: Scale, data: Data) -> Mapping[int, Tensor]:
 
     Where the data have a cache, the scale's own is built once for all processes.
     """
-    if located := data.counterpart("tpa"):
-        return open_dictionary(located[1], scale)
+    if stored := _stored(scale, data):
+        return stored
     identity = json.dumps([scale.name, dictionary_identity(scale, data)], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     if key not in _built:
         path = data.cache and data.cache / f"dictionary-{scale.name}-{key}.safetensors"
         _built[key] = _load_or_build(scale, data, path)
     return _built[key]
+
+
+def _stored(scale: Scale, data: Data) -> StoredTextures | None:
+    """Open the dictionary stored with the data; ValueError where none other may stand for it."""
+    if located := data.counterpart("tpa"):
+        return open_dictionary(located[1], scale)
+    if not data.data_set.generated:
+        title, name = data.data_set.title, data.data_set.counterpart("tpa")
+        raise ValueError(f"on {title} this needs the set: --stored {name}=DIR")
+    return None
 
 
 def _load_or_build(scale: Scale, data: Data, path: Path | None) -> Mapping[int, Tensor]:

@@ -30,7 +30,7 @@ from trainables.data.listing import (
     list_splits,
 )
 from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
-from trainables.data.registry import STORED_SETS, StoredSet
+from trainables.data.registry import STORED_SETS, DataSet, StoredSet
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
 
@@ -75,8 +75,25 @@ def check(
         files = data_check.sizes | data_check.digests
         listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
         manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
+        findings += _standing_in(scale.data_set, source, plan)
     findings.append(("disk", *_disk(plan, results)))
     return [*findings, *(("device", "ok", text) for text in _devices())], manifest
+
+
+def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> list[Finding]:
+    """Warn of the published sets that are not there and that generated ones stand in for."""
+    asked = {evaluator for trial in plan for evaluator in trial.evaluators}
+    missing = [STORED_SETS[name] for name in data_set.counterparts if name not in source.folders]
+    return [
+        (
+            stored.name,
+            "warning",
+            f"{stored.title} is not there: {stored.evaluator} is judged on images made of held-out "
+            f"ones, beside no published figure; --stored {stored.name}=DIR reads it",
+        )
+        for stored in missing
+        if stored.evaluator in asked and stored.evaluator != "tpa" and not data_set.generated
+    ]
 
 
 class _DataCheck:

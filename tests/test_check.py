@@ -18,7 +18,7 @@ from grid.check import check
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import Study
-from tests.paper import resnet50
+from tests.paper import STUDY, resnet50
 from tests.pictures import write_folder, write_picture
 from tests.test_cifar import CLASSES, write_arrays, write_classes
 from trainables.data.listing import DataSource, scale_of
@@ -170,6 +170,13 @@ def test_imagenet_has_its_own_thousand_classes_and_imagenet_a_its_two_hundred(tm
         "1,000 to train, 1,000 held out; as published 1,281,167 and 50,000",
         "200 images of 200 classes (as published: 7,500)",
     ]
+    plan = build_plan(STUDY, IMAGENET, tables=["T5"])
+    findings, _ = check(IMAGENET, DataSource(root=root), plan, results=tmp_path / "results")
+    warned = {subject: text for subject, level, text in findings if level == "warning"}
+    said = "ImageNet-C is not there: corruptions is judged on images made of held-out ones, beside"
+    assert warned["imagenet-c"].startswith(said)
+    assert "imagenet-stylized" in warned
+    assert "textures" not in warned
     natural = root / "imagenet-a"
     (natural / "n01498041").rename(natural / "n01440764")
     said = "is not ImageNet-A: it lacks 1 of 200 classes, the first 'n01498041', and has 1 foreign"

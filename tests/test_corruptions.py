@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
 
+from evaluators import column_named
 from evaluators.base import Batch, judge_images, verdicts
 from evaluators.corruption_kinds import corrupt, smear
 from evaluators.corruptions import (
@@ -49,13 +50,17 @@ def photographs(side):
 class Darkness(nn.Module):
     """Answer 1 for a bright image, 0 for a dark one."""
 
+    def __init__(self, classes):
+        super().__init__()
+        self.others = classes - 2
+
     def forward(self, images):
         mean = images.mean(dim=(1, 2, 3))
-        return torch.stack((0.5 - mean, mean - 0.5, *[mean - 9] * 8), dim=1)
+        return torch.stack((0.5 - mean, mean - 0.5, *[mean - 9] * self.others), dim=1)
 
 
-def classifier():
-    return Classifier(Darkness(), (0.0,) * 3, (1.0,) * 3)
+def classifier(classes=10):
+    return Classifier(Darkness(classes), (0.0,) * 3, (1.0,) * 3)
 
 
 # The photographs' draws on our side: so many that the mean's standard error is about 1 %.
@@ -269,11 +274,36 @@ def test_the_stored_set_is_read_by_class_name(tmp_path):
         roots={"imagenet-c": tmp_path},
     )
     corruptions = Corruptions(IMAGENET)
-    ledger = judge_images(corruptions, classifier(), source, device=CPU)
+    ledger = judge_images(corruptions, classifier(2), source, device=CPU)
     assert len(ledger) == 16 * 5 * 2
     scores = {score.name: score.value for score in corruptions.summarize(ledger)}
     assert scores["corruptions"] == scores["corruptions/spatter"] == scores["corruptions/mCE"] == 0
     assert corruptions.identity(source)["kinds"] == (*KINDS, "spatter")
+
+
+def test_generated_images_have_no_mce_and_no_published_name_even_at_imagenets_scale():
+    """Sixteen digits stand for ImageNet without ImageNet-C."""
+    digits = load_data(DIGITS)
+    few = digits.held_out.at(np.arange(16))
+    bare = replace(digits, data_set=replace(IMAGENET.data_set, image_size=16), held_out=few)
+    corruptions = Corruptions(IMAGENET)
+    assert corruptions.identity(bare)["data"] == "corruptions (imagenet, generated)"
+    ledger = judge_images(corruptions, classifier(), bare, device=CPU)
+    assert len(ledger) == 15 * 5 * 16
+    names = {score.name for score in corruptions.summarize(ledger)}
+    assert "corruptions" in names
+    assert "corruptions/mCE" not in names
+    column = column_named("corruptions").at("imagenet", names)
+    assert column.title == "Corruptions error (imagenet, generated)"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 20, 20), (3, 20, 28), (3, 28, 20)])
+def test_grey_and_oblong_images_are_corrupted_too(kind, shape):
+    images = photographs(28)[:2, : shape[0], : shape[1], : shape[2]]
+    corrupted = corrupt(images, IDS[:2], kind=kind, severity=3)
+    assert corrupted.shape == images.shape
+    assert 0.005 < (corrupted - images).abs().mean() < 0.5
 
 
 def test_kinds_and_severities_that_lack_are_named(tmp_path):

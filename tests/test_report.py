@@ -136,7 +136,12 @@ COUNTERPARTS = ("Natural-adversarial", "Corruptions error", "Cue conflict")
         (DIGITS, (), ["Clean", *(f"{c} (digits)" for c in COUNTERPARTS)]),
         # Stored sets are known by the scores that they alone give.
         (IMAGENET, ("corruptions", "corruptions/mCE"), [c for c in STUDYS if "19" not in c]),
-        (IMAGENET, ("stylized",), [*STUDYS[:6], "Cue conflict (imagenet)"]),
+        (IMAGENET, ("stylized",), [*STUDYS[:6], "Cue conflict (imagenet, generated)"]),
+        (
+            IMAGENET,
+            ("corruptions",),
+            [*STUDYS[:3], "Corruptions error (imagenet, generated)", *STUDYS[6:]],
+        ),
     ],
 )
 def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
@@ -145,6 +150,17 @@ def test_columns_are_those_whose_scores_the_data_have(scale, scores, expected):
     runs = {plan.trials[0].digest: trial_run(plan.trials[0].digest, **metrics)}
     (table,) = tables_of(STUDY, plan, runs)
     assert [column.title for column in table.shown] == [*expected]
+
+
+def test_no_published_figure_stands_beside_what_is_generated_at_imagenets_scale():
+    plan = build_plan(STUDY, IMAGENET, tables=["T5"])
+    published = {}
+    for scores in ({}, {"corruptions__mCE": 0.5}):
+        run = trial_run(plan.trials[0].digest, corruptions=0.5, **scores)
+        (table,) = tables_of(STUDY, plan, {run.digest: run})
+        published[bool(scores)] = {column for _, column in table.published}
+    assert published[True] - published[False] == {"corruptions"}
+    assert "natural" in published[False]
 
 
 def test_a_table_says_how_many_images_were_trained_on_and_judged():

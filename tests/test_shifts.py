@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from torch import nn
 from torchvision import transforms
 
-from evaluators import natural
+from evaluators import column_named, natural
 from evaluators.base import Batch, judge_images, verdicts
 from evaluators.natural import Natural, hardest
 from evaluators.stylized import Stylized, mix_cues, texture_partners
@@ -19,6 +19,7 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.data.load import load_data
 from trainables.data.registry import folder_data_set
 from trainables.layers import Classifier
+from trainables.recipe import Preprocessing
 from trainables.scale import DIGITS, IMAGENET
 
 CPU = torch.device("cpu")
@@ -108,8 +109,6 @@ def test_sets_that_are_not_the_published_ones_are_refused(source, tmp_path):
     few = replace(imagenet, class_names=("n04", "n01"))
     with pytest.raises(ValueError, match="2 images instead of 50000"):
         list(Stylized(DIGITS).batches(few, batch_size=2))
-    with pytest.raises(ValueError, match="--stored imagenet-a=DIR"):
-        Natural(DIGITS).identity(replace(imagenet, roots={}))
     (tmp_path / "a" / "n05").mkdir()
     with pytest.raises(ValueError, match="n05 is no class of the data: remove it"):
         Natural(DIGITS).identity(source)
@@ -154,6 +153,51 @@ def test_many_classes_have_a_reference_that_is_linear_in_them_and_named(monkeypa
     monkeypatch.setattr(natural, "AT_ONCE", 7)
     assert hardest(replace(many)).ids == chosen.ids
     assert Natural(DIGITS).identity(many)["reference"] == "kernel ridge regression"
+
+
+def test_without_train_images_the_held_out_ones_are_cross_fitted():
+    """A tenth of the images lie about their class: the reference of the others finds them."""
+    data = load_data(DIGITS)
+    held_out, none = data.held_out, data.train.at(np.arange(0))
+    labels = held_out.labels.clone()
+    labels[::10] = (labels[::10] + 1) % 10
+    alone = replace(data, train=none, held_out=replace(held_out, labels=labels))
+    liars = set(held_out.ids[::10])
+    chosen = hardest(alone)
+    assert len(chosen) == 100
+    assert len(liars & set(chosen.ids)) >= 58  # of 60
+    assert Natural(DIGITS).identity(alone)["reference"] == "cross-fitted"
+    # One image of a class of its own: no reference knows it, so it is not among the hardest.
+    lone = labels.clone()
+    lone[5] = 10
+    names = (*data.class_names, "ten")
+    apart = replace(alone, held_out=replace(held_out, labels=lone), class_names=names)
+    assert held_out.ids[5] not in hardest(apart).ids
+    few = replace(alone, held_out=held_out.at(np.arange(3)))
+    with pytest.raises(ValueError, match="need two images of each of two classes"):
+        hardest(few)
+
+
+def test_models_of_any_preprocessing_are_shown_the_same_hardest_images():
+    large = load_data(DIGITS.preprocessed(Preprocessing(size=24)))
+    assert large.held_out.images[:1].shape[-1] == 24
+    assert hardest(large).ids == hardest(load_data(DIGITS)).ids
+    assert hardest(large).images[:1].shape[-1] == 24
+
+
+def test_at_imagenets_own_scale_counterparts_are_named_as_generated():
+    """The digits stand for ImageNet without one of its sets."""
+    bare = replace(load_data(DIGITS), data_set=IMAGENET_16)
+    assert Natural(IMAGENET).identity(bare)["data"] == "natural-adversarial (imagenet, generated)"
+    assert Stylized(IMAGENET).identity(bare)["data"] == "cue conflict (imagenet, generated)"
+    ledger = judge_images(Stylized(IMAGENET), classifier(1.0, *[0.0] * 9), bare, device=CPU)
+    names = {score.name for score in Stylized(IMAGENET).summarize(ledger)}
+    column = column_named("stylized-cropped").at("imagenet", names)
+    assert (column.title, column.score) == ("Cue conflict (imagenet, generated)", "stylized")
+    assert column.stands_in
+    one = replace(bare, held_out=bare.held_out.at(np.flatnonzero(bare.held_out.labels == 3)))
+    with pytest.raises(ValueError, match="a cue conflict needs held-out images of two classes"):
+        judge_images(Stylized(IMAGENET), classifier(1.0, *[0.0] * 9), one, device=CPU)
 
 
 def test_shape_bias_is_shape_over_shape_and_texture():

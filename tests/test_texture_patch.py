@@ -284,7 +284,8 @@ def test_ledger_holds_both_searches_beside_clean(data):
     ledger = judge_images(evaluator, classifier, data, device=CPU)
     assert pc.unique(ledger["question"]).to_pylist() == ["tpa/clean", "tpa", "tpa-random"]
     assert ledger.num_rows == 18
-    assert backbone.images == 6 + pc.sum(ledger["queries"]).as_py()
+    # Six clean answers, and one that shows how wide the head is.
+    assert backbone.images == 6 + 1 + pc.sum(ledger["queries"]).as_py()
     for row in ledger.to_pylist()[6:]:
         assert row["survived"] == (row["stage"] is None)
         assert (row["queries"] == 0) == (row["stage"] == "clean")

@@ -57,7 +57,7 @@ def judge_claims(
         if claim.test == "collapses":
             judgements.append(_judge_collapse(claim, compared[0][0], seeds, runs))
         elif column := columns.get((claim.row[0], claim.column)):
-            published = _published(claim, figures)
+            published = None if column.stands_in else _published(claim, figures)
             paired = _difference(compared, column, seeds, verdicts, runs)
             test = _test(column, compared)
             if paired is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scipy.stats import t as student
@@ -92,16 +92,21 @@ class FilledTable:
 def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
     """Return a plan's tables with the columns `shown` that exist for its data.
 
-    A study without tables gets one of all its trials.
+    A study without tables gets one of all its trials. Beside a column that stands in for a
+    published set there is no published figure.
     """
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
-    shown = [[column_named(c).at(scale, scores) for c in table.columns] for table in tables]
-    return tuple(
-        table.model_copy(update={"shown": tuple(filter(None, columns))})
-        for table, columns in zip(tables, shown, strict=True)
-    )
+    return tuple(_shown(table, scale, scores) for table in tables)
+
+
+def _shown(table: Table, scale: str, scores: Collection[str]) -> Table:
+    columns = [column_named(name).at(scale, scores) for name in table.columns]
+    standing_in = {column.name for column in columns if column and column.stands_in}
+    published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
+    shown = tuple(filter(None, columns))
+    return table.model_copy(update={"shown": shown, "published": published})
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:

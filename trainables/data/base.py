@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -108,8 +108,9 @@ class Data:
     """A data set as loaded: its entry, the images trained on and those held out, its classes.
 
     `roots`: where stored sets lie, by name; `workers`: processes that decode and augment for a
-    training; `cache`: a folder for what is made of it, None to keep that in memory. Only the same
-    object is equal, so that it can key a cache.
+    training; `cache`: a folder for what is made of it, None to keep that in memory; `origin`: loads
+    the data without the preprocessing of a model, None where there is none. Only the same object is
+    equal, so that it can key a cache.
     """
 
     data_set: DataSet
@@ -119,6 +120,7 @@ class Data:
     roots: Mapping[str, Path] = field(default_factory=dict)
     workers: int = 0
     cache: Path | None = None
+    origin: Callable[[], Data] | None = None
 
     @property
     def name(self) -> str:
@@ -151,16 +153,9 @@ class Data:
         return (*columns, *sorted({*range(outputs)} - {*columns}))
 
     def counterpart(self, evaluator: str) -> tuple[StoredSet, Path] | None:
-        """Return the stored set that an evaluator reads and where it lies; None: generate it.
-
-        ValueError where no generated counterpart may stand for the set.
-        """
+        """Return the stored set that an evaluator reads and where it lies; None: generate it."""
         name = self.data_set.counterpart(evaluator)
-        if name in self.roots:
-            return STORED_SETS[name], self.roots[name]
-        if not self.data_set.generated:
-            raise ValueError(f"on {self.data_set.title} this needs the set: --stored {name}=DIR")
-        return None
+        return (STORED_SETS[name], self.roots[name]) if name in self.roots else None
 
 
 def _plain(class_name: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -39,10 +39,11 @@ def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
 
 @cache
 def _loaded(data_set: DataSet, source: DataSource) -> Data:
-    if data_set.origin and data_set.in_memory:
-        data = _loaded(data_set.origin, source)
+    origin = partial(_loaded, data_set.origin, source) if data_set.origin else None
+    if origin and data_set.in_memory:
+        data = origin()
         train, held_out = (_resized(part, data_set) for part in (data.train, data.held_out))
-        return replace(data, data_set=data_set, train=train, held_out=held_out)
+        return replace(data, data_set=data_set, train=train, held_out=held_out, origin=origin)
     if data_set.package:
         module, _, function = data_set.package.partition(":")
         train, held_out, names = getattr(import_module(module), function)(data_set)
@@ -57,6 +58,7 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         roots=source.folders,
         workers=source.workers,
         cache=source.cache,
+        origin=origin,
     )
 
 

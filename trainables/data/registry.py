@@ -81,8 +81,8 @@ class DataSet:
     order, or timm's list of them; empty: the folders' sorted names. `exact_size`: images are stored
     at `image_size` and kept as one tensor. `flip`: a mirrored image is one of its class.
     `counterparts`: the stored sets that its evaluators read; without one a counterpart is
-    generated. Not `generated`: the data and its stored sets must be as published, no generated
-    counterpart stands for one, and AlexNet's errors, which mCE needs, are theirs. `origin`: the
+    generated. Not `generated`: the data and its stored sets must be as published, and published
+    figures and AlexNet's errors, which mCE needs, are theirs. `origin`: the
     entry of which a model's preprocessing made this one.
     """
 
@@ -148,6 +148,10 @@ class DataSet:
     def stored_size(self) -> int:
         """The side at which images of an exact size, and stored sets, are stored."""
         return (self.origin or self).image_size
+
+    def stand_in(self, kind: str) -> str:
+        """Return the title of a generated counterpart of a kind."""
+        return f"{kind} ({self.name}{'' if self.generated else ', generated'})"
 
     def counterpart(self, evaluator: str) -> str:
         """Return the name of the stored set that an evaluator reads, '' where there is none."""
