@@ -8,13 +8,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
@@ -22,13 +24,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from evaluators import base
+from evaluators import PGD_STEPS, base, class_named, evaluator_named
 from evaluators.base import Evaluator, cell_digest
-from evaluators.ledger import Score, to_parquet
+from evaluators.health import red_flags
+from evaluators.ledger import LEDGER, Score, to_parquet
+from evaluators.scores import Scores
 from evaluators.shards import ShardStore
 from trainables.data.base import Data, Shard
 from trainables.data.listing import GIBIBYTE
 from trainables.layers import Classifier
+from trainables.scale import Scale
 from trainables.store.results import provenance
 from trainables.store.storage import write_atomically
 
@@ -97,17 +102,30 @@ class Cells:
                 store.add(shard, content)
                 bars.advance(bar, len(shard))
 
-    def scores(self) -> tuple[list[Score], list[pa.Table]]:
-        """Return the scores and ledgers; scores of a part of the images say so in their names."""
-        scores, ledgers = [], []
+    def scores(self, name: str, data: Data, notes: Sequence[str] = ()) -> Scores:
+        """Return the scores; those of a part of the images say so in their names."""
+        scores: dict[str, Score] = {}
+        seconds: dict[str, float] = {}
+        ledgers, flags = [], []
         for evaluator, store in self.stores.items():
             if store.judged:
-                ledger, _ = store.merged()
+                ledger, taken = store.merged()
                 part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
-                named = evaluator.summarize(ledger)
-                scores += [replace(score, name=score.name + part) for score in named]
+                named = [replace(s, name=s.name + part) for s in evaluator.summarize(ledger)]
+                scores |= {score.name: score for score in named}
+                seconds |= {score.name: taken for score in named}
                 ledgers.append(ledger)
-        return scores, ledgers
+        if ledgers:
+            flags = red_flags(ledgers)
+        return Scores(
+            scores=tuple(scores.values()),
+            seconds=seconds,
+            ledger=pa.concat_tables(ledgers) if ledgers else LEDGER.empty_table(),
+            identities={e.name: e.identity(data) for e in self.stores},
+            flags=tuple(flags),
+            notes=tuple(notes),
+            name=name,
+        )
 
     def write_ledgers(self) -> None:
         """Write each evaluator's ledger, NAME.parquet, and remove the shards."""
@@ -117,6 +135,24 @@ class Cells:
             write_atomically(self.folder / f"{evaluator.name}.parquet", content)
         for store in self.stores.values():
             store.clear()
+
+
+def evaluators_named(
+    names: Iterable[str], scale: Scale, radii: Iterable[Fraction]
+) -> Iterator[Evaluator]:
+    """Set up evaluators; `pgd-10` and its like are pgd of these lengths alone. ValueError.
+
+    radii: of the attacks that take several; none: the scale's.
+    """
+    lengths, names = {f"pgd-{steps}": steps for steps in PGD_STEPS}, tuple(names)
+    steps = sorted(lengths[name] for name in {*names} & lengths.keys())
+    for name in dict.fromkeys("pgd" if n in lengths else n for n in names):
+        settings: dict[str, Any] = {}
+        if class_named(name).takes_radii:
+            settings["radii"] = tuple(dict.fromkeys(radii))
+        if name == "pgd" and name not in names:
+            settings["steps"] = steps
+        yield evaluator_named(name, scale, **settings)
 
 
 def processes_for(device: torch.device) -> int:

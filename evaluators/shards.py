@@ -47,7 +47,7 @@ class ShardStore:
             if not self._paths or shard.first >= max(self._paths).end:
                 self._paths[shard] = path
         self.waiting = self.missing()[::-1]
-        self._most = max(self._least, math.ceil(sum(map(len, self.waiting)) / processes))
+        self._most = self._least * math.ceil(sum(map(len, self.waiting)) / processes / self._least)
 
     @property
     def judged(self) -> int:

@@ -1,0 +1,204 @@
+"""The scores of one model and the paired comparison of two, as tables, frames and figures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from evaluators import evaluator_of
+from evaluators.ledger import Score
+from trainables.recipe import unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from evaluators.intervals import Paired
+
+Rows = Sequence[Sequence[str]]
+
+
+class _Table:
+    """What prints as a table, here and in a notebook: a title, rows under a header, and remarks."""
+
+    def title(self) -> str:
+        raise NotImplementedError
+
+    def rows(self) -> Rows:
+        """Return the header and the rows as text."""
+        raise NotImplementedError
+
+    def remarks(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])],
+            )
+            for row in rows
+        ]
+        return "\n".join([*filter(None, [self.title()]), *lines, *self.remarks()])
+
+    def _repr_html_(self) -> str:
+        header, *body = self.rows()
+        lines = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"]
+        lines += [f"<tr><td>{'</td><td>'.join(map(html.escape, row))}</td></tr>" for row in body]
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self.remarks())
+        title = html.escape(self.title())
+        return f"<table><caption>{title}</caption>{''.join(lines)}</table>{remarks}"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(_Table):
+    """One model's scores, each with its evaluator's seconds, and every verdict behind them.
+
+    `ledger`: a row per image and question (evaluators/ledger.py). `identities`: of each evaluator,
+    all that its verdicts depend on beside the model. `flags`: why the attacks are not to be
+    believed. `notes`: what a reader should know of the model and the settings.
+    """
+
+    scores: tuple[Score, ...]
+    seconds: Mapping[str, float]
+    ledger: pa.Table
+    identities: Mapping[str, Mapping[str, Any]]
+    flags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    name: str = ""
+
+    def __getitem__(self, score: str) -> Score:
+        """Return a score by its name; ValueError lists the names."""
+        by_name = {s.name: s for s in self.scores}
+        if score not in by_name:
+            raise ValueError(unknown("score", score, by_name))
+        return by_name[score]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The scores as a pandas frame, a row each: value, low, high (shares), n, seconds."""
+        import pandas as pd
+
+        columns = {"value": float, "low": float, "high": float, "n": int}
+        rows = {c: [getattr(s, c) for s in self.scores] for c in columns}
+        rows["seconds"] = [self.seconds[s.name] for s in self.scores]
+        return pd.DataFrame(rows, index=pd.Index([s.name for s in self.scores], name="score"))
+
+    def plot(self) -> Figure:
+        """Draw the scores with their intervals; `.savefig(FILE)` writes the figure."""
+        from matplotlib import pyplot as plt
+
+        names = [s.name for s in self.scores]
+        figure, axes = plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
+        plt.close(figure)  # a notebook shows what the cell returns, and nothing a second time
+        for place, s in enumerate(self.scores):
+            axes.plot([100 * s.low, 100 * s.high], [place, place], color="tab:blue")
+            axes.plot(100 * s.value, place, "o", color="tab:blue")
+        axes.set(xlabel="% with 95 % interval", title=self.name, xlim=(-2, 102))
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        drawn: Figure = figure
+        return drawn
+
+    def title(self) -> str:
+        return self.name
+
+    def rows(self) -> Rows:
+        rows = [("score", "%", "95 % interval", "n", "seconds")]
+        for s in self.scores:
+            interval = f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
+            seconds = f"{self.seconds[s.name]:.1f}"
+            rows.append((s.name, f"{100 * s.value:.2f}", interval, str(s.n), seconds))
+        return rows
+
+    def remarks(self) -> Sequence[str]:
+        flags = [f"red flag: {flag}" for flag in self.flags]
+        return [*flags, *(f"note: {note}" for note in self.notes)]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(_Table):
+    """Paired differences of two models' scores, first minus second, on the images both judged."""
+
+    first: Scores
+    second: Scores
+    paired: Mapping[str, Paired]
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, score: str) -> Paired:
+        """Return the difference of a score by its name; ValueError lists the names."""
+        if score not in self.paired:
+            raise ValueError(unknown("compared score", score, self.paired))
+        return self.paired[score]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The differences as a pandas frame: first, second, difference, low, high, n, p."""
+        import pandas as pd
+
+        rows = [
+            {"first": self.first[name].value, "second": self.second[name].value, **vars(paired)}
+            for name, paired in self.paired.items()
+        ]
+        return pd.DataFrame(rows, index=pd.Index([*self.paired], name="score"))
+
+    def title(self) -> str:
+        return f"{self.first.name or 'first'} minus {self.second.name or 'second'}"
+
+    def rows(self) -> Rows:
+        rows: list[tuple[str, ...]] = [
+            ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")
+        ]
+        for name, paired in self.paired.items():
+            both = (f"{100 * scores[name].value:.2f}" for scores in (self.first, self.second))
+            difference = f"{100 * paired.difference:+.2f}"
+            interval = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+            p = "" if paired.p is None else f"{paired.p:.2g}"
+            rows.append((name, *both, difference, interval, str(paired.n), p))
+        return rows
+
+    def remarks(self) -> Sequence[str]:
+        return [f"note: {note}" for note in self.notes]
+
+
+def compare(scores: Scores, other: Scores) -> Comparison:
+    """Compare two models on the images both judged: paired difference, interval, exact McNemar p.
+
+    ValueError where they share no question, or no image. What only one was asked, or was asked with
+    other settings, is left out and named.
+    """
+    from evaluators.intervals import compare as compare_images
+    from evaluators.intervals import image_scores
+
+    notes = [
+        f"{e} is not compared: {_change(identity, other.identities[e])}"
+        for e, identity in scores.identities.items()
+        if e in other.identities and _change(identity, other.identities[e])
+    ]
+    skipped = {note.partition(" ")[0] for note in notes}
+    paired, unshared = {}, ""
+    for name in (s.name for s in scores.scores if s.name in other.seconds):
+        ours, theirs = (image_scores(side.ledger, name) for side in (scores, other))
+        if evaluator_of(name) in skipped or not ours or not theirs:
+            continue
+        if difference := compare_images([ours], [theirs]):
+            paired[name] = difference
+        else:
+            unshared = unshared or f"of {name} they judged no image in common"
+    if not paired:
+        reasons = [*notes, *filter(None, [unshared])] or ["they share no score"]
+        raise ValueError(f"nothing can be compared: {'; '.join(reasons)}")
+    return Comparison(scores, other, paired, tuple(notes))
+
+
+def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Say in which setting two evaluators' identities differ, the images apart; '' in none."""
+    for key in [k for k in {**ours, **theirs} if k not in ("images", "data")]:
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is {ours.get(key)} of the first and {theirs.get(key)} of the second"
+    return ""
