@@ -21,13 +21,15 @@ from evaluators.textures import open_dictionary
 from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
-from trainables.data.images import ImageFiles, in_threads, size_or_problem
+from trainables.data.images import ImageFiles, in_threads
 from trainables.data.listing import (
+    ANY_CLASSES,
     GIBIBYTE,
     DataSource,
     ImageList,
     class_list,
     list_splits,
+    missing_classes,
 )
 from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
@@ -70,7 +72,8 @@ def check(
     findings: list[Finding] = []
     manifest = ""
     if source.root is not None:
-        data_check = _DataCheck(scale, source, results)
+        trains = any(trial.recipe.epochs for trial in plan)
+        data_check = _DataCheck(scale, source, results, trains=trains)
         findings = data_check.run(source.root)
         files = data_check.sizes | data_check.digests
         listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
@@ -102,8 +105,8 @@ class _DataCheck:
     A list of images is opened again only when the path, size or time of one of them changes.
     """
 
-    def __init__(self, scale: Scale, source: DataSource, results: Path) -> None:
-        self.scale, self.source, self.results = scale, source, results
+    def __init__(self, scale: Scale, source: DataSource, results: Path, *, trains: bool) -> None:
+        self.scale, self.source, self.results, self.trains = scale, source, results, trains
         self.data_set = scale.data_set
         self.class_names = class_list(scale.data_set.classes)
         self.sizes: dict[str, int] = {}
@@ -140,16 +143,23 @@ class _DataCheck:
         published = data_set.train_images, data_set.held_out_images
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
+        for images in (train, held_out):
+            if images.unlabelled:
+                text = f"{images.unlabelled} images are left out: {self.source.labels}"
+                yield "warning", f"{text} does not label them"
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
-        if not len(train):
+        if some := missing_classes(data_set, train.class_names):
+            yield "error" if self.trains else "warning", f"{root} {some}; {ANY_CLASSES}"
+        if self.trains and not len(train):
             yield "error", f"{root} has no train/ with class folders to train on: add it"
-        elif missing := _missing_classes(train):
+        elif self.trains and (missing := _missing_classes(train)):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
             files = ImageFiles(
                 root,
                 images.paths,
+                places=images.places,
                 preprocessing=data_set.preprocessing,
                 native=data_set.stored_size if data_set.exact_size else 0,
             )
@@ -192,28 +202,31 @@ class _DataCheck:
 
         place: the images' set, and where in it they lie, as the manifest has them.
         """
-        paths = [images.path(number) for number in range(len(images))]
+        names = [images.name(number) for number in range(len(images))]
         digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
-        for path in paths:
-            stat = path.stat()
-            self.sizes[f"{place}/{path.relative_to(images.root)}"] = stat.st_size
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for number, name in enumerate(names):
+            stat = images.path(number).stat()
+            self.sizes[f"{place}/{os.path.relpath(name, images.root)}"] = images.bytes_of(number)
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         stamp = digest.hexdigest()
         if stamp not in self.sound:
             workers = len(os.sched_getaffinity(0))
-            opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
-            if damaged := [path for path, size in opened if isinstance(size, str)]:
-                self.damaged += map(str, damaged)
-                classes = {path.parent.name for path in damaged}
-                first = f"the first {damaged[0]} (class {damaged[0].parent.name})"
-                text = f"{len(damaged)} unreadable images in {len(classes)} classes, {first}"
+            sizes = in_threads(images.size_or_problem, range(len(images)), workers)
+            opened = list(zip(names, sizes, strict=True))
+            if damaged := [name for name, size in opened if isinstance(size, str)]:
+                self.damaged += damaged
+                folders = {Path(name).parent.name for name in damaged}
+                first = f"the first {damaged[0]} (class {Path(damaged[0]).parent.name})"
+                text = f"{len(damaged)} unreadable images in {len(folders)} classes, {first}"
+                if images.packed:
+                    text = f"{len(damaged)} unreadable images, the first {damaged[0]}"
                 listed = self.results / DAMAGED_FILE
                 return [("error", f"{text}: replace or remove those in {listed}")]
             self.sound[stamp] = list(self._misfits(opened, images.native, place == "images"))
         return self.sound[stamp]
 
     def _misfits(
-        self, opened: list[tuple[Path, Any]], native: int, is_data: bool
+        self, opened: list[tuple[str, Any]], native: int, is_data: bool
     ) -> Iterator[Remark]:
         """Say how many images have not the data's size, or are smaller where they need not."""
         side = native or self.scale.image_size
@@ -224,13 +237,11 @@ class _DataCheck:
         path, (width, height) = odd[0]
         text = f"{len(odd)} images {wrong}, the first {path} ({width} x {height})"
         if native and is_data:
-            yield "error", f"{text}: --scale folder --image-size N takes images of N px and more"
+            yield "error", f"{text}: --scale folder takes images of any size"
         elif native:
             yield "error", f"{text}: make them anew"
-        elif is_data and self.data_set.generated:
-            yield "error", f"{text}: give a smaller --image-size, or remove them"
         else:
-            yield "warning", f"{text}: they are enlarged, as in the study"
+            yield "warning", f"{text}: they are enlarged"
 
 
 def _findings(subject: str, remarks: Iterator[Remark]) -> list[Finding]:

@@ -21,6 +21,7 @@ from grid.study import Study
 from tests.paper import STUDY, resnet50
 from tests.pictures import write_folder, write_picture
 from tests.test_cifar import CLASSES, write_arrays, write_classes
+from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.registry import KINDS
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
@@ -117,8 +118,9 @@ def test_every_damaged_image_is_listed_and_the_first_is_named_with_its_class(roo
 
 def test_only_lists_with_a_changed_image_are_opened_again(root, tmp_path, monkeypatch):
     opened = []
-    real = module.size_or_problem
-    monkeypatch.setattr(module, "size_or_problem", lambda path: opened.append(path) or real(path))
+    real = ImageFiles.size_or_problem
+    look_at = lambda files, place: opened.append(place) or real(files, place)  # noqa: E731
+    monkeypatch.setattr(ImageFiles, "size_or_problem", look_at)
     findings = look(root, tmp_path)
     assert len(opened) == 36
     assert look(root, tmp_path) == findings
@@ -131,11 +133,11 @@ def test_only_lists_with_a_changed_image_are_opened_again(root, tmp_path, monkey
     assert len(opened) == 2 * 36 + 12
 
 
-def test_images_smaller_than_the_crop_are_named(root, tmp_path):
+def test_images_smaller_than_the_crop_are_said_and_enlarged(root, tmp_path):
     Image.new("RGB", (20, 50)).save(root / "train" / "class-02" / "tiny.png")
-    said = problem(root, tmp_path)
+    (said,) = warnings(root, tmp_path)
     assert "1 images are smaller than 32 px, the first" in said
-    assert "tiny.png (20 x 50): give a smaller --image-size" in said
+    assert said.endswith("tiny.png (20 x 50): they are enlarged")
 
 
 def test_classes_without_an_image_are_named(root, tmp_path):
@@ -185,7 +187,7 @@ def test_imagenet_has_its_own_thousand_classes_and_imagenet_a_its_two_hundred(tm
         (root / split / "n01443537").rename(root / split / "n00000001")
     said = problem(root, tmp_path, scale=IMAGENET)
     assert "is not ImageNet: it lacks 1 of 1000 classes, the first 'n01443537', and has" in said
-    assert "1 foreign ones, the first 'n00000001'; --scale folder --image-size 224 takes" in said
+    assert "1 foreign ones, the first 'n00000001'; --scale folder takes any classes" in said
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_cifar_10_has_its_own_classes_and_size(tmp_path):
     write_classes(tmp_path / "large", side=40)
     said = problem(tmp_path / "large", tmp_path, scale=CIFAR10)
     assert said.startswith("30 images are not 32 x 32 px, the first")
-    assert "(40 x 40): --scale folder --image-size N takes images of N px" in said
+    assert "(40 x 40): --scale folder takes images of any size" in said
     (tmp_path / "empty" / "cifar-10-batches-py").mkdir(parents=True)
     assert "is not CIFAR-10 as published" in problem(tmp_path / "empty", tmp_path, scale=CIFAR10)
 

@@ -158,7 +158,18 @@ class DataOptions(Options):
 
     groups: ClassVar[dict[str, str]] = {"data": "data"}
 
-    data: Path | None = option(None, "train/ and val/ (or test/), class folders below", "DIR")
+    data: Path | None = option(
+        None,
+        "train/ and val/ (or test/) with class folders, one folder with --labels, tar shards of "
+        "WebDataset, Parquet or Arrow tables of Hugging Face",
+        "DIR",
+    )
+    labels: str = option(
+        "",
+        "CSV of NAME,LABEL: of images, or of classes as the data name them (WordNet ids, class "
+        "names or indices); of tables, the labels' column",
+        "FILE|COLUMN",
+    )
     image_size: int | None = option(
         None, "side in pixels that a model sees (default: the data's)", "N", ge=4, le=2048
     )
@@ -281,6 +292,7 @@ class DataOptions(Options):
             memory_bytes=int(self.data_memory * GIBIBYTE),
             workers=self.data_workers,
             download=self.download,
+            labels=str(Path(self.labels).resolve()) if Path(self.labels).is_file() else self.labels,
             cache=cache.absolute() if cache else None,
         )
 

@@ -139,14 +139,14 @@ class Data:
         head = f"the model answers among {outputs} classes, and the data have {len(names)}"
         if outputs < len(names):
             raise ValueError(f"{head}: give data of its classes alone, or a model for these data")
-        places = _places_in_head(outputs)
-        if missing := [name for name in names if _plain(name) not in places]:
+        places = places_in_head(outputs)
+        if missing := [name for name in names if plain(name) not in places]:
             raise ValueError(
                 f"{head}, of which {len(missing)} are not known to be among them, the first "
                 f"{missing[0]!r}: name classes by WordNet id, by ImageNet's names or by the index "
                 f"of their output{nearest(missing[0], places)}"
             )
-        columns = [places[_plain(name)] for name in names]
+        columns = [places[plain(name)] for name in names]
         if len(set(columns)) < len(columns):
             twice = next(n for n, c in zip(names, columns, strict=True) if columns.count(c) > 1)
             raise ValueError(f"{head}, two of which are one of its classes; the first: {twice!r}")
@@ -158,7 +158,7 @@ class Data:
         return (STORED_SETS[name], self.roots[name]) if name in self.roots else None
 
 
-def _plain(class_name: str) -> str:
+def plain(class_name: str) -> str:
     """Return a class's name as it is compared: golden_retriever is Golden Retriever, 007 is 7."""
     if class_name.isdecimal():
         return str(int(class_name))
@@ -166,7 +166,7 @@ def _plain(class_name: str) -> str:
 
 
 @cache
-def _places_in_head(outputs: int) -> dict[str, int]:
+def places_in_head(outputs: int) -> dict[str, int]:
     """Return the outputs of a head by index, of ImageNet's heads by WordNet id and name as well.
 
     A name of several classes (crane) stands for none.
@@ -177,7 +177,7 @@ def _places_in_head(outputs: int) -> dict[str, int]:
     if subset := infer_imagenet_subset({"num_classes": outputs}):
         info, owners = ImageNetInfo(subset), Counter[str]()
         for index, label in enumerate(info.label_names()):
-            names = {_plain(n) for n in info.label_name_to_description(label).split(", ")}
+            names = {plain(n) for n in info.label_name_to_description(label).split(", ")}
             owners.update(names)
             places |= dict.fromkeys((label, *names), index)
         places = {name: index for name, index in places.items() if owners[name] < 2}

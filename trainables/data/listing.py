@@ -6,17 +6,25 @@ Nothing here opens an image or imports torch, so that `--plan` stays quick.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import median_low
 
+from trainables.data.layouts import (
+    Part,
+    by_split,
+    class_folders,
+    open_at,
+    read_labels,
+    read_part,
+    split_places,
+)
 from trainables.data.registry import (
     FOLDER,
     SIZE_STEP,
@@ -27,10 +35,10 @@ from trainables.data.registry import (
     folder_data_set,
     is_buildable,
 )
-from trainables.recipe import Preprocessing
+from trainables.recipe import Preprocessing, nearest
 from trainables.scale import Scale, scale_for, scale_named
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+ANY_CLASSES = "--scale folder takes any classes"
 GIBIBYTE = 2**30
 WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -42,7 +50,7 @@ class DataSource:
     `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
-    had (CIFAR-10).
+    had (CIFAR-10). `labels`: a file of the images' or the classes' labels, or a table's column.
     """
 
     root: Path | None = None
@@ -52,6 +60,11 @@ class DataSource:
     workers: int = 0
     cache: Path | None = None
     download: bool = False
+    labels: str = ""
+
+    @property
+    def labels_file(self) -> bool:
+        return bool(self.labels) and Path(self.labels).is_file()
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -68,15 +81,32 @@ LARGEST_USUAL = 224  # of the sizes that follow from a folder's images
 
 @dataclass(frozen=True, kw_only=True)
 class ImageList:
-    """The images of one split, by class and name: paths below `root`, a label each."""
+    """The images of one split, by class and name: files below `root`, a label and an id each.
+
+    places: where in their files they lie, of a layout that packs them. unlabelled: how many more
+    there are, that a file of labels does not name.
+    """
 
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+    ids: tuple[str, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
+    unlabelled: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def at(self, chosen: Sequence[bool]) -> ImageList:
+        """Return the chosen images."""
+        return replace(
+            self,
+            paths=tuple(compress(self.paths, chosen)),
+            labels=tuple(compress(self.labels, chosen)),
+            ids=tuple(compress(self.ids, chosen)),
+            places=tuple(compress(self.places, chosen)),
+        )
 
 
 def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
@@ -84,35 +114,38 @@ def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[Im
 
     Held out is what lies in val/, or in test/ where there is no val/. Class folders alone are train
     images. Without train/ the list of train images is empty, so that a checkpoint can be judged by
-    val/ alone. Labels follow the order of the data set's classes, whose folders these have to be,
-    or the sorted names.
+    val/ alone. Labels follow the order of the data set's classes, all or some of which these have
+    to be, or the sorted names.
     """
     root = source.root
     assert root is not None
     if not root.is_dir():
         raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ in it")
-    train, val, test = (
-        path if path.is_dir() else None for path in (root / "train", root / "val", root / "test")
-    )
-    judged = val or test
-    if not train and not judged:
+    train_at, judged_at = split_places(root)
+    if not train_at and not judged_at:
         if data_set and data_set.archive:
             raise ValueError(
                 f"{root} holds neither torchvision's archive of {data_set.short_title} nor "
                 "train/ and val/ in class folders; --download fetches the archive"
             )
-        train = root
-    names = class_folders(train or judged or root)
-    if data_set:
-        names = _classes_of(data_set, names, root)
-    train_images = ImageList(root=root, class_names=names)
+        train_at = (root,)
+    labels = read_labels(Path(source.labels)) if source.labels_file else None
+    column = "" if labels else source.labels
+    train = read_part(root, train_at, labels, column) if train_at else None
+    judged = read_part(root, judged_at, labels, column) if judged_at else None
+    if train and not judged and any(entry.split for entry in train.entries):
+        train, judged = by_split(train)
+    first = train or judged
+    assert first
+    classes = _classes_of(data_set, first.classes, root)
+    train_images = ImageList(root=root, class_names=tuple(dict.fromkeys(classes.values())))
     if train:
-        train_images = _listed(root, train, names)
+        train_images = _labelled(root, train, classes)
     if not judged:
         return _hold_out(train_images, source.hold_out)
     if source.hold_out:
-        raise ValueError(f"{judged} is there: --hold-out would put it aside; leave one out")
-    return train_images, _listed(root, judged, names)
+        raise ValueError(f"{judged_at[0]} is there: --hold-out would put it aside; leave one out")
+    return train_images, _labelled(root, judged, classes)
 
 
 def list_stored(
@@ -121,31 +154,23 @@ def list_stored(
     """List the images of a stored set's class folders, labelled by the places of their classes.
 
     ValueError names a folder that is no class, the first missing classes of a complete set, and
-    what is not as published of a set whose data are.
+    what is not as published of a set whose data are. Of data with some of their classes alone, so
+    are the images.
     """
-    missing = sorted(set(names) - set(class_folders(folder)))
+    part, known = class_folders(folder, folder), class_list(data_set.classes)
+    missing = sorted(set(names) - set(part.classes))
     if stored.complete and missing:
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
-    images = _listed(folder, folder, names)
     if not data_set.generated:
-        present = {names[label] for label in images.labels}
+        present = {entry.label for entry in part.entries}
         if stored.classes and (differing := _differing(present, class_list(stored.classes))):
             raise ValueError(f"{folder} is not {stored.title}: it {differing}; fetch it again")
-        if stored.complete and len(images) != stored.images:
-            held = f"{folder} holds {len(images)} images instead of {stored.images}"
+        if stored.complete and len(part.entries) != stored.images:
+            held = f"{folder} holds {len(part.entries)} images instead of {stored.images}"
             raise ValueError(f"{held}: fetch it again")
-    return images
-
-
-def class_folders(split: Path) -> tuple[str, ...]:
-    """Return the names of a split's class folders, sorted; ValueError where there is none."""
-    try:
-        names = [path.name for path in split.iterdir() if path.name[0] != "." and path.is_dir()]
-    except OSError as error:
-        raise ValueError(f"{split} cannot be read: {error.strerror}") from None
-    if not names:
-        raise ValueError(f"{split} holds no class folders; expected <class>/<image>")
-    return tuple(sorted(names))
+    foreign = set(known) - set(names)
+    entries = [entry for entry in part.entries if entry.label not in foreign]
+    return _labelled(folder, part._replace(entries=entries), {name: name for name in names})
 
 
 def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -155,16 +180,40 @@ def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
     return tuple(resources.files("timm.data").joinpath("_info", classes).read_text().split())
 
 
-def _classes_of(data_set: DataSet, names: tuple[str, ...], root: Path) -> tuple[str, ...]:
-    """Return the names in the data set's order; ValueError unless they are its classes."""
+def missing_classes(data_set: DataSet, names: Sequence[str]) -> str:
+    """Say which of the data set's classes are not among the names; '' where all are."""
     known = class_list(data_set.classes)
-    remedy = f"--scale folder --image-size {data_set.image_size} takes any classes"
-    if known and (differing := _differing(names, known)):
-        raise ValueError(f"{root} is not {data_set.short_title}: it {differing}; {remedy}")
-    if len(names) != data_set.num_classes:
+    differing = _differing(names, known) if known else ""
+    return f"is not {data_set.short_title}: it {differing}" if differing else ""
+
+
+def _classes_of(data_set: DataSet | None, names: tuple[str, ...], root: Path) -> dict[str, str]:
+    """Return the class that each name stands for, in the data set's order; ValueError if none.
+
+    A class may be named as the data set does, or by its number, or as ImageNet's are by timm.
+    """
+    if data_set is None:
+        return {name: name for name in names}
+    known = class_list(data_set.classes)
+    if not known and len(names) != data_set.num_classes:
         expected = f"scale {data_set.name!r} has {data_set.num_classes}"
-        raise ValueError(f"{root} has {len(names)} classes, and {expected}: {remedy}")
-    return known or names
+        raise ValueError(f"{root} has {len(names)} classes, and {expected}: {ANY_CLASSES}")
+    named = {name: name for name in known or names}
+    if not named.keys() >= set(names):
+        from trainables.data.base import places_in_head, plain  # imports torch
+
+        if isinstance(data_set.classes, str):
+            places = places_in_head(len(known))
+        else:
+            places = {plain(name): place for place, name in enumerate(known)}
+            places |= {str(place): place for place in range(len(known))}
+        named |= {n: known[places[plain(n)]] for n in names if plain(n) in places}
+    chosen = {name: named.get(name, name) for name in names}
+    if not named.keys() >= set(chosen.values()):
+        differing = missing_classes(data_set, list(chosen.values()))
+        raise ValueError(f"{root} {differing}; {ANY_CLASSES}")
+    order = {name: place for place, name in enumerate(known or names)}
+    return dict(sorted(chosen.items(), key=lambda item: order[item[1]]))
 
 
 def _differing(names: Collection[str], known: Collection[str]) -> str:
@@ -178,27 +227,27 @@ def _differing(names: Collection[str], known: Collection[str]) -> str:
     return ", and ".join(parts)
 
 
-def _listed(root: Path, split: Path, names: tuple[str, ...]) -> ImageList:
-    """List the images of a split's class folders, as paths below a root; ValueError if none."""
-    folders = class_folders(split)
-    if foreign := sorted(set(folders) - set(names)):
-        raise ValueError(f"{split / foreign[0]} is no class of the data: remove it")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        if name in folders:
-            below = (split / name).relative_to(root).as_posix()
-            images = sorted(e.name for e in os.scandir(split / name) if _is_image(e))
-            paths += [f"{below}/{image}" for image in images]
-            labels += [label] * len(images)
-    if not paths:
-        expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
-        raise ValueError(f"{split} holds no image in its classes; {expected}")
-    return ImageList(root=root, class_names=names, paths=tuple(paths), labels=tuple(labels))
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
+    """Return the images of a split, sorted by class; ValueError names a foreign class."""
+    names = tuple(dict.fromkeys(classes.values()))
+    places = {name: place for place, name in enumerate(names)}
+    entries = part.entries
+    if foreign := next((e for e in entries if e.label not in classes), None):
+        if foreign.id == foreign.path:
+            folder = root / PurePosixPath(foreign.path).parent
+            raise ValueError(f"{folder} is no class of the data: remove it")
+        text = f"{foreign.label!r}, the class of {foreign.id}, is none of the train images"
+        raise ValueError(f"{root}: {text}{nearest(foreign.label, names)}")
+    entries = sorted(entries, key=lambda entry: places[classes[entry.label]])
+    return ImageList(
+        root=root,
+        class_names=names,
+        paths=tuple(entry.path for entry in entries),
+        labels=tuple(places[classes[entry.label]] for entry in entries),
+        ids=tuple(entry.id for entry in entries),
+        places=tuple(entry.place for entry in entries if entry.place),
+        unlabelled=part.unlabelled,
+    )
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
@@ -207,29 +256,21 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     Of each class at least one image is left to train on.
     """
     by_class: defaultdict[int, list[str]] = defaultdict(list)
-    for path, label in zip(images.paths, images.labels, strict=True):
-        by_class[label].append(path)
+    for image_id, label in zip(images.ids, images.labels, strict=True):
+        by_class[label].append(image_id)
     held: set[str] = set()
-    for paths in by_class.values():
-        paths.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
-        count = min(len(paths) - 1, max(1, round(len(paths) * (share or 0.2))))
-        held.update(paths[:count])
+    for ids in by_class.values():
+        ids.sort(key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
+        count = min(len(ids) - 1, max(1, round(len(ids) * (share or 0.2))))
+        held.update(ids[:count])
     if not share:
         raise ValueError(
             f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which keeps "
             f"{len(held)} of the {len(images)} train images, a fifth of each class chosen by their "
             "names' hash, from training and judges by them"
         )
-    is_held = [path in held for path in images.paths]
-    train, held_out = (
-        replace(
-            images,
-            paths=tuple(compress(images.paths, chosen)),
-            labels=tuple(compress(images.labels, chosen)),
-        )
-        for chosen in ([not held for held in is_held], is_held)
-    )
-    return train, held_out
+    is_held = [image_id in held for image_id in images.ids]
+    return images.at([not held for held in is_held]), images.at(is_held)
 
 
 def scale_of(name: str | None, source: DataSource, *, image_size: int | None = None) -> Scale:
@@ -260,7 +301,10 @@ def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
     train, held_out = list_splits(source)
     if image_size is None or not is_buildable(image_size):
         image_size = _usual_size(train if len(train) else held_out)
-    parts = ("\n".join(part) for part in (train.class_names, train.paths, held_out.paths))
+    parts = ["\n".join(part) for part in (train.class_names, train.ids, held_out.ids)]
+    if train.places or held_out.places:  # the names of packed images say little of them
+        packed = sorted({*train.paths, *held_out.paths})
+        parts += [f"{path} {(source.root / path).stat().st_size}" for path in packed]
     return scale_for(
         folder_data_set(
             image_size=image_size,
@@ -276,8 +320,11 @@ def _usual_size(images: ImageList) -> int:
     from PIL import Image
 
     sides = []
-    for path in images.paths[:: max(1, len(images) // SAMPLED)]:
-        with suppress(Exception), Image.open(images.root / path) as file:  # --check names damage
-            sides.append(min(file.size))
+    for number in range(0, len(images), max(1, len(images) // SAMPLED)):
+        path = images.root / images.paths[number]
+        with suppress(Exception):  # --check names what is damaged
+            content = open_at(path, images.places[number]) if images.places else path
+            with Image.open(content) as file:
+                sides.append(min(file.size))
     side = median_low(sides) if sides else LARGEST_USUAL
     return max(SMALLEST_SIZE, min(LARGEST_USUAL, side - side % SIZE_STEP))

@@ -103,6 +103,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         ImageFiles(
             part.root,
             part.paths,
+            places=part.places,
             preprocessing=data_set.preprocessing,
             native=data_set.stored_size if data_set.exact_size else 0,
             workers=source.workers,
@@ -116,7 +117,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         originals, taken = train.decoded_once(source.cache, budget)
         shown = [originals, held_out.cropped_once(source.cache, budget - taken)]
     train_split, held_out_split = (
-        Split(images=images, labels=torch.tensor(part.labels, dtype=torch.int64), ids=part.paths)
+        Split(images=images, labels=torch.tensor(part.labels, dtype=torch.int64), ids=part.ids)
         for part, images in zip(listed, shown, strict=True)
     )
     return train_split, held_out_split, listed[0].class_names
