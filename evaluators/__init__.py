@@ -22,6 +22,7 @@ EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
     "stylized": "evaluators.stylized:Stylized",
+    "cue-conflict": "evaluators.cue_conflict:CueConflict",
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
     "pgd": "evaluators.pgd:PGD",

@@ -44,7 +44,7 @@ class Batch:
     labels: Tensor
     ids: tuple[str, ...]
     question: str = ""
-    stage: tuple[str, ...] | None = None
+    stage: tuple[str | None, ...] | None = None
     candidates: tuple[int, ...] | None = None
     examples: frozenset[str] = frozenset()
 
@@ -99,7 +99,7 @@ class Column:
         """
         data_set = data_set_named(scale)
         is_own, telling = not data_set.generated, self.own_score or self.stored_score
-        if telling and self.evaluator in scores:
+        if telling and {telling, self.evaluator} & {*scores}:
             is_own = telling in scores
         if is_own or not (self.counterpart or self.own_score):
             return self

@@ -44,22 +44,23 @@ class Stylized(Evaluator):
 
     def identity(self, source: Data) -> dict[str, Any]:
         images = super().identity(source)
-        if located := source.counterpart("stylized"):
+        if located := source.counterpart(self.name):
             return {"data": located[0].title, **images}
         title = source.data_set.stand_in("cue conflict")
         return {"data": title, **images, "texture": "Fourier amplitude"}
 
     def images(self, source: Data) -> Split:
-        located = source.counterpart("stylized")
+        located = source.counterpart(self.name)
         return stored_split(*located, source) if located else source.held_out
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return held_out if self.scale.data_set.generated else 2 * held_out
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        located = source.counterpart("stylized")
+        located = source.counterpart(self.name)
         if located is None:
-            yield from _cue_conflicts(source, batch_size, shard)
+            for batch in _cue_conflicts(source, batch_size, shard):
+                yield replace(batch, question=self.name)
             return
         for question, native in (("stylized", True), ("stylized-cropped", False)):
             split = stored_split(*located, source, native=native)
@@ -100,7 +101,6 @@ def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batc
             mix_cues(to_unit(shape.images[:]), to_unit(texture.images[:])),
             shape.labels,
             shape.ids,
-            question="stylized",
             stage=tuple(f"{TEXTURE}{label}" for label in texture.labels.tolist()),
         )
 

@@ -174,12 +174,14 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
         pixels = stored_images(images, data.data_set.stored_size)
         classes = stored_labels(labels, len(pixels), len(data.class_names))
         return _as_split(stored, pixels, classes, data.data_set)
-    listed = list_stored(stored, root / stored.folder, data.class_names, data.data_set)
+    names = stored.classes if isinstance(stored.classes, tuple) else data.class_names
+    listed = list_stored(stored, root / stored.folder, names, data.data_set)
+    side = stored.size or data.data_set.stored_size
     files = ImageFiles(
         listed.root,
         listed.paths,
         preprocessing=data.data_set.preprocessing,
-        native=data.data_set.stored_size if (stored.native if native is None else native) else 0,
+        native=side if (stored.native if native is None else native) else 0,
         workers=data.workers,
     )
     ids = tuple(path.rpartition(".")[0] for path in listed.paths)

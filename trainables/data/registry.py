@@ -23,6 +23,28 @@ CORRUPTION_GROUPS: dict[str, tuple[str, ...]] = {
 KINDS = tuple(kind for group in CORRUPTION_GROUPS.values() for kind in group)
 EXTRA_KINDS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # not of the fifteen
 
+# The categories of the cue-conflict stimuli: their places among ImageNet's classes, in the order of
+# their WordNet ids. Source: rgeirhos/texture-vs-shape, code/helper/human_categories.py; equal to
+# those of bethgelab/model-vs-human, modelvshuman/helper/human_categories.py.
+SIXTEEN_CLASSES = {
+    "airplane": "404",
+    "bear": "294-297",
+    "bicycle": "444 671",
+    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
+    "boat": "472 554 625 814 914",
+    "bottle": "440 720 737 898-899 901 907",
+    "car": "436 511 817",
+    "cat": "281-286",
+    "chair": "423 559 765 857",
+    "clock": "409 530 892",
+    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
+    "elephant": "385-386",
+    "keyboard": "508 878",
+    "knife": "499",
+    "oven": "766",
+    "truck": "555 569 656 675 717 734 864 867",
+}
+
 
 @dataclass(frozen=True)
 class StoredSet:
@@ -30,9 +52,10 @@ class StoredSet:
 
     It lies where `--stored NAME=DIR` says, or in the folder of its name below the data.
     `images`: as published, of each kind and severity where it has kinds. `folder`: where its class
-    folders lie below its root. `classes`: timm's list of its classes, none: the data's own.
-    `complete`: every class has a folder. `native`: stored at the data's size. `arrays`: the
-    .npy files of its images and labels; of a set with kinds, the labels alone.
+    folders lie below its root. `classes`: timm's list of its classes, none: the data's own; names
+    are classes of its own, and its labels number them. `complete`: every class has a folder.
+    `native`: stored at the data's size, or at `size`. `arrays`: the .npy files of its images and
+    labels; of a set with kinds, the labels alone.
     """
 
     name: str
@@ -40,9 +63,10 @@ class StoredSet:
     evaluator: str
     images: int = 0
     folder: str = ""
-    classes: str = ""
+    classes: tuple[str, ...] | str = ""
     complete: bool = True
     native: bool = True
+    size: int = 0
     arrays: tuple[str, ...] = ()
 
 
@@ -58,6 +82,14 @@ _STORED = (
     ),
     StoredSet("imagenet-c", "ImageNet-C", "corruptions", images=50_000),  # below <kind>/<severity>
     StoredSet("imagenet-stylized", "Stylized-ImageNet", "stylized", images=50_000, folder="val"),
+    StoredSet(  # the folder stimuli/style-transfer-preprocessed-512 of rgeirhos/texture-vs-shape
+        "cue-conflict",
+        "the cue-conflict stimuli of texture-vs-shape",
+        "cue-conflict",
+        images=1_280,
+        classes=tuple(SIXTEEN_CLASSES),
+        size=224,
+    ),
     StoredSet("textures", "a texture dictionary", "tpa"),  # in the layout of PatchAttack
     StoredSet("cifar10-c", "CIFAR-10-C", "corruptions", images=10_000, arrays=("labels.npy",)),
     StoredSet(
@@ -102,7 +134,9 @@ class DataSet:
     archive: str = ""
     exact_size: bool = False
     flip: bool = True
-    counterparts: tuple[str, ...] = ("imagenet-a", "imagenet-c", "imagenet-stylized", "textures")
+    counterparts: tuple[str, ...] = (
+        *("imagenet-a", "imagenet-c", "imagenet-stylized", "cue-conflict", "textures"),
+    )
     generated: bool = True
     origin: DataSet | None = None
 
