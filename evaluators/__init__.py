@@ -37,6 +37,13 @@ PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages 
 PLUG_IN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file and of a metric in MLflow
 
 
+def __getattr__(name: str) -> Any:
+    """Import the Python API when it is used: `import evaluators` stays light."""
+    if name not in ("compare", "evaluate"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("evaluators.api"), name)
+
+
 def evaluator_named(name: str, scale: Scale, **settings: Any) -> Evaluator:
     """Return an evaluator set up for a scale; ValueError lists the names.
 

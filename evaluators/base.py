@@ -114,12 +114,15 @@ class Evaluator(ABC):
 
     `columns` are the scores that tables may show. `least_shard`: shards are multiples of so many
     images; `subset_size`: how many are drawn by a fixed seed (None: all are asked about).
-    `takes_radii`: it can be set up with `radii`, in place of the scale's.
+    `takes_radii`: it can be set up with `radii`, in place of the scale's. `by_gradient`: it needs
+    the logits' gradients. `square_colour`: it takes square images of three channels alone.
     """
 
     name: str
     columns: tuple[Column, ...] = ()
     takes_radii = False
+    by_gradient = False
+    square_colour = False
     least_shard = FORWARD_SHARD
     subset_size: int | None = None
 
@@ -316,12 +319,12 @@ def likeliest(logits_BK: Tensor, candidates: Sequence[int]) -> Tensor:
     return allowed[logits_BK[:, allowed].argmax(dim=1)]
 
 
-def _png(image_3HW: Tensor) -> bytes:
+def _png(image_CHW: Tensor) -> bytes:
     from PIL import Image
 
-    pixels = image_3HW.detach().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    pixels = image_CHW.detach().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] != 3 else pixels).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -37,11 +37,12 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
         for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
             cells.judge(evaluator, classifier, data, device)
-    print(cells.scores(f"{subject.name} at scale {scale.name}: {scale.title}", data))
+    print(cells.scores(f"{subject.name} at scale {scale.name}", data))
     if not cells.is_whole:
         print("Cut short: the same command judges the other images.")
         return False
     cells.write_ledgers()
+    cells.clear()
     print(f"Ledgers: {folder}")
     return True
 

@@ -83,8 +83,8 @@ class Cells:
         classifier: Classifier,
         data: Data,
         device: torch.device,
-        *,
         batch_size: int = 200,
+        *,
         progress: bool = True,
     ) -> None:
         """Judge the images that no shard holds yet, on all cores, showing the time left."""
@@ -103,7 +103,7 @@ class Cells:
                 bars.advance(bar, len(shard))
 
     def scores(self, name: str, data: Data, notes: Sequence[str] = ()) -> Scores:
-        """Return the scores; those of a part of the images say so in their names."""
+        """Return a model's scores; those of a part of the images say so in their names."""
         scores: dict[str, Score] = {}
         seconds: dict[str, float] = {}
         ledgers, flags = [], []
@@ -125,14 +125,18 @@ class Cells:
             flags=tuple(flags),
             notes=tuple(notes),
             name=name,
+            data=data.data_set.title,
         )
 
     def write_ledgers(self) -> None:
-        """Write each evaluator's ledger, NAME.parquet, and remove the shards."""
+        """Write each evaluator's ledger, NAME.parquet."""
         for evaluator, store in self.stores.items():
             ledger, seconds = store.merged()
             content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
             write_atomically(self.folder / f"{evaluator.name}.parquet", content)
+
+    def clear(self) -> None:
+        """Remove the shards."""
         for store in self.stores.values():
             store.clear()
 

@@ -60,8 +60,8 @@ class Scores(_Table):
     """One model's scores, each with its evaluator's seconds, and every verdict behind them.
 
     `ledger`: a row per image and question (evaluators/ledger.py). `identities`: of each evaluator,
-    all that its verdicts depend on beside the model. `flags`: why the attacks are not to be
-    believed. `notes`: what a reader should know of the model and the settings.
+    all that its verdicts depend on beside the model. `seconds`: of all processes together. `flags`:
+    why the attacks are not to be believed. `notes`: on the model and the settings.
     """
 
     scores: tuple[Score, ...]
@@ -71,6 +71,7 @@ class Scores(_Table):
     flags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     name: str = ""
+    data: str = ""
 
     def __getitem__(self, score: str) -> Score:
         """Return a score by its name; ValueError lists the names."""
@@ -106,7 +107,7 @@ class Scores(_Table):
         return drawn
 
     def title(self) -> str:
-        return self.name
+        return ": ".join(filter(None, [self.name, self.data]))
 
     def rows(self) -> Rows:
         rows = [("score", "%", "95 % interval", "n", "seconds")]

@@ -291,6 +291,7 @@ class TexturePatchAttack(Evaluator):
     """
 
     name = "tpa"
+    square_colour = True
     columns = (
         Column("tpa", "TPA"),
         Column("tpa/patches-1", "TPA, 1 patch"),

@@ -62,10 +62,10 @@ WHOLE = Shard()
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images of one part of a data set: uint8 (N, 3, H, W), labels int64 (N,), one id each.
+    """Images of one part of a data set: uint8 (N, C, H, W), labels int64 (N,), one id each.
 
-    Images in files are decoded when they are indexed, by a slice or a tensor of places; those in
-    memory that a model sees at another size are resized then.
+    A user's own may be float32 in [0, 1]. Images in files are decoded when they are indexed, by a
+    slice or a tensor of places; those in memory that a model sees at another size are resized then.
     """
 
     images: Images
@@ -185,5 +185,6 @@ def places_in_head(outputs: int) -> dict[str, int]:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Convert uint8 images to float32 in [0, 1], channels last in memory."""
-    return images.to(memory_format=torch.channels_last).float().div_(255)
+    """Convert uint8 images to float32 in [0, 1], channels last in memory; floats are that."""
+    last = images.to(memory_format=torch.channels_last)
+    return last if images.is_floating_point() else last.float().div_(255)

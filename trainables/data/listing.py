@@ -253,7 +253,7 @@ def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     """Part the images of each class by the hash of their names; ValueError without a share.
 
-    Of each class at least one image is left to train on.
+    Of each class at least one image is left to train on, but for a share of 1.
     """
     by_class: defaultdict[int, list[str]] = defaultdict(list)
     for image_id, label in zip(images.ids, images.labels, strict=True):
@@ -262,7 +262,7 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     for ids in by_class.values():
         ids.sort(key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
         count = min(len(ids) - 1, max(1, round(len(ids) * (share or 0.2))))
-        held.update(ids[:count])
+        held.update(ids if share == 1 else ids[:count])
     if not share:
         raise ValueError(
             f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which keeps "
