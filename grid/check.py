@@ -144,9 +144,8 @@ class _DataCheck:
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
         for images in (train, held_out):
-            if images.unlabelled:
-                text = f"{images.unlabelled} images are left out: {self.source.labels}"
-                yield "warning", f"{text} does not label them"
+            if text := images.left_out(self.source):
+                yield "warning", text
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
         if some := missing_classes(data_set, train.class_names):

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluators.textures import LAYOUT
 from grid import check as module
 from grid.check import check
-from grid.plan import build_plan
+from grid.plan import Plan, build_plan
 from grid.run import main
 from grid.study import Study
 from tests.paper import STUDY, resnet50
@@ -148,6 +148,17 @@ def test_classes_without_an_image_are_named(root, tmp_path):
         path.unlink()
     said = problem(root, tmp_path)
     assert said.startswith("1 classes (the first: class-04) have no image to train on: add images")
+
+
+def test_classes_that_lack_stop_a_training_and_are_said_where_nothing_is_trained(tmp_path):
+    root = tmp_path / "some"
+    write_classes(root, names=CLASSES[:2])
+    assert "is not CIFAR-10: it lacks 8 of 10 classes" in problem(root, tmp_path, scale=CIFAR10)
+    nothing = Plan(trials=())
+    findings, _ = check(CIFAR10, DataSource(root=root), nothing, results=tmp_path / "results")
+    levels = {text: level for _, level, text in findings}
+    assert "error" not in levels.values()
+    assert [levels[text] for text in levels if "lacks 8 of 10 classes" in text] == ["warning"]
 
 
 def test_images_read_from_files_by_one_process_are_a_warning(root, tmp_path):

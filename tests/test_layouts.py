@@ -183,12 +183,15 @@ def test_a_file_of_labels_may_have_any_usual_form(tmp_path, rows):
     assert (len(train), len(held_out)) == (9, 3)
 
 
-def test_images_without_a_label_are_left_out_and_counted(tmp_path):
+def test_images_without_a_label_are_left_out_and_counted(tmp_path, caplog):
     labels = as_flat(tmp_path)
     rows = [r for r in (tmp_path / "labels.csv").read_text().splitlines() if "02.png" not in r]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     train, held_out = list_splits(DataSource(root=tmp_path, labels=labels))
     assert (len(train), train.unlabelled, held_out.unlabelled) == (8, 1, 0)
+    source = DataSource(root=tmp_path, labels=labels)
+    load_data(scale_of(None, source), source)
+    assert caplog.messages == [f"1 images are left out: {labels} does not label them"]
 
 
 def test_indices_are_in_the_order_of_numbers(tmp_path):

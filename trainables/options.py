@@ -275,7 +275,7 @@ class DataOptions(Options):
         if not (data_set.in_memory or data_set.squash or data_set.crop):
             line += ", crop 224/256"
         if self.image_size is None and self.data and scale.name.startswith(FOLDER):
-            line += "; the size is the median of their shorter sides, at most 224: --image-size N"
+            line += "; the size is the median of the shorter sides, at most 224 (--image-size N)"
         return line
 
     def source(self, *, cache: Path | None = None) -> DataSource:

@@ -98,6 +98,11 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def left_out(self, source: DataSource) -> str:
+        """Say how many images a file of labels leaves out; '' where it labels all."""
+        text = f"{self.unlabelled} images are left out: {source.labels} does not label them"
+        return text if self.unlabelled else ""
+
     def at(self, chosen: Sequence[bool]) -> ImageList:
         """Return the chosen images."""
         return replace(

@@ -6,6 +6,7 @@ Stored out-of-distribution sets are read as published: class folders, or arrays 
 from __future__ import annotations
 
 import hashlib
+import logging
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from trainables.data.listing import EMBEDDED, DataSource, list_splits, list_stor
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
+logger = logging.getLogger(__name__)
 Loaded = tuple[Split, Split, tuple[str, ...]]  # train, held out, the classes' names
 
 
@@ -99,6 +101,8 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     Images of an exact size become one tensor in any case.
     """
     listed, budget = list_splits(source, data_set), source.memory_bytes
+    for text in filter(None, (part.left_out(source) for part in listed)):
+        logger.warning(text)
     train, held_out = (
         ImageFiles(
             part.root,
