@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self
 from pydantic import model_validator
 
 from grid.axes import AXES, SETTABLE
-from grid.study import DEFAULT, STUDIES
+from grid.study import DEFAULT, QUICK, STUDIES
 from trainables.options import Address, Count, DataOptions, Names, Options, Words, option
 from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
 
 MODES = ("plan", "check", "status", "report")
+SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
 CONNECT_SECONDS = 2
@@ -68,12 +69,17 @@ class RunOptions(PlaceOptions, DataOptions):
     groups: ClassVar[dict[str, str]] = {
         **DataOptions.groups,
         **PlaceOptions.groups,
+        "minutes": "a quick look",
         "plan": "instead of a run",
         "storage": "cluster",
         "workers": "workers of each trial",
     }
 
-    study: str = option(DEFAULT, f"{', '.join(STUDIES)}, or a .toml file", "NAME|FILE")
+    study: str = option(
+        DEFAULT,
+        f"{', '.join(STUDIES)}, or a .toml file (a quick look's default: {QUICK})",
+        "NAME|FILE",
+    )
     tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
     evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
     only: Words = option(
@@ -89,13 +95,27 @@ class RunOptions(PlaceOptions, DataOptions):
     scale: str | None = option(
         None, f"{', '.join(scale_names())} (default: folder with --data DIR, or digits)", "NAME"
     )
+    minutes: float | None = option(
+        None,
+        "measure this machine, choose the sizes below that are not stated, and end in about so "
+        "many minutes with a report",
+        "M",
+        ge=1,
+    )
+    epochs: Count | None = option(
+        None, "train so many epochs where the study trains 100, others in proportion", "N"
+    )
+    train_images: Count | None = option(
+        None, "train by so many of the images, by class as in all of them", "N"
+    )
+    eval_images: Count | None = option(None, "judge by so many of the held-out images", "N")
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(
         False, "look at data, disk, memory and device, and on a cluster at every node"
     )
     status: bool = option(False, "print how far the study is")
     report: bool = option(False, "write the report again")
-    all: bool = option(False, "with --plan: print every trial as well")
+    all: bool = option(False, "with --plan: print every trial as well", advanced=True)
     seconds_per_unit: float | None = option(
         None,
         "with --plan: seconds of one worker for a unit of work, at digits a second of one core, "
@@ -103,6 +123,7 @@ class RunOptions(PlaceOptions, DataOptions):
         "took)",
         "X",
         ge=0,
+        advanced=True,
     )
     trials_at_once: Count | None = option(
         None,
@@ -111,7 +132,9 @@ class RunOptions(PlaceOptions, DataOptions):
         "N",
         advanced=True,
     )
-    dollars_per_gpu_hour: float | None = option(None, "with --plan: price of a GPU-hour", "D", ge=0)
+    dollars_per_gpu_hour: float | None = option(
+        None, "with --plan: price of a GPU-hour", "D", ge=0, advanced=True
+    )
     wait: Count = option(
         600,
         "with --check: seconds to wait for the nodes that the cluster file promises",
@@ -148,6 +171,11 @@ class RunOptions(PlaceOptions, DataOptions):
         gt=0,
         advanced=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _looks_quickly(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"study": QUICK} | values if values.keys() & set(SIZES) else values
 
     @model_validator(mode="after")
     def _has_one_mode(self) -> Self:

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds
+from grid.quick import fit, with_sizes
 from grid.study import Study, load_study
 from trainables.data.listing import scale_of
 from trainables.options import again, installed
@@ -75,14 +78,19 @@ def _run(options: RunOptions) -> int:
     if chosen := scale.data_set.departure.chosen():
         settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
     study = study.model_copy(update={"settings": settings})
-    plan = build_plan(
+    planned = partial(
+        build_plan,
         study,
-        scale,
         tables=options.tables,
         only=options.values_by_axis(),
         seeds=options.seeds,
         evaluators=options.evaluators,
     )
+    sizes = fit(options, scale, source, planned, reduced=study.reduced)
+    source = replace(source, eval_images=sizes.eval_images)
+    scale = with_sizes(scale, sizes, reduced=study.reduced)
+    plan = planned(scale)
+    plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
     if options.plan:
         print_plan(options, study, plan, scale, source)
     if not (options.report or options.status):

@@ -33,6 +33,7 @@ from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, un
 FOLDER = Path(__file__).parent / "studies"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 DEFAULT = "bai2021"
+QUICK = "quick"  # the default of a quick look
 SCALE = "imagenet"  # of every base: a study states the values of full-size images
 ALONE = ("none survive", "collapses")  # tests of one row
 Mode = Literal["product", "one-at-a-time"]
@@ -188,8 +189,9 @@ class Study(Frozen):
 
     `evaluators` judge every trial, beside those that the tables' columns need. `placement` maps a
     family to where its trials' placement differs. `settings`, in a file `set`, are axes that every
-    trial and every teacher has so, whatever other axes bring along. `subject`: what the headlines
-    are about; `answer`: the published answer to the title, a sentence.
+    trial and every teacher has so, whatever other axes bring along. `reduced`: models are cut down
+    as at scale digits, whatever the scale. `subject`: what the headlines are about; `answer`: the
+    published answer to the title, a sentence.
     """
 
     name: Name
@@ -206,6 +208,7 @@ class Study(Frozen):
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
     tables: tuple[Table, ...] = ()
     claims: tuple[Claim, ...] = ()
+    reduced: bool = False
     subject: str = ""
     answer: str = ""
 

@@ -31,7 +31,10 @@ def refusal(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--study", "bai"], "unknown study 'bai'; one of bai2021, full, the path of a .toml file"),
+        (
+            ["--study", "bai"],
+            "unknown study 'bai'; one of bai2021, full, quick, the path of a .toml file",
+        ),
         (["--tables", "T99"], "study 'bai2021': unknown table 'T99'; one of T1, T2"),
         (["--study", "full", "--tables", "T1"], "study 'full' has no tables"),
         (["--only", "colour=red"], "--only: unknown axis 'colour'; one of model, family"),

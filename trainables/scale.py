@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from trainables.data.registry import DATA_SETS, FOLDER, DataSet, data_set_named
+from trainables.data.registry import DATA_SETS, FOLDER, REDUCED, DataSet, data_set_named
 from trainables.models import Settings, model_named
 from trainables.recipe import CurriculumRow, Preprocessing, Recipe
 
@@ -264,7 +264,24 @@ def scale_names() -> tuple[str, ...]:
 
 def scale_named(name: str) -> Scale:
     """Return a scale by its data set's name; ValueError lists the names."""
-    return SCALES[name] if name in SCALES else scale_for(data_set_named(name))
+    if name in SCALES:
+        return SCALES[name]
+    data_set = data_set_named(name)
+    if name.endswith(REDUCED):
+        return _reduced(scale_named(name.removesuffix(REDUCED)), data_set)
+    if data_set.chosen_train and (whole := name.rpartition("-")[0]) in SCALES:
+        return replace(SCALES[whole], data_set=data_set)
+    return scale_for(data_set)
+
+
+def _reduced(scale: Scale, data_set: DataSet) -> Scale:
+    """Return a scale whose models are cut as at digits and trained by its values.
+
+    What follows from the images is the scale's own: radii, stem and patches, how many are attacked.
+    """
+    names = ("epsilon", "small_epsilon", "stem", "stem_stride", "patch_size", "attack_subset")
+    of_images = {name: getattr(scale, name) for name in (*names, "autoattack_subset")}
+    return replace(DIGITS, data_set=data_set, epochs_factor=Fraction(1), **of_images)
 
 
 def scale_of_recipe(recipe: Recipe) -> Scale:

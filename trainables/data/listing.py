@@ -51,6 +51,7 @@ class DataSource:
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
     had (CIFAR-10). `labels`: a file of the images' or the classes' labels, or a table's column.
+    `eval_images`: judge by so many of the held-out images, 0: by all.
     """
 
     root: Path | None = None
@@ -61,6 +62,7 @@ class DataSource:
     cache: Path | None = None
     download: bool = False
     labels: str = ""
+    eval_images: int = 0
 
     @property
     def labels_file(self) -> bool:
@@ -114,8 +116,35 @@ class ImageList:
         )
 
 
+def choose(ids: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
+    """Return the ascending places of `count` images, by class as in all; 0: of all.
+
+    The ids' hashes choose. ValueError where there are fewer.
+    """
+    if count > len(ids):
+        raise ValueError(f"{count:,} images are more than the {len(ids):,} that there are")
+    by_class: defaultdict[int, list[int]] = defaultdict(list)
+    for place in sorted(range(len(ids)), key=lambda p: hashlib.sha256(ids[p].encode()).digest()):
+        by_class[labels[place]].append(place)
+    shares = (((n + 0.5) / len(c), place) for c in by_class.values() for n, place in enumerate(c))
+    return sorted(place for _, place in sorted(shares)[: count or None])
+
+
+def _part(images: ImageList, count: int) -> ImageList:
+    """Return `count` of the images; 0: all."""
+    chosen = set(choose(images.ids, images.labels, count))
+    return images.at([place in chosen for place in range(len(images))]) if count else images
+
+
 def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
-    """Return the train and the held-out images; ValueError says what the folders lack.
+    """Return the images to train on and to judge by; ValueError says what the folders lack."""
+    train, held_out = _whole_splits(source, data_set)
+    chosen_train = data_set.chosen_train if data_set else 0
+    return _part(train, chosen_train), _part(held_out, source.eval_images)
+
+
+def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageList, ImageList]:
+    """Return all train and all held-out images; ValueError says what the folders lack.
 
     Held out is what lies in val/, or in test/ where there is no val/. Class folders alone are train
     images. Without train/ the list of train images is empty, so that a checkpoint can be judged by
@@ -303,7 +332,7 @@ def scale_of(name: str | None, source: DataSource, *, image_size: int | None = N
 def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
     if source.root is None:
         raise ValueError("--scale folder needs --data DIR")
-    train, held_out = list_splits(source)
+    train, held_out = _whole_splits(source, None)
     if image_size is None or not is_buildable(image_size):
         image_size = _usual_size(train if len(train) else held_out)
     parts = ["\n".join(part) for part in (train.class_names, train.ids, held_out.ids)]

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.data.listing import EMBEDDED, DataSource, list_splits, list_stored
+from trainables.data.listing import EMBEDDED, DataSource, choose, list_splits, list_stored
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
@@ -36,7 +36,8 @@ def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
     data_set = scale.data_set
     if source.root is None and not data_set.package:
         raise ValueError(f"scale {scale.name!r} has no embedded data: give --data DIR")
-    return _loaded(data_set, EMBEDDED if data_set.package else source)
+    embedded = replace(EMBEDDED, eval_images=source.eval_images)
+    return _loaded(data_set, embedded if data_set.package else source)
 
 
 @cache
@@ -54,14 +55,21 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         train, held_out, names = read(data_set, source)
     return Data(
         data_set=data_set,
-        train=train,
-        held_out=held_out,
+        train=_chosen(train, data_set.chosen_train),
+        held_out=_chosen(held_out, source.eval_images),
         class_names=names,
         roots=source.folders,
         workers=source.workers,
         cache=source.cache,
         origin=origin,
     )
+
+
+def _chosen(split: Split, count: int) -> Split:
+    """Return `count` of the images, unless the split was listed so; 0: all."""
+    if count in (0, len(split)):
+        return split
+    return split.at(np.array(choose(split.ids, split.labels.tolist(), count)))
 
 
 def _resized(split: Split, data_set: DataSet) -> Split:

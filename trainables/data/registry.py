@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from trainables.recipe import Interpolation, Preprocessing, unknown
 
+REDUCED = "-reduced"  # ends the name of a scale whose models are cut down
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 SMALLEST_SIZE, LARGEST_SIZE, SIZE_STEP = 16, 1024, 4  # of images for the study's models
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -115,7 +116,8 @@ class DataSet:
     `counterparts`: the stored sets that its evaluators read; without one a counterpart is
     generated. Not `generated`: the data and its stored sets must be as published, and published
     figures and AlexNet's errors, which mCE needs, are theirs. `origin`: the
-    entry of which a model's preprocessing made this one.
+    entry of which a model's preprocessing made this one. `chosen_train`: train by so many of the
+    images, 0: by all.
     """
 
     name: str
@@ -139,6 +141,7 @@ class DataSet:
     )
     generated: bool = True
     origin: DataSet | None = None
+    chosen_train: int = 0
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -264,9 +267,19 @@ def register(data_set: DataSet) -> None:
 
 
 def data_set_named(name: str) -> DataSet:
-    """Return an entry, a folder's from what its name says; ValueError lists the names."""
+    """Return an entry, a folder's from what its name says; ValueError lists the names.
+
+    The name of a part of another's train images ends in their number, as in digits-300train.
+    """
     if name in DATA_SETS:
         return DATA_SETS[name]
+    if name.endswith(REDUCED):
+        whole = data_set_named(name.removesuffix(REDUCED))
+        return replace(whole, name=name, title=f"{whole.title}, models reduced")
+    if part := re.fullmatch(r"(.+)-(\d+)train", name):
+        whole, images = data_set_named(part[1]), int(part[2])
+        title = f"{whole.title}, trained by {images:,}"
+        return replace(whole, name=name, title=title, train_images=images, chosen_train=images)
     numbers = re.fullmatch(r"folder-(\d+)px-(\d+)classes-(\d+)train-([0-9a-f]{8})", name)
     if not numbers:
         raise ValueError(unknown("scale", name, (*DATA_SETS, FOLDER)))
