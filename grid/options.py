@@ -154,7 +154,7 @@ class RunOptions(PlaceOptions, DataOptions):
         "ADDRESS",
     )
     workers: Count = option(1, "worker processes per trial", "N")
-    cpus_per_worker: Count = option(1, "CPU cores per worker", "C")
+    cpus_per_worker: Count = option(1, "CPU cores per worker", "C", advanced=True)
     gpus_per_worker: float = option(
         0.0,
         "GPUs per worker; 0.75 on a machine with one GPU, of which evaluators hold the rest",

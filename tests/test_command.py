@@ -36,7 +36,7 @@ def answer(*words, code):
         (["--data", "x"], "a command comes before its options, like robustness-grid run --data"),
         (["run", "--dat", "x"], "robustness-grid run: error: unknown option '--dat'. Did you mean"),
         (["status", "--results", "/nowhere"], "robustness-grid status: /nowhere holds no mlflow"),
-        (["evaluate"], "usage: robustness-grid evaluate [options]"),
+        (["evaluate", "--mdel", "x"], "robustness-grid evaluate: error: unknown option '--mdel'"),
         (["ui", "--results", "/nowhere"], "robustness-grid ui: /nowhere holds no mlflow.db: run"),
         (["ui", "--port", "0"], "robustness-grid ui: error: --port: Input should be greater"),
     ],
