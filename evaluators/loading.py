@@ -65,14 +65,22 @@ def load_subject(options: JudgeOptions, source: DataSource) -> Subject:
             buffer.copy_(torch.tensor(value).view_as(buffer))
     if model not in MODELS:
         check_images(classifier.eval(), model, scale.image_size)
-    mean, std = (", ".join(f"{v:.4g}" for v in b.flatten()) for b in classifier.buffers(False))
-    said = (
-        f"Model: {model}; weights: {weights or 'as the model brings them'}",
-        *(f"Weights: {note}" for note in notes),
-        f"Normalisation inside the model: mean {mean}; std {std}",
+    said = [f"Model: {model}; weights: {weights or 'as the model brings them'}"]
+    said += [f"Weights: {note}" for note in notes]
+    if preprocessing_of(model).chosen():
+        said.append(f"Preprocessing: as timm states for {model}, unless an option says otherwise")
+    said.append(options.images_line(scale))
+    mean, std = classifier.mean.flatten(), classifier.std.flatten()
+    if not (
+        mean.equal(torch.tensor(scale.data_set.mean))
+        and std.equal(torch.tensor(scale.data_set.std))
+    ):
+        normalisation = Preprocessing(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+        said.append(f"Normalisation, as in training: {normalisation}")
+    name = Path(weights).stem if in_file else Path((weights or model).rpartition(":")[2]).name
+    return Subject(
+        classifier, scale, name, _digest(classifier, content, code_of(model)), tuple(said)
     )
-    name = (weights or model).rpartition(":")[2] if not in_file else Path(weights).stem
-    return Subject(classifier, scale, name, _digest(classifier, content, code_of(model)), said)
 
 
 def _weights(options: JudgeOptions) -> str:
@@ -87,8 +95,8 @@ def _weights(options: JudgeOptions) -> str:
             "argument, like --model-arg pretrained=True"
         )
     if not (options.pretrained or options.weights) and (of_timm or model in {"", *MODELS}):
-        remedy = "--pretrained takes timm's own, --weights others" if of_timm else "--weights FILE"
-        raise ValueError(f"model {model or 'and weights'} without weights: {remedy}")
+        remedy = "--pretrained for timm's own, or --weights for others" if of_timm else "--weights"
+        raise ValueError(f"{model or 'a model'} needs its weights: give {remedy}")
     if options.arguments() and not model:
         raise ValueError("--model-arg goes with --model")
     return model if options.pretrained else options.weights or ""

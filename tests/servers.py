@@ -6,14 +6,17 @@ MLflow's migrations take seconds: they run once, and the tests' other databases 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,38 @@ def migrate_once(monkeypatch: pytest.MonkeyPatch) -> None:
         make(self, uri, *rest, **named)
 
     monkeypatch.setattr(MlflowClient, "__init__", find)
+
+
+@contextmanager
+def file_server(files: dict[str, bytes]) -> Iterator[str]:
+    """Serve files by their paths, with the headers that Hugging Face's hub has beside them."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self.wfile.write(self._answer())
+
+        def _answer(self) -> bytes:
+            path = self.path.partition("?")[0]
+            content = files.get(path, b"")
+            self.send_response(200 if path in files else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            if path not in files:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            return content
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def free_port() -> int:

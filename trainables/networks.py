@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
-from trainables.layers import Classifier, GhostBatchNorm2d
+from trainables.layers import Classifier, GhostBatchNorm2d, Program
 from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import timm_config
 from trainables.recipe import Recipe
@@ -26,6 +26,10 @@ HYBRID_WIDTH = 256
 DEIT_DEPTH = 12
 FEW_TOKENS = 16
 FEW_PATCHES = 8  # a side
+ANY_BATCH = (
+    "export it for any number of images of this size: torch.export.export(model, (images,), "
+    'dynamic_shapes=({0: torch.export.Dim("batch")},))'
+)
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -86,14 +90,28 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_images(classifier: Classifier, model: str, side: int) -> None:
-    """Pass an image through a classifier, and two; ValueError when it cannot take them."""
-    try:
-        with torch.inference_mode():
-            shapes = [classifier(torch.zeros(count, 3, side, side)).shape for count in (1, 2)]
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot take images of {side} px: {error}") from None
-    if len(shapes[0]) != 2 or len(shapes[1]) != 2:
-        raise ValueError(f"model {model!r} returns {tuple(shapes[1])} for 2 images, not (2, K)")
+    """Pass an image through a classifier, and three; ValueError when it cannot take them."""
+    for count in (1, 3):
+        try:
+            with torch.inference_mode():
+                logits: object = classifier(torch.zeros(count, 3, side, side))
+        except Exception as error:  # a user's code raises all kinds of errors
+            remedy = ""
+            if isinstance(classifier.backbone, Program):
+                remedy = f"; {ANY_BATCH}"
+            raise ValueError(
+                f"model {model!r} cannot take {count} images of {side} px: {error}{remedy}"
+            ) from None
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                f"model {model!r} returns a {type(logits).__name__}, not logits (B, K): "
+                "return the logits alone"
+            )
+        if logits.ndim != 2 or len(logits) != count:
+            shape = tuple(logits.shape)
+            raise ValueError(
+                f"model {model!r} returns {shape} for {count} images, not ({count}, K)"
+            )
 
 
 def swap_activation(module: nn.Module, name: str) -> None:

@@ -40,13 +40,19 @@ Deviation = Annotated[float, Field(gt=0)]
 
 
 def option(
-    default: Any, description: str, metavar: str = "", *, advanced: bool = False, **bounds: Any
+    default: Any,
+    description: str,
+    metavar: str = "",
+    *,
+    also: str = "",
+    advanced: bool = False,
+    **bounds: Any,
 ) -> Any:
     """Declare an option: its default (... for none), what it does, and what its value is called.
 
-    advanced: only --help-all shows it.
+    also: a second name of it. advanced: only --help-all shows it.
     """
-    shown: dict[str, Any] = {"metavar": metavar or None, "advanced": advanced}
+    shown: dict[str, Any] = {"metavar": metavar or None, "also": also, "advanced": advanced}
     return Field(default, description=description, json_schema_extra=shown, **bounds)
 
 
@@ -111,6 +117,7 @@ def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool)
         settings |= {"nargs": "*", "action": "extend"}
     group.add_argument(
         f"--{field.alias}",
+        *([extra["also"]] if extra["also"] else []),
         dest=field.alias,
         required=field.is_required(),
         help=f"{field.description}{shown}"
@@ -171,7 +178,12 @@ class DataOptions(Options):
         "FILE|COLUMN",
     )
     image_size: int | None = option(
-        None, "side in pixels that a model sees (default: the data's)", "N", ge=4, le=2048
+        None,
+        "side in pixels that a model sees (default: the model's own, or the data's)",
+        "N",
+        also="--input-size",
+        ge=4,
+        le=2048,
     )
     resize: Literal["crop", "squash"] | None = option(
         None,

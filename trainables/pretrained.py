@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from trainables.models import HUB_PREFIX, MODELS, TIMM_PREFIX
@@ -145,6 +146,8 @@ def _downloaded(url: str, sha256: str) -> Path:
         try:
             download_url_to_file(url, str(path), hash_prefix=sha256.lower())
         except (OSError, RuntimeError) as error:
+            if isinstance(error, HTTPError):
+                error.close()
             raise ValueError(f"{url} cannot be fetched: {error}") from None
     return path
 

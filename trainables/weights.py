@@ -25,7 +25,7 @@ class OtherHeadError(ValueError):
     def __init__(self, origin: str, name: str, outputs: int, own: int) -> None:
         super().__init__(
             f"{origin} has a head of {outputs} classes ({name}), and the model one of {own}: "
-            "build the model for the classes of the weights, or train a new head (init)"
+            f"build it with as many, as --model-arg num_classes={outputs} does"
         )
         self.outputs = outputs
 
@@ -69,7 +69,8 @@ def _without_prefix(
     others = [name for name in tensors if not name.startswith(prefix)]
     notes = [f"the names' prefix {prefix!r} is left out"] if prefix else []
     if others:
-        notes.append(f"{len(others)} entries beside {prefix!r} are not read, first: {others[:3]}")
+        named = f"{', '.join(others[:3])}{', ...' if others[3:] else ''}"
+        notes.append(f"not read, as it lies beside that prefix: {named} ({len(others)} in all)")
     below = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
     return below, notes
 

@@ -65,7 +65,8 @@ def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path)
         if name in tensors and tensors[name].shape != value.shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}")
+        more = f"; and {len(problems) - 3} more" if problems[3:] else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(tensors)
 
 
