@@ -70,8 +70,7 @@ class AutoAttack(Evaluator):
         radii = sorted(radii or [self._radius(scale)])
         self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
-        self.targets = min(STANDARD_TARGETS, scale.num_classes - 1)
-        self.stages = tuple(s for s in STAGES if s != "apgd-t" or scale.num_classes >= DLR_CLASSES)
+        self.targets, self.stages = _standard(scale.num_classes)
 
     def identity(self, source: Data) -> dict[str, Any]:
         return {
@@ -102,13 +101,16 @@ class AutoAttack(Evaluator):
         with torch.random.fork_rng(devices=()), attacked(classifier):
             for question, epsilon in self.radii.items():
                 victims = _Victims(classifier, batch, epsilon)
-                for stage in self.stages:
+                targets, stages = self.targets, self.stages
+                if (head := victims.ranking_BK.shape[1]) > self.scale.num_classes:
+                    targets, stages = _standard(head)
+                for stage in stages:
                     victims.begin(stage, smaller)
-                    for run in victims.runs(self.targets if stage.endswith("-t") else 1):
+                    for run in victims.runs(targets if stage.endswith("-t") else 1):
                         with suppress(_AllBrokenError):
                             _ATTACKS[stage](victims, run, self.scale.square_queries)
-                answers, stages, queries = victims.predicted_B, victims.stages, victims.queries
-                rows.append(verdicts(batch, question, answers, stage=stages, queries=queries))
+                answers, broken_by, queries = victims.predicted_B, victims.stages, victims.queries
+                rows.append(verdicts(batch, question, answers, stage=broken_by, queries=queries))
                 smaller = victims
         return pa.concat_tables(rows)
 
@@ -120,13 +122,19 @@ class AutoAttack(Evaluator):
         for question in pc.unique(ledger["question"]).to_pylist():
             stages = ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist()
             alive = sum(stage != CLEAN for stage in stages)
-            for stage in self.stages:
+            for stage in [s for s in STAGES if s in {*self.stages, *stages}]:
                 alive -= stages.count(stage)
                 scores.append(share(f"{question}/after-{stage}", alive, len(stages)))
         return scores
 
     def _radius(self, scale: Scale) -> Fraction:
         return scale.epsilon
+
+
+def _standard(classes: int) -> tuple[int, tuple[str, ...]]:
+    """Return the target classes of a targeted attack and the stages, of a head of some classes."""
+    stages = tuple(stage for stage in STAGES if stage != "apgd-t" or classes >= DLR_CLASSES)
+    return min(STANDARD_TARGETS, classes - 1), stages
 
 
 class SmallAutoAttack(AutoAttack):

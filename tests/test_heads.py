@@ -7,6 +7,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
+from evaluators import autoattack
 from evaluators.autoattack import AutoAttack
 from evaluators.base import Clean, judge_images, match_head
 from evaluators.natural import Natural
@@ -14,8 +15,9 @@ from evaluators.pgd import PGD
 from evaluators.stylized import Stylized
 from trainables.data.base import Data, to_unit
 from trainables.data.load import load_data
+from trainables.data.registry import folder_data_set
 from trainables.layers import Classifier
-from trainables.scale import DIGITS
+from trainables.scale import DIGITS, scale_for
 from trainables.train.adversary import folded
 
 CPU = torch.device("cpu")
@@ -124,6 +126,22 @@ def test_attacks_answer_in_the_datas_order():
     turned = two_classes("n01440764", "n02105641")
     assert scores(Clean(DIGITS), sound, turned) == {"clean": 0.0, "clean-present": 0.0}
     assert not any("columns" in name for name in sound.state_dict())
+
+
+def test_autoattack_targets_the_classes_of_the_head_and_not_of_the_data_alone(monkeypatch):
+    data, targets = two_classes("n02105641", "n01440764"), {}
+
+    def record(victims, run, _):
+        targets[victims.stage] = set(run.ranks.tolist())
+
+    for stage in autoattack.STAGES:
+        monkeypatch.setitem(autoattack._ATTACKS, stage, record)
+    of_two = scale_for(
+        folder_data_set(image_size=16, num_classes=2, train_images=9, content="0" * 8)
+    )
+    judge_images(AutoAttack(of_two), classifier({229: 9.0}, {0: 9.0}), data, device=CPU)
+    likeliest = set(range(2, 11))  # nine other classes of the head
+    assert targets == {"apgd-ce": {2}, "apgd-t": likeliest, "fab-t": likeliest, "square": {2}}
 
 
 def test_a_folded_network_answers_in_the_datas_order_too():
