@@ -127,8 +127,13 @@ def with_trainings(value: float, over_images: Interval, reach: float) -> Interva
 
 
 def _reach_over_trainings(ours_S: np.ndarray, reference_S: np.ndarray) -> float:
-    """Return half the width of Welch's interval (1947) of a difference of means; 0 of one seed."""
-    if min(len(ours_S), len(reference_S)) < 2 or np.ptp(ours_S) == np.ptp(reference_S) == 0:
+    """Return half the width of Welch's interval (1947) of a difference of means; 0 of one seed.
+
+    Where one side is a single model, which was not trained here, it is Student's of the other.
+    """
+    several = [values_S for values_S in (ours_S, reference_S) if len(values_S) > 1]
+    if not any(map(np.ptp, several)):
         return 0.0
-    interval = ttest_ind(ours_S, reference_S, equal_var=False).confidence_interval(CONFIDENCE)
+    test = ttest_ind(*several, equal_var=False) if len(several) > 1 else ttest_1samp(several[0], 0)
+    interval = test.confidence_interval(CONFIDENCE)
     return float(interval.high - interval.low) / 2

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from evaluators.shards import ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
+from trainables.recipe import Preprocessing
 from trainables.scale import Scale
 from trainables.store.checkpoint import classifier_of
 from trainables.store.results import provenance
@@ -41,12 +42,16 @@ EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluator on one trial's weights; `question` is the digest of what is asked."""
+    """One evaluator on one trial's weights; `question` is the digest of what is asked.
+
+    geometry: how images are brought to the model's size, where that is not the scale's way.
+    """
 
     trial: str
     artifact_uri: str
     evaluator: str
     question: str
+    geometry: Preprocessing = field(default_factory=Preprocessing)
 
 
 class EvaluatorActor:
@@ -76,8 +81,9 @@ class EvaluatorActor:
     def judge(self, cell: Cell, shard: Shard) -> bytes:
         """Return the ledger of one shard of a cell as Parquet, with the seconds it took."""
         classifier = self._load(cell.artifact_uri, cell.trial)
-        data = load_data(self._scale, self._source)
-        question = evaluator_named(cell.evaluator, self._scale)
+        scale = self._scale.preprocessed(cell.geometry)
+        data = load_data(scale, self._source)
+        question = evaluator_named(cell.evaluator, scale)
         began = time.monotonic()
         with counting_steps(self._hung_after):
             ledger = judge_images(question, classifier, data, device=self._device, shard=shard)
@@ -129,7 +135,7 @@ class EvaluatorPool:
             actor.remote, tracking_uri, scale, source, **settings
         )
         self._size, self._gpus, self._folder, self._say = 0, gpus, folder, say
-        self._side, self._looked_at = scale.image_size, time.monotonic()
+        self._scale, self._looked_at = scale, time.monotonic()
         self._idle: list[Any] = []
         self._under_way: dict[Any, tuple[Cell, Shard, Any]] = {}
         self._restarting: dict[Any, Any] = {}
@@ -172,7 +178,8 @@ class EvaluatorPool:
         least: the fewest images that are worth a shard.
         """
         folder = self._folder / f"{cell.trial}-{cell.question}"
-        self._stores[cell] = store = ShardStore(folder, total, side=self._side, least=least)
+        side = self._scale.preprocessed(cell.geometry).image_size
+        self._stores[cell] = store = ShardStore(folder, total, side=side, least=least)
         if store.waiting:
             self._await_turn(cell)
         else:

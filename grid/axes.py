@@ -1,4 +1,7 @@
-"""Axes: how a recipe changes when one thing that a study varies is set on it. Pure."""
+"""Axes: how a recipe changes when one thing that a study varies is set on it.
+
+Pure, but that a file of first weights is read to be known by its sha256.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+from grid.pretrained import with_origin
 from trainables.models import TIMM_PREFIX, model_named, model_of
 from trainables.recipe import (
     Adversary,
@@ -34,6 +39,7 @@ class Library:
 
     bases: Mapping[str, Recipe] = field(default_factory=dict)
     curricula: Mapping[str, tuple[CurriculumRow, ...]] = field(default_factory=dict)
+    folder: Path = Path()  # from which it names weights files
 
 
 def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None = None) -> Recipe:
@@ -43,7 +49,8 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     and size choose the model; optimizer brings its rate, decay, batch and warm-up; augmentation
     brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
     smoothing and ghost batches; curriculum is 'none', one of the library or a table of rows;
-    teacher is a base of the library.
+    teacher is a base of the library; init brings its sha256, the network's own activation and
+    timm's preprocessing.
 
     Axes that bring fields along come first, so that a named field wins. Epochs that would end
     before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
@@ -54,7 +61,8 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
             raise ValueError(unknown("axis", axis, AXES))
         if axis in _NAMED and not isinstance(values[axis], str):
             raise ValueError(f"{axis} is a name, not {values[axis]!r}")
-    values = dict(values) | _looked_up(values, library or Library())
+    library = library or Library()
+    values = with_origin(dict(values) | _looked_up(values, library), library.folder)
     draft = recipe
     for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
         draft = _SETTERS[axis](draft, values[axis])
@@ -224,7 +232,7 @@ _SAME = (
 # What a table's row or column is about, and what --scale and --seeds choose.
 _NOT_FOR_ALL = {
     *("model", "family", "size", "training", "adversary", "teacher", "distillation"),
-    *("scale", "seed"),
+    *("scale", "seed", "init", "init_sha256"),
 }
 SETTABLE = tuple(axis for axis in AXES if axis not in _NOT_FOR_ALL)
 

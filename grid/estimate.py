@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from evaluators import evaluator_named, evaluator_of
 from grid.axes import axis_value, format_settings
@@ -40,7 +41,7 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
     work: Work = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
-        epoch = scale.epoch_cost(trial.recipe.model)
+        epoch = scale.epoch_cost(trial.recipe)
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
             passes = evaluators[name].cost(held_out, withstanding=share)
@@ -51,11 +52,18 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
 def disk_bytes(plan: Plan) -> int:
     """Return about what a plan's checkpoints take, and its weights, which MLflow has too."""
     total = 0
-    for trial in plan:
-        parameters = model_named(trial.recipe.model).cost.parameters
-        weights = 4 * parameters // scale_named(trial.recipe.scale).parameter_divisor
-        total += weights * (CHECKPOINTS * (1 + MOMENTS[trial.recipe.optimizer]) + 2)
+    for recipe in (trial.recipe for trial in plan):
+        checkpoints = CHECKPOINTS * (1 + MOMENTS[recipe.optimizer]) if recipe.epochs else 0
+        total += _weights_bytes(recipe) * (checkpoints + 2)
     return total
+
+
+def _weights_bytes(recipe: Recipe) -> int:
+    """Return about what a recipe's weights take: of a file their own size."""
+    if not recipe.epochs and (file := Path(recipe.init)).is_file():
+        return file.stat().st_size
+    parameters = model_named(recipe.model).cost.parameters
+    return 4 * parameters // scale_named(recipe.scale).parameter_divisor
 
 
 def print_plan(
@@ -73,8 +81,8 @@ def print_plan(
     lines += _refused(plan, most=len(plan.refused) if options.all else MOST_REASONS)
     lines += [*_without_effect(study, plan), *plan.notes]
     lines.append(
-        f"{plan.requests} rows, {len(plan.trials)} trainings ({plan.requests - len(plan.trials)} "
-        f"shared), {len(plan.refused)} combinations refused; "
+        f"{plan.requests} rows, {plan.makeup} ({plan.requests - len(plan.trials)} shared), "
+        f"{len(plan.refused)} combinations refused; "
         f"{sum(len(trial.evaluators) for trial in plan)} cells to judge"
     )
     lines.append(f"Disk: about {disk_bytes(plan) / GIBIBYTE:.2g} GiB of checkpoints and weights")
@@ -170,10 +178,7 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
     """Say every trial with its hyper-parameters, then every field in which trials differ."""
     for trial in plan:
         yield f"  {trial.digest}  {trial.name}"
-        yield (
-            f"{INDENT}rate {trial.recipe.learning_rate:g}, decay {trial.recipe.weight_decay:g}, "
-            f"batch {trial.recipe.batch_size}, warm-up {trial.recipe.warmup_epochs:g}"
-        )
+        yield INDENT + _hyperparameters(trial.recipe)
         yield f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}"
     yield "Trials differ in:"
     for name in Recipe.model_fields:
@@ -181,6 +186,15 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
         more = f" and {len(texts) - MOST_VALUES} more" if len(texts) > MOST_VALUES else ""
         if len(texts) > 1:
             yield f"  {name}: {', '.join(texts[:MOST_VALUES])}{more}"
+
+
+def _hyperparameters(recipe: Recipe) -> str:
+    if not recipe.epochs:
+        return f"not trained; {str(recipe.preprocessing) or 'images as the data set has them'}"
+    return (
+        f"rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}, "
+        f"batch {recipe.batch_size}, warm-up {recipe.warmup_epochs:g}"
+    )
 
 
 def _short(hours: float) -> str:

@@ -165,24 +165,28 @@ def run_study(launch: Launch) -> Finished:
 
 
 def _check_plan(launch: Launch) -> None:
-    """Build what only a name stands for so far: evaluators and timm's models.
+    """Build what only a name stands for so far: evaluators, timm's models, files of weights.
 
     ValueError also where a recipe cannot be trained by as many workers as it is to have.
     """
     plan = launch.plan
     for trial in plan:
-        workers = launch.placement_of(trial.recipe.family).workers
+        workers = launch.placement_of(trial.recipe.family).workers if trial.recipe.epochs else 1
         if workers > 1:
             from trainables.train.team import check_team
 
             check_team(trial.recipe, workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, launch.scale)
-    from_timm = {t.recipe.model: t.recipe for t in plan if t.recipe.model not in MODELS}
-    if from_timm:
+    unsure = {
+        (t.recipe.model, t.recipe.init, t.recipe.preprocessing): t.recipe
+        for t in plan
+        if t.recipe.init or t.recipe.model not in MODELS
+    }
+    if unsure:
         from trainables.networks import check_model
 
-        for recipe in from_timm.values():
+        for recipe in unsure.values():
             check_model(recipe)
 
 
@@ -193,15 +197,19 @@ def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
         study=launch.study.name,
         scale=launch.scale,
         data=data,
+        source=launch.source,
         manifest=launch.manifest,
         line=line,
     )
 
 
 def _opening(recorder: Recorder, plan: Plan) -> str:
-    todo = recorder.progress.trials
+    todo = recorder.trials_to_train()
+    untrained = sum(not trial.recipe.epochs for trial in todo)
+    as_they_are = f", {untrained} to take as they are" if untrained else ""
     return (
-        f"{len(plan.trials)} trials: {len(plan.trials) - todo} done, {todo} to train; "
+        f"{len(plan.trials)} trials: {len(plan.trials) - len(todo)} done, "
+        f"{len(todo) - untrained} to train{as_they_are}; "
         f"{recorder.progress.cells} cells to judge"
     )
 
@@ -284,7 +292,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "recipe": trial.recipe.model_dump(mode="json"),
         "storage": launch.storage_root,
         "threads": placement.cpus,
-        "workers": placement.workers,
+        "workers": placement.workers if trial.recipe.epochs else 1,
         "gpus": placement.gpus,
         "hung_after": placement.hung_after,
         "device": "cuda" if placement.gpus else "cpu",
@@ -419,7 +427,7 @@ def _report(launch: Launch, recorder: Recorder, line: ProgressLine) -> Finished:
     failures = (*recorder.failures, *_forgotten(tracker, plan))
     tracker.close_study(recorder.parent, folder, complete=not failures)
     return Finished(
-        trained=recorder.progress.trials_done,
+        trained=recorder.progress.trials_trained,
         judged=recorder.progress.cells_done,
         failures=failures,
         report=page,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Any
 from evaluators import EVALUATORS, evaluator_of
 from grid.axes import Axes, Library, axis_value, check_settings, format_settings, with_settings
 from grid.study import Mode, Study, Table
-from trainables.recipe import Recipe, problem, unknown
+from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale
 
 # A recipe, what it serves, and the evaluators of its columns.
@@ -44,7 +44,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a study, the longest first, and what was refused.
+    """The trials of a study, those that need no training and then the longest first.
 
     `requests` counts rows, combinations and teachers before equal ones are shared; `tables` hold
     the recipes as they are trained at the scale; `notes` say what was adapted to what is set;
@@ -58,6 +58,13 @@ class Plan:
     seeds: int = 1
     notes: tuple[str, ...] = ()
     longest_chain: float = 0.0
+
+    @property
+    def makeup(self) -> str:
+        """Count the trainings, and the models that need none, in words."""
+        untrained = sum(not trial.recipe.epochs for trial in self)
+        as_they_are = f" and {untrained} models as they are" if untrained else ""
+        return f"{len(self.trials) - untrained} trainings{as_they_are}"
 
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
@@ -117,19 +124,19 @@ def build_plan(
     requests = [
         (recipe.with_seed(seed) if seed else recipe, purpose, names)
         for recipe, purpose, names in _keep_only(requests, only or {}, study)
-        for seed in range(seeds)
+        for seed in range(seeds if recipe.epochs else 1)
     ]
     rows = {recipe.digest(): recipe for recipe, *_ in requests}
     teachers = _teachers(rows.values(), for_all)
     trials = _shared([*requests, *teachers], study, scale, evaluators)
     chains = _longest_chains(trials)
     return Plan(
-        tuple(sorted(trials, key=lambda trial: (-chains[trial.digest], trial.digest))),
+        tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
         refused=tuple(refused),
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
-        notes=_notes(study),
+        notes=_notes(study, trials),
         longest_chain=max(chains.values(), default=0.0),
     )
 
@@ -155,11 +162,13 @@ def _shared(
         serves[digest][purpose] = None
         judges[digest] |= dict.fromkeys(names)
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
+    names_of = {digest: _name(recipe, study) for digest, recipe in recipes.items()}
+    alike = Counter(names_of.values())
     return [
         Trial(
             recipe,
             digest,
-            _name(recipe, study),
+            names_of[digest] + (f" {digest}" if alike[names_of[digest]] > 1 else ""),
             tuple(serves[digest]),
             tuple(name for name in judges[digest] if name in chosen),
             scale.cost(recipe),
@@ -191,7 +200,9 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
         rows = []
         for row in table.rows:
             recipe = row.recipe
-            if settings:
+            if not recipe.epochs:
+                recipe = _shown_alike(recipe, study.settings.get("preprocessing", {}))
+            elif settings:
                 try:
                     recipe = with_settings(recipe, study.settings, library=study.library)
                 except ValueError as error:
@@ -208,6 +219,13 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
         update = {"question": table.question + suffix, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
     return tuple(trained)
+
+
+def _shown_alike(recipe: Recipe, chosen: Any) -> Recipe:
+    """Return a recipe of 0 epochs with the preprocessing for all where it has none of its own."""
+    for_all = Preprocessing.model_validate(chosen).chosen()
+    fields = for_all | recipe.preprocessing.chosen()
+    return recipe.replace(preprocessing=Preprocessing(**fields))
 
 
 def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
@@ -284,13 +302,21 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study) -> tuple[str, ...]:
-    """Say that warm-ups are shortened where trainings may end before theirs."""
+def _notes(study: Study, trials: Iterable[Trial]) -> tuple[str, ...]:
+    """Say what is adapted: warm-ups that trainings would not outlast, and who takes no settings."""
+    untrained = sum(not trial.recipe.epochs for trial in trials)
+    notes: tuple[str, ...] = ()
+    if untrained and study.settings:
+        settings = format_settings(study.settings)
+        notes = (f"{settings} changes trainings, not the {untrained} models that need none",)
     values = {**study.axes, **{axis: (value,) for axis, value in study.settings.items()}}
     epochs = [value for value in values.get("epochs", ()) if isinstance(value, int)]
     if "warmup_epochs" in values or min(epochs, default=LONGEST_WARMUP) >= LONGEST_WARMUP:
-        return ()
-    return (f"a warm-up of more than {min(epochs)} epochs is shortened in proportion",)
+        return notes
+    return (
+        *notes,
+        f"a warm-up of more than {min(epochs)} epochs is shortened in proportion",
+    )
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,16 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from evaluators import EVALUATORS, evaluator_named, headline_of
-from evaluators.base import cell_digest
+from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
 from grid.assess import Cell, EvaluatorPool
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
-from trainables.recipe import format_augmentations
+from trainables.data.listing import EMBEDDED, DataSource
+from trainables.data.load import load_data
+from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
 from trainables.store.storage import WEIGHTS, read_file, weights_path
 from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun
@@ -45,6 +48,7 @@ class Recorder(threading.Thread):
         study: str,
         scale: Scale,
         data: Data,
+        source: DataSource = EMBEDDED,
         manifest: str = "",
         line: ProgressLine,
     ) -> None:
@@ -65,12 +69,12 @@ class Recorder(threading.Thread):
         }
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
-        names = {name for trial in plan for name in trial.evaluators}
-        self._evaluators = {name: evaluator_named(name, scale) for name in names}
-        self._questions = {n: cell_digest(e, data) for n, e in self._evaluators.items()}
         # Once: an evaluator may have to list a stored set's images to identify them.
-        self._identities = {n: json.dumps(e.identity(data)) for n, e in self._evaluators.items()}
-        self._images = {n: e.total(data) for n, e in self._evaluators.items()}
+        self._questions = {
+            (geometry, name): question
+            for geometry in {trial.recipe.preprocessing.geometry() for trial in plan}
+            for name, question in questions(plan, geometry, scale, data, source)
+        }
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
@@ -82,7 +86,7 @@ class Recorder(threading.Thread):
         """Count what there is to do."""
         todo = self.trials_to_train()
         missing = [
-            name
+            (digest, name)
             for digest in self._trials
             if self._outcome(digest) != "collapsed"
             for name in self._missing(digest)
@@ -94,8 +98,8 @@ class Recorder(threading.Thread):
             cost_total=sum(trial.cost for trial in todo),
         )
         self._coming = Counter[str]()  # images that no trial has asked for yet
-        for name in missing:
-            self._coming[name] += self._images[name]
+        for digest, name in missing:
+            self._coming[name] += self._question(digest, name).images
 
     @property
     def is_all_done(self) -> bool:
@@ -116,14 +120,19 @@ class Recorder(threading.Thread):
         """Return the evaluators that have not judged a trial, or were asked something else."""
         cells = self._runs[digest].cells if digest in self._runs else {}
         wanted = self._trials[digest].evaluators
-        return [name for name in wanted if cells.get(name) != self._questions[name]]
+        return [n for n in wanted if cells.get(n) != self._question(digest, n).digest]
+
+    def _question(self, digest: str, evaluator: str) -> Question:
+        geometry = self._trials[digest].recipe.preprocessing.geometry()
+        return self._questions[geometry, evaluator]
 
     def open_study(self) -> None:
         """Open the study's run in MLflow, and note on its trials' runs that they serve it."""
         tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
-        names = [name for name in EVALUATORS if name in self._evaluators]
+        asked = {name for _, name in self._questions}
+        names = [name for name in EVALUATORS if name in asked]
         scores = list(filter(None, map(headline_of, names)))
         self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
         for digest, run in self._runs.items():
@@ -251,6 +260,7 @@ class Recorder(threading.Thread):
             recipe_json=trial.recipe.model_dump_json(),
             params=_params(trial),
             dataset=self._dataset,
+            trained=bool(trial.recipe.epochs),
         )
 
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
@@ -261,13 +271,13 @@ class Recorder(threading.Thread):
         unlogged = self._unlogged.setdefault(digest, [])
         unlogged.extend(result["epochs"])
         self.progress.epochs_done += len(result["epochs"])
-        self.progress.cost_done += trial.cost * len(result["epochs"]) / trial.recipe.epochs
+        if trial.recipe.epochs:
+            self.progress.cost_done += trial.cost * len(result["epochs"]) / trial.recipe.epochs
         latest = {k: v for entry in (run.metrics, *unlogged) for k, v in entry.items()}
         accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""
-        self.progress.running[digest] = (
-            f"{trial.recipe.model} epoch {result['epoch']}/{trial.recipe.epochs}{shown}"
-        )
+        epoch = f"epoch {result['epoch']}/{trial.recipe.epochs}"
+        self.progress.running[digest] = f"{trial.recipe.model} {epoch}{shown}"
         if result["outcome"] != "training":
             self._on_done(run, result)
 
@@ -276,7 +286,11 @@ class Recorder(threading.Thread):
         outcome, reason = result["outcome"], result["reason"]
         if outcome == "finished":
             before = run.weights_sha256
-            sizes = {"image_size": self._scale.image_size, "classes": self._scale.num_classes}
+            recipe = self._trials[run.digest].recipe
+            shown = self._scale.preprocessed(recipe.preprocessing)
+            # A head that was not trained here may have other classes than the data.
+            classes = shown.num_classes if recipe.epochs else -1
+            sizes = {"image_size": shown.image_size, "classes": classes}
             content = read_file(result["weights"])
             assert content is not None, f"{result['weights']} is gone"
             self.tracker.store_weights(run, content, result["sha256"], **sizes)
@@ -286,6 +300,7 @@ class Recorder(threading.Thread):
             self._line.say(f"{outcome}: {self._described(run.digest)}: {reason}")
         self.tracker.end_trial(run, outcome=outcome, reason=reason)
         self.progress.trials_done += 1
+        self.progress.trials_trained += bool(self._trials[run.digest].recipe.epochs)
         self.progress.running.pop(run.digest, None)
         self._submit_missing_cells(run)
 
@@ -306,15 +321,15 @@ class Recorder(threading.Thread):
         self.tracker.end_trial(run, outcome="failed", reason=reason, trace=failure["trace"])
 
     def _submit_missing_cells(self, run: TrialRun) -> None:
-        missing = self._missing(run.digest)
-        self._coming -= Counter({name: self._images[name] for name in missing})
+        missing = {name: self._question(run.digest, name) for name in self._missing(run.digest)}
+        self._coming -= Counter({name: question.images for name, question in missing.items()})
         if run.outcome != "finished":
             self.progress.cells -= len(missing)
             return
-        for evaluator in missing:
-            cell = Cell(run.digest, run.artifact_uri, evaluator, self._questions[evaluator])
-            least = self._evaluators[evaluator].least_shard
-            self._pool.submit(cell, self._images[evaluator], least=least)
+        geometry = self._trials[run.digest].recipe.preprocessing.geometry()
+        for evaluator, question in missing.items():
+            cell = Cell(run.digest, run.artifact_uri, evaluator, question.digest, geometry)
+            self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
         """Write a cell's ledger and scores, or why there are none."""
@@ -325,12 +340,13 @@ class Recorder(threading.Thread):
             self.tracker.fail_cell(run, cell.evaluator, error)
             return
         ledger, seconds = from_parquet(content)
-        scores = self._evaluators[cell.evaluator].summarize(ledger)
+        question = self._question(cell.trial, cell.evaluator)
+        scores = question.evaluator.summarize(ledger)
         self.tracker.record_cell(
             run,
             evaluator=cell.evaluator,
             cell=cell.question,
-            identity=self._identities[cell.evaluator],
+            identity=question.identity,
             ledger=content,
             judged_by=judged_by(content),
             metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
@@ -348,14 +364,46 @@ class Recorder(threading.Thread):
         return f"{self._trials[digest].name} ({digest})"
 
 
+@dataclass(frozen=True)
+class Question:
+    """An evaluator's question of models that see the images alike; `identity` is JSON."""
+
+    evaluator: Evaluator
+    digest: str
+    identity: str
+    images: int
+
+
+def questions(
+    plan: Plan, geometry: Preprocessing, scale: Scale, data: Data, source: DataSource
+) -> Iterator[tuple[str, Question]]:
+    """Yield the questions of a plan's models of one geometry, by evaluator.
+
+    data: as the scale has it, and these models where they do not depart from it.
+    """
+    shown = scale.preprocessed(geometry)
+    if shown != scale:
+        data = load_data(shown, source)
+    alike = (trial for trial in plan if trial.recipe.preprocessing.geometry() == geometry)
+    for name in {name: None for trial in alike for name in trial.evaluators}:
+        evaluator = evaluator_named(name, shown)
+        identity = json.dumps(evaluator.identity(data))
+        digest, images = cell_digest(evaluator, data), evaluator.total(data)
+        yield name, Question(evaluator, digest, identity, images)
+
+
 def _tables(trial: Trial) -> str:
     return " ".join({serves.split()[0] for serves in trial.serves})
 
 
 def _params(trial: Trial) -> dict[str, Any]:
-    fields = trial.recipe.effective()
-    fields["augmentations"] = format_augmentations(trial.recipe.augmentations)
-    flat: dict[str, Any] = {"family": trial.recipe.family, "size": trial.recipe.size}
+    recipe = trial.recipe
+    fields = recipe.effective()
+    if recipe.epochs:
+        fields["augmentations"] = format_augmentations(recipe.augmentations)
+    if recipe.init:
+        fields["init"] = recipe.init
+    flat: dict[str, Any] = {"family": recipe.family, "size": recipe.size}
     for name, value in fields.items():
         nested = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{name}.{key}".rstrip("."): entry for key, entry in nested}

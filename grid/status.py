@@ -28,6 +28,7 @@ class Progress:
     cost_total: float
     cost_done: float = 0.0
     trials_done: int = 0
+    trials_trained: int = 0
     epochs_done: int = 0
     cells_done: int = 0
     running: dict[str, str] = field(default_factory=dict)
@@ -132,6 +133,7 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
         if run.outcome == "training":
             began = format_seconds(now - run.start_time / 1000)
             epochs = f"epoch {run.logged_epochs}/{trial.recipe.epochs}"
+            epochs = epochs if trial.recipe.epochs else "its weights are read"
             lines.append(f"{_state(run)}: {trial.name}: {epochs}, begun {began} ago")
         elif run.outcome in ("failed", "blocked", "collapsed"):
             lines.append(f"{run.outcome}: {trial.name}: {run.reason}")

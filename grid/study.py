@@ -19,6 +19,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PrivateAttr,
     TypeAdapter,
     ValidationInfo,
     field_validator,
@@ -27,6 +28,7 @@ from pydantic import (
 
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import AXES, Library, with_axes
+from grid.pretrained import recipe_of_weights, with_origin
 from trainables.models import check_family
 from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, unknown
 
@@ -70,12 +72,16 @@ class Row:
 def _row(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         return value
-    changes = dict(value)
-    label, base = changes.pop("label", ""), changes.pop("base", "")
+    changes, library = dict(value), info.context or Library()
+    label = changes.pop("label", "")
     with _at(f"row {label!r}"):
         if not label or not isinstance(label, str):
             raise ValueError("its label is missing, or no text")
-        return Row(label, with_axes(_base_named(base, info.context), changes, info.context))
+        if "weights" in changes:
+            return Row(label, recipe_of_weights(changes, library.folder, SCALE))
+        if not (base := changes.pop("base", "")):
+            raise ValueError(f"a row has weights, or a base: one of {', '.join(library.bases)}")
+        return Row(label, with_axes(_base_named(base, library), changes, library))
 
 
 def _base_named(name: Any, library: Any) -> Recipe:
@@ -211,11 +217,12 @@ class Study(Frozen):
     reduced: bool = False
     subject: str = ""
     answer: str = ""
+    _folder: Path = PrivateAttr(Path())  # of its file
 
     @property
     def library(self) -> Library:
-        """The bases and curricula that it may name."""
-        return Library(self.bases, self.curricula)
+        """The bases, curricula and weights files that it may name."""
+        return Library(self.bases, self.curricula, self._folder)
 
     @property
     def for_all(self) -> tuple[str, ...]:
@@ -248,6 +255,7 @@ def load_study(name_or_file: str) -> Study:
         library = _library(entries, path)
         entries |= {"bases": library.bases, "curricula": library.curricula}
         study = Study.model_validate(entries, context=library)
+        study._folder = path.parent
         if path.parent != FOLDER:
             for table in study.tables:
                 for name in table.columns:
@@ -326,7 +334,7 @@ def _library(entries: Mapping[str, Any], path: Path, below: tuple[Path, ...] = (
             if above.resolve() in files:
                 raise ValueError(f"{above} extends itself")
             inherited = _library(_read(above), above, files)
-    curricula, bases = dict(inherited.curricula), dict(inherited.bases)
+    curricula, bases, folder = dict(inherited.curricula), dict(inherited.bases), path.parent
     with _at("curricula"):
         for name, rows in _CURRICULA.validate_python(entries.get("curricula", {})).items():
             numbered = ({"epoch": epoch, **row} for epoch, row in enumerate(rows))
@@ -334,13 +342,13 @@ def _library(entries: Mapping[str, Any], path: Path, below: tuple[Path, ...] = (
     with _at("bases"):
         for name, values in _BASES.validate_python(entries.get("bases", {})).items():
             with _at(name):
-                bases[name] = _new_base(values, Library(bases, curricula))
-    return Library(bases, curricula)
+                bases[name] = _new_base(values, Library(bases, curricula, folder))
+    return Library(bases, curricula, folder)
 
 
 def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:
     """Return a base: one above it with axes set, or a recipe of its own fields."""
-    changes = dict(values)
+    changes = with_origin(values, library.folder)
     if "extends" in changes:
         return with_axes(_base_named(changes.pop("extends"), library), changes, library)
     if wrong := [axis for axis in changes if axis not in AXES]:

@@ -64,6 +64,7 @@ VALUES = {
     "distillation": (),
     "protocol": ("as-published",),
     "init": ("timm:resnet18.a1_in1k",),
+    "init_sha256": (),
     "preprocessing": ({"size": 32, "squash": True},),
     "seed": (3,),
 }

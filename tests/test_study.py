@@ -167,7 +167,11 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
         ('label = "GELU"', 'label = "ReLU"', "tables.0.rows: row 'ReLU' is there twice"),
         ("[[claims]]", f"{EMPTY}\n[[claims]]", "table 'A1' is there twice"),
         ('label = "ReLU", ', "", "tables.0.rows.0: row '': its label is missing"),
-        (', base = "resnet50" }', " }", "row 'ReLU': unknown base ''; one of resnet50, "),
+        (
+            ', base = "resnet50" }',
+            " }",
+            "row 'ReLU': a row has weights, or a base: one of resnet50, ",
+        ),
         ("[[claims]]", "[axes]\nepochs = [3]\n[[claims]]", "axes need a base"),
         ("[[claims]]", "[[claims]", "is not TOML"),
         ("source =", "sorce =", "published: figures: unknown key 'sorce'; one of source, columns"),

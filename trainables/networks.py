@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -16,9 +17,10 @@ from torch import nn
 
 from trainables.layers import Classifier, GhostBatchNorm2d, Program
 from trainables.models import TIMM_PREFIX, model_named
-from trainables.pretrained import timm_config
+from trainables.pretrained import load_weights, num_classes_of, timm_config
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_of_recipe
+from trainables.weights import OtherHeadError
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
@@ -38,19 +40,54 @@ ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_classifier(recipe: Recipe) -> Classifier:
-    """Build a recipe's untrained classifier; its initial weights follow from the seed alone."""
+def build_classifier(recipe: Recipe, outputs: int | None = None) -> Classifier:
+    """Build a recipe's untrained classifier; its initial weights follow from the seed alone.
+
+    outputs: of its head, where they are not the data's classes.
+    """
     scale = scale_of_recipe(recipe)
+    if outputs:
+        scale = replace(scale, data_set=replace(scale.data_set, num_classes=outputs))
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d
-    if recipe.norm == "ghost":
+    if recipe.norm == "ghost" and recipe.epochs:  # only training needs the other ghosts
         ghosts = recipe.forward_batch // recipe.ghost_batch
         norm_layer = partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         backbone = model_named(recipe.model).build(scale, norm_layer)
-    own = recipe.preprocessing.mean or recipe.preprocessing.std
-    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" and not own else None
-    return _classifier(backbone, scale, recipe.activation, half)
+    stated = recipe.preprocessing.mean or recipe.preprocessing.std
+    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" and not stated else None
+    activation = None if recipe.activation == "own" else recipe.activation
+    return _classifier(backbone, scale, activation, half)
+
+
+def classifier_with(
+    recipe: Recipe, load: Callable[[Classifier], tuple[str, ...]], outputs: int | None = None
+) -> tuple[Classifier, tuple[str, ...]]:
+    """Build a recipe's classifier and `load` its weights; return it and the notes of that.
+
+    A recipe of 0 epochs has as many outputs as its weights; `outputs`: where that is known.
+    """
+    classifier = build_classifier(recipe, outputs)
+    try:
+        return classifier, load(classifier)
+    except OtherHeadError as other:
+        if recipe.epochs:
+            raise
+        classifier = build_classifier(recipe, other.outputs)
+    return classifier, load(classifier)
+
+
+def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
+    """Build a recipe's classifier with its first weights; return it and notes on these.
+
+    A classifier that is trained further gets a new head where the weights' has other classes.
+    """
+    if not recipe.init:
+        return build_classifier(recipe), ()
+    sha256, is_trained = recipe.init_sha256, recipe.epochs > 0
+    load = partial(load_weights, recipe.init, sha256=sha256, new_head=is_trained)
+    return classifier_with(recipe, load, None if is_trained else num_classes_of(recipe.init))
 
 
 def classifier_named(
@@ -85,8 +122,13 @@ def _classifier(
 
 
 def check_model(recipe: Recipe) -> None:
-    """Pass one image through a recipe's untrained model; ValueError when it cannot take it."""
-    check_images(build_classifier(recipe).eval(), recipe.model, scale_of_recipe(recipe).image_size)
+    """Pass images through a recipe's first model; ValueError when it cannot take them.
+
+    Weights that lie in a file are loaded; others are fetched by the trial.
+    """
+    in_file = Path(recipe.init).is_file()
+    classifier = (first_classifier(recipe)[0] if in_file else build_classifier(recipe)).eval()
+    check_images(classifier, recipe.model, scale_of_recipe(recipe).image_size)
 
 
 def check_images(classifier: Classifier, model: str, side: int) -> None:

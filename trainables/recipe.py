@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainables.models import MODELS, model_named
+from trainables.models import MODELS, OWN, model_named
 
 Activation = Literal["relu", "gelu", "silu", "softplus"]
 Augmentation = Literal["randaug", "mixup", "cutmix"]
@@ -38,6 +38,11 @@ MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
 MOST_IMAGES = 2**20
 LARGEST_SEED = 2**32 - 1
+# The fields of a recipe of 0 epochs that change its weights, or what they are.
+OF_CHECKPOINT = (
+    *("scale", "model", "activation", "epochs", "pixel_range"),
+    *("init", "init_sha256", "preprocessing"),
+)
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:
@@ -69,6 +74,19 @@ def check_model(name: str) -> str:
         return model_named(name).name
     except ValueError as error:
         raise ValueError(f"{error}{nearest(name, MODELS)}") from None
+
+
+def _runs_no_code(name: str) -> str:
+    """Return a model's name; ValueError where it names code that is not installed as a model.
+
+    Recipes stand in study files and in weights files, which may be a stranger's.
+    """
+    if model_named(name).family == OWN:
+        raise ValueError(
+            f"model {name!r} runs code, and studies and weights files run none: install it as a "
+            "model (docs/model.md), or judge it by the evaluators' command"
+        )
+    return name
 
 
 def problem(error: ValueError, prefix: str = "") -> str:
@@ -193,6 +211,10 @@ class Preprocessing(Frozen):
     mean: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
     std: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
 
+    def geometry(self) -> Preprocessing:
+        """Return how images are brought to a size, without the normalisation inside the model."""
+        return self.model_copy(update={"mean": None, "std": None})
+
     def chosen(self) -> dict[str, Any]:
         """Return the fields that are not left to the data set."""
         return {name: value for name, value in self if value is not None}
@@ -220,14 +242,15 @@ class Recipe(Frozen):
     (None: the whole batch) and their gradients accumulate to the total batch. `curriculum` is
     written for a training of `curriculum_epochs` and stretched to this one. `pixel_range` half
     normalises by mean and std 0.5. `precision` is that of the weight step's forward pass, fp16 with
-    a scaled loss; attacks are float32. `init`: where the first weights come from, of whatever
-    origin (`trainables.pretrained`), "": drawn by the seed; with 0 epochs they are the last as
-    well. `preprocessing` departs from the data set's. Source of the values: STUDY section 3.
+    a scaled loss; attacks are float32. `activation` own leaves the network's. `init`: where the
+    first weights come from, of whatever origin (`trainables.pretrained`), "": drawn by the seed;
+    with 0 epochs they are the last as well. `init_sha256`: of that file, which it then is, wherever
+    it lies. `preprocessing` departs from the data set's. Source of the values: STUDY section 3.
     """
 
     scale: str
-    model: Annotated[str, AfterValidator(check_model)]
-    activation: Activation = "relu"
+    model: Annotated[str, AfterValidator(check_model), AfterValidator(_runs_no_code)]
+    activation: Literal[Activation, "own"] = "relu"
     optimizer: Optimizer
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
@@ -255,6 +278,7 @@ class Recipe(Frozen):
     distillation: Distillation | None = None
     protocol: Protocol = "corrected"
     init: str = ""
+    init_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     preprocessing: Preprocessing = Preprocessing()
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
@@ -262,7 +286,9 @@ class Recipe(Frozen):
     def _can_be(self) -> Recipe:
         if not self.epochs and not self.init:
             raise ValueError("a training of 0 epochs needs the weights that it has: init")
-        if self.warmup_epochs > self.epochs:
+        if not self.epochs and self.distillation:
+            raise ValueError("a training of 0 epochs learns nothing from a teacher: leave one out")
+        if self.warmup_epochs > self.epochs > 0:
             raise ValueError(
                 f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "
                 f"{self.epochs} epochs"
@@ -320,6 +346,13 @@ class Recipe(Frozen):
         return self.batch_size // self.forward_batch
 
     @property
+    def origin(self) -> str:
+        """Where the first weights come from, briefly: 'best.pth (sha256 1a2b3c4d)', or ''."""
+        if not self.init_sha256:
+            return self.init
+        return f"{self.init.rpartition('/')[2]} (sha256 {self.init_sha256[:8]})"
+
+    @property
     def teacher(self) -> Recipe | None:
         """The recipe whose trained model this one learns from."""
         return self.distillation.teacher if self.distillation else None
@@ -355,8 +388,12 @@ class Recipe(Frozen):
     def effective(self) -> dict[str, Any]:
         """Return the fields that can change the weights, as JSON values."""
         fields = self.model_dump(mode="json")
+        chosen = self.preprocessing.model_dump(mode="json", exclude_none=True)
+        fields["preprocessing"] = chosen
         if self.distillation:
             fields["distillation"]["teacher"] = self.distillation.teacher.digest()
+        if not self.epochs:
+            fields = {name: fields[name] for name in OF_CHECKPOINT}
         by_row = bool(self.curriculum)
         inert = {
             "randaug_magnitude": "randaug" not in self.augmentations or by_row,
@@ -368,6 +405,9 @@ class Recipe(Frozen):
             "floor_rate": self.scheduler != "cosine",
             "ghost_batch": self.norm != "ghost",
             "curriculum_epochs": not by_row,
+            "init": not self.init or bool(self.init_sha256),
+            "init_sha256": not self.init_sha256,
+            "preprocessing": not self.preprocessing.chosen(),
         }
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
 
@@ -386,7 +426,11 @@ class Recipe(Frozen):
 
     def describe(self) -> str:
         """Name the recipe as a person would, e.g. 'resnet50 relu sgd step none 16ep seed0'."""
+        origin = f"of {self.origin}" if self.init not in ("", self.model) else ""
+        if not self.epochs:
+            return f"{self.model} {origin or 'as published'}"
         extras = [
+            origin,
             "AT" if self.adversary else "",
             "curriculum" if self.curriculum else "",
             "ghost" if self.norm == "ghost" else "",

@@ -11,7 +11,7 @@ import torch
 
 from trainables.data.load import load_data
 from trainables.layers import Classifier
-from trainables.networks import build_classifier
+from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store.checkpoint import (
@@ -67,11 +67,15 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     if recipe.teacher and teacher is None:
         running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
         return running
-    running.classifier = build_classifier(recipe)
     newest = None
     if team.rank == 0:
         newest = load_newest_checkpoint(folder, digest, say=running.notes.append)
     start = team.shared(newest)
+    _begin(running, is_new=start is None)
+    if not recipe.epochs:
+        running.outcome, running.trained = "finished", provenance(running.device)
+        return running
+    assert running.classifier is not None
     if start:
         running.seconds, running.trained = start["seconds"], start["trained"]
         running.unsent = [_timed(running, metrics) for metrics in start["history"]]
@@ -89,6 +93,20 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         team=team,
     )
     return running
+
+
+def _begin(running: RunningTrial, *, is_new: bool) -> None:
+    """Build a trial's classifier; a new one has its first weights, read by the first worker."""
+    recipe, team = running.recipe, running.team
+    if not (is_new and recipe.init):
+        running.classifier = build_classifier(recipe)
+    elif team.rank == 0:
+        running.classifier, notes = first_classifier(recipe)
+        running.notes += notes
+        team.shared(running.classifier.state_dict() if team.size > 1 else None)
+    else:
+        running.classifier = build_classifier(recipe)
+        running.classifier.load_state_dict(team.shared(None))
 
 
 def _teacher(running: RunningTrial, storage: str) -> Classifier | None:

@@ -125,13 +125,17 @@ class Scale:
         """Return the number of heads, each `head_width` wide, of a DeiT of published `width`."""
         return math.ceil(width / self.vit_width_divisor / self.head_width)
 
-    def epoch_cost(self, model: str) -> float:
-        """Return what an epoch of plain training costs, in the unit `cost_unit` of a model."""
-        return float(getattr(model_named(model).cost, self.cost_unit))
+    def epoch_cost(self, recipe: Recipe) -> float:
+        """Return what an epoch of plain training costs, in the unit `cost_unit` of a model.
+
+        At another image size than the scale's it is in proportion to the pixels.
+        """
+        pixels = (self.preprocessed(recipe.preprocessing).image_size / self.image_size) ** 2
+        return float(getattr(model_named(recipe.model).cost, self.cost_unit)) * pixels
 
     def cost(self, recipe: Recipe) -> float:
         """Return what training the recipe costs, in the unit of `epoch_cost`; for ordering."""
-        epoch = self.epoch_cost(recipe.model)
+        epoch = self.epoch_cost(recipe)
         # Forward, weight gradients and input gradients cost about the same; a teacher's forward
         # is one more of the three.
         passes = 3 + (2 * recipe.adversary.steps if recipe.adversary else 0)
@@ -156,6 +160,8 @@ class Scale:
 
     def shrink(self, recipe: Recipe) -> Recipe:
         """Return the study's recipe, teacher included, as it is trained at this scale."""
+        if not recipe.epochs:
+            return recipe.replace(scale=self.name)
         epochs = max(1, round(recipe.epochs * self.epochs_factor))
         rate = self.own_value(recipe, "learning_rate")
         changes: dict[str, Any] = {

@@ -21,6 +21,7 @@ from grid.report.plots import draw
 from grid.report.tables import (
     FilledCell,
     FilledTable,
+    describe_origins,
     describe_provenance,
     fill_tables,
     images_text,
@@ -64,6 +65,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     verdicts = Verdicts(tracker, runs)
     verdicts.forget_damaged(plan)
     planned = [runs[t.digest] for t in plan if t.digest in runs]
+    trained = [runs[t.digest] for t in plan if t.digest in runs and t.recipe.epochs]
     tables = tables_of(study, plan, runs)
     filled = fill_tables(tables, plan.seeds, runs)
     judgements = judge_claims(study.claims, tables, plan.seeds, verdicts, runs)
@@ -85,7 +87,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "plan": plan,
         "scale": scale,
         "title": study.title or f"Study {study.name}",
-        "images": images_text(planned, scale),
+        "images": images_text(trained, scale),
         "attacks": attacks_text(plan, scale),
         "states": states.most_common(),
         "tables": filled,
@@ -98,6 +100,8 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "first": by_name.get("claims", by_name.get("scatter")),
         "health": verdicts.health(plan),
         "gallery": gallery(plan, verdicts, tracker.classes(study.name)),
+        "stand_ins": scale.data_set.generated and any(trial.recipe.epochs for trial in plan),
+        "origins": describe_origins(plan, runs),
         "provenance": describe_provenance(planned),
         "mlflow": tracker.page,
     }
@@ -141,7 +145,7 @@ def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "low": cell.low,
             "high": cell.high,
             "n": cell.n or None,
-            "trained_images": row.images.get("train"),
+            "trained_images": row.images.get("train") if row.recipe.epochs else 0,
             "held_out_images": row.images.get("held_out"),
             "published": cell.published,
             "difference": cell.difference,

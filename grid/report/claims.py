@@ -74,15 +74,16 @@ def judge_claims(
 
 def _judge_collapse(claim: Claim, row: Row, seeds: int, runs: Mapping[str, TrialRun]) -> Judgement:
     test = f"{row.label} ({claim.row[0]}): the outcome of its training"
-    outcomes = [runs[d].outcome for d in digests_of(row.recipe, seeds) if d in runs]
+    digests = digests_of(row.recipe, seeds)
+    outcomes = [runs[digest].outcome for digest in digests if digest in runs]
     ended = [outcome for outcome in outcomes if outcome in ("finished", "collapsed")]
-    if len(ended) < seeds:
+    if len(ended) < len(digests):
         return Judgement(claim, "not judged yet", test)
     count = ended.count("collapsed")
     decision: Decision = "too little data to say"
-    if count in (0, seeds):
+    if count in (0, len(digests)):
         decision = "reproduced" if count else "not reproduced"
-    return Judgement(claim, decision, test, outcome=f"{count} of {seeds} collapsed")
+    return Judgement(claim, decision, test, outcome=f"{count} of {len(digests)} collapsed")
 
 
 def _difference(
@@ -100,7 +101,7 @@ def _difference(
         digests = digests_of(compared[0][0].recipe, seeds)
         metrics = [runs[digest].metrics for digest in digests if digest in runs]
         judged = [entry for entry in metrics if column.score in entry]
-        if len(judged) < seeds:
+        if len(judged) < len(digests):
             return None
         value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
         return Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)

@@ -119,8 +119,8 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
 
 
 def digests_of(recipe: Recipe, seeds: int) -> list[str]:
-    """Return the digests of a row's trials, one per seed."""
-    return [recipe.with_seed(seed).digest() for seed in range(seeds)]
+    """Return the digests of a row's trials, one per seed; without a training there is one."""
+    return [recipe.with_seed(seed).digest() for seed in range(seeds if recipe.epochs else 1)]
 
 
 def fill_tables(
@@ -198,6 +198,20 @@ def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
         for train, held_out in counts
     )
     return f"Images trained on: {'; '.join(parts)}." if counts else ""
+
+
+def describe_origins(plan: Plan, runs: Mapping[str, TrialRun]) -> list[str]:
+    """Say of every model whose first weights come from elsewhere from where, and how it sees."""
+    lines = []
+    for trial in (trial for trial in plan if trial.recipe.init):
+        recipe, run = trial.recipe, runs.get(trial.digest)
+        use = f"trained {recipe.epochs} epochs further" if recipe.epochs else "not trained here"
+        parts = [recipe.init, recipe.init_sha256 and f"sha256 {recipe.init_sha256}", use]
+        if run and run.weights_sha256 and not recipe.epochs:
+            parts.append(f"kept as a file of sha256 {run.weights_sha256}")
+        parts.append(str(recipe.preprocessing))
+        lines.append(f"{trial.name}: {'; '.join(filter(None, parts))}")
+    return lines
 
 
 def describe_provenance(runs: Sequence[TrialRun]) -> str:

@@ -217,8 +217,12 @@ class Tracker:
         recipe_json: str,
         params: Mapping[str, Any],
         dataset: Mapping[str, str],
+        trained: bool = True,
     ) -> TrialRun:
-        """Open a trial's run, new or not, with its parameters and its data set."""
+        """Open a trial's run, new or not, with its parameters and its data set.
+
+        trained: by the data set's images; otherwise it is only judged by them.
+        """
         tags = {
             "kind": "trial",
             "digest": digest,
@@ -232,7 +236,8 @@ class Tracker:
         if not opened.data.params:
             self._log(run, params=[Param(k, str(v)) for k, v in params.items()])
         # Does nothing where it is there.
-        source = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
+        context = InputTag("mlflow.data.context", "training" if trained else "evaluation")
+        source = DatasetInput(Dataset(**dataset), [context])
         self._call(self._client.log_inputs, run.run_id, datasets=[source])
         run.images = dict(json.loads(dataset.get("profile", "{}")))
         self.enrol(run, study, tables)
