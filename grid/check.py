@@ -21,7 +21,8 @@ from evaluators.textures import open_dictionary
 from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
-from trainables.data.images import ImageFiles, in_threads
+from trainables.data.images import ImageFiles, in_threads, size_or_problem
+from trainables.data.layouts import bytes_of, file_of
 from trainables.data.listing import (
     ANY_CLASSES,
     GIBIBYTE,
@@ -158,7 +159,6 @@ class _DataCheck:
             files = ImageFiles(
                 root,
                 images.paths,
-                places=images.places,
                 preprocessing=data_set.preprocessing,
                 native=data_set.stored_size if data_set.exact_size else 0,
             )
@@ -201,31 +201,28 @@ class _DataCheck:
 
         place: the images' set, and where in it they lie, as the manifest has them.
         """
-        names = [images.name(number) for number in range(len(images))]
+        paths = [images.path(number) for number in range(len(images))]
         digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
-        for number, name in enumerate(names):
-            stat = images.path(number).stat()
-            self.sizes[f"{place}/{os.path.relpath(name, images.root)}"] = images.bytes_of(number)
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for path in paths:
+            stat = file_of(path).stat()
+            self.sizes[f"{place}/{path.relative_to(images.root)}"] = bytes_of(path)
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         stamp = digest.hexdigest()
         if stamp not in self.sound:
             workers = len(os.sched_getaffinity(0))
-            sizes = in_threads(images.size_or_problem, range(len(images)), workers)
-            opened = list(zip(names, sizes, strict=True))
-            if damaged := [name for name, size in opened if isinstance(size, str)]:
-                self.damaged += damaged
-                folders = {Path(name).parent.name for name in damaged}
-                first = f"the first {damaged[0]} (class {Path(damaged[0]).parent.name})"
-                text = f"{len(damaged)} unreadable images in {len(folders)} classes, {first}"
-                if images.packed:
-                    text = f"{len(damaged)} unreadable images, the first {damaged[0]}"
+            opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
+            if damaged := [path for path, size in opened if isinstance(size, str)]:
+                self.damaged += map(str, damaged)
+                classes = {path.parent.name for path in damaged}
+                first = f"the first {damaged[0]} (class {damaged[0].parent.name})"
+                text = f"{len(damaged)} unreadable images in {len(classes)} classes, {first}"
                 listed = self.results / DAMAGED_FILE
                 return [("error", f"{text}: replace or remove those in {listed}")]
             self.sound[stamp] = list(self._misfits(opened, images.native, place == "images"))
         return self.sound[stamp]
 
     def _misfits(
-        self, opened: list[tuple[str, Any]], native: int, is_data: bool
+        self, opened: list[tuple[Path, Any]], native: int, is_data: bool
     ) -> Iterator[Remark]:
         """Say how many images have not the data's size, or are smaller where they need not."""
         side = native or self.scale.image_size

@@ -21,7 +21,6 @@ from grid.study import Study
 from tests.paper import STUDY, resnet50
 from tests.pictures import write_folder, write_picture
 from tests.test_cifar import CLASSES, write_arrays, write_classes
-from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.registry import KINDS
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
@@ -118,9 +117,8 @@ def test_every_damaged_image_is_listed_and_the_first_is_named_with_its_class(roo
 
 def test_only_lists_with_a_changed_image_are_opened_again(root, tmp_path, monkeypatch):
     opened = []
-    real = ImageFiles.size_or_problem
-    look_at = lambda files, place: opened.append(place) or real(files, place)  # noqa: E731
-    monkeypatch.setattr(ImageFiles, "size_or_problem", look_at)
+    real = module.size_or_problem
+    monkeypatch.setattr(module, "size_or_problem", lambda path: opened.append(path) or real(path))
     findings = look(root, tmp_path)
     assert len(opened) == 36
     assert look(root, tmp_path) == findings

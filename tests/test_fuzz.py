@@ -35,7 +35,7 @@ from grid.study import Study, load_study
 from tests.paper import BASES, deit, resnet50
 from tests.pictures import write_folder
 from trainables.data.base import Shard
-from trainables.data.images import ImageFiles
+from trainables.data.images import ImageFiles, size_or_problem
 from trainables.data.load import stored_images, stored_labels
 from trainables.networks import build_classifier
 from trainables.pretrained import load_weights
@@ -345,7 +345,7 @@ def test_the_check_and_the_loader_agree_on_which_image_is_damaged(tmp_path, cont
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mutated(content, seed))
     files = ImageFiles(tmp_path, ["train/class/picture.jpg"], preprocessing=Preprocessing(size=16))
-    size = files.size_or_problem(0)
+    size = size_or_problem(path)
     if isinstance(size, str):
         with pytest.raises(ValueError, match=r"picture\.jpg \(class class\) cannot be read: "):
             files.original(0)

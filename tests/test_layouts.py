@@ -167,7 +167,7 @@ def test_a_map_of_classes_relabels_them_and_is_part_of_the_name(tmp_path, layout
     [
         ["{name},{label}"],
         ["id,breed", "{stem},{label}"],
-        ["label\tfilename", "{label}\timages/{name}"],
+        ["filename\tlabel", "images/{name}\t{label}"],
         ["{name} {label}"],
         ["", "./{name};{label}"],
     ],
@@ -203,11 +203,10 @@ def test_indices_are_in_the_order_of_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["image,label"], r"labels\.csv is empty"),
+        ([""], r"labels\.csv is empty"),
         (["20.png"], r"labels\.csv: '20\.png' is not NAME,LABEL"),
         (["20.png,cat", "20.png,dog"], r"'20\.png' has two labels"),
         (["x.png,cat"], r"labels none of 9 images: its first name is 'x\.png', and the first .*00"),
-        (["file,label,split", "20.png,cat,tset"], "unknown split 'tset'.*Did you mean 'test'"),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit_is_refused(tmp_path, rows, message):
@@ -256,7 +255,7 @@ def test_damaged_images_and_shards_are_named(tmp_path):
     content[520:560] = b"x" * 40
     shard.write_bytes(content)
     source = DataSource(root=tmp_path)
-    with pytest.raises(ValueError, match=r"val-000000\.tar@512 cannot be read"):
+    with pytest.raises(ValueError, match=r"/1/v1\.png@512\+\d+ \(class 1\) cannot be read"):
         load_data(scale_of(None, source), source).held_out.images[:]
     shard.write_bytes(content[100:])
     with pytest.raises(ValueError, match=r"val-000000\.tar cannot be read.*fetch or make it again"):

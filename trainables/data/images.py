@@ -22,7 +22,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.layouts import TAR, open_at, open_table
+from trainables.data.layouts import (
+    ARROW,
+    PARQUET,
+    bytes_of,
+    file_of,
+    open_image,
+    open_table,
+)
 from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
 
@@ -53,12 +60,16 @@ def as_rgb(file: Image.Image) -> Image.Image:
     return file
 
 
-def _size(file: Image.Image) -> tuple[int, int]:
-    """Read an opened image down to its last byte; return its width and height."""
-    size = file.size
-    # An eighth of a JPEG's size: every byte is read, few pixels are made.
-    file.draft("RGB", (1, 1))
-    as_rgb(file)
+def size_or_problem(path: Path) -> tuple[int, int] | str:
+    """Read an image down to its last byte; return its width and height, or why it is unreadable."""
+    try:
+        with open_image(path) as content, Image.open(content, formats=FORMATS) as file:
+            size = file.size
+            # An eighth of a JPEG's size: every byte is read, few pixels are made.
+            file.draft("RGB", (1, 1))
+            as_rgb(file)
+    except UNREADABLE as error:
+        return str(error) or type(error).__name__
     return size
 
 
@@ -110,7 +121,6 @@ class ImageFiles:
         paths: Sequence[str],
         *,
         preprocessing: Preprocessing,
-        places: Sequence[tuple[int, int]] = (),
         native: int = 0,
         workers: int = 0,
     ) -> None:
@@ -118,10 +128,9 @@ class ImageFiles:
         self.root, self.native, self.workers = root, native, workers
         self.preprocessing, self.size = preprocessing, preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
-        for file in {*paths} if places else ():
-            if not file.endswith(TAR):
-                open_table(root / file)  # before threads would, each for itself
+        for file in {file_of(root / path) for path in paths if "@" in path}:
+            if file.suffix in (PARQUET, ARROW):
+                open_table(file)  # before threads would, each for itself
         self._content: Mapped | None = None  # decoded images, one behind another
         self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
 
@@ -147,7 +156,6 @@ class ImageFiles:
         """Return the images at some places, still undecoded."""
         chosen = copy.copy(self)
         chosen._paths, chosen._cached = self._paths[places], self._cached[places]
-        chosen._places = self._places[places] if len(self._places) else self._places
         return chosen
 
     def preprocessed(self, preprocessing: Preprocessing) -> ImageFiles:
@@ -160,36 +168,6 @@ class ImageFiles:
     def path(self, place: int) -> Path:
         """Return the file of the image at a place."""
         return self.root / os.fsdecode(bytes(self._paths[place]))
-
-    def name(self, place: int) -> str:
-        """Return the file of the image at a place, and where in it the image lies."""
-        inside = self._inside(place)
-        if inside is None:
-            return str(self.path(place))
-        return f"{self.path(place)}@{inside[0]}"
-
-    @property
-    def packed(self) -> bool:
-        """Whether the images lie in shards or tables."""
-        return len(self._places) > 0
-
-    def bytes_of(self, place: int) -> int:
-        """Return the bytes that an image takes as it is stored; of a table, those of a mean row."""
-        inside = self._inside(place)
-        return inside[1] if inside else self.path(place).stat().st_size
-
-    def _inside(self, place: int) -> tuple[int, int] | None:
-        if not self.packed:
-            return None
-        first, count = self._places[place].tolist()
-        return first, count
-
-    def size_or_problem(self, place: int) -> tuple[int, int] | str:
-        """Read an image to its last byte; return its width and height, or why it is unreadable."""
-        try:
-            return self._read(place, _size)
-        except ValueError as error:
-            return str(error.__cause__ or error) or type(error.__cause__).__name__
 
     def original(self, place: int) -> Image.Image:
         """Return the image at a place, whole; ValueError names it when it cannot be read."""
@@ -260,23 +238,24 @@ class ImageFiles:
         """
         digest, total = hashlib.sha256(str(self.root).encode()), 0
         for place in range(len(self)):
-            name, stat = self.name(place), self.path(place).stat()
-            total += self.bytes_of(place)
+            path = self.path(place)
+            stat = file_of(path).stat()
+            total += bytes_of(path)
             if budget is not None and total > budget:
                 return None
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
     def _read(self, place: int, take: Callable[[Image.Image], Result]) -> Result:
-        path, inside = self.path(place), self._inside(place)
+        path = self.path(place)
         try:
-            content = open_at(path, inside) if inside else path
-            with Image.open(content, formats=FORMATS) as file:
+            with open_image(path) as content, Image.open(content, formats=FORMATS) as file:
                 return take(file)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            name = self.name(place) if inside else f"{path} (class {path.parent.name})"
-            raise ValueError(f"{name} cannot be read: {reason}; replace or remove it") from error
+            raise ValueError(
+                f"{path} (class {path.parent.name}) cannot be read: {reason}; replace or remove it"
+            ) from error
 
     def _decoded(self, place: int) -> Tensor:
         image = self.original(place)
@@ -284,7 +263,7 @@ class ImageFiles:
             return as_tensor(validated(image, self.preprocessing))
         if image.size != (self.native, self.native):
             raise ValueError(
-                f"{self.name(place)} is {image.width} x {image.height} px, not {self.native} x "
+                f"{self.path(place)} is {image.width} x {image.height} px, not {self.native} x "
                 f"{self.native}: --scale folder takes images of any size"
             )
         return as_tensor(resized_whole(image, self.preprocessing))

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -19,31 +19,26 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from trainables.data.registry import STORED_SETS
-from trainables.recipe import unknown
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 TAR, PARQUET, ARROW = ".tar", ".parquet", ".arrow"
 TRAIN, HELD_OUT = "train", ("val", "validation", "valid", "test")  # the first that there is
 _SPLIT = re.compile(rf"({'|'.join((TRAIN, *HELD_OUT))})(?![a-z])")
-_COLUMNS = {  # of a table, by their usual titles
-    "name": ("image", "image_id", "file", "file_name", "filename", "path", "id", "folder", "name"),
-    "label": ("label", "labels", "class", "class_name", "category", "target", "wnid"),
-    "split": ("split", "set", "subset"),
-}
+_PLACE = re.compile(r"@(\d+)\+(\d+)$")
+_PACKED = re.compile(rf"(.*(?:{TAR}|{PARQUET}|{ARROW}))/.*{_PLACE.pattern}", re.DOTALL)
+_ASIDE = "cache-"  # Arrow files that `datasets` makes of others
 
 
 class Entry(NamedTuple):
-    """One image: its file below the root, its label, its id, and where in the file it lies.
+    """One image: its path below the root, its label, its id, and its split in a file of labels.
 
-    place: the first byte and how many in a shard; the row, and how many a row has in the mean, in
-    a table; None: the whole file.
-    split: as a file of labels has it.
+    The path of an image in a shard is FILE/LABEL/NAME@FIRST+COUNT, its bytes; of one in a table
+    FILE/LABEL/@ROW+COUNT, the bytes of a mean row.
     """
 
     path: str
     label: str
     id: str
-    place: tuple[int, int] | None = None
     split: str = ""
 
 
@@ -70,8 +65,9 @@ class Labels:
         """Return the images with the file's labels; ValueError where it has none for them."""
         labelled = []
         for entry in entries:
-            name = PurePosixPath(entry.id).name
-            names = entry.id, entry.id.partition("/")[2], name, name.rpartition(".")[0], entry.label
+            image = _PLACE.sub("", entry.id)
+            name = PurePosixPath(image).name
+            names = image, image.partition("/")[2], name, name.rpartition(".")[0], entry.label
             if row := next((self.rows[key] for key in names if key in self.rows), None):
                 label, split = row
                 labelled.append(entry._replace(label=label, id=f"{entry.id}={label}", split=split))
@@ -117,6 +113,8 @@ def read_part(root: Path, places: Sequence[Path], labels: Labels | None, column:
         part = class_folders(root, place)
     if not part.entries:
         raise ValueError(f"{place} holds no image whose name ends in {', '.join(SUFFIXES)}")
+    if not labels and (bare := next((e.path for e in part.entries if not e.label), "")):
+        raise ValueError(f"{bare} has neither .cls nor a class folder; --labels FILE labels images")
     return labels.apply(part.entries) if labels else part
 
 
@@ -128,6 +126,40 @@ def by_split(part: Part) -> tuple[Part, Part | None]:
         for name in (TRAIN, held_out)
     )
     return train, judged if held_out else None
+
+
+def _packed_at(path: Path) -> re.Match[str] | None:
+    text = str(path)
+    return _PACKED.fullmatch(text) if "@" in text else None
+
+
+def file_of(path: Path) -> Path:
+    """Return the file in which an image lies: its own, or its shard or table."""
+    packed = _packed_at(path)
+    return Path(packed[1]) if packed else path
+
+
+def bytes_of(path: Path) -> int:
+    """Return how many bytes an image takes as it is stored."""
+    packed = _packed_at(path)
+    return int(packed[3]) if packed else path.stat().st_size
+
+
+def open_image(path: Path) -> IO[bytes]:
+    """Open an image in its own file, in a shard or in a table."""
+    packed = _packed_at(path)
+    if packed is None:
+        return path.open("rb")
+    file, first, count = Path(packed[1]), int(packed[2]), int(packed[3])
+    if file.suffix == TAR:
+        with file.open("rb") as shard:
+            shard.seek(first)
+            return BytesIO(shard.read(count))
+    value = open_table(file)[0][first].as_py()
+    content = value["bytes"] if isinstance(value, dict) else value
+    if content is None:
+        raise ValueError("its row has the path of an image, not its bytes")
+    return BytesIO(content)
 
 
 def class_folders(root: Path, split: Path) -> Part:
@@ -171,7 +203,7 @@ def _packed(root: Path) -> dict[str, tuple[Path, ...]]:
     packed: dict[str, tuple[Path, ...]] = {}
     folders = [path for path in root.iterdir() if path.is_dir() and path.name not in STORED_SETS]
     for folder in (root, *sorted(folders)):
-        for path in sorted(Path(e.path) for e in os.scandir(folder) if e.name.endswith(_PACKED)):
+        for path in sorted(Path(e.path) for e in os.scandir(folder) if e.name.endswith(ENDINGS)):
             match = _SPLIT.match(path.name) or (folder != root and _SPLIT.match(folder.name))
             if (match or folder == root) and not path.name.startswith(_ASIDE):
                 split = match[1] if match else TRAIN
@@ -202,101 +234,83 @@ def _tar(root: Path, file: Path, column: str) -> Part:
                 if member.isfile() and suffix == "cls":
                     labels[stem] = shard.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
                 elif member.isfile() and member.name.lower().endswith(SUFFIXES):
-                    images.append((stem, member.name, (member.offset_data, member.size)))
+                    images.append((stem, member.name, f"{member.offset_data}+{member.size}"))
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}; fetch or make it again") from None
     below, entries = file.relative_to(root).as_posix(), []
-    for stem, name, place in images:
+    for stem, name, inside in images:
         label = labels.get(stem, PurePosixPath(name).parent.name)
-        entries.append(Entry(below, label, f"{below}/{name}", place))
+        path = f"{below}/{label}/{PurePosixPath(name).name}@{inside}"
+        entries.append(Entry(path, label, path))
     return Part((), entries)
 
 
 # Tables of Hugging Face: Parquet, or the Arrow files of `save_to_disk`.
 
 
-def _table(root: Path, file: Path, column: str) -> Part:
+def _table(root: Path, file: Path, wanted: str) -> Part:
     """List a table's rows, labelled by the names of the column's classes, or its own values."""
-    import pyarrow.parquet as pq
-
     try:
-        schema = open_table(file).schema if file.suffix == ARROW else pq.read_schema(file)
-        label, names = _label_column(schema, column)
-        table = open_table(file) if file.suffix == ARROW else pq.read_table(file, columns=[label])
-        values = table[label].to_pylist()
-    except (OSError, ValueError, KeyError) as error:
+        table = _read(file, lambda schema: _label_column(schema, wanted))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
+    names, values = _classes(table.schema).get(table.column_names[0], ()), table[0].to_pylist()
     below, entries = file.relative_to(root).as_posix(), []
-    in_a_row = file.stat().st_size // max(1, len(values))
+    count = file.stat().st_size // max(1, len(values))
     for row, value in enumerate(values):
         if value is None or (names and not 0 <= value < len(names)):
-            raise ValueError(f"{file}: row {row} has no label, but {value}: are these labelled?")
+            raise ValueError(f"{file}: row {row} has no label, but {value}: leave the file out")
         text = names[value] if names else str(value)
-        entries.append(Entry(below, text, f"{below}/{row:07d}", (row, in_a_row)))
-    return Part(names, entries)
-
-
-def _label_column(schema: Any, wanted: str) -> tuple[str, tuple[str, ...]]:
-    """Return the column of the labels, and the names of its classes where it has them."""
-    features = _features(schema)
-    classes = [name for name, kind in features.items() if kind.get("_type") == "ClassLabel"]
-    known = [name for name in _COLUMNS["label"] if name in schema.names]
-    name = wanted or (classes[0] if len(classes) == 1 else next(iter(known), ""))
-    if name not in schema.names:
-        ways = "columns " + ", ".join(schema.names)
-        raise ValueError(f"no column {name or 'label'!r}; --labels COLUMN names one of its {ways}")
-    return name, tuple(features.get(name, {}).get("names") or ())
-
-
-def _features(schema: Any) -> dict[str, Any]:
-    """Return what `datasets` writes of a table's columns."""
-    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = stated.get("info", {}).get("features", {})
-    return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        path = f"{below}/{text}/@{row}+{count}"
+        entries.append(Entry(path, text, path))
+    return Part(tuple(names), entries)
 
 
 @cache
 def open_table(file: Path) -> Any:
-    """Return a table: that of an Arrow file is mapped, that of a Parquet file is in memory."""
+    """Return a table of encoded images."""
+    return _read(file, _image_column)
+
+
+def _read(file: Path, choose: Callable[[Any], str]) -> Any:
+    """Return a table of one column, mapped from an Arrow file or read from a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file.suffix == ARROW:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    schema = pq.read_schema(file)
-    return pq.read_table(file, columns=[_image_column(schema)])
+    if file.suffix == PARQUET:
+        return pq.read_table(file, columns=[choose(pq.read_schema(file))])
+    table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    return table.select([choose(table.schema)])
+
+
+def _classes(schema: Any) -> dict[str, Sequence[str]]:
+    """Return the names of the classes of each column that has some, as `datasets` writes them."""
+    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = stated.get("info", {}).get("features", {})
+    return {name: kind["names"] for name, kind in features.items() if "names" in kind}
+
+
+def _label_column(schema: Any, wanted: str) -> str:
+    classes = list(_classes(schema))
+    known = [name for name in (*classes, "label", "labels", "class") if name in schema.names]
+    name = wanted or (known[0] if known and len(classes) < 2 else "")
+    if name not in schema.names:
+        columns = ", ".join(schema.names)
+        raise ValueError(f"no column {name or 'label'!r}; --labels COLUMN names one of {columns}")
+    return name
 
 
 def _image_column(schema: Any) -> str:
-    import pyarrow as pa
+    from pyarrow.types import is_binary, is_struct
 
-    images = [name for name, kind in _features(schema).items() if kind.get("_type") == "Image"]
-    for column in schema:
-        is_file = pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
-        if is_file or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            images.append(column.name)
-    if not images:
-        raise ValueError(f"no column of encoded images among {', '.join(schema.names)}")
-    return str(images[0])
-
-
-def open_at(file: Path, place: tuple[int, int]) -> IO[bytes]:
-    """Open an image that lies within a shard or a table."""
-    if file.suffix == TAR:
-        with file.open("rb") as shard:
-            shard.seek(place[0])
-            return BytesIO(shard.read(place[1]))
-    table = open_table(file)
-    value = table[_image_column(table.schema)][place[0]].as_py()
-    content = value["bytes"] if isinstance(value, dict) else value
-    if content is None:
-        raise ValueError(f"row {place[0]} has no bytes of an image, only its path")
-    return BytesIO(content)
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if is_binary(kind) or (is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            return str(name)
+    raise ValueError(f"no column of encoded images among {', '.join(schema.names)}")
 
 
 _READERS = {TAR: _tar, PARQUET: _table, ARROW: _table}
-_PACKED = tuple(_READERS)
-_ASIDE = "cache-"  # Arrow files that `datasets` makes of others
+ENDINGS = tuple(_READERS)
 
 
 # Files of labels.
@@ -304,45 +318,26 @@ _ASIDE = "cache-"  # Arrow files that `datasets` makes of others
 
 @cache
 def read_labels(file: Path) -> Labels:
-    """Read a file of labels: columns with or without a header; ValueError names a wrong row."""
+    """Read a file of labels, rows of name, label and maybe split; ValueError names a wrong one.
+
+    A header is a row that names nothing.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"--labels {file} cannot be read: {error}") from None
     lines = [line for line in text.splitlines() if line.strip()]
     delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
-    table = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
-    columns = _columns([title.strip().lower() for title in table[0]] if table else [])
     rows: dict[str, tuple[str, str]] = {}
-    for row in table[1:] if columns else table:
-        name, label, split = columns or (0, 1, None)
-        if len(row) <= max(name, label, split or 0):
-            raise ValueError(f"--labels {file}: {delimiter.join(row)!r} is not NAME,LABEL")
-        key = row[name].strip().removeprefix("./")
-        value = row[label].strip(), _split_named(row[split], file) if split is not None else ""
-        if rows.setdefault(key, value) != value:
-            raise ValueError(f"--labels {file}: {key!r} has two labels")
+    for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
+        if len(row) < 2:
+            raise ValueError(f"--labels {file}: {row[0]!r} is not NAME,LABEL")
+        split = _SPLIT.match(row[2].strip().lower()) if len(row) > 2 else None
+        value = row[1].strip(), split[1] if split else ""
+        if rows.setdefault(row[0].strip().removeprefix("./"), value) != value:
+            raise ValueError(f"--labels {file}: {row[0]!r} has two labels")
     if not rows:
         raise ValueError(f"--labels {file} is empty; it wants rows of NAME,LABEL")
-    files = Counter(PurePosixPath(key).name for key in rows)
-    unique = {key: PurePosixPath(key).name for key in rows if files[PurePosixPath(key).name] == 1}
-    return Labels(file, {name: rows[key] for key, name in unique.items()} | rows)
-
-
-def _columns(titles: list[str]) -> tuple[int, int, int | None] | None:
-    """Return where name, label and split stand; None where the titles name no label."""
-    where = {
-        kind: next((titles.index(title) for title in known if title in titles), None)
-        for kind, known in _COLUMNS.items()
-    }
-    label, name = where["label"], where["name"]
-    if label is None:
-        return None
-    return (int(label == 0) if name is None else name), label, where["split"]
-
-
-def _split_named(text: str, file: Path) -> str:
-    match = _SPLIT.match(text.strip().lower())
-    if match is None:
-        raise ValueError(f"--labels {file}: {unknown('split', text, (TRAIN, *HELD_OUT))}")
-    return match[1]
+    files = Counter(PurePosixPath(name).name for name in rows)
+    short = {PurePosixPath(name).name: row for name, row in rows.items()}
+    return Labels(file, {name: row for name, row in short.items() if files[name] == 1} | rows)

@@ -20,7 +20,8 @@ from trainables.data.layouts import (
     Part,
     by_split,
     class_folders,
-    open_at,
+    file_of,
+    open_image,
     read_labels,
     read_part,
     split_places,
@@ -85,8 +86,7 @@ LARGEST_USUAL = 224  # of the sizes that follow from a folder's images
 class ImageList:
     """The images of one split, by class and name: files below `root`, a label and an id each.
 
-    places: where in their files they lie, of a layout that packs them. unlabelled: how many more
-    there are, that a file of labels does not name.
+    unlabelled: how many more there are, that a file of labels does not name.
     """
 
     root: Path
@@ -94,7 +94,6 @@ class ImageList:
     paths: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
-    places: tuple[tuple[int, int], ...] = ()
     unlabelled: int = 0
 
     def __len__(self) -> int:
@@ -112,7 +111,6 @@ class ImageList:
             paths=tuple(compress(self.paths, chosen)),
             labels=tuple(compress(self.labels, chosen)),
             ids=tuple(compress(self.ids, chosen)),
-            places=tuple(compress(self.places, chosen)),
         )
 
 
@@ -267,7 +265,7 @@ def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
     places = {name: place for place, name in enumerate(names)}
     entries = part.entries
     if foreign := next((e for e in entries if e.label not in classes), None):
-        if foreign.id == foreign.path:
+        if foreign.id == foreign.path and file_of(root / foreign.path).parent.name == foreign.label:
             folder = root / PurePosixPath(foreign.path).parent
             raise ValueError(f"{folder} is no class of the data: remove it")
         text = f"{foreign.label!r}, the class of {foreign.id}, is none of the train images"
@@ -279,7 +277,6 @@ def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
         paths=tuple(entry.path for entry in entries),
         labels=tuple(places[classes[entry.label]] for entry in entries),
         ids=tuple(entry.id for entry in entries),
-        places=tuple(entry.place for entry in entries if entry.place),
         unlabelled=part.unlabelled,
     )
 
@@ -336,9 +333,6 @@ def _folder_scale(source: DataSource, image_size: int | None) -> Scale:
     if image_size is None or not is_buildable(image_size):
         image_size = _usual_size(train if len(train) else held_out)
     parts = ["\n".join(part) for part in (train.class_names, train.ids, held_out.ids)]
-    if train.places or held_out.places:  # the names of packed images say little of them
-        packed = sorted({*train.paths, *held_out.paths})
-        parts += [f"{path} {(source.root / path).stat().st_size}" for path in packed]
     return scale_for(
         folder_data_set(
             image_size=image_size,
@@ -355,10 +349,11 @@ def _usual_size(images: ImageList) -> int:
 
     sides = []
     for number in range(0, len(images), max(1, len(images) // SAMPLED)):
-        path = images.root / images.paths[number]
-        with suppress(Exception):  # --check names what is damaged
-            content = open_at(path, images.places[number]) if images.places else path
-            with Image.open(content) as file:
-                sides.append(min(file.size))
+        with (
+            suppress(Exception),  # --check names what is damaged
+            open_image(images.root / images.paths[number]) as content,
+            Image.open(content) as file,
+        ):
+            sides.append(min(file.size))
     side = median_low(sides) if sides else LARGEST_USUAL
     return max(SMALLEST_SIZE, min(LARGEST_USUAL, side - side % SIZE_STEP))

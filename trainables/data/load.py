@@ -115,7 +115,6 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         ImageFiles(
             part.root,
             part.paths,
-            places=part.places,
             preprocessing=data_set.preprocessing,
             native=data_set.stored_size if data_set.exact_size else 0,
             workers=source.workers,
