@@ -1,30 +1,28 @@
 """Plug-ins of other packages as evaluators: a class of theirs, or one function.
 
-Functions get fixed blocks of images and a generator that follows from the block's ids, so that no
+A function gets fixed blocks of images, and a generator that follows from the ids of the block: no
 verdict depends on how images are cut into shards.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.intervals import image_scores, of_mean
-from evaluators.ledger import Score, share
+from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import at_radius
-from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.base import WHOLE, Data, Shard, to_unit
 from trainables.data.registry import SEVERITIES
 from trainables.plugins import described, load, origin
 from trainables.scale import Scale
@@ -33,24 +31,20 @@ from trainables.train.adversary import attacked
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
-ATTACKED_AT_ONCE = 32  # images of a block
-CORRUPTED_AT_ONCE = 200
-CORRUPTED_SHARD = 25 * CORRUPTED_AT_ONCE
 PASSES = 40  # of an attack that does not state its own: those of PGD-20
-SHOWN_SEVERITY = 3
 
 
 class PlugIn(Evaluator):
-    """What every evaluator of a plug-in has: the package and version are part of its question."""
+    """An evaluator of another package, whose version is part of the question."""
 
-    entry: EntryPoint
+    plug_in: EntryPoint
 
     def identity(self, source: Data) -> dict[str, Any]:
-        return {**super().identity(source), "plug-in": origin(self.entry)}
+        return {**super().identity(source), "plug-in": origin(self.plug_in)}
 
 
-class PluggedFunction(PlugIn):
-    """A question that one function of a plug-in makes of each block of images."""
+class PlugInFunction(PlugIn):
+    """A question that a function makes of blocks of so many images."""
 
     function: Callable[..., Any]
     block: int
@@ -58,46 +52,45 @@ class PluggedFunction(PlugIn):
     def identity(self, source: Data) -> dict[str, Any]:
         return {**super().identity(source), "block": self.block}
 
-    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        """Yield the shard's blocks, whatever the batch size."""
+    def blocks(self, source: Data, shard: Shard) -> Iterator[Batch]:
+        """Yield a shard's images as the function gets them."""
         split = self.images(source)
         for places in shard.blocks(split.ids, self.block):
-            part: Split = split.at(places)
+            part = split.at(places)
             yield Batch(to_unit(part.images[:]), part.labels, part.ids)
 
-    def seed(self, batch: Batch) -> int:
-        """Return the seed of all that is drawn for a block."""
-        ids = "\n".join((self.name, batch.question, *batch.ids))
-        return int.from_bytes(hashlib.sha256(ids.encode()).digest()[:7], "big")
+    def generator(self, batch: Batch) -> torch.Generator:
+        """Return the generator of a block, on its device."""
+        key = "\n".join((self.name, batch.question, *batch.ids))
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        return torch.Generator(batch.images.device).manual_seed(seed)
 
     def checked(self, returned: Any, images_BCHW: Tensor) -> Tensor:
-        """Return what the function made of images; ValueError names it if these are no images."""
-        name, shape = described(self.entry), tuple(images_BCHW.shape)
-        if not isinstance(returned, Tensor):
-            raise ValueError(f"{name} returned {type(returned).__name__}, not a tensor of images")
-        if returned.shape != shape or not returned.is_floating_point():
+        """Return what the function made of images; ValueError names it if that is no images."""
+        form = type(returned).__name__
+        if isinstance(returned, Tensor):
             form = f"{returned.dtype} {tuple(returned.shape)}"
-            raise ValueError(f"{name} returned {form}, not float images {shape}")
-        changed_BCHW = returned.detach().to(images_BCHW)
-        if not changed_BCHW.isfinite().all():
-            raise ValueError(f"{name} returned pixels that are not finite")
-        return changed_BCHW
+            if returned.is_floating_point() and returned.shape == images_BCHW.shape:
+                if returned.isfinite().all():
+                    return returned.detach().to(images_BCHW)
+                form += ", not all finite"
+        wanted = f"finite float images {tuple(images_BCHW.shape)}"
+        raise ValueError(f"{described(self.plug_in)} must return {wanted}: it returned {form}")
 
 
-class PluggedAttack(PluggedFunction):
+class Attack(PlugInFunction):
     """Does the answer withstand an attack (model, images, labels, epsilon, generator) -> images?
 
-    What it returns is projected into the max-norm ball of each radius, and into [0, 1]. The model
-    is in eval mode with frozen weights. `passes` of the function: the forward passes of one image
-    that a plan counts, two for one with a gradient. Out of memory halves a block, and each half
-    has a seed of its own.
+    What it returns is cut to the max-norm ball of each radius and to [0, 1]. The model is in eval
+    mode with frozen weights; torch's global generators are seeded, too. `passes` of the function:
+    the forward passes of an image that a plan counts, two for one with a gradient. Out of memory
+    halves a block, and each half has a seed of its own.
     """
 
     takes_radii = True
-    least_shard = block = ATTACKED_AT_ONCE
+    least_shard = block = 32
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
-        super().__init__(scale)
         radii = radii or [scale.epsilon]
         self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
         self.subset_size = scale.attack_subset
@@ -109,84 +102,74 @@ class PluggedAttack(PluggedFunction):
         each = 1 + float(getattr(self.function, "passes", PASSES))
         return len(self.radii) * self.asked_about(held_out) * each
 
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+        return self.blocks(source, shard)
+
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        rows = []
-        with attacked(classifier):
+        rows, images_BCHW = [], batch.images
+        gpus = [images_BCHW.device] if images_BCHW.is_cuda else []
+        with attacked(classifier), torch.random.fork_rng(gpus):
             for question, epsilon in self.radii.items():
-                inside_BCHW = self._attacked(classifier, batch, epsilon)
+                generator = self.generator(batch)
+                torch.manual_seed(generator.initial_seed())
+                own = images_BCHW.clone(), batch.labels.clone()  # which it may change
+                returned = self.function(classifier, *own, epsilon, generator)
+                changed_BCHW = self.checked(returned, images_BCHW)
+                low_BCHW, high_BCHW = images_BCHW - epsilon, images_BCHW + epsilon
+                inside_BCHW = torch.clamp(changed_BCHW, low_BCHW, high_BCHW).clamp_(0, 1)
                 with torch.no_grad():
                     predicted = classifier(inside_BCHW).argmax(dim=1)
                 rows.append(verdicts(batch, question, predicted, judged_BCHW=inside_BCHW))
         return pa.concat_tables(rows)
 
-    def _attacked(self, classifier: Classifier, batch: Batch, epsilon: float) -> Tensor:
-        """Return the attacked images; torch's global generators start from the seed, too."""
-        images_BCHW, device, seed = batch.images, batch.images.device, self.seed(batch)
-        generator = torch.Generator(device).manual_seed(seed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            returned = self.function(
-                classifier, images_BCHW.clone(), batch.labels.clone(), epsilon, generator
-            )
-        low_BCHW = (images_BCHW - epsilon).clamp_(min=0)
-        high_BCHW = (images_BCHW + epsilon).clamp_(max=1)
-        return torch.clamp(self.checked(returned, images_BCHW), low_BCHW, high_BCHW)
 
-
-class PluggedCorruption(PluggedFunction):
+class Corruption(PlugInFunction):
     """Error under a corruption (images, severity, generator) -> images at five severities.
 
-    Images are corrupted on the CPU, so that every device judges the same ones, and cut to [0, 1].
+    Images are corrupted on the CPU, the same on every device, and cut to [0, 1].
     """
 
-    least_shard, block = CORRUPTED_SHARD, CORRUPTED_AT_ONCE
+    block = 200
+    least_shard = 25 * block
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return self.asked_about(held_out) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
-        for batch in super().batches(source, batch_size=batch_size, shard=shard):
+        for block in self.blocks(source, shard):
             for severity in SEVERITIES:
-                asked = replace(batch, question=f"{self.name}-{severity}")
-                generator = torch.Generator().manual_seed(self.seed(asked))
-                returned = self.function(batch.images.clone(), severity, generator)
-                yield replace(asked, images=self.checked(returned, batch.images).clamp(0, 1))
+                batch = replace(block, question=f"{self.name}-{severity}")
+                returned = self.function(block.images.clone(), severity, self.generator(batch))
+                yield replace(batch, images=self.checked(returned, block.images).clamp(0, 1))
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
-        is_shown = batch.question == f"{self.name}-{SHOWN_SEVERITY}"
-        shown = batch.images if is_shown else None
-        return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
+        return verdicts(batch, batch.question, predicted, judged_BCHW=batch.images)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
-        """Return the mean error over severities, with Student's interval, and that of each."""
-        errors_N = np.array(list((image_scores(ledger, self.name) or {}).values()))
+        """Return the mean error over severities, with Student's interval, and that at each."""
+        errors_N = np.array([*(image_scores(ledger, self.name) or {}).values()])
         low, high = of_mean(errors_N, least=0, most=1)
         scores = [Score(self.name, float(errors_N.mean()), low, high, len(errors_N))]
-        for question in pc.unique(ledger["question"]).to_pylist():
-            rows = ledger.filter(pc.equal(ledger["question"], question))
-            wrong = len(rows) - (pc.sum(rows["survived"]).as_py() or 0)
-            scores.append(share(question, wrong, len(rows)))
+        for s in survival_scores(ledger):
+            name = f"{self.name}/severity-{s.name[-1]}"
+            scores.append(Score(name, 1 - s.value, 1 - s.high, 1 - s.low, s.n))
         return scores
 
 
-@cache
 def class_of(plug_in: EntryPoint) -> type[Evaluator]:
     """Return the evaluator that a plug-in brings; ValueError where it brings none."""
     loaded, kind = load(plug_in), plug_in.group.rpartition(".")[2]
-    fields: dict[str, Any] = {"entry": plug_in, "name": plug_in.name}
+    fields: dict[str, Any] = {"plug_in": plug_in, "name": plug_in.name}
     if kind == "evaluators":
-        if not (isinstance(loaded, type) and issubclass(loaded, Evaluator)):
-            raise ValueError(f"{described(plug_in)} is {loaded!r}, not a class of Evaluator")
-        if loaded.name != plug_in.name:
-            raise ValueError(
-                f"{described(plug_in)} calls itself {loaded.name!r}: one name for both"
-            )
+        is_evaluator = isinstance(loaded, type) and issubclass(loaded, Evaluator)
+        if not is_evaluator or getattr(loaded, "name", "") != plug_in.name:
+            raise ValueError(f"{described(plug_in)} is no Evaluator with name = {plug_in.name!r}")
         return type(plug_in.name, (PlugIn, loaded), fields)
     if not callable(loaded):
-        raise ValueError(f"{described(plug_in)} is {loaded!r}, not a function")
-    base = PluggedAttack if kind == "attacks" else PluggedCorruption
-    title = plug_in.name if kind == "attacks" else f"{plug_in.name} error"
-    fields |= {"function": staticmethod(loaded), "columns": (Column(plug_in.name, title),)}
-    return cast(type[Evaluator], type(plug_in.name, (base,), fields))
+        raise ValueError(f"{described(plug_in)} is no function")
+    base, title = (Attack, "") if kind == "attacks" else (Corruption, " error")
+    columns = (Column(plug_in.name, plug_in.name + title),)
+    fields |= {"function": staticmethod(loaded), "columns": columns}
+    return type(plug_in.name, (base,), fields)

@@ -119,3 +119,14 @@ def test_shards_of_latency_alone_grow_for_all_that(tmp_path):
 @pytest.mark.parametrize(("images", "taken"), [(96, 96), (97, 64)])
 def test_a_small_rest_is_no_shard_of_its_own(tmp_path, images, taken):
     assert ShardStore(tmp_path, images, side=16).take() == Shard(0, taken)
+
+
+def test_shards_are_multiples_of_the_least_up_to_the_last(tmp_path):
+    store, taken = ShardStore(tmp_path, 250, side=16, least=24), []
+    while store.waiting:
+        taken.append(store.take())
+    # 64 images at 16 px come down to 48; the 58 that are left after four shards are one.
+    assert [(shard.first, shard.end) for shard in taken] == [
+        *((0, 48), (48, 96), (96, 144), (144, 192)),
+        (192, 250),
+    ]

@@ -17,21 +17,20 @@ def plug_ins(kind: str) -> EntryPoints:
     return installed().select(group=f"robustness_grid.{kind}")
 
 
+def versions() -> dict[str, str]:
+    """Return the version of every package that brings plug-ins, by its name."""
+    packages = (plug_in.dist for kind in KINDS for plug_in in plug_ins(kind))
+    return {package.name: package.version for package in packages if package}
+
+
 def origin(plug_in: EntryPoint) -> str:
     """Return the package and the version that a plug-in comes from."""
     return f"{plug_in.dist.name} {plug_in.dist.version}" if plug_in.dist else "no package"
 
 
-def versions() -> dict[str, str]:
-    """Return the version of every package that brings plug-ins, by its name."""
-    packages = (point.dist for kind in KINDS for point in plug_ins(kind))
-    return {package.name: package.version for package in packages if package}
-
-
 def described(plug_in: EntryPoint) -> str:
     """Name a plug-in for a message: "plug-in 'stripes' (data_sets) of example 0.1"."""
-    kind = plug_in.group.rpartition(".")[2]
-    return f"plug-in {plug_in.name!r} ({kind}) of {origin(plug_in)}"
+    return f"plug-in {plug_in.name!r} ({plug_in.group.rpartition('.')[2]}) of {origin(plug_in)}"
 
 
 def load(plug_in: EntryPoint) -> Any:
