@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
 
 from evaluators.ledger import CONFIDENCE
-from trainables.data.registry import EXTRA_KINDS
+from trainables.data.registry import KINDS
 
 Interval = tuple[float, float]
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
-ERRORS = "corruptions"  # an error, a mean over questions; so is the score of one kind alone
+ERRORS = "corruptions"  # an error over the fifteen kinds; a plug-in's is over one, of its name
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,15 @@ class Paired:
 
 
 def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:
-    """Return what each image adds to a score; None for a score that is no mean over images."""
-    kinds = pc.replace_substring_regex(ledger["question"], r"-\d$", "")
-    if score == ERRORS or pc.unique(kinds).to_pylist() == [score]:
-        fifteen = pc.invert(pc.is_in(kinds, pa.array(EXTRA_KINDS)))
-        grouped = ledger.filter(fifteen).group_by("image_id").aggregate([("survived", "mean")])
+    """Return what each image adds to a score; None for a score that is no mean over images.
+
+    The ledger may hold the questions of other scores, too.
+    """
+    kinds = pc.replace_substring_regex(ledger["question"], r"-[1-5]$", "")
+    of_score = pc.is_in(kinds, pa.array(KINDS if score == ERRORS else [score]))
+    corrupted = ledger.filter(pc.and_(of_score, pc.not_equal(kinds, ledger["question"])))
+    if len(corrupted):
+        grouped = corrupted.group_by("image_id").aggregate([("survived", "mean")])
         ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])
     else:
         rows = ledger.filter(pc.equal(ledger["question"], score))

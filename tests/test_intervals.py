@@ -118,3 +118,17 @@ def test_an_images_score_is_its_survival_or_its_error_over_the_fifteen_corruptio
     score = next(s for s in Corruptions(DIGITS).summarize(ledger) if s.name == "corruptions")
     assert np.mean(list(errors.values())) == pytest.approx(score.value)
     assert (score.low, score.high) == of_mean(np.array([3 / 15, 1 / 15]), least=0, most=1)
+
+
+def test_an_images_score_leaves_the_questions_of_other_scores_out():
+    batch = Batch(torch.zeros(1, 3, 4, 4), torch.tensor([0]), ("a",))
+    wrong = {"fog-2", "mine-1", "mine-5", "pgd-5"}
+    corrupted = [f"{kind}-{severity}" for kind in (*KINDS, "mine") for severity in SEVERITIES]
+    ledger = pa.concat_tables(
+        verdicts(batch, question, torch.tensor([int(question in wrong)]))
+        for question in ("clean", *corrupted, "pgd-5", "pgd-10")
+    )
+    errors = {score: image_scores(ledger, score) for score in ("corruptions", "mine")}
+    assert errors == {"corruptions": {"a": pytest.approx(1 / 75)}, "mine": {"a": 2 / 5}}
+    assert image_scores(ledger, "clean") == image_scores(ledger, "pgd-10") == {"a": 1.0}
+    assert image_scores(ledger, "pgd-5") == {"a": 0.0}
