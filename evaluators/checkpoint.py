@@ -22,7 +22,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     """Judge, print, write and log; False where Ctrl-C cut it short. ValueError."""
     device = device_named(options.device)
     source = options.source()
-    subject = load_subject(options, source)
+    subject = load_subject(options, source, device)
     scale, classifier = _with_budgets(subject.scale, options), subject.classifier
     folder = options.ledger or Path("results/ledgers", f"{subject.name}-{subject.digest}")
     data = load_data(scale, source)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from trainables.data.listing import DataSource, scale_of
 from trainables.layers import Classifier
 from trainables.models import MODELS, TIMM_PREFIX
-from trainables.networks import build_classifier, check_images, classifier_named
+from trainables.networks import build_classifier, check_images, classifier_named, classifier_with
 from trainables.pretrained import (
     code_of,
     load_weights,
@@ -24,7 +25,7 @@ from trainables.pretrained import (
 from trainables.recipe import Preprocessing, Recipe
 from trainables.scale import Scale, scale_of_recipe
 from trainables.store.checkpoint import recipe_of
-from trainables.weights import OtherHeadError, read_content
+from trainables.weights import read_content
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -44,43 +45,50 @@ class Subject:
     said: tuple[str, ...]
 
 
-def load_subject(options: JudgeOptions, source: DataSource) -> Subject:
+def load_subject(options: JudgeOptions, source: DataSource, device: torch.device) -> Subject:
     """Build the model that the options, or the weights file's own header, name; load it.
 
     ValueError.
     """
-    weights = _weights(options)
+    weights, sha256 = _weights(options), options.sha256
     in_file = weights and not weights.startswith(TIMM_PREFIX)
-    content = read_content(local_file(weights, options.sha256), options.sha256) if in_file else b""
-    model = options.model or ("" if in_file else weights)
-    if model:
+    content = read_content(local_file(weights, sha256), sha256) if in_file else b""
+    if model := options.model or ("" if in_file else weights):
         scale = _scale(options, model, source)
-        classifier, notes = _by_name(options, model, weights, scale)
+        build = partial(_built, options, model, scale)
     else:
         recipe = _recipe(options, content, weights)
-        model, scale, classifier = recipe.model, scale_of_recipe(recipe), build_classifier(recipe)
-        notes = load_weights(weights, classifier, sha256=options.sha256)
+        model, scale = recipe.model, scale_of_recipe(recipe)
+        build = partial(build_classifier, recipe)
+    load = partial(load_weights, weights, sha256=sha256) if weights else (lambda _: ())
+    classifier, notes = classifier_with(build, load, num_classes_of(weights))
     for buffer, value in ((classifier.mean, options.mean), (classifier.std, options.std)):
         if value:
             buffer.copy_(torch.tensor(value).view_as(buffer))
-    if model not in MODELS:
-        check_images(classifier.eval(), model, scale.image_size)
     said = [f"Model: {model}; weights: {weights or 'as the model brings them'}"]
-    said += [f"Weights: {note}" for note in notes]
-    if preprocessing_of(model).chosen():
-        said.append(f"Preprocessing: as timm states for {model}, unless an option says otherwise")
-    said.append(options.images_line(scale))
-    mean, std = classifier.mean.flatten(), classifier.std.flatten()
-    if not (
-        mean.equal(torch.tensor(scale.data_set.mean))
-        and std.equal(torch.tensor(scale.data_set.std))
-    ):
-        normalisation = Preprocessing(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-        said.append(f"Normalisation, as in training: {normalisation}")
+    said += [
+        *(f"Weights: {note}" for note in notes),
+        *_images_said(options, model, scale, classifier),
+    ]
+    if model not in MODELS:
+        check_images(classifier.to(device).eval(), model, scale.image_size)
     name = Path(weights).stem if in_file else Path((weights or model).rpartition(":")[2]).name
-    return Subject(
-        classifier, scale, name, _digest(classifier, content, code_of(model)), tuple(said)
-    )
+    digest = _digest(classifier, content, code_of(model))
+    return Subject(classifier, scale, name, digest, tuple(said))
+
+
+def _images_said(
+    options: JudgeOptions, model: str, scale: Scale, classifier: Classifier
+) -> Iterator[str]:
+    """Say how images are brought to a model, and its normalisation where it is not the scale's."""
+    if preprocessing_of(model).chosen():
+        yield f"Preprocessing: as timm states for {model}, unless an option says otherwise"
+    yield options.images_line(scale)
+    mean, std = classifier.mean.flatten(), classifier.std.flatten()
+    of_scale = torch.tensor([scale.data_set.mean, scale.data_set.std])
+    if not torch.stack([mean, std]).equal(of_scale):
+        own = Preprocessing(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+        yield f"Normalisation: {own}, inside the model"
 
 
 def _weights(options: JudgeOptions) -> str:
@@ -105,33 +113,16 @@ def _weights(options: JudgeOptions) -> str:
 def _scale(options: JudgeOptions, model: str, source: DataSource) -> Scale:
     """Return the data's scale as the model sees it: as the options say, or as timm does."""
     scale = scale_of(options.scale, source, image_size=options.image_size)
-    stated = preprocessing_of(model).chosen() | options.preprocessing().chosen()
+    stated = preprocessing_of(model).chosen() | ({"squash": False} if options.crop else {})
+    stated |= options.preprocessing().chosen()
     return scale.preprocessed(Preprocessing.model_validate(stated))
 
 
-def _by_name(
-    options: JudgeOptions, model: str, weights: str, scale: Scale
-) -> tuple[Classifier, tuple[str, ...]]:
-    """Build a model, with the head that the weights have, and load them."""
-
-    def build(num_classes: int | None) -> Classifier:
-        return classifier_named(
-            model,
-            scale,
-            activation=options.activation,
-            arguments=options.arguments(),
-            num_classes=num_classes,
-        )
-
-    classifier = build(num_classes_of(weights))
-    if not weights:
-        return classifier, ()
-    try:
-        return classifier, load_weights(weights, classifier, sha256=options.sha256)
-    except OtherHeadError as other:
-        classifier = build(other.outputs)
-        notes = load_weights(weights, classifier, sha256=options.sha256)
-        return classifier, (f"the model gets their head of {other.outputs} classes", *notes)
+def _built(options: JudgeOptions, model: str, scale: Scale, outputs: int | None) -> Classifier:
+    arguments, activation = options.arguments(), options.activation
+    return classifier_named(
+        model, scale, activation=activation, arguments=arguments, num_classes=outputs
+    )
 
 
 def _recipe(options: JudgeOptions, content: bytes, weights: str) -> Recipe:
@@ -139,7 +130,7 @@ def _recipe(options: JudgeOptions, content: bytes, weights: str) -> Recipe:
     recipe = recipe_of(content, weights)
     if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
         raise ValueError(f"{weights} was trained at {recipe.scale}, not {options.scale}")
-    stated = recipe.preprocessing.chosen() | options.preprocessing().chosen()
+    stated = recipe.preprocessing.chosen() | options.preprocessing().geometry().chosen()
     changes: dict[str, Any] = {"preprocessing": Preprocessing.model_validate(stated)}
     if options.activation:
         changes["activation"] = options.activation

@@ -51,7 +51,7 @@ class JudgeOptions(DataOptions):
     )
     model: ModelName | None = option(
         None,
-        f"{', '.join(MODELS)}, or {', '.join(FORMS)} (FILE, MODULE and REPO are code, which runs) "
+        f"{', '.join(MODELS)}, or {', '.join(FORMS)}; FILE, MODULE and REPO are code, which is run "
         "(default: as the weights file's header says)",
         "NAME",
     )

@@ -128,7 +128,9 @@ def test_a_timm_model_is_shown_images_as_timms_config_of_it_says(
     for other in ("--mean 0.485 0.456 0.406", "--std 0.3"):
         assert judge(*words, *other.split()) != [*range(10)], other
     options = JudgeOptions.read(words)
-    seen = load_data(load_subject(options, options.source()).scale, options.source())
+    seen = load_data(
+        load_subject(options, options.source(), torch.device("cpu")).scale, options.source()
+    )
     assert torch.equal(seen.held_out.images[:].permute(0, 2, 3, 1), torch.stack(by_hand))
 
 

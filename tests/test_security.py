@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from packaging.requirements import Requirement
 from texture_builder import vgg19_network
 from torchvision.datasets import CIFAR10 as TORCHVISION
 
+from evaluators.__main__ import main as judge
 from evaluators.shards import ShardStore
 from evaluators.textures import LAYOUT, StoredTextures
 from grid import options, run
@@ -211,6 +213,30 @@ def test_what_is_written_over_a_link_leaves_its_target_alone(tmp_path, small):
     save_weights(link, build_classifier(small()), "{}")
     assert target.read_bytes() == b"mine"
     assert not link.is_symlink()
+
+
+@pytest.mark.parametrize("model", ["CODE/planted.py:net", "planted:net", "torchhub:CODE:net"])
+def test_neither_a_weights_file_nor_a_study_may_name_code(
+    model, marker, tmp_path, small, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("planted.py", "hubconf.py"):
+        (tmp_path / name).write_text(f"import os; os.mkdir({str(marker)!r})")
+    named = model.replace("CODE", str(tmp_path))
+    header = json.dumps(small().model_dump(mode="json") | {"model": named})
+    save_weights(tmp_path / "w.safetensors", build_classifier(small()), header)
+    with pytest.raises(SystemExit):
+        judge(["--weights", str(tmp_path / "w.safetensors")])
+    assert "names no recipe of this project" in capsys.readouterr().err
+    study = tmp_path / "study.toml"
+    base = f'model = "{named}"\noptimizer = "sgd"\nscheduler = "step"\nepochs = 1'
+    study.write_text(f'name = "s"\n[bases.a]\n{base}')
+    with pytest.raises(ValueError, match="runs code, and studies and weights files run none"):
+        load_study(str(study))
+    assert not marker.exists()
+    with pytest.raises(SystemExit):  # where the user names it, it is run
+        judge(["--model", named])
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("name", ["[", "\x1b[31m"])

@@ -62,19 +62,20 @@ def build_classifier(recipe: Recipe, outputs: int | None = None) -> Classifier:
 
 
 def classifier_with(
-    recipe: Recipe, load: Callable[[Classifier], tuple[str, ...]], outputs: int | None = None
+    build: Callable[[int | None], Classifier],
+    load: Callable[[Classifier], tuple[str, ...]],
+    outputs: int | None = None,
 ) -> tuple[Classifier, tuple[str, ...]]:
-    """Build a recipe's classifier and `load` its weights; return it and the notes of that.
+    """Build a classifier and `load` its weights; return it and the notes of that.
 
-    A recipe of 0 epochs has as many outputs as its weights; `outputs`: where that is known.
+    build: by the number of its outputs, None for the data's; it gets as many as the weights have.
+    outputs: where that number is known.
     """
-    classifier = build_classifier(recipe, outputs)
+    classifier = build(outputs)
     try:
         return classifier, load(classifier)
     except OtherHeadError as other:
-        if recipe.epochs:
-            raise
-        classifier = build_classifier(recipe, other.outputs)
+        classifier = build(other.outputs)
     return classifier, load(classifier)
 
 
@@ -87,7 +88,8 @@ def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
         return build_classifier(recipe), ()
     sha256, is_trained = recipe.init_sha256, recipe.epochs > 0
     load = partial(load_weights, recipe.init, sha256=sha256, new_head=is_trained)
-    return classifier_with(recipe, load, None if is_trained else num_classes_of(recipe.init))
+    outputs = None if is_trained else num_classes_of(recipe.init)
+    return classifier_with(partial(build_classifier, recipe), load, outputs)
 
 
 def classifier_named(
@@ -134,13 +136,12 @@ def check_model(recipe: Recipe) -> None:
 def check_images(classifier: Classifier, model: str, side: int) -> None:
     """Pass an image through a classifier, and three; ValueError when it cannot take them."""
     for count in (1, 3):
+        images_BCHW = torch.zeros(count, 3, side, side, device=classifier.mean.device)
         try:
             with torch.inference_mode():
-                logits: object = classifier(torch.zeros(count, 3, side, side))
+                logits: object = classifier(images_BCHW)
         except Exception as error:  # a user's code raises all kinds of errors
-            remedy = ""
-            if isinstance(classifier.backbone, Program):
-                remedy = f"; {ANY_BATCH}"
+            remedy = f"; {ANY_BATCH}" if isinstance(classifier.backbone, Program) else ""
             raise ValueError(
                 f"model {model!r} cannot take {count} images of {side} px: {error}{remedy}"
             ) from None

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,8 @@ def classifier_of(path: Path, digest: str) -> Classifier:
 
     recipe, tensors = read_weights(path.read_bytes(), path, digest)
     if not recipe.epochs:
-        return classifier_with(recipe, lambda c: fit_any_weights(tensors, c, str(path)))[0]
+        load = partial(fit_any_weights, tensors, origin=str(path))
+        return classifier_with(partial(build_classifier, recipe), load)[0]
     classifier = build_classifier(recipe)
     fit_weights(tensors, classifier, path)
     return classifier
