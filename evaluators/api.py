@@ -71,8 +71,8 @@ def evaluate(
     radii, by_gradient, own = _radii(epsilon), _by_gradient(names), read(data, image_size)
     classifier = classifier_of(model, own.split.images.shape[1], mean, std, draws=eot)
     label = name or getattr(model, "__qualname__", type(model).__name__)
-    where = torch.device(device) if device else device_of(classifier)
-    where = device_named(str(where) if where else None)
+    home = device or device_of(classifier)
+    where = device_named(str(home) if home else None)
     notes, probed = _said_of_mode(classifier), own.split.images[:PROBED]
     with ExitStack() as stack:
         for context in (as_it_was(classifier), settings_restored(), torch.inference_mode(False)):

@@ -126,7 +126,7 @@ def _stored(source: Data) -> CorruptedSet | None:
 
 
 def _chosen(source: Data) -> Split:
-    return source.held_out.subset(GENERATED_IMAGES, seed=0)
+    return source.held_out.subset(source.corrupted or GENERATED_IMAGES, seed=0)
 
 
 def _generated(source: Data) -> Iterable[tuple[str, Split]]:

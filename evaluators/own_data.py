@@ -70,6 +70,7 @@ class OwnData:
             data_set=data_set, train=nothing, held_out=self.split, class_names=names
         )
         patch = replace(scale.patch, images=n)
+        data = replace(data, corrupted=n)
         return replace(scale, attack_subset=n, autoattack_subset=n, patch=patch), data
 
 
@@ -106,12 +107,17 @@ def _with_scale(data: Data) -> OwnData:
 
 def _folder(root: Path, image_size: int | None) -> OwnData:
     """Read val/ or test/; where there is neither, all images are judged."""
+    if not root.is_dir():
+        raise ValueError(f"the folder {root} is not there")
+    source = DataSource(root=root)
     try:
-        source = DataSource(root=root)
         scale = scale_of(FOLDER, source)
-    except ValueError:
+    except ValueError as problem:
         source = DataSource(root=root, hold_out=1)
-        scale = scale_of(FOLDER, source)
+        try:
+            scale = scale_of(FOLDER, source)
+        except ValueError:
+            raise problem from None
     scale = scale.preprocessed(Preprocessing(size=image_size))
     scale = replace(scale, epsilon=_radius(scale.image_size))
     data = load_data(scale, source)

@@ -200,6 +200,8 @@ def compare(scores: Scores, other: Scores) -> Comparison:
 def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Say in which setting two evaluators' identities differ, the images apart; '' in none."""
     for key in [k for k in {**ours, **theirs} if k not in ("images", "data")]:
-        if ours.get(key) != theirs.get(key):
-            return f"{key} is {ours.get(key)} of the first and {theirs.get(key)} of the second"
+        both = [side.get(key) for side in (ours, theirs)]
+        if both[0] != both[1]:
+            shown = [f"{255 * v:g}/255" if isinstance(v, float) else v for v in both]
+            return f"{key} is {shown[0]} of the first and {shown[1]} of the second"
     return ""

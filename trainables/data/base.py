@@ -109,8 +109,9 @@ class Data:
 
     `roots`: where stored sets lie, by name; `workers`: processes that decode and augment for a
     training; `cache`: a folder for what is made of it, None to keep that in memory; `origin`: loads
-    the data without the preprocessing of a model, None where there is none. Only the same object is
-    equal, so that it can key a cache.
+    the data without the preprocessing of a model, None where there is none; `corrupted`: held-out
+    images of which corruptions are generated, 0 for the evaluator's own number. Only the same
+    object is equal, so that it can key a cache.
     """
 
     data_set: DataSet
@@ -121,6 +122,7 @@ class Data:
     workers: int = 0
     cache: Path | None = None
     origin: Callable[[], Data] | None = None
+    corrupted: int = 0
 
     @property
     def name(self) -> str:
