@@ -75,8 +75,8 @@ class JudgeOptions(DataOptions):
     )
     epsilon: Annotated[tuple[Radius, ...], Split] = option(
         (),
-        "radii of pgd and autoattack in the max-norm, of pixels in [0, 1], e.g. 4/255 0.5/255 "
-        "(default: the scale's)",
+        "radii of pgd, autoattack and plug-ins' attacks in the max-norm, of pixels in [0, 1], e.g. "
+        "4/255 0.5/255 (default: the scale's)",
         "RADIUS",
     )
     attack_images: Count | None = option(
