@@ -162,6 +162,21 @@ def test_a_map_of_classes_relabels_them_and_is_part_of_the_name(tmp_path, layout
     assert data.held_out.ids_hash() != load_data(scale_of(None, source), source).held_out.ids_hash()
 
 
+def test_one_image_of_another_class_is_another_data_set_and_another_question(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        picture(7).save(tmp_path / "val" / name)
+    names, questions = set(), set()
+    for second in ("cat", "dog"):
+        rows = ["a,cat", f"b,{second}", "c,dog", "d,dog"]
+        labels = labels_file(tmp_path / second, rows)
+        source = DataSource(root=tmp_path, labels=labels)
+        scale = scale_of(None, source)
+        names.add(scale.name)
+        questions.add(load_data(scale, source).held_out.ids_hash())
+    assert len(names) == len(questions) == 2
+
+
 @pytest.mark.parametrize(
     "rows",
     [
