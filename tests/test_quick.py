@@ -146,7 +146,7 @@ def test_the_same_command_goes_on_with_the_same_sizes(capsys, tmp_path):
         assert main([*words, "--results", str(tmp_path)]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert re.search(r"chosen for 3 min, .* measured here, a training takes [\d.]+ ms", said[0])
+    assert re.search(r"chosen for 3 min, .* measured here, training takes [\d.]+ ms", said[0])
     assert "1,200 of 1,200 train images, 10 epochs in place of 10, 597 held-out" in said[0]
 
 
