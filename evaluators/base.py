@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evaluators.ledger import LEDGER, Score, in_order, survival_scores
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
-from trainables.data.registry import data_set_named
+from trainables.data.registry import FOLDER, data_set_named
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Column:
             return self
         if not self.counterpart:
             return None
-        heading = data_set.stand_in(self.counterpart)
+        shown = FOLDER if data_set.name.startswith(f"{FOLDER}-") else data_set.name
+        heading = replace(data_set, name=shown).stand_in(self.counterpart)
         return replace(self, heading=heading, stands_in=not data_set.generated)
 
 

@@ -32,6 +32,7 @@ def test_a_part_has_each_class_as_often_as_the_whole_and_any_order_chooses_it():
     ids = [f"image {place}" for place in range(12)]
     places = choose(ids, labels, 4)
     assert [labels[place] for place in places] == [0, 0, 1, 2]
+    assert Counter(labels[place] for place in choose(ids, labels, 8)) == {0: 4, 1: 2, 2: 2}
     turned = choose(ids[::-1], labels[::-1], 4)
     assert sorted(11 - place for place in turned) == places
     assert choose(ids, labels, 0) == list(range(12))
@@ -155,7 +156,7 @@ def test_a_quick_look_at_a_folder_ends_with_a_report_that_says_so(capsys, tmp_pa
     words = ["--data", str(folder), "--minutes", "3", "--results", str(tmp_path / "results")]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert "Trained 2 and judged 10 cells" in said.out
+    assert "Trained 2 and judged 12 cells" in said.out
     (note,) = re.findall(
         r"^note: (Quick look: .* train images, .* chosen for 3 min.*)$", said.err, re.M
     )
