@@ -107,6 +107,8 @@ def with_settings(
     if changed.distillation is None:
         return changed
     teacher = changed.distillation.teacher
+    if not teacher.epochs:
+        return changed
     of_teachers = {axis: value for axis, value in settings.items() if axis in SETTABLE}
     try:
         teacher = with_settings(teacher, of_teachers, library=library)

@@ -128,7 +128,7 @@ def run_study(launch: Launch) -> Finished:
     stop. Trials and cells that MLflow has are left alone; where that is all, Ray is not started.
     """
     data = load_data(launch.scale, launch.source)
-    _check_plan(launch)
+    _check_plan(launch, data)
     with sole_run(launch.results):
         line = ProgressLine()
         try:
@@ -164,10 +164,11 @@ def run_study(launch: Launch) -> Finished:
             ray.shutdown()
 
 
-def _check_plan(launch: Launch) -> None:
+def _check_plan(launch: Launch, data: Data) -> None:
     """Build what only a name stands for so far: evaluators, timm's models, files of weights.
 
-    ValueError also where a recipe cannot be trained by as many workers as it is to have.
+    ValueError also where a recipe cannot be trained by as many workers as it is to have, and where
+    a model as it is answers among other classes than those of the data.
     """
     plan = launch.plan
     for trial in plan:
@@ -187,7 +188,10 @@ def _check_plan(launch: Launch) -> None:
         from trainables.networks import check_model
 
         for recipe in unsure.values():
-            check_model(recipe)
+            try:
+                data.columns_of_head(check_model(recipe))
+            except ValueError as error:
+                raise ValueError(f"{recipe.describe()}: {error}") from None
 
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:

@@ -13,6 +13,7 @@ import torch
 from evaluators.intervals import compare
 from grid.estimate import disk_bytes
 from grid.plan import build_plan
+from grid.run import main
 from grid.study import load_study
 from tests.driver import ended, start, trials, wait_until
 from trainables.data.load import load_data
@@ -151,6 +152,36 @@ def test_a_mistyped_row_is_refused_as_the_study_is_read(folder, row, message):
         recipe_of(folder, f'{{ label = "A", {row} }}')
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 7}, "the model answers among 7 classes, and the data have 10"),
+        ({"name": "test_efficientnet"}, "resnet.pth does not fit the model: "),
+    ],
+)
+def test_weights_that_cannot_be_judged_are_refused_before_any_compute(
+    tmp_path, capsys, change, message
+):
+    saved(tmp_path / "resnet.pth", **change)
+    path = study_of(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--study", str(path), "--results", str(tmp_path / "results")])
+    said = capsys.readouterr().err
+    assert "timm:test_resnet of resnet.pth (sha256 " in said
+    assert message in said
+    assert not (tmp_path / "results" / "mlflow.db").exists()
+
+
+def test_a_teacher_that_is_taken_as_it_is_is_not_trained_by_what_is_set(folder):
+    base = '[bases.ready]\nextends = "resnet50"\ninit = "resnet.pth"\nepochs = 0\n'
+    row = '{ label = "S", base = "deit_small", teacher = "ready" }'
+    path = study_of(folder, row)
+    path.write_text(path.read_text().replace("[[tables]]", f"{base}[[tables]]"))
+    study = load_study(str(path)).model_copy(update={"settings": {"epochs": 20}})
+    teachers = [t.recipe.teacher for t in build_plan(study, DIGITS) if t.recipe.teacher]
+    assert [teacher.epochs for teacher in teachers] == [0]
+
+
 def trial(recipe, storage):
     config = {"recipe": recipe.model_dump(mode="json"), "storage": str(storage), "source": None}
     return open_trial(config | {"threads": 1, "device": "cpu", "compile": False})
@@ -226,6 +257,7 @@ def test_a_single_model_is_compared_with_several_trainings_by_their_spread():
     assert apart.high - apart.difference > 1.2706 > alike.high - alike.difference
 
 
+@pytest.mark.slow
 def test_the_command_judges_them_is_killed_and_goes_on(folder, tmp_path):
     """The real command: rows of weights beside a training, killed amid the cells."""
     trained = '{ label = "Trained", base = "resnet50", model = "resnet18", epochs = 20 }'

@@ -123,18 +123,26 @@ def _classifier(
     return Classifier(backbone, mean, std).to(memory_format=torch.channels_last)
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: Recipe) -> int:
     """Pass images through a recipe's first model; ValueError when it cannot take them.
 
-    Weights that lie in a file are loaded; others are fetched by the trial.
+    Returns the number of its outputs. Weights that lie in a file are loaded; others are fetched by
+    the trial.
     """
-    in_file = Path(recipe.init).is_file()
-    classifier = (first_classifier(recipe)[0] if in_file else build_classifier(recipe)).eval()
-    check_images(classifier, recipe.model, scale_of_recipe(recipe).image_size)
+    if Path(recipe.init).is_file():
+        classifier, _ = first_classifier(recipe)
+    else:
+        outputs = None if recipe.epochs else num_classes_of(recipe.init)
+        classifier = build_classifier(recipe, outputs)
+    return check_images(classifier.eval(), recipe.model, scale_of_recipe(recipe).image_size)
 
 
-def check_images(classifier: Classifier, model: str, side: int) -> None:
-    """Pass an image through a classifier, and three; ValueError when it cannot take them."""
+def check_images(classifier: Classifier, model: str, side: int) -> int:
+    """Pass an image through a classifier, and three; ValueError when it cannot take them.
+
+    Returns the number of its outputs.
+    """
+    outputs = 0
     for count in (1, 3):
         images_BCHW = torch.zeros(count, 3, side, side, device=classifier.mean.device)
         try:
@@ -155,6 +163,8 @@ def check_images(classifier: Classifier, model: str, side: int) -> None:
             raise ValueError(
                 f"model {model!r} returns {shape} for {count} images, not ({count}, K)"
             )
+        outputs = logits.shape[1]
+    return outputs
 
 
 def swap_activation(module: nn.Module, name: str) -> None:
