@@ -52,8 +52,8 @@ class PlugInFunction(PlugIn):
     def identity(self, source: Data) -> dict[str, Any]:
         return {**super().identity(source), "block": self.block}
 
-    def blocks(self, source: Data, shard: Shard) -> Iterator[Batch]:
-        """Yield a shard's images as the function gets them."""
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
+        """Yield a shard's blocks, whatever the batch size."""
         split = self.images(source)
         for places in shard.blocks(split.ids, self.block):
             part = split.at(places)
@@ -102,9 +102,6 @@ class Attack(PlugInFunction):
         each = 1 + float(getattr(self.function, "passes", PASSES))
         return len(self.radii) * self.asked_about(held_out) * each
 
-    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
-        return self.blocks(source, shard)
-
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         rows, images_BCHW = [], batch.images
         gpus = [images_BCHW.device] if images_BCHW.is_cuda else []
@@ -136,7 +133,7 @@ class Corruption(PlugInFunction):
         return self.asked_about(held_out) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
-        for block in self.blocks(source, shard):
+        for block in super().batches(source, batch_size=batch_size, shard=shard):
             for severity in SEVERITIES:
                 batch = replace(block, question=f"{self.name}-{severity}")
                 returned = self.function(block.images.clone(), severity, self.generator(batch))
