@@ -287,6 +287,7 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys
     ("name", "arguments", "message"),
     [
         ("folder", {}, "--scale folder needs --data DIR"),
+        (None, {"labels": "labels.csv"}, "--labels labels.csv goes with --data DIR"),
         ("digits", {"root": True}, "scale 'digits' is embedded"),
         ("mnist", {}, "unknown scale 'mnist'"),
         ("imagenet", {"download": True}, "--download fetches CIFAR-10"),
@@ -294,7 +295,9 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys
 )
 def test_options_that_do_not_go_together_are_refused(root, name, arguments, message):
     source = DataSource(
-        root=root if arguments.get("root") else None, download="download" in arguments
+        root=root if arguments.get("root") else None,
+        download="download" in arguments,
+        labels=arguments.get("labels", ""),
     )
     with pytest.raises(ValueError, match=message):
         scale_of(name, source)

@@ -284,6 +284,8 @@ class DataOptions(Options):
         """Say how a scale's images are brought to a model, and where their size is from."""
         data_set = scale.data_set
         line = f"Images of {scale.name}: {data_set.preprocessing}"
+        if data_set.in_memory and (self.crop or self.resize):
+            line += "; stored at one size, they are resized whole: --crop and --resize do nothing"
         if not (data_set.in_memory or data_set.squash or data_set.crop):
             line += ", crop 224/256"
         if self.image_size is None and self.data and scale.name.startswith(FOLDER):

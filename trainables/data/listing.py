@@ -315,6 +315,8 @@ def scale_of(name: str | None, source: DataSource, *, image_size: int | None = N
     data_set = scale.data_set
     if source.download and not (data_set.archive and source.root):
         raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
+    if source.labels and source.root is None:
+        raise ValueError(f"--labels {source.labels} goes with --data DIR")
     if data_set.package and source.root is not None:
         raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
     for stored, _ in source.stored:

@@ -156,6 +156,8 @@ def _archive(data_set: DataSet, source: DataSource) -> Loaded:
     """
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
+    if source.labels:
+        raise ValueError(f"torchvision's archive brings its labels: leave out {source.labels}")
     root, archive = source.root, _torchvision(data_set)
     assert root is not None
     assert isinstance(data_set.classes, tuple)
