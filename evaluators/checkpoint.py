@@ -32,7 +32,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     judged = repr((subject.digest, classifier, normalisation, scale, source.root, folders))
     evaluators = evaluators_named(options.evaluators, scale, options.epsilon)
     cells = Cells.of(evaluators, data, folder, judged, device)
-    print(*subject.said, options.images_line(scale), sep="\n")
+    print(*subject.said, sep="\n")
     with suppress(KeyboardInterrupt):
         for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")

@@ -319,6 +319,20 @@ def test_a_folders_size_is_the_median_of_its_images_and_at_most_224(root, tmp_pa
     assert unusual.name.startswith("folder-224px-")
 
 
+def test_the_line_of_images_says_how_they_are_shown_and_where_the_size_is_from(root):
+    source = DataSource(root=root)
+    line = options("--data", root).images_line(scale_of(None, source))
+    assert (
+        ": 40 px, bilinear, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, crop 224/256; " in line
+    )
+    assert line.endswith("the median of the shorter sides, at most 224 (--image-size N)")
+    chosen = options("--data", root, "--image-size", "32", "--resize", "squash")
+    scale = scale_of(None, source, image_size=32).preprocessed(chosen.preprocessing())
+    assert ": 32 px, squash, bilinear, mean" in chosen.images_line(scale)
+    assert "median" not in chosen.images_line(scale)
+    assert "--crop and --resize do nothing" in options("--crop", "0.9").images_line(DIGITS)
+
+
 def test_what_departs_from_the_entry_is_the_identity_of_a_preprocessing():
     chosen = Preprocessing(size=16, interpolation="bicubic")
     assert DIGITS.preprocessed(chosen).data_set.departure.chosen() == {"interpolation": "bicubic"}

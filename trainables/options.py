@@ -288,7 +288,8 @@ class DataOptions(Options):
             line += "; stored at one size, they are resized whole: --crop and --resize do nothing"
         if not (data_set.in_memory or data_set.squash or data_set.crop):
             line += ", crop 224/256"
-        if self.image_size is None and self.data and scale.name.startswith(FOLDER):
+        of_folder = self.data and scale.name.startswith(FOLDER)
+        if of_folder and not self.image_size and data_set.image_size == data_set.stored_size:
             line += "; the size is the median of the shorter sides, at most 224 (--image-size N)"
         return line
 
