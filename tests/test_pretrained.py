@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,7 @@ def test_a_transformer_of_timm_takes_its_size_and_patches_from_the_data(side, to
         (lambda state: state, ""),
         (lambda state: {f"module.{k}": v for k, v in state.items()}, "prefix 'module.'"),
         (lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}}, "'model.'"),
+        (lambda state: {"net": state, "acc": 0.9}, ""),
         (lambda state: {"epoch": 3, "model": {f"a.b.{k}": v for k, v in state.items()}}, "'a.b.'"),
         (
             lambda state: {f"net.{k}": v for k, v in state.items()} | {"loss.w": torch.ones(1)},
@@ -343,3 +345,22 @@ main([*data, *model, "hf://me/mine"])
         answers = pq.read_table(tmp_path / ledger / "clean.parquet")
         assert set(answers["predicted"].to_pylist()) == {1}
         assert sorted(answers["label"].to_pylist()) == [0, 0, 1, 1]
+
+
+def test_the_commands_of_the_page_run_as_they_stand(code):
+    page = Path(__file__).parents[1].joinpath("docs", "model.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    Path("package").mkdir()
+    for name in ("hubconf.py", "package/module.py"):
+        Path(name).write_text("dependencies = ['torch']\nfrom net import net\n")
+    torch.save(code.state_dict(), "net.pth")
+    save_file(code.state_dict(), "net.safetensors")
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), "timm.pth")
+    shapes = ({0: torch.export.Dim("batch")},)
+    images = (torch.rand(2, 3, 16, 16),)
+    torch.export.save(torch.export.export(code.eval(), images, dynamic_shapes=shapes), "net.pt2")
+    assert len(commands) == 5
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "evaluators"]
+        assert main([*words[3:], "--attack-images", "8"]) == 0

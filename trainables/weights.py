@@ -15,6 +15,7 @@ from trainables.layers import Classifier
 from trainables.store.tensors import fit_weights, read_safetensors, unpickled
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
+ENTRIES = ("model", "state_dict", "model_state_dict", "net")  # of a training checkpoint
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 STATISTICS = ("running_mean", "running_var")
 
@@ -97,14 +98,14 @@ def _other_head(tensors: dict[str, Tensor], model: dict[str, Tensor]) -> list[st
 def read_tensors(path: Path, sha256: str = "") -> dict[str, Tensor]:
     """Read a .safetensors file, or one of torch's, of dense tensors of real numbers.
 
-    Of a training checkpoint the entry `model` or `state_dict` is taken. Raises ValueError, also
-    where the file's sha256 is not the one stated.
+    Of a training checkpoint the first of the `ENTRIES` is taken. Raises ValueError, also where the
+    file's sha256 is not the one stated.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
     read = read_safetensors if path.suffix == SUFFIXES[0] else unpickled
     loaded = read(read_content(path, sha256), path)
-    for entry in ("model", "state_dict"):
+    for entry in ENTRIES:
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
             loaded = loaded[entry]
     if not isinstance(loaded, dict) or not all(map(is_plain, loaded.values())):
