@@ -143,5 +143,5 @@ def _check_shapes(chosen: Sequence[Evaluator], shape: Sequence[int]) -> None:
         if evaluator.square_colour and (channels != 3 or height != width):
             raise ValueError(
                 f"{evaluator.name} takes square images of 3 channels, not {channels} x {height} x "
-                f"{width}; clean, pgd and autoattack take any"
+                f"{width}; the other evaluators take any"
             )

@@ -69,7 +69,6 @@ class Corruptions(Evaluator):
         Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE"),
     )
     least_shard = SHARD_IMAGES
-    square_colour = True
 
     def __init__(self, scale: Scale) -> None:
         self.stored = not scale.data_set.generated
