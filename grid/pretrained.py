@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trainables.models import TIMM_PREFIX
-from trainables.pretrained import preprocessing_of
+from trainables.pretrained import HF_PREFIX, preprocessing_of
 from trainables.recipe import Preprocessing, Recipe, nearest, unknown
 
-REMOTE = ("https://", "hf://")
+REMOTE = ("http://", "https://", HF_PREFIX)
 SHA256 = re.compile("[0-9a-f]{64}")
 KEYS = ("label", "weights", "sha256", "model", "activation", "preprocessing")  # of a row
 # What a recipe has to state, and nothing follows from without a training.
@@ -38,7 +38,7 @@ def recipe_of_weights(values: Mapping[str, Any], folder: Path, scale: str) -> Re
     if origin["init"].startswith(TIMM_PREFIX):
         fields["model"] = origin["init"]
     elif "model" not in stated and (header := _header(origin["init"])):
-        names = ("scale", "model", "activation", "pixel_range", "preprocessing")
+        names = ("model", "activation", "pixel_range", "preprocessing")
         fields |= {name: getattr(header, name) for name in names}
     fields |= stated
     if not isinstance(fields.get("model"), str):
@@ -69,15 +69,13 @@ def located(where: Any, sha256: Any, folder: Path) -> dict[str, str]:
 
     Of a file the sha256 is computed where none is stated. ValueError where there can be none.
     """
-    if not isinstance(where, str) or not isinstance(sha256, str):
-        raise ValueError(f"weights and sha256 are texts, not {where!r} and {sha256!r}")
-    if sha256 and not SHA256.fullmatch(sha256):
+    if not isinstance(where, str):
+        raise ValueError(f"weights are named by a text, not {where!r}")
+    if sha256 and not SHA256.fullmatch(str(sha256)):
         raise ValueError(f"sha256 is 64 digits from 0 to f, not {sha256!r}")
     if where.startswith(TIMM_PREFIX):
         _check_timm(where)
-    elif where.startswith("http://"):
-        raise ValueError(f"{where} could be changed on its way: weights come by https://")
-    elif where.startswith("https://") and not sha256:
+    elif where.startswith(("http://", "https://")) and not sha256:
         raise ValueError(f'{where} needs the sha256 of the file: sha256 = "..."')
     elif not where.startswith(REMOTE):
         path = (folder / where).resolve()

@@ -195,16 +195,28 @@ def _paces(
 
     began, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(options.cpus_per_worker)
-    device = device_named("cuda" if options.gpus_per_worker else "cpu")
-    data, paces = load_data(scale, source), list[Pace]()
-    for trial in plan:
+    device, paces = device_named("cuda" if options.gpus_per_worker else "cpu"), list[Pace]()
+    trials = sorted(plan, key=lambda trial: not trial.recipe.epochs)
+    for trial in trials:
         if paces and time.monotonic() - began > limit * PROBE_SHARE:
-            ratio, (image, judging) = trial.cost / plan.trials[0].cost, paces[0]
-            paces.append((ratio * image, {e: ratio * taken for e, taken in judging.items()}))
+            ratio, (image, judging) = (
+                _of_epoch(trial, scale) / _of_epoch(trials[0], scale),
+                paces[0],
+            )
+            each = ratio * image if trial.recipe.epochs else 0.0
+            paces.append((each, {e: ratio * taken for e, taken in judging.items()}))
         else:
-            paces.append(_pace(trial, data, scale, device))
+            shown = scale.preprocessed(trial.recipe.preprocessing.geometry())
+            paces.append(_pace(trial, load_data(shown, source), shown, device))
     torch.set_num_threads(threads)
     return paces
+
+
+def _of_epoch(trial: Trial, scale: Scale) -> float:
+    """Return what an epoch of a trial costs, of a model as it is what one would."""
+    return (
+        trial.cost / trial.recipe.epochs if trial.recipe.epochs else scale.epoch_cost(trial.recipe)
+    )
 
 
 def _pace(trial: Trial, data: Data, scale: Scale, device: torch.device) -> Pace:

@@ -18,10 +18,10 @@ from grid.study import load_study
 from tests.driver import ended, start, trials, wait_until
 from trainables.data.load import load_data
 from trainables.data.registry import IMAGENET_MEAN
-from trainables.networks import first_classifier
+from trainables.networks import build_classifier, first_classifier
 from trainables.running import next_result, open_trial
 from trainables.scale import DIGITS, IMAGENET
-from trainables.store.checkpoint import classifier_of
+from trainables.store.checkpoint import classifier_of, save_weights
 from trainables.train.loop import accuracy
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
@@ -138,7 +138,6 @@ def test_a_row_is_known_by_its_files_content_wherever_it_lies(folder, tmp_path):
             "no weights 'fb_in21k'; one of fb_in1k",
         ),
         ('weights = "https://a.b/c.pth", model = "resnet18"', "needs the sha256 of the file"),
-        ('weights = "http://a.b/c.pth", model = "resnet18"', "weights come by https://"),
         ('weights = "wide.pth", sha256 = "12"', "sha256 is 64 digits from 0 to f, not '12'"),
         ('weights = "wide.pth", modle = "resnet18"', "Did you mean 'model'?"),
         ('weights = "wide.pth", base = "resnet50"', "unknown key 'base'"),
@@ -180,6 +179,27 @@ def test_a_teacher_that_is_taken_as_it_is_is_not_trained_by_what_is_set(folder):
     study = load_study(str(path)).model_copy(update={"settings": {"epochs": 20}})
     teachers = [t.recipe.teacher for t in build_plan(study, DIGITS) if t.recipe.teacher]
     assert [teacher.epochs for teacher in teachers] == [0]
+
+
+def test_a_quick_look_at_models_as_they_are_says_what_their_judging_takes(folder, tmp_path, capsys):
+    path = study_of(folder, WIDE)
+    words = ["--plan", "--study", str(path), "--results", str(tmp_path), "--minutes", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert re.search(r"held-out images takes about \d+ s: give --minutes", capsys.readouterr().err)
+
+
+def test_weights_of_this_project_say_what_they_are(tmp_path, small):
+    recipe = small(activation="gelu", pixel_range="half")
+    classifier = build_classifier(recipe)
+    save_weights(tmp_path / "resnet.pth", classifier, "{}")
+    save_weights(tmp_path / "own.safetensors", classifier, recipe.model_dump_json())
+    row = recipe_of(tmp_path, '{ label = "Own", weights = "own.safetensors" }')
+    assert (row.model, row.activation, row.pixel_range) == ("resnet18", "gelu", "half")
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        taken = first_classifier(DIGITS.shrink(row))[0].eval()(images)
+        torch.testing.assert_close(taken, classifier.eval()(images), rtol=0, atol=0)
 
 
 def trial(recipe, storage):
