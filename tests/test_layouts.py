@@ -12,6 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
 
+from grid.check import check
+from grid.plan import Plan
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
 from trainables.scale import CIFAR10, IMAGENET
@@ -275,6 +277,24 @@ def test_damaged_images_and_shards_are_named(tmp_path):
     shard.write_bytes(content[100:])
     with pytest.raises(ValueError, match=r"val-000000\.tar cannot be read.*fetch or make it again"):
         list_splits(source)
+
+
+@pytest.mark.parametrize("layout", ["one folder", "shards"])
+def test_the_check_opens_every_image_of_a_layout_and_names_what_is_damaged(tmp_path, layout):
+    source = source_of(tmp_path / "data", layout)
+    scale = scale_of(None, source)
+    findings, manifest = check(scale, source, Plan(trials=()), results=tmp_path / "results")
+    assert findings[0] == ("images", "ok", "3 classes, 9 to train, 3 held out")
+    assert {level for _, level, _ in findings} == {"ok"}
+    for path in (tmp_path / "data").rglob("*.*"):
+        content = path.read_bytes()
+        at = content.find(png(201)[40:])  # of the dog that is held out
+        if at >= 0:
+            path.write_bytes(content[:at] + b"x" * 20 + content[at + 20 :])
+    damaged, other = check(scale, source, Plan(trials=()), results=tmp_path / "results")
+    (error,) = [text for _, level, text in damaged if level == "error"]
+    assert error.startswith("1 unreadable images in 1 classes, the first ")
+    assert manifest == other
 
 
 def test_a_table_without_labels_is_refused(tmp_path):

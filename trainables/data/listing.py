@@ -130,8 +130,10 @@ def choose(ids: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
 
 def _part(images: ImageList, count: int) -> ImageList:
     """Return `count` of the images; 0: all."""
+    if not count:  # a million ids are not hashed for nothing
+        return images
     chosen = set(choose(images.ids, images.labels, count))
-    return images.at([place in chosen for place in range(len(images))]) if count else images
+    return images.at([place in chosen for place in range(len(images))])
 
 
 def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
