@@ -15,7 +15,9 @@ from evaluators import column_named, natural
 from evaluators.base import Batch, judge_images, verdicts
 from evaluators.natural import Natural, hardest
 from evaluators.stylized import Stylized, mix_cues, texture_partners
+from tests.pictures import write_folder
 from trainables.data.base import Data, Split, to_unit
+from trainables.data.listing import EMBEDDED, DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.data.registry import folder_data_set
 from trainables.layers import Classifier
@@ -179,11 +181,13 @@ def test_without_train_images_the_held_out_ones_are_cross_fitted():
         hardest(few)
 
 
-def test_models_of_any_preprocessing_are_shown_the_same_hardest_images():
-    large = load_data(DIGITS.preprocessed(Preprocessing(size=24)))
-    assert large.held_out.images[:1].shape[-1] == 24
-    assert hardest(large).ids == hardest(load_data(DIGITS)).ids
+@pytest.mark.parametrize("scale", ["digits", "folder"])
+def test_models_of_any_preprocessing_are_shown_the_same_hardest_images(tmp_path, scale):
+    source = DataSource(root=write_folder(tmp_path)) if scale == "folder" else EMBEDDED
+    own = scale_of(scale, source)
+    large = load_data(own.preprocessed(Preprocessing(size=24, crop=0.5)), source)
     assert hardest(large).images[:1].shape[-1] == 24
+    assert hardest(large).ids == hardest(load_data(own, source)).ids
 
 
 def test_at_imagenets_own_scale_counterparts_are_named_as_generated():
