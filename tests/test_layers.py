@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -105,3 +106,23 @@ def test_private_names_of_ray_are_in_one_file(path):
 def test_no_file_of_grid_hides_a_module():
     names = {path.stem for path in (ROOT / "grid").iterdir() if path.suffix == ".py"}
     assert not names & set(sys.stdlib_module_names)
+
+
+LIGHT_CALL = """
+import subprocess
+import sys
+blocked = ("ray", "mlflow", "matplotlib", "timm", "torchvision", "sklearn")
+sys.modules |= dict.fromkeys(blocked)  # importing one raises ImportError
+import torch
+from evaluators import evaluate
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+scores = evaluate(model, (torch.rand(9, 3, 2, 2), torch.arange(9) % 3), ["clean", "pgd-5"])
+print(scores["clean"].n, sorted(s.name for s in scores.scores))
+"""
+
+
+def test_the_api_judges_without_what_only_the_grid_or_other_models_need():
+    command = [sys.executable, "-c", LIGHT_CALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "9 ['clean', 'pgd-5']"
