@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from evaluators.base import device_named
 from evaluators.judging import Cells, evaluators_named
 from evaluators.loading import load_subject
+from evaluators.own_model import PROBED, probe
 from trainables.data.load import load_data
+from trainables.models import MODELS
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -30,14 +32,19 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     judged = repr((subject.digest, classifier, normalisation, scale, source.root, folders))
-    evaluators = evaluators_named(options.evaluators, scale, options.epsilon)
-    cells = Cells.of(evaluators, data, folder, judged, device)
+    evaluators = [*evaluators_named(options.evaluators, scale, options.epsilon)]
     print(*subject.said, sep="\n")
+    notes: list[str] = []
+    if subject.model not in MODELS:
+        needing = next((e.name for e in evaluators if e.by_gradient), "")
+        images = data.held_out.images[:PROBED]
+        _, notes = probe(classifier.to(device).eval(), images, by_gradient=needing)
+    cells = Cells.of(evaluators, data, folder, judged, device)
     with suppress(KeyboardInterrupt):
         for evaluator in cells.stores:
             print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
             cells.judge(evaluator, classifier, data, device)
-    print(cells.scores(f"{subject.name} at scale {scale.name}", data))
+    print(cells.scores(f"{subject.name} at scale {scale.name}", data, notes))
     if not cells.is_whole:
         print("Cut short: the same command judges the other images.")
         return False

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evaluators.own_model import OwnModel
 from trainables.data.listing import DataSource, scale_of
-from trainables.layers import Classifier
-from trainables.models import MODELS, TIMM_PREFIX
+from trainables.layers import Classifier, Program
+from trainables.models import MODELS, OWN, TIMM_PREFIX, model_named
 from trainables.networks import build_classifier, check_images, classifier_named, classifier_with
 from trainables.pretrained import (
     code_of,
@@ -40,6 +41,7 @@ class Subject:
 
     classifier: Classifier
     scale: Scale
+    model: str
     name: str
     digest: str
     said: tuple[str, ...]
@@ -70,11 +72,13 @@ def load_subject(options: JudgeOptions, source: DataSource, device: torch.device
         *(f"Weights: {note}" for note in notes),
         *_images_said(options, model, scale, classifier),
     ]
-    if model not in MODELS:
+    if model_named(model).family == OWN and not isinstance(classifier.backbone, Program):
+        classifier = Classifier(OwnModel(classifier.backbone, 1), *_normalisation(classifier))
+    elif model not in MODELS:
         check_images(classifier.to(device).eval(), model, scale.image_size)
     name = Path(weights).stem if in_file else Path((weights or model).rpartition(":")[2]).name
     digest = _digest(classifier, content, code_of(model))
-    return Subject(classifier, scale, name, digest, tuple(said))
+    return Subject(classifier, scale, model, name, digest, tuple(said))
 
 
 def _images_said(
@@ -84,11 +88,13 @@ def _images_said(
     if preprocessing_of(model).chosen():
         yield f"Preprocessing: as timm states for {model}, unless an option says otherwise"
     yield options.images_line(scale)
-    mean, std = classifier.mean.flatten(), classifier.std.flatten()
-    of_scale = torch.tensor([scale.data_set.mean, scale.data_set.std])
-    if not torch.stack([mean, std]).equal(of_scale):
-        own = Preprocessing(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-        yield f"Normalisation: {own}, inside the model"
+    mean, std = _normalisation(classifier)
+    if not torch.tensor([mean, std]).equal(torch.tensor([scale.data_set.mean, scale.data_set.std])):
+        yield f"Normalisation: {Preprocessing(mean=mean, std=std)}, inside the model"
+
+
+def _normalisation(classifier: Classifier) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(classifier.mean.flatten().tolist()), tuple(classifier.std.flatten().tolist())
 
 
 def _weights(options: JudgeOptions) -> str:

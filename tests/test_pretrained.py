@@ -50,6 +50,14 @@ def failing():
 
 def no_module():
     return "a network"
+
+class Noisy(nn.Module):
+    def forward(self, images):
+        noisy = images + images.new_empty(images.shape).normal_()
+        return noisy.flatten(1)[:, :10]
+
+def half():
+    return net(10).half()
 """
 
 
@@ -233,7 +241,7 @@ def test_a_new_head_stays_where_that_is_wanted(code):
         ("--model no_such.module:net", "ModuleNotFoundError: No module named 'no_such'"),
         ("--model net.py:failing", "NameError: name 'undefined' is not defined (net.py, line 13)"),
         ("--model net.py:no_module", "net.py:no_module returns a str, not an nn.Module"),
-        ("--model net.py:Tupled", "returns a tuple, not logits (B, K): return the logits alone"),
+        ("--model net.py:Tupled", "the model returns tuple, not a tensor of logits: give lambda x"),
         ("--model net.py:net --model-arg widht=4", "'widht'; --model-arg NAME=VALUE states what"),
         ("--model net.py:net --model-arg width", "'width' is not NAME=VALUE, like num_classes=10"),
         ("--model net.py:net --model-arg width=x", "net.py:net cannot be built: TypeError"),
@@ -276,6 +284,21 @@ def test_an_exported_program_is_judged_where_it_takes_any_number_of_images(code,
     assert batch.__name__ == "batch"
     torch.export.save(torch.export.export(code, example, dynamic_shapes=shapes), "any.pt2")
     assert judge("--model", "any.pt2", "--evaluators", "clean", "pgd-5") == answers(code)
+
+
+def test_a_random_model_is_judged_and_said_to_be_one(code, capsys):
+    judge("--model", "net.py:Noisy")
+    assert "verdicts are not repeatable" in capsys.readouterr().out
+
+
+def test_a_model_of_half_precision_is_judged_in_it(code, capsys):
+    torch.save(code.half().state_dict(), "half.pth")
+    ours = judge("--model", "net.py:half", "--weights", "half.pth")
+    assert "the model computes in float16" in capsys.readouterr().out
+    images = (to_unit(load_data(DIGITS).held_out.images[:]) - 0.3) / 0.35
+    with torch.inference_mode():
+        expected = code.eval()(images.half()).argmax(dim=1)
+    assert sum(a != b for a, b in zip(ours, expected.tolist(), strict=True)) <= 6  # of 597: ties
 
 
 def test_other_code_is_another_model_for_a_run_that_continues(code):
