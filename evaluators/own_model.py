@@ -31,6 +31,7 @@ class OwnModel(nn.Module):
         super().__init__()
         self.function, self.draws = function, draws
         self.inside = nn.ModuleList([] if isinstance(function, nn.Module) else _modules(function))
+        self.training = self.inside.training = False  # the modes that are there are the model's
         self.contiguous = False
         dtypes = (weight.dtype for weight in self.parameters() if weight.is_floating_point())
         self.precision = next(dtypes, torch.float32)

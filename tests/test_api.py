@@ -248,6 +248,12 @@ class Old(nn.Module):
         return self.head(self.drop(self.norm(images)).view(len(images), -1))
 
 
+def test_training_mode_is_said_of_a_model_that_is_in_it_alone(coloured):
+    said = "in training mode"
+    assert said not in str(quiet(Brightest().eval(), coloured))
+    assert said in str(quiet(Brightest(), coloured))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_model_in_training_mode_is_judged_in_eval_mode_and_comes_back(coloured, wrapped):
     torch.manual_seed(0)
