@@ -75,7 +75,11 @@ def evaluate(
     where = device_named(str(home) if home else None)
     notes, probed = _said_of_mode(classifier), own.split.images[:PROBED]
     with ExitStack() as stack:
-        for context in (as_it_was(classifier), settings_restored(), torch.inference_mode(False)):
+        for context in (
+            as_it_was(classifier),
+            settings_restored(where),
+            torch.inference_mode(False),
+        ):
             stack.enter_context(context)
         stack.enter_context(torch.enable_grad())
         folder = Path(stack.enter_context(TemporaryDirectory()))

@@ -7,18 +7,21 @@ import shutil
 import signal
 import sqlite3
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow.pyfunc
 import pyarrow.parquet as pq
 import pytest
 
+from evaluators import evaluate
+from evaluators.__main__ import main as judge
 from evaluators.ledger import survival_scores
 from grid.run import main
 from tests.driver import ended, start, trials, wait_for_checkpoint
 from trainables.data.load import load_data
 from trainables.scale import DIGITS
-from trainables.store.checkpoint import recipe_of
+from trainables.store.checkpoint import classifier_of, recipe_of
 
 # Long enough to be stopped in the middle.
 STUDY = """
@@ -134,6 +137,26 @@ def test_mlflow_loads_a_trial_without_a_pickle_and_it_answers_as_it_did(finished
         right = int((logits.argmax(axis=1) == held_out.labels.numpy()).sum())
         assert right / 597 == pytest.approx(run.metrics["clean"], abs=1e-9)
         assert model.predict(model.input_example).shape == (1, 10)
+
+
+def test_the_grid_the_command_and_the_api_give_one_ledger_bit_for_bit(finished, tmp_path):
+    results, _ = finished
+    digits = load_data(DIGITS)
+    attacked = replace(digits, held_out=digits.held_out.subset(DIGITS.attack_subset, seed=0))
+    for digest, run in trials(results).items():
+        folder = artifacts_of(run)
+        weights = folder / "weights.safetensors"
+        options = ["--weights", str(weights), "--ledger", str(tmp_path)]
+        assert judge([*options, "--evaluators", "clean", "pgd"]) == 0
+        classifier = classifier_of(weights, digest)
+        for name, data in (("clean", digits), ("pgd", attacked)):
+            of_grid = pq.read_table(folder / "ledgers" / f"{name}.parquet")
+            ledger = evaluate(classifier, data, name, progress=False).ledger
+            assert ledger.num_rows == {"clean": 597, "pgd": 4 * 64}[name]
+            # Which four images are kept as pictures follows from all images that there are.
+            pictures = [] if name == "clean" else ["image"]
+            assert ledger.drop_columns(pictures).equals(of_grid.drop_columns(pictures))
+            assert pq.read_table(tmp_path / f"{name}.parquet").equals(of_grid)
 
 
 def test_a_second_run_trains_nothing_and_writes_nothing_twice(finished, study):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainables.networks import build_classifier
-from trainables.train.exactness import exact
+from trainables.train.exactness import exact, settings_restored
 from trainables.train.loop import train
 
 CUDA, CUDNN = torch.backends.cuda, torch.backends.cudnn
@@ -57,6 +57,13 @@ def test_a_gpu_computes_in_whole_float32_and_repeatably_and_a_cpu_is_left_alone(
     exact(torch.device("cuda", 0))
     assert flags() == EXACT
     warnings.warn("cumsum does not have a deterministic implementation, but ...", stacklevel=1)
+
+
+def test_what_is_set_for_a_gpu_is_put_back():
+    with settings_restored(torch.device("cuda")):
+        exact(torch.device("cuda"))
+        assert flags() == EXACT
+    assert flags()[:3] == ROUNDED[:3]
 
 
 def test_training_on_a_gpu_is_exact_before_anything_is_computed(small, few_digits, monkeypatch):

@@ -45,8 +45,11 @@ def exact(device: torch.device) -> None:
 
 
 @contextmanager
-def settings_restored() -> Iterator[None]:
+def settings_restored(device: torch.device) -> Iterator[None]:
     """Put back on leaving what `exact` sets in this process."""
+    if device.type != "cuda":
+        yield
+        return
     cudnn, matmul, cuda = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cuda
     tf32, repeatable = matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,0 +1,26 @@
+"""examples/quickstart.ipynb runs from its first cell to its last, and shows what it says."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_quickstart_runs_and_shows_tables_and_a_figure(tmp_path, monkeypatch):
+    client = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    folder = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(notebook, timeout=600, resources=folder).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = [{k: v for o in cell.outputs for k, v in o.get("data", {}).items()} for cell in code]
+    assert "<td>pgd-100</td>" in shown[1]["text/html"]
+    assert shown[2]["text/plain"].startswith("Score(name='pgd-100'")
+    assert "image/png" in shown[5]
+    assert "McNemar p" in shown[6]["text/html"]
+    assert not any(output.output_type == "stream" for cell in code for output in cell.outputs)
+    assert len([*tmp_path.glob("verdicts/Sequential-*/clean.parquet")]) == 1
