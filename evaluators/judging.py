@@ -22,7 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, Task
 
 from evaluators import PGD_STEPS, base, class_named, evaluator_named
 from evaluators.base import Evaluator, cell_digest
@@ -89,18 +89,21 @@ class Cells:
     ) -> None:
         """Judge the images that no shard holds yet, on all cores, showing the time left."""
         store, console = self.stores[evaluator], Console(stderr=True)
-        quiet = not progress or store.total <= evaluator.least_shard or not console.is_terminal
+        quiet = not progress or store.total <= evaluator.least_shard
         judge = partial(_judged, evaluator, classifier, data, device, batch_size)
         alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
         ledgers = _in_this_process if alone else _in_processes
         with (
-            Progress(console=console, disable=quiet) as bars,
+            Progress(console=console, disable=quiet or not console.is_terminal) as bars,
             closing(ledgers(store, judge, self.processes)) as judged,
         ):
             bar = bars.add_task(evaluator.name, total=store.total, completed=store.judged)
+            show = _notebook_line(bars.tasks[0]) if console.is_jupyter and not quiet else None
             for shard, content in judged:
                 store.add(shard, content)
                 bars.advance(bar, len(shard))
+                if show:
+                    show()
 
     def scores(self, name: str, data: Data, notes: Sequence[str] = ()) -> Scores:
         """Return a model's scores; those of a part of the images say so in their names."""
@@ -139,6 +142,20 @@ class Cells:
         """Remove the shards."""
         for store in self.stores.values():
             store.clear()
+
+
+def _notebook_line(task: Task) -> Callable[[], None]:
+    """Show a task as a line of a notebook, for which rich needs ipywidgets; return its update."""
+    from IPython.display import display
+
+    def line() -> dict[str, str]:
+        left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+        return {
+            "text/plain": f"{task.description}: {task.completed:.0f} of {task.total} images{left}"
+        }
+
+    shown = display(line(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    return lambda: shown.update(line(), raw=True)
 
 
 def evaluators_named(
