@@ -90,10 +90,11 @@ def judge_by_hand(plan, column, survivors):
     """Judge the claims about a column where so many of a row's 100 images survive, the first."""
     tables = tables_of(STUDY, plan, {})
     score = next(c for table in tables for c in table.shown if c.name == column)
+    question = "fog-3" if score.score == ERROR else score.score
     batch = Batch(torch.zeros(100, 3, 1, 1), torch.zeros(100).long(), tuple(map(str, range(100))))
     ledgers = {
         (row.recipe.digest(), score.evaluator): verdicts(
-            batch, score.score, (torch.arange(100) >= survivors[table.name, row.label]).long()
+            batch, question, (torch.arange(100) >= survivors[table.name, row.label]).long()
         )
         for table in tables
         for row in table.rows
