@@ -244,6 +244,7 @@ def test_init_brings_the_networks_own_activation_and_timms_preprocessing_unless_
     recipe = recipe_of(folder, row)
     assert (recipe.activation, recipe.preprocessing.size) == ("silu", 224)
     assert (recipe.epochs, recipe.optimizer) == (100, "sgd")
+    assert recipe.describe() == f"timm:test_resnet of {VIT} silu sgd step none 100ep seed0"
 
 
 def test_models_as_they_are_come_first_cost_no_training_and_have_one_seed(folder):

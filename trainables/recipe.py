@@ -426,11 +426,10 @@ class Recipe(Frozen):
 
     def describe(self) -> str:
         """Name the recipe as a person would, e.g. 'resnet50 relu sgd step none 16ep seed0'."""
-        origin = f"of {self.origin}" if self.init not in ("", self.model) else ""
+        origin = f"of {self.origin}" if self.init else ""
         if not self.epochs:
-            return f"{self.model} {origin or 'as published'}"
+            return f"{self.model} {'as published' if self.init == self.model else origin}"
         extras = [
-            origin,
             "AT" if self.adversary else "",
             "curriculum" if self.curriculum else "",
             "ghost" if self.norm == "ghost" else "",
@@ -440,7 +439,8 @@ class Recipe(Frozen):
         ]
         return " ".join(
             [
-                f"{self.model} {self.activation} {self.optimizer} {self.scheduler}",
+                *filter(None, [self.model, origin]),
+                f"{self.activation} {self.optimizer} {self.scheduler}",
                 format_augmentations(self.augmentations),
                 *filter(None, extras),
                 f"{self.epochs}ep seed{self.seed}",
