@@ -344,12 +344,17 @@ def test_weights_of_timms_hub_and_of_hugging_face_are_judged_by_their_thousand_c
         "/me/mine/resolve/main/best.safetensors": weights,
     }
     program = """
+from contextlib import suppress
+from huggingface_hub import constants
 from evaluators.__main__ import main
 data = ["--data", "."]
 main([*data, "--model", "timm:test_vit.r160_in1k", "--pretrained", "--ledger", "timm"])
 model = ["--model", "timm:test_vit", "--ledger", "mine", "--weights"]
 main([*data, *model, "hf://me/mine/best.safetensors"])
-main([*data, *model, "hf://me/mine"])
+with suppress(SystemExit):
+    main([*data, *model, "hf://me/mine"])
+constants.HF_HUB_OFFLINE = True
+main([*data, *model, "hf://me/other"])
 """
     with file_server(files) as address:  # huggingface_hub reads the environment as it is imported
         hub = {"HF_ENDPOINT": address, "HF_HOME": "hub"}
@@ -364,6 +369,7 @@ main([*data, *model, "hf://me/mine"])
         )
     assert done.returncode == 2
     assert "hf://me/mine holds no model.safetensors or pytorch_model.bin" in done.stderr
+    assert "hf://me/other cannot be fetched: " in done.stderr
     for ledger in ("timm", "mine"):
         answers = pq.read_table(tmp_path / ledger / "clean.parquet")
         assert set(answers["predicted"].to_pylist()) == {1}

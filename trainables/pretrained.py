@@ -154,7 +154,11 @@ def _downloaded(url: str, sha256: str) -> Path:
 
 def _from_hugging_face(where: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+    )
 
     parts = where.removeprefix(HF_PREFIX).split("/", 2)
     if len(parts) < 2 or not all(parts):
@@ -163,9 +167,9 @@ def _from_hugging_face(where: str) -> Path:
     for file in files:
         try:
             return Path(hf_hub_download(repository, file))
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             continue
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
+        except (OSError, HfHubHTTPError, HFValidationError) as error:  # also where it is offline
             raise ValueError(f"{where} cannot be fetched: {error}") from None
     raise ValueError(
         f"{where} holds no {' or '.join(files)}: name the file, {HF_PREFIX}{repository}/FILE"
