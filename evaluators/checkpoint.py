@@ -14,6 +14,7 @@ from evaluators.loading import load_subject
 from evaluators.own_model import PROBED, probe
 from trainables.data.load import load_data
 from trainables.models import MODELS
+from trainables.options import again
 from trainables.scale import Scale
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
             cells.judge(evaluator, classifier, data, device)
     print(cells.scores(f"{subject.name} at scale {scale.name}", data, notes))
     if not cells.is_whole:
-        print("Cut short: the same command judges the other images.")
+        print(f"Cut short. Judge the other images with: {again()}")
         return False
     cells.write_ledgers()
     cells.clear()

@@ -48,7 +48,7 @@ class Sizes:
     why: str = ""
 
 
-PROBE = Sizes(256, 16)  # what is measured
+PROBE = Sizes(64, 8)  # what is measured, of a larger batch all of it
 _STORED = TypeAdapter(dict[str, Sizes])
 Pace = tuple[float, dict["Evaluator", float]]  # seconds alone: of an image's epoch; of judging some
 
@@ -95,7 +95,8 @@ def fit(
     if key not in stored:
         if options.status or options.report:
             raise ValueError(f"{path} has no sizes of these options: run the study first")
-        few = min(PROBE.train_images, scale.data_set.train_images)
+        least = max(trial.recipe.batch_size for trial in whole)
+        few = min(max(PROBE.train_images, least), scale.data_set.train_images)
         probed = with_sizes(scale, Sizes(few), reduced=reduced)
         stored[key] = _measured(options, stated, scale, source, planned(probed), probed)
         from trainables.store.storage import write_atomically
@@ -129,7 +130,8 @@ def _measured(
         ]
         return max(sum(training), lanes * max(training)), sum(judging)
 
-    chosen = largest(stated, whole, (limit - spent) * lanes / CONTENTION, seconds)
+    least = max(trial.recipe.batch_size for trial in plan)
+    chosen = largest(stated, whole, (limit - spent) * lanes / CONTENTION, seconds, least=least)
     takes = sum(seconds(chosen)) * CONTENTION / lanes + spent
     if takes > limit:
         raise ValueError(
@@ -149,12 +151,17 @@ def _measured(
 
 
 def largest(
-    stated: Sizes, whole: Sizes, room: float, seconds: Callable[[Sizes], tuple[float, float]]
+    stated: Sizes,
+    whole: Sizes,
+    room: float,
+    seconds: Callable[[Sizes], tuple[float, float]],
+    *,
+    least: int = 1,
 ) -> Sizes:
     """Return the largest sizes whose work has room, or the smallest; stated ones stay.
 
     First the images to judge by, then as many to train by as leave some epochs, then the epochs.
-    seconds: the work of training and of judging.
+    seconds: the work of training and of judging. least: images to train by.
     """
     evals, trains = (
         [size] if size else [most, *(count for count in ROUND if count < most)]
@@ -163,6 +170,7 @@ def largest(
             (stated.train_images, whole.train_images),
         )
     )
+    trains = [count for count in trains if count >= least] or trains
     fits = (n for n in evals if seconds(Sizes(0, n, 0))[1] <= room * JUDGING)
     judged, wanted = next(fits, evals[-1]), stated.epochs or min(LEAST_EPOCHS, whole.epochs)
     for train in trains:
@@ -207,7 +215,7 @@ def _paces(
             paces.append((each, {e: ratio * taken for e, taken in judging.items()}))
         else:
             shown = scale.preprocessed(trial.recipe.preprocessing.geometry())
-            paces.append(_pace(trial, load_data(shown, source), shown, device))
+            paces.append(_pace(trial, load_data(shown, source), shown, device, began + limit / 2))
     torch.set_num_threads(threads)
     return paces
 
@@ -219,8 +227,11 @@ def _of_epoch(trial: Trial, scale: Scale) -> float:
     )
 
 
-def _pace(trial: Trial, data: Data, scale: Scale, device: torch.device) -> Pace:
-    """Time a trial's second epoch, and its evaluators."""
+def _pace(trial: Trial, data: Data, scale: Scale, device: torch.device, end: float) -> Pace:
+    """Time a trial's second epoch, and its evaluators; ValueError where that lasts past the end.
+
+    end: as of the monotonic clock.
+    """
     from evaluators.base import judge_images
     from trainables.data.base import WHOLE, Shard
     from trainables.networks import build_classifier
@@ -232,9 +243,16 @@ def _pace(trial: Trial, data: Data, scale: Scale, device: torch.device) -> Pace:
     now, epoch = time.monotonic(), 0.0
     for _ in islice(train(recipe, classifier, data, device=device, teacher=teacher), 2):
         epoch, now = time.monotonic() - now, time.monotonic()
+    images, held_out = len(data.train), len(data.held_out)
     for evaluator in (evaluator_named(name, scale) for name in trial.evaluators):
+        needed = evaluator.cost(held_out, withstanding=0.5) * epoch / images / 3
+        if now + needed > end:
+            raise ValueError(
+                f"{evaluator.name} of {trial.name} takes about {format_seconds(needed)} for "
+                f"{held_out} images here: give more --minutes, fewer --evaluators, or --study quick"
+            )
         for shard in (Shard(0, 1), WHOLE):  # the first pays for what is made once
             now = time.monotonic()
             judge_images(evaluator, classifier, data, device=device, shard=shard)
         judging[evaluator] = time.monotonic() - now
-    return epoch / len(data.train), judging
+    return epoch / images, judging

@@ -278,7 +278,7 @@ def test_a_run_cut_short_reports_its_images_and_goes_on_behind_them(
     *_, score, cut_short = capsys.readouterr().out.splitlines()
     assert score.startswith("pgd-5 (5 of 12 images) ")
     assert score.split()[-2] == "5"
-    assert cut_short == "Cut short: the same command judges the other images."
+    assert cut_short.startswith("Cut short. Judge the other images with: ")
     # Another normalisation is another question: nothing is taken for it.
     monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(1))
     assert judge(own_file, tmp_path, *options, "--mean", "0.9") == 130
