@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,15 +74,8 @@ def evaluate(
     home = device or device_of(classifier)
     where = device_named(str(home) if home else None)
     notes, probed = _said_of_mode(classifier), own.split.images[:PROBED]
-    with ExitStack() as stack:
-        for context in (
-            as_it_was(classifier),
-            settings_restored(where),
-            torch.inference_mode(False),
-        ):
-            stack.enter_context(context)
-        stack.enter_context(torch.enable_grad())
-        folder = Path(stack.enter_context(TemporaryDirectory()))
+    with _undisturbed(classifier, where) as temporary:
+        folder = temporary
         outputs, remarks = probe(classifier.to(where).eval(), probed, by_gradient=by_gradient)
         scale, own_data = own.with_classes(outputs)
         chosen = list(evaluators_named(names, scale, radii))
@@ -97,6 +90,19 @@ def evaluate(
         if store:
             cells.write_ledgers()
         return cells.scores(label, own_data, notes)
+
+
+@contextmanager
+def _undisturbed(classifier: Classifier, device: torch.device) -> Iterator[Path]:
+    """Leave the model and torch's settings as they were; yield a folder that is removed."""
+    with (
+        as_it_was(classifier),
+        settings_restored(device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        TemporaryDirectory() as folder,
+    ):
+        yield Path(folder)
 
 
 def _by_gradient(names: Sequence[str]) -> str:
