@@ -84,7 +84,8 @@ def evaluate(
         if store:
             subject = f"{fingerprint(classifier, probed)}-{own.digest()}"
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
-        cells = Cells.of(chosen, own_data, folder, folder.name, where)
+        in_parts = progress or bool(store)
+        cells = Cells.of(chosen, own_data, folder, folder.name, where, in_parts=in_parts)
         for evaluator in chosen:
             cells.judge(evaluator, classifier, own_data, where, batch_size, progress=progress)
         if store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -59,17 +60,20 @@ class Cells:
         folder: Path,
         subject: str,
         device: torch.device,
+        *,
+        in_parts: bool = True,
     ) -> Cells:
         """Open the shards; `subject` is all that an answer follows from but for the question.
 
-        ValueError where the folder cannot be made.
+        Not in_parts: one shard a process, for whoever neither goes on nor watches. ValueError where
+        the folder cannot be made.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
         processes = processes_for(device)
-        stores = {e: _store(e, data, folder, subject, processes) for e in evaluators}
+        stores = {e: _store(e, data, folder, subject, processes, in_parts) for e in evaluators}
         return cls(stores, folder, processes)
 
     @property
@@ -179,9 +183,12 @@ def evaluators_named(
 def processes_for(device: torch.device) -> int:
     """Return how many processes judge at a time: one for each of torch's threads, on a CPU.
 
-    A process that has threads or is a daemon's may not be forked everywhere: on Linux alone.
+    A process that has threads or is a daemon's may not be forked everywhere: on Linux alone, and
+    not once it has used a GPU.
     """
     if device.type != "cpu" or sys.platform != "linux" or current_process().daemon:
+        return 1
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 1
     fitting = int(psutil.virtual_memory().available) // PROCESS_BYTES
     return max(1, min(torch.get_num_threads(), fitting))
@@ -253,11 +260,18 @@ def _judged_here(shard: Shard) -> bytes:
 
 
 def _store(
-    evaluator: Evaluator, data: Data, folder: Path, subject: str, processes: int
+    evaluator: Evaluator,
+    data: Data,
+    folder: Path,
+    subject: str,
+    processes: int,
+    in_parts: bool,
 ) -> ShardStore:
     """Open the shards of an evaluator's question about a subject."""
     key = f"{subject} {cell_digest(evaluator, data)}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     total, least, side = evaluator.total(data), evaluator.least_shard, data.data_set.image_size
+    if not in_parts:
+        least *= math.ceil(total / processes / least)
     path = folder / "shards" / digest
     return ShardStore(path, total, side=side, least=least, processes=processes)
