@@ -212,6 +212,14 @@ def test_a_model_that_returns_no_logits_is_refused_with_the_hint(coloured, of, h
         quiet(Returns(of), coloured)
 
 
+def test_weights_on_two_devices_or_on_none_are_refused(coloured):
+    with pytest.raises(ValueError, match="weights are on meta: move it to one device"):
+        quiet(nn.Linear(3, 3, device="meta"), coloured)
+    both = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="weights are on cpu and meta"):
+        quiet(both, coloured)
+
+
 def test_what_has_no_gradient_is_judged_but_not_attacked(coloured):
     def numb(images):
         return torch.from_numpy(np.asarray(images.detach()).mean(axis=(2, 3)))
