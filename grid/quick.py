@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import islice
-from typing import TYPE_CHECKING
-
-from pydantic import TypeAdapter
 
 from evaluators import evaluator_named
 from grid.options import RunOptions
-from grid.plan import Plan, Trial, format_seconds
+from grid.plan import Plan, format_seconds
 from trainables.data.listing import DataSource, list_splits
 from trainables.data.registry import REDUCED
 from trainables.scale import Scale, scale_named
 
-if TYPE_CHECKING:
-    import torch
-
-    from evaluators.base import Evaluator
-    from trainables.data.base import Data
-
-SIZES_FILE = "quick.json"  # in the results: the same command goes on with the same sizes
 STUDYS_EPOCHS = 100  # that --epochs stands for
-PROBE_SHARE = 0.1  # of the minutes; trials that are not measured by then are estimated
 START_SECONDS = 60.0  # of Ray, of every process's imports and of the report, on two cores
 CONTENTION = 1.3  # of processes on every core, beside one alone
 JUDGING = 0.4  # of the time
@@ -49,8 +38,7 @@ class Sizes:
 
 
 PROBE = Sizes(64, 8)  # what is measured, of a larger batch all of it
-_STORED = TypeAdapter(dict[str, Sizes])
-Pace = tuple[float, dict["Evaluator", float]]  # seconds alone: of an image's epoch; of judging some
+Seconds = Callable[[Sizes], tuple[float, float]]  # of one core to train, and to judge
 
 
 def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
@@ -86,75 +74,99 @@ def fit(
     stated = Sizes(options.train_images or 0, options.eval_images or 0, options.epochs or 0)
     if not options.minutes:
         return replace(stated, why=_described(stated, scale)) if stated != Sizes() else stated
-    whole = planned(with_sizes(scale, Sizes(), reduced=reduced))
-    trials = sorted((trial.digest, trial.evaluators) for trial in whole)
+    plan = planned(with_sizes(scale, Sizes(), reduced=reduced))
+    trials = sorted((trial.digest, trial.evaluators) for trial in plan)
     key = hashlib.sha256(repr((options.minutes, stated, trials)).encode()).hexdigest()[:12]
-    path, stored = options.results / SIZES_FILE, dict[str, Sizes]()
-    with suppress(OSError, ValueError):
-        stored = _STORED.validate_json(path.read_bytes())
-    if key not in stored:
-        if options.status or options.report:
-            raise ValueError(f"{path} has no sizes of these options: run the study first")
-        least = max(trial.recipe.batch_size for trial in whole)
-        few = min(max(PROBE.train_images, least), scale.data_set.train_images)
-        probed = with_sizes(scale, Sizes(few), reduced=reduced)
-        stored[key] = _measured(options, stated, scale, source, planned(probed), probed)
-        from trainables.store.storage import write_atomically
+    path = options.results / f"quick-{key}.json"
+    if path.exists():
+        return Sizes(**json.loads(path.read_text()))
+    if options.status or options.report:
+        raise ValueError(f"{path} is not there: run the study with these options first")
+    there, least = scale.data_set, max(trial.recipe.batch_size for trial in plan)
+    whole = Sizes(
+        there.train_images,
+        there.held_out_images or len(list_splits(source)[1]),
+        max(1, round(STUDYS_EPOCHS * scale.epochs_factor)),
+    )
+    few = Sizes(
+        min(max(PROBE.train_images, least), whole.train_images),
+        min(PROBE.eval_images, whole.eval_images),
+    )
+    probed = with_sizes(scale, replace(few, eval_images=0), reduced=reduced)
+    lanes = 1 if options.gpus_per_worker else len(os.sched_getaffinity(0))
+    lanes = max(1, lanes // (options.cpus_per_worker * options.workers))
+    limit, began = 60 * options.minutes, time.monotonic()
+    seconds = _measured(options, planned(probed), probed, source, few, lanes)
+    spent = time.monotonic() - began + START_SECONDS
+    chosen = largest(stated, whole, (limit - spent) * lanes / CONTENTION, seconds, least=least)
+    takes = sum(seconds(chosen)) * CONTENTION / lanes + spent
+    said = _described(chosen, scale)
+    if takes > limit:
+        raise ValueError(
+            f"{said} takes about {format_seconds(takes)}: give --minutes {math.ceil(takes / 60)}, "
+            "or fewer trials or evaluators"
+        )
+    why = f"chosen for {options.minutes:g} min: about {format_seconds(takes)}, as measured here"
+    chosen = replace(chosen, why=f"{said}; {why}")
+    from trainables.store.storage import write_atomically
 
-        write_atomically(path, _STORED.dump_json(stored, indent=1))
-    return stored[key]
+    write_atomically(path, json.dumps(asdict(chosen)).encode())
+    return chosen
 
 
 def _measured(
-    options: RunOptions, stated: Sizes, scale: Scale, source: DataSource, plan: Plan, probed: Scale
-) -> Sizes:
-    """Measure the trials on a few images and choose the largest sizes for the time that is left."""
-    began, limit = time.monotonic(), 60 * (options.minutes or 0.0)
-    held_out = scale.data_set.held_out_images or len(list_splits(source)[1])
-    usual = max(1, round(STUDYS_EPOCHS * scale.epochs_factor))
-    whole = Sizes(scale.data_set.train_images, held_out, usual)
-    few = min(PROBE.eval_images, held_out)
-    paces = _paces(options, plan, probed, replace(source, eval_images=few), limit)
-    lanes = 1 if options.gpus_per_worker else len(os.sched_getaffinity(0))
-    lanes = max(1, lanes // (options.cpus_per_worker * options.workers))
-    spent = time.monotonic() - began + START_SECONDS
+    options: RunOptions, plan: Plan, scale: Scale, source: DataSource, few: Sizes, lanes: int
+) -> Seconds:
+    """Measure the longest trial on a few images; the others follow by what their models cost."""
+    import torch
+
+    from evaluators.base import device_named, judge_images
+    from trainables.data.base import WHOLE, Shard
+    from trainables.data.load import load_data
+    from trainables.networks import build_classifier
+    from trainables.train.loop import train
+
+    trial = max(plan, key=lambda trial: (trial.cost, scale.epoch_cost(trial.recipe)))
+    recipe, threads = trial.recipe, torch.get_num_threads()
+    torch.set_num_threads(options.cpus_per_worker)
+    shown = scale.preprocessed(recipe.preprocessing.geometry())
+    data = load_data(shown, replace(source, eval_images=few.eval_images))
+    device = device_named("cuda" if options.gpus_per_worker else "cpu")
+    classifier = build_classifier(recipe)
+    teacher = build_classifier(recipe.teacher) if recipe.teacher else None
+    now, epoch = time.monotonic(), 0.0
+    for _ in islice(train(recipe, classifier, data, device=device, teacher=teacher), 2):
+        epoch, now = time.monotonic() - now, time.monotonic()
+    shares = [other.cost / (trial.cost or 1) for other in plan]
+    image = epoch / len(data.train) * max(sum(shares), lanes * max(shares))  # one at a time
+    paces = {}
+    for name in {name for trial in plan for name in trial.evaluators}:
+        evaluator = evaluator_named(name, shown)
+        for shard in (Shard(0, 1), WHOLE):  # the first pays for what is made once
+            now = time.monotonic()
+            judge_images(evaluator, classifier, data, device=device, shard=shard)
+        took = time.monotonic() - now
+        models = sum(scale.epoch_cost(t.recipe) for t in plan if name in t.evaluators)
+        cost = evaluator.cost(few.eval_images, withstanding=0.5) * scale.epoch_cost(recipe)
+        paces[evaluator] = took * models / cost
+    torch.set_num_threads(threads)
 
     def seconds(sizes: Sizes) -> tuple[float, float]:
-        """Return the work of all cores to train, and to judge; the longest trial keeps them all."""
-        images = sizes.train_images + sizes.eval_images / probed.validate_every / 3
-        training = [sizes.epochs * images * image for image, _ in paces]
-        judging = [
-            taken * e.cost(sizes.eval_images, withstanding=0.5) / e.cost(few, withstanding=0.5)
-            for _, times in paces
-            for e, taken in times.items()
-        ]
-        return max(sum(training), lanes * max(training)), sum(judging)
-
-    least = max(trial.recipe.batch_size for trial in plan)
-    chosen = largest(stated, whole, (limit - spent) * lanes / CONTENTION, seconds, least=least)
-    takes = sum(seconds(chosen)) * CONTENTION / lanes + spent
-    if takes > limit:
-        raise ValueError(
-            f"{_described(chosen, scale)} takes about {format_seconds(takes)}: give --minutes "
-            f"{math.ceil(takes / 60)}, or fewer trials or evaluators"
+        images = sizes.train_images + sizes.eval_images / scale.validate_every / 3
+        judging = (
+            pace * evaluator.cost(sizes.eval_images, withstanding=0.5)
+            for evaluator, pace in paces.items()
         )
-    image, judged = (
-        sum(times) / len(paces)
-        for times in zip(*((i, sum(t.values())) for i, t in paces), strict=True)
-    )
-    why = (
-        f"{_described(chosen, scale)}; chosen for {options.minutes:g} min, about "
-        f"{format_seconds(takes)} are needed: measured here, training takes {1000 * image:.2g} ms "
-        f"an image and epoch, and all evaluators together {judged / few:.2g} s an image"
-    )
-    return replace(chosen, why=why)
+        return image * sizes.epochs * images, sum(judging)
+
+    return seconds
 
 
 def largest(
     stated: Sizes,
     whole: Sizes,
     room: float,
-    seconds: Callable[[Sizes], tuple[float, float]],
+    seconds: Seconds,
     *,
     least: int = 1,
 ) -> Sizes:
@@ -190,69 +202,3 @@ def _described(sizes: Sizes, scale: Scale) -> str:
         (sizes.eval_images, "held-out images"),
     )
     return f"Quick look: {', '.join(f'{size:,} {text}' for size, text in parts if size)}"
-
-
-def _paces(
-    options: RunOptions, plan: Plan, scale: Scale, source: DataSource, limit: float
-) -> list[Pace]:
-    """Measure the plan's trials, or estimate them by the first once a share of the time is over."""
-    import torch
-
-    from evaluators.base import device_named
-    from trainables.data.load import load_data
-
-    began, threads = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(options.cpus_per_worker)
-    device, paces = device_named("cuda" if options.gpus_per_worker else "cpu"), list[Pace]()
-    trials = sorted(plan, key=lambda trial: not trial.recipe.epochs)
-    for trial in trials:
-        if paces and time.monotonic() - began > limit * PROBE_SHARE:
-            ratio, (image, judging) = (
-                _of_epoch(trial, scale) / _of_epoch(trials[0], scale),
-                paces[0],
-            )
-            each = ratio * image if trial.recipe.epochs else 0.0
-            paces.append((each, {e: ratio * taken for e, taken in judging.items()}))
-        else:
-            shown = scale.preprocessed(trial.recipe.preprocessing.geometry())
-            paces.append(_pace(trial, load_data(shown, source), shown, device, began + limit / 2))
-    torch.set_num_threads(threads)
-    return paces
-
-
-def _of_epoch(trial: Trial, scale: Scale) -> float:
-    """Return what an epoch of a trial costs, of a model as it is what one would."""
-    return (
-        trial.cost / trial.recipe.epochs if trial.recipe.epochs else scale.epoch_cost(trial.recipe)
-    )
-
-
-def _pace(trial: Trial, data: Data, scale: Scale, device: torch.device, end: float) -> Pace:
-    """Time a trial's second epoch, and its evaluators; ValueError where that lasts past the end.
-
-    end: as of the monotonic clock.
-    """
-    from evaluators.base import judge_images
-    from trainables.data.base import WHOLE, Shard
-    from trainables.networks import build_classifier
-    from trainables.train.loop import train
-
-    recipe, judging = trial.recipe, {}
-    classifier = build_classifier(recipe)
-    teacher = build_classifier(recipe.teacher) if recipe.teacher else None
-    now, epoch = time.monotonic(), 0.0
-    for _ in islice(train(recipe, classifier, data, device=device, teacher=teacher), 2):
-        epoch, now = time.monotonic() - now, time.monotonic()
-    images, held_out = len(data.train), len(data.held_out)
-    for evaluator in (evaluator_named(name, scale) for name in trial.evaluators):
-        needed = evaluator.cost(held_out, withstanding=0.5) * epoch / images / 3
-        if now + needed > end:
-            raise ValueError(
-                f"{evaluator.name} of {trial.name} takes about {format_seconds(needed)} for "
-                f"{held_out} images here: give more --minutes, fewer --evaluators, or --study quick"
-            )
-        for shard in (Shard(0, 1), WHOLE):  # the first pays for what is made once
-            now = time.monotonic()
-            judge_images(evaluator, classifier, data, device=device, shard=shard)
-        judging[evaluator] = time.monotonic() - now
-    return epoch / images, judging

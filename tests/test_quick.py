@@ -137,7 +137,7 @@ def test_stated_sizes_are_planned_said_and_refused(capsys, tmp_path):
     few = refusal(capsys, "--minutes", "1", "--eval-images", "597", "--results", str(tmp_path))
     assert re.search(r"597 held-out images takes about .*: give --minutes \d+, or fewer", few)
     lacking = refusal(capsys, "--minutes", "5", "--status", "--results", str(tmp_path / "r"))
-    assert "quick.json has no sizes of these options: run the study first" in lacking
+    assert "json is not there: run the study with these options first" in lacking
 
 
 def test_the_same_command_goes_on_with_the_same_sizes(capsys, tmp_path):
@@ -147,7 +147,7 @@ def test_the_same_command_goes_on_with_the_same_sizes(capsys, tmp_path):
         assert main([*words, "--results", str(tmp_path)]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert re.search(r"chosen for 3 min, .* measured here, training takes [\d.]+ ms", said[0])
+    assert re.search(r"chosen for 3 min: about .*, as measured here", said[0])
     assert "1,200 of 1,200 train images, 10 epochs in place of 10, 597 held-out" in said[0]
 
 
