@@ -157,9 +157,8 @@ class _DataCheck:
         published = data_set.train_images, data_set.held_out_images
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
-        for images in (train, held_out):
-            if text := images.left_out(self.source):
-                yield "warning", text
+        if unlabelled := train.unlabelled + held_out.unlabelled:
+            yield "warning", f"{self.source.labels} does not label {unlabelled} images"
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
         if some := missing_classes(data_set, train.class_names):

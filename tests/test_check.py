@@ -202,7 +202,7 @@ def test_imagenet_has_its_own_thousand_classes_and_imagenet_a_its_two_hundred(tm
 @pytest.mark.parametrize(
     ("name", "classes", "side", "message"),
     [
-        ("imagenet-a", (0, 99), 32, "class-99 is no class of the data: remove it"),
+        ("imagenet-a", (0, 99), 32, "is no class of the data"),
         ("imagenet-stylized/val", range(11), 32, "lacks 1 classes; first: ['class-11']"),
         ("imagenet-stylized/val", range(12), 30, "12 images are not 32 x 32 px, the first"),
         ("imagenet-c/fog/1", range(12), 32, "imagenet-c lacks 74 of 75: gaussian_noise/1, "),

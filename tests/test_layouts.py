@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,20 +46,20 @@ def as_folders(root):
 
 
 def as_flat(root, *, splits=True):
-    rows = ["image,label,split"]
+    rows = ["image,label"]
     for split, pictures in PICTURES.items():
         folder = root / split if splits else root
         folder.mkdir(parents=True, exist_ok=True)
         for name, label, grey in pictures:
             picture(grey).save(folder / name)
-            rows.append(f"{name},{label},{split}")
+            rows.append(f"{name},{label}")
     return labels_file(root, rows)
 
 
 def labels_file(root, rows):
     root.mkdir(parents=True, exist_ok=True)
     (root / "labels.csv").write_text("\n".join(rows))
-    return str(root / "labels.csv")
+    return root / "labels.csv"
 
 
 def as_shards(root, *, folders=False):
@@ -102,7 +103,6 @@ def as_tables(root, *, saved):
 LAYOUTS = {
     "folders": as_folders,
     "a folder a split": as_flat,
-    "one folder": lambda root: as_flat(root, splits=False),
     "shards": as_shards,
     "shards of folders": lambda root: as_shards(root, folders=True),
     "saved tables": lambda root: as_tables(root, saved=True),
@@ -111,8 +111,7 @@ LAYOUTS = {
 
 
 def source_of(root, layout, **options):
-    labels = LAYOUTS[layout](root) or ""
-    return DataSource(root=root, labels=labels, **options)
+    return DataSource(root=root, labels=LAYOUTS[layout](root), **options)
 
 
 def greys(split):
@@ -143,7 +142,7 @@ def test_a_layouts_name_follows_its_images_and_labels_and_not_its_place(tmp_path
     name = scale_of(None, source).name
     assert name.startswith("folder-32px-3classes-9train-")
     shutil.copytree(tmp_path / "data", tmp_path / "moved")
-    moved = source.labels.replace("data", "moved")
+    moved = source.labels and tmp_path / "moved" / source.labels.name
     assert scale_of(None, DataSource(root=tmp_path / "moved", labels=moved)).name == name
 
 
@@ -208,7 +207,7 @@ def test_images_without_a_label_are_left_out_and_counted(tmp_path, caplog):
     assert (len(train), train.unlabelled, held_out.unlabelled) == (8, 1, 0)
     source = DataSource(root=tmp_path, labels=labels)
     load_data(scale_of(None, source), source)
-    assert caplog.messages == [f"1 images are left out: {labels} does not label them"]
+    assert caplog.messages == [f"{labels} does not label 1 images: they are left out"]
 
 
 def test_indices_are_in_the_order_of_numbers(tmp_path):
@@ -233,12 +232,12 @@ def test_a_file_of_labels_that_does_not_fit_is_refused(tmp_path, rows, message):
         list_splits(source)
 
 
-def test_a_flat_folder_without_labels_and_labels_that_are_no_file_say_what_is_wanted(tmp_path):
+def test_a_flat_folder_without_labels_and_labels_that_are_not_there_are_refused(tmp_path):
     as_flat(tmp_path)
     with pytest.raises(ValueError, match="expected <class>/<image>, or --labels FILE"):
         list_splits(DataSource(root=tmp_path))
-    with pytest.raises(ValueError, match=r"--labels labels\.txt is not a file"):
-        list_splits(DataSource(root=tmp_path, labels="labels.txt"))
+    with pytest.raises(ValueError, match=r"--labels labels\.txt cannot be read: .*No such file"):
+        list_splits(DataSource(root=tmp_path, labels=Path("labels.txt")))
 
 
 def test_a_held_out_class_that_no_train_image_has_is_named_with_the_nearest(tmp_path):
@@ -249,12 +248,13 @@ def test_a_held_out_class_that_no_train_image_has_is_named_with_the_nearest(tmp_
         list_splits(DataSource(root=tmp_path, labels=labels))
 
 
-def test_another_column_of_a_table_can_be_its_labels(tmp_path):
-    as_tables(tmp_path, saved=False)
-    train, _ = list_splits(DataSource(root=tmp_path, labels="note"))
-    assert train.class_names == ("even", "odd")
-    with pytest.raises(ValueError, match=r"no column 'note2'.* img, label, note"):
-        list_splits(DataSource(root=tmp_path, labels="note2"))
+def test_a_table_with_two_columns_of_labels_is_refused(tmp_path):
+    rows = {"image": [picture(1)], "fine": [0], "coarse": [0]}
+    names = ClassLabel(names=["a", "b"])
+    kinds = Features({"image": Image(), "fine": names, "coarse": names})
+    Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="needs one column of labels, and has image, fine, coarse"):
+        list_splits(DataSource(root=tmp_path))
 
 
 def test_a_single_saved_table_is_held_out_in_part(tmp_path):
@@ -279,7 +279,7 @@ def test_damaged_images_and_shards_are_named(tmp_path):
         list_splits(source)
 
 
-@pytest.mark.parametrize("layout", ["one folder", "shards"])
+@pytest.mark.parametrize("layout", ["a folder a split", "shards"])
 def test_the_check_opens_every_image_of_a_layout_and_names_what_is_damaged(tmp_path, layout):
     source = source_of(tmp_path / "data", layout)
     scale = scale_of(None, source)

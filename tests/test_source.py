@@ -141,7 +141,7 @@ def test_folder_scales_that_cannot_be_are_refused(changes, message):
 
 def test_held_out_images_are_a_share_of_each_class_chosen_by_name(tmp_path):
     root = write_folder(tmp_path, per_class=5, held_out=0)
-    with pytest.raises(ValueError, match=r"no val/.* --hold-out 0\.2, which keeps 12 of the 60"):
+    with pytest.raises(ValueError, match=r"no val/.* --hold-out 0\.2, which judges by"):
         list_splits(DataSource(root=root))
     train, held_out = list_splits(DataSource(root=root, hold_out=0.4))
     assert sorted(held_out.labels) == sorted([*range(CLASSES)] * 2)
@@ -180,13 +180,13 @@ def test_val_alone_can_be_judged_by_and_test_stands_for_an_absent_val(tmp_path):
 
 def foreign_class(root):
     write_picture(root / "val" / "class-99", 0, 3, side=40)
-    return "val/class-99 is no class of the data: remove it"
+    return "'class-99', the class of val/class-99/.* is no class of the data"
 
 
 def no_images(root):
     for path in (root / "val").rglob("*.*"):
         path.rename(path.with_suffix(".gif"))
-    return r"val holds no image in its classes; expected <class>/<image>, whose name ends in \.jpg"
+    return r"val holds no image; expected <class>/<image>, whose name ends in \.jpg"
 
 
 def nothing(root):

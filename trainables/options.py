@@ -171,11 +171,11 @@ class DataOptions(Options):
         "WebDataset, Parquet or Arrow tables of Hugging Face",
         "DIR",
     )
-    labels: str = option(
-        "",
+    labels: Path | None = option(
+        None,
         "CSV of NAME,LABEL: of images, or of classes as the data name them (WordNet ids, class "
-        "names or indices); of tables, the labels' column",
-        "FILE|COLUMN",
+        "names or indices)",
+        "FILE",
     )
     image_size: int | None = option(
         None,
@@ -307,7 +307,7 @@ class DataOptions(Options):
             memory_bytes=int(self.data_memory * GIBIBYTE),
             workers=self.data_workers,
             download=self.download,
-            labels=str(Path(self.labels).resolve()) if Path(self.labels).is_file() else self.labels,
+            labels=self.labels.absolute() if self.labels else None,
             cache=cache.absolute() if cache else None,
         )
 

@@ -10,9 +10,8 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -30,7 +29,7 @@ _ASIDE = "cache-"  # Arrow files that `datasets` makes of others
 
 
 class Entry(NamedTuple):
-    """One image: its path below the root, its label, its id, and its split in a file of labels.
+    """One image: its path below the root, its label and its id.
 
     The path of an image in a shard is FILE/LABEL/NAME@FIRST+COUNT, its bytes; of one in a table
     FILE/LABEL/@ROW+COUNT, the bytes of a mean row.
@@ -39,7 +38,6 @@ class Entry(NamedTuple):
     path: str
     label: str
     id: str
-    split: str = ""
 
 
 class Part(NamedTuple):
@@ -50,82 +48,56 @@ class Part(NamedTuple):
     unlabelled: int = 0
 
 
-@dataclass(frozen=True)
-class Labels:
-    """A file of labels: the label and the split of images, or of classes, by name.
-
-    An image's name is its path, with or without the split's folder, or its file's name, with or
-    without its ending.
-    """
-
-    file: Path
-    rows: Mapping[str, tuple[str, str]]
-
-    def apply(self, entries: Sequence[Entry]) -> Part:
-        """Return the images with the file's labels; ValueError where it has none for them."""
-        labelled = []
-        for entry in entries:
-            image = _PLACE.sub("", entry.id)
-            name = PurePosixPath(image).name
-            names = image, image.partition("/")[2], name, name.rpartition(".")[0], entry.label
-            if row := next((self.rows[key] for key in names if key in self.rows), None):
-                label, split = row
-                labelled.append(entry._replace(label=label, id=f"{entry.id}={label}", split=split))
-        if not labelled:
-            first = entries[0]
-            raise ValueError(
-                f"{self.file} labels none of {len(entries)} images: its first name is "
-                f"{next(iter(self.rows))!r}, and the first image is {first.id!r}"
-                + (f" of class {first.label!r}" if first.label else "")
-            )
-        classes = _in_order(entry.label for entry in labelled)
-        return Part(classes, labelled, len(entries) - len(labelled))
-
-
 def split_places(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Return where the train and the held-out images lie: folders, or shards and tables.
 
     Nothing where the root has no parts of these names.
     """
-    folders = {name: root / name for name in (TRAIN, *HELD_OUT) if (root / name).is_dir()}
-    places: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in folders.items()}
-    if not any(_has_folders(path) for path in folders.values()):
+    names = [name for name in (TRAIN, *HELD_OUT) if (root / name).is_dir()]
+    places: dict[str, tuple[Path, ...]] = {name: (root / name,) for name in names}
+    if not any(_has_folders(root / name) for name in names):
         places = _packed(root) or places
     held_out = next((places[name] for name in HELD_OUT if name in places), ())
     return places.get(TRAIN, ()), held_out
 
 
-def read_part(root: Path, places: Sequence[Path], labels: Labels | None, column: str) -> Part:
-    """Return the images of a split; ValueError says what it lacks.
-
-    column: of a table, the one that has the labels; "": the one that says so.
-    """
+def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) -> Part:
+    """Return the images of a split, maybe with a file's labels; ValueError says what it lacks."""
     place = places[0]
-    if column and place.suffix not in (PARQUET, ARROW):
-        raise ValueError(f"--labels {column} is not a file; it may name a column of tables alone")
     if place.is_file():
-        parts = [_READERS[path.suffix](root, path, column) for path in places]
+        parts = [_READERS[path.suffix](root, path) for path in places]
         entries = [entry for part in parts for entry in part.entries]
         part = Part(parts[0].classes or _in_order(entry.label for entry in entries), entries)
     elif labels and not _has_folders(place):
         part = Part((), [Entry(path, "", path) for path in _images_in(root, place)])
     else:
-        part = class_folders(root, place)
+        part = _class_folders(root, place)
     if not part.entries:
-        raise ValueError(f"{place} holds no image whose name ends in {', '.join(SUFFIXES)}")
-    if not labels and (bare := next((e.path for e in part.entries if not e.label), "")):
-        raise ValueError(f"{bare} has neither .cls nor a class folder; --labels FILE labels images")
-    return labels.apply(part.entries) if labels else part
+        expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
+        raise ValueError(f"{place} holds no image; {expected}")
+    return _relabelled(part.entries, labels) if labels else part
 
 
-def by_split(part: Part) -> tuple[Part, Part | None]:
-    """Part images by the split that a file of labels names; None: it holds none out."""
-    held_out = next((name for name in HELD_OUT if any(e.split == name for e in part.entries)), "")
-    train, judged = (
-        part._replace(entries=[entry for entry in part.entries if entry.split == name])
-        for name in (TRAIN, held_out)
-    )
-    return train, judged if held_out else None
+def _relabelled(entries: Sequence[Entry], file: Path) -> Part:
+    """Return the images with a file's labels; ValueError where it has none for them.
+
+    An image's name in the file is its path, with or without the split's folder, or its file's name,
+    with or without its ending, or its class.
+    """
+    rows, labelled = _read_labels(file), []
+    for entry in entries:
+        image = _PLACE.sub("", entry.id)
+        name = PurePosixPath(image).name
+        names = image, image.partition("/")[2], name, name.rpartition(".")[0], entry.label
+        if label := next((rows[key] for key in names if key in rows), None):
+            labelled.append(Entry(entry.path, label, f"{entry.id}={label}"))
+    if not labelled:
+        raise ValueError(
+            f"{file} labels none of {len(entries)} images: its first name is {next(iter(rows))!r}, "
+            f"and the first image is {entries[0].id!r}"
+        )
+    classes = _in_order(entry.label for entry in labelled)
+    return Part(classes, labelled, len(entries) - len(labelled))
 
 
 def _packed_at(path: Path) -> re.Match[str] | None:
@@ -156,16 +128,13 @@ def open_image(path: Path) -> IO[bytes]:
             shard.seek(first)
             return BytesIO(shard.read(count))
     value = open_table(file)[0][first].as_py()
-    content = value["bytes"] if isinstance(value, dict) else value
-    if content is None:
-        raise ValueError("its row has the path of an image, not its bytes")
-    return BytesIO(content)
+    return BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
-def class_folders(root: Path, split: Path) -> Part:
+def _class_folders(root: Path, split: Path) -> Part:
     """Return the images of a split's class folders; ValueError where there is no folder."""
     try:
-        names = [path.name for path in split.iterdir() if path.name[0] != "." and path.is_dir()]
+        names = sorted(p.name for p in split.iterdir() if p.name[0] != "." and p.is_dir())
     except OSError as error:
         raise ValueError(f"{split} cannot be read: {error.strerror}") from None
     if not names:
@@ -173,13 +142,8 @@ def class_folders(root: Path, split: Path) -> Part:
             f"{split} holds no class folders; expected <class>/<image>, or --labels FILE that "
             "labels its images"
         )
-    entries = [
-        Entry(path, name, path) for name in sorted(names) for path in _images_in(root, split / name)
-    ]
-    if not entries:
-        expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
-        raise ValueError(f"{split} holds no image in its classes; {expected}")
-    return Part(tuple(sorted(names)), entries)
+    paths = ((name, path) for name in names for path in _images_in(root, split / name))
+    return Part(tuple(names), [Entry(path, name, path) for name, path in paths])
 
 
 def _images_in(root: Path, folder: Path) -> list[str]:
@@ -200,19 +164,18 @@ def _has_folders(folder: Path) -> bool:
 
 def _packed(root: Path) -> dict[str, tuple[Path, ...]]:
     """Return the shards and tables of each split, named train-*, val-* or lying in train/, val/."""
-    packed: dict[str, tuple[Path, ...]] = {}
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name not in STORED_SETS]
-    for folder in (root, *sorted(folders)):
-        for path in sorted(Path(e.path) for e in os.scandir(folder) if e.name.endswith(ENDINGS)):
-            match = _SPLIT.match(path.name) or (folder != root and _SPLIT.match(folder.name))
-            if (match or folder == root) and not path.name.startswith(_ASIDE):
-                split = match[1] if match else TRAIN
-                others = packed.get(split, ())
-                if others and others[0].parent != folder:
-                    both = f"{others[0].parent} and {folder}"
-                    raise ValueError(f"images of {split} lie in {both}: give --data one of them")
-                packed[split] = (*others, path)
-    return packed
+    packed = defaultdict[str, list[Path]](list)
+    for path in sorted([*root.iterdir(), *root.glob("*/*")]):
+        below = path.parent.name if path.parent != root else ""
+        split = _SPLIT.match(path.name) or _SPLIT.match(below)
+        is_packed = path.suffix in ENDINGS and not path.name.startswith(_ASIDE)
+        if is_packed and (split or not below) and below not in STORED_SETS:
+            packed[split[1] if split else TRAIN].append(path)
+    for name, paths in packed.items():
+        if len(folders := {str(path.parent) for path in paths}) > 1:
+            lie = f"images of {name} lie in {' and '.join(sorted(folders))}"
+            raise ValueError(f"{lie}: give --data one of them")
+    return {name: tuple(paths) for name, paths in packed.items()}
 
 
 def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -224,7 +187,7 @@ def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
 # Shards of WebDataset.
 
 
-def _tar(root: Path, file: Path, column: str) -> Part:
+def _tar(root: Path, file: Path) -> Part:
     """List a shard's images; each is labelled by the .cls file of its name, or by its folder."""
     images, labels = [], {}
     try:
@@ -248,17 +211,17 @@ def _tar(root: Path, file: Path, column: str) -> Part:
 # Tables of Hugging Face: Parquet, or the Arrow files of `save_to_disk`.
 
 
-def _table(root: Path, file: Path, wanted: str) -> Part:
+def _table(root: Path, file: Path) -> Part:
     """List a table's rows, labelled by the names of the column's classes, or its own values."""
     try:
-        table = _read(file, lambda schema: _label_column(schema, wanted))
+        table = _read(file, _label_column)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
     names, values = _classes(table.schema).get(table.column_names[0], ()), table[0].to_pylist()
     below, entries = file.relative_to(root).as_posix(), []
     count = file.stat().st_size // max(1, len(values))
     for row, value in enumerate(values):
-        if value is None or (names and not 0 <= value < len(names)):
+        if value in (None, -1):
             raise ValueError(f"{file}: row {row} has no label, but {value}: leave the file out")
         text = names[value] if names else str(value)
         path = f"{below}/{text}/@{row}+{count}"
@@ -290,14 +253,11 @@ def _classes(schema: Any) -> dict[str, Sequence[str]]:
     return {name: kind["names"] for name, kind in features.items() if "names" in kind}
 
 
-def _label_column(schema: Any, wanted: str) -> str:
-    classes = list(_classes(schema))
-    known = [name for name in (*classes, "label", "labels", "class") if name in schema.names]
-    name = wanted or (known[0] if known and len(classes) < 2 else "")
-    if name not in schema.names:
-        columns = ", ".join(schema.names)
-        raise ValueError(f"no column {name or 'label'!r}; --labels COLUMN names one of {columns}")
-    return name
+def _label_column(schema: Any) -> str:
+    known = {*_classes(schema), "label", "labels", "class"} & {*schema.names}
+    if len(known) != 1:
+        raise ValueError(f"needs one column of labels, and has {', '.join(schema.names)}")
+    return str(known.pop())
 
 
 def _image_column(schema: Any) -> str:
@@ -317,27 +277,25 @@ ENDINGS = tuple(_READERS)
 
 
 @cache
-def read_labels(file: Path) -> Labels:
-    """Read a file of labels, rows of name, label and maybe split; ValueError names a wrong one.
+def _read_labels(file: Path) -> Mapping[str, str]:
+    """Read a file's labels by name, rows of name and label; ValueError names a wrong row.
 
     A header is a row that names nothing.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"--labels {file} cannot be read: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
     delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
-    rows: dict[str, tuple[str, str]] = {}
+    rows: dict[str, str] = {}
     for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
         if len(row) < 2:
             raise ValueError(f"--labels {file}: {row[0]!r} is not NAME,LABEL")
-        split = _SPLIT.match(row[2].strip().lower()) if len(row) > 2 else None
-        value = row[1].strip(), split[1] if split else ""
-        if rows.setdefault(row[0].strip().removeprefix("./"), value) != value:
-            raise ValueError(f"--labels {file}: {row[0]!r} has two labels")
+        name, label = row[0].strip().removeprefix("./"), row[1].strip()
+        if rows.setdefault(name, label) != label:
+            raise ValueError(f"--labels {file}: {name!r} has two labels")
     if not rows:
         raise ValueError(f"--labels {file} is empty; it wants rows of NAME,LABEL")
     files = Counter(PurePosixPath(name).name for name in rows)
-    short = {PurePosixPath(name).name: row for name, row in rows.items()}
-    return Labels(file, {name: row for name, row in short.items() if files[name] == 1} | rows)
+    short = {PurePosixPath(name).name: label for name, label in rows.items()}
+    return {name: label for name, label in short.items() if files[name] == 1} | rows

@@ -13,19 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import compress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import median_low
 
-from trainables.data.layouts import (
-    Part,
-    by_split,
-    class_folders,
-    file_of,
-    open_image,
-    read_labels,
-    read_part,
-    split_places,
-)
+from trainables.data.layouts import Part, open_image, read_part, split_places
 from trainables.data.registry import (
     FOLDER,
     SIZE_STEP,
@@ -51,7 +42,7 @@ class DataSource:
     `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
-    had (CIFAR-10). `labels`: a file of the images' or the classes' labels, or a table's column.
+    had (CIFAR-10). `labels`: a file of the images' or the classes' labels.
     `eval_images`: judge by so many of the held-out images, 0: by all.
     """
 
@@ -62,12 +53,8 @@ class DataSource:
     workers: int = 0
     cache: Path | None = None
     download: bool = False
-    labels: str = ""
+    labels: Path | None = None
     eval_images: int = 0
-
-    @property
-    def labels_file(self) -> bool:
-        return bool(self.labels) and Path(self.labels).is_file()
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -98,11 +85,6 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def left_out(self, source: DataSource) -> str:
-        """Say how many images a file of labels leaves out; '' where it labels all."""
-        text = f"{self.unlabelled} images are left out: {source.labels} does not label them"
-        return text if self.unlabelled else ""
 
     def at(self, chosen: Sequence[bool]) -> ImageList:
         """Return the chosen images."""
@@ -163,12 +145,8 @@ def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageLi
                 "train/ and val/ in class folders; --download fetches the archive"
             )
         train_at = (root,)
-    labels = read_labels(Path(source.labels)) if source.labels_file else None
-    column = "" if labels else source.labels
-    train = read_part(root, train_at, labels, column) if train_at else None
-    judged = read_part(root, judged_at, labels, column) if judged_at else None
-    if train and not judged and any(entry.split for entry in train.entries):
-        train, judged = by_split(train)
+    train = read_part(root, train_at, source.labels) if train_at else None
+    judged = read_part(root, judged_at, source.labels) if judged_at else None
     first = train or judged
     assert first
     classes = _classes_of(data_set, first.classes, root)
@@ -191,7 +169,7 @@ def list_stored(
     what is not as published of a set whose data are. Of data with some of their classes alone, so
     are the images.
     """
-    part, known = class_folders(folder, folder), class_list(data_set.classes)
+    part, known = read_part(folder, (folder,)), class_list(data_set.classes)
     missing = sorted(set(names) - set(part.classes))
     if stored.complete and missing:
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
@@ -267,10 +245,7 @@ def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
     places = {name: place for place, name in enumerate(names)}
     entries = part.entries
     if foreign := next((e for e in entries if e.label not in classes), None):
-        if foreign.id == foreign.path and file_of(root / foreign.path).parent.name == foreign.label:
-            folder = root / PurePosixPath(foreign.path).parent
-            raise ValueError(f"{folder} is no class of the data: remove it")
-        text = f"{foreign.label!r}, the class of {foreign.id}, is none of the train images"
+        text = f"{foreign.label!r}, the class of {foreign.path}, is no class of the data"
         raise ValueError(f"{root}: {text}{nearest(foreign.label, names)}")
     entries = sorted(entries, key=lambda entry: places[classes[entry.label]])
     return ImageList(
@@ -288,20 +263,19 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
 
     Of each class at least one image is left to train on, but for a share of 1.
     """
+    if not share:
+        raise ValueError(
+            f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which judges by "
+            "a fifth of each class's train images, chosen by their names' hash"
+        )
     by_class: defaultdict[int, list[str]] = defaultdict(list)
     for image_id, label in zip(images.ids, images.labels, strict=True):
         by_class[label].append(image_id)
     held: set[str] = set()
     for ids in by_class.values():
         ids.sort(key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
-        count = min(len(ids) - 1, max(1, round(len(ids) * (share or 0.2))))
-        held.update(ids if share == 1 else ids[:count])
-    if not share:
-        raise ValueError(
-            f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which keeps "
-            f"{len(held)} of the {len(images)} train images, a fifth of each class chosen by their "
-            "names' hash, from training and judges by them"
-        )
+        count = len(ids) if share == 1 else min(len(ids) - 1, max(1, round(len(ids) * share)))
+        held.update(ids[:count])
     is_held = [image_id in held for image_id in images.ids]
     return images.at([not held for held in is_held]), images.at(is_held)
 

@@ -109,8 +109,8 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     Images of an exact size become one tensor in any case.
     """
     listed, budget = list_splits(source, data_set), source.memory_bytes
-    for text in filter(None, (part.left_out(source) for part in listed)):
-        logger.warning(text)
+    if unlabelled := sum(part.unlabelled for part in listed):
+        logger.warning("%s does not label %d images: they are left out", source.labels, unlabelled)
     train, held_out = (
         ImageFiles(
             part.root,
