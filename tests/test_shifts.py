@@ -113,7 +113,7 @@ def test_sets_that_are_not_the_published_ones_are_refused(source, tmp_path):
         list(Stylized(DIGITS).batches(few, batch_size=2))
     (tmp_path / "a" / "n05").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "a" / "n05" / "a.png")
-    with pytest.raises(ValueError, match="'n05', the class of .* is no class of the data"):
+    with pytest.raises(ValueError, match=r"'n05', the class of .* is no class of the data"):
         Natural(DIGITS).identity(source)
 
 
