@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from evaluators import evaluator_named
 from evaluators.__main__ import main
@@ -190,7 +191,8 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
         (["--model", "resnet51"], "unknown model 'resnet51'; one of resnet18"),
         (["--model", "timm:resnet51"], "timm has no model 'resnet51'"),
         (["--scale", "huge"], "unknown scale 'huge'"),
-        (["--scale", "imagenet"], "was trained at digits, not imagenet"),
+        (["--scale", "imagenet"], "was trained at scale digits: --scale imagenet is another"),
+        (["--data", "."], "was trained at scale digits: scale 'digits' is embedded"),
         (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
         (["--std", "0"], "--std: Input should be greater than 0, not '0'"),
         (["--device", "abacus"], "--device abacus"),
@@ -205,6 +207,19 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
 )
 def test_an_option_that_cannot_be_is_refused(own_file, arguments, message, capsys):
     assert message in refused(["--weights", own_file, *arguments], capsys)
+
+
+def test_data_of_other_classes_are_refused_by_the_scale_that_a_file_was_trained_at(
+    tmp_path, capsys
+):
+    scale = "folder-16px-3classes-9train-00000000"
+    recipe = RECIPE.replace(scale=scale)
+    save_weights(tmp_path / "own.safetensors", build_classifier(recipe), recipe.model_dump_json())
+    for name in ("val/cat", "val/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "picture.png")
+    said = refused(["--weights", tmp_path / "own.safetensors", "--data", tmp_path], capsys)
+    assert f"own.safetensors was trained at scale {scale}: {tmp_path} has 2 classes" in said
 
 
 def test_help_imports_nothing_heavy():

@@ -79,7 +79,7 @@ GRID = 'name="s"\nbase="resnet50"\n[axes]\nfamily='
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ('["timm:convnext_tiny"]', "'timm:convnext_tiny' cannot take 1 images of 16 px"),
+        ('["timm:convnext_tiny"]', "'timm:convnext_tiny' cannot take images of 16 px"),
         (
             '["resnet", "deit"]\n[placement]\ndeit.workers = 3',
             "cannot be shared by 3 workers; their number must be one of 1, 2, 4",

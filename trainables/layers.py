@@ -46,7 +46,14 @@ class Program(nn.Module):
         return self
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return cast(Tensor, self.graph(images_BCHW))
+        try:
+            return cast(Tensor, self.graph(images_BCHW))
+        except Exception as error:  # its guards raise all kinds of errors
+            raise ValueError(
+                f"the exported program cannot take images {tuple(images_BCHW.shape)}: export it "
+                "for any number of images of this size: torch.export.export(model, (images,), "
+                'dynamic_shapes=({0: torch.export.Dim("batch")},))'
+            ) from error
 
 
 class GhostBatchNorm2d(nn.Module):

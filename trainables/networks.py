@@ -15,12 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
-from trainables.layers import Classifier, GhostBatchNorm2d, Program
+from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import load_weights, num_classes_of, timm_config
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_of_recipe
-from trainables.weights import OtherHeadError
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
@@ -28,10 +27,6 @@ HYBRID_WIDTH = 256
 DEIT_DEPTH = 12
 FEW_TOKENS = 16
 FEW_PATCHES = 8  # a side
-ANY_BATCH = (
-    "export it for any number of images of this size: torch.export.export(model, (images,), "
-    'dynamic_shapes=({0: torch.export.Dim("batch")},))'
-)
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -40,56 +35,22 @@ ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_classifier(recipe: Recipe, outputs: int | None = None) -> Classifier:
-    """Build a recipe's untrained classifier; its initial weights follow from the seed alone.
-
-    outputs: of its head, where they are not the data's classes.
-    """
-    scale = scale_of_recipe(recipe)
-    if outputs:
-        scale = replace(scale, data_set=replace(scale.data_set, num_classes=outputs))
+def build_classifier(recipe: Recipe) -> Classifier:
+    """Build a recipe's untrained classifier; its initial weights follow from the seed alone."""
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d
     if recipe.norm == "ghost" and recipe.epochs:  # only training needs the other ghosts
         ghosts = recipe.forward_batch // recipe.ghost_batch
         norm_layer = partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
+    activation = None if recipe.activation == "own" else recipe.activation
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        backbone = model_named(recipe.model).build(scale, norm_layer)
-    stated = recipe.preprocessing.mean or recipe.preprocessing.std
-    half = (0.5, 0.5, 0.5) if recipe.pixel_range == "half" and not stated else None
-    activation = None if recipe.activation == "own" else recipe.activation
-    return _classifier(backbone, scale, activation, half)
-
-
-def classifier_with(
-    build: Callable[[int | None], Classifier],
-    load: Callable[[Classifier], tuple[str, ...]],
-    outputs: int | None = None,
-) -> tuple[Classifier, tuple[str, ...]]:
-    """Build a classifier and `load` its weights; return it and the notes of that.
-
-    build: by the number of its outputs, None for the data's; it gets as many as the weights have.
-    outputs: where that number is known.
-    """
-    classifier = build(outputs)
-    try:
-        return classifier, load(classifier)
-    except OtherHeadError as other:
-        classifier = build(other.outputs)
-    return classifier, load(classifier)
-
-
-def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
-    """Build a recipe's classifier with its first weights; return it and notes on these.
-
-    A classifier that is trained further gets a new head where the weights' has other classes.
-    """
-    if not recipe.init:
-        return build_classifier(recipe), ()
-    sha256, is_trained = recipe.init_sha256, recipe.epochs > 0
-    load = partial(load_weights, recipe.init, sha256=sha256, new_head=is_trained)
-    outputs = None if is_trained else num_classes_of(recipe.init)
-    return classifier_with(partial(build_classifier, recipe), load, outputs)
+        classifier = classifier_named(
+            recipe.model, scale_of_recipe(recipe), activation=activation, norm_layer=norm_layer
+        )
+    if recipe.pixel_range == "half" and not (recipe.preprocessing.mean or recipe.preprocessing.std):
+        classifier.mean.fill_(0.5)
+        classifier.std.fill_(0.5)
+    return classifier
 
 
 def classifier_named(
@@ -98,73 +59,47 @@ def classifier_named(
     *,
     activation: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> Classifier:
     """Build a model by name; without `activation` it keeps its network's own.
 
-    arguments: of what builds a model of another origin. num_classes: of its head, where it is not
-    that of the scale's data.
+    arguments: of what builds a model of another origin.
     """
-    if num_classes:
-        scale = replace(scale, data_set=replace(scale.data_set, num_classes=num_classes))
-    backbone = model_named(model, **(arguments or {})).build(scale, nn.BatchNorm2d)
-    return _classifier(backbone, scale, activation)
-
-
-def _classifier(
-    backbone: nn.Module,
-    scale: Scale,
-    activation: str | None,
-    mean_and_std: tuple[float, ...] | None = None,
-) -> Classifier:
+    backbone = model_named(model, **(arguments or {})).build(scale, norm_layer)
     if activation:
         swap_activation(backbone, activation)
-    mean, std = mean_and_std or scale.data_set.mean, mean_and_std or scale.data_set.std
-    return Classifier(backbone, mean, std).to(memory_format=torch.channels_last)
+    classifier = Classifier(backbone, scale.data_set.mean, scale.data_set.std)
+    return classifier.to(memory_format=torch.channels_last)
+
+
+def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
+    """Build a recipe's classifier with its first weights; return it and notes on these.
+
+    Where the weights' head has other classes, a classifier that is trained further has a new one,
+    and one that is not trained has the weights'.
+    """
+    classifier = build_classifier(recipe)
+    if not recipe.init:
+        return classifier, ()
+    sha256, is_trained = recipe.init_sha256, recipe.epochs > 0
+    return classifier, load_weights(recipe.init, classifier, sha256=sha256, new_head=is_trained)
 
 
 def check_model(recipe: Recipe) -> int:
-    """Pass images through a recipe's first model; ValueError when it cannot take them.
+    """Pass an image through a recipe's first model; return the number of its outputs.
 
-    Returns the number of its outputs. Weights that lie in a file are loaded; others are fetched by
-    the trial.
+    Weights that lie in a file are loaded; others are fetched by the trial. ValueError where the
+    model cannot take the image.
     """
-    if Path(recipe.init).is_file():
-        classifier, _ = first_classifier(recipe)
-    else:
-        outputs = None if recipe.epochs else num_classes_of(recipe.init)
-        classifier = build_classifier(recipe, outputs)
-    return check_images(classifier.eval(), recipe.model, scale_of_recipe(recipe).image_size)
-
-
-def check_images(classifier: Classifier, model: str, side: int) -> int:
-    """Pass an image through a classifier, and three; ValueError when it cannot take them.
-
-    Returns the number of its outputs.
-    """
-    outputs = 0
-    for count in (1, 3):
-        images_BCHW = torch.zeros(count, 3, side, side, device=classifier.mean.device)
-        try:
-            with torch.inference_mode():
-                logits: object = classifier(images_BCHW)
-        except Exception as error:  # a user's code raises all kinds of errors
-            remedy = f"; {ANY_BATCH}" if isinstance(classifier.backbone, Program) else ""
-            raise ValueError(
-                f"model {model!r} cannot take {count} images of {side} px: {error}{remedy}"
-            ) from None
-        if not isinstance(logits, torch.Tensor):
-            raise ValueError(
-                f"model {model!r} returns a {type(logits).__name__}, not logits (B, K): "
-                "return the logits alone"
-            )
-        if logits.ndim != 2 or len(logits) != count:
-            shape = tuple(logits.shape)
-            raise ValueError(
-                f"model {model!r} returns {shape} for {count} images, not ({count}, K)"
-            )
-        outputs = logits.shape[1]
-    return outputs
+    in_file = Path(recipe.init).is_file()
+    classifier = (first_classifier(recipe)[0] if in_file else build_classifier(recipe)).eval()
+    side = scale_of_recipe(recipe).image_size
+    try:
+        with torch.inference_mode():
+            _, outputs = classifier(torch.zeros(1, 3, side, side)).shape
+    except Exception as error:  # networks raise all kinds of errors
+        raise ValueError(f"{recipe.model!r} cannot take images of {side} px: {error}") from None
+    return int(outputs) if recipe.epochs else num_classes_of(recipe.init) or int(outputs)
 
 
 def swap_activation(module: nn.Module, name: str) -> None:

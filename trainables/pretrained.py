@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trainables.scale import Scale
 
 HF_PREFIX = "hf://"
-HF_FILES = ["model.safetensors", "pytorch_model.bin"]  # what a repository's weights are called
+HF_FILE = "model.safetensors"  # what a repository's weights are called
 
 
 def preprocessing_of(model: str) -> Preprocessing:
@@ -89,9 +89,9 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load weights of any origin into a module; return notes on what was mapped.
 
-    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. new_head: a head of
-    another number of classes stays as it is (fine-tuning). ValueError says what does not fit or is
-    refused; `weights.OtherHeadError` where it is the head alone.
+    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. A head of another number
+    of classes becomes as wide as the weights', or with `new_head` stays as it is (fine-tuning).
+    ValueError says what does not fit or is refused.
     """
     from trainables.weights import fit_any_weights, read_tensors
 
@@ -154,26 +154,15 @@ def _downloaded(url: str, sha256: str) -> Path:
 
 def _from_hugging_face(where: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        RemoteEntryNotFoundError,
-    )
 
     parts = where.removeprefix(HF_PREFIX).split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise ValueError(f"{where} is not {HF_PREFIX}ORG/REPO or {HF_PREFIX}ORG/REPO/FILE")
-    repository, files = "/".join(parts[:2]), parts[2:] or HF_FILES
-    for file in files:
-        try:
-            return Path(hf_hub_download(repository, file))
-        except RemoteEntryNotFoundError:
-            continue
-        except (OSError, HfHubHTTPError, HFValidationError) as error:  # also where it is offline
-            raise ValueError(f"{where} cannot be fetched: {error}") from None
-    raise ValueError(
-        f"{where} holds no {' or '.join(files)}: name the file, {HF_PREFIX}{repository}/FILE"
-    )
+    repository, file = "/".join(parts[:2]), (*parts, HF_FILE)[2]
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (OSError, ValueError) as error:  # also where it is offline
+        raise ValueError(f"{file} of {where} cannot be fetched: {error}") from None
 
 
 def from_function(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
@@ -192,11 +181,6 @@ def from_function(name: str, scale: Scale, norm_layer: object, **arguments: Any)
     data = {"num_classes": scale.num_classes}
     data |= dict.fromkeys(("image_size", "img_size"), scale.image_size)
     known = {key: value for key, value in data.items() if key in parameters} | arguments
-    try:
-        inspect.signature(function).bind(**known)
-    except TypeError as error:
-        takes = f"{attribute}{inspect.signature(function)}"
-        raise ValueError(f"{name}: {error}; --model-arg NAME=VALUE states what {takes} takes")
     return _network_of(lambda: function(**known), name)
 
 

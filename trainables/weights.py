@@ -14,21 +14,9 @@ from torch import Tensor, nn
 from trainables.layers import Classifier
 from trainables.store.tensors import fit_weights, read_safetensors, unpickled
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin")
 ENTRIES = ("model", "state_dict", "model_state_dict", "net")  # of a training checkpoint
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 STATISTICS = ("running_mean", "running_var")
-
-
-class OtherHeadError(ValueError):
-    """Weights fit a model but for the number of its classes; `outputs` is theirs."""
-
-    def __init__(self, origin: str, name: str, outputs: int, own: int) -> None:
-        super().__init__(
-            f"{origin} has a head of {outputs} classes ({name}), and the model one of {own}: "
-            f"build it with as many, as --model-arg num_classes={outputs} does"
-        )
-        self.outputs = outputs
 
 
 def fit_any_weights(
@@ -36,8 +24,8 @@ def fit_any_weights(
 ) -> tuple[str, ...]:
     """Load weights of whatever names into a module or a classifier's backbone; say what was mapped.
 
-    new_head: a head of another number of classes stays as it is. ValueError says what does not
-    fit, OtherHeadError where it is the head alone.
+    A head of another number of classes becomes as wide as the weights', or with `new_head` stays as
+    it is. ValueError names what else does not fit.
     """
     backbone = module.backbone if isinstance(module, Classifier) else module
     model = backbone.state_dict()
@@ -51,10 +39,14 @@ def fit_any_weights(
     fitted = counts | fitted
     if head := _other_head(fitted, model):
         outputs, own = len(fitted[head[0]]), len(model[head[0]])
-        if not new_head:
-            raise OtherHeadError(origin, head[0], outputs, own)
-        fitted |= {name: model[name] for name in head}
-        notes.append(f"the head of {outputs} classes is left out: a new one of {own} stays")
+        if new_head:
+            fitted |= {name: model[name] for name in head}
+            notes.append(f"the head of {outputs} classes is left out: a new one of {own} stays")
+        else:
+            for layer, _, parameter in (name.rpartition(".") for name in head):
+                empty = nn.Parameter(torch.empty_like(fitted[f"{layer}.{parameter}"]))
+                setattr(backbone.get_submodule(layer), parameter, empty)
+            notes.append(f"the head has the weights' {outputs} classes, not {own}")
     fit_weights(fitted, backbone, origin)
     return tuple(notes)
 
@@ -64,7 +56,10 @@ def _without_prefix(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors below the prefix that most of the model's names have, and notes on it."""
     prefixes = Counter(
-        name[: len(name) - len(rest)] for name in tensors for rest in _tails(name) if rest in model
+        name[: part.end()]
+        for name in tensors
+        for part in re.finditer(r"^|\.", name)
+        if name[part.end() :] in model
     )
     prefix = min(prefixes, key=lambda word: (-prefixes[word], len(word)), default="")
     others = [name for name in tensors if not name.startswith(prefix)]
@@ -76,23 +71,14 @@ def _without_prefix(
     return below, notes
 
 
-def _tails(name: str) -> list[str]:
-    """Return a dotted name's ends: a.b.c, b.c, c."""
-    parts = name.split(".")
-    return [".".join(parts[first:]) for first in range(len(parts))]
-
-
 def _other_head(tensors: dict[str, Tensor], model: dict[str, Tensor]) -> list[str]:
     """Return the names of a head of another number of classes, where nothing else differs."""
     if tensors.keys() != model.keys():
         return []
     names = [name for name, value in model.items() if tensors[name].shape != value.shape]
     sizes = {(tensors[name].shape[:1], model[name].shape[:1]) for name in names}
-    one_axis = all(
-        tensors[n].shape[1:] == model[n].shape[1:] and tensors[n].ndim == model[n].ndim > 0
-        for n in names
-    )
-    return names if len(sizes) == 1 and one_axis else []
+    first_axis = all(tensors[name].shape[1:] == model[name].shape[1:] for name in names)
+    return names if len(sizes) == 1 and first_axis else []
 
 
 def read_tensors(path: Path, sha256: str = "") -> dict[str, Tensor]:
@@ -101,9 +87,7 @@ def read_tensors(path: Path, sha256: str = "") -> dict[str, Tensor]:
     Of a training checkpoint the first of the `ENTRIES` is taken. Raises ValueError, also where the
     file's sha256 is not the one stated.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is no weights file: its name ends in none of {SUFFIXES}")
-    read = read_safetensors if path.suffix == SUFFIXES[0] else unpickled
+    read = read_safetensors if path.suffix == ".safetensors" else unpickled
     loaded = read(read_content(path, sha256), path)
     for entry in ENTRIES:
         if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):

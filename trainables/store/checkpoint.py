@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ from trainables.store.storage import (
 )
 from trainables.store.tensors import (
     RECIPE_ENTRY,
-    fit_weights,
     metadata_of,
     read_safetensors,
     sealed,
@@ -138,15 +136,12 @@ def classifier_of(path: Path, digest: str) -> Classifier:
 
     ValueError where the file is damaged or of another trial than that of the digest.
     """
-    from trainables.networks import build_classifier, classifier_with  # timm, which a driver spares
+    from trainables.networks import build_classifier  # timm, which a driver spares
     from trainables.weights import fit_any_weights
 
     recipe, tensors = read_weights(path.read_bytes(), path, digest)
-    if not recipe.epochs:
-        load = partial(fit_any_weights, tensors, origin=str(path))
-        return classifier_with(partial(build_classifier, recipe), load)[0]
     classifier = build_classifier(recipe)
-    fit_weights(tensors, classifier, path)
+    fit_any_weights(tensors, classifier, str(path))
     return classifier
 
 
