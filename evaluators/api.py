@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,29 +11,18 @@ from typing import Any
 
 import torch
 
-from evaluators import EVALUATORS, PGD_STEPS, class_named
 from evaluators.base import Evaluator, device_named
 from evaluators.judging import Cells, evaluators_named
 from evaluators.own_data import read
-from evaluators.own_model import (
-    PROBED,
-    as_it_was,
-    classifier_of,
-    device_of,
-    fingerprint,
-    probe,
-)
+from evaluators.own_model import PROBED, classifier_of, device_of, fingerprint, probe, undisturbed
 from evaluators.scores import Scores, compare
-from trainables.layers import Classifier
 from trainables.options import fraction
-from trainables.recipe import unknown
 from trainables.scale import Scale
-from trainables.train.exactness import settings_restored
 
 __all__ = ["compare", "evaluate"]
 
 Radius = str | float | Fraction
-PGD_LENGTHS = {f"pgd-{steps}" for steps in PGD_STEPS}
+RADIUS = ("radius for pixels in [0, 1]", "8/255")
 
 
 def evaluate(
@@ -68,19 +56,24 @@ def evaluate(
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
     names = [evaluators] if isinstance(evaluators, str) else list(evaluators)
-    radii, by_gradient, own = _radii(epsilon), _by_gradient(names), read(data, image_size)
+    if not names:
+        raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
+    several = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
+    radii = [fraction(str(r), *RADIUS) for r in several if r is not None]
+    own = read(data, image_size)
     classifier = classifier_of(model, own.split.images.shape[1], mean, std, draws=eot)
     label = name or getattr(model, "__qualname__", type(model).__name__)
     home = device or device_of(classifier)
     where = device_named(str(home) if home else None)
-    notes, probed = _said_of_mode(classifier), own.split.images[:PROBED]
-    with _undisturbed(classifier, where) as temporary:
-        folder = temporary
-        outputs, remarks = probe(classifier.to(where).eval(), probed, by_gradient=by_gradient)
+    in_training = any(module.training for module in classifier.backbone.modules())
+    notes = ["the model was in training mode: it was judged in eval mode"] if in_training else []
+    probed = own.split.images[:PROBED]
+    with undisturbed(classifier, where), TemporaryDirectory() as temporary:
+        outputs, remarks = probe(classifier.to(where).eval(), probed)
         scale, own_data = own.with_classes(outputs)
         chosen = list(evaluators_named(names, scale, radii))
         notes += remarks + _radii_noted(chosen, scale, radii)
-        _check_shapes(chosen, own.split.images.shape)
+        folder = Path(temporary)
         if store:
             subject = f"{fingerprint(classifier, probed)}-{own.digest()}"
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
@@ -93,66 +86,11 @@ def evaluate(
         return cells.scores(label, own_data, notes)
 
 
-@contextmanager
-def _undisturbed(classifier: Classifier, device: torch.device) -> Iterator[Path]:
-    """Leave the model and torch's settings as they were; yield a folder that is removed."""
-    with (
-        as_it_was(classifier),
-        settings_restored(device),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        TemporaryDirectory() as folder,
-    ):
-        yield Path(folder)
-
-
-def _by_gradient(names: Sequence[str]) -> str:
-    """Return the first evaluator that needs gradients, or ''; ValueError where one is unknown."""
-    if not names:
-        raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
-    if strange := [name for name in names if name not in {*EVALUATORS, *PGD_LENGTHS}]:
-        raise ValueError(unknown("evaluator", strange[0], [*EVALUATORS, *PGD_LENGTHS]))
-    needing = (name for name in names if name in PGD_LENGTHS or class_named(name).by_gradient)
-    return next(needing, "")
-
-
-def _said_of_mode(classifier: Classifier) -> list[str]:
-    in_training = any(module.training for module in classifier.backbone.modules())
-    return ["the model was in training mode: it was judged in eval mode"] if in_training else []
-
-
-def _radii(epsilon: Radius | Sequence[Radius] | None) -> list[Fraction]:
-    """Read radii: "8/255", numbers, or several of them; ValueError."""
-    several = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
-    return [_radius(radius) for radius in several if radius is not None]
-
-
-def _radius(radius: Any) -> Fraction:
-    if isinstance(radius, str):
-        return fraction(radius, "radius for pixels in [0, 1]", "8/255")
-    if not isinstance(radius, int | float | Fraction) or not 0 < radius <= 1:
-        raise ValueError(
-            f"epsilon {radius!r} is outside (0, 1]: pixels are in [0, 1], write '{radius}/255'"
-        )
-    return Fraction(radius)
-
-
 def _radii_noted(chosen: Sequence[Evaluator], scale: Scale, radii: Sequence[Fraction]) -> list[str]:
     """Say by which radius the attacks judge; one that no attack takes is refused."""
     attacks = ", ".join(e.name for e in chosen if e.takes_radii)
-    if not attacks:
-        if radii:
-            raise ValueError("epsilon is of pgd and autoattack, and neither is among evaluators")
-        return []
+    if radii and not attacks:
+        raise ValueError("epsilon is of pgd and autoattack, and neither is among evaluators")
     shown = ", ".join(f"{255 * float(radius):g}/255" for radius in radii or [scale.epsilon])
-    return [f"{attacks}: max-norm radius {shown}{'' if radii else ' by default'}"]
-
-
-def _check_shapes(chosen: Sequence[Evaluator], shape: Sequence[int]) -> None:
-    _, channels, height, width = shape
-    for evaluator in chosen:
-        if evaluator.square_colour and (channels != 3 or height != width):
-            raise ValueError(
-                f"{evaluator.name} takes square images of 3 channels, not {channels} x {height} x "
-                f"{width}; the other evaluators take any"
-            )
+    note = f"{attacks}: max-norm radius {shown}{'' if radii else ' by default'}"
+    return [note] if attacks else []

@@ -62,7 +62,6 @@ class AutoAttack(Evaluator):
         Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
     )
     takes_radii = True
-    by_gradient = True
     least_shard = 1
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:

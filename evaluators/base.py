@@ -115,15 +115,12 @@ class Evaluator(ABC):
 
     `columns` are the scores that tables may show. `least_shard`: shards are multiples of so many
     images; `subset_size`: how many are drawn by a fixed seed (None: all are asked about).
-    `takes_radii`: it can be set up with `radii`, in place of the scale's. `by_gradient`: it needs
-    the logits' gradients. `square_colour`: it takes square images of three channels alone.
+    `takes_radii`: it can be set up with `radii`, in place of the scale's.
     """
 
     name: str
     columns: tuple[Column, ...] = ()
     takes_radii = False
-    by_gradient = False
-    square_colour = False
     least_shard = FORWARD_SHARD
     subset_size: int | None = None
 

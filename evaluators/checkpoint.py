@@ -48,9 +48,7 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     print(*subject.said, options.images_line(scale), sep="\n")
     notes: list[str] = []
     if subject.model not in MODELS:
-        needing = next((e.name for e in evaluators if e.by_gradient), "")
-        images = data.held_out.images[:PROBED]
-        _, notes = probe(classifier.to(device).eval(), images, by_gradient=needing)
+        _, notes = probe(classifier.to(device).eval(), data.held_out.images[:PROBED])
     cells = Cells.of(evaluators, data, folder, judged, device)
     with suppress(KeyboardInterrupt):
         for evaluator in cells.stores:

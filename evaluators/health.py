@@ -40,7 +40,6 @@ class Health(Evaluator):
     """
 
     name = "health"
-    by_gradient = True
 
     def __init__(self, scale: Scale) -> None:
         super().__init__(scale)

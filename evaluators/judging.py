@@ -15,20 +15,19 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from multiprocessing import active_children, current_process, get_context
+from multiprocessing import active_children, current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.progress import Progress, Task
+from tqdm import tqdm
 
 from evaluators import PGD_STEPS, base, class_named, evaluator_named
 from evaluators.base import Evaluator, cell_digest
 from evaluators.health import red_flags
-from evaluators.ledger import LEDGER, Score, to_parquet
+from evaluators.ledger import LEDGER, to_parquet
 from evaluators.scores import Scores
 from evaluators.shards import ShardStore
 from trainables.data.base import Data, Shard
@@ -92,44 +91,41 @@ class Cells:
         progress: bool = True,
     ) -> None:
         """Judge the images that no shard holds yet, on all cores, showing the time left."""
-        store, console = self.stores[evaluator], Console(stderr=True)
-        quiet = not progress or store.total <= evaluator.least_shard
+        store = self.stores[evaluator]
         judge = partial(_judged, evaluator, classifier, data, device, batch_size)
         alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
         ledgers = _in_this_process if alone else _in_processes
-        with (
-            Progress(console=console, disable=quiet or not console.is_terminal) as bars,
-            closing(ledgers(store, judge, self.processes)) as judged,
-        ):
-            bar = bars.add_task(evaluator.name, total=store.total, completed=store.judged)
-            show = _notebook_line(bars.tasks[0]) if console.is_jupyter and not quiet else None
+        watched = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        bar = tqdm(
+            desc=evaluator.name,
+            total=store.total,
+            initial=store.judged,
+            unit=" images",
+            disable=not watched or store.total <= evaluator.least_shard,
+        )
+        with bar, closing(ledgers(store, judge, self.processes)) as judged:
             for shard, content in judged:
                 store.add(shard, content)
-                bars.advance(bar, len(shard))
-                if show:
-                    show()
+                bar.update(len(shard))
 
     def scores(self, name: str, data: Data, notes: Sequence[str] = ()) -> Scores:
         """Return a model's scores; those of a part of the images say so in their names."""
-        scores: dict[str, Score] = {}
         seconds: dict[str, float] = {}
-        ledgers, flags = [], []
+        scores, ledgers = [], [LEDGER.empty_table()]
         for evaluator, store in self.stores.items():
             if store.judged:
                 ledger, taken = store.merged()
                 part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
                 named = [replace(s, name=s.name + part) for s in evaluator.summarize(ledger)]
-                scores |= {score.name: score for score in named}
+                scores += named
                 seconds |= {score.name: taken for score in named}
                 ledgers.append(ledger)
-        if ledgers:
-            flags = red_flags(ledgers)
         return Scores(
-            scores=tuple(scores.values()),
+            scores=tuple(scores),
             seconds=seconds,
-            ledger=pa.concat_tables(ledgers) if ledgers else LEDGER.empty_table(),
+            ledger=pa.concat_tables(ledgers),
             identities={e.name: e.identity(data) for e in self.stores},
-            flags=tuple(flags),
+            flags=tuple(red_flags(ledgers)),
             notes=tuple(notes),
             name=name,
             data=data.data_set.title,
@@ -146,20 +142,6 @@ class Cells:
         """Remove the shards."""
         for store in self.stores.values():
             store.clear()
-
-
-def _notebook_line(task: Task) -> Callable[[], None]:
-    """Show a task as a line of a notebook, for which rich needs ipywidgets; return its update."""
-    from IPython.display import display
-
-    def line() -> dict[str, str]:
-        left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
-        return {
-            "text/plain": f"{task.description}: {task.completed:.0f} of {task.total} images{left}"
-        }
-
-    shown = display(line(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
-    return lambda: shown.update(line(), raw=True)
 
 
 def evaluators_named(
@@ -222,8 +204,8 @@ def _in_processes(store: ShardStore, judge: Judge, processes: int) -> Ledgers:
 
     Small layers gain nothing from a second thread. A fork need not pickle the model.
     """
-    others, begin = set(active_children()), (judge, os.getpid())
-    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin, begin)
+    others = set(active_children())
+    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin, (judge,))
     under_way: dict[Future[bytes], Shard] = {}
     try:
         while store.waiting or under_way:
@@ -240,18 +222,19 @@ def _in_processes(store: ShardStore, judge: Judge, processes: int) -> Ledgers:
         pool.shutdown()
 
 
-def _begin(judge: Judge, parent: int) -> None:
+def _begin(judge: Judge) -> None:
     """Begin a fork: Ctrl-C is its parent's to answer, with whom it ends."""
     global _judge  # noqa: PLW0603
     _judge = judge
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent
+    parent.join()
     os._exit(1)
 
 

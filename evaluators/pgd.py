@@ -43,7 +43,6 @@ class PGD(Evaluator):
     columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in PGD_STEPS)
     protocol: Protocol = "corrected"
     takes_radii = True
-    by_gradient = True
     least_shard = 1
 
     def __init__(

@@ -291,7 +291,6 @@ class TexturePatchAttack(Evaluator):
     """
 
     name = "tpa"
-    square_colour = True
     columns = (
         Column("tpa", "TPA"),
         Column("tpa/patches-1", "TPA, 1 patch"),
@@ -306,6 +305,10 @@ class TexturePatchAttack(Evaluator):
         self._dictionary: Mapping[int, Tensor] = {}
 
     def identity(self, source: Data) -> dict[str, Any]:
+        channels, height, width = source.held_out.images.shape[1:]
+        if channels != 3 or height != width:
+            size = f"{channels} x {height} x {width}"
+            raise ValueError(f"{self.name} takes square images of 3 channels, not {size}")
         return {
             **super().identity(source),
             "budget": asdict(self.budget),

@@ -154,7 +154,7 @@ def test_radii_are_text_numbers_or_a_list(coloured):
         ({"labels": nn.functional.one_hot}, r"labels are of shape \(12, 3\): one-hot"),
         ({"evaluators": "claen"}, r"unknown evaluator 'claen'.*Did you mean 'clean'"),
         ({"evaluators": []}, "there is no evaluator"),
-        ({"epsilon": 8, "evaluators": "pgd"}, r"epsilon 8 is outside .* write '8/255'"),
+        ({"epsilon": 8, "evaluators": "pgd"}, "'8' is no radius .* like 8/255"),
         ({"epsilon": "8/0", "evaluators": "pgd"}, "'8/0' is no radius"),
         ({"epsilon": 0.1}, "epsilon is of pgd and autoattack"),
         ({"mean": 123.7}, "mean 123.7 is of other units"),
@@ -225,11 +225,12 @@ def test_what_has_no_gradient_is_judged_but_not_attacked(coloured):
         return torch.from_numpy(np.asarray(images.detach()).mean(axis=(2, 3)))
 
     assert quiet(numb, coloured)["clean"].value == pytest.approx(10 / 12)
-    with pytest.raises(ValueError, match="pgd needs gradients, and the model's logits have none"):
+    with pytest.raises(
+        ValueError, match="attacks need gradients, and the model's logits have none"
+    ):
         quiet(numb, coloured, ["clean", "pgd"])
-    for model, message in ((None, "the model is NoneType"), (Brightest, "the class Brightest")):
-        with pytest.raises(ValueError, match=message):
-            quiet(model, coloured)
+    with pytest.raises(ValueError, match="the model is NoneType"):
+        quiet(None, coloured)
 
 
 def test_normalisation_may_be_in_front_of_the_model_or_inside_it(coloured):
@@ -310,14 +311,11 @@ def test_random_noise_is_said_and_eot_answers_by_the_mean_of_many_draws(coloured
     assert "eot=50 averages 50 draws" in str(mean)
 
 
-def test_half_precision_a_softmax_and_answers_by_batch_are_said(coloured):
+def test_a_model_in_half_precision_is_judged_and_a_softmax_is_said(coloured):
     half = quiet(Brightest().half(), coloured, ["clean", "pgd-5"], epsilon="1/255")
     assert half["clean"].value == pytest.approx(10 / 12)
-    assert "the model computes in float16" in str(half)
     soft = quiet(lambda x: Brightest()(x).softmax(dim=1), coloured)
     assert "the model returns probabilities" in str(soft)
-    relative = quiet(lambda x: Brightest()(x - x.mean(dim=0)), coloured)
-    assert "an image's answer hangs on the other images of its batch" in str(relative)
 
 
 def test_what_is_stored_is_not_judged_again_and_another_model_or_label_is(coloured, tmp_path):

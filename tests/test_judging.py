@@ -3,7 +3,7 @@
 import os
 import time
 from dataclasses import replace
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 
 import pytest
 import torch
@@ -85,12 +85,20 @@ def test_ctrl_c_ends_the_processes_and_what_they_judged_is_there(
 
 
 def test_a_fork_ends_when_its_parent_is_gone():
-    child = os.fork()
-    if child == 0:
-        judging._begin(lambda _: b"", parent=os.getppid() + 1)
-        time.sleep(600)
+    reader, writer = os.pipe()
+
+    def work():
+        judging._begin(lambda _: b"")
+        time.sleep(60)
+        os.write(writer, b"still here")
+
+    parent = os.fork()
+    if parent == 0:
+        get_context("fork").Process(target=work).start()
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    os.close(writer)
+    os.waitpid(parent, 0)
+    assert os.read(reader, 10) == b""  # the pipe's other end is closed
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -80,6 +80,11 @@ def pgd_iterates(
         beat()
         current = current.detach().requires_grad_(True)
         loss = F.cross_entropy(classifier(current), targets, reduction="sum")
+        if not loss.requires_grad:
+            raise ValueError(
+                "attacks need gradients, and the model's logits have none: torch.no_grad(), "
+                ".detach() or numpy inside? clean, stylized and corruptions need none"
+            )
         (gradient,) = torch.autograd.grad(loss, current)
         with torch.no_grad():
             current = torch.clamp(current + step_size * gradient.sign(), low, high)
