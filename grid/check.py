@@ -33,7 +33,7 @@ from trainables.data.listing import (
     list_splits,
     missing_classes,
 )
-from trainables.data.load import CorruptedSet, is_archived, load_data, stored_split
+from trainables.data.load import CorruptedSet, image_files, is_archived, load_data, stored_split
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
 from trainables.plugins import described
 from trainables.scale import Scale
@@ -97,20 +97,14 @@ def _plug_ins() -> Iterator[Finding]:
             yield "plug-ins", "ok", described(plug_in)
 
 
-def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> list[Finding]:
+def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> Iterator[Finding]:
     """Warn of the published sets that are not there and that generated ones stand in for."""
-    asked = {evaluator for trial in plan for evaluator in trial.evaluators}
-    missing = [STORED_SETS[name] for name in data_set.counterparts if name not in source.folders]
-    return [
-        (
-            stored.name,
-            "warning",
-            f"{stored.title} is not there: {stored.evaluator} is judged on images made of held-out "
-            f"ones, beside no published figure; --stored {stored.name}=DIR reads it",
-        )
-        for stored in missing
-        if stored.evaluator in asked and stored.evaluator != "tpa" and not data_set.generated
-    ]
+    asked = {evaluator for trial in plan for evaluator in trial.evaluators} - {"tpa"}
+    for stored in (STORED_SETS[name] for name in data_set.counterparts):
+        missing = stored.evaluator in asked and stored.name not in source.folders
+        if missing and not data_set.generated:
+            text = f"{stored.title} is not there: {stored.evaluator} is judged on generated images"
+            yield stored.name, "warning", f"{text}; --stored {stored.name}=DIR reads it"
 
 
 class _DataCheck:
@@ -168,13 +162,7 @@ class _DataCheck:
         elif self.trains and (missing := _missing_classes(train)):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
-            files = ImageFiles(
-                root,
-                images.paths,
-                preprocessing=data_set.preprocessing,
-                native=data_set.stored_size if data_set.exact_size else 0,
-            )
-            yield from self._opened(files, "images")
+            yield from self._opened(image_files(images, data_set), "images")
         if not self.source.workers and sum(self.sizes.values()) > self.source.memory_bytes:
             text = "the images take more than --data-memory: each trial reads them from files"
             yield "warning", f"{text} by one process; give --data-workers N"

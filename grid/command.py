@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -37,8 +36,7 @@ def main() -> None:
         from trainables.recipe import unknown
 
         parser.error(unknown("command", words[0], COMMANDS))
-    parser.parse_known_args(words or ["--help"])
-    parser.error(f"a command comes before its options, like {parser.prog} run {words[0]}")
+    parser.parse_args(words or ["--help"])
 
 
 def dispatch(command: str, words: Sequence[str]) -> int:
@@ -70,12 +68,8 @@ def _show_results(words: Sequence[str], prog: str) -> int:
             raise ValueError(f"{options.results} holds no {DATABASE}: run a study first")
         check_database(options.results)
         settle(options.results)
-        with socket.create_server((LOOPBACK, options.port)):
-            pass
-    except (OSError, ValueError) as error:
-        in_use = isinstance(error, OSError)
-        reason = f"port {options.port} is in use: give another --port" if in_use else error
-        print(f"{prog}: {reason}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     print(f"MLflow's pages: http://{LOOPBACK}:{options.port} (Ctrl-C ends them)", flush=True)
     uri = options.mlflow or database_uri(options.results)
@@ -86,23 +80,19 @@ def _show_results(words: Sequence[str], prog: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from trainables.store.results import PROJECT, version_of
+
     lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="robustness-grid",
+        prog=PROJECT,
         usage="robustness-grid COMMAND [options]",
         description=f"Measure how robust image classifiers are. Commands:\n{lines}",
         epilog="robustness-grid COMMAND --help lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"{PROJECT} {version_of(PROJECT)}")
     return parser
-
-
-def _version() -> str:
-    from trainables.store.results import PROJECT, version_of
-
-    return f"{PROJECT} {version_of(PROJECT)}"
 
 
 if __name__ == "__main__":

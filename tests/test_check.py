@@ -184,7 +184,7 @@ def test_imagenet_has_its_own_thousand_classes_and_imagenet_a_its_two_hundred(tm
     plan = build_plan(STUDY, IMAGENET, tables=["T5"])
     findings, _ = check(IMAGENET, DataSource(root=root), plan, results=tmp_path / "results")
     warned = {subject: text for subject, level, text in findings if level == "warning"}
-    said = "ImageNet-C is not there: corruptions is judged on images made of held-out ones, beside"
+    said = "ImageNet-C is not there: corruptions is judged on generated images; --stored"
     assert warned["imagenet-c"].startswith(said)
     assert "imagenet-stylized" in warned
     assert "textures" not in warned

@@ -22,14 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.layouts import (
-    ARROW,
-    PARQUET,
-    bytes_of,
-    file_of,
-    open_image,
-    open_table,
-)
+from trainables.data.layouts import TABLES, bytes_of, file_of, open_image, open_table
 from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
 
@@ -128,9 +121,9 @@ class ImageFiles:
         self.root, self.native, self.workers = root, native, workers
         self.preprocessing, self.size = preprocessing, preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        for file in {file_of(root / path) for path in paths if "@" in path}:
-            if file.suffix in (PARQUET, ARROW):
-                open_table(file)  # before threads would, each for itself
+        packed = {file_of(root / path) for path in paths if "@" in path}
+        for table in (file for file in packed if file.suffix in TABLES):
+            open_table(table)  # before threads would, each for itself
         self._content: Mapped | None = None  # decoded images, one behind another
         self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
 
@@ -157,13 +150,6 @@ class ImageFiles:
         chosen = copy.copy(self)
         chosen._paths, chosen._cached = self._paths[places], self._cached[places]
         return chosen
-
-    def preprocessed(self, preprocessing: Preprocessing) -> ImageFiles:
-        """Return the images as another preprocessing shows them, still undecoded."""
-        assert preprocessing.size
-        shown = copy.copy(self)
-        shown.preprocessing, shown.size = preprocessing, preprocessing.size
-        return shown
 
     def path(self, place: int) -> Path:
         """Return the file of the image at a place."""
@@ -217,18 +203,14 @@ class ImageFiles:
         """
         if not cache or not len(self) or self.nbytes > budget:
             return self
-        rule = self.preprocessing
-        kind = f"validated-{rule.interpolation or 'bilinear'}"
-        if self.native:
-            kind = "native" if self.native == self.size else f"{kind}-of-{self.native}"
-        elif rule.crop or rule.squash:
-            kind += f"-{'squashed' if rule.squash else rule.crop}"
+        rule = repr((self.native, self.preprocessing.geometry()))
 
         def write(out: BinaryIO) -> None:
             for first in range(0, len(self), AT_ONCE):
                 out.write(self[first : first + AT_ONCE].numpy().data)
 
-        content = cached(cache / f"{kind}-{self.size}px-{self._stamp()}.u8", write)
+        stamp = hashlib.sha256(f"{rule} {self._stamp()}".encode()).hexdigest()[:16]
+        content = cached(cache / f"cropped-{self.size}px-{stamp}.u8", write)
         return torch.from_numpy(content).view(self.shape)
 
     def _stamp(self, budget: int | None = None) -> str | None:
@@ -287,10 +269,6 @@ class ResizedImages:
     def at(self, places: np.ndarray) -> ResizedImages:
         """Return the images at some places, still at their stored size."""
         return ResizedImages(self.stored[torch.from_numpy(places)], self.preprocessing)
-
-    def preprocessed(self, preprocessing: Preprocessing) -> ResizedImages:
-        """Return the images as another preprocessing shows them."""
-        return ResizedImages(self.stored, preprocessing)
 
     def resized(self, images_B3SS: Tensor) -> Tensor:
         """Resize images of the stored size as these are resized."""

@@ -21,6 +21,7 @@ from trainables.data.registry import STORED_SETS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 TAR, PARQUET, ARROW = ".tar", ".parquet", ".arrow"
+TABLES = PARQUET, ARROW
 TRAIN, HELD_OUT = "train", ("val", "validation", "valid", "test")  # the first that there is
 _SPLIT = re.compile(rf"({'|'.join((TRAIN, *HELD_OUT))})(?![a-z])")
 _PLACE = re.compile(r"@(\d+)\+(\d+)$")

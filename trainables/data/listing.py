@@ -202,30 +202,24 @@ def missing_classes(data_set: DataSet, names: Sequence[str]) -> str:
 def _classes_of(data_set: DataSet | None, names: tuple[str, ...], root: Path) -> dict[str, str]:
     """Return the class that each name stands for, in the data set's order; ValueError if none.
 
-    A class may be named as the data set does, or by its number, or as ImageNet's are by timm.
+    A class is named as the data set does; ImageNet's by their numbers and timm's names as well.
     """
-    if data_set is None:
-        return {name: name for name in names}
-    known = class_list(data_set.classes)
-    if not known and len(names) != data_set.num_classes:
+    known = class_list(data_set.classes) if data_set else ()
+    if data_set and not known and len(names) != data_set.num_classes:
         expected = f"scale {data_set.name!r} has {data_set.num_classes}"
         raise ValueError(f"{root} has {len(names)} classes, and {expected}: {ANY_CLASSES}")
-    named = {name: name for name in known or names}
-    if not named.keys() >= set(names):
+    classes = dict(zip(names, names, strict=True))
+    if not data_set or not known:
+        return classes
+    if isinstance(data_set.classes, str) and not set(names) <= set(known):
         from trainables.data.base import places_in_head, plain  # imports torch
 
-        if isinstance(data_set.classes, str):
-            places = places_in_head(len(known))
-        else:
-            places = {plain(name): place for place, name in enumerate(known)}
-            places |= {str(place): place for place in range(len(known))}
-        named |= {n: known[places[plain(n)]] for n in names if plain(n) in places}
-    chosen = {name: named.get(name, name) for name in names}
-    if not named.keys() >= set(chosen.values()):
-        differing = missing_classes(data_set, list(chosen.values()))
+        places = places_in_head(len(known))
+        classes |= {name: known[places[plain(name)]] for name in names if plain(name) in places}
+    if not set(classes.values()) <= set(known):
+        differing = missing_classes(data_set, list(classes.values()))
         raise ValueError(f"{root} {differing}; {ANY_CLASSES}")
-    order = {name: place for place, name in enumerate(known or names)}
-    return dict(sorted(chosen.items(), key=lambda item: order[item[1]]))
+    return dict(sorted(classes.items(), key=lambda item: known.index(item[1])))
 
 
 def _differing(names: Collection[str], known: Collection[str]) -> str:

@@ -23,7 +23,14 @@ from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.data.listing import EMBEDDED, DataSource, choose, list_splits, list_stored
+from trainables.data.listing import (
+    EMBEDDED,
+    DataSource,
+    ImageList,
+    choose,
+    list_splits,
+    list_stored,
+)
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
@@ -74,11 +81,9 @@ def _chosen(split: Split, count: int) -> Split:
 
 def _resized(split: Split, data_set: DataSet) -> Split:
     """Return images that are stored at one size as a preprocessing shows them."""
-    if not isinstance(split.images, Tensor):
-        return replace(split, images=split.images.preprocessed(data_set.preprocessing))
     if split.images.shape[2:] == (data_set.image_size,) * 2:
         return split
-    return replace(split, images=ResizedImages(split.images, data_set.preprocessing))
+    return replace(split, images=ResizedImages(split.images[:], data_set.preprocessing))
 
 
 def digits(data_set: DataSet) -> Loaded:
@@ -111,16 +116,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     listed, budget = list_splits(source, data_set), source.memory_bytes
     if unlabelled := sum(part.unlabelled for part in listed):
         logger.warning("%s does not label %d images: they are left out", source.labels, unlabelled)
-    train, held_out = (
-        ImageFiles(
-            part.root,
-            part.paths,
-            preprocessing=data_set.preprocessing,
-            native=data_set.stored_size if data_set.exact_size else 0,
-            workers=source.workers,
-        )
-        for part in listed
-    )
+    train, held_out = (image_files(part, data_set, source.workers) for part in listed)
     shown: list[Tensor | ImageFiles]
     if data_set.exact_size:
         shown = [files.cropped_once(source.cache, budget)[:] for files in (train, held_out)]
@@ -132,6 +128,15 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
         for part, images in zip(listed, shown, strict=True)
     )
     return train_split, held_out_split, listed[0].class_names
+
+
+def image_files(listed: ImageList, data_set: DataSet, workers: int = 0) -> ImageFiles:
+    """Return a listed split's images as the data set shows them, undecoded."""
+    native = data_set.stored_size if data_set.exact_size else 0
+    preprocessing = data_set.preprocessing
+    return ImageFiles(
+        listed.root, listed.paths, preprocessing=preprocessing, native=native, workers=workers
+    )
 
 
 def is_archived(data_set: DataSet, source: DataSource) -> bool:
