@@ -140,9 +140,8 @@ def _weights(options: JudgeOptions) -> str:
 def _scale(options: JudgeOptions, model: str, source: DataSource) -> Scale:
     """Return the data's scale as the model sees it: as the options say, or as timm does."""
     scale = scale_of(options.scale, source, image_size=options.image_size)
-    stated = preprocessing_of(model).chosen() | ({"squash": False} if options.crop else {})
-    stated |= options.preprocessing().chosen()
-    return scale.preprocessed(Preprocessing.model_validate(stated))
+    cropped = Preprocessing(squash=False if options.crop else None)
+    return scale.preprocessed(preprocessing_of(model) | cropped | options.preprocessing())
 
 
 def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe:
@@ -153,8 +152,8 @@ def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe
     recipe = recipe_of(content, options.weights or "")
     own = recipe.preprocessing
     half = recipe.pixel_range == "half" and not (own.mean or own.std)
-    stated: dict[str, Any] = {"mean": HALF, "std": HALF} if half else {}
-    stated |= own.chosen() | options.preprocessing().chosen()
+    stated = Preprocessing(mean=HALF, std=HALF) if half else Preprocessing()
+    preprocessing, activation = stated | own | options.preprocessing(), options.activation
     try:
         if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
             raise ValueError(f"--scale {options.scale} is another")
@@ -164,8 +163,7 @@ def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe
         raise ValueError(
             f"{options.weights} was trained at scale {recipe.scale}: {error}"
         ) from None
-    preprocessing, activation = Preprocessing(**stated), options.activation or recipe.activation
-    return recipe.replace(preprocessing=preprocessing, activation=activation)
+    return recipe.replace(preprocessing=preprocessing, activation=activation or recipe.activation)
 
 
 def _digest(classifier: Classifier, content: bytes, code: bytes) -> str:

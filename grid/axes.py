@@ -206,8 +206,7 @@ def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
 
 def _with_preprocessing(recipe: Recipe, chosen: Any) -> Recipe:
     """Change the fields that are chosen; the recipe's own others stay."""
-    fields = Preprocessing.model_validate(chosen).chosen()
-    merged = Preprocessing.model_validate({**recipe.preprocessing.chosen(), **fields})
+    merged = recipe.preprocessing | Preprocessing.model_validate(chosen)
     return _changed(recipe, preprocessing=merged)
 
 

@@ -201,7 +201,8 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
         for row in table.rows:
             recipe = row.recipe
             if not recipe.epochs:
-                recipe = _shown_alike(recipe, study.settings.get("preprocessing", {}))
+                for_all = Preprocessing.model_validate(study.settings.get("preprocessing", {}))
+                recipe = recipe.replace(preprocessing=for_all | recipe.preprocessing)
             elif settings:
                 try:
                     recipe = with_settings(recipe, study.settings, library=study.library)
@@ -219,13 +220,6 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
         update = {"question": table.question + suffix, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
     return tuple(trained)
-
-
-def _shown_alike(recipe: Recipe, chosen: Any) -> Recipe:
-    """Return a recipe of 0 epochs with the preprocessing for all where it has none of its own."""
-    for_all = Preprocessing.model_validate(chosen).chosen()
-    fields = for_all | recipe.preprocessing.chosen()
-    return recipe.replace(preprocessing=Preprocessing(**fields))
 
 
 def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:

@@ -137,8 +137,11 @@ def test_a_row_is_known_by_its_files_content_wherever_it_lies(folder, tmp_path):
             'weights = "timm:deit_small_patch16_224.fb_in21k"',
             "no weights 'fb_in21k'; one of fb_in1k",
         ),
-        ('weights = "https://a.b/c.pth", model = "resnet18"', "needs the sha256 of the file"),
-        ('weights = "wide.pth", sha256 = "12"', "sha256 is 64 digits from 0 to f, not '12'"),
+        ('weights = "https://a.b/c.pth", model = "resnet18"', "needs the sha256 of its file"),
+        (
+            'weights = "wide.pth", sha256 = "12"',
+            "the sha256 of its file, 64 hex digits, not '12'",
+        ),
         ('weights = "wide.pth", modle = "resnet18"', "Did you mean 'model'?"),
         ('weights = "wide.pth", base = "resnet50"', "unknown key 'base'"),
         ('weights = "wide.pth", model = "wide.py:net"', "studies and weights files run none"),

@@ -5,6 +5,7 @@ It imports no torch or timm by itself: a plan needs names only.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from trainables.scale import Scale
 
 HF_PREFIX = "hf://"
+URL = ("http://", "https://")
+REMOTE = (*URL, HF_PREFIX)
 HF_FILE = "model.safetensors"  # what a repository's weights are called
 
 
@@ -119,13 +123,46 @@ def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def located(where: str, sha256: str, folder: Path) -> tuple[str, str]:
+    """Return the place and the sha256 of weights that a file in `folder` names; nothing is fetched.
+
+    Of a local file the sha256 is computed unless stated. ValueError where there can be none.
+    """
+    if sha256 or where.startswith(URL):
+        _check_sha256(where, sha256)
+    if where.startswith(TIMM_PREFIX):
+        timm_config(where)
+        from timm.models import is_model_pretrained
+
+        if not is_model_pretrained(where.removeprefix(TIMM_PREFIX)):
+            raise ValueError(f"timm has no weights of {where}: name a file of them, and its model")
+    elif not where.startswith(REMOTE):
+        path = (folder / where).resolve()
+        if not path.is_file():
+            near = nearest(path.name, sorted(entry.name for entry in path.parent.glob("*")))
+            raise ValueError(f"weights {path} are not there; those of timm are timm:NAME.TAG{near}")
+        return str(path), sha256 or _sha256(path, path.stat().st_mtime_ns)
+    return where, sha256
+
+
+def _check_sha256(where: str, sha256: str) -> None:
+    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"{where} needs the sha256 of its file, 64 hex digits, not {sha256!r}")
+
+
+@cache
+def _sha256(path: Path, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def local_file(where: str, sha256: str = "") -> Path:
     """Return the file at a path, an http(s) URL, or hf://ORG/REPO[/FILE], fetched if need be.
 
     A URL's file lies in torch.hub's folder under its sha256, which must be stated; a repository's
     in huggingface_hub's. ValueError says why it cannot be had.
     """
-    if where.startswith(("http://", "https://")):
+    if where.startswith(URL):
         return _downloaded(where, sha256)
     if where.startswith(HF_PREFIX):
         return _from_hugging_face(where)
@@ -135,10 +172,7 @@ def local_file(where: str, sha256: str = "") -> Path:
 def _downloaded(url: str, sha256: str) -> Path:
     from torch.hub import download_url_to_file, get_dir
 
-    if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise ValueError(
-            f"{url} needs the sha256 of its file, 64 hex digits: what a URL serves changes"
-        )
+    _check_sha256(url, sha256)
     name = Path(urlsplit(url).path).name
     path = Path(get_dir(), "checkpoints", f"{sha256.lower()[:16]}-{name}")
     if not path.exists():

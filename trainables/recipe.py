@@ -219,6 +219,10 @@ class Preprocessing(Frozen):
         """Return the fields that are not left to the data set."""
         return {name: value for name, value in self if value is not None}
 
+    def __or__(self, other: Preprocessing) -> Preprocessing:
+        """Return this preprocessing with the fields that another chooses."""
+        return self.model_copy(update=other.chosen())
+
     def __str__(self) -> str:
         """Say the fields that are chosen, as a person would: '224 px, crop 0.9, bicubic'."""
         parts = [f"{self.size} px" if self.size else "", "squash" if self.squash else ""]
