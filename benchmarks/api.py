@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, require, seconds
 from benchmarks.pgd import trained
@@ -33,7 +34,8 @@ assert scores["clean"].n == 200
 
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the ratio of the times for both families, and the seconds of a fresh process."""
-    split = load_data(DIGITS).held_out.subset(8 if quick else 2 * BATCH, seed=0)
+    digits = load_data(DIGITS)
+    split = digits.held_out.subset(8 if quick else 2 * BATCH, seed=0)
     images, labels = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
     batches = [*Batch(images, labels, split.ids).parts(BATCH)]
     for recipe in (base_named("resnet50"), base_named("deit_small")):
@@ -45,7 +47,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
             return [s for steps in range(4) for t in tables for s in survived(t, steps)]
 
         def api(classifier=classifier) -> list[bool]:  # type: ignore[no-untyped-def]
-            data = split.images, split.labels, split.ids
+            data = replace(digits, held_out=split)
             scores = evaluate(classifier, data, "pgd", epsilon="16/255", progress=False)
             return [bool(s) for s in scores.ledger["survived"].to_pylist()]
 

@@ -13,7 +13,7 @@ import torch
 
 from evaluators.base import Evaluator, device_named
 from evaluators.judging import Cells, evaluators_named
-from evaluators.own_data import read
+from evaluators.own_data import digest, read
 from evaluators.own_model import PROBED, classifier_of, device_of, fingerprint, probe, undisturbed
 from evaluators.scores import Scores, compare
 from trainables.options import fraction
@@ -45,8 +45,8 @@ def evaluate(
 
     model: an nn.Module or a function from images (B, C, H, W), float32 in [0, 1], to logits (B, K).
     It is judged in eval mode and comes back as it was. mean, std: of a normalisation in front of
-    it, a number or one for each channel. data: (images, labels[, ids]) as tensors or arrays, a
-    Dataset, a DataLoader, a folder, a Hugging Face Dataset, or this project's Data or Split.
+    it, a number or one for each channel. data: (images, labels) as tensors or arrays, a
+    Dataset, a DataLoader, a folder, a Hugging Face Dataset, or this project's Data.
     image_size: to which images of files are brought. epsilon: max-norm radii, "8/255" or a number;
     default: the data set's own, or 8/255 up to 64 px and 4/255 above. device: default the model's
     own, or the first GPU for one without weights. store: a folder in which verdicts stay; the same
@@ -75,7 +75,7 @@ def evaluate(
         notes += remarks + _radii_noted(chosen, scale, radii)
         folder = Path(temporary)
         if store:
-            subject = f"{fingerprint(classifier, probed)}-{own.digest()}"
+            subject = f"{fingerprint(classifier, probed)}-{digest(own_data)}"
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
         in_parts = progress or bool(store)
         cells = Cells.of(chosen, own_data, folder, folder.name, where, in_parts=in_parts)
