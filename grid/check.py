@@ -23,7 +23,7 @@ from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, in_threads, size_or_problem
-from trainables.data.layouts import bytes_of, file_of
+from trainables.data.layouts import bytes_and_stamp
 from trainables.data.listing import (
     ANY_CLASSES,
     GIBIBYTE,
@@ -204,11 +204,11 @@ class _DataCheck:
         paths = [images.path(number) for number in range(len(images))]
         digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
         for path in paths:
-            stat = file_of(path).stat()
-            self.sizes[f"{place}/{path.relative_to(images.root)}"] = bytes_of(path)
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        stamp = digest.hexdigest()
-        if stamp not in self.sound:
+            size, stamp = bytes_and_stamp(path)
+            self.sizes[f"{place}/{path.relative_to(images.root)}"] = size
+            digest.update(stamp)
+        key = digest.hexdigest()
+        if key not in self.sound:
             workers = len(os.sched_getaffinity(0))
             opened = list(zip(paths, in_threads(size_or_problem, paths, workers), strict=True))
             if damaged := [path for path, size in opened if isinstance(size, str)]:
@@ -218,8 +218,8 @@ class _DataCheck:
                 text = f"{len(damaged)} unreadable images in {len(classes)} classes, {first}"
                 listed = self.results / DAMAGED_FILE
                 return [("error", f"{text}: replace or remove those in {listed}")]
-            self.sound[stamp] = list(self._misfits(opened, images.native, place == "images"))
-        return self.sound[stamp]
+            self.sound[key] = list(self._misfits(opened, images.native, place == "images"))
+        return self.sound[key]
 
     def _misfits(
         self, opened: list[tuple[Path, Any]], native: int, is_data: bool

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.layouts import TABLES, bytes_of, file_of, open_image, open_table
+from trainables.data.layouts import TABLES, bytes_and_stamp, file_of, open_image, open_table
 from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
 
@@ -220,12 +220,11 @@ class ImageFiles:
         """
         digest, total = hashlib.sha256(str(self.root).encode()), 0
         for place in range(len(self)):
-            path = self.path(place)
-            stat = file_of(path).stat()
-            total += bytes_of(path)
+            size, stamp = bytes_and_stamp(self.path(place))
+            total += size
             if budget is not None and total > budget:
                 return None
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(stamp)
         return digest.hexdigest()[:16]
 
     def _read(self, place: int, take: Callable[[Image.Image], Result]) -> Result:

@@ -112,10 +112,11 @@ def file_of(path: Path) -> Path:
     return Path(packed[1]) if packed else path
 
 
-def bytes_of(path: Path) -> int:
-    """Return how many bytes an image takes as it is stored."""
-    packed = _packed_at(path)
-    return int(packed[3]) if packed else path.stat().st_size
+def bytes_and_stamp(path: Path) -> tuple[int, bytes]:
+    """Return how many bytes an image takes as it is stored, and a line that changes with them."""
+    packed, stat = _packed_at(path), file_of(path).stat()
+    size = int(packed[3]) if packed else stat.st_size
+    return size, f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
 
 def open_image(path: Path) -> IO[bytes]:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import compress
 from pathlib import Path
 from statistics import median_low
 
@@ -86,13 +85,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def at(self, chosen: Sequence[bool]) -> ImageList:
-        """Return the chosen images."""
+    def at(self, places: Sequence[int]) -> ImageList:
+        """Return the images at some places."""
         return replace(
             self,
-            paths=tuple(compress(self.paths, chosen)),
-            labels=tuple(compress(self.labels, chosen)),
-            ids=tuple(compress(self.ids, chosen)),
+            paths=tuple(self.paths[place] for place in places),
+            labels=tuple(self.labels[place] for place in places),
+            ids=tuple(self.ids[place] for place in places),
         )
 
 
@@ -103,19 +102,26 @@ def choose(ids: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
     """
     if count > len(ids):
         raise ValueError(f"{count:,} images are more than the {len(ids):,} that there are")
-    by_class: defaultdict[int, list[int]] = defaultdict(list)
+    shares = (
+        ((number + 0.5) / len(places), place)
+        for places in _by_class(ids, labels)
+        for number, place in enumerate(places)
+    )
+    return sorted(place for _, place in sorted(shares)[: count or None])
+
+
+def _by_class(ids: Sequence[str], labels: Sequence[int]) -> Collection[list[int]]:
+    """Return the places of each class's images, in the order of their ids' hashes."""
+    by_class = defaultdict[int, list[int]](list)
     for place in sorted(range(len(ids)), key=lambda p: hashlib.sha256(ids[p].encode()).digest()):
         by_class[labels[place]].append(place)
-    shares = (((n + 0.5) / len(c), place) for c in by_class.values() for n, place in enumerate(c))
-    return sorted(place for _, place in sorted(shares)[: count or None])
+    return by_class.values()
 
 
 def _part(images: ImageList, count: int) -> ImageList:
     """Return `count` of the images; 0: all."""
-    if not count:  # a million ids are not hashed for nothing
-        return images
-    chosen = set(choose(images.ids, images.labels, count))
-    return images.at([place in chosen for place in range(len(images))])
+    # A million ids are not hashed for nothing.
+    return images.at(choose(images.ids, images.labels, count)) if count else images
 
 
 def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
@@ -262,16 +268,12 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
             f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which judges by "
             "a fifth of each class's train images, chosen by their names' hash"
         )
-    by_class: defaultdict[int, list[str]] = defaultdict(list)
-    for image_id, label in zip(images.ids, images.labels, strict=True):
-        by_class[label].append(image_id)
-    held: set[str] = set()
-    for ids in by_class.values():
-        ids.sort(key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
-        count = len(ids) if share == 1 else min(len(ids) - 1, max(1, round(len(ids) * share)))
-        held.update(ids[:count])
-    is_held = [image_id in held for image_id in images.ids]
-    return images.at([not held for held in is_held]), images.at(is_held)
+    held = set[int]()
+    for places in _by_class(images.ids, images.labels):
+        count = min(len(places) - 1, max(1, round(len(places) * share)))
+        held.update(places if share == 1 else places[:count])
+    others = [place for place in range(len(images)) if place not in held]
+    return images.at(others), images.at(sorted(held))
 
 
 def scale_of(name: str | None, source: DataSource, *, image_size: int | None = None) -> Scale:
