@@ -31,7 +31,7 @@ from trainables.train.adversary import attacked
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
-PASSES = 40  # of an attack that does not state its own: those of PGD-20
+PASSES = 40  # forward passes of an image that a plan counts: those of PGD-20
 
 
 class PlugIn(Evaluator):
@@ -82,9 +82,7 @@ class Attack(PlugInFunction):
     """Does the answer withstand an attack (model, images, labels, epsilon, generator) -> images?
 
     What it returns is cut to the max-norm ball of each radius and to [0, 1]. The model is in eval
-    mode with frozen weights; torch's global generators are seeded, too. `passes` of the function:
-    the forward passes of an image that a plan counts, two for one with a gradient. Out of memory
-    halves a block, and each half has a seed of its own.
+    mode with frozen weights. Out of memory halves a block, and each half has a seed of its own.
     """
 
     takes_radii = True
@@ -99,18 +97,14 @@ class Attack(PlugInFunction):
         return {**super().identity(source), "epsilons": self.radii}
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        each = 1 + float(getattr(self.function, "passes", PASSES))
-        return len(self.radii) * self.asked_about(held_out) * each
+        return len(self.radii) * self.asked_about(held_out) * (1 + PASSES)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         rows, images_BCHW = [], batch.images
-        gpus = [images_BCHW.device] if images_BCHW.is_cuda else []
-        with attacked(classifier), torch.random.fork_rng(gpus):
+        with attacked(classifier):
             for question, epsilon in self.radii.items():
-                generator = self.generator(batch)
-                torch.manual_seed(generator.initial_seed())
                 own = images_BCHW.clone(), batch.labels.clone()  # which it may change
-                returned = self.function(classifier, *own, epsilon, generator)
+                returned = self.function(classifier, *own, epsilon, self.generator(batch))
                 changed_BCHW = self.checked(returned, images_BCHW)
                 low_BCHW, high_BCHW = images_BCHW - epsilon, images_BCHW + epsilon
                 inside_BCHW = torch.clamp(changed_BCHW, low_BCHW, high_BCHW).clamp_(0, 1)

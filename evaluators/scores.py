@@ -25,34 +25,26 @@ Rows = Sequence[Sequence[str]]
 class _Table:
     """What prints as a table, here and in a notebook: a title, rows under a header, and remarks."""
 
-    def title(self) -> str:
-        raise NotImplementedError
-
-    def rows(self) -> Rows:
-        """Return the header and the rows as text."""
-        raise NotImplementedError
-
-    def remarks(self) -> Sequence[str]:
+    def shown(self) -> tuple[str, Rows, Sequence[str]]:
+        """Return the title, the header and the rows as text, and the remarks."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        rows = self.rows()
+        title, rows, remarks = self.shown()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])],
-            )
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in rows
         ]
-        return "\n".join([*filter(None, [self.title()]), *lines, *self.remarks()])
+        return "\n".join([title, *lines, *remarks])
 
     def _repr_html_(self) -> str:
-        header, *body = self.rows()
-        lines = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"]
-        lines += [f"<tr><td>{'</td><td>'.join(map(html.escape, row))}</td></tr>" for row in body]
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self.remarks())
-        title = html.escape(self.title())
-        return f"<table><caption>{title}</caption>{''.join(lines)}</table>{remarks}"
+        import pandas as pd
+
+        title, (header, *body), remarks = self.shown()
+        table = pd.DataFrame(body, columns=header).to_html(index=False, border=0)
+        before, *after = (f"<p>{html.escape(text)}</p>" for text in (title, *remarks))
+        return "".join([before, table, *after])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +98,14 @@ class Scores(_Table):
         drawn: Figure = figure
         return drawn
 
-    def title(self) -> str:
-        return ": ".join(filter(None, [self.name, self.data]))
-
-    def rows(self) -> Rows:
+    def shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
         for s in self.scores:
             interval = f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
             seconds = f"{self.seconds[s.name]:.1f}"
             rows.append((s.name, f"{100 * s.value:.2f}", interval, str(s.n), seconds))
-        return rows
-
-    def remarks(self) -> Sequence[str]:
         flags = [f"red flag: {flag}" for flag in self.flags]
-        return [*flags, *(f"note: {note}" for note in self.notes)]
+        return f"{self.name}: {self.data}", rows, [*flags, *(f"note: {n}" for n in self.notes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,34 +123,17 @@ class Comparison(_Table):
             raise ValueError(unknown("compared score", score, self.paired))
         return self.paired[score]
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The differences as a pandas frame: first, second, difference, low, high, n, p."""
-        import pandas as pd
-
-        rows = [
-            {"first": self.first[name].value, "second": self.second[name].value, **vars(paired)}
-            for name, paired in self.paired.items()
-        ]
-        return pd.DataFrame(rows, index=pd.Index([*self.paired], name="score"))
-
-    def title(self) -> str:
-        return f"{self.first.name or 'first'} minus {self.second.name or 'second'}"
-
-    def rows(self) -> Rows:
-        rows: list[tuple[str, ...]] = [
-            ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")
-        ]
+    def shown(self) -> tuple[str, Rows, Sequence[str]]:
+        header = ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")
+        rows: list[tuple[str, ...]] = [header]
         for name, paired in self.paired.items():
             both = (f"{100 * scores[name].value:.2f}" for scores in (self.first, self.second))
             difference = f"{100 * paired.difference:+.2f}"
             interval = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
             p = "" if paired.p is None else f"{paired.p:.2g}"
             rows.append((name, *both, difference, interval, str(paired.n), p))
-        return rows
-
-    def remarks(self) -> Sequence[str]:
-        return [f"note: {note}" for note in self.notes]
+        title = f"{self.first.name} minus {self.second.name}"
+        return title, rows, [f"note: {note}" for note in self.notes]
 
 
 def compare(scores: Scores, other: Scores) -> Comparison:
@@ -176,24 +145,22 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     from evaluators.intervals import compare as compare_images
     from evaluators.intervals import image_scores
 
-    notes = [
-        f"{e} is not compared: {_change(identity, other.identities[e])}"
-        for e, identity in scores.identities.items()
-        if e in other.identities and _change(identity, other.identities[e])
-    ]
-    skipped = {note.partition(" ")[0] for note in notes}
-    paired, unshared = {}, ""
+    changes = {
+        name: _change(identity, other.identities[name])
+        for name, identity in scores.identities.items()
+        if name in other.identities
+    }
+    notes = [f"{name} is not compared: {change}" for name, change in changes.items() if change]
+    paired = {}
     for name in (s.name for s in scores.scores if s.name in other.seconds):
         ours, theirs = (image_scores(side.ledger, name) for side in (scores, other))
-        if evaluator_of(name) in skipped or not ours or not theirs:
+        if changes[evaluator_of(name)] or not (ours and theirs):
             continue
         if difference := compare_images([ours], [theirs]):
             paired[name] = difference
-        else:
-            unshared = unshared or f"of {name} they judged no image in common"
     if not paired:
-        reasons = [*notes, *filter(None, [unshared])] or ["they share no score"]
-        raise ValueError(f"nothing can be compared: {'; '.join(reasons)}")
+        reasons = "; ".join(notes) or "they share no score of the same images"
+        raise ValueError(f"nothing can be compared: {reasons}")
     return Comparison(scores, other, paired, tuple(notes))
 
 

@@ -28,9 +28,6 @@ def fgsm(model, images, labels, epsilon, generator):
     return images + epsilon * gradient.sign()  # the caller cuts it to the ball and to [0, 1]
 
 
-fgsm.passes = 2  # forward passes of an image, for the hours of `--plan`; one with a gradient is two
-
-
 def occlusion(images, severity, generator):
     """Grey out a square of each image: two tenths of its side at severity 1, six tenths at 5."""
     side = images.shape[-1]
