@@ -19,7 +19,6 @@ COMMANDS = {
     "report": "write a study's report again",
     "ui": "show the results in MLflow's pages, on this machine alone",
 }
-MODES = ("plan", "check", "status", "report")  # of `run`
 LOOPBACK = "127.0.0.1"
 
 
@@ -48,6 +47,7 @@ def dispatch(command: str, words: Sequence[str]) -> int:
         return evaluate(words, prog)
     if command == "ui":
         return _show_results(words, prog)
+    from grid.options import MODES
     from grid.run import main as run
 
     return run([f"--{command}", *words] if command in MODES else words, prog)

@@ -305,6 +305,13 @@ def test_a_table_without_labels_is_refused(tmp_path):
         list_splits(DataSource(root=tmp_path))
 
 
+def test_an_image_of_a_shard_without_a_label_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "val-0.tar", "w") as shard:
+        add(shard, "a.png", png(1))
+    with pytest.raises(ValueError, match=r"a\.png@512\+\d+ has neither \.cls nor a class folder"):
+        list_splits(DataSource(root=tmp_path))
+
+
 # Some of a data set's classes.
 
 

@@ -132,11 +132,7 @@ def again(*more: str) -> str:
 
     more: options for it to have as well.
     """
-    script = Path(sys.argv[0]).absolute()
-    called = [sys.executable, *sys.orig_argv[1:]]
-    if script.name == PROJECT:
-        called = [str(script), *sys.argv[1:]]
-    return shlex.join([*called, *more])
+    return shlex.join([sys.executable, *sys.orig_argv[1:], *more])
 
 
 def installed(*words: str) -> str:

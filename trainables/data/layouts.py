@@ -76,7 +76,11 @@ def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) ->
     if not part.entries:
         expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
         raise ValueError(f"{place} holds no image; {expected}")
-    return _relabelled(part.entries, labels) if labels else part
+    if labels:
+        return _relabelled(part.entries, labels)
+    if bare := next((entry.path for entry in part.entries if not entry.label), ""):
+        raise ValueError(f"{bare} has neither .cls nor a class folder; --labels FILE labels images")
+    return part
 
 
 def _relabelled(entries: Sequence[Entry], file: Path) -> Part:

@@ -153,12 +153,9 @@ def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageLi
         train_at = (root,)
     train = read_part(root, train_at, source.labels) if train_at else None
     judged = read_part(root, judged_at, source.labels) if judged_at else None
-    first = train or judged
-    assert first
-    classes = _classes_of(data_set, first.classes, root)
-    train_images = ImageList(root=root, class_names=tuple(dict.fromkeys(classes.values())))
-    if train:
-        train_images = _labelled(root, train, classes)
+    empty = Part((), [])
+    classes = _classes_of(data_set, (train or judged or empty).classes, root)
+    train_images = _labelled(root, train or empty, classes)
     if not judged:
         return _hold_out(train_images, source.hold_out)
     if source.hold_out:
