@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainables.layers import Classifier
 
 SIXTEEN = "cue-conflict-16"
+BIAS = f"{SIXTEEN}/shape-bias"
 IMAGENET_CLASSES = 1000
 
 
@@ -37,14 +38,8 @@ class CueConflict(Stylized):
 
     name = "cue-conflict"
     columns = (
-        Column(
-            *(SIXTEEN, "Cue conflict, 16 classes", "Cue conflict", "cue-conflict"),
-            own_score=SIXTEEN,
-        ),
-        Column(
-            *(f"{SIXTEEN}/shape-bias", "Shape bias", "Shape bias", "cue-conflict/shape-bias"),
-            own_score=SIXTEEN,
-        ),
+        Column(SIXTEEN, "Cue conflict, 16 classes", "Cue conflict", "cue-conflict", SIXTEEN),
+        Column(BIAS, "Shape bias", "Shape bias", "cue-conflict/shape-bias", SIXTEEN),
     )
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
