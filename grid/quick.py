@@ -138,7 +138,8 @@ def _measured(
     for _ in islice(train(recipe, classifier, data, device=device, teacher=teacher), 2):
         epoch, now = time.monotonic() - now, time.monotonic()
     shares = [other.cost / (trial.cost or 1) for other in plan]
-    image = epoch / len(data.train) * max(sum(shares), lanes * max(shares))  # one at a time
+    image = epoch / len(data.train) * max(sum(shares), lanes * max(shares))  # it holds one lane
+    image *= recipe.epochs / (STUDYS_EPOCHS * float(scale.epochs_factor))
     paces = {}
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator = evaluator_named(name, shown)
