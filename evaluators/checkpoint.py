@@ -7,7 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -66,13 +66,13 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
 
 def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
     """Return the scale with the images and patches that the options state."""
-    images = options.attack_images
-    budget: dict[str, Any] = {
-        "images": images,
-        "patches": options.patches,
-        "area": options.patch_area,
-    }
-    patch = replace(scale.patch, **{k: value for k, value in budget.items() if value is not None})
+    images, default = options.attack_images, scale.patch
+    patch = replace(
+        default,
+        images=images or default.images,
+        patches=options.patches or default.patches,
+        area=options.patch_area or default.area,
+    )
     patch.side(scale.image_size)
     if images is None:
         return replace(scale, patch=patch)

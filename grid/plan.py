@@ -136,7 +136,7 @@ def build_plan(
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
-        notes=_notes(study, trials),
+        notes=tuple(_notes(study, trials)),
         longest_chain=max(chains.values(), default=0.0),
     )
 
@@ -296,21 +296,16 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study, trials: Iterable[Trial]) -> tuple[str, ...]:
+def _notes(study: Study, trials: Iterable[Trial]) -> Iterator[str]:
     """Say what is adapted: warm-ups that trainings would not outlast, and who takes no settings."""
     untrained = sum(not trial.recipe.epochs for trial in trials)
-    notes: tuple[str, ...] = ()
     if untrained and study.settings:
         settings = format_settings(study.settings)
-        notes = (f"{settings} changes trainings, not the {untrained} models that need none",)
+        yield f"{settings} changes trainings, not the {untrained} models that need none"
     values = {**study.axes, **{axis: (value,) for axis, value in study.settings.items()}}
     epochs = [value for value in values.get("epochs", ()) if isinstance(value, int)]
-    if "warmup_epochs" in values or min(epochs, default=LONGEST_WARMUP) >= LONGEST_WARMUP:
-        return notes
-    return (
-        *notes,
-        f"a warm-up of more than {min(epochs)} epochs is shortened in proportion",
-    )
+    if "warmup_epochs" not in values and min(epochs, default=LONGEST_WARMUP) < LONGEST_WARMUP:
+        yield f"a warm-up of more than {min(epochs)} epochs is shortened in proportion"
 
 
 def format_seconds(seconds: float) -> str:

@@ -70,11 +70,16 @@ class Recorder(threading.Thread):
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         # Once: an evaluator may have to list a stored set's images to identify them.
-        self._questions = {
-            (geometry, name): question
-            for geometry in {trial.recipe.preprocessing.geometry() for trial in plan}
-            for name, question in questions(plan, geometry, scale, data, source)
-        }
+        self._questions: dict[tuple[Preprocessing, str], Question] = {}
+        for trial in plan:
+            geometry = trial.recipe.preprocessing.geometry()
+            shown = scale.preprocessed(geometry)
+            seen = data if shown == scale else load_data(shown, source)
+            for name in trial.evaluators:
+                if (geometry, name) not in self._questions:
+                    self._questions[geometry, name] = _question_of(
+                        evaluator_named(name, shown), seen
+                    )
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
@@ -374,22 +379,10 @@ class Question:
     images: int
 
 
-def questions(
-    plan: Plan, geometry: Preprocessing, scale: Scale, data: Data, source: DataSource
-) -> Iterator[tuple[str, Question]]:
-    """Yield the questions of a plan's models of one geometry, by evaluator.
-
-    data: as the scale has it, and these models where they do not depart from it.
-    """
-    shown = scale.preprocessed(geometry)
-    if shown != scale:
-        data = load_data(shown, source)
-    alike = (trial for trial in plan if trial.recipe.preprocessing.geometry() == geometry)
-    for name in {name: None for trial in alike for name in trial.evaluators}:
-        evaluator = evaluator_named(name, shown)
-        identity = json.dumps(evaluator.identity(data))
-        digest, images = cell_digest(evaluator, data), evaluator.total(data)
-        yield name, Question(evaluator, digest, identity, images)
+def _question_of(evaluator: Evaluator, data: Data) -> Question:
+    """Return an evaluator's question about data as some models see them."""
+    identity = json.dumps(evaluator.identity(data))
+    return Question(evaluator, cell_digest(evaluator, data), identity, evaluator.total(data))
 
 
 def _tables(trial: Trial) -> str:

@@ -250,7 +250,7 @@ def test_a_new_head_stays_where_that_is_wanted(code):
         ("--model timm:resnet18", "give --pretrained for timm's own, or --weights"),
         ("--model timm:resnet18 --model-arg a=1 --weights w.pth", "unexpected keyword argument"),
         ("--model timm:resnet18 --pretrained --weights w.pth", "--pretrained stands for timm's"),
-        ("--model absent.pt2", "absent.pt2 is not there"),
+        ("--model absent.pt2", "absent.pt2 cannot be built: FileNotFoundError"),
         ("--model net.py:net --weights hf://org", "hf://org is not hf://ORG/REPO or"),
         ("--model net.py:net --weights https://a.org/w.pth", "needs the sha256 of its file"),
         ("--model torchhub:.:net", "torchhub:.:net cannot be built: FileNotFoundError"),

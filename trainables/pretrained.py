@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -212,10 +212,10 @@ def from_function(name: str, scale: Scale, norm_layer: object, **arguments: Any)
     if not callable(function):
         raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, functions)}")
     parameters = inspect.signature(function).parameters
-    data = {"num_classes": scale.num_classes}
-    data |= dict.fromkeys(("image_size", "img_size"), scale.image_size)
+    side = scale.image_size
+    data = {"num_classes": scale.num_classes, "image_size": side, "img_size": side}
     known = {key: value for key, value in data.items() if key in parameters} | arguments
-    return _network_of(lambda: function(**known), name)
+    return _network_of(partial(function, **known), name)
 
 
 def code_of(model: str) -> bytes:
@@ -258,10 +258,8 @@ def from_hub(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> n
 
     repository, _, entry = name.removeprefix(HUB_PREFIX).rpartition(":")
     source = "local" if Path(repository).is_dir() else "github"
-
-    load: Callable[..., object] = torch.hub.load
     settings = {"source": source, "trust_repo": True, "verbose": False}
-    return _network_of(lambda: load(repository, entry, **settings, **arguments), name)
+    return _network_of(partial(torch.hub.load, repository, entry, **settings, **arguments), name)
 
 
 def from_program(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
@@ -275,8 +273,6 @@ def from_program(name: str, scale: Scale, norm_layer: object, **arguments: Any) 
 
     if arguments:
         raise ValueError(f"{name} is an exported program: it takes no --model-arg")
-    if not Path(name).is_file():
-        raise ValueError(f"{name} is not there")
     return _network_of(lambda: Program(torch.export.load(name).module()), name)
 
 
