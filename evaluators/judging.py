@@ -126,10 +126,15 @@ class Cells:
             ledger=pa.concat_tables(ledgers),
             identities={e.name: e.identity(data) for e in self.stores},
             flags=tuple(red_flags(ledgers)),
-            notes=tuple(notes),
+            notes=(*notes, *self._errors_noted()),
             name=name,
             data=data.data_set.title,
         )
+
+    def _errors_noted(self) -> list[str]:
+        """Say which evaluators' scores are errors: all others are shares of right answers."""
+        errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
+        return [f"{', '.join(errors)}: errors, lower is better"] if errors else []
 
     def write_ledgers(self) -> None:
         """Write each evaluator's ledger, NAME.parquet."""

@@ -86,10 +86,11 @@ class Scores(_Table):
         """Draw the scores with their intervals; `.savefig(FILE)` writes the figure."""
         from matplotlib import pyplot as plt
 
-        names = [s.name for s in self.scores]
+        shares = [s for s in self.scores if not _is_count(s)]
+        names = [s.name for s in shares]
         figure, axes = plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
         plt.close(figure)  # a notebook shows what the cell returns, and nothing a second time
-        for place, s in enumerate(self.scores):
+        for place, s in enumerate(shares):
             axes.plot([100 * s.low, 100 * s.high], [place, place], color="tab:blue")
             axes.plot(100 * s.value, place, "o", color="tab:blue")
         axes.set(xlabel="% with 95 % interval", title=self.name, xlim=(-2, 102))
@@ -101,9 +102,10 @@ class Scores(_Table):
     def shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
         for s in self.scores:
-            interval = f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
-            seconds = f"{self.seconds[s.name]:.1f}"
-            rows.append((s.name, f"{100 * s.value:.2f}", interval, str(s.n), seconds))
+            value, interval = f"{100 * s.value:.2f}", f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
+            if _is_count(s):
+                value, interval = f"{s.value:,.0f} queries", f"[{s.low:,.0f}, {s.high:,.0f}]"
+            rows.append((s.name, value, interval, str(s.n), f"{self.seconds[s.name]:.1f}"))
         flags = [f"red flag: {flag}" for flag in self.flags]
         return f"{self.name}: {self.data}", rows, [*flags, *(f"note: {n}" for n in self.notes)]
 
@@ -142,6 +144,9 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     ValueError where they share no question, or no image. What only one was asked, or was asked with
     other settings, is left out and named.
     """
+    if strange := [side for side in (scores, other) if not isinstance(side, Scores)]:
+        kind = type(strange[0]).__name__
+        raise ValueError(f"compare wants two Scores, as evaluate returns them, not {kind}")
     from evaluators.intervals import compare as compare_images
     from evaluators.intervals import image_scores
 
@@ -162,6 +167,11 @@ def compare(scores: Scores, other: Scores) -> Comparison:
         reasons = "; ".join(notes) or "they share no score of the same images"
         raise ValueError(f"nothing can be compared: {reasons}")
     return Comparison(scores, other, paired, tuple(notes))
+
+
+def _is_count(score: Score) -> bool:
+    """Return whether a score is a mean number of queries; all others are shares."""
+    return "/queries" in score.name
 
 
 def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evaluators import compare, evaluate
+from evaluators.ledger import LEDGER, Score
+from evaluators.scores import Scores
 
 COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
 
@@ -48,6 +50,12 @@ def test_ten_of_twelve_images_are_right_in_every_form_of_the_data(coloured):
     for form, data in forms.items():
         score = quiet(Brightest(), data)["clean"]
         assert (score.value, score.n) == (pytest.approx(10 / 12), 12), form
+
+
+def test_a_number_of_queries_is_no_percentage():
+    queries = Score("tpa/queries", 5750.0, 1133.6, 10366.4, 4)
+    scores = Scores((queries,), {"tpa/queries": 1.0}, LEDGER.empty_table(), {})
+    assert "tpa/queries  5,750 queries  [1,134, 10,366]  4" in str(scores)
 
 
 def test_a_table_holds_each_score_and_prints_here_and_in_a_notebook(coloured):
@@ -102,6 +110,7 @@ def test_a_data_set_of_hugging_face_is_read_with_its_classes(coloured, tmp_path)
     scores = quiet(Brightest(), stored["train"], ["clean", "corruptions"])
     assert scores["clean"].value == pytest.approx(10 / 12)
     assert scores["corruptions"].n == 12  # of all images, not of a hundred
+    assert "note: corruptions: errors, lower is better" in str(scores)
     smaller = quiet(Brightest(), stored["train"].select(range(6)), image_size=8)
     assert smaller["clean"].n == 6
     arrays = stored["train"].with_format("torch")
@@ -364,5 +373,9 @@ def test_two_models_are_compared_on_the_same_images_and_questions_alone(coloured
     assert "<td>+33.33</td>" in both._repr_html_()
     with pytest.raises(ValueError, match="they share no score of the same images"):
         compare(seeing, quiet(blind, (images * 0.9, labels)))
+    with pytest.raises(
+        ValueError, match="wants two Scores, as evaluate returns them, not Brightest"
+    ):
+        compare(seeing, Brightest())
     with pytest.raises(ValueError, match="they share no score of"):
         compare(seeing, quiet(blind, coloured, "stylized"))

@@ -48,7 +48,8 @@ def unpickled(content: bytes, path: str | Path) -> Any:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose message says how to run it all the same
         raise ValueError(
-            f"{path} is not opened: it holds more than weights, or is no pickle"
+            f"{path} is not opened: it holds more than weights, or is no pickle; write it by "
+            "torch.save(model.state_dict(), FILE)"
         ) from None
     except Exception as error:  # unpicklers raise all kinds of errors on bytes that are no pickle
         raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
