@@ -282,7 +282,7 @@ def test_a_folder_of_any_name_holds_everything_and_its_provenance(finished):
     names = {path.name for path in results.iterdir()}
     assert names == {".lock", "artifacts", "mlflow.db", "report", "trials", "tune"}
     assert f"Report:    {results}/report/index.html\n" in said
-    assert f"--backend-store-uri '{database_uri(results)}'" in said
+    assert f"robustness-grid ui --results '{results}'" in said
     (trial,) = trials(results).values()
     assert trial.artifact_uri.startswith(results.as_uri())
     assert trial.trained == trial.judged["clean"] == provenance("cpu")

@@ -238,6 +238,7 @@ def test_a_run_whose_ray_has_died_ends_and_says_how_to_continue(tmp_path):
     study = tmp_path / "one.toml"
     study.write_text(study_of_one(epochs=900))
     driver = start(study, tmp_path / "results", "--address", "local")
+    assert driver.stdout.readline().startswith("Images of digits")
     assert "1 to train" in driver.stdout.readline()
     family = psutil.Process(driver.pid).children(recursive=True)
     next(process for process in family if process.name() == "raylet").kill()

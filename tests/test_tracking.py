@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import mlflow.artifacts
 import mlflow.pyfunc
 import pytest
 import requests
 import torch
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tests.servers import MlflowServer
@@ -54,6 +56,25 @@ def assert_has_every_epoch(tracker, run):
     for number in range(KEYS - 1):
         expected = [(epoch, epoch + number / 10) for epoch in range(1, EPOCHS + 1)]
         assert tracker.history(run, f"metric-{number}") == expected
+
+
+def test_two_commands_that_begin_together_share_one_experiment(tmp_path, monkeypatch):
+    uri, both_looked = f"sqlite:///{tmp_path}/mlflow.db", threading.Barrier(2)
+    Tracker(uri, experiment="other", artifacts=None)  # the database is there
+    look, looked = MlflowClient.get_experiment_by_name, threading.local()
+
+    def look_together(client, name):
+        found = look(client, name)
+        if not getattr(looked, "once", False):
+            looked.once = True
+            both_looked.wait(timeout=60)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", look_together)
+    with ThreadPoolExecutor(2) as pool:
+        opened = [pool.submit(Tracker, uri, experiment="x", artifacts=None) for _ in range(2)]
+    first, second = (future.result() for future in opened)
+    assert first.experiment_id == second.experiment_id
 
 
 @pytest.mark.parametrize("place", ["database", pytest.param("server", marks=pytest.mark.slow)])

@@ -18,7 +18,16 @@ from typing import Any, ParamSpec, TypeVar
 import mlflow.artifacts
 import mlflow.pyfunc
 import numpy as np
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -128,12 +137,7 @@ class Tracker:
             self._client = MlflowClient(uri)
             there = self._client.get_experiment_by_name(experiment)
             if there is None:
-                new_id = self._client.create_experiment(
-                    experiment,
-                    artifact_location=artifacts.as_uri() if artifacts else None,
-                    tags=KIND | {SCHEMA_TAG: str(SCHEMA), PROJECT: version_of(PROJECT)},
-                )
-                there = self._client.get_experiment(new_id)
+                there = self._new_experiment(experiment, artifacts)
         except Exception as error:  # a scheme, a driver or a disk: each raises its own kind
             raise ValueError(_refusal(uri, error)) from None
         self.experiment_id: str = there.experiment_id
@@ -145,6 +149,20 @@ class Tracker:
                 f"version that made them ({there.tags.get(PROJECT, 'unknown')}), or give "
                 "--results (or --mlflow) another place"
             )
+
+    def _new_experiment(self, name: str, artifacts: Path | None) -> Experiment:
+        """Return an experiment that was not there, made here or by a command that was quicker."""
+        try:
+            self._client.create_experiment(
+                name,
+                artifact_location=artifacts.as_uri() if artifacts else None,
+                tags=KIND | {SCHEMA_TAG: str(SCHEMA), PROJECT: version_of(PROJECT)},
+            )
+        except MlflowException:
+            if (there := self._client.get_experiment_by_name(name)) is None:
+                raise
+            return there
+        return self._client.get_experiment_by_name(name)
 
     def open_study(
         self, name: str, description: str, scores: Sequence[str] = (), classes: Sequence[str] = ()
