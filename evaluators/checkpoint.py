@@ -38,7 +38,8 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     source = options.source()
     subject = load_subject(options, source)
     scale, classifier = _with_budgets(subject.scale, options), subject.classifier
-    folder = options.ledger or Path("results/ledgers", f"{subject.name}-{subject.digest}")
+    name = f"{subject.name}-{subject.digest}-{scale.name}"
+    folder = options.ledger or Path("results/ledgers", name)
     data = load_data(scale, source)
     # All that an answer follows from but for the question.
     normalisation = classifier.mean.tolist(), classifier.std.tolist()

@@ -71,7 +71,7 @@ class JudgeOptions(DataOptions):
     )
     device: str | None = option(None, "cpu, cuda, ... (default: cuda where there is one)", "DEVICE")
     ledger: Path | None = option(
-        None, "where the ledgers go (default: results/ledgers/NAME-OF-THE-FILE-ITS-DIGEST)", "DIR"
+        None, "where the ledgers go (default: results/ledgers/FILE-DIGEST-SCALE)", "DIR"
     )
     epsilon: Annotated[tuple[Radius, ...], Split] = option(
         (),

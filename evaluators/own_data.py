@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -232,11 +233,14 @@ def _labels(labels: Any) -> Tensor:
 
 
 def _split(images: Tensor, labels: Tensor) -> Split:
-    """Name images by place and content: other images of the same places are not compared."""
+    """Name images by place, and by content and label, by which `compare` pairs them."""
     if len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels")
     width = len(str(len(images) - 1))
-    contents = (image.contiguous().numpy().tobytes() for image in images)
-    digests = (hashlib.sha256(content).hexdigest()[:12] for content in contents)
-    ids = tuple(f"{place:0{width}d}-{digest}" for place, digest in enumerate(digests))
-    return Split(images=images, labels=labels, ids=ids)
+    ids, times = [], Counter[str]()
+    for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        content = image.contiguous().numpy().tobytes() + f"={label}".encode()
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        times[digest] += 1
+        ids.append(f"{place:0{width}d}-{digest}.{times[digest]}")
+    return Split(images=images, labels=labels, ids=tuple(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from evaluators.intervals import Paired
 
 Rows = Sequence[Sequence[str]]
+PLACE = re.compile(r"^\d+-([0-9a-f]{12}\.\d+)$")  # and content, in the id of an image in memory
 
 
 class _Table:
@@ -158,7 +160,7 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     notes = [f"{name} is not compared: {change}" for name, change in changes.items() if change]
     paired = {}
     for name in (s.name for s in scores.scores if s.name in other.seconds):
-        ours, theirs = (image_scores(side.ledger, name) for side in (scores, other))
+        ours, theirs = (_by_content(image_scores(side.ledger, name)) for side in (scores, other))
         if changes[evaluator_of(name)] or not (ours and theirs):
             continue
         if difference := compare_images([ours], [theirs]):
@@ -167,6 +169,11 @@ def compare(scores: Scores, other: Scores) -> Comparison:
         reasons = "; ".join(notes) or "they share no score of the same images"
         raise ValueError(f"nothing can be compared: {reasons}")
     return Comparison(scores, other, paired, tuple(notes))
+
+
+def _by_content(values: Mapping[str, float] | None) -> dict[str, float]:
+    """Return images' scores by what their ids say of the content, without their place."""
+    return {PLACE.sub(r"\1", image_id): value for image_id, value in (values or {}).items()}
 
 
 def _is_count(score: Score) -> bool:

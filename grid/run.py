@@ -150,6 +150,11 @@ def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -
         return 0
     from grid.report.build import write_report
 
+    if not tracker.trials().keys() & {trial.digest for trial in plan}:
+        raise ValueError(
+            f"{options.results} holds no trial of study {study.name!r} at scale {scale.name}: give "
+            "the options of the run, like --study, --scale and --data"
+        )
     print(write_report(tracker, study, plan, scale, options.results / "report"))
     return 0
 

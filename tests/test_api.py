@@ -371,6 +371,8 @@ def test_two_models_are_compared_on_the_same_images_and_questions_alone(coloured
     assert str(both).splitlines()[2].split()[:4] == ["clean", "83.33", "50.00", "+33.33"]
     assert "pgd is not compared: epsilon is 1/255 of the first and 2/255 of" in str(both)
     assert "<td>+33.33</td>" in both._repr_html_()
+    part = quiet(blind, (images[2:8], labels[2:8]))
+    assert (compare(seeing, part)["clean"].n, compare(part, seeing)["clean"].n) == (6, 6)
     with pytest.raises(ValueError, match="they share no score of the same images"):
         compare(seeing, quiet(blind, (images * 0.9, labels)))
     with pytest.raises(

@@ -13,7 +13,9 @@ import pytest
 
 from grid.options import RunOptions
 from grid.run import main
+from grid.status import open_tracker
 from tests.driver import SECONDS, ended, start, study_of_one, wait_for_checkpoint
+from trainables.scale import DIGITS
 from trainables.store.results import is_in_use
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +233,13 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(tmp_path, number):
     assert f"Stopped. Continue with: {sys.executable} grid/run.py --study" in said
     assert "Traceback" not in said
     assert not is_in_use(tmp_path / "results")
+
+
+def test_a_report_of_what_the_results_do_not_hold_is_refused_and_writes_nothing(tmp_path, capsys):
+    open_tracker(tmp_path, None, DIGITS)  # as another study's run has left it
+    said = refusal(capsys, "--report", "--results", str(tmp_path))
+    assert f"{tmp_path} holds no trial of study 'bai2021' at scale digits: give the options" in said
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.slow

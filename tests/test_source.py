@@ -368,7 +368,13 @@ def test_preprocessing_that_cannot_be_is_refused(capsys, words, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--hold-out", "1.5"], ["--data-memory", "nan"], ["--data-workers", "x"], ["--stored", "x"]],
+    [
+        ["--mean", "127"],
+        ["--hold-out", "1.5"],
+        ["--data-memory", "nan"],
+        ["--data-workers", "x"],
+        ["--stored", "x"],
+    ],
 )
 def test_numbers_out_of_range_are_refused(arguments, capsys):
     assert f"error: {arguments[0]}: " in refusal(capsys, *arguments)

@@ -211,10 +211,11 @@ class DataOptions(Options):
     )
     hold_out: float = option(
         0.0,
-        "judge by this share of each class's train images where there is no val/ or test/",
+        "judge by this share of each class's train images where there is no val/ or test/; 1: by "
+        "all of them, with nothing to train on",
         "SHARE",
         ge=0,
-        lt=1,
+        le=1,
         advanced=True,
     )
     stored: Names = option(
@@ -246,6 +247,8 @@ class DataOptions(Options):
     def _per_channel(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
         if len(numbers) not in (0, 1, CHANNELS):
             raise ValueError(f"one number or one a channel ({CHANNELS}), not {len(numbers)}")
+        if max(numbers, default=0) > 1:
+            raise ValueError(f"{max(numbers):g} is of other units: pixels are in [0, 1]")
         return numbers * CHANNELS if len(numbers) == 1 else numbers
 
     @model_validator(mode="after")
