@@ -263,7 +263,7 @@ def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
     if not share:
         raise ValueError(
             f"{images.root} has no val/ or test/: add one, or give --hold-out 0.2, which judges by "
-            "a fifth of each class's train images, chosen by their names' hash"
+            "a fifth of each class's train images, chosen by their names' hash (1: by all)"
         )
     held = set[int]()
     for places in _by_class(images.ids, images.labels):
