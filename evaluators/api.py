@@ -60,30 +60,30 @@ def evaluate(
         raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
     several = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
     radii = [fraction(str(r), *RADIUS) for r in several if r is not None]
-    own = read(data, image_size)
-    classifier = classifier_of(model, own.split.images.shape[1], mean, std, draws=eot)
+    images = read(data, image_size)
+    classifier = classifier_of(model, images.split.images.shape[1], mean, std, draws=eot)
     label = name or getattr(model, "__qualname__", type(model).__name__)
     home = device or device_of(classifier)
     where = device_named(str(home) if home else None)
     in_training = any(module.training for module in classifier.backbone.modules())
     notes = ["the model was in training mode: it was judged in eval mode"] if in_training else []
-    probed = own.split.images[:PROBED]
+    probed = images.split.images[:PROBED]
     with undisturbed(classifier, where), TemporaryDirectory() as temporary:
         outputs, remarks = probe(classifier.to(where).eval(), probed)
-        scale, own_data = own.with_classes(outputs)
+        scale, judged_data = images.with_classes(outputs)
         chosen = list(evaluators_named(names, scale, radii))
         notes += remarks + _radii_noted(chosen, scale, radii)
         folder = Path(temporary)
         if store:
-            subject = f"{fingerprint(classifier, probed)}-{digest(own_data)}"
+            subject = f"{fingerprint(classifier, probed)}-{digest(judged_data)}"
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
         in_parts = progress or bool(store)
-        cells = Cells.of(chosen, own_data, folder, folder.name, where, in_parts=in_parts)
+        cells = Cells.of(chosen, judged_data, folder, folder.name, where, in_parts=in_parts)
         for evaluator in chosen:
-            cells.judge(evaluator, classifier, own_data, where, batch_size, progress=progress)
+            cells.judge(evaluator, classifier, judged_data, where, batch_size, progress=progress)
         if store:
             cells.write_ledgers()
-        return cells.scores(label, own_data, notes)
+        return cells.scores(label, judged_data, notes)
 
 
 def _radii_noted(chosen: Sequence[Evaluator], scale: Scale, radii: Sequence[Fraction]) -> list[str]:

@@ -151,10 +151,10 @@ def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe
     ValueError where it was trained on other data than those of the options.
     """
     recipe = recipe_of(content, options.weights or "")
-    own = recipe.preprocessing
-    half = recipe.pixel_range == "half" and not (own.mean or own.std)
+    header = recipe.preprocessing
+    half = recipe.pixel_range == "half" and not (header.mean or header.std)
     stated = Preprocessing(mean=HALF, std=HALF) if half else Preprocessing()
-    preprocessing, activation = stated | own | options.preprocessing(), options.activation
+    preprocessing, activation = stated | header | options.preprocessing(), options.activation
     try:
         if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
             raise ValueError(f"--scale {options.scale} is another")

@@ -103,8 +103,8 @@ class Attack(PlugInFunction):
         rows, images_BCHW = [], batch.images
         with attacked(classifier):
             for question, epsilon in self.radii.items():
-                own = images_BCHW.clone(), batch.labels.clone()  # which it may change
-                returned = self.function(classifier, *own, epsilon, self.generator(batch))
+                copies = images_BCHW.clone(), batch.labels.clone()  # which it may change
+                returned = self.function(classifier, *copies, epsilon, self.generator(batch))
                 changed_BCHW = self.checked(returned, images_BCHW)
                 low_BCHW, high_BCHW = images_BCHW - epsilon, images_BCHW + epsilon
                 inside_BCHW = torch.clamp(changed_BCHW, low_BCHW, high_BCHW).clamp_(0, 1)

@@ -99,9 +99,9 @@ def _plug_ins() -> Iterator[Finding]:
 
 def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> Iterator[Finding]:
     """Warn of the published sets that are not there and that generated ones stand in for."""
-    asked = {evaluator for trial in plan for evaluator in trial.evaluators} - {"tpa"}
+    evaluators = {evaluator for trial in plan for evaluator in trial.evaluators} - {"tpa"}
     for stored in (STORED_SETS[name] for name in data_set.counterparts):
-        missing = stored.evaluator in asked and stored.name not in source.folders
+        missing = stored.evaluator in evaluators and stored.name not in source.folders
         if missing and not data_set.generated:
             text = f"{stored.title} is not there: {stored.evaluator} is judged on generated images"
             yield stored.name, "warning", f"{text}; --stored {stored.name}=DIR reads it"

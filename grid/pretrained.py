@@ -33,9 +33,9 @@ def recipe_of_weights(values: Mapping[str, Any], folder: Path, scale: str) -> Re
     elif "model" not in values:
         fields |= _fields_of_header(origin["init"])
     fields |= {key: values[key] for key in ("model", "activation") if key in values}
-    own = Preprocessing.model_validate(values.get("preprocessing", {}))
+    stated = Preprocessing.model_validate(values.get("preprocessing", {}))
     of_weights = fields.get("preprocessing", Preprocessing())
-    fields["preprocessing"] = preprocessing_of(str(fields["model"])) | of_weights | own
+    fields["preprocessing"] = preprocessing_of(str(fields["model"])) | of_weights | stated
     return Recipe(**fields)
 
 

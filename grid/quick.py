@@ -196,10 +196,10 @@ def largest(
 
 def _described(sizes: Sizes, scale: Scale) -> str:
     """Say the sizes beside what there is."""
-    usual = round(STUDYS_EPOCHS * scale.epochs_factor)
+    planned = round(STUDYS_EPOCHS * scale.epochs_factor)
     parts = (
         (sizes.train_images, f"of {scale.data_set.train_images:,} train images"),
-        (sizes.epochs, f"epochs in place of {usual}"),
+        (sizes.epochs, f"epochs in place of {planned}"),
         (sizes.eval_images, "held-out images"),
     )
     return f"Quick look: {', '.join(f'{size:,} {text}' for size, text in parts if size)}"

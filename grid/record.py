@@ -74,11 +74,11 @@ class Recorder(threading.Thread):
         for trial in plan:
             geometry = trial.recipe.preprocessing.geometry()
             shown = scale.preprocessed(geometry)
-            seen = data if shown == scale else load_data(shown, source)
+            shown_data = data if shown == scale else load_data(shown, source)
             for name in trial.evaluators:
                 if (geometry, name) not in self._questions:
                     self._questions[geometry, name] = _question_of(
-                        evaluator_named(name, shown), seen
+                        evaluator_named(name, shown), shown_data
                     )
         self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
@@ -136,8 +136,8 @@ class Recorder(threading.Thread):
         tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
-        asked = {name for _, name in self._questions}
-        names = [name for name in EVALUATORS if name in asked]
+        judging = {name for _, name in self._questions}
+        names = [name for name in EVALUATORS if name in judging]
         scores = list(filter(None, map(headline_of, names)))
         self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
         for digest, run in self._runs.items():

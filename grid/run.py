@@ -19,7 +19,7 @@ from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds
 from grid.quick import fit, with_sizes
 from grid.study import Study, load_study
-from trainables.data.listing import scale_of
+from trainables.data.listing import DataSource, scale_of
 from trainables.options import again, installed
 from trainables.recipe import Preprocessing, problem
 from trainables.scale import Scale
@@ -106,6 +106,19 @@ def _run(options: RunOptions) -> int:
     if not options.check:
         with sole_run(options.results):
             pass
+    launch = _launch(options, study, plan, scale, source, address)
+    return _check_cluster(launch, options.wait) if options.check else _train(launch)
+
+
+def _launch(
+    options: RunOptions,
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    source: DataSource,
+    address: str | None,
+) -> Launch:
+    """Check the data and return what is to be run, and where; ValueError on unfit data."""
     manifest = ""
     if options.check or source.root is not None:
         from grid.check import check, show
@@ -116,7 +129,7 @@ def _run(options: RunOptions) -> int:
     from grid.launch import Launch
 
     storage = options.storage
-    launch = Launch(
+    return Launch(
         study=study,
         plan=plan,
         scale=scale,
@@ -134,7 +147,6 @@ def _run(options: RunOptions) -> int:
         address=address,
         storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
     )
-    return _check_cluster(launch, options.wait) if options.check else _train(launch)
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:

@@ -215,9 +215,9 @@ def _patches(name: str, scale: Scale) -> dict[str, int]:
     """Return the scale's patches for a plain transformer whose own leave under 8 a side, or {}."""
     with torch.device("meta"):
         network = timm.create_model(name)
-    own = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    native = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     reductions = {stage["reduction"] for stage in getattr(network, "feature_info", [])}
-    if not own or reductions - {own[0]}:
+    if not native or reductions - {native[0]}:
         return {}
-    fits = scale.image_size % own[0] == 0 and scale.image_size // own[0] >= FEW_PATCHES
+    fits = scale.image_size % native[0] == 0 and scale.image_size // native[0] >= FEW_PATCHES
     return {} if fits else {"patch_size": scale.patch_size}

@@ -234,8 +234,8 @@ class Preprocessing(Frozen):
 
     def beyond(self, other: Preprocessing) -> Preprocessing:
         """Return the fields that are chosen otherwise than another preprocessing has them."""
-        own = {k: v for k, v in self.chosen().items() if v != getattr(other, k)}
-        return Preprocessing(**own)
+        changed = {k: v for k, v in self.chosen().items() if v != getattr(other, k)}
+        return Preprocessing(**changed)
 
 
 class Recipe(Frozen):

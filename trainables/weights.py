@@ -38,15 +38,15 @@ def fit_any_weights(
     counts = {name: value for name, value in model.items() if name.endswith("num_batches_tracked")}
     fitted = counts | fitted
     if head := _other_head(fitted, model):
-        outputs, own = len(fitted[head[0]]), len(model[head[0]])
+        outputs, built = len(fitted[head[0]]), len(model[head[0]])
         if new_head:
             fitted |= {name: model[name] for name in head}
-            notes.append(f"the head of {outputs} classes is left out: a new one of {own} stays")
+            notes.append(f"the head of {outputs} classes is left out: a new one of {built} stays")
         else:
             for layer, _, parameter in (name.rpartition(".") for name in head):
                 empty = nn.Parameter(torch.empty_like(fitted[f"{layer}.{parameter}"]))
                 setattr(backbone.get_submodule(layer), parameter, empty)
-            notes.append(f"the head has the weights' {outputs} classes, not {own}")
+            notes.append(f"the head has the weights' {outputs} classes, not {built}")
     fit_weights(fitted, backbone, origin)
     return tuple(notes)
 
@@ -103,8 +103,8 @@ def read_content(path: Path, sha256: str = "") -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    if sha256 and (own := hashlib.sha256(content).hexdigest()) != sha256.lower():
-        raise ValueError(f"{path} has the sha256 {own}, not {sha256}: fetch it again")
+    if sha256 and (actual := hashlib.sha256(content).hexdigest()) != sha256.lower():
+        raise ValueError(f"{path} has the sha256 {actual}, not {sha256}: fetch it again")
     return content
 
 
