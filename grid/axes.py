@@ -49,16 +49,16 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     and size choose the model; optimizer brings its rate, decay, batch and warm-up; augmentation
     brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
     smoothing and ghost batches; curriculum is 'none', one of the library or a table of rows;
-    teacher is a base of the library; init brings its sha256, the network's own activation and
-    timm's preprocessing.
+    teacher and warm_start are bases of the library; init brings its sha256, the network's own
+    activation and timm's preprocessing. A dot leads into a field: adversary.steps,
+    optimizer_args.betas.
 
     Axes that bring fields along come first, so that a named field wins. Epochs that would end
     before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
     cannot be.
     """
     for axis in values:
-        if axis not in AXES:
-            raise ValueError(unknown("axis", axis, AXES))
+        check_axis(axis)
         if axis in _NAMED and not isinstance(values[axis], str):
             raise ValueError(f"{axis} is a name, not {values[axis]!r}")
     library = library or Library()
@@ -66,18 +66,33 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     draft = recipe
     for axis in sorted(values.keys() & _SETTERS.keys(), key=AXES.index):
         draft = _SETTERS[axis](draft, values[axis])
-    fields = {axis: value for axis, value in values.items() if axis not in _SETTERS}
+    dotted = {axis: value for axis, value in values.items() if "." in axis}
+    fields = {axis: v for axis, v in values.items() if axis not in (*_SETTERS, *dotted)}
     epochs = fields.get("epochs")
     if isinstance(epochs, int) and 0 < epochs < draft.warmup_epochs:
         fields = {"warmup_epochs": draft.warmup_epochs * epochs / draft.epochs} | fields
+    for axis, value in dotted.items():
+        name, _, part = axis.partition(".")
+        whole = fields.get(name, getattr(draft, name))
+        if whole is None:
+            raise ValueError(f"{axis}: the recipe has no {name}")
+        fields[name] = {**dict(whole), part: value}
     changed = draft.replace(**fields)
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
     return changed
 
 
+def check_axis(name: str) -> str:
+    """Return an axis's name; ValueError where a recipe has none of it."""
+    whole, _, part = name.partition(".")
+    if name not in AXES and not (part and whole in PARTED):
+        raise ValueError(unknown("axis", name, AXES))
+    return name
+
+
 def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
-    """Return the curriculum and the teacher that the values name."""
+    """Return the curriculum and the other trials that the values name."""
     named: dict[str, Any] = {}
     if isinstance(name := values.get("curriculum"), str):
         if name != "none" and name not in library.curricula:
@@ -85,10 +100,11 @@ def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
             raise ValueError(unknown("curriculum", name, known))
         named["curriculum"] = library.curricula.get(name, ())
         named["curriculum_epochs"] = values.get("curriculum_epochs", CURRICULUM_EPOCHS)
-    if (name := values.get("teacher")) is not None:
-        if name != "none" and name not in library.bases:
-            raise ValueError(unknown("teacher", name, ["none", *library.bases]))
-        named["teacher"] = library.bases.get(name)
+    for axis in ("teacher", "warm_start"):
+        if isinstance(name := values.get(axis), str):
+            if name != "none" and name not in library.bases:
+                raise ValueError(unknown(axis, name, ["none", *library.bases]))
+            named[axis] = library.bases.get(name)
     return named
 
 
@@ -104,19 +120,22 @@ def with_settings(
     seed. ValueError where the trial or a teacher cannot be so.
     """
     changed = with_axes(recipe, {**(axes or {}), **settings}, library)
-    if changed.distillation is None:
-        return changed
-    teacher = changed.distillation.teacher
-    if not teacher.epochs:
-        return changed
-    of_teachers = {axis: value for axis, value in settings.items() if axis in SETTABLE}
-    try:
-        teacher = with_settings(teacher, of_teachers, library=library)
-    except ValueError as error:
-        raise ValueError(f"teacher {teacher.describe()}: {problem(error)}") from None
-    return changed.replace(
-        distillation=changed.distillation.model_copy(update={"teacher": teacher})
+    return changed.with_prerequisites(
+        lambda recipe: _with_settings_for_all(recipe, settings, library)
     )
+
+
+def _with_settings_for_all(
+    recipe: Recipe, settings: Mapping[str, Any], library: Library | None
+) -> Recipe:
+    """Return a teacher, or what another trial starts from, with what is set for every trial."""
+    if not recipe.epochs:
+        return recipe
+    try:
+        settable = {a: value for a, value in settings.items() if a.partition(".")[0] in SETTABLE}
+        return with_settings(recipe, settable, library=library)
+    except ValueError as error:
+        raise ValueError(f"teacher {recipe.describe()}: {problem(error)}") from None
 
 
 def check_settings(settings: Mapping[str, Any], axes: Axes) -> None:
@@ -223,7 +242,12 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "teacher": _with_teacher,
     "preprocessing": _with_preprocessing,
 }
-_NAMED = ("model", "family", "size", "optimizer", "training", "teacher")
+_NAMED = ("model", "family", "size", "optimizer", "training", "teacher", "warm_start")
+# Fields with parts, which an axis may name behind a dot.
+PARTED = {
+    *("adversary", "distillation", "preprocessing"),
+    *("model_args", "optimizer_args", "scheduler_args"),
+}
 AXES = tuple(dict.fromkeys((*_SETTERS, *Recipe.model_fields)))
 # Pairs of axes of which one would undo the other.
 _SAME = (
@@ -233,7 +257,7 @@ _SAME = (
 # What a table's row or column is about, and what --scale and --seeds choose.
 _NOT_FOR_ALL = {
     *("model", "family", "size", "training", "adversary", "teacher", "distillation"),
-    *("scale", "seed", "init", "init_sha256"),
+    *("scale", "seed", "init", "init_sha256", "warm_start"),
 }
 SETTABLE = tuple(axis for axis in AXES if axis not in _NOT_FOR_ALL)
 
@@ -244,9 +268,15 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
         return format_augmentations(recipe.augmentations)
     if axis in ("teacher", "distillation"):
         return _base_of(recipe.teacher, library) if recipe.teacher else "none"
+    if axis == "warm_start":
+        return _base_of(recipe.warm_start, library) if recipe.warm_start else "none"
     if axis == "curriculum":
         return _curriculum_name(recipe.curriculum, library)
-    return str(getattr(recipe, axis))
+    name, _, part = axis.partition(".")
+    value = getattr(recipe, name)
+    if part:
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return str(value)
 
 
 def _base_of(teacher: Recipe, library: Library) -> str:

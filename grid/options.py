@@ -213,7 +213,7 @@ def _pairs(
         name, _, value = word.partition("=")
         if not value:
             raise ValueError(f"--{option} wants {kind.upper()}=VALUE, not {word!r}")
-        if name not in known:
+        if name.partition(".")[0] not in known:  # a dot leads into a field
             raise ValueError(f"--{option}: {unknown(kind, name, known)}")
         yield name, value
 

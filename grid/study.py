@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from evaluators import EVALUATORS, column_named, evaluator_of
-from grid.axes import AXES, Library, with_axes
+from grid.axes import Library, check_axis, with_axes
 from grid.pretrained import recipe_of_weights, with_origin
 from trainables.models import check_family
 from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, unknown
@@ -56,7 +56,7 @@ def _place(value: Any) -> Any:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Axis = Annotated[str, one_of("axis", AXES)]
+Axis = Annotated[str, AfterValidator(check_axis)]
 Columns = tuple[Annotated[str, AfterValidator(_scored)], ...]
 Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the label of a row of it
 
@@ -351,7 +351,7 @@ def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:
     changes = with_origin(values, library.folder)
     if "extends" in changes:
         return with_axes(_base_named(changes.pop("extends"), library), changes, library)
-    if wrong := [axis for axis in changes if axis not in AXES]:
-        raise ValueError(unknown("axis", wrong[0], (*AXES, "extends")))
+    for axis in changes:
+        check_axis(axis)
     fields = {name: changes.pop(name) for name in Recipe.model_fields if name in changes}
     return with_axes(Recipe.model_validate({"scale": SCALE, **fields}), changes, library)

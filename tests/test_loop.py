@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from scipy.stats import binom
+from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 from tests.paper import CURRICULA
@@ -43,6 +44,17 @@ VARIANTS = {
     ),
     "distilled": ("resnet", {}),
     "half precision": ("resnet", {"precision": "fp16"}),
+    "timm's optimizer, clipped, binary cross-entropy, mean of weights": (
+        "resnet",
+        {
+            "optimizer": "lamb",
+            "clip_grad": 1.0,
+            "loss": "bce",
+            "ema_decay": 0.9,
+            "scheduler": "poly",
+            "layer_decay": 0.75,
+        },
+    ),
 }
 
 
@@ -75,6 +87,75 @@ def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_p
     )
     assert [(r.metrics, r.outcome) for r in again] == reports[1:]
     assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
+
+
+def test_the_mean_of_the_weights_is_timms_after_every_step(small, few_digits):
+    recipe = small("resnet", epochs=1, ema_decay=0.75)
+    classifier, first = build_classifier(recipe), build_classifier(recipe)
+    expected, steps = ModelEmaV3(first, decay=0.75), 0
+    optimizer_step = torch.optim.SGD.step
+
+    def step(optimizer, *arguments):
+        nonlocal steps
+        result = optimizer_step(optimizer, *arguments)
+        expected.update(classifier)
+        steps += 1
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        (report,) = train(recipe, classifier, few_digits, device=CPU)
+    assert steps > 1
+    means = expected.module.state_dict()
+    assert all(torch.equal(value, means[name]) for name, value in report.state["mean"].items())
+    assert any(not torch.equal(value, means[name]) for name, value in weights(classifier).items())
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_accuracy_on_held_out_images_is_of_the_weights_that_are_judged(
+    small, few_digits, evaluated
+):
+    recipe = small("resnet", epochs=1, ema_decay=0.999999, ema_evaluated=evaluated)
+    classifier, plain = build_classifier(recipe), build_classifier(recipe)
+    (report,) = train(recipe, classifier, few_digits, device=CPU)
+    plain.load_state_dict(report.state["mean"])
+    judged, other = (plain, classifier) if evaluated else (classifier, plain)
+    own, others = (accuracy(m, few_digits.held_out, device=CPU) for m in (judged, other))
+    assert report.metrics["held_out/accuracy"] == own != others
+
+
+def test_binary_cross_entropy_is_the_hand_worked_one(small):
+    recipe = small("resnet", loss="bce", bce_threshold=0.2)
+    logits = torch.tensor([[0.0, math.log(3)]])
+    # Soft targets above 0.2 count as 1: -ln(1/2) and -ln(3/4), and their mean.
+    loss = training_loss(recipe, logits, torch.tensor([[0.3, 0.7]]))
+    assert loss.item() == pytest.approx((math.log(2) - math.log(0.75)) / 2)
+    loss = training_loss(recipe, logits, torch.tensor([[0.1, 0.9]]))
+    assert loss.item() == pytest.approx((math.log(2) - math.log(0.75)) / 2)
+    unlike = training_loss(recipe.replace(bce_threshold=None), logits, torch.tensor([[0.1, 0.9]]))
+    # -0.1 ln(1/2) - 0.9 ln(1/2) and -0.9 ln(3/4) - 0.1 ln(1/4).
+    expected = (math.log(2) - 0.9 * math.log(0.75) - 0.1 * math.log(0.25)) / 2
+    assert unlike.item() == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_to_a_norm_before_the_step(small, few_digits):
+    rate, norm = 1.0, 1e-3
+    recipe = small(
+        "resnet",
+        epochs=1,
+        learning_rate=rate,
+        weight_decay=0.0,
+        batch_size=len(few_digits.train),
+        optimizer_args={"momentum": 0.0, "nesterov": False},
+        scheduler="constant",
+        clip_grad=norm,
+    )
+    classifier = build_classifier(recipe)
+    before = [p.detach().clone() for p in classifier.parameters()]
+    list(train(recipe, classifier, few_digits, device=CPU))
+    moved = [after.detach() - p for after, p in zip(classifier.parameters(), before, strict=True)]
+    distance = torch.cat([difference.flatten() for difference in moved]).norm()
+    assert distance.item() == pytest.approx(rate * norm, rel=1e-3)
 
 
 def test_a_batch_too_large_for_the_memory_names_the_trial_and_what_helps(small, few_digits):

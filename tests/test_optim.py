@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
 
 from tests.paper import deit, resnet50
 from trainables.models import MODELS
@@ -78,3 +79,71 @@ def test_optimizers_step_as_timms_do_under_the_studys_options(small, optimizer, 
     ours, expected = (dict(model.named_parameters()) for model in models)
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("scheduler", ["step", "cosine", "tanh", "multistep", "poly", "wsd"])
+def test_schedules_beyond_the_studys_are_timms_at_every_epoch(scheduler):
+    recipe = deit().replace(
+        scheduler=scheduler,
+        scheduler_args={"decay_rate": 0.5, "decay_epochs": 20, "decay_milestones": [30, 60]},
+        cooldown_epochs=10,
+        warmup_epochs=5.0,
+    )
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=recipe.learning_rate)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        scheduler,
+        num_epochs=90,
+        warmup_epochs=5,
+        warmup_lr=recipe.warmup_rate,
+        min_lr=recipe.floor_rate,
+        cooldown_epochs=10,
+        decay_rate=0.5,
+        decay_epochs=20,
+        decay_milestones=[30, 60],
+    )
+    for epoch in range(100):
+        schedule.step(epoch)
+        assert learning_rate(recipe, epoch) == optimizer.param_groups[0]["lr"], epoch
+
+
+def test_a_warmup_prefix_and_a_cooldown_leave_the_cosine_what_lies_between_them():
+    recipe = deit().replace(warmup_prefix=True, warmup_epochs=20.0, cooldown_epochs=10)
+    assert learning_rate(recipe, 20) == pytest.approx(recipe.learning_rate)
+    halfway = (recipe.learning_rate + recipe.floor_rate) / 2
+    assert learning_rate(recipe, 55) == pytest.approx(halfway)
+    assert learning_rate(recipe, 90) == learning_rate(recipe, 99) == recipe.floor_rate
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "lion", "rmsproptf", "nadamw"])
+def test_groups_and_rates_of_layer_decay_are_timms(small, optimizer):
+    recipe = small("deit", optimizer=optimizer, layer_decay=0.7, weight_decay=0.05)
+    classifier = build_classifier(recipe)
+    ours = build_optimizer(recipe, classifier)
+    expected = create_optimizer_v2(
+        classifier.backbone, optimizer, lr=recipe.learning_rate, weight_decay=0.05, layer_decay=0.7
+    )
+    assert type(ours) is type(expected)
+    assert len({group["lr_scale"] for group in ours.param_groups}) > 3
+    for group, theirs in zip(ours.param_groups, expected.param_groups, strict=True):
+        assert group["lr_scale"] == theirs["lr_scale"]
+        assert group["weight_decay"] == theirs["weight_decay"]
+        assert list(map(id, group["params"])) == list(map(id, theirs["params"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "lamb", "optimizer_args": {"beta": 1}}, "optimizer 'lamb': .*beta"),
+        ({"optimizer_args": {"eps": "small"}}, "optimizer 'sgd': .*eps"),
+        (
+            {"scheduler": "poly", "scheduler_args": {"power": 2}},
+            "scheduler_args of 'poly': .*power",
+        ),
+    ],
+)
+def test_arguments_that_timm_does_not_take_are_refused_by_name(small, changes, message):
+    recipe = small("resnet", **changes)
+    with pytest.raises(ValueError, match=message):
+        learning_rate(recipe, 1) and build_optimizer(recipe, build_classifier(recipe))

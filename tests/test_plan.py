@@ -32,7 +32,7 @@ VALUES = {
     "model": ("resnet18", "deit_base", "timm:convnext_tiny"),
     "family": ("resnet", "deit"),
     "size": ("small", "large"),
-    "optimizer": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adamw", "lamb"),
     "augmentation": ("none", "cutmix", "randaug+mixup+cutmix"),
     "training": ("clean", "adversarial"),
     "curriculum": ("none", "study", (ROW,)),
@@ -41,7 +41,7 @@ VALUES = {
     "activation": ("relu", "silu"),
     "learning_rate": (0.0123,),
     "weight_decay": (0.003,),
-    "scheduler": ("step", "cosine"),
+    "scheduler": ("step", "cosine", "poly"),
     "warmup_epochs": (3.0,),
     "warmup_rate": (0.002,),
     "floor_rate": (3e-6,),
@@ -67,6 +67,30 @@ VALUES = {
     "init_sha256": (),
     "preprocessing": ({"size": 32, "squash": True},),
     "seed": (3,),
+    "model_args": ({"drop_rate": 0.1},),
+    "drop_path": (0.1,),
+    "dropout": (0.2,),
+    "optimizer_args": ({"eps": 1e-7},),
+    "layer_decay": (0.75,),
+    "clip_grad": (1.0,),
+    "clip_mode": (),
+    "ema_decay": (0.99,),
+    "ema_evaluated": (True,),
+    "scheduler_args": ({"decay_rate": 0.5},),
+    "warmup_prefix": (True,),
+    "cooldown_epochs": (1,),
+    "randaug_layers": (3,),
+    "randaug_std": (0.0,),
+    "color_jitter": (0.4,),
+    "erasing": (0.25,),
+    "repeats": (3,),
+    "flip": (False,),
+    "least_crop": (0.2,),
+    "train_sizes": ((160,),),
+    "loss": ("bce",),
+    "bce_threshold": (),
+    "warm_start": ("none", "resnet50"),
+    "reset_head": (False,),
 }
 
 
@@ -284,8 +308,9 @@ def holds(recipe, axis, value):
         return "+".join(recipe.augmentations) == value.replace("none", "")
     if axis == "curriculum":
         return len(recipe.curriculum) == {"none": 0, "study": 11}.get(str(value), 1)
-    if axis == "teacher":
-        return (recipe.teacher.model if recipe.teacher else "none") == value
+    if axis in ("teacher", "warm_start"):
+        other = getattr(recipe, axis)
+        return (other.model if other else "none") == value
     if axis == "preprocessing":
         return recipe.preprocessing.chosen() == value
     if axis == "adversary":

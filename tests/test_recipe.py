@@ -105,7 +105,7 @@ def test_teacher_is_part_of_the_identity_by_its_own_digest():
         ({"model": "deit_small", "norm": "ghost"}, "deit_small has none"),
         ({"model": "resnet34"}, "unknown model 'resnet34'"),
         ({"augmentations": "randaug+cutout"}, "unknown augmentation 'cutout'"),
-        ({"activation": "tanh"}, "'relu', 'gelu', 'silu', 'softplus' or 'own'"),
+        ({"activation": "gleu"}, "'tanh', 'identity' or 'own'"),
         ({"model": "torchhub:a/b:c"}, "'torchhub:a/b:c' runs code, and studies and weights files"),
         ({"model": "mine.py:net"}, "install it as a model"),
         ({"model": "net.pt2"}, "install it as a model"),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ FORMS = (
     "FILE.pt2",
 )
 Settings = Literal["cnn", "transformer", "timm"]
-Build = Callable[[Any, Callable[[int], Any]], Any]
+Build = Callable[..., Any]
 
 
 class Cost(NamedTuple):
@@ -59,9 +60,9 @@ class Model:
 def _network(function: str, *arguments: Any, room: str = "networks", **options: Any) -> Build:
     """Return the builder that calls a function of a file of `trainables`, imported only then."""
 
-    def build(scale: Any, norm_layer: Callable[[int], Any]) -> Any:
+    def build(scale: Any, norm_layer: Callable[[int], Any], **more: Any) -> Any:
         module = import_module(f"trainables.{room}")
-        return getattr(module, function)(*arguments, scale, norm_layer, **options)
+        return getattr(module, function)(*arguments, scale, norm_layer, **options, **more)
 
     return build
 
@@ -122,9 +123,8 @@ def model_named(name: str, **arguments: Any) -> Model:
     arguments of what builds such a model.
     """
     if name in MODELS:
-        if arguments:
-            raise ValueError(f"model {name!r} takes no arguments of its own, as {FORMS[0]} does")
-        return MODELS[name]
+        model = MODELS[name]
+        return replace(model, build=partial(model.build, **arguments)) if arguments else model
     largest = Cost(*map(max, zip(*(model.cost for model in MODELS.values()), strict=True)))
     if name.startswith(TIMM_PREFIX):
         build = _network("from_timm", name.removeprefix(TIMM_PREFIX), **arguments)

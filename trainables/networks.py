@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import get_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
@@ -18,7 +19,7 @@ from torch import nn
 from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import load_weights, num_classes_of, timm_config
-from trainables.recipe import Recipe
+from trainables.recipe import ACTIVATIONS, Recipe
 from trainables.scale import Scale, scale_of_recipe
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -27,12 +28,18 @@ HYBRID_WIDTH = 256
 DEIT_DEPTH = 12
 FEW_TOKENS = 16
 FEW_PATCHES = 8  # a side
-ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
+_TORCH_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
     "silu": nn.SiLU,
     "softplus": nn.Softplus,
 }
+ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
+    name: _TORCH_LAYERS.get(name) or cast("type[nn.Module]", get_act_layer(name))
+    for name in ACTIVATIONS
+}
+GATES = ("sigmoid", "tanh", "hard_sigmoid", "identity")  # of other uses in a network, which stay
+SWAPPED = tuple(layer for name, layer in ACTIVATION_LAYERS.items() if name not in GATES)
 
 
 def build_classifier(recipe: Recipe) -> Classifier:
@@ -45,12 +52,22 @@ def build_classifier(recipe: Recipe) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         classifier = classifier_named(
-            recipe.model, scale_of_recipe(recipe), activation=activation, norm_layer=norm_layer
+            recipe.model,
+            scale_of_recipe(recipe),
+            activation=activation,
+            arguments=_arguments(recipe),
+            norm_layer=norm_layer,
         )
     if recipe.pixel_range == "half" and not (recipe.preprocessing.mean or recipe.preprocessing.std):
         classifier.mean.fill_(0.5)
         classifier.std.fill_(0.5)
     return classifier
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the keyword arguments of a recipe's network; rates of 0 are left to it."""
+    rates = {"drop_path_rate": recipe.drop_path, "drop_rate": recipe.dropout}
+    return {**{name: rate for name, rate in rates.items() if rate}, **recipe.model_args}
 
 
 def classifier_named(
@@ -65,7 +82,11 @@ def classifier_named(
 
     arguments: of what builds a model of another origin.
     """
-    backbone = model_named(model, **(arguments or {})).build(scale, norm_layer)
+    try:
+        backbone = model_named(model, **(arguments or {})).build(scale, norm_layer)
+    except (TypeError, AssertionError) as error:
+        stated = ", ".join(f"{name}={value!r}" for name, value in (arguments or {}).items())
+        raise ValueError(f"{model!r} cannot be built with {stated}: {error}") from None
     if activation:
         swap_activation(backbone, activation)
     classifier = Classifier(backbone, scale.data_set.mean, scale.data_set.std)
@@ -105,7 +126,7 @@ def check_model(recipe: Recipe) -> int:
 def swap_activation(module: nn.Module, name: str) -> None:
     """Replace every activation layer below `module`; a gate's Sigmoid or Tanh is not one."""
     for child_name, child in module.named_children():
-        if isinstance(child, tuple(ACTIVATION_LAYERS.values())):
+        if isinstance(child, SWAPPED):
             setattr(module, child_name, ACTIVATION_LAYERS[name]())
         else:
             swap_activation(child, name)
@@ -151,15 +172,15 @@ def deit(
     models/vision_transformer.py.
     """
     heads = scale.vit_heads(width)
-    network = VisionTransformer(
-        img_size=scale.image_size,
-        patch_size=scale.patch_size,
-        embed_dim=heads * scale.head_width,
-        depth=scale.depth(DEIT_DEPTH),
-        num_heads=heads,
-        num_classes=scale.num_classes,
-        **options,
-    )
+    of_scale = {
+        "img_size": scale.image_size,
+        "patch_size": scale.patch_size,
+        "embed_dim": heads * scale.head_width,
+        "depth": scale.depth(DEIT_DEPTH),
+        "num_heads": heads,
+        "num_classes": scale.num_classes,
+    }
+    network = VisionTransformer(**(of_scale | options))
     if scale.stem == "small":
         for name, parameter in network.blocks.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:
@@ -175,7 +196,7 @@ def deit(
     return cast(nn.Module, network)
 
 
-def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
+def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any) -> nn.Module:
     """Hybrid-DeiT: a ResNet-18 trunk through its last stage feeds DeiT-Mini's blocks.
 
     Small images keep the trunk's stem at full size, so that more than one token is left.
@@ -183,7 +204,9 @@ def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
     trunk = resnet(*TRUNK, scale, norm_layer, stem_stride=1, num_classes=0, global_pool="")
     # HybridEmbed takes its patch size from the trunk's output.
     embed = partial(HybridEmbed, backbone=trunk)
-    return deit(HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed)
+    return deit(
+        HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed, **options
+    )
 
 
 def from_timm(

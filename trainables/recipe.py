@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -21,10 +21,29 @@ from pydantic import (
 
 from trainables.models import MODELS, OWN, model_named
 
-Activation = Literal["relu", "gelu", "silu", "softplus"]
-Augmentation = Literal["randaug", "mixup", "cutmix"]
-Optimizer = Literal["sgd", "adamw"]
-Scheduler = Literal["step", "cosine"]
+Activation = Literal[
+    "relu",
+    "gelu",
+    "silu",
+    "softplus",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "celu",
+    "selu",
+    "gelu_tanh",
+    "quick_gelu",
+    "mish",
+    "hard_swish",
+    "hard_mish",
+    "hard_sigmoid",
+    "sigmoid",
+    "tanh",
+    "identity",
+]
+Augmentation = Literal["randaug", "augmix", "3augment", "mixup", "cutmix"]
+Scheduler = Literal["step", "cosine", "tanh", "multistep", "poly", "wsd", "rsqrt", "constant"]
 Protocol = Literal["corrected", "as-published"]
 Norm = Literal["batch", "ghost"]
 PixelRange = Literal["data", "half"]
@@ -33,6 +52,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+POLICIES = ("randaug", "augmix", "3augment")  # an image takes one of them
+STUDY_OPTIMIZERS = ("sgd", "adamw")  # torch's, as in the study; others are timm's
+STUDY_SCHEDULERS = ("step", "cosine")
 # Beyond these a number is a slip of the keyboard.
 MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
@@ -125,17 +147,43 @@ def parse_augmentations(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """Return the value with tuples for lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: _as_tuple(inner) for key, inner in value.items()}
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
-def parse_epsilon(value: Any) -> Any:
-    """Read a max-norm radius for pixels in [0, 1], given as a number or as text like '4/255'."""
+# Keyword arguments of a library's function.
+Arguments = Annotated[dict[str, Any], BeforeValidator(_as_tuple)]
+
+
+def check_optimizer(name: str) -> str:
+    """Return an optimizer's name; ValueError where it is neither the study's nor timm's."""
+    if name not in STUDY_OPTIMIZERS:
+        from timm.optim import list_optimizers
+
+        if name not in (known := list_optimizers()):
+            raise ValueError(
+                f"unknown optimizer {name!r}; {', '.join(STUDY_OPTIMIZERS)}, or one of timm's "
+                f"{len(known)}{nearest(name, [*STUDY_OPTIMIZERS, *known])}"
+            )
+    return name
+
+
+def parse_radius(value: Any) -> Any:
+    """Read a radius for pixels in [0, 1], given as a number or as text like '4/255'."""
     if isinstance(value, str):
         numerator, slash, denominator = value.partition("/")
         try:
             value = float(numerator) / float(denominator) if slash else float(numerator)
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"epsilon {value!r} is neither a number nor like '4/255'") from None
+    return value
+
+
+def parse_epsilon(value: Any) -> Any:
+    """Read a max-norm radius, of which more than 1 is a slip."""
+    value = parse_radius(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < 1:
         raise ValueError(
             f"epsilon {value:g} is outside (0, 1): pixels are in [0, 1], write {value:g}/255"
@@ -144,6 +192,7 @@ def parse_epsilon(value: Any) -> Any:
 
 
 Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
+Radius = Annotated[float, BeforeValidator(parse_radius), Field(gt=0)]
 
 
 class Frozen(BaseModel):
@@ -164,14 +213,33 @@ class Frozen(BaseModel):
 class Adversary(Frozen):
     """Adversarial training: each batch is attacked before it is learned from.
 
-    epsilon and step_size are max-norm radii for pixels in [0, 1]. `plain_start` is the chance
-    that an image's attack starts at the image itself instead of at random in its ball.
+    epsilon and step_size are radii in `norm` for pixels in [0, 1]. `plain_start` is the chance
+    that an image's attack starts at the image itself instead of at random in its ball. attack:
+    pgd; apgd, whose step begins at twice epsilon and follows its own rule (Croce and Hein 2020), so
+    that `step_size` does not count. loss: ce, the cross-entropy of the attacked images; trades
+    (Zhang et al. 2019) and mart (Wang et al. 2020), which weigh a divergence by `beta`.
+    epsilon grows from 0 over the first `epsilon_epochs`, linearly or as a sine's first quarter.
+    FGSM-RS (Wong et al. 2020) is pgd of one step of 1.25 epsilon.
     """
 
-    epsilon: Epsilon
+    norm: Literal["linf", "l2"] = "linf"
+    attack: Literal["pgd", "apgd"] = "pgd"
+    epsilon: Radius
     steps: int = Field(default=1, gt=0, le=MOST_STEPS)
-    step_size: Epsilon
+    step_size: Radius
     plain_start: float = Field(default=0, ge=0, le=1)
+    loss: Literal["ce", "trades", "mart"] = "ce"
+    beta: float | None = Field(default=None, gt=0)
+    epsilon_schedule: Literal["linear", "sine"] = "linear"
+    epsilon_epochs: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Adversary:
+        for radius in (self.epsilon, self.step_size) if self.norm == "linf" else ():
+            parse_epsilon(radius)
+        if (self.loss == "ce") != (self.beta is None):
+            raise ValueError("beta weighs the divergence of loss 'trades' and 'mart', not of 'ce'")
+        return self
 
 
 class Distillation(Frozen):
@@ -250,15 +318,39 @@ class Recipe(Frozen):
     first weights come from, of whatever origin (`trainables.pretrained`), "": drawn by the seed;
     with 0 epochs they are the last as well. `init_sha256`: of that file, which it then is, wherever
     it lies. `preprocessing` departs from the data set's. Source of the values: STUDY section 3.
+
+    What the study does not vary. Optimizers other than sgd and adamw, and schedulers other than
+    step and cosine, are timm's, with `optimizer_args` and `scheduler_args` (of its
+    create_optimizer_v2 and create_scheduler_v2). The last `cooldown_epochs` have the floor rate;
+    `warmup_prefix` has the schedule begin behind the warm-up. `ema_decay`: of the mean of the
+    weights (0: none), which is what is stored and judged unless `ema_evaluated` is false.
+    `color_jitter`: torchvision's strength of brightness, contrast and saturation. `erasing`: the
+    chance of timm's random erasing. `repeats`: of each image in an epoch, whose length stays
+    (Hoffer et al. 2020). `least_crop`: of an area. `train_sizes`: image sides, each for an equal
+    part of the training (): the data's. `model_args`: of the network. `drop_path`, `dropout`: its
+    drop_path_rate and drop_rate. `warm_start`: a trial whose last weights are the first ones.
+    `reset_head`: the first weights' head is left out even where it fits.
     """
 
     scale: str
     model: Annotated[str, AfterValidator(check_model), AfterValidator(_runs_no_code)]
     activation: Literal[Activation, "own"] = "relu"
-    optimizer: Optimizer
+    model_args: Arguments = {}
+    drop_path: float = Field(default=0, ge=0, lt=1)
+    dropout: float = Field(default=0, ge=0, lt=1)
+    optimizer: Annotated[str, AfterValidator(check_optimizer)]
+    optimizer_args: Arguments = {}
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    clip_grad: float | None = Field(default=None, gt=0)
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    ema_decay: float = Field(default=0, ge=0, lt=1)
+    ema_evaluated: bool = True
     scheduler: Scheduler
+    scheduler_args: Arguments = {}
+    warmup_prefix: bool = False
+    cooldown_epochs: int = Field(default=0, ge=0)
     warmup_epochs: float = Field(default=0, ge=0)
     warmup_rate: float = Field(default=1e-6, ge=0)
     floor_rate: float = Field(default=1e-5, ge=0)
@@ -266,11 +358,21 @@ class Recipe(Frozen):
     batch_size: int = Field(gt=0, le=MOST_IMAGES)
     augmentations: Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)] = ()
     randaug_magnitude: int = Field(default=9, ge=0, le=10)
+    randaug_layers: int = Field(default=2, gt=0)
+    randaug_std: float = Field(default=0.5, ge=0)
+    color_jitter: float = Field(default=0, ge=0, le=1)
+    erasing: float = Field(default=0, ge=0, le=1)
+    repeats: int = Field(default=1, gt=0)
+    flip: bool = True
+    least_crop: float = Field(default=0.08, gt=0, le=1)
+    train_sizes: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
     mixup_alpha: float = Field(default=0.8, gt=0)
     cutmix_alpha: float = Field(default=1.0, gt=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
+    loss: Literal["ce", "bce"] = "ce"
+    bce_threshold: float | None = Field(default=None, ge=0, lt=1)
     curriculum: Annotated[tuple[CurriculumRow, ...], BeforeValidator(_as_tuple)] = ()
     curriculum_epochs: int = Field(default=100, gt=0, le=MOST_EPOCHS)
     norm: Norm = "batch"
@@ -283,6 +385,8 @@ class Recipe(Frozen):
     protocol: Protocol = "corrected"
     init: str = ""
     init_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    warm_start: Recipe | None = None
+    reset_head: bool = False
     preprocessing: Preprocessing = Preprocessing()
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
@@ -319,11 +423,45 @@ class Recipe(Frozen):
                 f"the curriculum has rows for epochs {epochs}; they must be 0, 1, 2, ... without "
                 "a gap"
             )
-        if epochs and set(self.augmentations) != set(AUGMENTATIONS):
+        if epochs and set(self.augmentations) != {"randaug", "mixup", "cutmix"}:
             raise ValueError(
                 "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have "
                 "them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Recipe:
+        """Refuse a field that would have no effect without another, and two that exclude others."""
+        policies = [name for name in POLICIES if name in self.augmentations]
+        wrong = {
+            f"{' and '.join(policies)} exclude each other": len(policies) > 1,
+            "clip_mode says how to clip: state clip_grad": (
+                self.clip_mode != "norm" and self.clip_grad is None
+            ),
+            "ema_evaluated is about the mean of weights: state ema_decay": (
+                not self.ema_evaluated and not self.ema_decay
+            ),
+            "bce_threshold is of loss 'bce'": self.bce_threshold is not None and self.loss != "bce",
+            f"loss 'bce' and adversarial loss {self.adversary and self.adversary.loss!r} exclude "
+            "each other": (
+                self.loss == "bce" and bool(self.adversary and self.adversary.loss != "ce")
+            ),
+            f"cooldown of {self.cooldown_epochs} epochs leaves none of {self.epochs}": (
+                self.epochs > 0 and self.cooldown_epochs >= self.epochs
+            ),
+            "init and warm_start are both about the first weights: leave one out": (
+                bool(self.init and self.warm_start)
+            ),
+            "a training of 0 epochs has the weights of init, not of warm_start": (
+                not self.epochs and self.warm_start is not None
+            ),
+            "reset_head is about first weights: state init or warm_start": (
+                self.reset_head and not (self.init or self.warm_start)
+            ),
+        }
+        if problems := [text for text, is_so in wrong.items() if is_so]:
+            raise ValueError(problems[0])
         return self
 
     @property
@@ -362,6 +500,11 @@ class Recipe(Frozen):
         return self.distillation.teacher if self.distillation else None
 
     @property
+    def prerequisites(self) -> tuple[Recipe, ...]:
+        """The recipes that have to be trained before this one."""
+        return tuple(filter(None, (self.teacher, self.warm_start)))
+
+    @property
     def training(self) -> str:
         """'clean' or 'adversarial'."""
         return "adversarial" if self.adversary else "clean"
@@ -377,12 +520,18 @@ class Recipe(Frozen):
         return self.curriculum[min(written_for, len(self.curriculum) - 1)]
 
     def with_seed(self, seed: int) -> Recipe:
-        """Return this recipe, and its teacher's, with another seed."""
-        changes: dict[str, Any] = {"seed": seed}
+        """Return this recipe, and those that it needs, with another seed."""
+        return self.with_prerequisites(lambda recipe: recipe.with_seed(seed)).replace(seed=seed)
+
+    def with_prerequisites(self, change: Callable[[Recipe], Recipe]) -> Recipe:
+        """Return this recipe with its teacher and its warm start changed."""
+        changes: dict[str, Any] = {}
         if self.distillation:
-            teacher = self.distillation.teacher.with_seed(seed)
+            teacher = change(self.distillation.teacher)
             changes["distillation"] = self.distillation.model_copy(update={"teacher": teacher})
-        return self.replace(**changes)
+        if self.warm_start:
+            changes["warm_start"] = change(self.warm_start)
+        return self.replace(**changes) if changes else self
 
     def replace(self, **changes: Any) -> Self:
         """Return this recipe with some fields changed, validated again."""
@@ -394,26 +543,35 @@ class Recipe(Frozen):
         fields = self.model_dump(mode="json")
         chosen = self.preprocessing.model_dump(mode="json", exclude_none=True)
         fields["preprocessing"] = chosen
-        if self.distillation:
-            fields["distillation"]["teacher"] = self.distillation.teacher.digest()
+        self._by_digest(fields)
         if not self.epochs:
             fields = {name: fields[name] for name in OF_CHECKPOINT}
-        by_row = bool(self.curriculum)
+        by_row, randaug = bool(self.curriculum), "randaug" in self.augmentations
         inert = {
-            "randaug_magnitude": "randaug" not in self.augmentations or by_row,
+            **{name: getattr(self, name) == default for name, default in BEYOND_STUDY.items()},
+            "randaug_magnitude": not randaug or by_row,
             "mixup_alpha": "mixup" not in self.augmentations,
             "cutmix_alpha": "cutmix" not in self.augmentations or by_row,
             "mix_probability": not self.mixes or by_row,
             "switch_probability": not {"mixup", "cutmix"} <= set(self.augmentations) or by_row,
             "warmup_rate": self.warmup_epochs == 0,
-            "floor_rate": self.scheduler != "cosine",
+            "floor_rate": self.scheduler in ("step", "multistep", "constant"),
             "ghost_batch": self.norm != "ghost",
             "curriculum_epochs": not by_row,
+            "randaug_layers": not randaug or self.randaug_layers == 2,
+            "randaug_std": not randaug or self.randaug_std == 0.5,
             "init": not self.init or bool(self.init_sha256),
             "init_sha256": not self.init_sha256,
             "preprocessing": not self.preprocessing.chosen(),
         }
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
+
+    def _by_digest(self, fields: dict[str, Any]) -> None:
+        """Put the digests of other trials' recipes in the place of these, in dumped fields."""
+        if self.distillation:
+            fields["distillation"]["teacher"] = self.distillation.teacher.digest()
+        if self.warm_start:
+            fields["warm_start"] = self.warm_start.digest()
 
     def digest(self) -> str:
         """Return the trial's identity: 12 hex digits of canonical JSON.
@@ -422,8 +580,7 @@ class Recipe(Frozen):
         default changes no digest.
         """
         changed = self.model_dump(mode="json", exclude_defaults=True)
-        if self.distillation:
-            changed["distillation"]["teacher"] = self.distillation.teacher.digest()
+        self._by_digest(changed)
         identity = {name: changed[name] for name in self.effective() if name in changed}
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -438,6 +595,7 @@ class Recipe(Frozen):
             "curriculum" if self.curriculum else "",
             "ghost" if self.norm == "ghost" else "",
             f"teacher={self.teacher.model}" if self.teacher else "",
+            f"after={self.warm_start.digest()}" if self.warm_start else "",
             "as-published" if self.protocol == "as-published" else "",
             self.precision if self.precision != "float32" else "",
         ]
@@ -450,3 +608,15 @@ class Recipe(Frozen):
                 f"{self.epochs}ep seed{self.seed}",
             ]
         )
+
+
+# The fields that the study does not vary, and their defaults, with which they have no effect.
+BEYOND_STUDY = {
+    name: Recipe.model_fields[name].get_default(call_default_factory=True)
+    for name in (
+        *("model_args", "drop_path", "dropout", "optimizer_args", "layer_decay"),
+        *("clip_grad", "clip_mode", "ema_decay", "ema_evaluated", "scheduler_args"),
+        *("warmup_prefix", "cooldown_epochs", "color_jitter", "erasing", "repeats", "flip"),
+        *("least_crop", "train_sizes", "loss", "bce_threshold", "warm_start", "reset_head"),
+    )
+}

@@ -42,6 +42,7 @@ class RunningTrial:
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
+    mean: dict[str, torch.Tensor] | None = None  # of the weights, where it is what is judged
     reports: Iterator[EpochReport] | None = None
     epoch: int = 0
     seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took
@@ -82,6 +83,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         running.epoch = len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
         running.classifier.load_state_dict(start["model"])
+        running.mean = start.get("mean") if recipe.ema_evaluated else None
     running.reports = train(
         recipe,
         running.classifier,
@@ -158,6 +160,7 @@ def _advance(running: RunningTrial) -> None:
     running.trained = joined(running.trained, provenance(running.device))
     running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
+    running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
     if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
         running.saved_at, running.unsaved = now, report
 
@@ -195,6 +198,8 @@ def _write(running: RunningTrial) -> dict[str, str]:
     if running.outcome != "finished":
         return {}
     assert running.classifier is not None
+    if running.mean:
+        running.classifier.load_state_dict(running.mean)
     path = below(running.folder, WEIGHTS)
     sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
     return {"weights": path, "sha256": sha256}

@@ -9,9 +9,12 @@ from typing import Any, Literal, get_args
 
 from trainables.data.registry import DATA_SETS, FOLDER, REDUCED, DataSet, data_set_named
 from trainables.models import Settings, model_named
-from trainables.recipe import CurriculumRow, Preprocessing, Recipe
+from trainables.recipe import STUDY_OPTIMIZERS, CurriculumRow, Preprocessing, Recipe
 
 PUBLISHED_EPSILON = Fraction(4, 255)
+STUDY_SIZE = 224  # pixels a side of the study's images
+# The arguments of timm's schedules that count epochs.
+SCHEDULE_EPOCHS = ("decay_epochs", "decay_milestones", "stable_timescale")
 AT_BATCH = 4096  # of adversarial training, whose rate is in proportion
 # The study's settings of a kind of model and an optimizer. DeiT under SGD is not in the study: 0.1
 # per 256 images.
@@ -51,6 +54,13 @@ class PatchBudget:
         if not 1 <= side < image_size:
             raise ValueError(f"a patch of area {self.area} does not fit {image_size} px")
         return side
+
+
+def _stretched(epochs: Any, share: float) -> Any:
+    """Return epochs, or each of several, times a share; below 1 they are a share already."""
+    if isinstance(epochs, tuple):
+        return tuple(_stretched(epoch, share) for epoch in epochs)
+    return epochs * share if epochs >= 1 else epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +154,19 @@ class Scale:
     def own_value(self, recipe: Recipe, name: str) -> float:
         """Return the rate, decay or batch of the study's recipe as it is at this scale.
 
-        It is the scale's own, times what the recipe makes of the study's.
+        It is the scale's own, times what the recipe makes of the study's. The rate of an optimizer
+        that the study does not have follows the square root of the batch.
         """
         value: float = getattr(recipe, name)
         settings = model_named(recipe.model).settings
-        kind = settings if name == "batch_size" else (settings, recipe.optimizer)
+        optimizer = recipe.optimizer if recipe.optimizer in STUDY_OPTIMIZERS else "adamw"
+        kind = settings if name == "batch_size" else (settings, optimizer)
         stated: float | None = getattr(self, name).get(kind)
+        if name == "learning_rate" and optimizer != recipe.optimizer:
+            return value * math.sqrt(self.own_value(recipe, "batch_size") / recipe.batch_size)
         if stated is None:
             return value
-        published = published_settings(recipe.model, recipe.optimizer)
+        published = published_settings(recipe.model, optimizer)
         if recipe.adversary:
             published["learning_rate"] *= AT_BATCH / published["batch_size"]
             published["batch_size"] = AT_BATCH
@@ -176,6 +190,7 @@ class Scale:
                 row.model_copy(update=self._softened(row)) for row in recipe.curriculum
             ),
             **self._softened(recipe),
+            **self._beyond_study(recipe, epochs),
         }
         if recipe.micro_batch:
             changes["micro_batch"] = min(recipe.micro_batch, int(changes["batch_size"]))
@@ -183,12 +198,44 @@ class Scale:
             changes["ghost_batch"] = min(recipe.ghost_batch, self.ghost_batch)
         if recipe.adversary:
             ratio, attack = float(self.epsilon / PUBLISHED_EPSILON), recipe.adversary
-            radii = {"epsilon": attack.epsilon * ratio, "step_size": attack.step_size * ratio}
-            changes["adversary"] = attack.model_copy(update=radii)
-        if recipe.distillation:
-            teacher = self.shrink(recipe.distillation.teacher)
-            changes["distillation"] = recipe.distillation.model_copy(update={"teacher": teacher})
-        return recipe.replace(**changes)
+            if attack.norm == "l2":  # the distance to a max-norm ball's corner grows by the side
+                ratio *= self.image_size / STUDY_SIZE
+            changes["adversary"] = attack.model_copy(
+                update={
+                    "epsilon": attack.epsilon * ratio,
+                    "step_size": attack.step_size * ratio,
+                    "epsilon_epochs": attack.epsilon_epochs * epochs / recipe.epochs,
+                }
+            )
+        return recipe.with_prerequisites(self.shrink).replace(**changes)
+
+    def _beyond_study(self, recipe: Recipe, epochs: int) -> dict[str, Any]:
+        """Return what the study does not vary, as it is at this scale.
+
+        The mean of the weights spans the same share of the training's steps; train sizes are in
+        proportion to the image size, in whole patches.
+        """
+        share = epochs / recipe.epochs
+        arguments = {
+            name: _stretched(value, share) if name in SCHEDULE_EPOCHS else value
+            for name, value in recipe.scheduler_args.items()
+        }
+        changes: dict[str, Any] = {
+            "cooldown_epochs": round(recipe.cooldown_epochs * share),
+            "scheduler_args": arguments,
+        }
+        if recipe.ema_decay:
+            images = self.data_set.train_images, IMAGENET.data_set.train_images
+            batches = round(self.own_value(recipe, "batch_size")), recipe.batch_size
+            ratio = Fraction(
+                epochs * images[0] * batches[1], recipe.epochs * images[1] * batches[0]
+            )
+            changes["ema_decay"] = max(0.0, 1 - (1 - recipe.ema_decay) / float(ratio))
+        if recipe.train_sizes and self.image_size != STUDY_SIZE:
+            patches = self.image_size / STUDY_SIZE / self.patch_size
+            sizes = (max(1, round(size * patches)) * self.patch_size for size in recipe.train_sizes)
+            changes["train_sizes"] = tuple(sizes)
+        return changes
 
     def _softened(self, strong: Recipe | CurriculumRow) -> dict[str, float]:
         return {

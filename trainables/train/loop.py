@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from timm.loss import BinaryCrossEntropy
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
@@ -70,6 +72,13 @@ class _Training:
     twin: FoldedClassifier | None
     team: Team
     network: nn.Module  # the classifier, or DDP around it
+    mean: ModelEmaV3 | None  # of the weights
+
+    @property
+    def judged(self) -> Classifier:
+        """The classifier whose weights are stored and judged."""
+        is_mean = self.mean is not None and self.recipe.ema_evaluated
+        return cast(Classifier, self.mean.module) if self.mean and is_mean else self.classifier
 
 
 def train(
@@ -97,11 +106,14 @@ def train(
     classifier.to(device)
     network = gathered(classifier, team)
     optimizer = build_optimizer(recipe, classifier)
+    mean = ModelEmaV3(classifier, recipe.ema_decay) if recipe.ema_decay else None
     history: list[dict[str, float]] = []
     if start is not None:
         classifier.load_state_dict(start["model"])
         optimizer.load_state_dict(start["optimizer"])
         history = list(start["history"])
+        if mean is not None:
+            mean.module.load_state_dict(start["mean"])
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
@@ -124,6 +136,7 @@ def train(
         twin=twin,
         team=team,
         network=network,
+        mean=mean,
         forward=torch.compile(network) if compiled else network,
     )
     for epoch in range(len(history), recipe.epochs):
@@ -149,7 +162,7 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
         )
     if (epoch + 1) % scale.validate_every == 0 or epoch + 1 == recipe.epochs:
         metrics["held_out/accuracy"] = accuracy(
-            classifier, data.held_out, device=training.device, team=training.team
+            training.judged, data.held_out, device=training.device, team=training.team
         )
     return metrics
 
@@ -170,6 +183,7 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
             "optimizer": training.optimizer.state_dict(),
             "history": list(history),
             **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
+            **({"mean": training.mean.module.state_dict()} if training.mean else {}),
         },
     )
 
@@ -187,7 +201,7 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
         if micro == 0:
             rate = rate_at(recipe, epoch, step, steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1)
             optimizer.zero_grad()
         use_set(training.classifier, micro)
         network, last = training.network, micro + 1 == recipe.accumulation
@@ -200,10 +214,22 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         if last:
-            training.scaler.step(optimizer)
-            training.scaler.update()
+            _step(training)
     mean = float(training.team.total(total)) / training.team.size
     return {"train/loss": mean / (steps * recipe.accumulation), "train/rate": rate}
+
+
+def _step(training: _Training) -> None:
+    """Clip the gradients, step the optimizer and move the mean of the weights, as due."""
+    recipe, optimizer = training.recipe, training.optimizer
+    if recipe.clip_grad:
+        training.scaler.unscale_(optimizer)
+        parameters = list(training.classifier.parameters())
+        dispatch_clip_grad(parameters, recipe.clip_grad, recipe.clip_mode)
+    training.scaler.step(optimizer)
+    training.scaler.update()
+    if training.mean:
+        training.mean.update(training.classifier)
 
 
 def _batch_loss(
@@ -267,8 +293,14 @@ def _named_memory(training: _Training, images: int) -> Iterator[None]:
 
 
 def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy on labels_B (smoothed here) or on soft targets_BK (already so)."""
+    """Return the loss on labels_B (smoothed here) or on soft targets_BK (already so).
+
+    bce: timm's binary cross-entropy of each class, the mean over classes and images.
+    """
     smoothing = 0.0 if targets.is_floating_point() else recipe.label_smoothing
+    if recipe.loss == "bce":
+        loss = BinaryCrossEntropy(smoothing, target_threshold=recipe.bce_threshold)
+        return cast(Tensor, loss(logits_BK, targets))
     return F.cross_entropy(logits_BK, targets, label_smoothing=smoothing)
 
 

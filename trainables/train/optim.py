@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from trainables.recipe import Recipe
+from trainables.recipe import STUDY_OPTIMIZERS, STUDY_SCHEDULERS, Recipe
 
 STEP_MILESTONES = (0.3, 0.6, 0.9)  # 30, 60 and 90 of 100 epochs
 NO_DECAY = ("pos_embed", "cls_token")
@@ -16,8 +20,11 @@ NO_DECAY = ("pos_embed", "cls_token")
 def learning_rate(recipe: Recipe, epochs_done: float) -> float:
     """Return the rate after `epochs_done` epochs: linear warm-up, then cosine or x0.1 steps.
 
-    The cosine is not shifted by the warm-up. Source: STUDY section 3.
+    The cosine is not shifted by the warm-up. Source: STUDY section 3. Whatever the study does not
+    vary about a schedule is timm's.
     """
+    if not _is_studys(recipe):
+        return _timm_rate(recipe, epochs_done)
     if epochs_done < recipe.warmup_epochs:
         done = epochs_done / recipe.warmup_epochs
         return recipe.warmup_rate + (recipe.learning_rate - recipe.warmup_rate) * done
@@ -27,6 +34,39 @@ def learning_rate(recipe: Recipe, epochs_done: float) -> float:
         return recipe.floor_rate + 0.5 * swing * (1 + math.cos(math.pi * progress))
     passed = sum(epochs_done >= milestone * recipe.epochs for milestone in STEP_MILESTONES)
     return recipe.learning_rate * 0.1**passed
+
+
+def _is_studys(recipe: Recipe) -> bool:
+    beyond = recipe.scheduler_args or recipe.warmup_prefix or recipe.cooldown_epochs
+    return recipe.scheduler in STUDY_SCHEDULERS and not beyond
+
+
+def _timm_rate(recipe: Recipe, epochs_done: float) -> float:
+    """Return the rate of timm's schedule, whose epochs may be fractions, on a rate alone."""
+    optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=recipe.learning_rate)
+    schedule = build_schedule(recipe, optimizer)
+    schedule.step(epochs_done)
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def build_schedule(recipe: Recipe, optimizer: Optimizer) -> Scheduler:
+    """Build timm's schedule of a recipe; ValueError where it does not take an argument.
+
+    The training's epochs hold the cooldown, and the warm-up too where it is a prefix.
+    """
+    ahead = recipe.cooldown_epochs + (recipe.warmup_epochs if recipe.warmup_prefix else 0)
+    arguments = {
+        "num_epochs": recipe.epochs - ahead,
+        "warmup_epochs": recipe.warmup_epochs,
+        "warmup_lr": recipe.warmup_rate,
+        "warmup_prefix": recipe.warmup_prefix,
+        "min_lr": recipe.floor_rate,
+        **recipe.scheduler_args,
+    }
+    try:
+        return create_scheduler_v2(optimizer, recipe.scheduler, **arguments)[0]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"scheduler_args of {recipe.scheduler!r}: {error}") from None
 
 
 def rate_at(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
@@ -54,10 +94,30 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """Build SGD (Nesterov, momentum 0.9) or AdamW (eps 1e-8) for a recipe."""
-    groups = parameter_groups(module, recipe.weight_decay)
-    if recipe.optimizer == "sgd":
-        # torch's fused SGD leaves its momentum unset where the first scaled step is skipped.
-        fused = recipe.precision != "fp16"
-        return SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=fused)
-    return AdamW(groups, lr=recipe.learning_rate, eps=1e-8, fused=True)
+    """Build the study's SGD (Nesterov, momentum 0.9) or AdamW (eps 1e-8), or timm's optimizer.
+
+    A group's rate is the recipe's times its `lr_scale`, which layer decay sets. ValueError where
+    the optimizer does not take an argument.
+    """
+    name, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
+    try:
+        if name not in STUDY_OPTIMIZERS or recipe.layer_decay:
+            arguments = {"momentum": 0.9, **recipe.optimizer_args}
+            optimizer: Optimizer = create_optimizer_v2(
+                getattr(module, "backbone", module),
+                name,
+                lr=rate,
+                weight_decay=decay,
+                layer_decay=recipe.layer_decay,
+                **arguments,
+            )
+            return optimizer
+        groups = parameter_groups(module, decay)
+        if name == "sgd":
+            # torch's fused SGD leaves its momentum unset where the first scaled step is skipped.
+            fused = recipe.precision != "fp16"
+            arguments = {"momentum": 0.9, "nesterov": True, "fused": fused, **recipe.optimizer_args}
+            return SGD(groups, lr=rate, **arguments)
+        return AdamW(groups, lr=rate, **{"eps": 1e-8, "fused": True, **recipe.optimizer_args})
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"optimizer {name!r}: {error}") from None
