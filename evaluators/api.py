@@ -13,7 +13,7 @@ import torch
 
 from evaluators.base import Evaluator, device_named
 from evaluators.judging import Cells, evaluators_named
-from evaluators.own_data import digest, read
+from evaluators.own_data import digest, for_head, read
 from evaluators.own_model import PROBED, classifier_of, device_of, fingerprint, probe, undisturbed
 from evaluators.scores import Scores, compare
 from trainables.options import fraction
@@ -60,17 +60,18 @@ def evaluate(
         raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
     several = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
     radii = [fraction(str(r), *RADIUS) for r in several if r is not None]
-    images = read(data, image_size)
-    classifier = classifier_of(model, images.split.images.shape[1], mean, std, draws=eot)
+    own_scale, own_data = read(data, image_size)
+    images = own_data.held_out.images
+    classifier = classifier_of(model, images.shape[1], mean, std, draws=eot)
     label = name or getattr(model, "__qualname__", type(model).__name__)
     home = device or device_of(classifier)
     where = device_named(str(home) if home else None)
     in_training = any(module.training for module in classifier.backbone.modules())
     notes = ["the model was in training mode: it was judged in eval mode"] if in_training else []
-    probed = images.split.images[:PROBED]
+    probed = images[:PROBED]
     with undisturbed(classifier, where), TemporaryDirectory() as temporary:
         outputs, remarks = probe(classifier.to(where).eval(), probed)
-        scale, judged_data = images.with_classes(outputs)
+        scale, judged_data = for_head(own_scale, own_data, outputs)
         chosen = list(evaluators_named(names, scale, radii))
         notes += remarks + _radii_noted(chosen, scale, radii)
         folder = Path(temporary)

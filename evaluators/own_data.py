@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.images import as_rgb, validated
+from trainables.data.layouts import split_places
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.data.registry import FOLDER, DataSet
@@ -31,42 +33,49 @@ SMALL_SIDE = 64
 ROUNDING = 1e-6  # of float32, beyond [0, 1]
 
 
-@dataclass(frozen=True)
-class OwnData:
-    """Images to judge; of a folder or a registered data set also its scale and train images."""
+def read(data: Any, image_size: int | None) -> tuple[Scale, Data]:
+    """Read images and labels, and the scale they are judged at; ValueError says what is wrong.
 
-    split: Split
-    class_names: tuple[str, ...] = ()
-    scale: Scale | None = None
-    data: Data | None = None
+    Data of a user that name no classes have none until `for_head`. image_size: of images in files,
+    and of PIL's.
+    """
+    if isinstance(data, str | Path):
+        return _folder(Path(data), image_size)
+    if isinstance(data, Data):
+        return replace(scale_named(data.name), data_set=data.data_set), data
+    if isinstance(data, tuple | list) and len(data) == 2:
+        if image_size:
+            raise ValueError("image_size is for files; resize these images before")
+        return _own(_split(_pixels(data[0]), _labels(data[1])))
+    if type(data).__module__.partition(".")[0] == "datasets":
+        features = getattr(data, "features", None) or {}
+        names = getattr(features.get(_key(features, LABEL_KEYS)), "names", ()) if features else ()
+        return _rows(data, image_size, names)
+    if isinstance(data, DataLoader | IterableDataset):
+        return _rows(data, image_size, getattr(getattr(data, "dataset", data), "classes", ()))
+    if isinstance(data, Dataset):
+        rows = (data[place] for place in range(len(data)))  # type: ignore[arg-type]
+        return _rows(rows, image_size, getattr(data, "classes", ()))
+    raise ValueError(f"data of {type(data).__name__} are not known; one of {FORMS}")
 
-    def with_classes(self, outputs: int) -> tuple[Scale, Data]:
-        """Return the scale, whose attacks take every image, and the data for a model's head."""
-        names, n = self.class_names or tuple(map(str, range(outputs))), len(self.split)
-        outside = (self.split.labels < 0) | (self.split.labels >= len(names))
-        if outside.any():
-            raise ValueError(
-                f"label {int(self.split.labels[outside][0])} is out of range: there are "
-                f"{len(names)} classes, so labels are from 0 to {len(names) - 1}"
-            )
-        channels, height, width = self.split.images.shape[1:]
-        data_set = DataSet(
-            name="own",
-            title=f"{n} images of {channels} x {height} x {width}, {len(names)} classes",
-            image_size=max(height, width),
-            num_classes=len(names),
-            train_images=0,
-            held_out_images=n,
-            counterparts=(),
+
+def for_head(scale: Scale, data: Data, outputs: int) -> tuple[Scale, Data]:
+    """Return the scale, whose attacks take every image, and the data for a model's head.
+
+    ValueError where a label is none of the classes, which are the head's where the data name none.
+    """
+    if not data.class_names:
+        scale, data = _own(data.held_out, tuple(map(str, range(outputs))))
+    labels, classes, n = data.held_out.labels, len(data.class_names), len(data.held_out)
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        raise ValueError(
+            f"label {int(labels[outside][0])} is out of range: there are {classes} classes, so "
+            f"labels are from 0 to {classes - 1}"
         )
-        scale = self.scale or replace(scale_for(data_set), epsilon=_radius(data_set.image_size))
-        nothing = self.split.at(np.arange(0))
-        data = self.data or Data(
-            data_set=data_set, train=nothing, held_out=self.split, class_names=names
-        )
-        patch = replace(scale.patch, images=n)
-        data = replace(data, corrupted=n)
-        return replace(scale, attack_subset=n, autoattack_subset=n, patch=patch), data
+    patch = replace(scale.patch, images=n)
+    data = replace(data, corrupted=n)
+    return replace(scale, attack_subset=n, autoattack_subset=n, patch=patch), data
 
 
 def digest(data: Data) -> str:
@@ -78,70 +87,48 @@ def digest(data: Data) -> str:
     return sha256.hexdigest()[:12]
 
 
-def read(data: Any, image_size: int | None) -> OwnData:
-    """Read images and labels; ValueError says what is wrong with them.
+def _folder(root: Path, image_size: int | None) -> tuple[Scale, Data]:
+    """Read val/ or test/; where there is neither, all images are judged."""
+    has_held_out = root.is_dir() and split_places(root)[1]
+    source = DataSource(root=root, hold_out=0 if has_held_out else 1)
+    scale = scale_of(FOLDER, source, image_size=image_size)
+    scale = replace(scale, epsilon=_radius(scale.image_size))
+    return scale, load_data(scale, source)
 
-    image_size: of images in files, and of PIL's.
-    """
-    if isinstance(data, str | Path):
-        return _folder(Path(data), image_size)
-    if isinstance(data, Data):
-        scale = replace(scale_named(data.name), data_set=data.data_set)
-        return OwnData(data.held_out, data.class_names, scale, data)
-    if isinstance(data, tuple | list) and len(data) == 2:
-        if image_size:
-            raise ValueError("image_size is for files; resize these images before")
-        return OwnData(_split(_pixels(data[0]), _labels(data[1])))
+
+def _rows(rows: Iterable[Any], image_size: int | None, names: Any) -> tuple[Scale, Data]:
+    """Read images, or a loader's batches, one by one."""
     images, labels = [], []
-    for image, label in map(_row, _items(data)):
+    for image, label in map(_row, rows):
         pixels = _decoded(image, image_size)
-        images.append(_pixels(pixels if isinstance(data, DataLoader) else pixels[None]))
+        images.append(_pixels(pixels if isinstance(rows, DataLoader) else pixels[None]))
         labels.append(torch.as_tensor(label).reshape(-1))
     if not images:
         raise ValueError("there are no images in the data")
-    return OwnData(_split(_together(images), _labels(torch.cat(labels))), _class_names(data))
+    classes = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    return _own(_split(_together(images), _labels(torch.cat(labels))), classes)
 
 
-def _folder(root: Path, image_size: int | None) -> OwnData:
-    """Read val/ or test/; where there is neither, all images are judged."""
-    source = DataSource(root=root)
-    try:
-        scale = scale_of(FOLDER, source, image_size=image_size)
-    except ValueError as problem:
-        source = DataSource(root=root, hold_out=1)
-        try:
-            scale = scale_of(FOLDER, source, image_size=image_size)
-        except ValueError:
-            raise problem from None
-    scale = replace(scale, epsilon=_radius(scale.image_size))
-    data = load_data(scale, source)
-    return OwnData(data.held_out, data.class_names, scale, data)
+def _own(split: Split, names: tuple[str, ...] = ()) -> tuple[Scale, Data]:
+    """Return images in memory as a data set of its own, and its scale."""
+    channels, height, width = split.images.shape[1:]
+    data_set = DataSet(
+        name="own",
+        title=f"{len(split)} images of {channels} x {height} x {width}, {len(names)} classes",
+        image_size=max(height, width),
+        num_classes=len(names) or 2,  # a classifier's least, until the head tells
+        train_images=0,
+        held_out_images=len(split),
+        counterparts=(),
+    )
+    scale = replace(scale_for(data_set), epsilon=_radius(data_set.image_size))
+    nothing = split.at(np.arange(0))
+    return scale, Data(data_set=data_set, train=nothing, held_out=split, class_names=names)
 
 
 def _radius(side: int) -> Fraction:
     """Return the radius of data without a scale of their own: CIFAR-10's, or the study's."""
     return Fraction(8, 255) if side <= SMALL_SIDE else PUBLISHED_EPSILON
-
-
-def _items(data: Any) -> Iterator[Any]:
-    if isinstance(data, DataLoader | IterableDataset) or _is_hugging_face(data):
-        return iter(data)
-    if isinstance(data, Dataset):
-        return (data[place] for place in range(len(data)))  # type: ignore[arg-type]
-    raise ValueError(f"data of {type(data).__name__} are not known; one of {FORMS}")
-
-
-def _is_hugging_face(data: Any) -> bool:
-    return type(data).__module__.partition(".")[0] == "datasets"
-
-
-def _class_names(data: Any) -> tuple[str, ...]:
-    """Return the names that a data set states of its labels; none where it states none."""
-    if _is_hugging_face(data):
-        features = data.features or {}
-        return tuple(getattr(features.get(_key(features, LABEL_KEYS)), "names", ()))
-    names = getattr(getattr(data, "dataset", data), "classes", ())
-    return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
 
 def _row(item: Any) -> tuple[Any, Any]:
@@ -201,26 +188,21 @@ def _pixels(images: Any) -> Tensor:
         return pixels.contiguous()
     if not pixels.is_floating_point():
         raise ValueError(f"images are {pixels.dtype}: uint8 from 0 to 255, or floats in [0, 1]")
-    pixels = _checked(pixels.float())
-    whole = pixels.mul(255).round_()
-    return whole.byte() if torch.equal(whole / 255, pixels) else pixels
-
-
-def _checked(pixels: Tensor) -> Tensor:
-    """Return pixels in [0, 1]; ValueError with the likely cause of others."""
-    if not pixels.isfinite().all():
-        raise ValueError("some pixels are NaN or infinite")
+    pixels = pixels.float()
     low, high = pixels.min().item(), pixels.max().item()
-    if low < -ROUNDING:
+    if not math.isfinite(low + high):
+        raise ValueError("some pixels are NaN or infinite")
+    if low < -ROUNDING or high > 1 + ROUNDING:
         cause = (
             "normalised already? Give images without it, and the normalisation as mean= and std=: "
             "radii are in pixels"
+            if low < -ROUNDING
+            else "from 0 to 255? Divide them by 255"
         )
-    else:
-        cause = "from 0 to 255? Divide them by 255" if high <= 255 else "of another unit?"
-    if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"pixels are from {low:.3g} to {high:.3g}, not in [0, 1]: {cause}")
-    return pixels.clamp(0, 1)
+    pixels = pixels.clamp(0, 1)
+    whole = pixels.mul(255).round_()
+    return whole.byte() if torch.equal(whole / 255, pixels) else pixels
 
 
 def _labels(labels: Any) -> Tensor:

@@ -30,8 +30,8 @@ from trainables.data.listing import (
     DataSource,
     ImageList,
     class_list,
+    differing,
     list_splits,
-    missing_classes,
 )
 from trainables.data.load import CorruptedSet, image_files, is_archived, load_data, stored_split
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
@@ -151,11 +151,9 @@ class _DataCheck:
         published = data_set.train_images, data_set.held_out_images
         if not data_set.generated and (len(train), len(held_out)) != published:
             yield "warning", "{}; as published {:,} and {:,}".format(text, *published)
-        if unlabelled := train.unlabelled + held_out.unlabelled:
-            yield "warning", f"{self.source.labels} does not label {unlabelled} images"
         if missing := _missing_classes(held_out):
             yield "warning", f"{missing} have no held-out images"
-        if some := missing_classes(data_set, train.class_names):
+        if some := differing(data_set.short_title, train.class_names, data_set.classes):
             yield "error" if self.trains else "warning", f"{root} {some}; {ANY_CLASSES}"
         if self.trains and not len(train):
             yield "error", f"{root} has no train/ with class folders to train on: add it"

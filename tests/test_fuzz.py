@@ -33,7 +33,6 @@ from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.study import Study, load_study
 from tests.paper import BASES, deit, resnet50
-from tests.pictures import write_folder
 from trainables.data.base import Shard
 from trainables.data.images import ImageFiles, size_or_problem
 from trainables.data.load import stored_images, stored_labels
@@ -351,19 +350,3 @@ def test_the_check_and_the_loader_agree_on_which_image_is_damaged(tmp_path, cont
             files.original(0)
     else:
         assert set(files.original(0).size) == set(size)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("pictures"), per_class=2, held_out=0)
-
-
-@given(seed=SEEDS)
-def test_mutated_originals_are_decoded_again(pictures, tmp_path, seed):
-    paths = [f"train/class-00/picture {number}.JPEG" for number in (0, 1)]
-    files = ImageFiles(pictures, paths, preprocessing=Preprocessing(size=16))
-    files.decoded_once(tmp_path, 2**30)
-    (cached,) = tmp_path.glob("originals-*")
-    cached.write_bytes(mutated(cached.read_bytes(), seed))
-    again, _ = files.decoded_once(tmp_path, 2**30)
-    assert again.original(1).tobytes() == files.original(1).tobytes()

@@ -183,7 +183,7 @@ def test_one_image_of_another_class_is_another_data_set_and_another_question(tmp
     [
         ["{name},{label}"],
         ["id,breed", "{stem},{label}"],
-        ["filename\tlabel", "images/{name}\t{label}"],
+        ["filename\tlabel", "{name}\t{label}"],
         ["{name} {label}"],
         ["", "./{name};{label}"],
     ],
@@ -204,7 +204,7 @@ def test_images_without_a_label_are_left_out_and_counted(tmp_path, caplog):
     rows = [r for r in (tmp_path / "labels.csv").read_text().splitlines() if "02.png" not in r]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     train, held_out = list_splits(DataSource(root=tmp_path, labels=labels))
-    assert (len(train), train.unlabelled, held_out.unlabelled) == (8, 1, 0)
+    assert (len(train), len(held_out)) == (8, 3)
     source = DataSource(root=tmp_path, labels=labels)
     load_data(scale_of(None, source), source)
     assert caplog.messages == [f"{labels} does not label 1 images: they are left out"]
@@ -275,7 +275,7 @@ def test_damaged_images_and_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"/1/v1\.png@512\+\d+ \(class 1\) cannot be read"):
         load_data(scale_of(None, source), source).held_out.images[:]
     shard.write_bytes(content[100:])
-    with pytest.raises(ValueError, match=r"val-000000\.tar cannot be read.*fetch or make it again"):
+    with pytest.raises(ValueError, match=r"val-000000\.tar cannot be read: "):
         list_splits(source)
 
 

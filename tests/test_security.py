@@ -172,28 +172,10 @@ def shard(root, content):
     return path, lambda: ShardStore(root, 1).missing()
 
 
-def decoded(method):
-    def place(root, content):
-        data = write_folder(root / "data", per_class=1, held_out=0)
-        images = ImageFiles(data, ["train/class-00/picture 0.JPEG"], preprocessing=SIXTEEN)
-        getattr(images, method)(root / "decoded", 2**30)
-        (path,) = (root / "decoded").glob("*.u8")
-        return put(path, content), lambda: getattr(images, method)(root / "decoded", 2**30)
-
-    place.__name__ = method
-    return place
-
-
-PLACES = [shard, decoded("decoded_once"), decoded("cropped_once")]
-
-
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
-def test_a_planted_pickle_among_files_that_are_made_anew_counts_as_nothing(
-    place, form, marker, tmp_path
-):
+def test_a_planted_pickle_among_files_that_are_made_anew_counts_as_nothing(form, marker, tmp_path):
     content = FORMS[form](Planted(marker))
-    path, read = place(tmp_path / "root", content)
+    path, read = shard(tmp_path / "root", content)
     read()
     assert not marker.exists()
     assert not path.exists() or path.read_bytes() != content

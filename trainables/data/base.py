@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainables.data.images import ImageFiles, ResizedImages
+from trainables.data.listing import places_in_head, plain
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
 from trainables.recipe import nearest
 
@@ -158,32 +157,6 @@ class Data:
         """Return the stored set that an evaluator reads and where it lies; None: generate it."""
         name = self.data_set.counterpart(evaluator)
         return (STORED_SETS[name], self.roots[name]) if name in self.roots else None
-
-
-def plain(class_name: str) -> str:
-    """Return a class's name as it is compared: golden_retriever is Golden Retriever, 007 is 7."""
-    if class_name.isdecimal():
-        return str(int(class_name))
-    return class_name.lower().replace("_", " ").replace("-", " ")
-
-
-@cache
-def places_in_head(outputs: int) -> dict[str, int]:
-    """Return the outputs of a head by index, of ImageNet's heads by WordNet id and name as well.
-
-    A name of several classes (crane) stands for none.
-    """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    places = {str(index): index for index in range(outputs)}
-    if subset := infer_imagenet_subset({"num_classes": outputs}):
-        info, owners = ImageNetInfo(subset), Counter[str]()
-        for index, label in enumerate(info.label_names()):
-            names = {plain(n) for n in info.label_name_to_description(label).split(", ")}
-            owners.update(names)
-            places |= dict.fromkeys((label, *names), index)
-        places = {name: index for name, index in places.items() if owners[name] < 2}
-    return places
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fcntl
 import hashlib
-import logging
 import math
 import os
 from collections import deque
@@ -22,11 +21,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.layouts import TABLES, bytes_and_stamp, file_of, open_image, open_table
+from trainables.data.layouts import ARROW, PARQUET, bytes_and_stamp, file_of, open_image, open_table
 from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
-
-logger = logging.getLogger(__name__)
 
 # Decoders raise all kinds of errors on bytes that are not an image.
 UNREADABLE = Exception
@@ -35,7 +32,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 AT_ONCE = 512  # decoded and cropped images that are written together
 WAITING = 4  # images per thread that are decoded and not yet taken
-HASH_BYTES = 32  # behind the content of a cached file
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Mapped = np.ndarray[Any, np.dtype[np.uint8]]  # to a file
@@ -121,9 +117,9 @@ class ImageFiles:
         self.root, self.native, self.workers = root, native, workers
         self.preprocessing, self.size = preprocessing, preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        packed = {file_of(root / path) for path in paths if "@" in path}
-        for table in (file for file in packed if file.suffix in TABLES):
-            open_table(table)  # before threads would, each for itself
+        for file in {file_of(root / path) for path in paths if "@" in path}:
+            if file.name.endswith((PARQUET, ARROW)):
+                open_table(file)  # before threads would, each for itself
         self._content: Mapped | None = None  # decoded images, one behind another
         self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
 
@@ -168,10 +164,10 @@ class ImageFiles:
 
         Returns the images and the bytes they take, 0 where they stay in files beyond the budget.
         """
-        stamp, places = self._stamp(budget) if cache and len(self) else None, range(len(self))
+        stamp = self._stamp(budget) if cache and len(self) else None
         if not cache or not stamp:
             return self, 0
-        file = cache / f"originals-{stamp}.u8"
+        file, places = cache / f"originals-{stamp}.u8", range(len(self))
         if not file.exists():
             read_size = partial(self._read, take=attrgetter("size"))
             sizes = in_threads(read_size, places, self.workers)
@@ -185,13 +181,10 @@ class ImageFiles:
                 out.write(np.asarray(image).data)
             out.write(np.array(sizes, dtype=np.int64).data)
 
-        content = cached(file, write)
-        sizes_N2 = np.array(content[len(content) - 16 * len(self) :]).view(np.int64).reshape(-1, 2)
-        ends = np.cumsum(sizes_N2.prod(axis=1) * CHANNELS)
-        if ends[-1] > budget:
-            return self, 0
         taken = copy.copy(self)
-        taken._content = content
+        taken._content = written_once(file, write)
+        sizes_N2 = np.array(taken._content[-16 * len(self) :]).view(np.int64).reshape(-1, 2)
+        ends = np.cumsum(sizes_N2.prod(axis=1) * CHANNELS)
         taken._cached = np.column_stack([np.concatenate([[0], ends[:-1]]), sizes_N2])
         return taken, int(ends[-1])
 
@@ -210,7 +203,7 @@ class ImageFiles:
                 out.write(self[first : first + AT_ONCE].numpy().data)
 
         stamp = hashlib.sha256(f"{rule} {self._stamp()}".encode()).hexdigest()[:16]
-        content = cached(cache / f"cropped-{self.size}px-{stamp}.u8", write)
+        content = written_once(cache / f"cropped-{self.size}px-{stamp}.u8", write)
         return torch.from_numpy(content).view(self.shape)
 
     def _stamp(self, budget: int | None = None) -> str | None:
@@ -300,56 +293,28 @@ def in_threads(
             pending.extend(pool.submit(work, item) for item in islice(rest, 1))
 
 
-def cached(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
+def written_once(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
     """Map a file's bytes, written on first use by one process while the others wait.
 
-    A damaged file is written anew; ValueError where it cannot be kept.
+    Writing to the map leaves the file alone. ValueError where the file cannot be kept.
     """
+    aside = file.with_name(ASIDE + file.name)  # the same name again after a killed writer
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with (file.parent / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            content = _content(file)
-            if content is None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                content = _content(file)  # another process may have been quicker
-            return _written(file, write) if content is None else content
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                try:
+                    with aside.open("wb") as out:
+                        write(out)
+                        out.flush()
+                        os.fsync(out.fileno())  # the name appears after the content
+                    aside.replace(file)
+                finally:
+                    aside.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"decoded images cannot be kept in {file.parent}: {error.strerror}; "
             "--data-memory 0 does without"
         ) from error
-
-
-def _content(file: Path) -> Mapped | None:
-    """Map a file as it was written; None where there is none, or a damaged one, which is logged."""
-    if not file.exists():
-        return None
-    if file.stat().st_size > HASH_BYTES:
-        whole = np.memmap(file, dtype=np.uint8, mode="c")
-        content = whole[:-HASH_BYTES]
-        digest = _name_hash(file)
-        digest.update(content.data)
-        if digest.digest() == whole[-HASH_BYTES:].tobytes():
-            return content
-    logger.warning("%s is damaged: its images are decoded again", file)
-    return None
-
-
-def _name_hash(file: Path) -> Any:
-    """Return a SHA-256 that begins with the name: the content of another file does not pass."""
-    return hashlib.sha256(file.name.encode())
-
-
-def _written(file: Path, write: Callable[[BinaryIO], None]) -> Mapped:
-    aside = file.with_name(ASIDE + file.name)  # the same name again after a killed writer
-    try:
-        with aside.open("wb") as out:
-            write(out)
-        with aside.open("rb+") as out:
-            digest = hashlib.file_digest(out, lambda: _name_hash(file)).digest()
-            out.write(digest)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    return np.memmap(file, dtype=np.uint8, mode="c")[:-HASH_BYTES]
+    return np.memmap(file, dtype=np.uint8, mode="c")

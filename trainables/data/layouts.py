@@ -1,52 +1,39 @@
 """Layouts of labelled images: class folders, one folder with a file of labels, tar shards, tables.
 
-A layout yields every image's file, label and id. Nothing here decodes an image or imports torch.
+A layout yields the places of the images of each class. Nothing here decodes an image or imports
+torch.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from trainables.data.registry import STORED_SETS
 
+logger = logging.getLogger(__name__)
+
+# The paths below the root of each class's images, by class, in order. The path of an image in a
+# shard is FILE/LABEL/NAME@FIRST+COUNT, its bytes; of one in a table FILE/LABEL/@ROW+COUNT, the
+# bytes of a mean row.
+Paths = dict[str, list[str]]
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-TAR, PARQUET, ARROW = ".tar", ".parquet", ".arrow"
-TABLES = PARQUET, ARROW
+TAR, PARQUET, ARROW = PACKED = ".tar", ".parquet", ".arrow"
 TRAIN, HELD_OUT = "train", ("val", "validation", "valid", "test")  # the first that there is
 _SPLIT = re.compile(rf"({'|'.join((TRAIN, *HELD_OUT))})(?![a-z])")
-_PLACE = re.compile(r"@(\d+)\+(\d+)$")
-_PACKED = re.compile(rf"(.*(?:{TAR}|{PARQUET}|{ARROW}))/.*{_PLACE.pattern}", re.DOTALL)
+_INSIDE = re.compile(rf"(.*(?:{'|'.join(PACKED)}))/.*@(\d+)\+(\d+)", re.DOTALL)
 _ASIDE = "cache-"  # Arrow files that `datasets` makes of others
-
-
-class Entry(NamedTuple):
-    """One image: its path below the root, its label and its id.
-
-    The path of an image in a shard is FILE/LABEL/NAME@FIRST+COUNT, its bytes; of one in a table
-    FILE/LABEL/@ROW+COUNT, the bytes of a mean row.
-    """
-
-    path: str
-    label: str
-    id: str
-
-
-class Part(NamedTuple):
-    """The images of a split, its classes in order, and how many images a file of labels lacks."""
-
-    classes: tuple[str, ...]
-    entries: list[Entry]
-    unlabelled: int = 0
 
 
 def split_places(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -56,79 +43,86 @@ def split_places(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """
     names = [name for name in (TRAIN, *HELD_OUT) if (root / name).is_dir()]
     places: dict[str, tuple[Path, ...]] = {name: (root / name,) for name in names}
-    if not any(_has_folders(root / name) for name in names):
-        places = _packed(root) or places
+    if not any(_folders_in(root / name) for name in names):
+        places = _packed_files(root) or places
     held_out = next((places[name] for name in HELD_OUT if name in places), ())
     return places.get(TRAIN, ()), held_out
 
 
-def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) -> Part:
+def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) -> Paths:
     """Return the images of a split, maybe with a file's labels; ValueError says what it lacks."""
     place = places[0]
     if place.is_file():
-        parts = [_READERS[path.suffix](root, path) for path in places]
-        entries = [entry for part in parts for entry in part.entries]
-        part = Part(parts[0].classes or _in_order(entry.label for entry in entries), entries)
-    elif labels and not _has_folders(place):
-        part = Part((), [Entry(path, "", path) for path in _images_in(root, place)])
+        images = _packed_images(root, places)
+    elif labels and not _folders_in(place):
+        images = {"": _images_in(root, place)}
     else:
-        part = _class_folders(root, place)
-    if not part.entries:
+        images = _class_folders(root, place)
+    if not any(images.values()):
         expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
         raise ValueError(f"{place} holds no image; {expected}")
     if labels:
-        return _relabelled(part.entries, labels)
-    if bare := next((entry.path for entry in part.entries if not entry.label), ""):
-        raise ValueError(f"{bare} has neither .cls nor a class folder; --labels FILE labels images")
-    return part
+        return _relabelled(images, labels)
+    if bare := images.get(""):
+        raise ValueError(f"{bare[0]} has neither .cls nor a class folder; --labels FILE labels it")
+    return images
 
 
-def _relabelled(entries: Sequence[Entry], file: Path) -> Part:
-    """Return the images with a file's labels; ValueError where it has none for them.
+def _relabelled(images: Paths, file: Path) -> Paths:
+    """Return the images with a file's labels, without those that it has none for.
 
     An image's name in the file is its path, with or without the split's folder, or its file's name,
-    with or without its ending, or its class.
+    with or without its ending, or its class. ValueError where the file names no image.
     """
-    rows, labelled = _read_labels(file), []
-    for entry in entries:
-        image = _PLACE.sub("", entry.id)
-        name = PurePosixPath(image).name
-        names = image, image.partition("/")[2], name, name.rpartition(".")[0], entry.label
-        if label := next((rows[key] for key in names if key in rows), None):
-            labelled.append(Entry(entry.path, label, f"{entry.id}={label}"))
+    rows, labelled = _read_labels(file), defaultdict[str, list[str]](list)
+    missing: list[str] = []
+    for old, paths in images.items():
+        for path in paths:
+            image = path.rpartition("@")[0] if _inside(path) else path
+            name = PurePosixPath(image).name
+            names = image, image.partition("/")[2], name, name.rpartition(".")[0], old
+            label = next((rows[key] for key in names if key in rows), None)
+            (missing if label is None else labelled[label]).append(path)
     if not labelled:
         raise ValueError(
-            f"{file} labels none of {len(entries)} images: its first name is {next(iter(rows))!r}, "
-            f"and the first image is {entries[0].id!r}"
+            f"{file} labels none of {len(missing)} images: its first name is "
+            f"{next(iter(rows))!r}, and the first image is {missing[0]!r}"
         )
-    classes = _in_order(entry.label for entry in labelled)
-    return Part(classes, labelled, len(entries) - len(labelled))
+    if missing:
+        _warn_once(f"{file} does not label {len(missing)} images: they are left out")
+    return _in_order(labelled)
 
 
-def _packed_at(path: Path) -> re.Match[str] | None:
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _inside(path: Path | str) -> re.Match[str] | None:
+    """Match the file, the place and the size of an image in a shard or table."""
     text = str(path)
-    return _PACKED.fullmatch(text) if "@" in text else None
+    return _INSIDE.fullmatch(text) if "@" in text else None
 
 
 def file_of(path: Path) -> Path:
     """Return the file in which an image lies: its own, or its shard or table."""
-    packed = _packed_at(path)
-    return Path(packed[1]) if packed else path
+    inside = _inside(path)
+    return Path(inside[1]) if inside else path
 
 
 def bytes_and_stamp(path: Path) -> tuple[int, bytes]:
     """Return how many bytes an image takes as it is stored, and a line that changes with them."""
-    packed, stat = _packed_at(path), file_of(path).stat()
-    size = int(packed[3]) if packed else stat.st_size
+    inside, stat = _inside(path), file_of(path).stat()
+    size = int(inside[3]) if inside else stat.st_size
     return size, f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
 
 def open_image(path: Path) -> IO[bytes]:
     """Open an image in its own file, in a shard or in a table."""
-    packed = _packed_at(path)
-    if packed is None:
+    inside = _inside(path)
+    if inside is None:
         return path.open("rb")
-    file, first, count = Path(packed[1]), int(packed[2]), int(packed[3])
+    file, first, count = Path(inside[1]), int(inside[2]), int(inside[3])
     if file.suffix == TAR:
         with file.open("rb") as shard:
             shard.seek(first)
@@ -137,44 +131,49 @@ def open_image(path: Path) -> IO[bytes]:
     return BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
-def _class_folders(root: Path, split: Path) -> Part:
+def _class_folders(root: Path, split: Path) -> Paths:
     """Return the images of a split's class folders; ValueError where there is no folder."""
+    if names := _folders_in(split):
+        return {name: _images_in(root, split / name) for name in names}
+    raise ValueError(
+        f"{split} holds no class folders; expected <class>/<image>, or --labels FILE that labels "
+        "its images"
+    )
+
+
+def _folders_in(folder: Path) -> list[str]:
     try:
-        names = sorted(p.name for p in split.iterdir() if p.name[0] != "." and p.is_dir())
+        return sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.is_dir())
     except OSError as error:
-        raise ValueError(f"{split} cannot be read: {error.strerror}") from None
-    if not names:
-        raise ValueError(
-            f"{split} holds no class folders; expected <class>/<image>, or --labels FILE that "
-            "labels its images"
-        )
-    paths = ((name, path) for name in names for path in _images_in(root, split / name))
-    return Part(tuple(names), [Entry(path, name, path) for name, path in paths])
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def _images_in(root: Path, folder: Path) -> list[str]:
     """Return the images of a folder by name, as paths below the root."""
     below = folder.relative_to(root).as_posix()
-    names = sorted(entry.name for entry in os.scandir(folder) if _is_image(entry))
+    files = (e for e in os.scandir(folder) if e.name.lower().endswith(SUFFIXES) and e.is_file())
+    names = sorted(file.name for file in files if file.name[0] != ".")
     return names if below == "." else [f"{below}/{name}" for name in names]
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+def _in_order(images: Mapping[str, list[str]]) -> Paths:
+    """Return the classes by name, or by number where all are numbers."""
+    return {
+        label: images[label]
+        for label in sorted(images, key=int if all(map(str.isdecimal, images)) else None)
+    }
 
 
-def _has_folders(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(entry.name[0] != "." and entry.is_dir() for entry in entries)
+# Shards of WebDataset, and tables of Hugging Face: Parquet, or the Arrow files of `save_to_disk`.
 
 
-def _packed(root: Path) -> dict[str, tuple[Path, ...]]:
+def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     """Return the shards and tables of each split, named train-*, val-* or lying in train/, val/."""
     packed = defaultdict[str, list[Path]](list)
     for path in sorted([*root.iterdir(), *root.glob("*/*")]):
         below = path.parent.name if path.parent != root else ""
         split = _SPLIT.match(path.name) or _SPLIT.match(below)
-        is_packed = path.suffix in ENDINGS and not path.name.startswith(_ASIDE)
+        is_packed = path.suffix in PACKED and not path.name.startswith(_ASIDE)
         if is_packed and (split or not below) and below not in STORED_SETS:
             packed[split[1] if split else TRAIN].append(path)
     for name, paths in packed.items():
@@ -184,55 +183,48 @@ def _packed(root: Path) -> dict[str, tuple[Path, ...]]:
     return {name: tuple(paths) for name, paths in packed.items()}
 
 
-def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels that there are, by name, or by number where all are numbers."""
-    names = set(labels)
-    return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
+def _packed_images(root: Path, files: Sequence[Path]) -> Paths:
+    """Return the images of shards or tables; ValueError names one that cannot be read."""
+    images: Paths = {}
+    names: Sequence[str] = ()
+    for file in files:
+        below = file.relative_to(root).as_posix()
+        try:
+            names, rows = ((), _tar(file)) if file.suffix == TAR else _table(file)
+            images = images or {name: [] for name in names}
+            for label, place in rows:
+                images.setdefault(label, []).append(f"{below}/{label}/{place}")
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+    return images if names else _in_order(images)
 
 
-# Shards of WebDataset.
-
-
-def _tar(root: Path, file: Path) -> Part:
-    """List a shard's images; each is labelled by the .cls file of its name, or by its folder."""
+def _tar(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield label and place of a shard's images: by the .cls file of the name, or by the folder."""
     images, labels = [], {}
-    try:
-        with tarfile.open(file, "r:") as shard:
-            for member in shard:
-                stem, _, suffix = member.name.rpartition(".")
-                if member.isfile() and suffix == "cls":
-                    labels[stem] = shard.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
-                elif member.isfile() and member.name.lower().endswith(SUFFIXES):
-                    images.append((stem, member.name, f"{member.offset_data}+{member.size}"))
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; fetch or make it again") from None
-    below, entries = file.relative_to(root).as_posix(), []
-    for stem, name, inside in images:
-        label = labels.get(stem, PurePosixPath(name).parent.name)
-        path = f"{below}/{label}/{PurePosixPath(name).name}@{inside}"
-        entries.append(Entry(path, label, path))
-    return Part((), entries)
+    with tarfile.open(file, "r:") as shard:
+        for member in shard:
+            stem, _, suffix = member.name.rpartition(".")
+            if member.isfile() and suffix == "cls":
+                labels[stem] = shard.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
+            elif member.isfile() and member.name.lower().endswith(SUFFIXES):
+                images.append((stem, member))
+    for stem, member in images:
+        path = PurePosixPath(member.name)
+        place = f"{path.name}@{member.offset_data}+{member.size}"
+        yield labels.get(stem, path.parent.name), place
 
 
-# Tables of Hugging Face: Parquet, or the Arrow files of `save_to_disk`.
-
-
-def _table(root: Path, file: Path) -> Part:
-    """List a table's rows, labelled by the names of the column's classes, or its own values."""
-    try:
-        table = _read(file, _label_column)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
+def _table(file: Path) -> tuple[Sequence[str], Iterable[tuple[str, str]]]:
+    """Return the stated classes of a table, if any, and the label and place of each row."""
+    table = _read(file, _label_column)
     names, values = _classes(table.schema).get(table.column_names[0], ()), table[0].to_pylist()
-    below, entries = file.relative_to(root).as_posix(), []
-    count = file.stat().st_size // max(1, len(values))
     for row, value in enumerate(values):
         if value in (None, -1):
-            raise ValueError(f"{file}: row {row} has no label, but {value}: leave the file out")
-        text = names[value] if names else str(value)
-        path = f"{below}/{text}/@{row}+{count}"
-        entries.append(Entry(path, text, path))
-    return Part(tuple(names), entries)
+            raise ValueError(f"row {row} has no label, but {value}: leave the file out")
+    count = file.stat().st_size // max(1, len(values))
+    labels = [names[value] if names else str(value) for value in values]
+    return names, [(label, f"@{row}+{count}") for row, label in enumerate(labels)]
 
 
 @cache
@@ -262,7 +254,7 @@ def _classes(schema: Any) -> dict[str, Sequence[str]]:
 def _label_column(schema: Any) -> str:
     known = {*_classes(schema), "label", "labels", "class"} & {*schema.names}
     if len(known) != 1:
-        raise ValueError(f"needs one column of labels, and has {', '.join(schema.names)}")
+        raise ValueError(f"it needs one column of labels, and has {', '.join(schema.names)}")
     return str(known.pop())
 
 
@@ -275,13 +267,6 @@ def _image_column(schema: Any) -> str:
     raise ValueError(f"no column of encoded images among {', '.join(schema.names)}")
 
 
-_READERS = {TAR: _tar, PARQUET: _table, ARROW: _table}
-ENDINGS = tuple(_READERS)
-
-
-# Files of labels.
-
-
 @cache
 def _read_labels(file: Path) -> Mapping[str, str]:
     """Read a file's labels by name, rows of name and label; ValueError names a wrong row.
@@ -292,7 +277,9 @@ def _read_labels(file: Path) -> Mapping[str, str]:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"--labels {file} cannot be read: {error}") from None
-    delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
+    if not lines:
+        raise ValueError(f"--labels {file} is empty; it wants rows of NAME,LABEL")
+    delimiter = next((mark for mark in "\t,;" if mark in lines[0]), " ")
     rows: dict[str, str] = {}
     for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
         if len(row) < 2:
@@ -300,8 +287,4 @@ def _read_labels(file: Path) -> Mapping[str, str]:
         name, label = row[0].strip().removeprefix("./"), row[1].strip()
         if rows.setdefault(name, label) != label:
             raise ValueError(f"--labels {file}: {name!r} has two labels")
-    if not rows:
-        raise ValueError(f"--labels {file} is empty; it wants rows of NAME,LABEL")
-    files = Counter(PurePosixPath(name).name for name in rows)
-    short = {PurePosixPath(name).name: label for name, label in rows.items()}
-    return {name: label for name, label in short.items() if files[name] == 1} | rows
+    return rows

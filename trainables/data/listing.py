@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import median_low
 
-from trainables.data.layouts import Part, open_image, read_part, split_places
+from trainables.data.layouts import Paths, open_image, read_part, split_places
 from trainables.data.registry import (
     FOLDER,
     SIZE_STEP,
@@ -70,17 +71,13 @@ LARGEST_USUAL = 224  # of the sizes that follow from a folder's images
 
 @dataclass(frozen=True, kw_only=True)
 class ImageList:
-    """The images of one split, by class and name: files below `root`, a label and an id each.
-
-    unlabelled: how many more there are, that a file of labels does not name.
-    """
+    """The images of one split, by class and name: files below `root`, a label and an id each."""
 
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
-    unlabelled: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -151,16 +148,16 @@ def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageLi
                 "train/ and val/ in class folders; --download fetches the archive"
             )
         train_at = (root,)
-    train = read_part(root, train_at, source.labels) if train_at else None
-    judged = read_part(root, judged_at, source.labels) if judged_at else None
-    empty = Part((), [])
-    classes = _classes_of(data_set, (train or judged or empty).classes, root)
-    train_images = _labelled(root, train or empty, classes)
+    train, judged = (
+        read_part(root, at, source.labels) if at else {} for at in (train_at, judged_at)
+    )
+    classes, relabelled = _classes_of(data_set, list(train or judged), root), bool(source.labels)
+    train_images = _labelled(root, train, classes, relabelled=relabelled)
     if not judged:
         return _hold_out(train_images, source.hold_out)
     if source.hold_out:
         raise ValueError(f"{judged_at[0]} is there: --hold-out would put it aside; leave one out")
-    return train_images, _labelled(root, judged, classes)
+    return train_images, _labelled(root, judged, classes, relabelled=relabelled)
 
 
 def list_stored(
@@ -172,86 +169,116 @@ def list_stored(
     what is not as published of a set whose data are. Of data with some of their classes alone, so
     are the images.
     """
-    part, known = read_part(folder, (folder,)), class_list(data_set.classes)
-    missing = sorted(set(names) - set(part.classes))
+    images = read_part(folder, (folder,))
+    missing = sorted(set(names) - set(images))
     if stored.complete and missing:
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
     if not data_set.generated:
-        present = {entry.label for entry in part.entries}
-        if stored.classes and (differing := _differing(present, class_list(stored.classes))):
-            raise ValueError(f"{folder} is not {stored.title}: it {differing}; fetch it again")
-        if stored.complete and len(part.entries) != stored.images:
-            held = f"{folder} holds {len(part.entries)} images instead of {stored.images}"
+        present, count = [name for name in images if images[name]], sum(map(len, images.values()))
+        if problem := differing(stored.title, present, stored.classes):
+            raise ValueError(f"{folder} {problem}; fetch it again")
+        if stored.complete and count != stored.images:
+            held = f"{folder} holds {count} images instead of {stored.images}"
             raise ValueError(f"{held}: fetch it again")
-    foreign = set(known) - set(names)
-    entries = [entry for entry in part.entries if entry.label not in foreign]
-    return _labelled(folder, part._replace(entries=entries), {name: name for name in names})
+    foreign = set(class_list(data_set.classes)) - set(names)
+    images = {name: paths for name, paths in images.items() if name not in foreign}
+    return _labelled(folder, images, dict(zip(names, names, strict=True)))
 
 
 def class_list(classes: tuple[str, ...] | str) -> tuple[str, ...]:
     """Return class names in order; a text names timm's list of them."""
-    if isinstance(classes, tuple):
-        return classes
+    if not classes or isinstance(classes, tuple):
+        return tuple(classes)
     return tuple(resources.files("timm.data").joinpath("_info", classes).read_text().split())
 
 
-def missing_classes(data_set: DataSet, names: Sequence[str]) -> str:
-    """Say which of the data set's classes are not among the names; '' where all are."""
-    known = class_list(data_set.classes)
-    differing = _differing(names, known) if known else ""
-    return f"is not {data_set.short_title}: it {differing}" if differing else ""
+def differing(title: str, names: Collection[str], classes: tuple[str, ...] | str) -> str:
+    """Say how many of a set's classes lack and how many are foreign, the first of each.
 
-
-def _classes_of(data_set: DataSet | None, names: tuple[str, ...], root: Path) -> dict[str, str]:
-    """Return the class that each name stands for, in the data set's order; ValueError if none.
-
-    A class is named as the data set does; ImageNet's by their numbers and timm's names as well.
+    "" where none is or the set states no classes.
     """
-    known = class_list(data_set.classes) if data_set else ()
-    if data_set and not known and len(names) != data_set.num_classes:
-        expected = f"scale {data_set.name!r} has {data_set.num_classes}"
-        raise ValueError(f"{root} has {len(names)} classes, and {expected}: {ANY_CLASSES}")
-    classes = dict(zip(names, names, strict=True))
-    if not data_set or not known:
-        return classes
-    if isinstance(data_set.classes, str) and not set(names) <= set(known):
-        from trainables.data.base import places_in_head, plain  # imports torch
-
-        places = places_in_head(len(known))
-        classes |= {name: known[places[plain(name)]] for name in names if plain(name) in places}
-    if not set(classes.values()) <= set(known):
-        differing = missing_classes(data_set, list(classes.values()))
-        raise ValueError(f"{root} {differing}; {ANY_CLASSES}")
-    return dict(sorted(classes.items(), key=lambda item: known.index(item[1])))
-
-
-def _differing(names: Collection[str], known: Collection[str]) -> str:
-    """Say how many known classes lack and how many are foreign, the first of each; '' if none."""
+    known = class_list(classes)
     lacking, foreign = sorted(set(known) - set(names)), sorted(set(names) - set(known))
     parts = []
     if lacking:
         parts.append(f"lacks {len(lacking)} of {len(known)} classes, the first {lacking[0]!r}")
     if foreign:
         parts.append(f"has {len(foreign)} foreign ones, the first {foreign[0]!r}")
-    return ", and ".join(parts)
+    return f"is not {title}: it {', and '.join(parts)}" if known and parts else ""
 
 
-def _labelled(root: Path, part: Part, classes: Mapping[str, str]) -> ImageList:
-    """Return the images of a split, sorted by class; ValueError names a foreign class."""
+def _classes_of(data_set: DataSet | None, names: Sequence[str], root: Path) -> dict[str, str]:
+    """Return the class that each name stands for, in the data set's order; ValueError if none.
+
+    A class is named as the data set does; ImageNet's by their numbers and timm's names as well.
+    """
+    classes = dict(zip(names, names, strict=True))
+    if not data_set:
+        return classes
+    known = class_list(data_set.classes)
+    if not known:
+        if len(names) != data_set.num_classes:
+            expected = f"scale {data_set.name!r} has {data_set.num_classes}"
+            raise ValueError(f"{root} has {len(names)} classes, and {expected}: {ANY_CLASSES}")
+        return classes
+    if isinstance(data_set.classes, str) and not set(names) <= set(known):
+        places = places_in_head(len(known))
+        classes |= {name: known[places[plain(name)]] for name in names if plain(name) in places}
+    if not set(classes.values()) <= set(known):
+        problem = differing(data_set.short_title, classes.values(), known)
+        raise ValueError(f"{root} {problem}; {ANY_CLASSES}")
+    return dict(sorted(classes.items(), key=lambda item: known.index(item[1])))
+
+
+def plain(class_name: str) -> str:
+    """Return a class's name as it is compared: golden_retriever is Golden Retriever, 007 is 7."""
+    if class_name.isdecimal():
+        return str(int(class_name))
+    return class_name.lower().replace("_", " ").replace("-", " ")
+
+
+@cache
+def places_in_head(outputs: int) -> dict[str, int]:
+    """Return the outputs of a head by index, of ImageNet's heads by WordNet id and name as well.
+
+    A name of several classes (crane) stands for none.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # imports torch
+
+    places = {str(index): index for index in range(outputs)}
+    if subset := infer_imagenet_subset({"num_classes": outputs}):
+        info, owners = ImageNetInfo(subset), Counter[str]()
+        for index, label in enumerate(info.label_names()):
+            names = {plain(n) for n in info.label_name_to_description(label).split(", ")}
+            owners.update(names)
+            places |= dict.fromkeys((label, *names), index)
+        places = {name: index for name, index in places.items() if owners[name] < 2}
+    return places
+
+
+def _labelled(
+    root: Path, images: Paths, classes: Mapping[str, str], *, relabelled: bool = False
+) -> ImageList:
+    """Return the images of a split, sorted by class; ValueError names a foreign class.
+
+    relabelled: the labels, which are not those of the files, are part of the ids.
+    """
     names = tuple(dict.fromkeys(classes.values()))
-    places = {name: place for place, name in enumerate(names)}
-    entries = part.entries
-    if foreign := next((e for e in entries if e.label not in classes), None):
-        text = f"{foreign.label!r}, the class of {foreign.path}, is no class of the data"
-        raise ValueError(f"{root}: {text}{nearest(foreign.label, names)}")
-    entries = sorted(entries, key=lambda entry: places[classes[entry.label]])
+    labels = {name: place for place, name in enumerate(names)}
+    if foreign := next((name for name in images if images[name] and name not in classes), ""):
+        text = f"{foreign!r}, the class of {images[foreign][0]}, is no class of the data"
+        raise ValueError(f"{root}: {text}{nearest(foreign, names)}")
+    paths, ids, places = list[str](), list[str](), list[int]()
+    for name in sorted(filter(classes.__contains__, images), key=lambda n: labels[classes[n]]):
+        paths += images[name]
+        ids += [f"{path}={name}" for path in images[name]] if relabelled else images[name]
+        places += [labels[classes[name]]] * len(images[name])
     return ImageList(
         root=root,
         class_names=names,
-        paths=tuple(entry.path for entry in entries),
-        labels=tuple(places[classes[entry.label]] for entry in entries),
-        ids=tuple(entry.id for entry in entries),
-        unlabelled=part.unlabelled,
+        paths=tuple(paths),
+        labels=tuple(places),
+        ids=tuple(ids),
     )
 
 

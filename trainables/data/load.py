@@ -6,7 +6,6 @@ Stored out-of-distribution sets are read as published: class folders, or arrays 
 from __future__ import annotations
 
 import hashlib
-import logging
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +33,6 @@ from trainables.data.listing import (
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 
-logger = logging.getLogger(__name__)
 Loaded = tuple[Split, Split, tuple[str, ...]]  # train, held out, the classes' names
 
 
@@ -114,8 +112,6 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     Images of an exact size become one tensor in any case.
     """
     listed, budget = list_splits(source, data_set), source.memory_bytes
-    if unlabelled := sum(part.unlabelled for part in listed):
-        logger.warning("%s does not label %d images: they are left out", source.labels, unlabelled)
     train, held_out = (image_files(part, data_set, source.workers) for part in listed)
     shown: list[Tensor | ImageFiles]
     if data_set.exact_size:
@@ -224,7 +220,10 @@ class CorruptedSet:
         if missing := [part for part in parts if not (root / part).exists()]:
             raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
         if stored.arrays:
-            self._open_arrays()
+            side, classes = data.data_set.stored_size, len(data.class_names)
+            self._pixels = {kind: stored_images(root / f"{kind}.npy", side) for kind in self.kinds}
+            for pixels in self._pixels.values():
+                self._labels = stored_labels(root / stored.arrays[0], len(pixels), classes)
 
     def ids_hash(self) -> str:
         """Return 12 hex digits of the images' names; of arrays, which have none, of the labels."""
@@ -247,18 +246,6 @@ class CorruptedSet:
         part = slice((severity - 1) * count, severity * count)
         pixels, labels = self._pixels[kind][part], self._labels[part]
         return _as_split(self.stored, pixels, labels, self.data.data_set)
-
-    def _open_arrays(self) -> None:
-        side, classes = self.data.data_set.stored_size, len(self.data.class_names)
-        self._pixels = {kind: stored_images(self.root / f"{kind}.npy", side) for kind in self.kinds}
-        count = len(self._pixels[KINDS[0]])
-        if count % len(SEVERITIES):
-            raise ValueError(f"{self.root} has {count} images of a kind, not 5 times as many")
-        for kind, pixels in self._pixels.items():
-            if len(pixels) != count:
-                held = f"{self.root / kind}.npy holds {len(pixels)} images"
-                raise ValueError(f"{held}, and {KINDS[0]}.npy {count}: fetch it again")
-        self._labels = stored_labels(self.root / self.stored.arrays[0], count, classes)
 
 
 def stored_images(file: Path, side: int) -> np.ndarray:
