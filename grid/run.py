@@ -206,10 +206,21 @@ def _train(launch: Launch) -> int:
 
 
 def stop_on_signals() -> None:
-    """Stop on SIGTERM and SIGHUP as on Ctrl-C; one that is ignored stays so (nohup)."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """Stop on SIGTERM and SIGHUP as on Ctrl-C; one that is ignored stays so (nohup).
+
+    Python drops an interrupt that comes inside a finaliser: it comes again, by SIGALRM.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def leave(code: int) -> NoReturn:

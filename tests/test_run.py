@@ -267,3 +267,34 @@ def test_a_process_that_ignores_hangups_is_not_stopped_by_one(ignored, code):
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
     assert ended.returncode == code
+
+
+IN_FINALISER = """
+import signal, sys, time
+from grid.run import stop_on_signals
+
+class Dropped:
+    def __del__(self):
+        if sys.argv[1] == "interrupted":
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("in a finaliser")
+
+stop_on_signals()
+try:
+    Dropped()
+    print("went on")
+    time.sleep(60 if sys.argv[1] == "interrupted" else 0)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "ignored"), [("interrupted", 130, False), ("fails", 0, True)]
+)
+def test_an_interrupt_that_comes_inside_a_finaliser_is_not_lost(how, code, ignored):
+    command = [sys.executable, "-c", IN_FINALISER, how]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout == "went on\n"
+    assert ("Exception ignored in: <function Dropped.__del__" in ended.stderr) == ignored
+    assert ended.returncode == code
