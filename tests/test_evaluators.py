@@ -18,7 +18,14 @@ from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
 import evaluators
-from evaluators import EVALUATORS, PGD_STEPS, base, column_named, evaluator_named
+from evaluators import (
+    EVALUATORS,
+    PGD_STEPS,
+    base,
+    column_named,
+    evaluator_named,
+    evaluator_of,
+)
 from evaluators.base import (
     Batch,
     Clean,
@@ -65,9 +72,7 @@ def keeps_the_contract(name, classifier, few_digits):
     ledger = judge_images(evaluator, classifier, few_digits, device=CPU)
     assert ledger.schema == LEDGER
     assert ledger.num_rows > 0
-    assert set(ledger["image_id"].to_pylist()) <= {*few_digits.held_out.ids} | {
-        i.split("|")[0] for i in ledger["image_id"].to_pylist()
-    }
+    assert {*ledger["image_id"].to_pylist()} <= {*few_digits.held_out.ids}
     scores = evaluator.summarize(ledger)
     assert len({score.name for score in scores}) == len(scores) > 0
     assert all(score.low <= score.value <= score.high and score.n > 0 for score in scores)
@@ -79,7 +84,9 @@ def keeps_the_contract(name, classifier, few_digits):
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_every_evaluator_keeps_the_contract(name, classifier, few_digits):
-    keeps_the_contract(name, classifier, few_digits)
+    scores = keeps_the_contract(name, classifier, few_digits)
+    # A score's name begins with its evaluator's, but for health, which has no column.
+    assert name == "health" or all(evaluator_of(score.name) == name for score in scores)
 
 
 def test_the_documented_evaluator_is_added_by_its_file_and_its_entry(
