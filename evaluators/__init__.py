@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +21,7 @@ EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
     "stylized": "evaluators.stylized:Stylized",
-    "cue-conflict": "evaluators.cue_conflict:CueConflict",
+    "cue-conflict": "evaluators.stylized:CueConflict",
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
     "pgd": "evaluators.pgd:PGD",
@@ -34,7 +33,6 @@ EVALUATORS: dict[str, str] = {
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
-PLUG_IN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a file and of a metric in MLflow
 
 
 def __getattr__(name: str) -> Any:
@@ -95,8 +93,6 @@ def _add_plug_ins() -> None:
     for point in (p for kind in ("evaluators", "corruptions", "attacks") for p in plug_ins(kind)):
         if point.name in {*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS)}:
             leave_out(point, "an evaluator, or a score, of this name is there already")
-        elif not PLUG_IN_NAME.fullmatch(point.name):
-            leave_out(point, "a name has letters, digits, '-', '_' and '.' only")
         else:
             PLUG_INS[point.name] = point
             EVALUATORS[point.name] = point.value

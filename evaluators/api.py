@@ -72,26 +72,24 @@ def evaluate(
     with undisturbed(classifier, where), TemporaryDirectory() as temporary:
         outputs, remarks = probe(classifier.to(where).eval(), probed)
         scale, judged_data = for_head(own_scale, own_data, outputs)
-        chosen = list(evaluators_named(names, scale, radii))
+        chosen = evaluators_named(names, scale, radii)
         notes += remarks + _radii_noted(chosen, scale, radii)
         folder = Path(temporary)
         if store:
             subject = f"{fingerprint(classifier, probed)}-{digest(judged_data)}"
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
         in_parts = progress or bool(store)
-        cells = Cells.of(chosen, judged_data, folder, folder.name, where, in_parts=in_parts)
+        cells = Cells(chosen, judged_data, folder, folder.name, where, in_parts=in_parts)
         for evaluator in chosen:
-            cells.judge(evaluator, classifier, judged_data, where, batch_size, progress=progress)
+            cells.judge(evaluator, classifier, batch_size, progress=progress)
         if store:
             cells.write_ledgers()
-        return cells.scores(label, judged_data, notes)
+        return cells.scores(label, notes)
 
 
 def _radii_noted(chosen: Sequence[Evaluator], scale: Scale, radii: Sequence[Fraction]) -> list[str]:
-    """Say by which radius the attacks judge; one that no attack takes is refused."""
+    """Say by which radius the attacks judge."""
     attacks = ", ".join(e.name for e in chosen if e.takes_radii)
-    if radii and not attacks:
-        raise ValueError("epsilon is of pgd and autoattack, and neither is among evaluators")
     shown = ", ".join(f"{255 * float(radius):g}/255" for radius in radii or [scale.epsilon])
     note = f"{attacks}: max-norm radius {shown}{'' if radii else ' by default'}"
     return [note] if attacks else []

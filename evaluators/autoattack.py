@@ -61,12 +61,13 @@ class AutoAttack(Evaluator):
         Column("autoattack/after-fab-t", "after FAB-T"),
         Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
     )
+    radius = "epsilon"  # of the scale, by default
     takes_radii = True
     least_shard = 1
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
         super().__init__(scale)
-        radii = sorted(radii or [self._radius(scale)])
+        radii = sorted(radii or [getattr(scale, self.radius)])
         self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
         self.targets, self.stages = _standard(scale.num_classes)
@@ -126,9 +127,6 @@ class AutoAttack(Evaluator):
                 scores.append(share(f"{question}/after-{stage}", alive, len(stages)))
         return scores
 
-    def _radius(self, scale: Scale) -> Fraction:
-        return scale.epsilon
-
 
 def _standard(classes: int) -> tuple[int, tuple[str, ...]]:
     """Return the target classes of a targeted attack and the stages, of a head of some classes."""
@@ -141,13 +139,11 @@ class SmallAutoAttack(AutoAttack):
 
     name = "autoattack-small"
     columns = (Column("autoattack-small", "AutoAttack 0.001", "AutoAttack, small radius"),)
+    radius = "small_epsilon"
     takes_radii = False
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return super().cost(held_out, withstanding=max(withstanding, SMALL_WITHSTANDING))
-
-    def _radius(self, scale: Scale) -> Fraction:
-        return scale.small_epsilon
 
 
 class _AllBrokenError(Exception):

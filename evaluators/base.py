@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
 
-from evaluators.ledger import LEDGER, Score, in_order, survival_scores
+from evaluators.ledger import LEDGER, Score, in_order, survival_scores, to_parquet
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
+from trainables.data.load import stored_split
 from trainables.data.registry import FOLDER, data_set_named
+from trainables.store.results import provenance
 from trainables.train.exactness import exact
 
 if TYPE_CHECKING:
@@ -68,8 +72,8 @@ class Column:
     A score's name begins with its evaluator's: pgd-100. On other data the column is the score
     `counterpart_score` ("": the same) of a `counterpart` of that title, if there is one, under a
     `heading`. `own_score`: a score that only the study's own data give, without which the column
-    is that of its counterpart, or none; `stored_score`: one that tells them alone. `stands_in`:
-    the counterpart takes the place of a published set at the published data's own scale.
+    is that of its counterpart, or none. `stands_in`: the counterpart takes the place of a published
+    set at the published data's own scale.
     """
 
     name: str
@@ -77,7 +81,6 @@ class Column:
     counterpart: str = ""
     counterpart_score: str = ""
     own_score: str = ""
-    stored_score: str = ""
     heading: str = ""
     evaluator: str = ""
     stands_in: bool = False
@@ -98,9 +101,9 @@ class Column:
         scores: those of the models judged so far, which tell what data they were judged on.
         """
         data_set = data_set_named(scale)
-        is_own, telling = not data_set.generated, self.own_score or self.stored_score
-        if telling and {telling, self.evaluator} & {*scores}:
-            is_own = telling in scores
+        is_own = not data_set.generated
+        if self.own_score and {self.own_score, self.evaluator} & {*scores}:
+            is_own = self.own_score in scores
         if is_own or not (self.counterpart or self.own_score):
             return self
         if not self.counterpart:
@@ -136,6 +139,18 @@ class Evaluator(ABC):
     def identity(self, source: Data) -> dict[str, Any]:
         """Return all that verdicts depend on beside the model; equal ones are one question."""
         return {"images": self.images(source).ids_hash()}
+
+    def stored(self, source: Data, *, native: bool | None = None) -> Split | None:
+        """Return the set that is stored beside the data for this question; None: generate it."""
+        located = source.counterpart(self.name)
+        return stored_split(*located, source, native=native) if located else None
+
+    def identity_of_set(self, source: Data, stand_in: str, **how: str) -> dict[str, Any]:
+        """Return the identity of a stored set, or of the counterpart that is made in its place."""
+        images = Evaluator.identity(self, source)
+        if located := source.counterpart(self.name):
+            return {"data": located[0].title, **images}
+        return {"data": source.data_set.stand_in(stand_in), **images, **how}
 
     def total(self, source: Data) -> int:
         """Return how many images there are; each is judged in one shard."""
@@ -215,6 +230,24 @@ def judge_images(
     return in_order(pa.concat_tables(parts))
 
 
+def judged_shard(
+    evaluator: Evaluator,
+    classifier: Classifier,
+    source: Data,
+    device: torch.device,
+    shard: Shard,
+    *,
+    batch_size: int = 200,
+) -> bytes:
+    """Return the ledger of `judge_images` as Parquet, with its seconds and what judged it."""
+    began = time.monotonic()
+    ledger = judge_images(
+        evaluator, classifier, source, device=device, batch_size=batch_size, shard=shard
+    )
+    judged_by = provenance(str(device))
+    return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
+
+
 @torch.no_grad()
 def match_head(
     classifier: Classifier, source: Data, device: torch.device
@@ -267,7 +300,8 @@ def verdicts(
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
 
-    An image survives when it is predicted as its label, unless `survived_B` says otherwise.
+    An image survives when it is predicted as its label, unless `survived_B` says otherwise. `stage`
+    is the batch's, unless stated.
     `judged_BCHW`: the images as the classifier saw them, of which the ledger keeps the examples.
     """
     count = len(batch.ids)
@@ -284,7 +318,7 @@ def verdicts(
         "label": labels.numpy(),
         "predicted": predicted.numpy(),
         "survived": survived.numpy(),
-        "stage": stage or [None] * count,
+        "stage": stage or batch.stage or [None] * count,
         "queries": queries or [None] * count,
         "image": pictures,
     }
@@ -296,7 +330,6 @@ def answers(
     question: str,
     logits_BK: Tensor,
     *,
-    stage: Sequence[str | None] | None = None,
     judged_BCHW: Tensor | None = None,
 ) -> pa.Table:
     """Return the rows of a question, answered among all classes.
@@ -304,10 +337,10 @@ def answers(
     Where there are candidates, those of `question`-present follow, answered among these alone.
     """
     free_B = logits_BK.argmax(dim=1)
-    rows = [verdicts(batch, question, free_B, stage=stage, judged_BCHW=judged_BCHW)]
+    rows = [verdicts(batch, question, free_B, judged_BCHW=judged_BCHW)]
     if batch.candidates:
         among_B = likeliest(logits_BK, batch.candidates)
-        rows.append(verdicts(batch, f"{question}{PRESENT}", among_B, stage=stage))
+        rows.append(verdicts(batch, f"{question}{PRESENT}", among_B))
     return pa.concat_tables(rows)
 
 
@@ -318,8 +351,6 @@ def likeliest(logits_BK: Tensor, candidates: Sequence[int]) -> Tensor:
 
 
 def _png(image_CHW: Tensor) -> bytes:
-    from PIL import Image
-
     pixels = image_CHW.detach().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] != 3 else pixels).save(buffer, "png")
@@ -341,4 +372,5 @@ class Clean(Evaluator):
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        return answers(batch, self.name, classifier(batch.images), judged_BCHW=batch.images)
+        question, logits_BK = batch.question or self.name, classifier(batch.images)
+        return answers(batch, question, logits_BK, judged_BCHW=batch.images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,22 +44,24 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     normalisation = classifier.mean.tolist(), classifier.std.tolist()
     folders = sorted(source.folders.items())
     judged = repr((subject.digest, classifier, normalisation, scale, source.root, folders))
-    evaluators = [*evaluators_named(options.evaluators, scale, options.epsilon)]
+    evaluators = evaluators_named(options.evaluators, scale, options.epsilon)
     print(*subject.said, options.images_line(scale), sep="\n")
     notes: list[str] = []
     if subject.model not in MODELS:
         _, notes = probe(classifier.to(device).eval(), data.held_out.images[:PROBED])
-    cells = Cells.of(evaluators, data, folder, judged, device)
+    cells, is_whole = Cells(evaluators, data, folder, judged, device), False
     with suppress(KeyboardInterrupt):
-        for evaluator in cells.stores:
-            print(f"{evaluator.name}: {json.dumps(evaluator.identity(data))}")
-            cells.judge(evaluator, classifier, data, device)
-    print(cells.scores(f"{subject.name} at scale {scale.name}", data, notes))
-    if not cells.is_whole:
+        for evaluator, store in cells.stores.items():
+            print(f"{evaluator.name}: {store.total} images")
+            cells.judge(evaluator, classifier)
+        is_whole = True
+    print(cells.scores(f"{subject.name} at scale {scale.name}", notes))
+    if not is_whole:
         print(f"Cut short. Judge the other images with: {again()}")
         return False
     cells.write_ledgers()
-    cells.clear()
+    for store in cells.stores.values():
+        store.clear()
     print(f"Ledgers: {folder}")
     return True
 

@@ -20,7 +20,6 @@ from evaluators.ledger import Score
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import CorruptedSet
 from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES
-from trainables.scale import Scale
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
@@ -62,22 +61,16 @@ class Corruptions(Evaluator):
 
     name = "corruptions"
     columns = (
-        Column(
-            "corruptions", "ImageNet-C error", "Corruptions error", stored_score="corruptions/mCE"
-        ),
+        Column("corruptions", "ImageNet-C error", "Corruptions error", own_score="corruptions/mCE"),
         Column("corruptions-19", "Error, 19 corruptions", own_score="corruptions-19"),
         Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE"),
     )
     least_shard = SHARD_IMAGES
 
-    def __init__(self, scale: Scale) -> None:
-        self.stored = not scale.data_set.generated
-        self.alexnet_errors = {} if scale.data_set.generated else ALEXNET_ERRORS
-
     def identity(self, source: Data) -> dict[str, Any]:
-        if stored := _stored(source):
-            title = stored.stored.title
-            return {"data": title, "images": stored.ids_hash(), "kinds": stored.kinds}
+        if images := _stored(source):
+            title = images.stored.title
+            return {"data": title, "images": images.ids_hash(), "kinds": images.kinds}
         return {
             "data": source.data_set.stand_in("corruptions"),
             "images": _chosen(source).ids_hash(),
@@ -88,8 +81,9 @@ class Corruptions(Evaluator):
         return len(_stored(source) or _chosen(source))
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        images = held_out if self.stored else min(GENERATED_IMAGES, held_out)
-        return images * len(ALEXNET_ERRORS) * len(SEVERITIES)
+        generated = self.scale.data_set.generated
+        images = min(GENERATED_IMAGES, held_out) if generated else held_out
+        return images * len(KINDS) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         stored = _stored(source)
@@ -103,15 +97,15 @@ class Corruptions(Evaluator):
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         predicted = classifier(batch.images).argmax(dim=1)
         shown = batch.images if batch.question in SHOWN else None
-        return verdicts(batch, batch.question, predicted, stage=batch.stage, judged_BCHW=shown)
+        return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return errors, not accuracies, with Student's interval over the n images."""
         kinds, errors_NK = _errors(ledger)
         is_generated = pc.any(pc.equal(ledger["stage"], GENERATED)).as_py()
-        alexnet_errors = {} if is_generated else self.alexnet_errors
+        is_published = not (is_generated or self.scale.data_set.generated)
         scores = []
-        for name, weights in _aggregates(kinds, alexnet_errors).items():
+        for name, weights in _aggregates(kinds, with_mce=is_published).items():
             errors_N = errors_NK @ weights
             # Of mCE the most, where every answer is wrong, is above 1.
             low, high = of_mean(errors_N, least=0, most=float(weights.sum()))
@@ -149,7 +143,7 @@ def _generate(source: Data) -> Iterator[tuple[str, Split]]:
             yield f"{kind}-{severity}", replace(split, images=pixels)
 
 
-def _aggregates(kinds: Sequence[str], alexnet_errors: dict[str, float]) -> dict[str, np.ndarray]:
+def _aggregates(kinds: Sequence[str], *, with_mce: bool) -> dict[str, np.ndarray]:
     """Return each score as weights over the kinds; a score that lacks a kind is left out."""
     sets = {"corruptions": KINDS, "corruptions-19": KINDS + EXTRA_KINDS}
     sets |= {f"corruptions/{group}": members for group, members in CORRUPTION_GROUPS.items()}
@@ -159,9 +153,9 @@ def _aggregates(kinds: Sequence[str], alexnet_errors: dict[str, float]) -> dict[
         for name, members in sets.items()
         if set(members) <= set(kinds)
     }
-    if alexnet_errors and set(alexnet_errors) <= set(kinds):
-        relative = [1 / alexnet_errors[k] if k in alexnet_errors else 0.0 for k in kinds]
-        weights["corruptions/mCE"] = np.array(relative) / len(alexnet_errors)
+    if with_mce and set(KINDS) <= set(kinds):
+        relative = [1 / ALEXNET_ERRORS[k] if k in KINDS else 0.0 for k in kinds]
+        weights["corruptions/mCE"] = np.array(relative) / len(KINDS)
     return weights
 
 

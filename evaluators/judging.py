@@ -8,11 +8,10 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from multiprocessing import active_children, current_process, get_context, parent_process
@@ -24,17 +23,16 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from evaluators import PGD_STEPS, base, class_named, evaluator_named
-from evaluators.base import Evaluator, cell_digest
+from evaluators import PGD_STEPS, class_named, evaluator_named
+from evaluators.base import Evaluator, cell_digest, judged_shard
 from evaluators.health import red_flags
-from evaluators.ledger import LEDGER, to_parquet
+from evaluators.ledger import LEDGER
 from evaluators.scores import Scores
 from evaluators.shards import ShardStore
 from trainables.data.base import Data, Shard
 from trainables.data.listing import GIBIBYTE
 from trainables.layers import Classifier
 from trainables.scale import Scale
-from trainables.store.results import provenance
 from trainables.store.storage import write_atomically
 
 PROCESS_BYTES = 2 * GIBIBYTE  # that an attack at 224 px may add to a process
@@ -43,17 +41,15 @@ Ledgers = Generator[tuple[Shard, bytes]]
 _judge: Judge  # of a fork
 
 
-@dataclass(frozen=True)
 class Cells:
-    """Evaluators on one classifier, the shards of each, and the folder that they lie in."""
+    """Evaluators on one classifier, and the shards of each in a folder.
 
-    stores: dict[Evaluator, ShardStore]
-    folder: Path
-    processes: int
+    `subject` is all that an answer follows from but for the question. Not in_parts: one shard a
+    process, for whoever neither goes on nor watches. ValueError where the folder cannot be made.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         evaluators: Iterable[Evaluator],
         data: Data,
         folder: Path,
@@ -61,38 +57,38 @@ class Cells:
         device: torch.device,
         *,
         in_parts: bool = True,
-    ) -> Cells:
-        """Open the shards; `subject` is all that an answer follows from but for the question.
-
-        Not in_parts: one shard a process, for whoever neither goes on nor watches. ValueError where
-        the folder cannot be made.
-        """
+    ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"ledger folder {folder} cannot be made: {error.strerror}") from None
-        processes = processes_for(device)
-        stores = {e: _store(e, data, folder, subject, processes, in_parts) for e in evaluators}
-        return cls(stores, folder, processes)
-
-    @property
-    def is_whole(self) -> bool:
-        """Say whether every image is judged."""
-        return not any(store.missing() for store in self.stores.values())
+        self.data, self.folder, self.device = data, folder, device
+        self.processes = processes_for(device)
+        self.stores: dict[Evaluator, ShardStore] = {}
+        for evaluator in evaluators:
+            key = f"{subject} {cell_digest(evaluator, data)}"
+            total, least = evaluator.total(data), evaluator.least_shard
+            self.stores[evaluator] = ShardStore(
+                folder / "shards" / hashlib.sha256(key.encode()).hexdigest()[:12],
+                total,
+                side=data.data_set.image_size,
+                least=least if in_parts else least * math.ceil(total / self.processes / least),
+                processes=self.processes,
+            )
 
     def judge(
         self,
         evaluator: Evaluator,
         classifier: Classifier,
-        data: Data,
-        device: torch.device,
         batch_size: int = 200,
         *,
         progress: bool = True,
     ) -> None:
         """Judge the images that no shard holds yet, on all cores, showing the time left."""
         store = self.stores[evaluator]
-        judge = partial(_judged, evaluator, classifier, data, device, batch_size)
+        judge = partial(
+            judged_shard, evaluator, classifier, self.data, self.device, batch_size=batch_size
+        )
         alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
         ledgers = _in_this_process if alone else _in_processes
         watched = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -108,7 +104,7 @@ class Cells:
                 store.add(shard, content)
                 bar.update(len(shard))
 
-    def scores(self, name: str, data: Data, notes: Sequence[str] = ()) -> Scores:
+    def scores(self, name: str, notes: Sequence[str] = ()) -> Scores:
         """Return a model's scores; those of a part of the images say so in their names."""
         seconds: dict[str, float] = {}
         scores, ledgers = [], [LEDGER.empty_table()]
@@ -120,51 +116,48 @@ class Cells:
                 scores += named
                 seconds |= {score.name: taken for score in named}
                 ledgers.append(ledger)
+        errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
+        remark = [f"{', '.join(errors)}: errors, lower is better"] if errors else []
         return Scores(
             scores=tuple(scores),
             seconds=seconds,
             ledger=pa.concat_tables(ledgers),
-            identities={e.name: e.identity(data) for e in self.stores},
+            identities={e.name: e.identity(self.data) for e in self.stores},
             flags=tuple(red_flags(ledgers)),
-            notes=(*notes, *self._errors_noted()),
+            notes=(*notes, *remark),
             name=name,
-            data=data.data_set.title,
+            data=self.data.data_set.title,
         )
-
-    def _errors_noted(self) -> list[str]:
-        """Say which evaluators' scores are errors: all others are shares of right answers."""
-        errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
-        return [f"{', '.join(errors)}: errors, lower is better"] if errors else []
 
     def write_ledgers(self) -> None:
         """Write each evaluator's ledger, NAME.parquet."""
         for evaluator, store in self.stores.items():
-            ledger, seconds = store.merged()
-            content = to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
-            write_atomically(self.folder / f"{evaluator.name}.parquet", content)
-
-    def clear(self) -> None:
-        """Remove the shards."""
-        for store in self.stores.values():
-            store.clear()
+            write_atomically(self.folder / f"{evaluator.name}.parquet", store.whole())
 
 
 def evaluators_named(
-    names: Iterable[str], scale: Scale, radii: Iterable[Fraction]
-) -> Iterator[Evaluator]:
-    """Set up evaluators; `pgd-10` and its like are pgd of these lengths alone. ValueError.
+    names: Sequence[str], scale: Scale, radii: Iterable[Fraction]
+) -> list[Evaluator]:
+    """Set up evaluators; `pgd-10` and its like are pgd of these lengths alone.
 
-    radii: of the attacks that take several; none: the scale's.
+    radii: of the attacks that take several; none: the scale's. ValueError where no evaluator takes
+    them.
     """
-    lengths, names = {f"pgd-{steps}": steps for steps in PGD_STEPS}, tuple(names)
+    lengths = {f"pgd-{steps}": steps for steps in PGD_STEPS}
     steps = sorted(lengths[name] for name in {*names} & lengths.keys())
+    radii = tuple(dict.fromkeys(radii))
+    evaluators = []
     for name in dict.fromkeys("pgd" if n in lengths else n for n in names):
-        settings: dict[str, Any] = {}
-        if class_named(name).takes_radii:
-            settings["radii"] = tuple(dict.fromkeys(radii))
+        settings: dict[str, Any] = {"radii": radii} if class_named(name).takes_radii else {}
         if name == "pgd" and name not in names:
             settings["steps"] = steps
-        yield evaluator_named(name, scale, **settings)
+        evaluators.append(evaluator_named(name, scale, **settings))
+    if radii and not any(evaluator.takes_radii for evaluator in evaluators):
+        raise ValueError(
+            f"epsilon is a radius of pgd, autoattack and plug-ins' attacks: {', '.join(names)} "
+            "takes none"
+        )
+    return evaluators
 
 
 def processes_for(device: torch.device) -> int:
@@ -179,23 +172,6 @@ def processes_for(device: torch.device) -> int:
         return 1
     fitting = int(psutil.virtual_memory().available) // PROCESS_BYTES
     return max(1, min(torch.get_num_threads(), fitting))
-
-
-def _judged(
-    evaluator: Evaluator,
-    classifier: Classifier,
-    data: Data,
-    device: torch.device,
-    batch_size: int,
-    shard: Shard,
-) -> bytes:
-    """Return a shard's ledger as Parquet."""
-    began = time.monotonic()
-    ledger = base.judge_images(
-        evaluator, classifier, data, device=device, batch_size=batch_size, shard=shard
-    )
-    judged_by = provenance(str(device))
-    return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
 
 def _in_this_process(store: ShardStore, judge: Judge, processes: int) -> Ledgers:
@@ -245,21 +221,3 @@ def _end_with_parent() -> None:
 
 def _judged_here(shard: Shard) -> bytes:
     return _judge(shard)
-
-
-def _store(
-    evaluator: Evaluator,
-    data: Data,
-    folder: Path,
-    subject: str,
-    processes: int,
-    in_parts: bool,
-) -> ShardStore:
-    """Open the shards of an evaluator's question about a subject."""
-    key = f"{subject} {cell_digest(evaluator, data)}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    total, least, side = evaluator.total(data), evaluator.least_shard, data.data_set.image_size
-    if not in_parts:
-        least *= math.ceil(total / processes / least)
-    path = folder / "shards" / digest
-    return ShardStore(path, total, side=side, least=least, processes=processes)

@@ -13,17 +13,8 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import (
-    Batch,
-    Column,
-    Evaluator,
-    answers,
-    likeliest,
-    split_batches,
-    verdicts,
-)
+from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.data.load import stored_split
 from trainables.data.registry import STORED_SETS
 from trainables.watchdog import beat
 
@@ -55,17 +46,13 @@ class Natural(Evaluator):
     )
 
     def identity(self, source: Data) -> dict[str, Any]:
-        images = super().identity(source)
-        if located := source.counterpart("natural"):
-            return {"data": located[0].title, **images}
         many = len(source.class_names) > MANY_CLASSES
         reference = ["kernel ridge regression"] * many + ["cross-fitted"] * (not len(source.train))
-        counterpart = {"data": source.data_set.stand_in("natural-adversarial"), **images}
-        return counterpart | ({"reference": ", ".join(reference)} if reference else {})
+        how = {"reference": ", ".join(reference)} if reference else {}
+        return self.identity_of_set(source, "natural-adversarial", **how)
 
     def images(self, source: Data) -> Split:
-        located = source.counterpart("natural")
-        return stored_split(*located, source) if located else hardest(source)
+        return self.stored(source) or hardest(source)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         if self.scale.data_set.generated:

@@ -59,23 +59,22 @@ class PlugInFunction(PlugIn):
             part = split.at(places)
             yield Batch(to_unit(part.images[:]), part.labels, part.ids)
 
-    def generator(self, batch: Batch) -> torch.Generator:
-        """Return the generator of a block, on its device."""
+    def returned(self, batch: Batch, *arguments: Any) -> Tensor:
+        """Call the function on a block with the block's generator, which is on its device.
+
+        ValueError names the plug-in if it does not return images.
+        """
         key = "\n".join((self.name, batch.question, *batch.ids))
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-        return torch.Generator(batch.images.device).manual_seed(seed)
-
-    def checked(self, returned: Any, images_BCHW: Tensor) -> Tensor:
-        """Return what the function made of images; ValueError names it if that is no images."""
-        form = type(returned).__name__
-        if isinstance(returned, Tensor):
-            form = f"{returned.dtype} {tuple(returned.shape)}"
-            if returned.is_floating_point() and returned.shape == images_BCHW.shape:
-                if returned.isfinite().all():
-                    return returned.detach().to(images_BCHW)
-                form += ", not all finite"
-        wanted = f"finite float images {tuple(images_BCHW.shape)}"
-        raise ValueError(f"{described(self.plug_in)} must return {wanted}: it returned {form}")
+        generator = torch.Generator(batch.images.device).manual_seed(seed)
+        images, shape, form = self.function(*arguments, generator), batch.images.shape, ""
+        if isinstance(images, Tensor):
+            if images.is_floating_point() and images.shape == shape and images.isfinite().all():
+                return images.detach().to(batch.images)
+            form = f" {images.dtype} {tuple(images.shape)}"
+        wanted = f"finite float images {tuple(shape)}"
+        said = f"it returned {type(images).__name__}{form}"
+        raise ValueError(f"{described(self.plug_in)} must return {wanted}: {said}")
 
 
 class Attack(PlugInFunction):
@@ -104,8 +103,7 @@ class Attack(PlugInFunction):
         with attacked(classifier):
             for question, epsilon in self.radii.items():
                 copies = images_BCHW.clone(), batch.labels.clone()  # which it may change
-                returned = self.function(classifier, *copies, epsilon, self.generator(batch))
-                changed_BCHW = self.checked(returned, images_BCHW)
+                changed_BCHW = self.returned(batch, classifier, *copies, epsilon)
                 low_BCHW, high_BCHW = images_BCHW - epsilon, images_BCHW + epsilon
                 inside_BCHW = torch.clamp(changed_BCHW, low_BCHW, high_BCHW).clamp_(0, 1)
                 with torch.no_grad():
@@ -130,8 +128,8 @@ class Corruption(PlugInFunction):
         for block in super().batches(source, batch_size=batch_size, shard=shard):
             for severity in SEVERITIES:
                 batch = replace(block, question=f"{self.name}-{severity}")
-                returned = self.function(block.images.clone(), severity, self.generator(batch))
-                yield replace(batch, images=self.checked(returned, block.images).clamp(0, 1))
+                corrupted_BCHW = self.returned(batch, block.images.clone(), severity)
+                yield replace(batch, images=corrupted_BCHW.clamp_(0, 1))
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from evaluators import evaluator_of
+from evaluators import evaluator_of, intervals
+from evaluators.intervals import Paired
 from evaluators.ledger import Score
 from trainables.recipe import unknown
 
@@ -18,39 +19,30 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from evaluators.intervals import Paired
-
 Rows = Sequence[Sequence[str]]
 PLACE = re.compile(r"^\d+-([0-9a-f]{12}\.\d+)$")  # and content, in the id of an image in memory
 
 
-class _Table:
-    """What prints as a table, here and in a notebook: a title, rows under a header, and remarks."""
+def _text(title: str, rows: Rows, remarks: Sequence[str]) -> str:
+    """Return a table as lines: a title, rows under a header, and remarks."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return "\n".join([title, *lines, *remarks])
 
-    def shown(self) -> tuple[str, Rows, Sequence[str]]:
-        """Return the title, the header and the rows as text, and the remarks."""
-        raise NotImplementedError
 
-    def __str__(self) -> str:
-        title, rows, remarks = self.shown()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        return "\n".join([title, *lines, *remarks])
-
-    def _repr_html_(self) -> str:
-        import pandas as pd
-
-        title, (header, *body), remarks = self.shown()
-        table = pd.DataFrame(body, columns=header).to_html(index=False, border=0)
-        before, *after = (f"<p>{html.escape(text)}</p>" for text in (title, *remarks))
-        return "".join([before, table, *after])
+def _page(title: str, rows: Rows, remarks: Sequence[str]) -> str:
+    """Return a table as HTML, for a notebook."""
+    table = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    before, *after = (f"<p>{html.escape(text)}</p>" for text in (title, *remarks))
+    return "".join([before, f"<table>{table}</table>", *after])
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(_Table):
+class Scores:
     """One model's scores, each with its evaluator's seconds, and every verdict behind them.
 
     `ledger`: a row per image and question (evaluators/ledger.py). `identities`: of each evaluator,
@@ -77,12 +69,9 @@ class Scores(_Table):
     @property
     def frame(self) -> pd.DataFrame:
         """The scores as a pandas frame, a row each: value, low, high (shares), n, seconds."""
-        import pandas as pd
-
-        columns = {"value": float, "low": float, "high": float, "n": int}
-        rows = {c: [getattr(s, c) for s in self.scores] for c in columns}
-        rows["seconds"] = [self.seconds[s.name] for s in self.scores]
-        return pd.DataFrame(rows, index=pd.Index([s.name for s in self.scores], name="score"))
+        rows = [asdict(score) | {"seconds": self.seconds[score.name]} for score in self.scores]
+        frame: pd.DataFrame = pa.Table.from_pylist(rows).to_pandas()
+        return frame.set_index("name").rename_axis("score")
 
     def plot(self) -> Figure:
         """Draw the scores with their intervals; `.savefig(FILE)` writes the figure."""
@@ -101,7 +90,13 @@ class Scores(_Table):
         drawn: Figure = figure
         return drawn
 
-    def shown(self) -> tuple[str, Rows, Sequence[str]]:
+    def __str__(self) -> str:
+        return _text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return _page(*self._shown())
+
+    def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
         for s in self.scores:
             value, interval = f"{100 * s.value:.2f}", f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
@@ -113,7 +108,7 @@ class Scores(_Table):
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison(_Table):
+class Comparison:
     """Paired differences of two models' scores, first minus second, on the images both judged."""
 
     first: Scores
@@ -127,7 +122,13 @@ class Comparison(_Table):
             raise ValueError(unknown("compared score", score, self.paired))
         return self.paired[score]
 
-    def shown(self) -> tuple[str, Rows, Sequence[str]]:
+    def __str__(self) -> str:
+        return _text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return _page(*self._shown())
+
+    def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         header = ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")
         rows: list[tuple[str, ...]] = [header]
         for name, paired in self.paired.items():
@@ -146,12 +147,6 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     ValueError where they share no question, or no image. What only one was asked, or was asked with
     other settings, is left out and named.
     """
-    if strange := [side for side in (scores, other) if not isinstance(side, Scores)]:
-        kind = type(strange[0]).__name__
-        raise ValueError(f"compare wants two Scores, as evaluate returns them, not {kind}")
-    from evaluators.intervals import compare as compare_images
-    from evaluators.intervals import image_scores
-
     changes = {
         name: _change(identity, other.identities[name])
         for name, identity in scores.identities.items()
@@ -160,10 +155,10 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     notes = [f"{name} is not compared: {change}" for name, change in changes.items() if change]
     paired = {}
     for name in (s.name for s in scores.scores if s.name in other.seconds):
-        ours, theirs = (_by_content(image_scores(side.ledger, name)) for side in (scores, other))
+        ours, theirs = (_by_content(side.ledger, name) for side in (scores, other))
         if changes[evaluator_of(name)] or not (ours and theirs):
             continue
-        if difference := compare_images([ours], [theirs]):
+        if difference := intervals.compare([ours], [theirs]):
             paired[name] = difference
     if not paired:
         reasons = "; ".join(notes) or "they share no score of the same images"
@@ -171,9 +166,10 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     return Comparison(scores, other, paired, tuple(notes))
 
 
-def _by_content(values: Mapping[str, float] | None) -> dict[str, float]:
-    """Return images' scores by what their ids say of the content, without their place."""
-    return {PLACE.sub(r"\1", image_id): value for image_id, value in (values or {}).items()}
+def _by_content(ledger: pa.Table, score: str) -> dict[str, float]:
+    """Return what each image adds to a score, by its id without its place."""
+    values = intervals.image_scores(ledger, score) or {}
+    return {PLACE.sub(r"\1", image_id): value for image_id, value in values.items()}
 
 
 def _is_count(score: Score) -> bool:

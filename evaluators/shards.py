@@ -14,7 +14,7 @@ from statistics import linear_regression
 import pyarrow as pa
 
 from evaluators import SHARD_SECONDS
-from evaluators.ledger import from_parquet, in_order, judged_by
+from evaluators.ledger import from_parquet, in_order, judged_by, to_parquet
 from trainables.data.base import Shard
 from trainables.store.results import joined
 from trainables.store.storage import write_atomically
@@ -85,10 +85,12 @@ class ShardStore:
         ledger = pa.concat_tables([part for part, _ in parts])
         return in_order(ledger), sum(seconds for _, seconds in parts)
 
-    def judged_by(self) -> dict[str, str]:
-        """Return the provenance of the shards, which several processes may have judged."""
+    def whole(self) -> bytes:
+        """Return the ledger of all that is judged as Parquet, with the provenance of its shards."""
+        ledger, seconds = self.merged()
         contents = (path.read_bytes() for path in self._paths.values())
-        return reduce(joined, map(judged_by, contents), {})
+        provenance: dict[str, str] = reduce(joined, map(judged_by, contents), {})
+        return to_parquet(ledger, seconds=seconds, judged_by=provenance)
 
     def clear(self) -> None:
         """Remove the cell's folder, and the one above it with the last of them."""

@@ -1,10 +1,12 @@
-"""stylized: does the classifier go by shape where the texture says otherwise?"""
+"""stylized and cue-conflict: does the classifier go by shape where the texture says otherwise?"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,18 +15,21 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from evaluators.base import Batch, Column, Evaluator, answers, split_batches
+from evaluators.base import Batch, Clean, Column, split_batches, verdicts
 from evaluators.ledger import Score, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
-from trainables.data.load import stored_split
+from trainables.data.registry import SIXTEEN_CLASSES, STORED_SETS
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
 TEXTURE = "texture:"
+SIXTEEN = "cue-conflict-16"
+BIAS = f"{SIXTEEN}/shape-bias"
+IMAGENET_CLASSES = 1000
 
 
-class Stylized(Evaluator):
+class Stylized(Clean):
     """Top-1 accuracy by shape.
 
     Stylized-ImageNet: `stylized` at native size, `stylized-cropped` as the study's commands read
@@ -43,34 +48,22 @@ class Stylized(Evaluator):
     )
 
     def identity(self, source: Data) -> dict[str, Any]:
-        images = super().identity(source)
-        if located := source.counterpart(self.name):
-            return {"data": located[0].title, **images}
-        title = source.data_set.stand_in("cue conflict")
-        return {"data": title, **images, "texture": "Fourier amplitude"}
+        return self.identity_of_set(source, "cue conflict", texture="Fourier amplitude")
 
     def images(self, source: Data) -> Split:
-        located = source.counterpart(self.name)
-        return stored_split(*located, source) if located else source.held_out
+        return self.stored(source) or source.held_out
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return held_out if self.scale.data_set.generated else 2 * held_out
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        located = source.counterpart(self.name)
-        if located is None:
-            for batch in _cue_conflicts(source, batch_size, shard):
-                yield replace(batch, question=self.name)
-            return
         for question, native in (("stylized", True), ("stylized-cropped", False)):
-            split = stored_split(*located, source, native=native)
+            split = self.stored(source, native=native)
+            if split is None:
+                yield from _cue_conflicts(source, batch_size, shard)
+                return
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 yield replace(batch, question=question)
-
-    @torch.inference_mode()
-    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        logits_BK, shown = classifier(batch.images), batch.images
-        return answers(batch, batch.question, logits_BK, stage=batch.stage, judged_BCHW=shown)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         scores = super().summarize(ledger)
@@ -128,3 +121,67 @@ def mix_cues(shapes_BCHW: Tensor, textures_BCHW: Tensor) -> Tensor:
     mixed = torch.polar(texture.abs(), shape.angle())
     images_BCHW: Tensor = torch.fft.irfft2(mixed, s=shapes_BCHW.shape[2:])
     return images_BCHW.clamp(0, 1)
+
+
+class CueConflict(Stylized):
+    """The shape bias: the share of shape among the answers by shape or texture.
+
+    `cue-conflict-16`, the accuracy by shape, and its shape bias are of the 1,280 stimuli of Geirhos
+    et al. (ICLR 2019), as their authors compute them: a category's probability is the average over
+    its classes of ImageNet, and the bias leaves out images whose shape and texture agree. They need
+    a head of ImageNet's 1,000 classes. Without the stimuli: the cue conflict of `stylized`. Source:
+    README.md and code/probabilities_to_decision.py of rgeirhos/texture-vs-shape.
+    """
+
+    name = "cue-conflict"
+    columns = (
+        Column(SIXTEEN, "Cue conflict, 16 classes", "Cue conflict", "cue-conflict", SIXTEEN),
+        Column(BIAS, "Shape bias", "Shape bias", "cue-conflict/shape-bias", SIXTEEN),
+    )
+
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        name = self.scale.data_set.counterpart(self.name)
+        is_stored = name and not self.scale.data_set.generated
+        return STORED_SETS[name].images if is_stored else held_out
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        split = self.stored(source)
+        if split is None:
+            yield from super().batches(source, batch_size=batch_size, shard=shard)
+            return
+        for batch in split_batches(split, batch_size=batch_size, shard=shard):
+            yield replace(batch, question=SIXTEEN, stage=tuple(map(_conflict, batch.ids)))
+
+    @torch.inference_mode()
+    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
+        if batch.question != SIXTEEN:
+            return super().judge(classifier, batch)
+        logits_BK = classifier(batch.images)
+        if logits_BK.shape[1] != IMAGENET_CLASSES:
+            raise ValueError(
+                f"the stimuli of {self.name} need a model of ImageNet's {IMAGENET_CLASSES} classes,"
+                f" and this one answers among {logits_BK.shape[1]}"
+            )
+        if classifier.columns is not None:
+            logits_BK = logits_BK[:, classifier.columns.argsort()]
+        probabilities_BC = logits_BK.float().softmax(dim=1) @ _averages().to(logits_BK.device)
+        predicted_B = probabilities_BC.argmax(dim=1)
+        return verdicts(batch, SIXTEEN, predicted_B)
+
+
+def _conflict(image_id: str) -> str | None:
+    """Return the remark on a stimulus, such as cat/cat7-elephant1; None where its cues agree."""
+    cues = re.search(r"/(?:.*_)?([a-z]+)\d+-([a-z]+)\d+$", image_id)
+    if not cues or cues[2] not in SIXTEEN_CLASSES:
+        raise ValueError(f"stimulus {image_id} does not name shape and texture: cat/cat7-elephant1")
+    return None if cues[1] == cues[2] else f"{TEXTURE}{list(SIXTEEN_CLASSES).index(cues[2])}"
+
+
+@cache
+def _averages() -> Tensor:
+    """Return what averages ImageNet's classes to the categories: (1000, 16)."""
+    averages_KC = torch.zeros(IMAGENET_CLASSES, len(SIXTEEN_CLASSES))
+    for category, ranges in enumerate(SIXTEEN_CLASSES.values()):
+        for first, _, last in (part.partition("-") for part in ranges.split()):
+            averages_KC[int(first) : int(last or first) + 1, category] = 1
+    return averages_KC / averages_KC.sum(dim=0)

@@ -17,8 +17,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from evaluators import EVALUATORS, evaluator_named
-from evaluators.base import judge_images
-from evaluators.ledger import to_parquet
+from evaluators.base import judged_shard
 from evaluators.shards import ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
@@ -26,7 +25,6 @@ from trainables.data.load import load_data
 from trainables.recipe import Preprocessing
 from trainables.scale import Scale
 from trainables.store.checkpoint import classifier_of
-from trainables.store.results import provenance
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently, wait_after
 from trainables.store.storage import WEIGHTS
 from trainables.store.tracking import client_settings, fetch_artifact
@@ -84,11 +82,8 @@ class EvaluatorActor:
         scale = self._scale.preprocessed(cell.geometry)
         data = load_data(scale, self._source)
         question = evaluator_named(cell.evaluator, scale)
-        began = time.monotonic()
         with counting_steps(self._hung_after):
-            ledger = judge_images(question, classifier, data, device=self._device, shard=shard)
-        judged_by = provenance(str(self._device))
-        return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
+            return judged_shard(question, classifier, data, self._device, shard)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
         if self._loaded is None or self._loaded[0] != artifact_uri:
@@ -209,7 +204,7 @@ class EvaluatorPool:
         elif self._resting:
             time.sleep(timeout)
         whole, self._whole = self._whole, []
-        return failed + [(cell, self._merged(cell), "") for cell in whole]
+        return failed + [(cell, self._stores[cell].whole(), "") for cell in whole]
 
     def settle(self, cell: Cell) -> None:
         """Forget a judged cell, now that its ledger is stored elsewhere."""
@@ -288,11 +283,6 @@ class EvaluatorPool:
     def _await_turn(self, cell: Cell) -> None:
         if cell not in self._turns:
             bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
-
-    def _merged(self, cell: Cell) -> bytes:
-        store = self._stores[cell]
-        ledger, seconds = store.merged()
-        return to_parquet(ledger, seconds=seconds, judged_by=store.judged_by())
 
     def _hand_out(self) -> None:
         while self._idle and self._turns:

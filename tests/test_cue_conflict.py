@@ -9,8 +9,7 @@ from torch import nn
 
 from evaluators import column_named
 from evaluators.base import judge_images
-from evaluators.cue_conflict import CueConflict
-from evaluators.stylized import Stylized
+from evaluators.stylized import CueConflict, Stylized
 from trainables.data.listing import class_list
 from trainables.data.load import load_data
 from trainables.data.registry import SIXTEEN_CLASSES, folder_data_set

@@ -1,8 +1,6 @@
 """`python -m evaluators` on checkpoints of any origin, good and bad."""
 
 import argparse
-import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -196,6 +194,7 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
         (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
         (["--std", "0"], "--std: Input should be greater than 0, not '0'"),
         (["--device", "abacus"], "--device abacus"),
+        (["--epsilon", "4/255"], "epsilon is a radius of pgd, autoattack and"),
         (["--epsilon", "4"], "above 0 and at most 1, like 4/255"),
         (["--epsilon=-1/255"], "above 0 and at most 1, like 4/255"),
         (["--patches", "0"], "greater than or equal to 1"),
@@ -244,8 +243,7 @@ def test_pgd_has_the_lengths_and_radii_of_the_options(own_file, tmp_path, capsys
     printed = capsys.readouterr().out.splitlines()
     first = next(place for place, line in enumerate(printed) if line.startswith("score"))
     (clean, pgd, _), scores = printed[first - 3 : first], printed[first:]
-    assert clean.startswith("clean: ")
-    assert json.loads(pgd.removeprefix("pgd: "))["steps"] == lengths
+    assert (clean, pgd) == ("clean: 597 images", "pgd: 2 images")
     radii = ("1/255", "60/255")
     names = ["score", "clean", *(f"pgd-{n}@{radius}" for radius in radii for n in lengths)]
     assert sorted(line.split()[0] for line in scores[: len(names)]) == sorted(names)
@@ -256,12 +254,9 @@ def test_pgd_has_the_lengths_and_radii_of_the_options(own_file, tmp_path, capsys
 def test_the_patch_attack_takes_its_budget(own_file, tmp_path, capsys):
     budget = ["--patches", "2", "--patch-area", "0.1", "--attack-images", "4"]
     assert judge(own_file, tmp_path, "--evaluators", "tpa", *budget) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tpa: "))
-    identity = json.loads(line.removeprefix("tpa: "))
-    expected = {"images": 4, "patches": 2, "area": 0.1}
-    assert identity["budget"] == dataclasses.asdict(DIGITS.patch) | expected
-    stages = set(pq.read_table(tmp_path / "tpa.parquet")["stage"].to_pylist())
-    assert stages <= {None, "clean", "patch-1", "patch-2"}
+    assert "tpa: 4 images" in capsys.readouterr().out.splitlines()
+    stages = pq.read_table(tmp_path / "tpa.parquet", columns=["stage"])["stage"].to_pylist()
+    assert {*stages} <= {"clean", "patch-1", "patch-2", None}
 
 
 def raising(error):

@@ -196,7 +196,7 @@ def test_what_two_processes_did_in_turn_names_both_once(tmp_path):
         content = to_parquet(LEDGER.empty_table(), seconds=1.0, judged_by=versions)
         assert judged_by(content) == versions
         store.add(Shard(index, 2), content)
-    assert store.judged_by() == both
+    assert judged_by(store.whole()) == both
 
 
 def run_of(digest, trained, judged=None):
