@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import model_validator
 
 from grid.axes import AXES, SETTABLE
+from grid.plan import Sizes
 from grid.study import DEFAULT, QUICK, STUDIES
 from trainables.options import Address, Count, DataOptions, Names, Options, Words, option
 from trainables.recipe import unknown
@@ -97,8 +98,8 @@ class RunOptions(PlaceOptions, DataOptions):
     )
     minutes: float | None = option(
         None,
-        "measure this machine, choose the sizes below that are not stated, and end in about so "
-        "many minutes with a report",
+        "choose the sizes below that are not stated so that a report is there in about so many "
+        "minutes on this machine, as loaded as it is at the start",
         "M",
         ge=1,
     )
@@ -189,6 +190,11 @@ class RunOptions(PlaceOptions, DataOptions):
             if name in self.model_fields_set and not getattr(self, mode):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
         return self
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes that are stated, of a quick look."""
+        return Sizes(self.train_images or 0, self.eval_images or 0, self.epochs or 0)
 
     def values_by_axis(self) -> dict[str, tuple[str, ...]]:
         """Return the values that --only leaves of each axis; ValueError."""

@@ -6,25 +6,49 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
 from evaluators import EVALUATORS, evaluator_of
 from grid.axes import Axes, Library, axis_value, check_settings, format_settings, with_settings
 from grid.study import Mode, Study, Table
+from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, problem, unknown
-from trainables.scale import Scale
+from trainables.scale import Scale, scale_named
 
 # A recipe, what it serves, and the evaluators of its columns.
 Request = tuple[Recipe, str, tuple[str, ...]]
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
 MOST_RECIPES = 100_000
 LONGEST_WARMUP = 10  # epochs, of the study's recipes
+STUDYS_EPOCHS = 100  # that --epochs stands for
 # The axes that a recipe's description tells of.
 DESCRIBED = {
     *("family", "size", "model", "activation", "optimizer", "scheduler", "augmentation", "epochs"),
     *("augmentations", "training", "norm", "protocol", "precision", "seed"),
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a quick look, 0 where nothing is cut; `why` says where they are from."""
+
+    train_images: int = 0
+    eval_images: int = 0
+    epochs: int = 0
+    why: str = ""
+
+    def described(self, scale: Scale) -> str:
+        """Say the sizes beside those of a scale; '' where nothing is cut."""
+        there, planned = scale.data_set.train_images, round(STUDYS_EPOCHS * scale.epochs_factor)
+        parts = (
+            (self.train_images, f"of {there:,} train images"),
+            (self.epochs, f"epochs in place of {planned}"),
+            (self.eval_images, "held-out images"),
+        )
+        text = ", ".join(f"{size:,} {of_all}" for size, of_all in parts if size)
+        return text and f"Quick look: {text}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,23 @@ class Plan:
 
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
+
+
+def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
+    """Return a scale with so many train images and epochs; ValueError where there are fewer.
+
+    reduced: its models are cut down as at digits, unless they are already.
+    """
+    name, there = scale.name, scale.data_set.train_images
+    if sizes.train_images > there:
+        raise ValueError(f"--train-images {sizes.train_images}: there are {there:,}")
+    if sizes.train_images not in (0, there):
+        name += f"-{sizes.train_images}train"
+    if reduced and scale.depth_divisor == 1:
+        name += REDUCED
+    sized = scale_named(name).preprocessed(scale.data_set.departure)
+    factor = Fraction(sizes.epochs, STUDYS_EPOCHS) or scale.epochs_factor
+    return replace(sized, epochs_factor=factor)
 
 
 def enumerate_trials(

@@ -8,169 +8,131 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, replace
 from itertools import islice
 
-from evaluators import evaluator_named
-from grid.options import RunOptions
-from grid.plan import Plan, format_seconds
-from trainables.data.listing import DataSource, list_splits
-from trainables.data.registry import REDUCED
-from trainables.scale import Scale, scale_named
+import torch
 
-STUDYS_EPOCHS = 100  # that --epochs stands for
-START_SECONDS = 60.0  # of Ray, of every process's imports and of the report, on two cores
+from evaluators import evaluator_named
+from evaluators.base import device_named, judge_images
+from grid.estimate import work_of
+from grid.options import RunOptions
+from grid.plan import STUDYS_EPOCHS, Plan, Sizes, format_seconds
+from trainables.data.base import WHOLE, Shard
+from trainables.data.listing import DataSource, list_splits
+from trainables.data.load import load_data
+from trainables.networks import build_classifier
+from trainables.scale import Scale
+from trainables.store.results import sole_run
+from trainables.train.loop import train
+
+START_SECONDS = 60.0  # of Ray, every process's imports and the report, on two cores without load
 CONTENTION = 1.3  # of processes on every core, beside one alone
 JUDGING = 0.4  # of the time
 LEAST_EPOCHS = 15  # before more images are trained by
-ROUND = (50_000, 20_000, 10_000, 5_000, 2_000, 1_000, 700, 500, 300, 200, 100, 70, 50, 30)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a quick look, 0 where nothing is cut; `why` says where they are from."""
-
-    train_images: int = 0
-    eval_images: int = 0
-    epochs: int = 0
-    why: str = ""
-
-
 PROBE = Sizes(64, 8)  # what is measured, of a larger batch all of it
+ROUND = (50_000, 20_000, 10_000, 5_000, 2_000, 1_000, 700, 500, 300, 200, 100, 70, 50, 30)
 Seconds = Callable[[Sizes], tuple[float, float]]  # of one core to train, and to judge
-
-
-def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
-    """Return a scale with so many train images and epochs; ValueError where there are fewer.
-
-    reduced: its models are cut down as at digits, unless they are already.
-    """
-    name, there = scale.name, scale.data_set.train_images
-    if sizes.train_images > there:
-        raise ValueError(f"--train-images {sizes.train_images}: there are {there:,}")
-    if sizes.train_images not in (0, there):
-        name += f"-{sizes.train_images}train"
-    if reduced and scale.depth_divisor == 1:
-        name += REDUCED
-    sized = scale_named(name).preprocessed(scale.data_set.departure)
-    factor = Fraction(sizes.epochs, STUDYS_EPOCHS) or scale.epochs_factor
-    return replace(sized, epochs_factor=factor)
 
 
 def fit(
     options: RunOptions,
-    scale: Scale,
     source: DataSource,
+    sized: Callable[[Sizes], Scale],
     planned: Callable[[Scale], Plan],
-    *,
-    reduced: bool,
 ) -> Sizes:
-    """Return the sizes that the options state, and for --minutes those that fit into them.
+    """Return the sizes that fit into the minutes of the options, with those that they state.
 
-    A results folder remembers what was chosen. planned: a scale's plan. ValueError where nothing
-    fits, or where a command that only looks comes before any run.
+    A results folder remembers what was chosen. sized: the scale of sizes. planned: a scale's plan.
+    ValueError where nothing fits, or where a command that only looks comes before any run.
     """
-    stated = Sizes(options.train_images or 0, options.eval_images or 0, options.epochs or 0)
-    if not options.minutes:
-        return replace(stated, why=_described(stated, scale)) if stated != Sizes() else stated
-    plan = planned(with_sizes(scale, Sizes(), reduced=reduced))
+    scale = sized(Sizes())
+    plan = planned(scale)
     trials = sorted((trial.digest, trial.evaluators) for trial in plan)
-    key = hashlib.sha256(repr((options.minutes, stated, trials)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((options.minutes, options.sizes, trials)).encode()).hexdigest()[:12]
     path = options.results / f"quick-{key}.json"
     if path.exists():
         return Sizes(**json.loads(path.read_text()))
     if options.status or options.report:
         raise ValueError(f"{path} is not there: run the study with these options first")
-    there, least = scale.data_set, max(trial.recipe.batch_size for trial in plan)
     whole = Sizes(
-        there.train_images,
-        there.held_out_images or len(list_splits(source)[1]),
+        scale.data_set.train_images,
+        scale.data_set.held_out_images or len(list_splits(source)[1]),
         max(1, round(STUDYS_EPOCHS * scale.epochs_factor)),
     )
+    least = max(trial.recipe.batch_size for trial in plan)
     few = Sizes(
         min(max(PROBE.train_images, least), whole.train_images),
         min(PROBE.eval_images, whole.eval_images),
+        whole.epochs,
     )
-    probed = with_sizes(scale, replace(few, eval_images=0), reduced=reduced)
-    lanes = 1 if options.gpus_per_worker else len(os.sched_getaffinity(0))
-    lanes = max(1, lanes // (options.cpus_per_worker * options.workers))
-    limit, began = 60 * options.minutes, time.monotonic()
-    seconds = _measured(options, planned(probed), probed, source, few, lanes)
-    spent = time.monotonic() - began + START_SECONDS
-    chosen = largest(stated, whole, (limit - spent) * lanes / CONTENTION, seconds, least=least)
-    takes = sum(seconds(chosen)) * CONTENTION / lanes + spent
-    said = _described(chosen, scale)
-    if takes > limit:
-        raise ValueError(
-            f"{said} takes about {format_seconds(takes)}: give --minutes {math.ceil(takes / 60)}, "
-            "or fewer trials or evaluators"
+    with sole_run(options.results):
+        limit, began = 60 * (options.minutes or 0.0), time.monotonic()
+        seconds, load, lanes = _measured(options, planned(sized(few)), sized(few), source, few)
+        spent = time.monotonic() - began + START_SECONDS * load
+        room = (limit - spent) * lanes / CONTENTION
+        chosen = largest(options.sizes, whole, room, seconds, least=least)
+        takes = sum(seconds(chosen)) * CONTENTION / lanes + spent
+        said = chosen.described(scale)
+        if takes > limit:
+            raise ValueError(
+                f"{said} takes about {format_seconds(takes)} on this machine, as loaded as it is: "
+                f"give --minutes {math.ceil(takes / 60)}, or fewer trials or evaluators"
+            )
+        why = (
+            f"chosen for {options.minutes:g} min by the pace and load of this machine at the start"
         )
-    why = f"chosen for {options.minutes:g} min: about {format_seconds(takes)}, as measured here"
-    chosen = replace(chosen, why=f"{said}; {why}")
-    from trainables.store.storage import write_atomically
-
-    write_atomically(path, json.dumps(asdict(chosen)).encode())
+        chosen = replace(chosen, why=f"{said}; {why}: about {format_seconds(takes)}")
+        path.write_text(json.dumps(asdict(chosen)))
     return chosen
 
 
 def _measured(
-    options: RunOptions, plan: Plan, scale: Scale, source: DataSource, few: Sizes, lanes: int
-) -> Seconds:
-    """Measure the longest trial on a few images; the others follow by what their models cost."""
-    import torch
+    options: RunOptions, plan: Plan, scale: Scale, source: DataSource, few: Sizes
+) -> tuple[Seconds, float, int]:
+    """Measure the longest trial on a few images; the others follow by what their models cost.
 
-    from evaluators.base import device_named, judge_images
-    from trainables.data.base import WHOLE, Shard
-    from trainables.data.load import load_data
-    from trainables.networks import build_classifier
-    from trainables.train.loop import train
-
-    trial = max(plan, key=lambda trial: (trial.cost, scale.epoch_cost(trial.recipe)))
-    recipe, threads = trial.recipe, torch.get_num_threads()
-    torch.set_num_threads(options.cpus_per_worker)
+    Returns what sizes take, the machine's load (wall time by processor time, at least 1) and how
+    many trials run side by side.
+    """
+    longest = max(plan, key=lambda trial: (trial.cost, scale.epoch_cost(trial.recipe)))
+    names = tuple({name for trial in plan for name in trial.evaluators})
+    trial, recipe = replace(longest, evaluators=names), longest.recipe
+    work = work_of(replace(plan, trials=(trial,)), scale, few.eval_images)
     shown = scale.preprocessed(recipe.preprocessing.geometry())
     data = load_data(shown, replace(source, eval_images=few.eval_images))
     device = device_named("cuda" if options.gpus_per_worker else "cpu")
     classifier = build_classifier(recipe)
     teacher = build_classifier(recipe.teacher) if recipe.teacher else None
-    now, epoch = time.monotonic(), 0.0
+    paces, threads = {"": 0.0}, torch.get_num_threads()
+    torch.set_num_threads(options.cpus_per_worker)
+    busy, began = time.process_time(), time.monotonic()
+    now = began
     for _ in islice(train(recipe, classifier, data, device=device, teacher=teacher), 2):
-        epoch, now = time.monotonic() - now, time.monotonic()
-    shares = [other.cost / (trial.cost or 1) for other in plan]
-    image = epoch / len(data.train) * max(sum(shares), lanes * max(shares))  # it holds one lane
-    image *= recipe.epochs / (STUDYS_EPOCHS * float(scale.epochs_factor))
-    paces = {}
-    for name in {name for trial in plan for name in trial.evaluators}:
+        paces[""] = (time.monotonic() - now) * recipe.epochs / trial.cost
+        now = time.monotonic()
+    for name in names:
         evaluator = evaluator_named(name, shown)
         for shard in (Shard(0, 1), WHOLE):  # the first pays for what is made once
             now = time.monotonic()
             judge_images(evaluator, classifier, data, device=device, shard=shard)
-        took = time.monotonic() - now
-        models = sum(scale.epoch_cost(t.recipe) for t in plan if name in t.evaluators)
-        cost = evaluator.cost(few.eval_images, withstanding=0.5) * scale.epoch_cost(recipe)
-        paces[evaluator] = took * models / cost
+        paces[name] = (time.monotonic() - now) / work[trial.digest, name]
+    load = max(1.0, (time.monotonic() - began) / (time.process_time() - busy))
     torch.set_num_threads(threads)
+    lanes = 1 if options.gpus_per_worker else len(os.sched_getaffinity(0))
+    lanes = max(1, lanes // (options.cpus_per_worker * options.workers))
+    training = max(sum(trial.cost for trial in plan), lanes * plan.longest_chain) * paces[""]
 
     def seconds(sizes: Sizes) -> tuple[float, float]:
         images = sizes.train_images + sizes.eval_images / scale.validate_every / 3
-        judging = (
-            pace * evaluator.cost(sizes.eval_images, withstanding=0.5)
-            for evaluator, pace in paces.items()
-        )
-        return image * sizes.epochs * images, sum(judging)
+        share = images / few.train_images * sizes.epochs / few.epochs
+        cells = work_of(plan, scale, sizes.eval_images).items()
+        return training * share, sum(paces[name] * units for (_, name), units in cells if name)
 
-    return seconds
+    return seconds, load, lanes
 
 
-def largest(
-    stated: Sizes,
-    whole: Sizes,
-    room: float,
-    seconds: Seconds,
-    *,
-    least: int = 1,
-) -> Sizes:
+def largest(stated: Sizes, whole: Sizes, room: float, seconds: Seconds, *, least: int = 1) -> Sizes:
     """Return the largest sizes whose work has room, or the smallest; stated ones stay.
 
     First the images to judge by, then as many to train by as leave some epochs, then the epochs.
@@ -186,20 +148,9 @@ def largest(
     trains = [count for count in trains if count >= least] or trains
     fits = (n for n in evals if seconds(Sizes(0, n, 0))[1] <= room * JUDGING)
     judged, wanted = next(fits, evals[-1]), stated.epochs or min(LEAST_EPOCHS, whole.epochs)
-    for train in trains:
-        once, judging = seconds(Sizes(train, judged, 1))
+    for trained in trains:
+        once, judging = seconds(Sizes(trained, judged, 1))
         left = math.floor((room - judging) / once) if once else whole.epochs
         if left >= wanted:
             break
-    return Sizes(train, judged, stated.epochs or max(1, min(left, whole.epochs)))
-
-
-def _described(sizes: Sizes, scale: Scale) -> str:
-    """Say the sizes beside what there is."""
-    planned = round(STUDYS_EPOCHS * scale.epochs_factor)
-    parts = (
-        (sizes.train_images, f"of {scale.data_set.train_images:,} train images"),
-        (sizes.epochs, f"epochs in place of {planned}"),
-        (sizes.eval_images, "held-out images"),
-    )
-    return f"Quick look: {', '.join(f'{size:,} {text}' for size, text in parts if size)}"
+    return Sizes(trained, judged, stated.epochs or max(1, min(left, whole.epochs)))

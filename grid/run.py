@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
-from grid.plan import Plan, build_plan, format_seconds
-from grid.quick import fit, with_sizes
+from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import again, installed
@@ -86,9 +85,13 @@ def _run(options: RunOptions) -> int:
         seeds=options.seeds,
         evaluators=options.evaluators,
     )
-    sizes = fit(options, scale, source, planned, reduced=study.reduced)
-    source = replace(source, eval_images=sizes.eval_images)
-    scale = with_sizes(scale, sizes, reduced=study.reduced)
+    sized = partial(with_sizes, scale, reduced=study.reduced)
+    sizes = replace(options.sizes, why=options.sizes.described(scale))
+    if options.minutes:
+        from grid.quick import fit
+
+        sizes = fit(options, source, sized, planned)
+    source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
     plan = planned(scale)
     plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
     if options.plan:
