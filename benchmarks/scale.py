@@ -110,7 +110,8 @@ def measure(trials: int, results: Path) -> list[str]:
 def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
     """Run the study, and again when all is done; what starting Ray takes stands apart."""
     from grid import launch
-    from grid.cluster import Placement, connect
+    from grid.cluster import connect
+    from grid.options import RunOptions
     from grid.record import Recorder
 
     launch.RecipeTrial = StubTrial  # type: ignore[misc]
@@ -124,9 +125,7 @@ def through_ray(plan: Plan, results: Path, seconds: dict[str, float]) -> None:
         study=STUDY,
         plan=plan,
         scale=DIGITS,
-        results=results,
-        mlflow=None,
-        placement=Placement(),
+        options=RunOptions(results=results),
     )
     record = Recorder.recording
 

@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
+from grid.check import Finding
 from grid.cluster import (
     Placement,
     check_nodes,
@@ -30,6 +31,7 @@ from grid.cluster import (
     nodes_there,
     wait_for_nodes,
 )
+from grid.options import RunOptions
 from grid.plan import Plan
 from grid.record import Recorder
 from grid.status import ProgressLine, open_tracker
@@ -44,6 +46,7 @@ from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import Tracker
+from trainables.train.team import check_team
 from trainables.trial import (
     CONTROLLER,
     RecipeTrial,
@@ -68,24 +71,32 @@ class Finished:
     comparison: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Launch:
-    """What is to be run, and where.
+    """What is to be run, and how.
 
     `manifest` names the data as the check found it. address: of the Ray cluster, None to start
-    Ray here. storage: a path or URI for what trials keep, None for the results folder.
+    Ray here.
     """
 
     study: Study
     plan: Plan
     scale: Scale
-    results: Path
-    mlflow: str | None
-    placement: Placement
+    options: RunOptions
     source: DataSource = EMBEDDED
     manifest: str = ""
     address: str | None = None
-    storage: str | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """How trials are placed unless their family is placed otherwise."""
+        return Placement(
+            workers=self.options.workers,
+            cpus=self.options.cpus_per_worker,
+            gpus=self.options.gpus_per_worker,
+            compile=self.options.compile,
+            hung_after=self.options.hung_after,
+        )
 
     def placement_of(self, family: str) -> Placement:
         """Return how a family's trials are placed: as the study says, else as the command does."""
@@ -105,7 +116,8 @@ class Launch:
     @property
     def storage_root(self) -> str:
         """The path or URI in which trials keep their files."""
-        return self.storage or str(self.results.resolve())
+        place = self.options.storage or str(self.options.results)
+        return place if "://" in place else str(Path(place).resolve())
 
     def check_nodes(self, tracker: Tracker) -> dict[str, str]:
         """Return the problem of every other node of the cluster, '' where there is none."""
@@ -118,7 +130,7 @@ class Launch:
             storage.append(artifacts)
         root = self.source.root
         data = () if root is None else (root, *self.source.folders.values())
-        return check_nodes(storage, data, (self.mlflow or "") if through_server else "")
+        return check_nodes(storage, data, (self.options.mlflow or "") if through_server else "")
 
 
 def run_study(launch: Launch) -> Finished:
@@ -129,10 +141,10 @@ def run_study(launch: Launch) -> Finished:
     """
     data = load_data(launch.scale, launch.source)
     _check_plan(launch, data)
-    with sole_run(launch.results):
+    with sole_run(launch.options.results):
         line = ProgressLine()
         try:
-            may_be_done = launch.mlflow or (launch.results / DATABASE).exists()
+            may_be_done = launch.options.mlflow or (launch.options.results / DATABASE).exists()
             recorder = _recorder(launch, data, line) if may_be_done else None
             if recorder and recorder.is_all_done:
                 line.say(_opening(recorder, launch.plan))
@@ -174,8 +186,6 @@ def _check_plan(launch: Launch, data: Data) -> None:
     for trial in plan:
         workers = launch.placement_of(trial.recipe.family).workers if trial.recipe.epochs else 1
         if workers > 1:
-            from trainables.train.team import check_team
-
             check_team(trial.recipe, workers)
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, launch.scale)
@@ -196,7 +206,7 @@ def _check_plan(launch: Launch, data: Data) -> None:
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
     return Recorder(
-        open_tracker(launch.results, launch.mlflow, launch.scale, say=line.say),
+        open_tracker(launch.options.results, launch.options.mlflow, launch.scale, say=line.say),
         launch.plan,
         study=launch.study.name,
         scale=launch.scale,
@@ -229,7 +239,7 @@ def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) ->
         uri,
         launch.scale,
         launch.source,
-        launch.results / SHARDS_FOLDER,
+        launch.options.results / SHARDS_FOLDER,
         threads=default.cpus,
         gpus=EVALUATOR_GPUS if launch.on_gpus else 0.0,
         hung_after=default.hung_after,
@@ -257,7 +267,7 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
     configs = {t.digest: _config(launch, t) for t in recorder.trials_to_train()}
     if not configs:
         return
-    shutil.rmtree(launch.results / TUNE_FOLDER, ignore_errors=True)
+    shutil.rmtree(launch.options.results / TUNE_FOLDER, ignore_errors=True)
     keep_credentials_here()
     # Its last word lists trials that failed, those that were tried again too; the recorder does.
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
@@ -278,7 +288,7 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=str(launch.results.resolve()),
+            storage_path=str(launch.options.results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[_Events(recorder, order)],
@@ -423,7 +433,7 @@ def _report(launch: Launch, recorder: Recorder, line: ProgressLine) -> Finished:
     # What draws and tests is imported when there is something to tell.
     from grid.report.build import write_ledgers, write_report
 
-    tracker, plan, folder = recorder.tracker, launch.plan, launch.results / "report"
+    tracker, plan, folder = recorder.tracker, launch.plan, launch.options.results / "report"
     page = patiently(
         lambda: write_report(tracker, launch.study, plan, launch.scale, folder), say=line.say
     )
@@ -448,21 +458,20 @@ def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
             yield f"{evaluator} of {trial.name} ({trial.digest}): {run.failed_cells[evaluator]}"
 
 
-def check_cluster(launch: Launch, seconds: float) -> dict[str, tuple[bool, str]]:
-    """Look at a cluster as a run would need it: by subject, whether it is well, and why.
-
-    Waits `seconds` for the nodes that the cluster file promises.
-    """
+def check_cluster(launch: Launch) -> list[Finding]:
+    """Look at a cluster as a run would need it, once the nodes of the cluster file are there."""
     connect(launch.address)
     try:
-        findings = {"nodes": wait_for_nodes(seconds)}
+        well, text = wait_for_nodes(launch.options.wait)
+        findings: list[Finding] = [("nodes", "ok" if well else "error", text)]
         try:
             check_room(launch.placements, joined=bool(launch.address))
         except ValueError as error:
-            findings["room"] = (False, str(error))
-        tracker = open_tracker(launch.results, launch.mlflow, launch.scale)
-        problems = launch.check_nodes(tracker)
+            findings.append(("room", "error", str(error)))
+        tracker = open_tracker(launch.options.results, launch.options.mlflow, launch.scale)
+        sound = f"writes {launch.storage_root} and sees the data"
+        for node, problem in launch.check_nodes(tracker).items():
+            findings.append((f"node {node}", "error" if problem else "ok", problem or sound))
     finally:
         ray.shutdown()
-    well = f"writes {launch.storage_root} and sees the data"
-    return findings | {f"node {n}": (not p, p or well) for n, p in problems.items()}
+    return findings

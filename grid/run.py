@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
-from trainables.data.listing import DataSource, scale_of
+from trainables.data.listing import scale_of
 from trainables.options import again, installed
 from trainables.recipe import Preprocessing, problem
 from trainables.scale import Scale
@@ -109,47 +108,19 @@ def _run(options: RunOptions) -> int:
     if not options.check:
         with sole_run(options.results):
             pass
-    launch = _launch(options, study, plan, scale, source, address)
-    return _check_cluster(launch, options.wait) if options.check else _train(launch)
+    from grid.check import check, show
+    from grid.launch import Launch, check_cluster
 
-
-def _launch(
-    options: RunOptions,
-    study: Study,
-    plan: Plan,
-    scale: Scale,
-    source: DataSource,
-    address: str | None,
-) -> Launch:
-    """Check the data and return what is to be run, and where; ValueError on unfit data."""
-    manifest = ""
+    launch = Launch(study, plan, scale, options, source, address=address)
     if options.check or source.root is not None:
-        from grid.check import check, show
-
         findings, manifest = check(scale, source, plan, results=options.results)
         show(findings, table=options.check, manifest=manifest)
-    from grid.cluster import Placement
-    from grid.launch import Launch
-
-    storage = options.storage
-    return Launch(
-        study=study,
-        plan=plan,
-        scale=scale,
-        results=options.results,
-        mlflow=options.mlflow,
-        placement=Placement(
-            workers=options.workers,
-            cpus=options.cpus_per_worker,
-            gpus=options.gpus_per_worker,
-            compile=options.compile,
-            hung_after=options.hung_after,
-        ),
-        source=source,
-        manifest=manifest,
-        address=address,
-        storage=storage if not storage or "://" in storage else str(Path(storage).resolve()),
-    )
+        launch = replace(launch, manifest=manifest)
+    if not options.check:
+        return _train(launch)
+    if address is not None:
+        show(check_cluster(launch), table=True)
+    return 0
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:
@@ -174,18 +145,6 @@ def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -
     return 0
 
 
-def _check_cluster(launch: Launch, seconds: float) -> int:
-    """Look at the running Ray, if any, and print its state; ValueError on what is wrong."""
-    if launch.address is None:
-        return 0
-    from grid.check import show
-    from grid.launch import check_cluster
-
-    looks = check_cluster(launch, seconds).items()
-    show([(node, "ok" if well else "error", text) for node, (well, text) in looks], table=True)
-    return 0
-
-
 def _train(launch: Launch) -> int:
     from grid.launch import run_study
 
@@ -193,7 +152,8 @@ def _train(launch: Launch) -> int:
         print(f"note: {note}", file=sys.stderr)
     began = time.monotonic()
     finished = run_study(launch)
-    ui = launch.mlflow or installed("ui", "--results", str(launch.results))
+    options = launch.options
+    ui = options.mlflow or installed("ui", "--results", str(options.results))
     print(
         f"Trained {finished.trained} and judged {finished.judged} cells "
         f"in {format_seconds(time.monotonic() - began)}.\n"

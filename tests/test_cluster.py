@@ -15,8 +15,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from grid.cluster import Placement, check_nodes, wait_for_nodes
+from grid.cluster import check_nodes, wait_for_nodes
 from grid.launch import Launch, _start_pool
+from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.study import load_study
 from tests import driver
@@ -280,9 +281,7 @@ def on_gpus(number, results):
         study=study,
         plan=build_plan(study, DIGITS),
         scale=DIGITS,
-        results=results,
-        mlflow=None,
-        placement=Placement(gpus=number),
+        options=RunOptions(results=results, gpus_per_worker=number),
     )
 
 

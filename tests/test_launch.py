@@ -9,6 +9,7 @@ import ray
 
 from grid.cluster import Placement, check_room
 from grid.launch import Launch, _start_pool
+from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.status import ProgressLine
 from grid.study import load_study
@@ -34,9 +35,7 @@ def launch(tmp_path):
         study=study,
         plan=build_plan(study, DIGITS),
         scale=DIGITS,
-        results=tmp_path / "results",
-        mlflow=None,
-        placement=Placement(workers=2),
+        options=RunOptions(results=tmp_path / "results", workers=2),
     )
 
 

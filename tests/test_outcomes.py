@@ -17,8 +17,8 @@ DRIVER = """
 from pathlib import Path
 import sys
 
-from grid.cluster import Placement
 from grid.launch import Launch, run_study
+from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.study import Study
 from tests.paper import resnet50
@@ -32,9 +32,7 @@ launch = Launch(
     study=study,
     plan=build_plan(study, DIGITS),
     scale=DIGITS,
-    results=Path(sys.argv[1]),
-    mlflow=None,
-    placement=Placement(),
+    options=RunOptions(results=Path(sys.argv[1])),
 )
 ended = run_study(launch)
 print(ended.trained, ended.judged, ended.failures)
