@@ -12,8 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from grid.pretrained import with_origin
 from trainables.models import TIMM_PREFIX, model_named, model_of
+from trainables.pretrained import REMOTE, located, preprocessing_of
 from trainables.recipe import (
     Adversary,
     CurriculumRow,
@@ -31,6 +31,12 @@ from trainables.scale import AT_BATCH, published_settings
 Axes = Mapping[str, tuple[Any, ...]]
 AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
 CURRICULUM_EPOCHS = 100  # that a library's curricula are written for
+OF_WEIGHTS = ("label", "weights", "sha256", "model", "activation", "preprocessing")  # a row's keys
+# What a recipe has to state, and nothing follows from without a training.
+NO_TRAINING: dict[str, Any] = {
+    **{"epochs": 0, "optimizer": "sgd", "scheduler": "step"},
+    **{"learning_rate": 1.0, "weight_decay": 0.0, "batch_size": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,53 @@ def check_axis(name: str) -> str:
     if name not in AXES and not (part and whole in PARTED):
         raise ValueError(unknown("axis", name, AXES))
     return name
+
+
+def with_origin(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return axes with the place and sha256 of `init` and what the weights bring along.
+
+    Unless stated: the network's own activation, and the preprocessing that timm has for them.
+    """
+    if not values.get("init"):
+        return dict(values)
+    init, sha256 = located(str(values["init"]), str(values.get("init_sha256", "")), folder)
+    stated = Preprocessing.model_validate(values.get("preprocessing", {}))
+    fields = {"init": init, "init_sha256": sha256, "preprocessing": preprocessing_of(init) | stated}
+    return {"activation": "own", **values, **fields}
+
+
+def recipe_of_weights(values: Mapping[str, Any], folder: Path, scale: str) -> Recipe:
+    """Return the recipe of a row of weights, which a study's file in `folder` states.
+
+    The model, its activation and its preprocessing are as stated, else as the weights say: those of
+    timm by their name, those of this project by their header. ValueError teaches what is wrong.
+    """
+    if wrong := [key for key in values if key not in OF_WEIGHTS]:
+        raise ValueError(
+            f"{unknown('key', wrong[0], OF_WEIGHTS)} (weights are not trained; `init` is)"
+        )
+    init, sha256 = located(str(values["weights"]), str(values.get("sha256", "")), folder)
+    fields: dict[str, Any] = {"activation": "own", "preprocessing": Preprocessing()}
+    if init.startswith(TIMM_PREFIX):
+        fields["model"] = init
+    elif "model" not in values:
+        fields |= _fields_of_header(init)
+    fields |= {key: values[key] for key in ("model", "activation") if key in values}
+    stated = Preprocessing.model_validate(values.get("preprocessing", {}))
+    fields["preprocessing"] = preprocessing_of(fields["model"]) | fields["preprocessing"] | stated
+    return Recipe(scale=scale, init=init, init_sha256=sha256, **NO_TRAINING, **fields)
+
+
+def _fields_of_header(init: str) -> dict[str, Any]:
+    """Return what the header of a weights file of this project says of its model; ValueError."""
+    from trainables.store.checkpoint import recipe_of
+
+    try:
+        header = recipe_of(b"" if init.startswith(REMOTE) else Path(init).read_bytes(), init)
+    except ValueError:
+        raise ValueError(f"{init} does not say whose weights it is: add model") from None
+    names = ("model", "activation", "pixel_range", "preprocessing")
+    return {name: getattr(header, name) for name in names}
 
 
 def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:

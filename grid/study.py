@@ -27,8 +27,7 @@ from pydantic import (
 )
 
 from evaluators import EVALUATORS, column_named, evaluator_of
-from grid.axes import Library, check_axis, with_axes
-from grid.pretrained import recipe_of_weights, with_origin
+from grid.axes import Library, check_axis, recipe_of_weights, with_axes, with_origin
 from trainables.models import check_family
 from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, unknown
 

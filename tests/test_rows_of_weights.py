@@ -135,7 +135,7 @@ def test_a_row_is_known_by_its_files_content_wherever_it_lies(folder, tmp_path):
         ('weights = "wide.pth", model = "timm:test_resnte"', "Did you mean 'test_resnet'?"),
         (
             'weights = "timm:deit_small_patch16_224.fb_in21k"',
-            "no weights 'fb_in21k'; one of fb_in1k",
+            "deit_small_patch16_224 'fb_in21k'; one of fb_in1k",
         ),
         ('weights = "https://a.b/c.pth", model = "resnet18"', "needs the sha256 of its file"),
         (
@@ -247,6 +247,8 @@ def test_init_brings_the_networks_own_activation_and_timms_preprocessing_unless_
     row = row.replace('"wide.pth"', f'"{VIT}", activation = "silu"')
     recipe = recipe_of(folder, row)
     assert (recipe.activation, recipe.preprocessing.size) == ("silu", 224)
+    smaller = recipe_of(folder, row.replace(" }", ", preprocessing = { size = 32 } }"))
+    assert smaller.preprocessing == recipe.preprocessing.model_copy(update={"size": 32})
     assert (recipe.epochs, recipe.optimizer) == (100, "sgd")
     assert recipe.describe() == f"timm:test_resnet of {VIT} silu sgd step none 100ep seed0"
 
