@@ -30,13 +30,6 @@ Area = Annotated[
 ]
 
 
-def _arguments(words: Words) -> Words:
-    for word in words:
-        if not word.partition("=")[0].isidentifier() or "=" not in word:
-            raise ValueError(f"{word!r} is not NAME=VALUE, like num_classes=10")
-    return words
-
-
 class JudgeOptions(DataOptions):
     """Ask evaluators' questions of a checkpoint of any origin; print the scores."""
 
@@ -55,7 +48,7 @@ class JudgeOptions(DataOptions):
         "(default: as the weights file's header says)",
         "NAME",
     )
-    model_arg: Annotated[Words, AfterValidator(_arguments)] = option(
+    model_arg: Words = option(
         (), "keyword arguments of what builds the model, like drop_rate=0.1", "NAME=VALUE"
     )
     pretrained: bool = option(False, "timm's own weights of --model timm:NAME[.TAG]")
@@ -91,12 +84,14 @@ class JudgeOptions(DataOptions):
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's arguments: Python's values where they read as such, or text."""
-        pairs = (word.partition("=")[::2] for word in self.model_arg)
-        return {name: _value(text) for name, text in pairs}
+        return dict(map(_argument, self.model_arg))
 
 
-def _value(text: str) -> Any:
+def _argument(word: str) -> tuple[str, Any]:
+    name, equals, text = word.partition("=")
+    if not (equals and name.isidentifier()):
+        raise ValueError(f"--model-arg: {word!r} is not NAME=VALUE, like num_classes=10")
     try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        return name, ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (SyntaxError, ValueError):
-        return text
+        return name, text

@@ -146,14 +146,11 @@ def probe(classifier: Classifier, images: Tensor) -> tuple[int, list[str]]:
 
 def _no_tensor(answer: Any) -> str:
     """Say what a model returns in place of a tensor, and where in it the logits seem to be."""
-    if isinstance(answer, Mapping):
-        entries = {f"[{key!r}]": value for key, value in answer.items()}
-    elif isinstance(answer, tuple | list):
-        entries = {f"[{place}]": value for place, value in enumerate(answer)}
-    else:
-        entries = {".logits": getattr(answer, "logits", None)}
+    entries = answer if isinstance(answer, Mapping) else {}
+    if isinstance(answer, tuple | list):
+        entries = dict(enumerate(answer))
     places = [place for place, value in entries.items() if getattr(value, "ndim", 0) == 2]
-    hint = f": give lambda x: model(x){places[0]}" if places else ""
+    hint = f": give lambda x: model(x)[{places[0]!r}]" if places else ""
     return f"the model returns {type(answer).__name__}, not a tensor of logits{hint}"
 
 

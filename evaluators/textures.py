@@ -27,9 +27,8 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
-from trainables.store.tensors import unpickled
+from trainables.store.tensors import is_plain, unpickled
 from trainables.watchdog import beat
-from trainables.weights import is_plain
 
 LAYOUT = (
     "attention-style_t-label_{label}/conv_5_cam-thred_0.8_n-clusters_30/cls-w_0_scale_1"

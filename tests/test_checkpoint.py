@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tests.servers import s3_bucket
 from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
-from trainables.pretrained import load_weights
 from trainables.running import next_result, open_trial
 from trainables.store.checkpoint import (
     load_newest_checkpoint,
@@ -24,6 +23,7 @@ from trainables.store.checkpoint import (
     stored_weights,
 )
 from trainables.store.storage import Folder, below, write_atomically
+from trainables.weights import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from evaluators.__main__ import main
 from evaluators.base import judge_images
 from trainables.data.load import load_data
 from trainables.networks import build_classifier, classifier_named
-from trainables.pretrained import load_weights
 from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import save_weights
 from trainables.train.loop import train
+from trainables.weights import load_weights
 
 RECIPE = Recipe(
     scale="digits",

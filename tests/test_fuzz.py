@@ -37,7 +37,6 @@ from trainables.data.base import Shard
 from trainables.data.images import ImageFiles, size_or_problem
 from trainables.data.load import stored_images, stored_labels
 from trainables.networks import build_classifier
-from trainables.pretrained import load_weights
 from trainables.recipe import Preprocessing, Recipe
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import (
@@ -47,6 +46,7 @@ from trainables.store.checkpoint import (
 )
 from trainables.store.storage import Folder
 from trainables.store.tensors import unpickled
+from trainables.weights import load_weights
 
 SCALARS = st.one_of(
     st.integers(-(10**20), 10**20),

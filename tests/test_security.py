@@ -41,7 +41,6 @@ from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data, stored_images, stored_labels
 from trainables.networks import build_classifier
-from trainables.pretrained import load_weights
 from trainables.recipe import Preprocessing
 from trainables.scale import CIFAR10
 from trainables.store.checkpoint import (
@@ -51,6 +50,7 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
+from trainables.weights import load_weights
 
 
 class Planted:

@@ -32,7 +32,7 @@ from trainables.data.load import load_data
 from trainables.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from trainables.options import DataOptions, option
 from trainables.store.storage import write_atomically
-from trainables.weights import read_tensors
+from trainables.store.tensors import read_content, read_tensors
 
 
 class BuildOptions(DataOptions):
@@ -90,7 +90,7 @@ def vgg19_network(weights: Path) -> FeatureNetwork:
 
     ValueError when the file does not fit torchvision's architecture.
     """
-    state = read_tensors(weights)
+    state = read_tensors(read_content(weights), weights)
     with torch.device("meta"):
         network = vgg19(weights=None)
     try:

@@ -18,9 +18,10 @@ from torch import nn
 
 from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.models import TIMM_PREFIX, model_named
-from trainables.pretrained import load_weights, num_classes_of, timm_config
+from trainables.pretrained import num_classes_of, timm_config
 from trainables.recipe import ACTIVATIONS, Recipe
 from trainables.scale import Scale, scale_of_recipe
+from trainables.weights import load_weights
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18

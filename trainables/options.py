@@ -273,7 +273,7 @@ class DataOptions(Options):
         return Preprocessing(
             size=self.image_size,
             crop=self.crop,
-            squash=None if self.resize is None else self.resize == "squash",
+            squash=self.resize == "squash" if self.resize or self.crop else None,
             interpolation=self.interpolation,
             mean=self.mean or None,
             std=self.std or None,

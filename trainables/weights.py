@@ -1,22 +1,82 @@
-"""Weights of any origin: files of this project, of timm, and of the original study."""
+"""Weights of any origin: fetched, and fitted to a model under whatever names they have."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TypeGuard
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
+import timm
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
+from torch.hub import download_url_to_file, get_dir
 
 from trainables.layers import Classifier
-from trainables.store.tensors import fit_weights, read_safetensors, unpickled
+from trainables.models import TIMM_PREFIX
+from trainables.pretrained import HF_PREFIX, URL, check_sha256, num_classes_of
+from trainables.store.tensors import fit_weights, read_content, read_tensors
 
-ENTRIES = ("model", "state_dict", "model_state_dict", "net")  # of a training checkpoint
+HF_FILE = "model.safetensors"  # what a repository's weights are called
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
-STATISTICS = ("running_mean", "running_var")
+
+
+def load_weights(
+    where: str | Path, module: nn.Module, *, sha256: str = "", new_head: bool = False
+) -> tuple[str, ...]:
+    """Load weights of any origin into a module; return notes on what was mapped.
+
+    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. Otherwise as
+    `fit_any_weights`.
+    """
+    where = str(where)
+    if where.startswith(TIMM_PREFIX):
+        tensors = _timm_weights(where, module)
+    else:
+        path = local_file(where, sha256)
+        tensors = read_tensors(read_content(path, sha256), path)
+    return fit_any_weights(tensors, module, where, new_head=new_head)
+
+
+def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return timm's pretrained weights, brought by timm to the image size of a module."""
+    built_with = getattr(getattr(module, "backbone", module), "built_with", {})
+    options = {**built_with, "num_classes": num_classes_of(model)}
+    try:
+        pretrained = timm.create_model(model.removeprefix(TIMM_PREFIX), pretrained=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"weights {model} cannot be had: {error}") from None
+    tensors: dict[str, Tensor] = pretrained.state_dict()
+    return tensors
+
+
+def local_file(where: str, sha256: str = "") -> Path:
+    """Return the file at a path, an http(s) URL, or hf://ORG/REPO[/FILE], fetched if need be.
+
+    A URL's file lies in torch.hub's folder under its sha256, which must be stated; a repository's
+    in huggingface_hub's. ValueError says why it cannot be had.
+    """
+    if where.startswith(URL):
+        check_sha256(where, sha256)
+    elif not where.startswith(HF_PREFIX):
+        return Path(where)
+    try:
+        if where.startswith(HF_PREFIX):
+            parts = where.removeprefix(HF_PREFIX).split("/", 2)
+            file = parts[2] if parts[2:] else HF_FILE
+            return Path(hf_hub_download("/".join(parts[:2]), file))
+        name = f"{sha256.lower()[:16]}-{Path(urlsplit(where).path).name}"
+        path = Path(get_dir(), "checkpoints", name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(where, str(path), hash_prefix=sha256.lower())
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, HTTPError):
+            error.close()
+        raise ValueError(f"{where} cannot be fetched: {error}") from None
+    return path
 
 
 def fit_any_weights(
@@ -29,14 +89,11 @@ def fit_any_weights(
     """
     backbone = module.backbone if isinstance(module, Classifier) else module
     model = backbone.state_dict()
-    named, notes = _without_prefix(plain_names(tensors), model)
-    fitted = {
-        name: _fitted(name, value, model[name]) if name in model else value
-        for name, value in named.items()
-    }
+    named, notes = _without_prefix(_plain_names(tensors), model)
     # How many batches a norm has seen is no part of its answer, and ours do not count them.
-    counts = {name: value for name, value in model.items() if name.endswith("num_batches_tracked")}
-    fitted = counts | fitted
+    fitted = {name: value for name, value in model.items() if name.endswith("num_batches_tracked")}
+    for name, value in named.items():
+        fitted[name] = _plain_shape(name, value, model[name]) if name in model else value
     if head := _other_head(fitted, model):
         outputs, built = len(fitted[head[0]]), len(model[head[0]])
         if new_head:
@@ -49,6 +106,36 @@ def fit_any_weights(
             notes.append(f"the head has the weights' {outputs} classes, not {built}")
     fit_weights(fitted, backbone, origin)
     return tuple(notes)
+
+
+def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under timm's names, as the study's released checkpoints do not have it.
+
+    A GhostBN `X.proxy_bn.*` is X's. Where X holds several sets of statistics, `X.bn0.proxy_bn.*` is
+    X's and the other sets, which evaluation never reads, are left out; their shared affine is X's:
+    `X.aff.bnconv.weight` or `X.aff.weight`. Source: STUDY section 3: evaluation uses set 0.
+    """
+    plain = {}
+    for name, value in tensors.items():
+        several = SEVERAL_SETS.match(name)
+        first = several and f"{several['norm']}.bn0.proxy_bn.running_mean"
+        if several is None or several["set"] == "0" or first not in tensors:
+            without_ghost = re.sub(r"(\.bn0)?\.proxy_bn\.", ".", name)
+            plain[re.sub(r"\.aff(\.bnconv)?\.(weight|bias)$", r".\2", without_ghost)] = value
+    return plain
+
+
+def _plain_shape(name: str, value: Tensor, wanted: Tensor) -> Tensor:
+    """Return a norm's (C, 1, 1, 1) or (1, C, 1, 1) affine as (C,).
+
+    Of statistics (G * C,) or (S, G * C): ghost 0 of set 0.
+    """
+    if wanted.ndim != 1:
+        return value
+    if value.numel() == wanted.numel():
+        return value.reshape(wanted.shape)
+    ghosts = name.endswith(("running_mean", "running_var")) and not value.numel() % wanted.numel()
+    return value.flatten()[: len(wanted)] if ghosts else value
 
 
 def _without_prefix(
@@ -79,76 +166,3 @@ def _other_head(tensors: dict[str, Tensor], model: dict[str, Tensor]) -> list[st
     sizes = {(tensors[name].shape[:1], model[name].shape[:1]) for name in names}
     first_axis = all(tensors[name].shape[1:] == model[name].shape[1:] for name in names)
     return names if len(sizes) == 1 and first_axis else []
-
-
-def read_tensors(path: Path, sha256: str = "") -> dict[str, Tensor]:
-    """Read a .safetensors file, or one of torch's, of dense tensors of real numbers.
-
-    Of a training checkpoint the first of the `ENTRIES` is taken. Raises ValueError, also where the
-    file's sha256 is not the one stated.
-    """
-    read = read_safetensors if path.suffix == ".safetensors" else unpickled
-    loaded = read(read_content(path, sha256), path)
-    for entry in ENTRIES:
-        if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
-            loaded = loaded[entry]
-    if not isinstance(loaded, dict) or not all(map(is_plain, loaded.values())):
-        raise ValueError(f"{path} is no dictionary of dense tensors of real numbers")
-    return {str(name): value for name, value in loaded.items()}
-
-
-def read_content(path: Path, sha256: str = "") -> bytes:
-    """Return a file's bytes; ValueError where it cannot be read or its sha256 is another."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    if sha256 and (actual := hashlib.sha256(content).hexdigest()) != sha256.lower():
-        raise ValueError(f"{path} has the sha256 {actual}, not {sha256}: fetch it again")
-    return content
-
-
-def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Tell a dense tensor of real numbers in memory from all else that a file may hold."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and not (value.is_complex() or value.is_quantized)
-    )
-
-
-def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under timm's names, as the released checkpoints do not have it.
-
-    A GhostBN `X.proxy_bn.*` is X's. Where X holds several sets of
-    statistics, `X.bn0.proxy_bn.*` is X's and the other sets, which evaluation never reads, are
-    left out; their shared affine is X's: `X.aff.bnconv.weight` or `X.aff.weight`.
-    Source: STUDY section 3, GhostBN: evaluation uses set 0.
-    """
-    return {
-        _plain_name(name): value
-        for name, value in tensors.items()
-        if (several := SEVERAL_SETS.match(name)) is None
-        or several["set"] == "0"
-        or f"{several['norm']}.bn0.proxy_bn.running_mean" not in tensors
-    }
-
-
-def _plain_name(name: str) -> str:
-    name = re.sub(r"\.bn0\.proxy_bn\.", ".", name)
-    name = re.sub(r"\.aff(\.bnconv)?\.(weight|bias)$", r".\2", name)
-    return name.replace(".proxy_bn.", ".")
-
-
-def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:
-    """Return a norm's (C, 1, 1, 1) or (1, C, 1, 1) affine as (C,).
-
-    Of statistics (G * C,) or (S, G * C): ghost 0 of set 0.
-    """
-    if wanted.ndim != 1:
-        return value
-    if value.numel() == wanted.numel():
-        return value.reshape(wanted.shape)
-    ghosts = name.endswith(STATISTICS) and value.numel() % wanted.numel() == 0
-    return value.flatten()[: len(wanted)] if ghosts else value

@@ -8,7 +8,7 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainables.store.storage import DamagedError
 
 RECIPE_ENTRY = "recipe"  # of a weights file's header
+ENTRIES = ("model", "state_dict", "model_state_dict", "net")  # of a training checkpoint
 
 # A weights file's header begins with the file's own sha256, computed with its digits as zeros.
 LENGTH_BYTES = 8  # of the header's length, in front of it
@@ -25,6 +26,42 @@ OWN_SHA256 = "own_sha256"
 FIELD = f'"{OWN_SHA256}":"'.encode()
 ZEROS = b"0" * 64
 FIRST = LENGTH_BYTES + len(OPENING) + len(FIELD)  # of the digits
+
+
+def read_content(path: Path, sha256: str = "") -> bytes:
+    """Return a file's bytes; ValueError where it cannot be read or its sha256 is another."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    if sha256 and (actual := hashlib.sha256(content).hexdigest()) != sha256.lower():
+        raise ValueError(f"{path} has the sha256 {actual}, not {sha256}: fetch it again")
+    return content
+
+
+def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of one of torch's: dense, of real numbers.
+
+    Of a training checkpoint the first of the `ENTRIES` is taken. Raises ValueError.
+    """
+    read = read_safetensors if path.suffix == ".safetensors" else unpickled
+    loaded = read(content, path)
+    for entry in ENTRIES:
+        if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict):
+            loaded = loaded[entry]
+    if not isinstance(loaded, dict) or not all(map(is_plain, loaded.values())):
+        raise ValueError(f"{path} is no dictionary of dense tensors of real numbers")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Tell a dense tensor of real numbers in memory from all else that a file may hold."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_complex() or value.is_quantized)
+    )
 
 
 def read_safetensors(content: bytes, path: str | Path) -> dict[str, Tensor]:
