@@ -247,7 +247,7 @@ def test_a_new_head_stays_where_that_is_wanted(code):
             "--pretrained stands for timm's weights",
         ),
         ("--model resnet18", "resnet18 needs its weights: give --weights"),
-        ("--model resnet18 --weights w.pth --model-arg a=1", "'resnet18' takes no arguments"),
+        ("--model resnet18 --weights w.pth --model-arg a=1", "'resnet18' cannot be built with a=1"),
         ("--model timm:resnet18", "give --pretrained for timm's own, or --weights"),
         ("--model timm:resnet18 --model-arg a=1 --weights w.pth", "unexpected keyword argument"),
         ("--model timm:resnet18 --pretrained --weights w.pth", "--pretrained stands for timm's"),
