@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
 from torchvision.transforms import InterpolationMode, v2
 
 from tests.paper import CURRICULA, STRONG, deit, resnet50, with_axis
@@ -19,20 +18,19 @@ from trainables.data.augment import (
     CACHED_BYTES,
     KEPT_BYTES,
     TrainBatches,
-    _rand_augment,
+    _changes_of,
     augmented,
     augmented_epoch,
+    color_changes,
     epoch_order,
     flipped,
     library_randomness,
     mix,
-    randaugment,
     shift,
 )
-from trainables.data.images import ImageFiles
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.recipe import Preprocessing
+from trainables.recipe import POLICIES
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 
@@ -74,47 +72,53 @@ def test_shifts_follow_from_seed_and_epoch():
     assert all(share < 0.3 for share in still)  # one in nine by chance
 
 
-def test_randaugment_of_an_image_depends_on_seed_epoch_and_image_alone(few_digits):
-    images = few_digits.train.images[:20]
+@pytest.mark.parametrize(
+    "fields", [{"augmentations": name} for name in POLICIES] + [{"color_jitter": 0.4}]
+)
+def test_an_image_is_changed_by_seed_epoch_and_image_alone(few_digits, small, fields):
+    images, recipe = few_digits.train.images[:20].clone(), small(**fields)
+    images[:, 0] //= 2  # colours, for the jitter of saturation
+    every, plain = torch.arange(20), small(augmentations="none")
+    whole = augmented(recipe, images, 1, every)
+    assert torch.equal(whole[:5], augmented(recipe, images, 1, every[:5]))
+    assert not torch.equal(whole, augmented(plain, images, 1, every))
+    # Images that are moved alike by two draws, and so differ by their changes alone.
+    for seed, epoch in ((0, 0), (1, 1)):
+        moved = [augmented(r.replace(seed=seed), images, epoch, every) for r in (recipe, plain)]
+        still = (moved[1] == augmented(plain, images, 1, every)).flatten(1).all(dim=1)
+        assert not torch.equal(whole[still], moved[0][still])
 
-    def shown(places, **draw):
-        draw = {"seed": 0, "epoch": 3} | draw
-        return randaugment(images[places], places, magnitude=9, fill=(76, 76, 76), **draw)
 
-    every = torch.arange(20)
-    assert torch.equal(shown(every)[:5], shown(every[:5]))
-    assert not torch.equal(shown(every), shown(every, epoch=4))
-    assert not torch.equal(shown(every), shown(every, seed=1))
-
-
-def test_randaugment_of_files_is_the_studys_in_every_setting(tmp_path, monkeypatch):
-    transform = create_transform(
-        224,
+def timms(auto_augment, *, color_jitter=0.4, size=32):
+    """Return what timm's create_transform does between the flip and the normalisation."""
+    steps = create_transform(
+        size,
         is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        auto_augment=auto_augment,
+        color_jitter=color_jitter,
         interpolation="bicubic",
         mean=IMAGENET.data_set.mean,
-    )
-    (studys,) = (step for step in transform.transforms if isinstance(step, RandAugment))
-    transforms = []
-    monkeypatch.setattr(
-        "trainables.data.augment._rand_augment",
-        lambda *a, **named: transforms.append(_rand_augment(*a, **named)) or transforms[-1],
-    )
-    Image.new("RGB", (240, 240)).save(tmp_path / "black.png")
-    files = ImageFiles(tmp_path, ["black.png"], preprocessing=Preprocessing(size=224))
-    augmented(IMAGENET.shrink(deit()), files, 0, torch.tensor([0]))
-    for ours, theirs in zip(transforms[0].ops, studys.ops, strict=True):
+    ).transforms
+    names = [type(step).__name__ for step in steps]
+    return steps[2 : names.index("MaybeToTensor")]
+
+
+def test_randaugment_of_files_is_the_studys_in_every_setting():
+    """The study: --aa rand-m9-mstd0.5-inc1, and timm then leaves the jitter out."""
+    (studys,) = timms("rand-m9-mstd0.5-inc1", size=224)
+    changes = _changes_of(IMAGENET.shrink(deit()), 0)
+    (ours,) = color_changes(224, *changes, interpolation="bicubic").transforms
+    for op, theirs in zip(ours.ops, studys.ops, strict=True):
         for field in ("name", "prob", "magnitude", "magnitude_std", "hparams"):
-            assert getattr(ours, field) == getattr(theirs, field)
-    assert transforms[0].num_layers == studys.num_layers == 2
-    assert transforms[0].ops[0].hparams["interpolation"] == Image.Resampling.BICUBIC
-    in_memory = _rand_augment(9, 16, (0, 0, 0))  # draws how it resamples
+            assert getattr(op, field) == getattr(theirs, field)
+    assert ours.num_layers == studys.num_layers == 2
+    assert ours.ops[0].hparams["interpolation"] == Image.Resampling.BICUBIC
+    in_memory = color_changes(16, *changes).transforms[0]  # draws how it resamples
     assert "interpolation" not in in_memory.ops[0].hparams
 
 
 def test_posterize_to_no_bits_is_black_as_in_the_studys_pillow(few_digits):
-    transform = _rand_augment(10, 16, (0, 0, 0))
+    (transform,) = color_changes(16, "rand-m10-mstd0.5-inc1", 0.0, (0.0, 0.0, 0.0)).transforms
     posterize = next(op for op in transform.ops if op.name == "PosterizeIncreasing")
     image = Image.fromarray(few_digits.train.images[0].permute(1, 2, 0).numpy())
     assert np.asarray(posterize.aug_fn(image, 0)).max() == 0
@@ -343,6 +347,42 @@ def test_crops_and_flips_are_torchvisions_transforms_to_the_bit(scale, data):
         with library_randomness() as reseed:
             reseed(recipe.seed, 2, 5, place)
             assert torch.equal(image, preset(images.original(place)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "auto_augment"),
+    [
+        ({"augmentations": "randaug"}, "rand-m9-mstd0.5-inc1"),
+        (
+            {"augmentations": "randaug", "randaug_layers": 3, "randaug_std": 0.0},
+            "rand-m9-n3-inc1",
+        ),
+        ({"augmentations": "augmix"}, "augmix-m3-w3"),
+        ({"augmentations": "3augment", "color_jitter": 0.3}, "3a"),
+        ({"color_jitter": 0.3}, None),
+    ],
+)
+def test_policies_and_jitter_are_timms_to_the_bit(scale, data, fields, auto_augment):
+    images = data.train.images
+    recipe = scale.shrink(resnet50()).replace(augmentations="none").replace(**fields)
+    crop = v2.RandomResizedCrop(32, scale=(0.08, 1), interpolation=InterpolationMode.BICUBIC)
+    steps = [crop, v2.RandomHorizontalFlip(0.5), *timms(auto_augment, color_jitter=0.3)]
+    found = augmented(recipe, images, 2, torch.arange(24))
+    with library_randomness() as reseed:
+        for place, image in enumerate(found):
+            reseed(recipe.seed, 2, 5, place)
+            shown = v2.Compose([*steps, v2.PILToTensor()])(images.original(place))
+            assert torch.equal(image, shown)
+
+
+def test_without_flip_no_image_is_mirrored():
+    """CIFAR-10's images are mirrored by an even chance unless the recipe says no."""
+    ramps = torch.arange(32, dtype=torch.uint8).expand(40, 3, 32, 32)
+    recipe = CIFAR10.shrink(resnet50())
+    for flip, share in ((True, 0.5), (False, 0)):
+        shown = augmented(recipe.replace(flip=flip), ramps, 0, torch.arange(40))
+        mirrored = shown[:, 0, 16, 8] > shown[:, 0, 16, 24]
+        assert abs(float(mirrored.float().mean()) - share) < 0.2
 
 
 def test_batch_by_batch_is_what_whole_epochs_are(monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup
-from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -23,13 +23,18 @@ from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-
 
 from trainables.data.base import Images, Split
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.recipe import Recipe
+from trainables.recipe import POLICIES, Recipe
 from trainables.scale import scale_named
 from trainables.train.team import ALONE, Team
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
 CROP_SCALE = (0.08, 1.0)
 FLIP_PROBABILITY = 0.5
+TIMM_POLICIES = {
+    "randaug": "rand-m{magnitude}-n{layers}-mstd{std}-inc1",
+    "augmix": "augmix",
+    "3augment": "3a",
+}
 CACHED_BYTES = 2**24  # of an epoch's images; more are augmented batch by batch
 KEPT_BYTES = 2**27  # of all augmented epochs that a process keeps
 _EPOCHS: dict[Hashable, Tensor] = {}  # augmented epochs, the last used at the end
@@ -72,10 +77,10 @@ def augmented(recipe: Recipe, images: Images, epoch: int, places: Tensor) -> Ten
     """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
 
     Images in memory are shifted and, where the scale says so, flipped; images in files are cropped
-    at random and flipped, as in the study. Then RandAugment, which resamples images in files
-    bicubically, as in the study, and those in memory as timm draws it for each operation. Images
-    in memory that a model sees at another size are resized at the end. Each follows from (seed,
-    epoch, place) alone, whichever images are asked for beside it.
+    at random and flipped, as in the study. Then the recipe's policy and colour jitter, which
+    resample images in files bicubically, as in the study, and those in memory as timm draws it for
+    each operation. Images in memory that a model sees at another size are resized at the end. Each
+    follows from (seed, epoch, place) alone, whichever images are asked for beside it.
     """
     if isinstance(images, Tensor) and is_cached(images):
         return augmented_epoch(recipe, images, epoch)[places]
@@ -93,9 +98,8 @@ def is_cached(images: Images) -> bool:
 
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     """Return every image as this epoch shows it; made once for all trials that share it."""
-    flip = scale_named(recipe.scale).data_set.flip
     # A tensor is equal to itself alone as a key: its hash is its identity.
-    key = images, recipe.seed, epoch, _magnitude(recipe, epoch), _fill(recipe), flip
+    key = images, recipe.seed, epoch, _flips(recipe), _changes_of(recipe, epoch)
     shown = _EPOCHS.pop(key, None)
     if shown is None:
         shown = _shifted(images, recipe, epoch, torch.arange(len(images)))
@@ -106,46 +110,43 @@ def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
 
 
 def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
-    """Shift, flip and RandAugment the images in memory at some places."""
-    seed, magnitude = recipe.seed, _magnitude(recipe, epoch)
+    """Shift, flip and change the images in memory at some places."""
+    seed = recipe.seed
     shown = shift(images, places, seed=seed, epoch=epoch)
-    if scale_named(recipe.scale).data_set.flip:
+    if _flips(recipe):
         shown = flipped(shown, places, count=len(images), seed=seed, epoch=epoch)
-    if magnitude is None:
-        return shown
-    fill = _fill(recipe)
-    return randaugment(shown, places, magnitude=magnitude, fill=fill, seed=seed, epoch=epoch)
+    change = color_changes(images.shape[-1], *_changes_of(recipe, epoch))
+    return changed(shown, places, change, seed=seed, epoch=epoch) if change else shown
 
 
-def _magnitude(recipe: Recipe, epoch: int) -> int | None:
-    """Return RandAugment's magnitude in an epoch, None without it."""
-    row = recipe.curriculum_row(epoch)
-    strength = row.randaug_magnitude if row else recipe.randaug_magnitude
-    return strength if "randaug" in recipe.augmentations else None
+def _flips(recipe: Recipe) -> bool:
+    return recipe.flip and scale_named(recipe.scale).data_set.flip
 
 
-def _fill(recipe: Recipe) -> tuple[int, ...]:
-    return tuple(round(255 * channel) for channel in scale_named(recipe.scale).data_set.mean)
+def _changes_of(recipe: Recipe, epoch: int) -> tuple[str, float, tuple[float, ...]]:
+    """Return timm's name of the recipe's policy in an epoch ('': none), its jitter, the fill."""
+    policy = next((TIMM_POLICIES[name] for name in POLICIES if name in recipe.augmentations), "")
+    magnitude = (recipe.curriculum_row(epoch) or recipe).randaug_magnitude
+    std = np.format_float_positional(recipe.randaug_std)
+    policy = policy.format(magnitude=magnitude, layers=recipe.randaug_layers, std=std)
+    return policy, recipe.color_jitter, scale_named(recipe.scale).data_set.mean
 
 
 def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[int]) -> Tensor:
-    """Crop, flip and RandAugment images one by one: torchvision and timm draw for one."""
-    seed, magnitude = recipe.seed, _magnitude(recipe, epoch)
-    size, may_flip = images.size, scale_named(recipe.scale).data_set.flip
+    """Crop, flip and change images one by one: torchvision and timm draw for one."""
+    seed, size, may_flip = recipe.seed, images.size, _flips(recipe)
     crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
-    transform = None
-    if magnitude is not None:
-        bicubic = Image.Resampling.BICUBIC
-        transform = _rand_augment(magnitude, size, _fill(recipe), interpolation=bicubic)
+    policy, *rest = _changes_of(recipe, epoch)
+    change = color_changes(size, policy, *rest, interpolation="bicubic")
     augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for row, place in enumerate(places):
             image = images.original(place)
-            if magnitude is None:
+            if policy:
+                reseed(seed, epoch, 5, place)
+            else:
                 # torchvision draws from torch alone; timm's two generators are slow to seed.
                 torch.default_generator.manual_seed(_seed_of(seed, epoch, 5, place))
-            else:
-                reseed(seed, epoch, 5, place)
             # The same draws and pixels as the transforms' own calls, which look for what to
             # transform in any structure, and so take longer than the flip itself.
             image = v2.functional.resized_crop(
@@ -153,20 +154,18 @@ def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[in
             )
             if torch.rand(1) < FLIP_PROBABILITY and may_flip:
                 image = v2.functional.horizontal_flip(image)
-            if transform is not None:
-                image = transform(image)
-            augmented[row] = np.asarray(image)
+            augmented[row] = np.asarray(change(image) if change else image)
     return torch.from_numpy(augmented).permute(0, 3, 1, 2)
 
 
 def flipped(images_BCHW: Tensor, places: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
     """Mirror each image, or not, by an even chance; `places` are theirs among `count`."""
-    drawn = _flips(seed, epoch, count)[places]
+    drawn = _mirrored(seed, epoch, count)[places]
     return torch.where(drawn[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
 
 
 @lru_cache(maxsize=2)
-def _flips(seed: int, epoch: int, count: int) -> Tensor:
+def _mirrored(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch, 6)).integers(0, 2, count) == 1)
 
 
@@ -188,44 +187,49 @@ def _offsets(seed: int, epoch: int, count: int, reach: int) -> Tensor:
     return torch.from_numpy(rng.integers(0, 2 * reach + 1, size=(count, 2)))
 
 
-def randaugment(
+def changed(
     images_BCHW: Tensor,
     places: Tensor,
+    change: Callable[[Image.Image], Image.Image],
     *,
-    magnitude: int,
-    fill: tuple[int, ...],
     seed: int,
     epoch: int,
 ) -> Tensor:
-    """Apply timm's rand-m{magnitude}-mstd0.5-inc1 to each uint8 image, filling with a colour.
-
-    `places`: where the images lie in their split.
-    """
-    transform = _rand_augment(magnitude, images_BCHW.shape[-1], fill)
+    """Change each uint8 image by its own draw; `places`: where they lie in their split."""
     pixels_BHWC = images_BCHW.permute(0, 2, 3, 1).numpy()
     augmented = np.empty_like(pixels_BHWC, order="C")
     with library_randomness() as reseed:
         for row, place in enumerate(places.tolist()):
             reseed(seed, epoch, 2, place)
-            augmented[row] = np.asarray(transform(Image.fromarray(pixels_BHWC[row])))
+            augmented[row] = np.asarray(change(Image.fromarray(pixels_BHWC[row])))
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
 
-def _rand_augment(
-    magnitude: int,
+@lru_cache(maxsize=4)
+def color_changes(
     image_size: int,
-    fill: tuple[int, ...],
+    policy: str,
+    color_jitter: float,
+    mean: tuple[float, ...],
     *,
-    interpolation: Image.Resampling | None = None,
-) -> RandAugment:
-    hparams: dict[str, Any] = {"translate_const": int(image_size * 0.45), "img_mean": fill}
-    if interpolation is not None:
-        hparams["interpolation"] = interpolation
-    transform = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
-    for op in transform.ops:
+    interpolation: str = "random",
+) -> Callable[[Image.Image], Image.Image] | None:
+    """Return timm's policy and then colour jitter, filling with the mean; None without either."""
+    if not policy and not color_jitter:
+        return None
+    _, change, _ = transforms_imagenet_train(
+        image_size,
+        auto_augment=policy or None,
+        color_jitter=color_jitter or None,
+        force_color_jitter=True,
+        interpolation=interpolation,
+        mean=mean,
+        separate=True,
+    )
+    for op in (op for step in change.transforms for op in getattr(step, "ops", ())):
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterize
-    return transform
+    return cast(Callable[[Image.Image], Image.Image], change)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
