@@ -29,6 +29,7 @@ from trainables.scale import PUBLISHED_EPSILON, Scale, scale_for, scale_named
 FORMS = "(images, labels), a Dataset, a DataLoader, a folder or a split of a Hugging Face Dataset"
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x")
 LABEL_KEYS = ("label", "labels", "fine_label", "target", "y")
+NOT_FILES = "image_size is for files; resize these images before"
 SMALL_SIDE = 64
 ROUNDING = 1e-6  # of float32, beyond [0, 1]
 
@@ -41,11 +42,11 @@ def read(data: Any, image_size: int | None) -> tuple[Scale, Data]:
     """
     if isinstance(data, str | Path):
         return _folder(Path(data), image_size)
+    if image_size and isinstance(data, Data | tuple | list):
+        raise ValueError(NOT_FILES)
     if isinstance(data, Data):
         return replace(scale_named(data.name), data_set=data.data_set), data
     if isinstance(data, tuple | list) and len(data) == 2:
-        if image_size:
-            raise ValueError("image_size is for files; resize these images before")
         return _own(_split(_pixels(data[0]), _labels(data[1])))
     if type(data).__module__.partition(".")[0] == "datasets":
         features = getattr(data, "features", None) or {}
@@ -151,6 +152,8 @@ def _key(columns: Mapping[str, Any], usual: Sequence[str]) -> str:
 def _decoded(image: Any, size: int | None) -> Tensor:
     """Return an image of PIL as bytes (C, H, W), of the size; other images as a tensor."""
     if not isinstance(image, Image.Image):
+        if size:
+            raise ValueError(NOT_FILES)
         return torch.as_tensor(image)
     image = image.convert("L") if image.mode in ("L", "1") else as_rgb(image)
     if size:
@@ -209,7 +212,7 @@ def _labels(labels: Any) -> Tensor:
     classes = torch.as_tensor(labels).detach().cpu()
     if classes.ndim == 2 and classes.shape[1] > 1:
         raise ValueError(f"labels are of shape {tuple(classes.shape)}: one-hot? Give .argmax(1)")
-    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+    if classes.is_floating_point() or classes.dtype == torch.bool:
         raise ValueError(f"labels are {classes.dtype}: give whole numbers from 0, int64")
     return classes.flatten().long()
 

@@ -33,7 +33,7 @@ from trainables.data.listing import (
     differing,
     list_splits,
 )
-from trainables.data.load import CorruptedSet, image_files, is_archived, load_data, stored_split
+from trainables.data.load import CorruptedSet, archive_of, image_files, load_data, stored_split
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
 from trainables.plugins import described
 from trainables.scale import Scale
@@ -139,7 +139,7 @@ class _DataCheck:
 
     def _images(self, root: Path) -> Iterator[Remark]:
         data_set = self.data_set
-        if is_archived(data_set, self.source):
+        if archive_of(data_set, self.source):
             data = load_data(self.scale, self.source)
             self.sizes[data_set.short_title] = len(data.train) + len(data.held_out)
             yield "ok", f"{len(data.train):,} and {len(data.held_out):,} images as published"

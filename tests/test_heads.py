@@ -93,11 +93,11 @@ def test_a_head_of_the_datas_own_size_keeps_its_order():
 @pytest.mark.parametrize(
     ("names", "outputs", "said"),
     [
-        (("a", "b"), 1, r"among 1 classes, and the data have 2: give data of its classes alone"),
-        (("n02105641", "n0144076"), 1000, r"1 are not .*first 'n0144076'.*mean 'n01440764'\?"),
+        (("a", "b"), 1, r"among 1 classes, and the data have 2; 2 of these are unknown .* 'a'"),
+        (("n02105641", "n0144076"), 1000, r"; 1 of these .*first 'n0144076'.*mean 'n01440764'\?"),
         (("n02105641", "crane"), 1000, r"first 'crane'"),  # a bird and a machine
         (("7", "1000"), 1000, r"first '1000'"),
-        (("tench", "n01440764"), 1000, r"two of which are one of its classes; .* 'tench'"),
+        (("tench", "n01440764"), 1000, r"2 of these are .* named twice, the first 'tench'"),
         (("cat", "dog"), 30, r"first 'cat': name classes by WordNet id"),
     ],
 )

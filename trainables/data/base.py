@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,27 +131,23 @@ class Data:
     def columns_of_head(self, outputs: int) -> tuple[int, ...] | None:
         """Return a head's outputs as the data count them: its own classes in order, then the rest.
 
-        None where the head is the data's own. A wider one is matched by the classes' names, which
+        None where the head is the data's own. Another one is matched by the classes' names, which
         are WordNet ids or names of ImageNet's classes, as timm lists those of a head of that width,
-        or else the outputs' indices. ValueError names a class that the head lacks.
+        or else the outputs' indices. ValueError names a class that the head lacks or that has
+        another name there.
         """
-        names = self.class_names
+        names, places = self.class_names, places_in_head(outputs)
         if outputs == len(names):
             return None
-        head = f"the model answers among {outputs} classes, and the data have {len(names)}"
-        if outputs < len(names):
-            raise ValueError(f"{head}: give data of its classes alone, or a model for these data")
-        places = places_in_head(outputs)
-        if missing := [name for name in names if plain(name) not in places]:
+        columns = [places.get(plain(name), outputs) for name in names]
+        times = Counter(columns) + Counter({outputs: 1})
+        if wrong := [n for n, c in zip(names, columns, strict=True) if times[c] > 1]:
             raise ValueError(
-                f"{head}, of which {len(missing)} are not known to be among them, the first "
-                f"{missing[0]!r}: name classes by WordNet id, by ImageNet's names or by the index "
-                f"of their output{nearest(missing[0], places)}"
+                f"the model answers among {outputs} classes, and the data have {len(names)}; "
+                f"{len(wrong)} of these are unknown there or named twice, the first {wrong[0]!r}: "
+                "name classes by WordNet id, by ImageNet's names or by the index of their output"
+                f"{nearest(wrong[0], places)}"
             )
-        columns = [places[plain(name)] for name in names]
-        if len(set(columns)) < len(columns):
-            twice = next(n for n, c in zip(names, columns, strict=True) if columns.count(c) > 1)
-            raise ValueError(f"{head}, two of which are one of its classes; the first: {twice!r}")
         return (*columns, *sorted({*range(outputs)} - {*columns}))
 
     def counterpart(self, evaluator: str) -> tuple[StoredSet, Path] | None:

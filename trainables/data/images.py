@@ -74,7 +74,7 @@ def validated(image: Image.Image, to: Preprocessing) -> Image.Image:
 
     assert to.size
     mode = InterpolationMode(to.interpolation or "bilinear")
-    if to.squash:
+    if to.squash:  # of an image that has the size already: as it is
         squashed: Image.Image = T.resize(image, [to.size, to.size], interpolation=mode)
         return squashed
     shorter = math.floor(to.size / to.crop) if to.crop else round(to.size * 256 / 224)
@@ -83,11 +83,9 @@ def validated(image: Image.Image, to: Preprocessing) -> Image.Image:
     return cropped
 
 
-def resized_whole(image: Image.Image, to: Preprocessing) -> Image.Image:
-    """Bring an image that is stored at a data set's size to another one; nothing is cut off."""
-    if image.size == (to.size, to.size):
-        return image
-    return validated(image, to.model_copy(update={"squash": True}))
+def _whole(preprocessing: Preprocessing) -> Preprocessing:
+    """Return the preprocessing of images that are stored at a data set's size: none is cut."""
+    return preprocessing.model_copy(update={"squash": True})
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -115,7 +113,8 @@ class ImageFiles:
     ) -> None:
         assert preprocessing.size
         self.root, self.native, self.workers = root, native, workers
-        self.preprocessing, self.size = preprocessing, preprocessing.size
+        self.preprocessing = _whole(preprocessing) if native else preprocessing
+        self.size = preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         for file in {file_of(root / path) for path in paths if "@" in path}:
             if file.name.endswith((PARQUET, ARROW)):
@@ -233,14 +232,12 @@ class ImageFiles:
 
     def _decoded(self, place: int) -> Tensor:
         image = self.original(place)
-        if not self.native:
-            return as_tensor(validated(image, self.preprocessing))
-        if image.size != (self.native, self.native):
+        if self.native and image.size != (self.native, self.native):
             raise ValueError(
                 f"{self.path(place)} is {image.width} x {image.height} px, not {self.native} x "
                 f"{self.native}: --scale folder takes images of any size"
             )
-        return as_tensor(resized_whole(image, self.preprocessing))
+        return as_tensor(validated(image, self.preprocessing))
 
 
 class ResizedImages:
@@ -248,7 +245,7 @@ class ResizedImages:
 
     def __init__(self, stored_N3SS: Tensor, preprocessing: Preprocessing) -> None:
         assert preprocessing.size
-        self.stored, self.preprocessing = stored_N3SS, preprocessing
+        self.stored, self.preprocessing = stored_N3SS, _whole(preprocessing)
         self.shape = (len(stored_N3SS), CHANNELS, preprocessing.size, preprocessing.size)
         self.nbytes = math.prod(self.shape)
 
@@ -271,7 +268,7 @@ class ResizedImages:
 
     def _resized(self, image_3SS: Tensor) -> Tensor:
         image = Image.fromarray(image_3SS.permute(1, 2, 0).contiguous().numpy())
-        return as_tensor(resized_whole(image, self.preprocessing))
+        return as_tensor(validated(image, self.preprocessing))
 
 
 def in_threads(

@@ -170,12 +170,12 @@ def _in_order(images: Mapping[str, list[str]]) -> Paths:
 def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     """Return the shards and tables of each split, named train-*, val-* or lying in train/, val/."""
     packed = defaultdict[str, list[Path]](list)
-    for path in sorted([*root.iterdir(), *root.glob("*/*")]):
-        below = path.parent.name if path.parent != root else ""
-        split = _SPLIT.match(path.name) or _SPLIT.match(below)
-        is_packed = path.suffix in PACKED and not path.name.startswith(_ASIDE)
-        if is_packed and (split or not below) and below not in STORED_SETS:
-            packed[split[1] if split else TRAIN].append(path)
+    for below in ("", *(name for name in _folders_in(root) if name not in STORED_SETS)):
+        for name in sorted(entry.name for entry in os.scandir(root / below)):
+            split = _SPLIT.match(name) or _SPLIT.match(below)
+            is_packed = name.endswith(PACKED) and not name.startswith(_ASIDE)
+            if is_packed and (split or not below):
+                packed[split[1] if split else TRAIN].append(root / below / name)
     for name, paths in packed.items():
         if len(folders := {str(path.parent) for path in paths}) > 1:
             lie = f"images of {name} lie in {' and '.join(sorted(folders))}"

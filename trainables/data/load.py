@@ -56,7 +56,8 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         module, _, function = data_set.package.partition(":")
         train, held_out, names = getattr(import_module(module), function)(data_set)
     else:
-        read = _archive if is_archived(data_set, source) else _folders
+        archive = archive_of(data_set, source)
+        read = partial(_archived, archive) if archive else _folders
         train, held_out, names = read(data_set, source)
     return Data(
         data_set=data_set,
@@ -126,31 +127,33 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     return train_split, held_out_split, listed[0].class_names
 
 
-def image_files(listed: ImageList, data_set: DataSet, workers: int = 0) -> ImageFiles:
-    """Return a listed split's images as the data set shows them, undecoded."""
-    native = data_set.stored_size if data_set.exact_size else 0
+def image_files(
+    listed: ImageList, data_set: DataSet, workers: int = 0, *, native: int | None = None
+) -> ImageFiles:
+    """Return listed images as the data set shows them, undecoded.
+
+    native: the side at which they are stored, 0 for any; as the data set has it by default.
+    """
+    if native is None:
+        native = data_set.stored_size if data_set.exact_size else 0
     preprocessing = data_set.preprocessing
     return ImageFiles(
         listed.root, listed.paths, preprocessing=preprocessing, native=native, workers=workers
     )
 
 
-def is_archived(data_set: DataSet, source: DataSource) -> bool:
-    """Tell whether torchvision's archive is there, or is to be fetched."""
+def archive_of(data_set: DataSet, source: DataSource) -> Any:
+    """Return torchvision's class for an archive that is there or is to be fetched, or None."""
     if not data_set.archive or source.root is None:
-        return False
-    archive = _torchvision(data_set)
-    there = source.root / archive.base_folder, source.root / archive.filename
-    return source.download or any(path.exists() for path in there)
-
-
-def _torchvision(data_set: DataSet) -> Any:
+        return None
     from torchvision import datasets  # type: ignore[import-untyped]
 
-    return getattr(datasets, data_set.archive)
+    archive = getattr(datasets, data_set.archive)
+    there = source.root / archive.base_folder, source.root / archive.filename
+    return archive if source.download or any(path.exists() for path in there) else None
 
 
-def _archive(data_set: DataSet, source: DataSource) -> Loaded:
+def _archived(archive: Any, data_set: DataSet, source: DataSource) -> Loaded:
     """Read torchvision's archive, fetched and unpacked where it has to be; ValueError on another.
 
     torchvision compares the archive and its files with their published MD5 before it reads them.
@@ -159,7 +162,7 @@ def _archive(data_set: DataSet, source: DataSource) -> Loaded:
 
     if source.labels:
         raise ValueError(f"torchvision's archive brings its labels: leave out {source.labels}")
-    root, archive = source.root, _torchvision(data_set)
+    root = source.root
     assert root is not None
     assert isinstance(data_set.classes, tuple)
     packed, splits = root / archive.filename, []
@@ -190,14 +193,9 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
         return _as_split(stored, pixels, classes, data.data_set)
     names = stored.classes if isinstance(stored.classes, tuple) else data.class_names
     listed = list_stored(stored, root / stored.folder, names, data.data_set)
-    side = stored.size or data.data_set.stored_size
-    files = ImageFiles(
-        listed.root,
-        listed.paths,
-        preprocessing=data.data_set.preprocessing,
-        native=side if (stored.native if native is None else native) else 0,
-        workers=data.workers,
-    )
+    is_native = stored.native if native is None else native
+    side = (stored.size or data.data_set.stored_size) if is_native else 0
+    files = image_files(listed, data.data_set, data.workers, native=side)
     ids = tuple(path.rpartition(".")[0] for path in listed.paths)
     return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
 
