@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from evaluators import memory
 from evaluators.base import Batch, Column, Evaluator, verdicts
-from evaluators.ledger import Score, share
+from evaluators.ledger import Score, by_question, share
 from evaluators.pgd import FOLDED_ON, at_radius
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.layers import Classifier
@@ -116,12 +115,11 @@ class AutoAttack(Evaluator):
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         scores = super().summarize(ledger)
-        standard = ledger.filter(pc.equal(ledger["question"], ledger["question"][0]))
-        right = sum(stage != CLEAN for stage in standard["stage"].to_pylist())
-        scores.append(share(f"{self.name}/{CLEAN}", right, len(standard)))
-        for question in pc.unique(ledger["question"]).to_pylist():
-            stages = ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist()
-            alive = sum(stage != CLEAN for stage in stages)
+        stages_of = {q: rows["stage"].to_pylist() for q, rows in by_question(ledger).items()}
+        first = next(iter(stages_of.values()))
+        scores.append(share(f"{self.name}/{CLEAN}", len(first) - first.count(CLEAN), len(first)))
+        for question, stages in stages_of.items():
+            alive = len(stages) - stages.count(CLEAN)
             for stage in [s for s in STAGES if s in {*self.stages, *stages}]:
                 alive -= stages.count(stage)
                 scores.append(share(f"{question}/after-{stage}", alive, len(stages)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.corruption_kinds import corrupt
-from evaluators.intervals import of_mean
+from evaluators.intervals import mean_score
 from evaluators.ledger import Score
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import CorruptedSet
@@ -104,13 +104,11 @@ class Corruptions(Evaluator):
         kinds, errors_NK = _errors(ledger)
         is_generated = pc.any(pc.equal(ledger["stage"], GENERATED)).as_py()
         is_published = not (is_generated or self.scale.data_set.generated)
-        scores = []
-        for name, weights in _aggregates(kinds, with_mce=is_published).items():
-            errors_N = errors_NK @ weights
+        return [
             # Of mCE the most, where every answer is wrong, is above 1.
-            low, high = of_mean(errors_N, least=0, most=float(weights.sum()))
-            scores.append(Score(name, float(errors_N.mean()), low, high, len(errors_N)))
-        return scores
+            mean_score(name, errors_NK @ weights, most=float(weights.sum()))
+            for name, weights in _aggregates(kinds, with_mce=is_published).items()
+        ]
 
 
 def _stored(source: Data) -> CorruptedSet | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from evaluators.base import Batch, Evaluator, verdicts
-from evaluators.ledger import share
+from evaluators.ledger import LEDGER, by_question, share
 from trainables.data.base import Data
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
@@ -88,21 +88,17 @@ def is_checked(ledgers: Iterable[pa.Table]) -> bool:
 
 def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
     """Return why one model's attacks are not to be believed; each check needs its questions."""
-    ledger = pa.concat_tables(ledgers)
-    questions = pc.unique(ledger["question"]).to_pylist()
-    return [
-        *_longer_attacks_that_are_weaker(ledger, questions),
-        *_signs_of_masked_gradients(ledger, questions),
-    ]
+    rows = by_question(pa.concat_tables(ledgers))
+    return [*_longer_attacks_that_are_weaker(rows), *_signs_of_masked_gradients(rows)]
 
 
-def _longer_attacks_that_are_weaker(ledger: pa.Table, questions: list[str]) -> Iterator[str]:
+def _longer_attacks_that_are_weaker(rows: Mapping[str, pa.Table]) -> Iterator[str]:
     lengths: dict[str, list[int]] = {}
-    for name in filter(None, map(LENGTH.fullmatch, questions)):
+    for name in filter(None, map(LENGTH.fullmatch, rows)):
         lengths.setdefault(name[2] or "", []).append(int(name[1]))
     for radius, steps in lengths.items():
         for few, many in pairwise(sorted(steps)):
-            shorter, longer = (_survived(ledger, f"pgd-{n}{radius}") for n in (few, many))
+            shorter, longer = (_survived(rows, f"pgd-{n}{radius}") for n in (few, many))
             shared = shorter.keys() & longer.keys()
             gained = sum(longer[i] and not shorter[i] for i in shared)
             lost = sum(shorter[i] and not longer[i] for i in shared)
@@ -113,22 +109,22 @@ def _longer_attacks_that_are_weaker(ledger: pa.Table, questions: list[str]) -> I
                 )
 
 
-def _signs_of_masked_gradients(ledger: pa.Table, questions: list[str]) -> Iterator[str]:
-    survived = _survived(ledger, "pgd-huge")
+def _signs_of_masked_gradients(rows: Mapping[str, pa.Table]) -> Iterator[str]:
+    survived = _survived(rows, "pgd-huge")
     if _more_than_chance(count := sum(survived.values()), len(survived)):
         yield (
             f"{count} of {len(survived)} images survive PGD at epsilon {HUGE_EPSILON:g}, "
             "where none can: the gradients mislead the attack"
         )
-    for question in questions:
-        stages = ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist()
+    for question, table in rows.items():
+        stages = table["stage"].to_pylist()
         attacked_images = len(stages) - stages.count("clean")
         if _more_than_chance(count := stages.count("square"), attacked_images):
             yield (
                 f"{question}: Square, a black box, breaks {count} of {attacked_images} images "
                 "that every white-box attack left: the gradients mislead the attack"
             )
-    has_gradient = _survived(ledger, "gradient")
+    has_gradient = _survived(rows, "gradient")
     if _more_than_chance(count := sum(not g for g in has_gradient.values()), len(has_gradient)):
         yield (
             f"the input gradient is zero at {count} of {len(has_gradient)} images: "
@@ -136,9 +132,9 @@ def _signs_of_masked_gradients(ledger: pa.Table, questions: list[str]) -> Iterat
         )
 
 
-def _survived(ledger: pa.Table, question: str) -> dict[str, bool]:
-    rows = ledger.filter(pc.equal(ledger["question"], question))
-    return dict(zip(rows["image_id"].to_pylist(), rows["survived"].to_pylist(), strict=True))
+def _survived(rows: Mapping[str, pa.Table], question: str) -> dict[str, bool]:
+    table = rows.get(question, LEDGER.empty_table())
+    return dict(zip(table["image_id"].to_pylist(), table["survived"].to_pylist(), strict=True))
 
 
 def _exceeds_half(count: int, n: int) -> bool:

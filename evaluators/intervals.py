@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
 
-from evaluators.ledger import CONFIDENCE
+from evaluators.ledger import CONFIDENCE, Score
 from trainables.data.registry import KINDS
 
 Interval = tuple[float, float]
@@ -92,6 +92,12 @@ def of_mean(values_N: np.ndarray, *, least: float, most: float) -> Interval:
         return common - unseen * (common - least), common + unseen * (most - common)
     interval = ttest_1samp(values_N, 0).confidence_interval(CONFIDENCE)
     return max(float(interval.low), least), min(float(interval.high), most)
+
+
+def mean_score(name: str, values_N: np.ndarray, *, most: float) -> Score:
+    """Return the mean over images of values from 0 to `most`, with Student's interval."""
+    low, high = of_mean(values_N, least=0, most=most)
+    return Score(name, float(values_N.mean()), low, high, len(values_N))
 
 
 def of_gained_and_lost(gained: float, lost: float, n: int) -> Interval:

@@ -89,13 +89,18 @@ def in_order(ledger: pa.Table) -> pa.Table:
     return ledger.take(pc.sort_indices(keys, sort_keys=by)).combine_chunks()
 
 
+def by_question(ledger: pa.Table) -> dict[str, pa.Table]:
+    """Return each question's rows, in the order in which the questions are asked."""
+    questions = pc.unique(ledger["question"]).to_pylist()
+    return {q: ledger.filter(pc.equal(ledger["question"], q)) for q in questions}
+
+
 def survival_scores(ledger: pa.Table) -> list[Score]:
     """Return, per question, the share of images that survived, with its Wilson interval."""
-    scores = []
-    for question in pc.unique(ledger["question"]).to_pylist():
-        survived = ledger.filter(pc.equal(ledger["question"], question))["survived"]
-        scores.append(share(question, pc.sum(survived).as_py() or 0, len(survived)))
-    return scores
+    return [
+        share(question, pc.sum(rows["survived"]).as_py(), len(rows))
+        for question, rows in by_question(ledger).items()
+    ]
 
 
 def share(name: str, count: int, n: int) -> Score:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evaluators.base import Batch, Column, Evaluator, verdicts
-from evaluators.intervals import image_scores, of_mean
+from evaluators.intervals import image_scores, mean_score
 from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import at_radius
 from trainables.data.base import WHOLE, Data, Shard, to_unit
@@ -139,8 +139,7 @@ class Corruption(PlugInFunction):
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return the mean error over severities, with Student's interval, and that at each."""
         errors_N = np.array([*(image_scores(ledger, self.name) or {}).values()])
-        low, high = of_mean(errors_N, least=0, most=1)
-        scores = [Score(self.name, float(errors_N.mean()), low, high, len(errors_N))]
+        scores = [mean_score(self.name, errors_N, most=1)]
         for s in survival_scores(ledger):
             name = f"{self.name}/severity-{s.name[-1]}"
             scores.append(Score(name, 1 - s.value, 1 - s.high, 1 - s.low, s.n))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evaluators.base import Batch, Clean, Column, split_batches, verdicts
-from evaluators.ledger import Score, share
+from evaluators.ledger import Score, by_question, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.registry import SIXTEEN_CLASSES, STORED_SETS
 
@@ -67,19 +67,13 @@ class Stylized(Clean):
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         scores = super().summarize(ledger)
-        for question in pc.unique(ledger["question"]).to_pylist():
-            scores += _shape_bias(ledger.filter(pc.equal(ledger["question"], question)), question)
+        for question, rows in by_question(ledger.filter(pc.is_valid(ledger["stage"]))).items():
+            textures = pc.replace_substring(rows["stage"], TEXTURE, "").cast(pa.int32())
+            shape = pc.sum(rows["survived"]).as_py()
+            texture = pc.sum(pc.equal(rows["predicted"], textures)).as_py()
+            if shape + texture:
+                scores.append(share(f"{question}/shape-bias", shape, shape + texture))
         return scores
-
-
-def _shape_bias(ledger: pa.Table, question: str) -> list[Score]:
-    """Return the share of shape among the answers by shape or texture; nothing without any."""
-    textured = ledger.filter(pc.is_valid(ledger["stage"]))
-    textures = pc.replace_substring(textured["stage"], TEXTURE, "").cast(pa.int32())
-    shape = pc.sum(textured["survived"]).as_py() or 0
-    texture = pc.sum(pc.equal(textured["predicted"], textures)).as_py() or 0
-    bias = f"{question}/shape-bias"
-    return [share(bias, shape, shape + texture)] if shape + texture else []
 
 
 def _cue_conflicts(source: Data, batch_size: int, shard: Shard) -> Iterable[Batch]:

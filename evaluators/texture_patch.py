@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.base import Batch, Column, Evaluator, verdicts
-from evaluators.intervals import of_mean
-from evaluators.ledger import Score, share
+from evaluators.intervals import mean_score
+from evaluators.ledger import Score, by_question, share
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
 from evaluators.textures import dictionary_for, dictionary_identity
@@ -385,8 +385,9 @@ class TexturePatchAttack(Evaluator):
         """Return survival of each question, after each number of patches, and mean queries."""
         scores = super().summarize(ledger)
         most = self.budget.patches * self.budget.steps * self.budget.samples
+        rows_of = by_question(ledger)
         for question in LEARNS:
-            rows = ledger.filter(pc.equal(ledger["question"], question))
+            rows = rows_of[question]
             stages = rows["stage"].to_pylist()
             alive = len(stages) - stages.count("clean")
             for n in range(1, self.budget.patches):
@@ -394,7 +395,5 @@ class TexturePatchAttack(Evaluator):
                 scores.append(share(f"{question}/patches-{n}", alive, len(stages)))
             queries = rows.filter(pc.greater(rows["queries"], 0))["queries"].to_numpy()
             if len(queries):
-                low, high = of_mean(queries, least=0, most=most)
-                mean = float(queries.mean())
-                scores.append(Score(f"{question}/queries", mean, low, high, len(queries)))
+                scores.append(mean_score(f"{question}/queries", queries, most=most))
         return scores
