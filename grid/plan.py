@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluators import EVALUATORS, evaluator_of
 from grid.axes import Axes, Library, axis_value, check_settings, format_settings, with_settings
-from grid.study import Mode, Study, Table
+from grid.study import Mode, Row, Study, Table
 from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale, scale_named
@@ -203,7 +203,7 @@ def _shared(
         serves[digest][purpose] = None
         judges[digest] |= dict.fromkeys(names)
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
-    names_of = {digest: _name(recipe, study) for digest, recipe in recipes.items()}
+    names_of = {digest: _name(recipe, study, scale) for digest, recipe in recipes.items()}
     alike = Counter(names_of.values())
     return [
         Trial(
@@ -229,9 +229,10 @@ def _choose_tables(study: Study, names: Collection[str]) -> list[Table]:
 
 
 def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Table, ...]:
-    """Return tables with their rows' recipes as they are trained; questions tell what is set.
+    """Return tables with their rows' recipes as they are trained.
 
-    ValueError where what is set for all cannot be in a row, or makes one trial of two rows.
+    Questions tell what is set for every trial and which models stand for others. ValueError where
+    what is set cannot be in a row, or where two rows become one trial.
     """
     settings = format_settings(study.settings)
     suffix = f" (every trial: {settings})" if settings else ""
@@ -240,27 +241,47 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
     for table in tables:
         rows = []
         for row in table.rows:
-            recipe = row.recipe
-            if not recipe.epochs:
-                for_all = Preprocessing.model_validate(study.settings.get("preprocessing", {}))
-                recipe = recipe.replace(preprocessing=for_all | recipe.preprocessing)
-            elif settings:
-                try:
-                    recipe = with_settings(recipe, study.settings, library=study.library)
-                except ValueError as error:
-                    name = row.recipe.describe()
-                    raise ValueError(f"--set {settings}: {name}: {problem(error)}") from None
+            recipe = _with_settings(row, study, scale)
             origin = row.recipe.digest(), f"{table.name} {row.label}"
             other = origins.setdefault(recipe.digest(), origin)
             if other[0] != origin[0]:
+                cause = f"--set {settings}" if settings else f"a relative at scale {scale.name}"
                 raise ValueError(
-                    f"--set {settings} makes one trial of {other[1]} and {origin[1]}, which the "
+                    f"{cause} makes one trial of {other[1]} and {origin[1]}, which the "
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
             rows.append(replace(row, recipe=_shrunk(recipe, scale)))
-        update = {"question": table.question + suffix, "rows": tuple(rows)}
+        stand_ins = _stand_ins(study, table, scale)
+        update = {"question": table.question + suffix + stand_ins, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
     return tuple(trained)
+
+
+def _with_settings(row: Row, study: Study, scale: Scale) -> Recipe:
+    """Return a row's recipe, or that of its relative, with what is set for every trial."""
+    recipe = study.cut_down(row.recipe, scale)
+    if not recipe.epochs:
+        for_all = Preprocessing.model_validate(study.settings.get("preprocessing", {}))
+        return recipe.replace(preprocessing=for_all | recipe.preprocessing)
+    if not study.settings:
+        return recipe
+    try:
+        return with_settings(recipe, study.settings, library=study.library)
+    except ValueError as error:
+        settings, name = format_settings(study.settings), recipe.describe()
+        raise ValueError(f"--set {settings}: {name}: {problem(error)}") from None
+
+
+def _stand_ins(study: Study, table: Table, scale: Scale) -> str:
+    """Say in brackets which models stand for those of a table's rows; '' where none does."""
+    models = dict.fromkeys(row.recipe.model for row in table.rows)
+    pairs = [f"{r.model} for {model}" for model, r in study.relatives.items() if model in models]
+    return f" (cut down: {', '.join(pairs)})" if pairs and scale.depth_divisor > 1 else ""
+
+
+def at_scale(recipe: Recipe, study: Study, scale: Scale) -> Recipe:
+    """Return a recipe of a study as it is trained at a scale; ValueError."""
+    return _shrunk(study.cut_down(recipe, scale), scale)
 
 
 def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
@@ -289,7 +310,7 @@ def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Recipe], list[Re
             f"study {study.name!r} has no trial left, all {len(refused)} are refused; "
             f"the first, {named}: {refused[0][1]}"
         )
-    return [_shrunk(recipe, scale) for recipe in recipes], refused
+    return [at_scale(recipe, study, scale) for recipe in recipes], refused
 
 
 def _keep_only(
@@ -316,11 +337,12 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
     return set(names) or known
 
 
-def _name(recipe: Recipe, study: Study) -> str:
-    """Describe a recipe, and the study's axes that its description does not tell of."""
+def _name(recipe: Recipe, study: Study, scale: Scale) -> str:
+    """Describe a recipe, the study's axes that its description lacks, and whom it stands for."""
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
     others = (f"{axis}={axis_value(recipe, axis, study.library)}" for axis in axes)
-    return " ".join([recipe.describe(), *others])
+    behind = " or ".join(study.models_behind(recipe) if scale.depth_divisor > 1 else ())
+    return " ".join([recipe.describe(), *others, *([f"for {behind}"] if behind else [])])
 
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:

@@ -29,7 +29,17 @@ from pydantic import (
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import Library, check_axis, recipe_of_weights, with_axes, with_origin
 from trainables.models import check_family
-from trainables.recipe import CurriculumRow, Frozen, Recipe, one_of, problem, unknown
+from trainables.recipe import (
+    Arguments,
+    CurriculumRow,
+    Frozen,
+    Recipe,
+    check_model,
+    one_of,
+    problem,
+    unknown,
+)
+from trainables.scale import Scale
 
 FOLDER = Path(__file__).parent / "studies"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
@@ -189,13 +199,37 @@ class PlacementOfFamily(Frozen):
     gpus: float | None = Field(None, ge=0)
 
 
+class Relative(Frozen):
+    """A small model that stands for one of the study at scales that cut models down.
+
+    It is trained by the recipe of the other, whose arguments stay where `model_args` has none; by
+    that of `base` where the other's is one of published weights.
+    """
+
+    model: Annotated[str, AfterValidator(check_model)]
+    model_args: Arguments = Field({})
+    base: Annotated[Recipe | None, BeforeValidator(_base)] = None
+
+    def stand_in(self, recipe: Recipe) -> Recipe:
+        """Return the recipe of this model in the place of another's; ValueError."""
+        if recipe.init and not self.base:
+            raise ValueError(
+                f"{self.model} has no place for the weights {recipe.origin}: give the relative of "
+                f"{recipe.model} a base, which says how it is trained"
+            )
+        trained = self.base.replace(seed=recipe.seed) if self.base else recipe
+        arguments = {**trained.model_args, **self.model_args}
+        return trained.replace(model=self.model, model_args=arguments)
+
+
 class Study(Frozen):
     """A named set of recipes with the tables they serve; its fields are the keys of a file.
 
     `evaluators` judge every trial, beside those that the tables' columns need. `placement` maps a
     family to where its trials' placement differs. `settings`, in a file `set`, are axes that every
     trial and every teacher has so, whatever other axes bring along. `reduced`: models are cut down
-    as at scale digits, whatever the scale. `subject`: what the headlines are about; `answer`: the
+    as at scale digits, whatever the scale. `relatives`: by a model's name what stands for it where
+    models are cut down. `subject`: what the headlines are about; `answer`: the
     published answer to the title, a sentence.
     """
 
@@ -214,6 +248,7 @@ class Study(Frozen):
     tables: tuple[Table, ...] = ()
     claims: tuple[Claim, ...] = ()
     reduced: bool = False
+    relatives: dict[Annotated[str, AfterValidator(check_model)], Relative] = Field({})
     subject: str = ""
     answer: str = ""
     _folder: Path = PrivateAttr(Path())  # of its file
@@ -230,12 +265,35 @@ class Study(Frozen):
             return self.evaluators
         return ("clean", "pgd") if self.base else ()
 
+    def cut_down(self, recipe: Recipe, scale: Scale) -> Recipe:
+        """Return a recipe, and those that it needs, with relatives where the scale cuts models."""
+        if scale.depth_divisor == 1:
+            return recipe
+        recipe = recipe.with_prerequisites(lambda other: self.cut_down(other, scale))
+        relative = self.relatives.get(recipe.model)
+        return relative.stand_in(recipe) if relative else recipe
+
+    def models_behind(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the models of the study for which that of a recipe may stand."""
+        return tuple(
+            model
+            for model, relative in self.relatives.items()
+            if relative.model == recipe.model
+            and relative.model_args.items() <= recipe.model_args.items()
+        )
+
     @model_validator(mode="after")
     def _holds_together(self) -> Study:
         if self.base is None and (self.axes or not self.tables):
             raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
         _check_once("table", [table.name for table in self.tables])
         tables = {table.name: table for table in self.tables}
+        recipes = [*self.bases.values(), *(row.recipe for t in self.tables for row in t.rows)]
+        models = {recipe.model for recipe in (*recipes, self.base) if recipe}
+        models |= {model for axis in ("model", "family") for model in self.axes.get(axis, ())}
+        for model in self.relatives:
+            if model not in models:
+                raise ValueError(f"relatives: {unknown('model of the study', model, models)}")
         for claim in self.claims:
             with _at(f"claim {claim.says!r}"):
                 for name, label in {place for pair in claim.pairs for place in pair} - {("", "")}:

@@ -146,6 +146,93 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
     assert len(plan.trials) == 4
 
 
+RELATIVES = """name = "s"
+[bases.tiny]
+extends = "deit_small"
+model = "timm:convnext_tiny"
+model_args = { depths = [3, 3, 9, 3], kernel_sizes = 7 }
+warm_start = "deit_small"
+[relatives."timm:convnext_tiny"]
+model = "timm:convnext_atto"
+model_args = { depths = [1, 1, 1, 1] }
+[relatives."timm:vit_base_patch16_224.augreg_in1k"]
+model = "timm:vit_tiny_patch16_224"
+base = "deit_small"
+[[tables]]
+name = "A1"
+question = "Whom"
+columns = ["clean"]
+rows = [
+    { label = "ConvNeXt", base = "tiny", epochs = 50 },
+    { label = "ViT", weights = "timm:vit_base_patch16_224.augreg_in1k" },
+]
+"""
+
+
+def test_a_relative_stands_for_a_model_only_where_models_are_cut_down(tmp_path):
+    study = load_study(write(tmp_path, RELATIVES))
+    (table,) = build_plan(study, IMAGENET).tables
+    assert [row.recipe.model for row in table.rows] == [
+        "timm:convnext_tiny",
+        "timm:vit_base_patch16_224.augreg_in1k",
+    ]
+    assert table.question == "Whom"
+    plan = build_plan(study.model_copy(update={"settings": {"precision": "bf16"}}), DIGITS)
+    convnext, vit = (row.recipe for row in plan.tables[0].rows)
+    assert (convnext.model, convnext.epochs) == ("timm:convnext_atto", 5)
+    assert convnext.model_args == {"depths": (1, 1, 1, 1), "kernel_sizes": 7}
+    # Weights of a whole model: the relative is trained by its base, and as every trial.
+    assert (vit.model, vit.epochs, vit.init) == ("timm:vit_tiny_patch16_224", 10, "")
+    assert (vit.precision, vit.learning_rate) == ("bf16", 2e-3)
+    assert "for timm:convnext_tiny" in next(t.name for t in plan if t.recipe == convnext)
+    assert "timm:convnext_atto for timm:convnext_tiny, " in plan.tables[0].question
+
+
+def test_a_relative_stands_for_a_teacher_and_in_a_grid(tmp_path):
+    grid = """base = "student"
+    [bases.student]
+    extends = "deit_small"
+    teacher = "resnet50"
+    [axes]
+    model = ["timm:convnext_tiny", "deit_small"]
+    [relatives.resnet50]
+    model = "resnet18"
+    [relatives."timm:convnext_tiny"]
+    model = "timm:convnext_atto"
+    """
+    plan = build_plan(load_study(write(tmp_path, f'name = "s"\n{grid}')), DIGITS)
+    models = {"timm:convnext_atto", "deit_small", "resnet18"}
+    assert {trial.recipe.model for trial in plan} == models
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('base = "deit_small"\n[[', "[[", "give the relative of timm:vit_base_patch16_224.augreg"),
+        ('augreg_in1k"]', 'augreg"]', "relatives: unknown model of the study 'timm:vit_base_pat"),
+    ],
+)
+def test_a_relative_that_stands_for_nothing_or_has_no_training_is_refused(
+    tmp_path, old, new, message
+):
+    assert old in RELATIVES
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_plan(load_study(write(tmp_path, RELATIVES.replace(old, new))), DIGITS)
+
+
+def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
+    text = RELATIVES.replace(
+        '{ label = "ViT", weights = "timm:vit_base_patch16_224.augreg_in1k" }',
+        '{ label = "ConvNeXt-S", base = "tiny", model = "timm:convnext_small", epochs = 50 }',
+    ).replace('"timm:vit_base_patch16_224.augreg_in1k"', '"timm:convnext_small"')
+    text = text.replace('"timm:vit_tiny_patch16_224"\nbase = "deit_small"', '"timm:convnext_atto"')
+    text += '[relatives."timm:convnext_small".model_args]\ndepths = [1, 1, 1, 1]\n'
+    study = load_study(write(tmp_path, text))
+    assert len(build_plan(study, IMAGENET).tables[0].rows) == 2
+    with pytest.raises(ValueError, match="a relative at scale digits makes one trial of A1 ConvNe"):
+        build_plan(study, DIGITS)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 from evaluators import EVALUATORS, headline_of
 from evaluators.ledger import CONFIDENCE
 from grid.axes import axis_value
-from grid.plan import Plan, enumerate_trials
+from grid.plan import Plan, at_scale, enumerate_trials
 from grid.study import Study
 from trainables.recipe import Recipe
 from trainables.scale import Scale
@@ -77,7 +77,7 @@ def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
         library=study.library,
     )
     seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
-    by_digest = ((scale.shrink(recipe).digest(), recipe) for recipe in seeded)
+    by_digest = ((at_scale(recipe, study, scale).digest(), recipe) for recipe in seeded)
     return {digest: recipe for digest, recipe in by_digest if digest in planned}
 
 
