@@ -15,7 +15,7 @@ from grid.plan import Plan, format_seconds
 from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
 from trainables.models import model_named
-from trainables.recipe import Recipe
+from trainables.recipe import BEYOND_STUDY, Recipe
 from trainables.scale import Scale, scale_named
 from trainables.store.results import DATABASE
 
@@ -24,7 +24,9 @@ HOUR = 3600.0
 # means over tables T1 to T4 at scale digits.
 WITHSTANDING = {False: 0.2, True: 0.5}
 CHECKPOINTS = 2  # the newest two
-MOMENTS = {"sgd": 1, "adamw": 2}
+MOMENTS = {"sgd": 1}  # that an optimizer keeps of a weight
+MOST_MOMENTS = 2
+FEW_TRIALS = 20  # are printed one by one
 MOST_REASONS = 8
 MOST_VALUES = 12  # of a field in which trials differ
 INDENT = " " * 16
@@ -53,7 +55,8 @@ def disk_bytes(plan: Plan) -> int:
     """Return about what a plan's checkpoints take, and its weights, which MLflow has too."""
     total = 0
     for recipe in (trial.recipe for trial in plan):
-        checkpoints = CHECKPOINTS * (1 + MOMENTS[recipe.optimizer]) if recipe.epochs else 0
+        moments = MOMENTS.get(recipe.optimizer, MOST_MOMENTS) + (recipe.ema_decay > 0)
+        checkpoints = CHECKPOINTS * (1 + moments) if recipe.epochs else 0
         total += _weights_bytes(recipe) * (checkpoints + 2)
     return total
 
@@ -72,7 +75,7 @@ def print_plan(
     """Print a plan's trials by table, what is shared and refused, and what all of it takes."""
     settings = f" with {format_settings(study.settings)}" if study.settings else ""
     lines = [f"Study {study.name}{settings} at scale {scale.name}: {scale.title}"]
-    if options.all:
+    if options.all or len(plan.trials) <= FEW_TRIALS:
         lines += _every_trial(study, plan)
     work, rate, origin = _work_and_rate(options, plan, scale, source)
     gpus = options.gpus_per_worker
@@ -191,9 +194,11 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
 def _hyperparameters(recipe: Recipe) -> str:
     if not recipe.epochs:
         return f"not trained; {str(recipe.preprocessing) or 'images as the data set has them'}"
+    fields = recipe.effective()
+    beyond = (f", {name} {fields[name]}" for name in BEYOND_STUDY if name in fields)
     return (
         f"rate {recipe.learning_rate:g}, decay {recipe.weight_decay:g}, "
-        f"batch {recipe.batch_size}, warm-up {recipe.warmup_epochs:g}"
+        f"batch {recipe.batch_size}, warm-up {recipe.warmup_epochs:g}{''.join(beyond)}"
     )
 
 

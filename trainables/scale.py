@@ -12,6 +12,7 @@ from trainables.models import Settings, model_named
 from trainables.recipe import STUDY_OPTIMIZERS, CurriculumRow, Preprocessing, Recipe
 
 PUBLISHED_EPSILON = Fraction(4, 255)
+LEAST_STEPS = 8  # of an epoch
 STUDY_SIZE = 224  # pixels a side of the study's images
 # The arguments of timm's schedules that count epochs.
 SCHEDULE_EPOCHS = ("decay_epochs", "decay_milestones", "stable_timescale")
@@ -177,7 +178,7 @@ class Scale:
         if not recipe.epochs:
             return recipe.replace(scale=self.name)
         epochs = max(1, round(recipe.epochs * self.epochs_factor))
-        rate = self.own_value(recipe, "learning_rate")
+        rate, batch = self._rate_and_batch(recipe)
         changes: dict[str, Any] = {
             "scale": self.name,
             "epochs": epochs,
@@ -185,7 +186,7 @@ class Scale:
             "warmup_rate": recipe.warmup_rate * rate / recipe.learning_rate,
             "learning_rate": rate,
             "weight_decay": self.own_value(recipe, "weight_decay"),
-            "batch_size": max(1, round(self.own_value(recipe, "batch_size"))),
+            "batch_size": batch,
             "curriculum": tuple(
                 row.model_copy(update=self._softened(row)) for row in recipe.curriculum
             ),
@@ -209,6 +210,20 @@ class Scale:
             )
         return recipe.with_prerequisites(self.shrink).replace(**changes)
 
+    def _rate_and_batch(self, recipe: Recipe) -> tuple[float, int]:
+        """Return a recipe's rate and total batch at this scale.
+
+        A batch that would leave an epoch under 8 steps is a power of two that does not, SGD's rate
+        in proportion, that of others by the square root.
+        """
+        rate = self.own_value(recipe, "learning_rate")
+        batch = max(1, round(self.own_value(recipe, "batch_size")))
+        most = 2 ** math.floor(math.log2(max(1, self.data_set.train_images // LEAST_STEPS)))
+        if batch <= most:
+            return rate, batch
+        ratio = most / batch
+        return rate * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio)), most
+
     def _beyond_study(self, recipe: Recipe, epochs: int) -> dict[str, Any]:
         """Return what the study does not vary, as it is at this scale.
 
@@ -226,7 +241,7 @@ class Scale:
         }
         if recipe.ema_decay:
             images = self.data_set.train_images, IMAGENET.data_set.train_images
-            batches = round(self.own_value(recipe, "batch_size")), recipe.batch_size
+            batches = self._rate_and_batch(recipe)[1], recipe.batch_size
             ratio = Fraction(
                 epochs * images[0] * batches[1], recipe.epochs * images[1] * batches[0]
             )
