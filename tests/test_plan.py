@@ -312,7 +312,7 @@ def holds(recipe, axis, value):
         other = getattr(recipe, axis)
         return (other.model if other else "none") == value
     if axis == "preprocessing":
-        return recipe.preprocessing.chosen() == value
+        return value.items() <= recipe.preprocessing.chosen().items()
     if axis == "adversary":
         return recipe.adversary.steps == value["steps"]
     return getattr(recipe, axis) == value
