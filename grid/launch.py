@@ -39,7 +39,6 @@ from grid.study import Study
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
-from trainables.models import MODELS
 from trainables.options import again
 from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
@@ -177,7 +176,7 @@ def run_study(launch: Launch) -> Finished:
 
 
 def _check_plan(launch: Launch, data: Data) -> None:
-    """Build what only a name stands for so far: evaluators, timm's models, files of weights.
+    """Build what only a name stands for so far: evaluators, and models of weights.
 
     ValueError also where a recipe cannot be trained by as many workers as it is to have, and where
     a model as it is answers among other classes than those of the data.
@@ -190,9 +189,9 @@ def _check_plan(launch: Launch, data: Data) -> None:
     for name in {name for trial in plan for name in trial.evaluators}:
         evaluator_named(name, launch.scale)
     unsure = {
-        (t.recipe.model, t.recipe.init, t.recipe.preprocessing): t.recipe
+        (t.recipe.model, str(t.recipe.model_args), t.recipe.init, t.recipe.preprocessing): t.recipe
         for t in plan
-        if t.recipe.init or t.recipe.model not in MODELS
+        if t.recipe.init
     }
     if unsure:
         from trainables.networks import check_model

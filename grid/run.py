@@ -17,6 +17,7 @@ from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
+from trainables.buildable import check_buildable
 from trainables.data.listing import scale_of
 from trainables.options import again, installed
 from trainables.recipe import Preprocessing, problem
@@ -76,14 +77,7 @@ def _run(options: RunOptions) -> int:
     if chosen := scale.data_set.departure.chosen():
         settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
     study = study.model_copy(update={"settings": settings})
-    planned = partial(
-        build_plan,
-        study,
-        tables=options.tables,
-        only=options.values_by_axis(),
-        seeds=options.seeds,
-        evaluators=options.evaluators,
-    )
+    planned = partial(_planned, options, study)
     sized = partial(with_sizes, scale, reduced=study.reduced)
     sizes = replace(options.sizes, why=options.sizes.described(scale))
     if options.minutes:
@@ -121,6 +115,21 @@ def _run(options: RunOptions) -> int:
     if address is not None:
         show(check_cluster(launch), table=True)
     return 0
+
+
+def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
+    """Return the plan that options ask for; what is to be trained can be built."""
+    plan = build_plan(
+        study,
+        scale,
+        tables=options.tables,
+        only=options.values_by_axis(),
+        seeds=options.seeds,
+        evaluators=options.evaluators,
+    )
+    if not (options.report or options.status):
+        check_buildable(trial.recipe for trial in plan)
+    return plan
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 TIMM = "timm"  # the family of all its models
 TIMM_PREFIX = f"{TIMM}:"
 HUB_PREFIX = "torchhub:"
+STUDY_FAMILIES = ("resnet", "deit", "hybrid")
 OWN = "own"  # the family of models that a user's own code builds
 FORMS = (
     "timm:NAME",

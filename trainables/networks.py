@@ -21,6 +21,7 @@ from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import num_classes_of, timm_config
 from trainables.recipe import ACTIVATIONS, Recipe
 from trainables.scale import Scale, scale_of_recipe
+from trainables.train.optim import build_optimizer
 from trainables.weights import load_weights
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -114,14 +115,40 @@ def check_model(recipe: Recipe) -> int:
     model cannot take the image.
     """
     in_file = Path(recipe.init).is_file()
-    classifier = (first_classifier(recipe)[0] if in_file else build_classifier(recipe)).eval()
-    side = scale_of_recipe(recipe).image_size
+    classifier = first_classifier(recipe)[0] if in_file else build_classifier(recipe)
+    outputs = _outputs(recipe, classifier)
+    return outputs if recipe.epochs else num_classes_of(recipe.init) or outputs
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Raise ValueError where a recipe's model cannot be built, take its images or be trained.
+
+    Nothing is computed, unless the model needs an operation that torch's meta device lacks.
+    """
     try:
-        with torch.inference_mode():
-            _, outputs = classifier(torch.zeros(1, 3, side, side)).shape
-    except Exception as error:  # networks raise all kinds of errors
-        raise ValueError(f"{recipe.model!r} cannot take images of {side} px: {error}") from None
-    return int(outputs) if recipe.epochs else num_classes_of(recipe.init) or int(outputs)
+        with torch.device("meta"):
+            classifier = build_classifier(recipe)
+            outputs = _outputs(recipe, classifier)
+    except Exception:  # whose fault it is shows on the CPU
+        classifier = build_classifier(recipe)
+        outputs = _outputs(recipe, classifier)
+    classes = scale_of_recipe(recipe).num_classes
+    if recipe.epochs and outputs != classes:
+        raise ValueError(f"{recipe.model!r} has {outputs} outputs: the data have {classes} classes")
+    if recipe.layer_decay:
+        build_optimizer(recipe, classifier)
+
+
+def _outputs(recipe: Recipe, classifier: Classifier) -> int:
+    """Return a model's number of outputs; ValueError where it cannot take images of some size."""
+    classifier.eval()
+    for side in (*recipe.train_sizes, scale_of_recipe(recipe).image_size):
+        try:
+            with torch.inference_mode():
+                _, outputs = classifier(torch.zeros(1, 3, side, side)).shape
+        except Exception as error:  # networks raise all kinds of errors
+            raise ValueError(f"{recipe.model!r} cannot take images of {side} px: {error}") from None
+    return int(outputs)
 
 
 def swap_activation(module: nn.Module, name: str) -> None:

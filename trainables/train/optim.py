@@ -100,11 +100,14 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     the optimizer does not take an argument.
     """
     name, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
+    network = getattr(module, "backbone", module)
+    if recipe.layer_decay and not hasattr(network, "group_matcher"):
+        raise ValueError(f"layer_decay: {recipe.model!r} does not say which layers follow others")
     try:
         if name not in STUDY_OPTIMIZERS or recipe.layer_decay:
             arguments = {"momentum": 0.9, **recipe.optimizer_args}
             optimizer: Optimizer = create_optimizer_v2(
-                getattr(module, "backbone", module),
+                network,
                 name,
                 lr=rate,
                 weight_decay=decay,
@@ -121,3 +124,14 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
         return AdamW(groups, lr=rate, **{"eps": 1e-8, "fused": True, **recipe.optimizer_args})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"optimizer {name!r}: {error}") from None
+
+
+def check_step(recipe: Recipe) -> None:
+    """Raise ValueError where a recipe's optimizer cannot be built, or cannot make a step."""
+    layer = nn.Linear(2, 2)
+    optimizer = build_optimizer(recipe.replace(layer_decay=None), layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"optimizer {recipe.optimizer!r} cannot make a step: {error}") from None

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.test_run import refusal
+
+STUDY = 'name = "s"\nbase = "resnet50"\n[axes]\n'
+SWIN = 'model = ["timm:swin_tiny_patch4_window7_224"]'
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ('model = ["timm:convnext_tinny"]', "timm has no model 'convnext_tinny'. Did you mean"),
+        ("model_args = [{widths = 3}]", "cannot be built with widths=3"),
+        ("model_args = [{num_classes = 7}]", "has 7 outputs: the data have 10 classes"),
+        (f"{SWIN}\ntrain_sizes = [[448, 224]]", "cannot take images of 32 px"),
+        ('optimizer = ["adahessian"]', "optimizer 'adahessian' cannot make a step"),
+        ('optimizer = ["lamb"]\noptimizer_args = [{beta = 1}]', "optimizer 'lamb': .*'beta'"),
+        ('scheduler = ["poly"]\nscheduler_args = [{power = 2}]', "scheduler_args of 'poly': "),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_plan(axes, message, capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(STUDY + axes)
+    assert re.search(message, refusal(capsys, "--plan", "--study", str(path)))
+
+
+@pytest.mark.parametrize("command", [(), ("--check",)])
+def test_a_run_and_a_check_refuse_a_model_that_cannot_be_built(command, capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(STUDY + 'model = ["timm:convnext_tiny"]')
+    results = tmp_path / "results"
+    message = refusal(capsys, "--study", str(path), "--results", str(results), *command)
+    assert "timm:convnext_tiny' cannot take images of 16 px" in message
+    assert not (results / "mlflow.db").exists()
+
+
+def test_a_report_needs_no_model_to_be_built(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(STUDY + 'model = ["timm:convnext_tiny"]')
+    words = ("--report", "--study", str(path), "--results", str(tmp_path))
+    assert "cannot take" not in refusal(capsys, *words)
