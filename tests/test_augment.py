@@ -26,6 +26,7 @@ from trainables.data.augment import (
     flipped,
     library_randomness,
     mix,
+    original,
     shift,
 )
 from trainables.data.listing import DataSource, scale_of
@@ -331,12 +332,15 @@ def test_an_image_is_augmented_alike_in_any_company(recipe, data):
     assert not torch.equal(alone, augmented(recipe, data.train.images, 4, torch.tensor([5])))
 
 
-def test_crops_and_flips_are_torchvisions_transforms_to_the_bit(scale, data):
-    images, recipe = data.train.images, scale.shrink(resnet50())
+@pytest.mark.parametrize(("least", "in_memory"), [(None, False), (0.6, False), (0.6, True)])
+def test_crops_and_flips_are_torchvisions_transforms_to_the_bit(scale, data, least, in_memory):
+    """Images in memory are cropped where the recipe states the least crop."""
+    images = data.train.images[:] if in_memory else data.train.images
+    recipe = scale.shrink(resnet50()).replace(least_crop=least)
     preset = v2.Compose(
         [
             v2.RandomResizedCrop(
-                images.size, scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC
+                32, scale=(least or 0.08, 1.0), interpolation=InterpolationMode.BICUBIC
             ),
             v2.RandomHorizontalFlip(0.5),
             v2.PILToTensor(),
@@ -346,7 +350,7 @@ def test_crops_and_flips_are_torchvisions_transforms_to_the_bit(scale, data):
     for place, image in enumerate(found):
         with library_randomness() as reseed:
             reseed(recipe.seed, 2, 5, place)
-            assert torch.equal(image, preset(images.original(place)))
+            assert torch.equal(image, preset(original(images, place)))
 
 
 @pytest.mark.parametrize(
@@ -383,6 +387,11 @@ def test_without_flip_no_image_is_mirrored():
         shown = augmented(recipe.replace(flip=flip), ramps, 0, torch.arange(40))
         mirrored = shown[:, 0, 16, 8] > shown[:, 0, 16, 24]
         assert abs(float(mirrored.float().mean()) - share) < 0.2
+
+
+def test_at_digits_a_stated_crop_cuts_off_a_quarter_of_the_studys():
+    assert DIGITS.shrink(deit().replace(least_crop=0.08)).least_crop == pytest.approx(0.77)
+    assert IMAGENET.shrink(deit().replace(least_crop=0.08)).least_crop == pytest.approx(0.08)
 
 
 def test_batch_by_batch_is_what_whole_epochs_are(monkeypatch):

@@ -326,10 +326,11 @@ class Recipe(Frozen):
     weights (0: none), which is what is stored and judged unless `ema_evaluated` is false.
     `color_jitter`: torchvision's strength of brightness, contrast and saturation. `erasing`: the
     chance of timm's random erasing. `repeats`: of each image in an epoch, whose length stays
-    (Hoffer et al. 2020). `least_crop`: of an area. `train_sizes`: image sides, each for an equal
-    part of the training (): the data's. `model_args`: of the network. `drop_path`, `dropout`: its
-    drop_path_rate and drop_rate. `warm_start`: a trial whose last weights are the first ones.
-    `reset_head`: the first weights' head is left out even where it fits.
+    (Hoffer et al. 2020). `least_crop`: least share of an image's area that a random crop leaves;
+    stated, images in memory are cropped too instead of shifted. `train_sizes`: image sides, each
+    for an equal part of the training (): the data's. `model_args`: of the network. `drop_path`,
+    `dropout`: its drop_path_rate and drop_rate. `warm_start`: a trial whose last weights are the
+    first ones. `reset_head`: the first weights' head is left out even where it fits.
     """
 
     scale: str
@@ -364,7 +365,7 @@ class Recipe(Frozen):
     erasing: float = Field(default=0, ge=0, le=1)
     repeats: int = Field(default=1, gt=0)
     flip: bool = True
-    least_crop: float = Field(default=0.08, gt=0, le=1)
+    least_crop: float | None = Field(default=None, gt=0, le=1)
     train_sizes: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
     mixup_alpha: float = Field(default=0.8, gt=0)
     cutmix_alpha: float = Field(default=1.0, gt=0)

@@ -70,7 +70,8 @@ class Scale:
 
     The rule: depth / `depth_divisor` (rounded, at least 1), width / the family's divisor (DeiT's
     rounded up to whole heads), epochs * `epochs_factor`, RandAugment magnitude and mix
-    probability / `strength_divisor`, attack radii * `epsilon` / (4/255). Where the data are too
+    probability / `strength_divisor`, what a stated `least_crop` cuts off as well, attack radii
+    * `epsilon` / (4/255). Where the data are too
     few for the study's total batches, `batch_size`, `learning_rate` and `weight_decay` state the
     scale's own by a model's settings and the optimizer, and ghost batches shrink with them; a
     recipe that departs from the study's there departs from the scale's in proportion.
@@ -239,6 +240,8 @@ class Scale:
             "cooldown_epochs": round(recipe.cooldown_epochs * share),
             "scheduler_args": arguments,
         }
+        if recipe.least_crop:
+            changes["least_crop"] = 1 - (1 - recipe.least_crop) / self.strength_divisor
         if recipe.ema_decay:
             images = self.data_set.train_images, IMAGENET.data_set.train_images
             batches = self._rate_and_batch(recipe)[1], recipe.batch_size

@@ -28,7 +28,7 @@ from trainables.scale import scale_named
 from trainables.train.team import ALONE, Team
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
-CROP_SCALE = (0.08, 1.0)
+LEAST_CROP = 0.08  # of an area, as in the study
 FLIP_PROBABILITY = 0.5
 TIMM_POLICIES = {
     "randaug": "rand-m{magnitude}-n{layers}-mstd{std}-inc1",
@@ -76,11 +76,12 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
 def augmented(recipe: Recipe, images: Images, epoch: int, places: Tensor) -> Tensor:
     """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
 
-    Images in memory are shifted and, where the scale says so, flipped; images in files are cropped
-    at random and flipped, as in the study. Then the recipe's policy and colour jitter, which
-    resample images in files bicubically, as in the study, and those in memory as timm draws it for
-    each operation. Images in memory that a model sees at another size are resized at the end. Each
-    follows from (seed, epoch, place) alone, whichever images are asked for beside it.
+    Images in memory are shifted and, where the scale says so, flipped; images in files, and all
+    where the recipe has a `least_crop`, are cropped at random and flipped, as in the study. Then
+    the recipe's policy and colour jitter; they resample what was cropped bicubically, as in the
+    study, and what was shifted as timm draws it for each operation. Images in memory that a model
+    sees at another size are resized at the end. Each follows from (seed, epoch, place) alone,
+    whichever images are asked for beside it.
     """
     if isinstance(images, Tensor) and is_cached(images):
         return augmented_epoch(recipe, images, epoch)[places]
@@ -88,7 +89,7 @@ def augmented(recipe: Recipe, images: Images, epoch: int, places: Tensor) -> Ten
         return images.resized(augmented(recipe, images.stored, epoch, places))
     if isinstance(images, ImageFiles):
         return _cropped(images, recipe, epoch, places.tolist())
-    return _shifted(images, recipe, epoch, places)
+    return _in_memory(images, recipe, epoch, places)
 
 
 def is_cached(images: Images) -> bool:
@@ -99,18 +100,21 @@ def is_cached(images: Images) -> bool:
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     """Return every image as this epoch shows it; made once for all trials that share it."""
     # A tensor is equal to itself alone as a key: its hash is its identity.
-    key = images, recipe.seed, epoch, _flips(recipe), _changes_of(recipe, epoch)
+    changes = recipe.least_crop, _flips(recipe), *_changes_of(recipe, epoch)
+    key = images, recipe.seed, epoch, changes
     shown = _EPOCHS.pop(key, None)
     if shown is None:
-        shown = _shifted(images, recipe, epoch, torch.arange(len(images)))
+        shown = _in_memory(images, recipe, epoch, torch.arange(len(images)))
     _EPOCHS[key] = shown
     while sum(other.nbytes for other in _EPOCHS.values()) > KEPT_BYTES:
         del _EPOCHS[next(iter(_EPOCHS))]
     return shown
 
 
-def _shifted(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
-    """Shift, flip and change the images in memory at some places."""
+def _in_memory(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
+    """Shift or crop, flip and change the images in memory at some places."""
+    if recipe.least_crop:
+        return _cropped(images, recipe, epoch, places.tolist())
     seed = recipe.seed
     shown = shift(images, places, seed=seed, epoch=epoch)
     if _flips(recipe):
@@ -132,16 +136,19 @@ def _changes_of(recipe: Recipe, epoch: int) -> tuple[str, float, tuple[float, ..
     return policy, recipe.color_jitter, scale_named(recipe.scale).data_set.mean
 
 
-def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[int]) -> Tensor:
+def _cropped(
+    images: ImageFiles | Tensor, recipe: Recipe, epoch: int, places: Sequence[int]
+) -> Tensor:
     """Crop, flip and change images one by one: torchvision and timm draw for one."""
-    seed, size, may_flip = recipe.seed, images.size, _flips(recipe)
-    crop = v2.RandomResizedCrop(size, scale=CROP_SCALE, interpolation=InterpolationMode.BICUBIC)
+    seed, size, may_flip = recipe.seed, images.shape[-1], _flips(recipe)
+    areas = (recipe.least_crop or LEAST_CROP, 1.0)
+    crop = v2.RandomResizedCrop(size, scale=areas, interpolation=InterpolationMode.BICUBIC)
     policy, *rest = _changes_of(recipe, epoch)
     change = color_changes(size, policy, *rest, interpolation="bicubic")
     augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
         for row, place in enumerate(places):
-            image = images.original(place)
+            image = original(images, place)
             if policy:
                 reseed(seed, epoch, 5, place)
             else:
@@ -156,6 +163,13 @@ def _cropped(images: ImageFiles, recipe: Recipe, epoch: int, places: Sequence[in
                 image = v2.functional.horizontal_flip(image)
             augmented[row] = np.asarray(change(image) if change else image)
     return torch.from_numpy(augmented).permute(0, 3, 1, 2)
+
+
+def original(images: ImageFiles | Tensor, place: int) -> Image.Image:
+    """Return the image at a place as it is stored."""
+    if isinstance(images, ImageFiles):
+        return images.original(place)
+    return Image.fromarray(images[place].permute(1, 2, 0).contiguous().numpy())
 
 
 def flipped(images_BCHW: Tensor, places: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
