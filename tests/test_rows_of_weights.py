@@ -135,7 +135,7 @@ def test_a_row_is_known_by_its_files_content_wherever_it_lies(folder, tmp_path):
         ('weights = "wide.pth", model = "timm:test_resnte"', "Did you mean 'test_resnet'?"),
         (
             'weights = "timm:deit_small_patch16_224.fb_in21k"',
-            "deit_small_patch16_224 'fb_in21k'; one of fb_in1k",
+            "Did you mean 'deit_small_patch16_224.fb_in1k'?",
         ),
         ('weights = "https://a.b/c.pth", model = "resnet18"', "needs the sha256 of its file"),
         (

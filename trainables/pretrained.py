@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trainables.models import HUB_PREFIX, MODELS, TIMM_PREFIX
-from trainables.recipe import Preprocessing, nearest, unknown
+from trainables.recipe import Preprocessing, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,21 +60,17 @@ def num_classes_of(model: str) -> int | None:
 def timm_config(model: str) -> dict[str, Any] | None:
     """Return timm's configuration of its model's weights, None for a model that is not timm's.
 
-    ValueError names the nearest model, or the tags of its weights.
+    ValueError names the nearest model.
     """
     if model in MODELS or not model.startswith(TIMM_PREFIX):
         return None
     import timm
-    from timm.models import get_pretrained_cfg
+    from timm.models import get_pretrained_cfg, is_model_pretrained
 
     name = model.removeprefix(TIMM_PREFIX)
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = nearest(architecture, timm.list_models())
-        raise ValueError(f"timm has no model {architecture!r}{near}")
-    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise ValueError(unknown(f"weights of timm's {architecture}", tag, tags or ["none"]))
+    if not timm.is_model(name) or ("." in name and not is_model_pretrained(name)):
+        near = nearest(name, [*timm.list_models(), *timm.list_pretrained()])
+        raise ValueError(f"timm has no model {name!r}{near}")
     config: dict[str, Any] = get_pretrained_cfg(name).to_dict()
     return config
 
