@@ -278,8 +278,10 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys
         "textures": tmp_path / "elsewhere",
     }
     assert pickle.loads(pickle.dumps(source)) == source
-    with pytest.raises(ValueError, match=r"cifar10\.1=.*absent is not a folder: it wants CIFAR"):
-        options("--stored", f"cifar10.1={tmp_path / 'absent'}").source()
+    absent = f"cifar10.1={tmp_path / 'absent'}"
+    assert f"--stored: {absent} is not a folder: NAME=DIR wants CIF" in refusal(
+        capsys, "--stored", absent
+    )
     assert "Did you mean 'textures'" in refusal(capsys, "--stored", "texture=DIR")
 
 

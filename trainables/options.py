@@ -156,6 +156,21 @@ def without_password(text: str) -> str:
 Address = Annotated[str, BeforeValidator(without_password)]
 
 
+def _stored_folders(words: Sequence[str]) -> list[tuple[str, Path]]:
+    """Read words NAME=DIR; ValueError on another set, and on a folder that is not there."""
+    folders = [(name, path) for name, _, path in (word.partition("=") for word in words)]
+    for name, path in folders:
+        if name not in STORED_SETS:
+            raise ValueError(unknown("set", name, STORED_SETS))
+        if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
+            title = STORED_SETS[name].title
+            raise ValueError(f"{name}={path} is not a folder: NAME=DIR wants {title}")
+    return [(name, Path(path).absolute()) for name, path in folders]
+
+
+Folders = Annotated[tuple[tuple[str, Path], ...], BeforeValidator(_stored_folders), Split]
+
+
 class DataOptions(Options):
     """Where the data are, and how they are read."""
 
@@ -218,7 +233,7 @@ class DataOptions(Options):
         le=1,
         advanced=True,
     )
-    stored: Names = option(
+    stored: Folders = option(
         (),
         f"where further sets lie (default: NAME/ below the data): {', '.join(STORED_SETS)}",
         "NAME=DIR",
@@ -257,17 +272,6 @@ class DataOptions(Options):
             raise ValueError("--crop is a share that --resize crop cuts out: leave one out")
         return self
 
-    @field_validator("stored")
-    @classmethod
-    def _names_a_set(cls, words: Words) -> Words:
-        for word in words:
-            name, equals, _ = word.partition("=")
-            if not equals:
-                raise ValueError(f"{word!r} is not NAME=DIR, like textures=/data/textures")
-            if name not in STORED_SETS:
-                raise ValueError(unknown("set", name, STORED_SETS))
-        return words
-
     def preprocessing(self) -> Preprocessing:
         """Return how the options bring images to a model; None where they leave it open."""
         return Preprocessing(
@@ -293,15 +297,10 @@ class DataOptions(Options):
         return line
 
     def source(self, *, cache: Path | None = None) -> DataSource:
-        """Return the data source that is named; ValueError on a folder that is not there."""
-        folders = {name: Path(path) for name, _, path in (w.partition("=") for w in self.stored)}
-        for name, path in folders.items():
-            if not os.path.isdir(path):  # noqa: PTH112 - it is False, too, where a name is too long
-                title = STORED_SETS[name].title
-                raise ValueError(f"--stored {name}={path} is not a folder: it wants {title}")
+        """Return the data source that is named."""
         return DataSource(
             root=self.data.absolute() if self.data else None,
-            stored=tuple((name, path.absolute()) for name, path in folders.items()),
+            stored=self.stored,
             hold_out=self.hold_out,
             memory_bytes=int(self.data_memory * GIBIBYTE),
             workers=self.data_workers,
