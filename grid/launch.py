@@ -298,10 +298,10 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
 
 def _config(launch: Launch, trial: Any) -> dict[str, Any]:
     """Return what `RecipeTrial` or `train_together` needs to train a trial of the plan."""
-    teacher, placement = trial.recipe.teacher, launch.placement_of(trial.recipe.family)
+    placement = launch.placement_of(trial.recipe.family)
     settings = {
         "digest": trial.digest,
-        "teacher": teacher.digest() if teacher else None,
+        "needs": [recipe.digest() for recipe in trial.recipe.prerequisites],
         "recipe": trial.recipe.model_dump(mode="json"),
         "storage": launch.storage_root,
         "threads": placement.cpus,
@@ -320,7 +320,7 @@ def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
 
 
 class PlanOrder(Searcher):  # type: ignore[misc]
-    """Suggest trials in the plan's order; a student once its teacher has ended.
+    """Suggest trials in the plan's order, each once the trials that it needs have ended.
 
     Tune has them wait for room, and asks for more while few wait. teams_placed: says how many
     teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
@@ -336,7 +336,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._configs, self._teams_placed = configs, teams_placed
-        self._teachers = {d: trial_config(config)["teacher"] for d, config in configs.items()}
+        self._needs = {d: trial_config(config)["needs"] for d, config in configs.items()}
         self._waiting = list(configs)
         self._under_way: dict[str, str] = {}  # digests, by Tune's id of a try
         self._failures: Counter[str] = Counter()
@@ -380,9 +380,8 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         """Write nothing: a run that is started again finds in MLflow what is done."""
 
     def _is_ready(self, digest: str) -> bool:
-        teacher = self._teachers[digest]
-        taught = teacher not in self._waiting and teacher not in self._under_way.values()
-        return taught and time.monotonic() >= self._not_before.get(digest, 0.0)
+        missing = {*self._waiting, *self._under_way.values()}.intersection(self._needs[digest])
+        return not missing and time.monotonic() >= self._not_before.get(digest, 0.0)
 
 
 class _Events(tune.Callback):  # type: ignore[misc]

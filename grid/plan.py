@@ -70,9 +70,9 @@ class Trial:
 class Plan:
     """The trials of a study, those that need no training and then the longest first.
 
-    `requests` counts rows, combinations and teachers before equal ones are shared; `tables` hold
+    `requests` counts rows, combinations and their needs before equal ones are shared; `tables` hold
     the recipes as they are trained at the scale; `notes` say what was adapted to what is set;
-    `longest_chain` is the cost of the trainings of which each teaches the next.
+    `longest_chain` is the cost of the trainings that need one another.
     """
 
     trials: tuple[Trial, ...]
@@ -168,8 +168,8 @@ def build_plan(
         for seed in range(seeds if recipe.epochs else 1)
     ]
     rows = {recipe.digest(): recipe for recipe, *_ in requests}
-    teachers = _teachers(rows.values(), for_all)
-    trials = _shared([*requests, *teachers], study, scale, evaluators)
+    needed = _needed(rows.values(), for_all)
+    trials = _shared([*requests, *needed], study, scale, evaluators)
     chains = _longest_chains(trials)
     return Plan(
         tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
@@ -182,12 +182,13 @@ def build_plan(
     )
 
 
-def _teachers(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Request]:
-    """Yield the teachers of recipes, their teachers and so on."""
+def _needed(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Request]:
+    """Yield the teachers and warm starts of recipes, what these need and so on."""
     for recipe in recipes:
-        if recipe.teacher:
-            yield recipe.teacher, f"teacher of {recipe.digest()}", for_all
-            yield from _teachers([recipe.teacher], for_all)
+        for other in recipe.prerequisites:
+            role = "teacher" if other is recipe.teacher else "warm start"
+            yield other, f"{role} of {recipe.digest()}", for_all
+            yield from _needed([other], for_all)
 
 
 def _shared(
@@ -346,16 +347,18 @@ def _name(recipe: Recipe, study: Study, scale: Scale) -> str:
 
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:
-    """Return each trial's cost with the longest chain of students behind it."""
+    """Return each trial's cost with the longest chain of trials that need it behind it."""
     costs = {trial.digest: trial.cost for trial in trials}
     chains = dict(costs)
+
+    def extend(recipe: Recipe, behind: float) -> None:
+        for other in recipe.prerequisites:
+            digest = other.digest()
+            chains[digest] = max(chains[digest], behind + costs[digest])
+            extend(other, behind + costs[digest])
+
     for trial in trials:
-        cost, teacher = trial.cost, trial.recipe.teacher
-        while teacher:
-            digest = teacher.digest()
-            cost += costs[digest]
-            chains[digest] = max(chains[digest], cost)
-            teacher = teacher.teacher
+        extend(trial.recipe, trial.cost)
     return chains
 
 

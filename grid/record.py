@@ -153,18 +153,18 @@ class Recorder(threading.Thread):
             if run.outcome == "finished" and self._missing(digest):
                 self._check_weights(run, self.tracker.artifact(run.artifact_uri, WEIGHTS))
         checked: set[str] = set()
-        # One that goes on has a teacher, too.
-        while teachers := self._teachers() - checked:
-            for digest in teachers:
+        # One that goes on has needs, too.
+        while needed := self._needed() - checked:
+            for digest in needed:
                 if self._outcome(digest) == "finished":
                     content = read_file(weights_path(storage, digest))
                     self._check_weights(self._runs[digest], content)
-            checked |= teachers
+            checked |= needed
         self._count()
 
-    def _teachers(self) -> set[str]:
-        teachers = (trial.recipe.teacher for trial in self.trials_to_train())
-        return {teacher.digest() for teacher in teachers if teacher}
+    def _needed(self) -> set[str]:
+        recipes = (trial.recipe for trial in self.trials_to_train())
+        return {other.digest() for recipe in recipes for other in recipe.prerequisites}
 
     def _check_weights(self, run: TrialRun, content: bytes | None) -> None:
         if content is None or hashlib.sha256(content).hexdigest() != run.weights_sha256:

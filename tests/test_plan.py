@@ -374,3 +374,27 @@ def test_every_rows_and_teachers_warm_up_is_shortened_in_proportion_to_its_own_e
     assert {(teacher.epochs, teacher.warmup_epochs) for teacher in teachers} == {(4, 0.2)}
     plan = build_plan(with_all(STUDY, epochs=10), IMAGENET, tables=["T9"])
     assert ({trial.recipe.warmup_epochs for trial in plan}, plan.notes) == ({5}, ())
+
+
+def test_a_warm_start_is_a_trial_of_the_plan_and_counts_before_the_one_that_needs_it(tmp_path):
+    file = tmp_path / "warm.toml"
+    file.write_text(
+        """
+name = "warm"
+[bases.robust]
+extends = "resnet50"
+"adversary" = { epsilon = "4/255", step_size = "4/255" }
+warm_start = "resnet50"
+[[tables]]
+name = "W"
+question = "From a clean start"
+columns = ["clean"]
+rows = [{ label = "robust", base = "robust" }]
+"""
+    )
+    plan = build_plan(load_study(str(file)), IMAGENET)
+    first, second = plan
+    assert first.recipe == BASES["resnet50"]
+    assert second.recipe.warm_start == first.recipe
+    assert first.serves == (f"warm start of {second.digest}",)
+    assert plan.longest_chain == first.cost + second.cost

@@ -12,7 +12,7 @@ from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 
 
 def configs_of(teachers):
-    told = {digest: {"digest": digest, "teacher": t} for digest, t in teachers.items()}
+    told = {d: {"digest": d, "needs": [t] if t else []} for d, t in teachers.items()}
     return {digest: {"trial": json.dumps(trial), "source": None} for digest, trial in told.items()}
 
 

@@ -9,11 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.disks import fill, small_disk
 from trainables.data.listing import EMBEDDED
 from trainables.recipe import Distillation
 from trainables.running import SECONDS
+from trainables.store.checkpoint import stored_weights
 from trainables.store.storage import weights_path
 from trainables.trial import RecipeTrial
 
@@ -106,6 +108,35 @@ def test_a_student_whose_teacher_did_not_finish_is_blocked(start, small):
     assert result["outcome"] == "blocked"
     assert result["reason"] == f"blocked by {teacher.describe()}"
     assert result["epoch"] == 0
+
+
+def test_a_warm_start_begins_with_the_last_weights_of_the_trial_that_it_needs(
+    start, small, tmp_path
+):
+    clean = small("deit", epochs=2)
+    still = {"learning_rate": 1e-30, "floor_rate": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0}
+    robust = small("deit", epochs=1, seed=7, warm_start=clean, **still)
+    (result,) = run(start(robust))
+    assert (result["outcome"], result["reason"]) == ("blocked", f"blocked by {clean.describe()}")
+    run(start(clean))
+    assert run(start(robust))[-1]["outcome"] == "finished"
+    ours, theirs = (
+        stored_weights(weights_path(str(tmp_path), recipe.digest()), recipe.digest())
+        for recipe in (robust, clean)
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert robust.digest() != small("deit", epochs=1, seed=7).digest()
+    assert robust.with_seed(3).warm_start.seed == 3
+
+
+def test_a_warm_start_that_was_cut_short_goes_on_from_its_own_weights(start, small, tmp_path):
+    clean = small(epochs=1)
+    recipe = small(epochs=3, seed=7, warm_start=clean)
+    run(start(clean))
+    whole = run(start(recipe))[-1]["sha256"]
+    shutil.rmtree(tmp_path / "trials" / recipe.digest())
+    start(recipe).step()
+    assert run(start(recipe))[-1]["sha256"] == whole
 
 
 @pytest.fixture

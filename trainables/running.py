@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from trainables.data.load import load_data
 from trainables.layers import Classifier
@@ -25,7 +26,9 @@ from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.store.tensors import fit_weights
 from trainables.train.loop import EpochReport, train
 from trainables.train.team import ALONE, Team
+from trainables.weights import fit_any_weights
 
+Weights = dict[str, Tensor]
 CHECKPOINT_SECONDS = 5.0
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
@@ -64,15 +67,18 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"])
-    teacher = _teacher(running, storage)
-    if recipe.teacher and teacher is None:
-        running.outcome, running.reason = "blocked", f"blocked by {recipe.teacher.describe()}"
-        return running
+    needed = {other.digest(): _trained(running, other, storage) for other in recipe.prerequisites}
+    for other in recipe.prerequisites:
+        if needed[other.digest()] is None:
+            running.outcome, running.reason = "blocked", f"blocked by {other.describe()}"
+            return running
     newest = None
     if team.rank == 0:
         newest = load_newest_checkpoint(folder, digest, say=running.notes.append)
     start = team.shared(newest)
     _begin(running, is_new=start is None)
+    if start is None and recipe.warm_start:
+        _warm_start(running, needed[recipe.warm_start.digest()])
     if not recipe.epochs:
         running.outcome, running.trained = "finished", provenance(running.device)
         return running
@@ -89,7 +95,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         running.classifier,
         load_data(scale_of_recipe(recipe), config["source"]),
         device=torch.device(config["device"]),
-        teacher=teacher,
+        teacher=_teacher(recipe, needed),
         start=start,
         compiled=config["compile"],
         team=team,
@@ -111,17 +117,29 @@ def _begin(running: RunningTrial, *, is_new: bool) -> None:
         running.classifier.load_state_dict(team.shared(None))
 
 
-def _teacher(running: RunningTrial, storage: str) -> Classifier | None:
-    """Return a student's teacher with its trained weights; None without one, or without those."""
-    recipe, team = running.recipe.teacher, running.team
-    if recipe is None:
+def _trained(running: RunningTrial, recipe: Recipe, storage: str) -> Weights | None:
+    """Return the trained weights of a trial that this one needs; None without them."""
+    path, team = weights_path(storage, recipe.digest()), running.team
+    weights = stored_weights(path, recipe.digest()) if team.rank == 0 else None
+    return cast("Weights | None", team.shared(weights))
+
+
+def _warm_start(running: RunningTrial, weights: Weights | None) -> None:
+    """Load another trial's last weights as the first ones; a head of other classes stays new."""
+    assert weights is not None
+    assert running.classifier is not None
+    assert running.recipe.warm_start is not None
+    origin = running.recipe.warm_start.describe()
+    running.notes += fit_any_weights(weights, running.classifier, origin, new_head=True)
+
+
+def _teacher(recipe: Recipe, needed: Mapping[str, Weights | None]) -> Classifier | None:
+    """Return a student's teacher with its trained weights; None without one."""
+    if recipe.teacher is None:
         return None
-    path = weights_path(storage, recipe.digest())
-    weights = team.shared(stored_weights(path, recipe.digest()) if team.rank == 0 else None)
-    if weights is None:
-        return None
-    teacher = build_classifier(recipe)
-    fit_weights(weights, teacher, path)
+    weights, teacher = needed[recipe.teacher.digest()], build_classifier(recipe.teacher)
+    assert weights is not None
+    fit_weights(weights, teacher, recipe.teacher.describe())
     return teacher
 
 
