@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from tests.paper import CURRICULA, STRONG, deit, resnet50, with_axis
@@ -33,6 +34,9 @@ from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
 from trainables.recipe import POLICIES
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
+from trainables.train.team import Team
+
+EXTRAS = {"color_jitter": 0.4, "least_crop": 0.5}
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -40,6 +44,19 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert all(sorted(order.tolist()) == list(range(100)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
     assert torch.equal(orders[1], epoch_order(100, seed=0, epoch=1))
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(300, 3), (100, 4), (7, 3), (5, 8)])
+def test_a_repeating_epoch_visits_the_images_that_timms_sampler_takes(count, repeats):
+    """Below 256 images timm's sampler keeps the epoch's length, above in steps of 256."""
+    sampler = RepeatAugSampler(
+        range(count), num_replicas=1, rank=0, shuffle=False, num_repeats=repeats
+    )
+    theirs = epoch_order(count, seed=0, epoch=3)[list(sampler)]
+    views = epoch_order(count, seed=0, epoch=3, repeats=repeats)
+    assert len(set(views.tolist())) == len(views) == count
+    assert torch.equal(views[: len(theirs)] % count, theirs)
+    assert (views[: 2 * repeats] // count).tolist() == [*range(repeats), *range(repeats)][:count]
 
 
 def test_shift_moves_whole_images_by_at_most_a_sixteenth():
@@ -305,9 +322,10 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_two_workers_and_none_give_the_same_batches(recipe, data, monkeypatch, in_memory):
+@pytest.mark.parametrize("fields", [{}, {"repeats": 3, **EXTRAS}])
+def test_two_workers_and_none_give_the_same_batches(recipe, data, monkeypatch, in_memory, fields):
     monkeypatch.setattr(augment, "CACHED_BYTES", 0)
-    split = data.train
+    split, recipe = data.train, recipe.replace(**fields)
     if in_memory:
         split = replace(split, images=split.images[:])
     alone, helped = (epochs(recipe, split, workers=n) for n in (0, 2))
@@ -317,6 +335,30 @@ def test_two_workers_and_none_give_the_same_batches(recipe, data, monkeypatch, i
     assert images.shape == (4, 3, 32, 32)
     assert len({int(p) for _, chosen in alone[0] for p in chosen}) == 72
     assert places.tolist() != sorted(places.tolist())
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"repeats": 3, **EXTRAS}])
+def test_a_team_sees_the_batches_of_one(recipe, data, in_memory, fields):
+    split, recipe = data.train, recipe.replace(augmentations="randaug").replace(**fields)
+    if in_memory:
+        split = replace(split, images=split.images[:])
+    whole = list(TrainBatches(recipe, split, workers=0).epoch(1))
+    for rank in (0, 1):
+        part = list(TrainBatches(recipe, split, workers=0, team=Team(rank, 2)).epoch(1))
+        assert equal(part, [(images[rank::2], views[rank::2]) for images, views in whole])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_image_shown_again_has_a_draw_of_its_own(recipe, data, in_memory):
+    images = data.train.images[:] if in_memory else data.train.images
+    recipe = recipe.replace(repeats=3, augmentations="none")
+    shown = [augmented(recipe, images, 0, torch.arange(72) + 72 * turn) for turn in range(3)]
+    alike = (shown[0] == shown[1]).flatten(1).all(dim=1)
+    assert float(alike.float().mean()) < 0.3
+    # All three are of one image: its colour is its class's.
+    greys = [turn.float().mean(dim=(2, 3)) for turn in shown]
+    assert all(torch.allclose(greys[0], other, atol=60) for other in greys)
 
 
 def test_memory_and_files_give_the_same_batches(recipe, data, scale, source, tmp_path):

@@ -55,6 +55,16 @@ VARIANTS = {
             "layer_decay": 0.75,
         },
     ),
+    "repeated augmentation, attacked": (
+        "resnet",
+        {
+            "augmentations": "3augment+mixup",
+            "color_jitter": 0.3,
+            "least_crop": 0.5,
+            "repeats": 3,
+            "adversary": ADVERSARY,
+        },
+    ),
 }
 
 

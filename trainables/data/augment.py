@@ -1,12 +1,13 @@
 """The images of a training: augmented, and served in batches, epoch by epoch.
 
-Augmentation follows from (seed, epoch, image) alone, so a resumed epoch is the same.
+Augmentation follows from (seed, epoch, view) alone, so a resumed epoch is the same. Of n images,
+view v is the image at place v mod n, shown for the (v // n)th time in its epoch.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
@@ -67,34 +68,39 @@ def _seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the order in which an epoch visits `count` images."""
-    rng = np.random.default_rng((seed, epoch, 0))
-    return torch.from_numpy(rng.permutation(count))
+def epoch_order(count: int, *, seed: int, epoch: int, repeats: int = 1) -> Tensor:
+    """Return the views that an epoch has of `count` images, as many, in order.
+
+    Each image that it shows is shown `repeats` times in a row; the last one may be cut short.
+    """
+    places = torch.from_numpy(np.random.default_rng((seed, epoch, 0)).permutation(count))
+    shown = torch.arange(count)
+    return places[shown // repeats] + count * (shown % repeats)
 
 
-def augmented(recipe: Recipe, images: Images, epoch: int, places: Tensor) -> Tensor:
-    """Return the images at some places as this epoch shows them: uint8 (B, 3, H, W).
+def augmented(recipe: Recipe, images: Images, epoch: int, views: Tensor) -> Tensor:
+    """Return some views of the images in this epoch: uint8 (B, 3, H, W).
 
     Images in memory are shifted and, where the scale says so, flipped; images in files, and all
     where the recipe has a `least_crop`, are cropped at random and flipped, as in the study. Then
     the recipe's policy and colour jitter; they resample what was cropped bicubically, as in the
     study, and what was shifted as timm draws it for each operation. Images in memory that a model
-    sees at another size are resized at the end. Each follows from (seed, epoch, place) alone,
+    sees at another size are resized at the end. Each follows from (seed, epoch, view) alone,
     whichever images are asked for beside it.
     """
-    if isinstance(images, Tensor) and is_cached(images):
-        return augmented_epoch(recipe, images, epoch)[places]
+    if isinstance(images, Tensor) and is_cached(recipe, images):
+        return augmented_epoch(recipe, images, epoch)[views]
     if isinstance(images, ResizedImages):
-        return images.resized(augmented(recipe, images.stored, epoch, places))
+        return images.resized(augmented(recipe, images.stored, epoch, views))
     if isinstance(images, ImageFiles):
-        return _cropped(images, recipe, epoch, places.tolist())
-    return _in_memory(images, recipe, epoch, places)
+        return _cropped(images, recipe, epoch, views)
+    return _in_memory(images, recipe, epoch, views)
 
 
-def is_cached(images: Images) -> bool:
-    """Tell whether the images are so few that whole augmented epochs are kept."""
-    return isinstance(images, Tensor) and images.nbytes <= CACHED_BYTES
+def is_cached(recipe: Recipe, images: Images) -> bool:
+    """Tell whether the views of an epoch are so few that all are kept."""
+    is_small = isinstance(images, Tensor) and images.nbytes <= CACHED_BYTES
+    return is_small and recipe.repeats == 1
 
 
 def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
@@ -111,16 +117,16 @@ def augmented_epoch(recipe: Recipe, images: Tensor, epoch: int) -> Tensor:
     return shown
 
 
-def _in_memory(images: Tensor, recipe: Recipe, epoch: int, places: Tensor) -> Tensor:
-    """Shift or crop, flip and change the images in memory at some places."""
+def _in_memory(images: Tensor, recipe: Recipe, epoch: int, views: Tensor) -> Tensor:
+    """Shift or crop, flip and change some views of images in memory."""
     if recipe.least_crop:
-        return _cropped(images, recipe, epoch, places.tolist())
-    seed = recipe.seed
-    shown = shift(images, places, seed=seed, epoch=epoch)
+        return _cropped(images, recipe, epoch, views)
+    seed, repeats = recipe.seed, recipe.repeats
+    shown = shift(images, views, seed=seed, epoch=epoch, repeats=repeats)
     if _flips(recipe):
-        shown = flipped(shown, places, count=len(images), seed=seed, epoch=epoch)
+        shown = flipped(shown, views, count=len(images) * repeats, seed=seed, epoch=epoch)
     change = color_changes(images.shape[-1], *_changes_of(recipe, epoch))
-    return changed(shown, places, change, seed=seed, epoch=epoch) if change else shown
+    return changed(shown, views, change, seed=seed, epoch=epoch) if change else shown
 
 
 def _flips(recipe: Recipe) -> bool:
@@ -136,24 +142,22 @@ def _changes_of(recipe: Recipe, epoch: int) -> tuple[str, float, tuple[float, ..
     return policy, recipe.color_jitter, scale_named(recipe.scale).data_set.mean
 
 
-def _cropped(
-    images: ImageFiles | Tensor, recipe: Recipe, epoch: int, places: Sequence[int]
-) -> Tensor:
+def _cropped(images: ImageFiles | Tensor, recipe: Recipe, epoch: int, views: Tensor) -> Tensor:
     """Crop, flip and change images one by one: torchvision and timm draw for one."""
     seed, size, may_flip = recipe.seed, images.shape[-1], _flips(recipe)
     areas = (recipe.least_crop or LEAST_CROP, 1.0)
     crop = v2.RandomResizedCrop(size, scale=areas, interpolation=InterpolationMode.BICUBIC)
     policy, *rest = _changes_of(recipe, epoch)
     change = color_changes(size, policy, *rest, interpolation="bicubic")
-    augmented = np.empty((len(places), size, size, 3), dtype=np.uint8)
+    augmented = np.empty((len(views), size, size, 3), dtype=np.uint8)
     with library_randomness() as reseed:
-        for row, place in enumerate(places):
-            image = original(images, place)
+        for row, view in enumerate(views.tolist()):
+            image = original(images, view % len(images))
             if policy:
-                reseed(seed, epoch, 5, place)
+                reseed(seed, epoch, 5, view)
             else:
                 # torchvision draws from torch alone; timm's two generators are slow to seed.
-                torch.default_generator.manual_seed(_seed_of(seed, epoch, 5, place))
+                torch.default_generator.manual_seed(_seed_of(seed, epoch, 5, view))
             # The same draws and pixels as the transforms' own calls, which look for what to
             # transform in any structure, and so take longer than the flip itself.
             image = v2.functional.resized_crop(
@@ -172,9 +176,9 @@ def original(images: ImageFiles | Tensor, place: int) -> Image.Image:
     return Image.fromarray(images[place].permute(1, 2, 0).contiguous().numpy())
 
 
-def flipped(images_BCHW: Tensor, places: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
-    """Mirror each image, or not, by an even chance; `places` are theirs among `count`."""
-    drawn = _mirrored(seed, epoch, count)[places]
+def flipped(images_BCHW: Tensor, views: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
+    """Mirror each image, or not, by an even chance; `views` are theirs among `count`."""
+    drawn = _mirrored(seed, epoch, count)[views]
     return torch.where(drawn[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
 
 
@@ -183,15 +187,15 @@ def _mirrored(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch, 6)).integers(0, 2, count) == 1)
 
 
-def shift(images_NCHW: Tensor, places: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """Move each image at `places` by up to 1/16 of its side, filling with black."""
+def shift(images_NCHW: Tensor, views: Tensor, *, seed: int, epoch: int, repeats: int = 1) -> Tensor:
+    """Move the image of each view by up to 1/16 of its side, filling with black."""
     count, channels, height, width = images_NCHW.shape
     reach = height // SHIFT_FRACTION
-    offsets = _offsets(seed, epoch, count, reach)[places]
-    padded = F.pad(images_NCHW[places], (reach,) * 4)
+    offsets = _offsets(seed, epoch, count * repeats, reach)[views]
+    padded = F.pad(images_NCHW[views % count], (reach,) * 4)
     rows = (offsets[:, :1] + torch.arange(height))[:, None, :, None]
     columns = (offsets[:, 1:] + torch.arange(width))[:, None, None, :]
-    image = torch.arange(len(places))[:, None, None, None]
+    image = torch.arange(len(views))[:, None, None, None]
     return padded[image, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
@@ -203,18 +207,18 @@ def _offsets(seed: int, epoch: int, count: int, reach: int) -> Tensor:
 
 def changed(
     images_BCHW: Tensor,
-    places: Tensor,
+    views: Tensor,
     change: Callable[[Image.Image], Image.Image],
     *,
     seed: int,
     epoch: int,
 ) -> Tensor:
-    """Change each uint8 image by its own draw; `places`: where they lie in their split."""
+    """Change the uint8 image of each view by its own draw."""
     pixels_BHWC = images_BCHW.permute(0, 2, 3, 1).numpy()
     augmented = np.empty_like(pixels_BHWC, order="C")
     with library_randomness() as reseed:
-        for row, place in enumerate(places.tolist()):
-            reseed(seed, epoch, 2, place)
+        for row, view in enumerate(views.tolist()):
+            reseed(seed, epoch, 2, view)
             augmented[row] = np.asarray(change(Image.fromarray(pixels_BHWC[row])))
     return torch.from_numpy(augmented).permute(0, 3, 1, 2).contiguous()
 
@@ -289,9 +293,9 @@ class _Augmented(Dataset[Tensor]):
         self._recipe, self._images = recipe, images
 
     def __getitems__(self, batch: list[int]) -> Tensor:
-        """Return a batch, which is the number of its epoch and then the images' places."""
-        epoch, *places = batch
-        return augmented(self._recipe, self._images, epoch, torch.tensor(places))
+        """Return a batch, which is the number of its epoch and then the views."""
+        epoch, *views = batch
+        return augmented(self._recipe, self._images, epoch, torch.tensor(views))
 
 
 class TrainBatches:
@@ -319,7 +323,7 @@ class TrainBatches:
                 f"batch_size {recipe.batch_size} exceeds the {len(split)} train images"
             )
         self._loader: DataLoader[Tensor] | None = None
-        if workers and not is_cached(split.images):
+        if workers and not is_cached(recipe, split.images):
             self._loader = DataLoader(
                 self._dataset,
                 batch_sampler=self._batches,
@@ -330,18 +334,18 @@ class TrainBatches:
             )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each forward batch of an epoch: images uint8 (B, 3, H, W), their places.
+        """Yield each forward batch of an epoch: its views, uint8 (B, 3, H, W), and their numbers.
 
         A worker of a team gets the rows that it has to see.
         """
         recipe = self._recipe
-        order = epoch_order(self._count, seed=recipe.seed, epoch=epoch)
+        order = epoch_order(self._count, seed=recipe.seed, epoch=epoch, repeats=recipe.repeats)
         parts = torch.split(order[: self.steps * recipe.batch_size], recipe.forward_batch)
         self._batches[:] = [[epoch, *part[self._rows].tolist()] for part in parts]
         alone = map(self._dataset.__getitems__, self._batches)
         images = alone if self._loader is None else self._loader
-        for shown, (_, *places) in zip(images, self._batches, strict=True):
-            yield shown, torch.tensor(places)
+        for shown, (_, *views) in zip(images, self._batches, strict=True):
+            yield shown, torch.tensor(views)
 
 
 def _whole(batch: Any) -> Any:

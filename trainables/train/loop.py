@@ -195,7 +195,7 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
     training.classifier.train()
     total = torch.zeros((), device=training.device)
     rate = 0.0
-    for forward, (images, places) in enumerate(training.batches.epoch(epoch)):
+    for forward, (images, views) in enumerate(training.batches.epoch(epoch)):
         beat()
         step, micro = divmod(forward, recipe.accumulation)
         if micro == 0:
@@ -208,8 +208,8 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
         # A team's gradients are gathered with the last forward batch of a step only.
         is_apart = isinstance(network, DistributedDataParallel) and not last
         gathering = cast(DistributedDataParallel, network).no_sync() if is_apart else nullcontext()
-        with _named_memory(training, len(places)), gathering:
-            loss = _batch_loss(training, images, places, epoch, forward)
+        with _named_memory(training, len(views)), gathering:
+            loss = _batch_loss(training, images, views, epoch, forward)
             scaled = training.scaler.scale(loss / recipe.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
@@ -233,19 +233,20 @@ def _step(training: _Training) -> None:
 
 
 def _batch_loss(
-    training: _Training, images: Tensor, places: Tensor, epoch: int, forward: int
+    training: _Training, images: Tensor, views: Tensor, epoch: int, forward: int
 ) -> Tensor:
     """Return the loss of one forward batch: mixed, attacked and taught as the recipe says.
 
-    images: those of the batch that this worker has to see; places: theirs in the split. A team's
-    member returns its part's loss.
+    images: those of the batch that this worker has to see; views: their numbers (data/augment.py).
+    A team's member returns its part's loss.
     """
     recipe, classifier, team = training.recipe, training.classifier, training.team
     rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
+    labels = training.data.train.labels
     inputs, targets = mix(
         recipe,
         to_unit(images.to(training.device, non_blocking=True)),
-        training.data.train.labels[places].to(training.device),
+        labels[views % len(labels)].to(training.device),
         num_classes=len(training.data.class_names),
         epoch=epoch,
         step=forward,
@@ -258,7 +259,7 @@ def _batch_loss(
             classifier,
             inputs,
             targets,
-            team.own_of(rows, places),
+            team.own_of(rows, views),
             epoch=epoch,
             step=step,
             micro=micro,
