@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchattacks import PGDL2, TPGD
 
 from trainables.data.base import to_unit
 from trainables.layers import Classifier
 from trainables.networks import build_classifier
+from trainables.recipe import Adversary
 from trainables.train.adversary import (
+    apgd,
     attacked,
     folded,
     pgd_iterates,
@@ -33,17 +36,20 @@ class Linear(nn.Module):
         return torch.stack([score, -score], dim=1)
 
 
-def run_pgd(model, images, labels, *, stops, start=None, step_size=EPSILON / 4):
+def run_pgd(
+    model, images, labels, *, stops, start=None, step_size=EPSILON / 4, epsilon=EPSILON, norm="linf"
+):
     with attacked(model):
         return dict(
             pgd_iterates(
                 model,
                 images,
                 labels,
-                epsilon=EPSILON,
+                epsilon=epsilon,
                 step_size=step_size,
                 stops=stops,
                 start_BCHW=images if start is None else start,
+                norm=norm,
             )
         )
 
@@ -70,6 +76,114 @@ def test_pgd_fills_the_ball_stays_in_it_and_passes_through_all_stops(small, few_
         assert iterate.min() >= 0
         assert iterate.max() <= 1
     assert torch.equal(iterates[3], run_pgd(model, images, labels, stops=(3,), start=start)[3])
+
+
+class ThreeAndFour(nn.Module):
+    """Class 1 rather than 0 by three times the first pixel and four times the second."""
+
+    def forward(self, images_BCHW):
+        score_B = images_BCHW.flatten(1) @ torch.tensor([3.0, 4.0])
+        return torch.stack([-score_B, score_B], dim=1)
+
+
+def test_l2_steps_go_along_the_gradient_and_end_on_the_ball_or_at_white():
+    images = torch.tensor([[0.5, 0.5], [0.5, 0.95]]).view(2, 2, 1, 1)
+    labels = torch.tensor([0, 0])
+    iterates = run_pgd(
+        ThreeAndFour(), images, labels, stops=(1, 3), step_size=0.05, epsilon=0.1, norm="l2"
+    )
+    first, last = (iterates[step].view(2, 2) for step in (1, 3))
+    # The unit gradient is (0.6, 0.8).
+    assert torch.allclose(first, torch.tensor([[0.53, 0.54], [0.53, 0.99]]), atol=1e-5)
+    assert torch.allclose(last[0], torch.tensor([0.56, 0.58]), atol=1e-5)
+    # From (0.53, 0.99) on to offset (0.06, 0.08), cut at 1; then (0.09, 0.09), shortened to 0.1.
+    assert torch.allclose(last[1], torch.tensor([0.5 + 0.1 / 2**0.5, 1.0]), atol=1e-5)
+
+
+def test_l2_pgd_is_torchattacks(generator):
+    layers = nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 10)
+    model = nn.Sequential(*layers).double().eval()
+    images = torch.rand(16, 3, 4, 4, generator=generator, dtype=torch.double)
+    labels = torch.arange(16) % 10
+    settings = {"eps": 0.5, "alpha": 0.2, "steps": 4, "random_start": False}
+    expected = PGDL2(model, **settings)(images, labels)
+    iterates = run_pgd(model, images, labels, stops=(4,), step_size=0.2, epsilon=0.5, norm="l2")
+    assert torch.allclose(iterates[4], expected, atol=1e-6)
+    assert ((iterates[4] - images).flatten(1).norm(dim=1) > 0.4).all()
+
+
+def test_an_l2_start_is_uniform_in_the_images_ball_and_its_own_in_any_part():
+    images, numbers = torch.full((4000, 3, 2, 2), 0.5), torch.arange(4000)
+    start = random_start(images, numbers, epsilon=0.25, key=(0,), norm="l2")
+    offsets = (start - images).flatten(1)
+    # Of a ball in 12 dimensions a share r^12 lies within r; 0.29 is 1 / 12^0.5.
+    within = (offsets.norm(dim=1) / 0.25) ** 12
+    assert float(within.max()) <= 1 + 1e-5
+    assert float(within.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(within.std()) == pytest.approx(0.2887, abs=0.01)
+    directions = offsets / offsets.norm(dim=1, keepdim=True)
+    assert directions.mean(dim=0).abs().max() < 0.03
+    assert directions.square().mean(dim=0).sub(1 / 12).abs().max() < 0.01
+    part = random_start(images[::3], numbers[::3], epsilon=0.25, key=(0,), norm="l2")
+    assert torch.allclose(part, start[::3], atol=1e-7)
+
+
+class Hill(nn.Module):
+    """One pixel; the loss of label 0 is highest at the grey of 0.56. It keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = []
+
+    def forward(self, images_BCHW):
+        self.path.append(float(images_BCHW.detach()))
+        below_B = -(images_BCHW.flatten(1)[:, 0] - 0.56).abs()
+        return torch.stack([torch.zeros_like(below_B), below_B], dim=1)
+
+
+def run_apgd(model, images, targets, *, steps, epsilon=EPSILON, norm="linf"):
+    with attacked(model):
+        return apgd(
+            model, images, targets, epsilon=epsilon, steps=steps, start_BCHW=images, norm=norm
+        )
+
+
+def test_autopgd_follows_its_rule_of_steps_and_returns_the_best():
+    """Croce and Hein's rule at radius 0.1, with a checkpoint after every one of 8 steps."""
+    images = torch.full((1, 1, 1, 1), 0.5)
+    hill = Hill()
+    final = run_apgd(hill, images, torch.tensor([0]), steps=8, epsilon=0.1)
+    path = [
+        0.5,
+        0.6,  # a step of 0.2, cut at the ball's edge
+        0.475,  # 3/4 of -0.2, 1/4 of the last 0.1: lower, so the step is halved, back to 0.6
+        0.525,  # 3/4 of -0.1
+        0.5625,  # 3/4 of 0.1, 1/4 of -0.075
+        0.496875,  # 3/4 of -0.1, 1/4 of 0.0375: lower, halved, back to 0.5625
+        0.525,  # 3/4 of -0.05: higher than the last one
+        0.553125,  # 3/4 of 0.05, 1/4 of -0.0375: twice no better than 0.5625, halved, back to it
+        0.553125,  # 3/4 of -0.025, 1/4 of the 0.0375 since 0.525
+    ]
+    assert hill.path == pytest.approx(path, abs=1e-6)
+    assert float(final) == pytest.approx(0.5625, abs=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", EPSILON), ("l2", 0.5)])
+def test_autopgd_stays_in_the_ball_and_takes_soft_targets(small, few_digits, norm, epsilon):
+    model = build_classifier(small()).eval()
+    images, labels = to_unit(few_digits.train.images[:16]), few_digits.train.labels[:16]
+    drawn = torch.get_rng_state()
+    final = run_apgd(model, images, labels, steps=5, epsilon=epsilon, norm=norm)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    size = (final - images).flatten(1).norm(dim=1, p=2 if norm == "l2" else torch.inf)
+    assert size.max() <= epsilon + 1e-6
+    assert size.min() > 0.5 * epsilon
+    assert 0 <= final.min() <= final.max() <= 1
+    loss = nn.CrossEntropyLoss(reduction="none")
+    assert (loss(model(final), labels) > loss(model(images), labels)).all()
+    soft = nn.functional.one_hot(labels, 10).float()
+    of_soft = run_apgd(model, images, soft, steps=5, epsilon=epsilon, norm=norm)
+    assert torch.allclose(of_soft, final, atol=1e-6)
 
 
 def test_attack_leaves_the_model_as_it_was(small, few_digits):
@@ -168,6 +282,59 @@ def test_training_attack_raises_the_loss_and_follows_from_the_step(
     model.eval()
     loss = nn.CrossEntropyLoss()
     assert loss(model(final), targets) > loss(model(images), targets)
+
+
+def test_fgsm_rs_is_one_step_of_five_quarters_of_the_radius(small):
+    images, labels = torch.full((8, 3, 4, 4), 0.5), torch.tensor([0, 1] * 4)
+    recipe, model = adversarial(small, adversary={"step_size": 1.25 * EPSILON}), Linear()
+    places = torch.arange(8)
+    start = training_start(recipe, recipe.adversary, images, places, epoch=0, step=0)
+    final = training_attack(recipe, model, images, labels, places, epoch=0, step=0)
+    rises = model.weight.detach().sign() * torch.where(labels == 0, -1, 1).view(-1, 1, 1, 1)
+    offset = (start - images + 1.25 * EPSILON * rises).clamp(-EPSILON, EPSILON)
+    assert torch.allclose(final, images + offset, atol=1e-6)
+    # From less than -epsilon / 4 the step ends within the ball: 3/8 of the draws.
+    assert float((offset.abs() < EPSILON - 1e-6).float().mean()) == pytest.approx(3 / 8, abs=0.1)
+
+
+def test_trades_attacks_the_answers_to_the_clean_images_as_torchattacks(
+    small, few_digits, monkeypatch
+):
+    changes = {"loss": "trades", "step_size": EPSILON / 4, "steps": 3}
+    recipe = adversarial(small, adversary=changes)
+    model = build_classifier(recipe).double().eval()
+    images, labels = to_unit(few_digits.train.images[:16]).double(), few_digits.train.labels[:16]
+    places = torch.arange(16)
+    start = training_start(recipe, recipe.adversary, images, places, epoch=0, step=0)
+    monkeypatch.setattr(torch, "randn_like", lambda _: (start - images) / 0.001)
+    expected = TPGD(model, eps=EPSILON, alpha=EPSILON / 4, steps=3)(images)
+    final = training_attack(recipe, model, images, labels, places, epoch=0, step=0)
+    assert torch.allclose(final, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("linear", [0, 0.25, 0.5, 0.75, 1, 1]), ("sine", [0, 0.14645, 0.5, 0.85355, 1, 1])],
+)
+def test_epsilon_grows_from_epoch_to_epoch(small, schedule, shares):
+    settings = {"epsilon": 0.1, "step_size": 0.15, "epsilon_schedule": schedule}
+    adversary = Adversary(**settings, epsilon_epochs=4)
+    epsilons = [adversary.in_epoch(epoch).epsilon for epoch in range(6)]
+    assert epsilons == pytest.approx([0.1 * share for share in shares], abs=1e-6)
+    assert {adversary.in_epoch(epoch).step_size for epoch in range(6)} == {0.15}
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_has_the_radius_of_its_epoch(small, attack, norm):
+    settings = {"attack": attack, "norm": norm, "step_size": 1.5 * EPSILON, "epsilon_epochs": 4}
+    recipe = adversarial(small, epochs=6, adversary=settings)
+    images = torch.full((4, 3, 4, 4), 0.5)
+    labels, places = torch.tensor([0, 1, 0, 1]), torch.arange(4)
+    for epoch, radius in ((0, 0.0), (1, EPSILON / 4), (4, EPSILON)):
+        final = training_attack(recipe, Linear(), images, labels, places, epoch=epoch, step=0)
+        size = (final - images).flatten(1).norm(dim=1, p=2 if norm == "l2" else torch.inf)
+        assert torch.allclose(size, torch.full((4,), radius), atol=1e-5)
 
 
 def trained_a_little(recipe, images):

@@ -10,17 +10,20 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 from tests.paper import CURRICULA
-from trainables.data.base import Split
+from trainables.data.augment import TrainBatches
+from trainables.data.base import Split, to_unit
 from trainables.layers import Classifier
 from trainables.networks import build_classifier
 from trainables.recipe import Distillation
 from trainables.store.checkpoint import load_newest_checkpoint, save_checkpoint
+from trainables.train.adversary import folded, training_attack
 from trainables.train.loop import (
     PROBE,
     accuracy,
     chance_limit,
     collapse_reason,
     distillation_loss,
+    divergence_loss,
     probe,
     train,
     training_loss,
@@ -41,6 +44,20 @@ VARIANTS = {
     "adversarial with curriculum": (
         "deit",
         {"adversary": ADVERSARY, "curriculum": CURRICULA["study"]},
+    ),
+    "TRADES by AutoPGD in L2, eased in": (
+        "deit",
+        {
+            "adversary": {
+                "norm": "l2",
+                "attack": "apgd",
+                "epsilon": 1.0,
+                "step_size": 1.0,
+                "steps": 2,
+                "loss": "trades",
+                "epsilon_epochs": 2,
+            }
+        },
     ),
     "distilled": ("resnet", {}),
     "half precision": ("resnet", {"precision": "fp16"}),
@@ -148,6 +165,47 @@ def test_binary_cross_entropy_is_the_hand_worked_one(small):
     assert unlike.item() == pytest.approx(expected)
 
 
+def with_loss(small, loss, **changes):
+    return small(adversary=ADVERSARY | {"plain_start": 0.0, "loss": loss, "beta": 2.0}, **changes)
+
+
+def test_the_losses_of_trades_and_mart_are_the_hand_worked_ones(small):
+    clean = torch.tensor([[6.0, 1.0, 1.0]], dtype=torch.double).log()
+    adversarial = torch.tensor([[4.0, 1.0, 3.0]], dtype=torch.double).log()
+    # Probabilities 3/4, 1/8, 1/8 and 1/2, 1/8, 3/8.
+    divergence = 0.75 * math.log(1.5) - 0.125 * math.log(3)
+    label = torch.tensor([0])
+    trades = divergence_loss(with_loss(small, "trades"), clean, adversarial, label)
+    assert trades.item() == pytest.approx(-math.log(0.75) + 2 * divergence)
+    # The likeliest wrong class has 3/8; the clean image's label lacks 1/4.
+    mart = divergence_loss(with_loss(small, "mart"), clean, adversarial, label)
+    boosted = math.log(2) - math.log(1.0001 - 0.375)
+    assert mart.item() == pytest.approx(boosted + 2 * 0.25 * divergence)
+    soft = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.double)
+    trades = divergence_loss(with_loss(small, "trades"), clean, adversarial, soft)
+    expected = -0.5 * math.log(0.75) - 0.5 * math.log(0.125) + 2 * divergence
+    assert trades.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", ["trades", "mart"])
+def test_clean_and_attacked_images_are_learned_from_in_turn(small, few_digits, loss):
+    recipe = with_loss(small, loss, epochs=1, batch_size=len(few_digits.train))
+    ((images, places),) = TrainBatches(recipe, few_digits.train, workers=0).epoch(0)
+    classifier, clean = build_classifier(recipe), to_unit(images)
+    twin = folded(classifier.eval(), clean[:1])
+    labels = few_digits.train.labels[places]
+    adversarial = training_attack(
+        recipe, classifier, clean, labels, places, epoch=0, step=0, twin=twin
+    )
+    classifier.train()
+    expected = divergence_loss(recipe, classifier(clean), classifier(adversarial), labels)
+    trained = build_classifier(recipe)
+    (report,) = train(recipe, trained, few_digits, device=CPU)
+    assert report.metrics["train/loss"] == pytest.approx(expected.item(), rel=1e-5)
+    mean = classifier.backbone.bn1.running_mean  # after the clean and then the attacked images
+    assert torch.allclose(trained.backbone.bn1.running_mean, mean, rtol=1e-4)
+
+
 def test_gradients_are_clipped_to_a_norm_before_the_step(small, few_digits):
     rate, norm = 1.0, 1e-3
     recipe = small(
@@ -253,6 +311,9 @@ def test_the_probe_attacks_within_the_recipes_radius(small):
     classifier = Classifier(Brightness(), (0.0,) * 3, (1.0,) * 3)
     # Darker by 16/255, those from 144/255 on are still above 127.5/255.
     assert probe(small(adversary=ADVERSARY), classifier, split, device=CPU) == 0.6
+    # An image has 48 values, and in L2 all of them move by the same.
+    in_l2 = ADVERSARY | {"norm": "l2", "epsilon": 16 / 255 * 48**0.5}
+    assert probe(small(adversary=in_l2), classifier, split, device=CPU) == 0.6
 
 
 def test_curriculum_and_probe_are_metrics(small, few_digits):
@@ -337,7 +398,11 @@ def test_collapse_is_a_probe_at_chance_while_the_loss_falls(small):
 
 @pytest.mark.parametrize(
     ("recipe", "patient", "collapsed"),
-    [({"epochs": 12, "warmup_epochs": 3.0}, 4, 6), ({"epochs": 100}, 9, 11)],
+    [
+        ({"epochs": 12, "warmup_epochs": 3.0}, 4, 6),
+        ({"epochs": 12, "adversary": ADVERSARY | {"epsilon_epochs": 3.0}}, 4, 6),
+        ({"epochs": 100}, 9, 11),
+    ],
 )
 def test_patience_begins_after_the_warm_up_and_grows_with_the_training(
     small, recipe, patient, collapsed

@@ -8,8 +8,10 @@ from pydantic import ValidationError
 
 from tests.paper import CURRICULA, adversarial_deit, deit, resnet50, with_axis
 from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
+from trainables.scale import IMAGENET
 
 ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
+TRADES = ADVERSARY | {"loss": "trades"}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,41 @@ def test_every_value_of_a_curriculum_is_part_of_the_identity(field):
 def test_settings_of_what_is_off_do_not_split_trials(change):
     assert resnet50().replace(**change).digest() == resnet50().digest()
     assert "ghost_batch" in change or deit().replace(**change).digest() != deit().digest()
+
+
+@pytest.mark.parametrize(
+    ("beside", "field", "value"),
+    [
+        ({"attack": "apgd"}, "step_size", 1 / 255),
+        ({"loss": "mart"}, "beta", 5.0),
+        ({"epsilon_epochs": 4}, "epsilon_schedule", "sine"),
+    ],
+)
+def test_an_adversarys_settings_count_only_beside_what_they_are_of(beside, field, value):
+    def digest(*changes):
+        adversary = {name: v for change in (ADVERSARY, *changes) for name, v in change.items()}
+        return resnet50().replace(adversary=adversary).digest()
+
+    counts = field == "step_size"
+    assert (digest({field: value}) != digest()) == counts
+    assert (digest(beside, {field: value}) != digest(beside)) != counts
+    assert digest(beside) != digest()
+
+
+@pytest.mark.parametrize(
+    ("adversary", "passes"),
+    [
+        (None, 3),  # forward, gradients of the weights and of the inputs
+        ({"steps": 2}, 7),
+        ({"steps": 2, "attack": "apgd"}, 9),
+        ({"steps": 2, "loss": "mart"}, 10),
+        ({"steps": 2, "loss": "trades"}, 11),
+    ],
+)
+def test_a_trainings_cost_counts_the_passes_of_its_adversary(adversary, passes):
+    plain = resnet50()
+    recipe = plain.replace(adversary=adversary and ADVERSARY | adversary)
+    assert IMAGENET.cost(recipe) == pytest.approx(IMAGENET.cost(plain) * passes / 3)
 
 
 def test_the_identity_covers_what_differs_from_a_default():
@@ -111,6 +148,17 @@ def test_teacher_is_part_of_the_identity_by_its_own_digest():
         ({"model": "net.pt2"}, "install it as a model"),
         ({"epochs": "100"}, "valid integer"),
         ({"adversary": ADVERSARY | {"epsilon": 4}}, r"write 4/255"),
+        ({"adversary": TRADES | {"plain_start": 0.2}}, "no gradient at the image itself: plain_s"),
+        ({"adversary": TRADES, "protocol": "as-published"}, "protocol must be 'corrected'"),
+        ({"adversary": TRADES, "loss": "bce"}, "loss 'bce' and adversarial loss 'trades' exclude"),
+        (
+            {"adversary": ADVERSARY | {"loss": "mart"}, "augmentations": "cutmix"},
+            "loss 'mart' needs one label an image: leave mixup and cutmix out",
+        ),
+        (
+            {"adversary": ADVERSARY | {"epsilon_epochs": 5}, "epochs": 4},
+            "epsilon_epochs are more than the 4 epochs",
+        ),
         ({"curriculum": CURRICULA["study"]}, "augmentations must have them"),
     ],
 )

@@ -31,6 +31,15 @@ def recipes(small):
         "student": deit.replace(distillation=Distillation(teacher=resnet)),
         "resnet": resnet,
         "resnet attacked": resnet.replace(adversary=adversary),
+        "resnet by TRADES in L2": resnet.replace(
+            adversary=Adversary(norm="l2", epsilon=1.0, step_size=1.0, loss="trades")
+        ),
+        "deit by MART and AutoPGD": sgd.replace(
+            augmentations=(),
+            adversary=Adversary(
+                attack="apgd", epsilon=16 / 255, step_size=16 / 255, steps=2, loss="mart"
+            ),
+        ),
         "resnet with ghosts, accumulated": resnet.replace(
             norm="ghost", ghost_batch=8, micro_batch=32
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, Literal, Self, get_args
@@ -46,6 +47,7 @@ Augmentation = Literal["randaug", "augmix", "3augment", "mixup", "cutmix"]
 Scheduler = Literal["step", "cosine", "tanh", "multistep", "poly", "wsd", "rsqrt", "constant"]
 Protocol = Literal["corrected", "as-published"]
 Norm = Literal["batch", "ghost"]
+Ball = Literal["linf", "l2"]
 PixelRange = Literal["data", "half"]
 Precision = Literal["float32", "bf16", "fp16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -217,19 +219,20 @@ class Adversary(Frozen):
     that an image's attack starts at the image itself instead of at random in its ball. attack:
     pgd; apgd, whose step begins at twice epsilon and follows its own rule (Croce and Hein 2020), so
     that `step_size` does not count. loss: ce, the cross-entropy of the attacked images; trades
-    (Zhang et al. 2019) and mart (Wang et al. 2020), which weigh a divergence by `beta`.
-    epsilon grows from 0 over the first `epsilon_epochs`, linearly or as a sine's first quarter.
+    (Zhang et al. 2019) and mart (Wang et al. 2020), which weigh a divergence by `beta`; the default
+    is of both authors' code. epsilon grows from 0 over the first `epsilon_epochs`, epoch by epoch,
+    linearly or as a sine from its trough to its crest (Debenedetti et al. 2023, src/attacks.py).
     FGSM-RS (Wong et al. 2020) is pgd of one step of 1.25 epsilon.
     """
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Ball = "linf"
     attack: Literal["pgd", "apgd"] = "pgd"
     epsilon: Radius
     steps: int = Field(default=1, gt=0, le=MOST_STEPS)
     step_size: Radius
     plain_start: float = Field(default=0, ge=0, le=1)
     loss: Literal["ce", "trades", "mart"] = "ce"
-    beta: float | None = Field(default=None, gt=0)
+    beta: float = Field(default=6, gt=0)
     epsilon_schedule: Literal["linear", "sine"] = "linear"
     epsilon_epochs: float = Field(default=0, ge=0)
 
@@ -237,9 +240,31 @@ class Adversary(Frozen):
     def _can_be(self) -> Adversary:
         for radius in (self.epsilon, self.step_size) if self.norm == "linf" else ():
             parse_epsilon(radius)
-        if (self.loss == "ce") != (self.beta is None):
-            raise ValueError("beta weighs the divergence of loss 'trades' and 'mart', not of 'ce'")
+        if self.loss == "trades" and self.plain_start:
+            raise ValueError(
+                "the divergence of loss 'trades' has no gradient at the image itself: plain_start "
+                "must be 0"
+            )
         return self
+
+    @property
+    def inert(self) -> tuple[str, ...]:
+        """The fields that have no effect beside the others."""
+        inert = {
+            "step_size": self.attack == "apgd",
+            "beta": self.loss == "ce",
+            "epsilon_schedule": not self.epsilon_epochs,
+        }
+        return tuple(name for name, is_so in inert.items() if is_so)
+
+    def in_epoch(self, epoch: int) -> Adversary:
+        """Return this adversary with the epsilon of an epoch (from 0), which may be 0."""
+        if epoch >= self.epsilon_epochs:
+            return self
+        share = epoch / self.epsilon_epochs
+        if self.epsilon_schedule == "sine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.model_copy(update={"epsilon": share * self.epsilon})
 
 
 class Distillation(Frozen):
@@ -444,9 +469,18 @@ class Recipe(Frozen):
                 not self.ema_evaluated and not self.ema_decay
             ),
             "bce_threshold is of loss 'bce'": self.bce_threshold is not None and self.loss != "bce",
-            f"loss 'bce' and adversarial loss {self.adversary and self.adversary.loss!r} exclude "
-            "each other": (
-                self.loss == "bce" and bool(self.adversary and self.adversary.loss != "ce")
+            f"loss 'bce' and adversarial loss {self.adversarial_loss!r} exclude each other": (
+                self.loss == "bce" and self.adversarial_loss != "ce"
+            ),
+            "loss 'mart' needs one label an image: leave mixup and cutmix out": (
+                self.mixes and self.adversarial_loss == "mart"
+            ),
+            "attacks as-published may start at the image itself, where the divergence of loss "
+            "'trades' has no gradient: protocol must be 'corrected'": (
+                self.protocol == "as-published" and self.adversarial_loss == "trades"
+            ),
+            f"epsilon_epochs are more than the {self.epochs} epochs of the training": bool(
+                self.epochs and self.adversary and self.adversary.epsilon_epochs > self.epochs
             ),
             f"cooldown of {self.cooldown_epochs} epochs leaves none of {self.epochs}": (
                 self.epochs > 0 and self.cooldown_epochs >= self.epochs
@@ -510,6 +544,11 @@ class Recipe(Frozen):
         """'clean' or 'adversarial'."""
         return "adversarial" if self.adversary else "clean"
 
+    @property
+    def adversarial_loss(self) -> str:
+        """The adversary's loss; 'ce' without one as well."""
+        return self.adversary.loss if self.adversary else "ce"
+
     def curriculum_row(self, epoch: int) -> CurriculumRow | None:
         """Return the row of an epoch (from 0), or None without a curriculum.
 
@@ -568,7 +607,12 @@ class Recipe(Frozen):
         return {name: value for name, value in fields.items() if not inert.get(name, False)}
 
     def _by_digest(self, fields: dict[str, Any]) -> None:
-        """Put the digests of other trials' recipes in the place of these, in dumped fields."""
+        """Put digests in the place of other trials' recipes, and drop an adversary's inert fields.
+
+        fields: dumped ones.
+        """
+        for name in self.adversary.inert if self.adversary else ():
+            fields["adversary"].pop(name, None)
         if self.distillation:
             fields["distillation"]["teacher"] = self.distillation.teacher.digest()
         if self.warm_start:

@@ -149,8 +149,11 @@ class Scale:
         """Return what training the recipe costs, in the unit of `epoch_cost`; for ordering."""
         epoch = self.epoch_cost(recipe)
         # Forward, weight gradients and input gradients cost about the same; a teacher's forward
-        # is one more of the three.
-        passes = 3 + (2 * recipe.adversary.steps if recipe.adversary else 0)
+        # is one more of the three. AutoPGD weighs its start as well; TRADES and MART learn from
+        # the clean images too, and TRADES attacks the answers to them.
+        passes = 3 + {"ce": 0, "trades": 4, "mart": 3}[recipe.adversarial_loss]
+        if attack := recipe.adversary:
+            passes += 2 * (attack.steps + (attack.attack == "apgd"))
         return recipe.epochs * epoch * (passes + (1 if recipe.teacher else 0)) / 3
 
     def own_value(self, recipe: Recipe, name: str) -> float:

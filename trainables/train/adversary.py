@@ -1,4 +1,4 @@
-"""Projected gradient descent in the max-norm, for training and for evaluation.
+"""Projected gradient descent in the max-norm or L2, for training and for evaluation.
 
 It may ascend a twin of the classifier, whose batch normalisation is folded into the convolutions
 before it: the same logits, a third faster.
@@ -10,19 +10,22 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
-from typing import cast
+from typing import Any, cast
 
 import torch
+from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from trainables.layers import Classifier, GhostBatchNorm2d, by_own_ghost
-from trainables.recipe import Adversary, Recipe
+from trainables.recipe import Adversary, Ball, Recipe
 from trainables.train.exactness import uniform
 from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 from trainables.watchdog import beat
 
 TOLERANCE = 1e-4
+LEAST_DRAW = 2.0**-25  # half of a uniform number's last bit: its normal quantile is finite
+APGD_NORMS: dict[Ball, str] = {"linf": "Linf", "l2": "L2"}  # as pyautoattack names them
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
 OURS = (GhostBatchNorm2d, SharedBatchNorm2d, SharedGhostBatchNorm2d)
 
@@ -47,14 +50,32 @@ def attacked(module: nn.Module) -> Iterator[None]:
 
 
 def random_start(
-    images_BCHW: Tensor, numbers_B: Tensor, *, epsilon: float, key: Sequence[int | str]
+    images_BCHW: Tensor,
+    numbers_B: Tensor,
+    *,
+    epsilon: float,
+    key: Sequence[int | str],
+    norm: Ball = "linf",
 ) -> Tensor:
-    """Return a uniform draw from each image's max-norm ball, cut to [0, 1].
+    """Return a uniform draw from each image's ball, cut to [0, 1].
 
-    It follows from the image's number and the key: the same bits in any batch, on any device.
+    It follows from the image's number and the key: in the max-norm the same bits in any batch, on
+    any device.
     """
-    noise = uniform(numbers_B.to(images_BCHW.device), images_BCHW.shape[1:], key=key)
-    return (images_BCHW + noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
+    numbers_B = numbers_B.to(images_BCHW.device)
+    noise = uniform(numbers_B, images_BCHW.shape[1:], key=key)
+    if norm == "linf":
+        return (images_BCHW + noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
+    # Normal draws have every direction alike; a ball's volume grows by the radius to the dimension.
+    dimension = noise.flatten(1).shape[1]
+    radius_B = epsilon * uniform(numbers_B, (), key=(*key, "radius")) ** (1 / dimension)
+    direction = _unit(torch.special.ndtri(noise.clamp_(min=LEAST_DRAW)))
+    return (images_BCHW + radius_B.view(-1, 1, 1, 1) * direction).clamp_(0, 1)
+
+
+def _unit(vectors_BCHW: Tensor) -> Tensor:
+    """Return each image's vector at L2 length 1; zero stays zero."""
+    return F.normalize(vectors_BCHW.flatten(1)).view(vectors_BCHW.shape)
 
 
 def pgd_iterates(
@@ -66,12 +87,14 @@ def pgd_iterates(
     step_size: float,
     stops: Sequence[int],
     start_BCHW: Tensor,
+    norm: Ball = "linf",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Ascend the cross-entropy by signed gradients; yield (steps, iterate) at each of `stops`.
+    """Ascend the cross-entropy; yield (steps, iterate) at each of `stops`.
 
-    One trajectory passes through all stops. targets: labels_B or soft targets_BK. Iterates stay
-    within `epsilon` of the images and in [0, 1]. Call under `attacked`. Source: Madry et al.
-    (2018), section 2.1; STUDY section 3.
+    A step is `step_size` times the gradient's sign (linf) or its direction (l2). One trajectory
+    passes through all stops. targets: labels_B or soft targets_BK. Iterates stay within `epsilon`
+    of the images and in [0, 1]. Call under `attacked`. Source: Madry et al. (2018), section 2.1;
+    STUDY section 3.
     """
     low = (images_BCHW - epsilon).clamp_(min=0)
     high = (images_BCHW + epsilon).clamp_(max=1)
@@ -87,9 +110,45 @@ def pgd_iterates(
             )
         (gradient,) = torch.autograd.grad(loss, current)
         with torch.no_grad():
-            current = torch.clamp(current + step_size * gradient.sign(), low, high)
+            if norm == "linf":
+                current = torch.clamp(current + step_size * gradient.sign(), low, high)
+            else:
+                offset = current + step_size * _unit(gradient) - images_BCHW
+                current = (images_BCHW + offset.renorm(2, 0, epsilon)).clamp_(0, 1)
         if step in stops:
             yield step, current
+
+
+def apgd(
+    classifier: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    start_BCHW: Tensor,
+    norm: Ball,
+) -> Tensor:
+    """Ascend the cross-entropy by AutoPGD; return each image's iterate of the highest loss.
+
+    targets: labels_B or soft targets_BK. Call under `attacked`. Source: Croce and Hein (2020),
+    algorithm 1, as pyautoattack has it.
+    """
+    images_BCHW, start_BCHW = images_BCHW.contiguous(), start_BCHW.contiguous()
+    device = images_BCHW.device
+    attack = APGDAttack(classifier, n_iter=steps, norm=APGD_NORMS[norm], eps=epsilon, device=device)
+    attack.init_hyperparam(images_BCHW)
+
+    def loss(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+        beat()
+        return F.cross_entropy(logits_BK, targets, reduction="none")
+
+    attack.loss, attack.ce_loss_targeted = "ce-targeted", loss  # its own takes labels only
+    labels_B = targets.argmax(dim=1) if targets.is_floating_point() else targets
+    # It draws a start of its own, even where it has one.
+    with torch.random.fork_rng(devices=[]):
+        best_BCHW, *_ = attack.attack_single_run(images_BCHW, labels_B, x_init=start_BCHW)
+    return cast(Tensor, best_BCHW)
 
 
 def training_attack(
@@ -109,10 +168,11 @@ def training_attack(
     places_B: the images' places in their split. step, micro: the optimizer step of the epoch and
     the forward batch within it. The model is in eval mode meanwhile, each image normalised by its
     own ghost's running statistics where it has ghosts; its folded `twin` is asked in its place
-    where there is one. as-published: gradients in half precision.
+    where there is one. as-published: gradients in half precision. trades: the attack is on the
+    answers to the clean images.
     """
-    adversary = recipe.adversary
-    assert adversary is not None
+    assert recipe.adversary is not None
+    adversary = recipe.adversary.in_epoch(epoch)
     start_BCHW = training_start(
         recipe, adversary, images_BCHW, places_B, epoch=epoch, step=step, micro=micro
     )
@@ -120,16 +180,33 @@ def training_attack(
     with attacked(classifier), by_own_ghost(classifier), half:
         if twin is not None:
             twin.refresh()
-        iterates = pgd_iterates(
-            classifier if twin is None else twin,
-            images_BCHW,
-            targets,
-            epsilon=adversary.epsilon,
-            step_size=adversary.step_size,
-            stops=(adversary.steps,),
-            start_BCHW=start_BCHW,
-        )
-        _, final_BCHW = next(iterates)
+        victim = classifier if twin is None else twin
+        if adversary.loss == "trades":
+            # The cross-entropy on the clean answers is their divergence, but for a constant.
+            with torch.no_grad():
+                targets = victim(images_BCHW).softmax(dim=1)
+        return _ascended(adversary, victim, images_BCHW, targets, start_BCHW)
+
+
+def _ascended(
+    adversary: Adversary,
+    victim: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    start_BCHW: Tensor,
+) -> Tensor:
+    """Return where an adversary's attack ends."""
+    ball: dict[str, Any] = {
+        "epsilon": adversary.epsilon,
+        "norm": adversary.norm,
+        "start_BCHW": start_BCHW,
+    }
+    if adversary.attack == "apgd":
+        return apgd(victim, images_BCHW, targets, steps=adversary.steps, **ball)
+    stops = (adversary.steps,)
+    ((_, final_BCHW),) = pgd_iterates(
+        victim, images_BCHW, targets, step_size=adversary.step_size, stops=stops, **ball
+    )
     return final_BCHW
 
 
@@ -155,7 +232,11 @@ def training_start(
     """
     key = (recipe.seed, epoch, step)
     started_BCHW = random_start(
-        images_BCHW, places_B, epsilon=adversary.epsilon, key=(*key, "start")
+        images_BCHW,
+        places_B,
+        epsilon=adversary.epsilon,
+        key=(*key, "start"),
+        norm=adversary.norm,
     )
     if recipe.protocol == "as-published":
         drawn = float(uniform(torch.zeros(1, dtype=torch.long), (), key=(*key, micro, "batch")))

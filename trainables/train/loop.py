@@ -39,6 +39,7 @@ EVALUATION_BATCH = 256
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE = "probe/pgd-10"
 PROBE_STEPS = 10
+FINITE_MARGIN = 1.0001  # in MART's logarithm, as in its authors' code
 PATIENCE_SHARE = 0.1  # of the epochs at chance: a collapse
 LEAST_PATIENCE = 3
 
@@ -252,6 +253,7 @@ def _batch_loss(
         step=forward,
     )
     inputs, targets = team.own_of(rows, inputs), team.own_of(rows, targets)
+    clean = inputs
     if recipe.adversary:
         step, micro = divmod(forward, recipe.accumulation)
         inputs = training_attack(
@@ -267,11 +269,15 @@ def _batch_loss(
         )
     half = PRECISIONS[recipe.precision]
     with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
+        clean_BK = training.forward(clean).float() if recipe.adversarial_loss != "ce" else None
         logits_BK = training.forward(inputs).float()
         if recipe.distillation and training.teacher is not None:
             with torch.no_grad():
                 taught_BK = training.teacher(inputs).float()
-    loss = training_loss(recipe, logits_BK, targets)
+    if clean_BK is None:
+        loss = training_loss(recipe, logits_BK, targets)
+    else:
+        loss = divergence_loss(recipe, clean_BK, logits_BK, targets)
     if recipe.distillation and training.teacher is not None:
         loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
     return loss
@@ -305,6 +311,29 @@ def training_loss(recipe: Recipe, logits_BK: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits_BK, targets, label_smoothing=smoothing)
 
 
+def divergence_loss(
+    recipe: Recipe, clean_BK: Tensor, adversarial_BK: Tensor, targets: Tensor
+) -> Tensor:
+    """Return the loss of TRADES or MART, the mean over images.
+
+    trades: of the clean images, and beta * KL(clean || adversarial) (Zhang et al. 2019; their
+    trades.py). mart: of the adversarial images, boosted by -log(1 - the likeliest wrong class), and
+    beta * KL * (1 - the clean image's true class) (Wang et al. 2020; their mart.py).
+    """
+    assert recipe.adversary is not None
+    beta = recipe.adversary.beta
+    clean, adversarial = clean_BK.log_softmax(dim=1), adversarial_BK.log_softmax(dim=1)
+    divergence_B = F.kl_div(adversarial, clean, log_target=True, reduction="none").sum(dim=1)
+    if recipe.adversary.loss == "trades":
+        return training_loss(recipe, clean_BK, targets) + beta * divergence_B.mean()
+    true_B1 = targets[:, None]
+    wrong_B = adversarial.exp().scatter(1, true_B1, 0).amax(dim=1)
+    boost = -torch.log(FINITE_MARGIN - wrong_B).mean()
+    unsure_B = 1 - clean.exp().gather(1, true_B1).squeeze(1)
+    loss = training_loss(recipe, adversarial_BK, targets) + boost
+    return loss + beta * (unsure_B * divergence_B).mean()
+
+
 def distillation_loss(
     distillation: Distillation,
     loss: Tensor,
@@ -334,14 +363,16 @@ def collapse_reason(
     """Say why a training has collapsed, or '' while it has not.
 
     Collapsed: the loss is not finite; or the PGD-10 probe (n images) stays at chance for a tenth
-    of the epochs, at least three, after the warm-up, while the training loss falls.
+    of the epochs, at least three, after the warm-up of rate and epsilon, while the training loss
+    falls.
     """
     last = history[-1]
     if not math.isfinite(last["train/loss"]):
         return f"the training loss became {last['train/loss']} in epoch {last['epoch']:.0f}"
     patience = max(LEAST_PATIENCE, math.ceil(PATIENCE_SHARE * recipe.epochs))
     recent = history[-patience:]
-    if len(recent) < patience or recent[0]["epoch"] <= recipe.warmup_epochs:
+    eased = max(recipe.warmup_epochs, recipe.adversary.epsilon_epochs if recipe.adversary else 0)
+    if len(recent) < patience or recent[0]["epoch"] <= eased:
         return ""
     limit = chance_limit(num_classes, n)
     stuck = all(entry.get(PROBE, math.inf) <= limit for entry in recent)
@@ -377,7 +408,7 @@ def probe(
 ) -> float:
     """Return the accuracy of an adversarial training's model under PGD-10 from the images."""
     assert recipe.adversary is not None
-    epsilon = recipe.adversary.epsilon
+    epsilon, norm = recipe.adversary.epsilon, recipe.adversary.norm
 
     def predict(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         iterates = pgd_iterates(
@@ -388,6 +419,7 @@ def probe(
             step_size=epsilon / 4,
             stops=(PROBE_STEPS,),
             start_BCHW=images_BCHW,
+            norm=norm,
         )
         _, final_BCHW = next(iterates)
         with torch.no_grad():
