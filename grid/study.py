@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -130,7 +130,17 @@ class Table(Frozen):
     @classmethod
     def _differ(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
         _check_once("row", [row.label for row in rows])
+        if not rows:
+            raise ValueError("a table has at least one row")
         return rows
+
+    @field_validator("columns")
+    @classmethod
+    def _are_columns(cls, columns: Columns) -> Columns:
+        _check_once("column", columns)
+        if not columns:
+            raise ValueError("a table has at least one column, the name of a score as 'clean'")
+        return columns
 
     @field_validator("published", mode="before")
     @classmethod
@@ -397,10 +407,22 @@ def _library(entries: Mapping[str, Any], path: Path, below: tuple[Path, ...] = (
             numbered = ({"epoch": epoch, **row} for epoch, row in enumerate(rows))
             curricula[name] = tuple(map(CurriculumRow.model_validate, numbered))
     with _at("bases"):
-        for name, values in _BASES.validate_python(entries.get("bases", {})).items():
+        stated = _BASES.validate_python(entries.get("bases", {}))
+        for name, values in stated.items():
             with _at(name):
+                _check_above(values, stated.keys() - bases.keys())
                 bases[name] = _new_base(values, Library(bases, curricula, folder))
     return Library(bases, curricula, folder)
+
+
+def _check_above(values: Mapping[str, Any], below: Collection[str]) -> None:
+    """Raise ValueError where a base needs one that comes below it, or itself."""
+    for key in ("extends", "teacher", "warm_start"):
+        if str(values.get(key)) in below:
+            raise ValueError(
+                f"{key} {values[key]!r} is this base or one below it: a base names bases above it, "
+                "so that none needs itself"
+            )
 
 
 def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:

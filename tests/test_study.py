@@ -17,6 +17,7 @@ from grid.report.build import write_report
 from grid.report.claims import judge_claims
 from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
+from grid.run import main
 from grid.study import load_study
 from tests.made_up import record
 from tests.paper import BASES, resnet50
@@ -27,7 +28,12 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "study.md"
 OWN = re.search(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
-EMPTY = '[[tables]]\nname = "A1"\nquestion = "?"\ncolumns = []\nrows = []'
+SECOND = """[[tables]]
+name = "A1"
+question = "?"
+columns = ["clean"]
+rows = [{ label = "ReLU", base = "resnet50" }]
+"""
 
 
 def write(folder, text, name="study.toml"):
@@ -252,7 +258,30 @@ def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
         ('"GELU" = [77.1]', '"GELU" = [77.1, 3]', "published: 'GELU' has 2 for 1 columns, cl"),
         ('"GELU" = [77.1]', '"SiLU" = [77.1]', "published: unknown row 'SiLU'; one of ReLU"),
         ('label = "GELU"', 'label = "ReLU"', "tables.0.rows: row 'ReLU' is there twice"),
-        ("[[claims]]", f"{EMPTY}\n[[claims]]", "table 'A1' is there twice"),
+        ("[[claims]]", f"{SECOND}[[claims]]", "table 'A1' is there twice"),
+        (
+            '["clean", "pgd-10"]',
+            "[]",
+            "tables.0.columns: a table has at least one column, the name",
+        ),
+        ('"clean", "pgd-10"]', '"clean", "clean"]', "tables.0.columns: column 'clean' is there tw"),
+        (
+            'activation = "gelu"',
+            'teacher = "smooth"',
+            "smooth: teacher 'smooth' is this base or one",
+        ),
+        (
+            'activation = "gelu"',
+            "drop_path = 1.5",
+            "smooth: drop_path: Input should be less than 1",
+        ),
+        ('activation = "gelu"', "drop_pth = 0.1", "Did you mean 'drop_path'?"),
+        (
+            'base = "resnet50" }',
+            'weights = "https://a.org/b.pth" }',
+            "row 'ReLU': https://a.org/b.pth needs the sha256 of its file, 64 hex digits",
+        ),
+        ('column = "clean"', 'column = "pgd-5"', "unknown column 'pgd-5'; one of clean, pgd-10"),
         ('label = "ReLU", ', "", "tables.0.rows.0: row '': its label is missing"),
         (
             ', base = "resnet50" }',
@@ -275,6 +304,33 @@ def test_a_wrong_file_names_file_key_and_nearest_word(tmp_path, old, new, messag
     with pytest.raises(ValueError, match=r"study file .*study\.toml") as error:
         load_study(write(tmp_path, OWN.replace(old, new, 1)))
     assert message in str(error.value)
+
+
+def test_bases_and_files_that_need_each_other_are_refused(tmp_path):
+    text = 'name="s"\nbase="a"\n[bases.a]\nextends="resnet50"\nteacher="b"\n'
+    text += '[bases.b]\nextends="resnet50"\nteacher="a"\n'
+    with pytest.raises(ValueError, match="bases: a: teacher 'b' is this base or one below it"):
+        load_study(write(tmp_path, text))
+    write(tmp_path, 'name="o"\nextends="study.toml"\nbase="resnet50"\n', "other.toml")
+    path = write(tmp_path, 'name="s"\nextends="other.toml"\nbase="resnet50"\n')
+    with pytest.raises(ValueError, match=r"extends: extends: .*study\.toml extends itself"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[axes]\nlearning_rat = [0.1]", "unknown axis 'learning_rat'"),
+        ("[axes]\nlearning_rate = [-1.0]", "no trial left, all 1 are refused; the first, learning"),
+        ('[set]\nactivation = "swish"', "not 'swish'"),
+    ],
+)
+def test_a_wrong_study_ends_the_command_with_2_before_any_compute(tmp_path, text, message, capsys):
+    path = write(tmp_path, f'name = "s"\nbase = "resnet50"\n{text}\n')
+    with pytest.raises(SystemExit, match="2"):
+        main(["--study", path, "--results", str(tmp_path / "results")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_files_that_cannot_be_read_or_hold_nothing_to_train_are_refused(tmp_path):
