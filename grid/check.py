@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evaluators import PLUG_INS, class_named
 from evaluators.textures import open_dictionary
 from grid.estimate import disk_bytes
 from grid.plan import Plan
@@ -35,7 +34,6 @@ from trainables.data.listing import (
 )
 from trainables.data.load import CorruptedSet, archive_of, image_files, load_data, stored_split
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
-from trainables.plugins import described
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
 
@@ -82,19 +80,8 @@ def check(
         listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
         manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
         findings += _standing_in(scale.data_set, source, plan)
-    findings += [*_plug_ins(), ("disk", *_disk(plan, results))]
+    findings.append(("disk", *_disk(plan, results)))
     return [*findings, *(("device", "ok", text) for text in _devices())], manifest
-
-
-def _plug_ins() -> Iterator[Finding]:
-    """Name the evaluators that other packages bring, and say why one cannot be imported."""
-    for name, plug_in in PLUG_INS.items():
-        try:
-            class_named(name)
-        except ValueError as error:
-            yield "plug-ins", "warning", str(error)
-        else:
-            yield "plug-ins", "ok", described(plug_in)
 
 
 def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> Iterator[Finding]:

@@ -24,18 +24,18 @@ LOOPBACK = "127.0.0.1"
 
 def main() -> None:
     """Run the command that the first word names, and end the process with its status."""
-    words = sys.argv[1:]
-    if words and words[0] in COMMANDS:
+    command, *words = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
         from grid.run import leave, stop_on_signals
 
         stop_on_signals()
-        leave(dispatch(words[0], words[1:]))
+        leave(dispatch(command, words))
     parser = _parser()
-    if words and words[0][0] != "-":
+    if not command.startswith("-"):
         from trainables.recipe import unknown
 
-        parser.error(unknown("command", words[0], COMMANDS))
-    parser.parse_args(words or ["--help"])
+        parser.error(unknown("command", command, COMMANDS))
+    parser.parse_args([command, *words])
 
 
 def dispatch(command: str, words: Sequence[str]) -> int:
@@ -47,17 +47,16 @@ def dispatch(command: str, words: Sequence[str]) -> int:
         return evaluate(words, prog)
     if command == "ui":
         return _show_results(words, prog)
-    from grid.options import MODES
     from grid.run import main as run
 
-    return run([f"--{command}", *words] if command in MODES else words, prog)
+    return run(words if command == "run" else [f"--{command}", *words], prog)
 
 
 def _show_results(words: Sequence[str], prog: str) -> int:
     """Become MLflow's server on the results' database; return only where there is none to start."""
     from grid.options import UiOptions
     from grid.run import ENVIRONMENT
-    from trainables.store.results import DATABASE, check_database, database_uri, settle
+    from trainables.store.results import DATABASE, database_uri, settle
 
     options = UiOptions.read(words, prog)
     if options.mlflow and options.mlflow.startswith("http"):
@@ -66,7 +65,6 @@ def _show_results(words: Sequence[str], prog: str) -> int:
     try:
         if not (options.mlflow or (options.results / DATABASE).exists()):
             raise ValueError(f"{options.results} holds no {DATABASE}: run a study first")
-        check_database(options.results)
         settle(options.results)
     except ValueError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -388,30 +388,24 @@ class _Events(tune.Callback):  # type: ignore[misc]
     """Hand Tune's events to the recorder, without which Tune stops; nothing here may block."""
 
     def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
-        self._recorder: Recorder | None = recorder
-        self._order = order
+        self._recorder, self._order = recorder, order
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
-        return {"_recorder": None}
+        return tune.Callback, ()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._recorder:
-            self._recorder.check()
+        self._recorder.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._recorder:
-            self._recorder.started(_digest_of(trial))
+        self._recorder.started(_digest_of(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._recorder:
-            self._recorder.reported(result)
+        self._recorder.reported(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if not self._recorder:
-            return
         # The file on this machine: Tune's own answer is read from the storage, later.
         path, digest = Path(trial.error_file or ""), _digest_of(trial)
         trace = path.read_text().strip() if path.is_file() else "unknown error"

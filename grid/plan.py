@@ -70,6 +70,7 @@ class Trial:
 class Plan:
     """The trials of a study, those that need no training and then the longest first.
 
+    `spanned` are the recipes of its axes as the study states them, before the scale shrinks them;
     `requests` counts rows, combinations and their needs before equal ones are shared; `tables` hold
     the recipes as they are trained at the scale; `notes` say what was adapted to what is set;
     `longest_chain` is the cost of the trainings that need one another.
@@ -77,6 +78,7 @@ class Plan:
 
     trials: tuple[Trial, ...]
     refused: tuple[Refused, ...] = ()
+    spanned: tuple[Recipe, ...] = ()
     requests: int = 0
     tables: tuple[Table, ...] = ()
     seeds: int = 1
@@ -160,8 +162,8 @@ def build_plan(
         for table in trained
         for row in table.rows
     ]
-    combinations, refused = _grid(study, scale, seeds)
-    requests += [(recipe, study.name, for_all) for recipe in combinations]
+    spanned, refused = _grid(study, seeds)
+    requests += [(at_scale(recipe, study, scale), study.name, for_all) for recipe in spanned]
     requests = [
         (recipe.with_seed(seed) if seed else recipe, purpose, names)
         for recipe, purpose, names in _keep_only(requests, only or {}, study)
@@ -174,6 +176,7 @@ def build_plan(
     return Plan(
         tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
         refused=tuple(refused),
+        spanned=tuple(spanned),
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
@@ -292,14 +295,14 @@ def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
         raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
 
 
-def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Recipe], list[Refused]]:
+def _grid(study: Study, seeds: int) -> tuple[list[Recipe], list[Refused]]:
     """Return the recipes that the study's axes span, and what was refused."""
     if study.base is None:
         return [], []
-    spanned = math.prod(len(values) for values in study.axes.values())
-    if spanned * seeds > MOST_RECIPES:
+    combinations = math.prod(len(values) for values in study.axes.values())
+    if combinations * seeds > MOST_RECIPES:
         raise ValueError(
-            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
+            f"{combinations:,} combinations with {seeds:,} seeds each are more than the "
             f"{MOST_RECIPES:,} recipes that a study can have"
         )
     recipes, refused = enumerate_trials(
@@ -311,7 +314,7 @@ def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Recipe], list[Re
             f"study {study.name!r} has no trial left, all {len(refused)} are refused; "
             f"the first, {named}: {refused[0][1]}"
         )
-    return [at_scale(recipe, study, scale) for recipe in recipes], refused
+    return recipes, refused
 
 
 def _keep_only(

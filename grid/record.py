@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,16 +71,11 @@ class Recorder(threading.Thread):
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         # Once: an evaluator may have to list a stored set's images to identify them.
         self._questions: dict[tuple[Preprocessing, str], Question] = {}
-        for trial in plan:
-            geometry = trial.recipe.preprocessing.geometry()
+        for geometry, name in {(_geometry(t), name) for t in plan for name in t.evaluators}:
             shown = scale.preprocessed(geometry)
             shown_data = data if shown == scale else load_data(shown, source)
-            for name in trial.evaluators:
-                if (geometry, name) not in self._questions:
-                    self._questions[geometry, name] = _question_of(
-                        evaluator_named(name, shown), shown_data
-                    )
-        self._events: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
+            self._questions[geometry, name] = _question_of(name, shown, shown_data)
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
         self._training_over = threading.Event()
@@ -113,10 +108,7 @@ class Recorder(threading.Thread):
 
     def trials_to_train(self) -> list[Trial]:
         """Return the trials that have no weights yet, in the plan's order."""
-        over = ("finished", "collapsed")
-        return [
-            trial for digest, trial in self._trials.items() if self._outcome(digest) not in over
-        ]
+        return [t for digest, t in self._trials.items() if self._outcome(digest) not in OVER]
 
     def _outcome(self, digest: str) -> str:
         return self._runs[digest].outcome if digest in self._runs else "waiting"
@@ -128,8 +120,7 @@ class Recorder(threading.Thread):
         return [n for n in wanted if cells.get(n) != self._question(digest, n).digest]
 
     def _question(self, digest: str, evaluator: str) -> Question:
-        geometry = self._trials[digest].recipe.preprocessing.geometry()
-        return self._questions[geometry, evaluator]
+        return self._questions[_geometry(self._trials[digest]), evaluator]
 
     def open_study(self) -> None:
         """Open the study's run in MLflow, and note on its trials' runs that they serve it."""
@@ -199,7 +190,7 @@ class Recorder(threading.Thread):
 
     def started(self, digest: str) -> None:
         """Note that a trial began or went on."""
-        self._events.put(("started", digest, None))
+        self._events.put(lambda: self._on_started(digest))
 
     def check(self) -> None:
         """Raise RuntimeError when nobody writes down any more what happens."""
@@ -208,8 +199,8 @@ class Recorder(threading.Thread):
 
     def reported(self, result: Mapping[str, Any]) -> None:
         """Note what a step of a trial returned."""
-        kind = "failed" if result["outcome"] == "failed" else "reported"
-        self._events.put((kind, str(result["digest"]), result))
+        handle = self._on_failed if result["outcome"] == "failed" else self._on_reported
+        self._events.put(lambda: handle(result["digest"], result))
 
     def retried(self, digest: str, reason: str) -> None:
         """Note that a trial failed and will be tried again."""
@@ -217,7 +208,7 @@ class Recorder(threading.Thread):
 
     def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""
-        self._events.put(("failed", digest, {"reason": reason, "trace": trace}))
+        self._events.put(lambda: self._on_failed(digest, {"reason": reason, "trace": trace}))
 
     def run(self) -> None:
         try:
@@ -243,13 +234,7 @@ class Recorder(threading.Thread):
 
     def _handle_events(self, most: int) -> None:
         for _ in range(min(most, self._events.qsize())):
-            kind, digest, payload = self._events.get()
-            if kind == "started":
-                self._on_started(digest)
-            elif kind == "reported":
-                self._on_reported(digest, payload)
-            else:
-                self._on_failed(digest, payload)
+            self._events.get()()
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
 
@@ -331,7 +316,7 @@ class Recorder(threading.Thread):
         if run.outcome != "finished":
             self.progress.cells -= len(missing)
             return
-        geometry = self._trials[run.digest].recipe.preprocessing.geometry()
+        geometry = _geometry(self._trials[run.digest])
         for evaluator, question in missing.items():
             cell = Cell(run.digest, run.artifact_uri, evaluator, question.digest, geometry)
             self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
@@ -379,8 +364,13 @@ class Question:
     images: int
 
 
-def _question_of(evaluator: Evaluator, data: Data) -> Question:
-    """Return an evaluator's question about data as some models see them."""
+def _geometry(trial: Trial) -> Preprocessing:
+    return trial.recipe.preprocessing.geometry()
+
+
+def _question_of(name: str, scale: Scale, data: Data) -> Question:
+    """Return an evaluator's question about data as the models of a scale see them."""
+    evaluator = evaluator_named(name, scale)
     identity = json.dumps(evaluator.identity(data))
     return Question(evaluator, cell_digest(evaluator, data), identity, evaluator.total(data))
 

@@ -133,12 +133,12 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:
-    if not options.mlflow:
-        check_database(options.results)
     from grid.status import describe_status, open_existing
 
-    if options.report and not options.mlflow:
-        settle(options.results)
+    if not options.mlflow:
+        check_database(options.results)
+        if options.report:
+            settle(options.results)
     tracker = open_existing(options.results, options.mlflow, scale)
     if options.status:
         print(describe_status(tracker, plan, now=time.time()))

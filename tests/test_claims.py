@@ -22,9 +22,8 @@ from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 
 def judge(plan, runs):
-    return judge_claims(
-        STUDY.claims, tables_of(STUDY, plan, runs), plan.seeds, Verdicts(None, runs), runs
-    )
+    tables = tables_of(STUDY, plan, runs)
+    return judge_claims(STUDY.claims, tables, Verdicts(None, runs, plan.seeds))
 
 
 ERROR = "corruptions"
@@ -102,7 +101,7 @@ def judge_by_hand(plan, column, survivors):
     }
     stored = Verdicts(None, {})
     stored.ledger = lambda *cell: ledgers.get(cell)
-    judged = judge_claims(STUDY.claims, tables, 1, stored, {})
+    judged = judge_claims(STUDY.claims, tables, stored)
     return [judgement for judgement in judged if judgement.claim.column == column]
 
 

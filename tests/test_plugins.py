@@ -24,15 +24,10 @@ from evaluators.intervals import image_scores
 from evaluators.ledger import in_order
 from evaluators.plugged import class_of
 from evaluators.shards import ShardStore
-from grid.check import check
-from grid.plan import build_plan
-from grid.study import Study
 from tests.driver import ROOT
-from tests.paper import resnet50
 from tests.tiny import Watched
 from trainables import plugins
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.data.listing import EMBEDDED
 from trainables.layers import Classifier
 from trainables.models import MODELS
 from trainables.scale import DIGITS
@@ -272,20 +267,6 @@ def test_a_plug_in_that_is_none_is_named_with_its_package_and_the_reason(
     with pytest.raises(ValueError, match=rf"plug-in 'mine' \({kind}\) of theirs 1.0 {message}"):
         evaluator_named("mine", DIGITS)
     assert evaluator_named("clean", DIGITS).name == "clean"  # the others go on
-
-
-def test_a_check_names_plug_ins_that_cannot_be_imported_and_the_others(registered, tmp_path):
-    registered("attacks", sound="tests.test_plugins:greedy", broken="no_such_module:attack")
-    plan = build_plan(Study(name="one", base=resnet50()), DIGITS)
-    findings, _ = check(DIGITS, EMBEDDED, plan, results=tmp_path)
-    assert [finding[1:] for finding in findings if finding[0] == "plug-ins"] == [
-        ("ok", "plug-in 'sound' (attacks) of theirs 1.0"),
-        (
-            "warning",
-            "plug-in 'broken' (attacks) of theirs 1.0 cannot be imported: "
-            "ModuleNotFoundError: No module named 'no_such_module'",
-        ),
-    ]
 
 
 @pytest.mark.parametrize("name", ["clean", "pgd_10"])

@@ -71,7 +71,7 @@ def test_a_claim_about_a_score_that_the_data_lack_cannot_be_judged(tmp_path):
     study = load_study(write(tmp_path, text))
     plan = build_plan(study, DIGITS)
     tables = tables_of(study, plan, {})
-    (judgement,) = judge_claims(study.claims, tables, 1, Verdicts(None, {}), {})
+    (judgement,) = judge_claims(study.claims, tables, Verdicts(None, {}))
     assert (judgement.decision, judgement.outcome[:10]) == ("cannot be judged", "these data")
 
 

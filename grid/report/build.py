@@ -23,7 +23,7 @@ from grid.report.tables import (
     FilledTable,
     describe_origins,
     describe_provenance,
-    fill_tables,
+    fill_table,
     images_text,
     tables_of,
 )
@@ -55,31 +55,23 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     latex = "\n".join(_latex(table, scale) for table in tables)
     write_atomically(folder / "tables.tex", latex.encode())
     for plot in report["plots"]:
-        write_atomically(folder / "plots" / f"{plot.name}.svg", plot.file().encode())
+        write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg.encode())
     return page
 
 
 def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[str, Any]:
     """Return what the templates show of a plan, by the names that they use."""
     runs = tracker.trials()
-    verdicts = Verdicts(tracker, runs)
+    verdicts = Verdicts(tracker, runs, plan.seeds)
     verdicts.forget_damaged(plan)
     planned = [runs[t.digest] for t in plan if t.digest in runs]
     trained = [runs[t.digest] for t in plan if t.digest in runs and t.recipe.epochs]
     tables = tables_of(study, plan, runs)
-    filled = fill_tables(tables, plan.seeds, runs)
-    judgements = judge_claims(study.claims, tables, plan.seeds, verdicts, runs)
+    filled = [fill_table(table, plan.seeds, runs) for table in tables]
+    judgements = judge_claims(study.claims, tables, verdicts)
     effects = grid_effects(study, plan, scale, runs)
-    plots = draw(
-        plan,
-        list(zip(tables, filled, strict=True)),
-        runs,
-        scale=scale,
-        tracker=tracker,
-        verdicts=verdicts,
-        judgements=judgements,
-        effects=effects,
-    )
+    pairs = list(zip(tables, filled, strict=True))
+    plots = draw(plan, pairs, verdicts, scale=scale, judgements=judgements, effects=effects)
     states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)
     by_name = {plot.name: plot for plot in plots}
     return {
@@ -91,7 +83,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "attacks": attacks_text(plan, scale),
         "states": states.most_common(),
         "tables": filled,
-        "comparisons": {table.name: verdicts.comparisons(table, plan.seeds) for table in tables},
+        "comparisons": {table.name: verdicts.comparisons(table) for table in tables},
         "judgements": judgements,
         "answer": answer(study, judgements),
         "effects": effects,
@@ -178,7 +170,7 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
 
     Beside the columns of a ledger it says which `trial` and `model` each is of.
     """
-    verdicts = Verdicts(tracker, tracker.trials())
+    verdicts = Verdicts(tracker, tracker.trials(), plan.seeds)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({name for trial in plan for name in trial.evaluators}):
         path, aside = folder / f"{name}.parquet", folder / f"{name}.part"

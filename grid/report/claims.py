@@ -9,10 +9,9 @@ from typing import Literal, get_args
 
 from evaluators.base import Column
 from evaluators.intervals import Paired
-from grid.report.tables import digests_of, over_seeds
+from grid.report.tables import over_seeds
 from grid.report.verdicts import Verdicts
 from grid.study import Claim, Row, Study, Table, Test
-from trainables.store.tracking import TrialRun
 
 Decision = Literal[
     "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"
@@ -38,11 +37,7 @@ class Judgement:
 
 
 def judge_claims(
-    claims: Iterable[Claim],
-    tables: Sequence[Table],
-    seeds: int,
-    verdicts: Verdicts,
-    runs: Mapping[str, TrialRun],
+    claims: Iterable[Claim], tables: Sequence[Table], verdicts: Verdicts
 ) -> list[Judgement]:
     """Judge every claim whose rows are in the tables."""
     rows = {(table.name, row.label): row for table in tables for row in table.rows}
@@ -55,16 +50,16 @@ def judge_claims(
         if any(None in pair for pair in pairs):
             continue
         if claim.test == "collapses":
-            judgements.append(_judge_collapse(claim, compared[0][0], seeds, runs))
+            judgements.append(_judge_collapse(claim, compared[0][0], verdicts))
         elif column := columns.get((claim.row[0], claim.column)):
             published = None if column.stands_in else _published(claim, figures)
-            paired = _difference(compared, column, seeds, verdicts, runs)
+            paired = _difference(compared, column, verdicts)
             test = _test(column, compared)
             if paired is not None:
                 decision = decide(claim.test, paired.low, paired.high)
                 judgements.append(Judgement(claim, decision, test, paired, published))
             else:
-                undecided, outcome = _undecided(compared, seeds, runs)
+                undecided, outcome = _undecided(compared, verdicts)
                 judgements.append(Judgement(claim, undecided, test, None, published, outcome))
         else:
             lacking = "these data have no such score"
@@ -72,9 +67,9 @@ def judge_claims(
     return judgements
 
 
-def _judge_collapse(claim: Claim, row: Row, seeds: int, runs: Mapping[str, TrialRun]) -> Judgement:
+def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
     test = f"{row.label} ({claim.row[0]}): the outcome of its training"
-    digests = digests_of(row.recipe, seeds)
+    digests, runs = verdicts.digests(row), verdicts.runs
     outcomes = [runs[digest].outcome for digest in digests if digest in runs]
     ended = [outcome for outcome in outcomes if outcome in ("finished", "collapsed")]
     if len(ended) < len(digests):
@@ -87,25 +82,21 @@ def _judge_collapse(claim: Claim, row: Row, seeds: int, runs: Mapping[str, Trial
 
 
 def _difference(
-    compared: Sequence[tuple[Row, ...]],
-    column: Column,
-    seeds: int,
-    verdicts: Verdicts,
-    runs: Mapping[str, TrialRun],
+    compared: Sequence[tuple[Row, ...]], column: Column, verdicts: Verdicts
 ) -> Paired | None:
     """Return the mean difference of pairs of rows, as over seeds, or one row's own score.
 
     None where not all of it is judged.
     """
     if len(compared[0]) == 1:
-        digests = digests_of(compared[0][0].recipe, seeds)
+        digests, runs = verdicts.digests(compared[0][0]), verdicts.runs
         metrics = [runs[digest].metrics for digest in digests if digest in runs]
         judged = [entry for entry in metrics if column.score in entry]
         if len(judged) < len(digests):
             return None
         value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
         return Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
-    every = [verdicts.compare(ours, theirs, column, seeds) for ours, theirs in compared]
+    every = [verdicts.compare(ours, theirs, column) for ours, theirs in compared]
     pairs = [paired for paired in every if paired]
     if len(pairs) < len(every):
         return None
@@ -116,15 +107,14 @@ def _difference(
     return Paired(difference, low, high, min(p.n for p in pairs), None)
 
 
-def _undecided(
-    compared: Sequence[tuple[Row, ...]], seeds: int, runs: Mapping[str, TrialRun]
-) -> tuple[Decision, str]:
+def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple[Decision, str]:
     """Say which trainings ended without a model to judge; a collapsed one never has one."""
+    runs = verdicts.runs
     ended = [
         (row.label, runs[digest].outcome)
         for rows in compared
         for row in rows
-        for digest in digests_of(row.recipe, seeds)
+        for digest in verdicts.digests(row)
         if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked")
     ]
     fell = any(outcome == "collapsed" for _, outcome in ended)

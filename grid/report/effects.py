@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 from evaluators import EVALUATORS, headline_of
 from evaluators.ledger import CONFIDENCE
 from grid.axes import axis_value
-from grid.plan import Plan, at_scale, enumerate_trials
+from grid.plan import Plan, at_scale
 from grid.study import Study
 from trainables.recipe import Recipe
 from trainables.scale import Scale
@@ -43,7 +43,7 @@ def grid_effects(
     study: Study, plan: Plan, scale: Scale, runs: Mapping[str, TrialRun]
 ) -> list[Effects]:
     """Return the effects on each evaluator's headline score where eight trials or more have it."""
-    axes, recipes = list(study.axes or {}), _grid(study, plan, scale)
+    axes, recipes = list(study.axes), _grid(study, plan, scale)
     scores = {score for digest in recipes if digest in runs for score in runs[digest].metrics}
     judged = [name for name in EVALUATORS if any(score.startswith(name) for score in scores)]
     effects = []
@@ -62,21 +62,9 @@ def grid_effects(
 
 
 def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
-    """Return what the axes span of a plan, in the order of their values.
-
-    By a trial's digest its recipe as the study states it, before the scale shrinks it.
-    """
-    if study.base is None:
-        return {}
+    """Return what the axes span of a plan, by digest, as the study states it, in their order."""
     planned = {trial.digest for trial in plan}
-    spanned, _ = enumerate_trials(
-        study.base,
-        study.axes or {},
-        mode=study.mode,
-        settings=study.settings,
-        library=study.library,
-    )
-    seeded = [r.with_seed(s) if s else r for r in spanned for s in range(plan.seeds)]
+    seeded = [r.with_seed(s) if s else r for r in plan.spanned for s in range(plan.seeds)]
     by_digest = ((at_scale(recipe, study, scale).digest(), recipe) for recipe in seeded)
     return {digest: recipe for digest, recipe in by_digest if digest in planned}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from cycler import cycler
 from matplotlib.figure import Figure
@@ -21,9 +21,9 @@ from grid.report.claims import Judgement
 from grid.report.effects import Effects
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.study import Table
+from grid.study import Row, Table
 from trainables.scale import Scale
-from trainables.store.tracking import Tracker, TrialRun
+from trainables.store.tracking import TrialRun
 
 # Okabe and Ito's colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -57,11 +57,6 @@ class Plot:
         """Return the picture as part of a page, named by its caption."""
         return self.svg.replace("<svg ", f'<svg role="img" aria-label="{escape(self.caption)}" ', 1)
 
-    def file(self) -> str:
-        """Return the picture as a file of its own."""
-        space = 'xmlns="http://www.w3.org/2000/svg"'
-        return self.svg.replace("<svg ", f"<svg {space} ", 1)
-
 
 def _figure(width: float, height: float, *, panels: int = 1, rows: int = 1) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -70,28 +65,25 @@ def _figure(width: float, height: float, *, panels: int = 1, rows: int = 1) -> F
 
 
 def _plot(name: str, caption: str, figure: Figure, table: str = "") -> Plot:
-    """Return a figure as the bare <svg> element: a page needs neither a doctype nor metadata."""
+    """Return a figure as the <svg> element alone: a page needs neither a doctype nor metadata."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=metadata)
     svg = buffer.getvalue()
-    element = svg[svg.index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", element)
-    return Plot(name, caption, element.replace("xlink:href", "href"), table)
+    return Plot(name, caption, svg[svg.index("<svg") :], table)
 
 
 def draw(
     plan: Plan,
     tables: Sequence[tuple[Table, FilledTable]],
-    runs: Mapping[str, TrialRun],
+    verdicts: Verdicts,
     *,
     scale: Scale,
-    tracker: Tracker,
-    verdicts: Verdicts,
     judgements: Sequence[Judgement],
     effects: Sequence[Effects],
 ) -> list[Plot]:
     """Draw every figure of a report for which there is something to draw."""
+    runs = verdicts.runs
     with mpl.rc_context(STYLE):
         plots = [
             claims_plot(judgements),
@@ -107,7 +99,7 @@ def draw(
             if "corruptions" in evaluators:
                 plots.append(corruptions_plot(table, verdicts))
             if len(tables) == 1 or _is_about_training(table, runs):
-                plots.append(training_plot(table, tracker, runs))
+                plots.append(training_plot(table, verdicts))
     return [plot for plot in plots if plot]
 
 
@@ -192,11 +184,15 @@ def _lines(
     return _plot(f"{name}-{table.name}", caption, figure, table.name)
 
 
+def _ledgers(rows: Iterable[Row], verdicts: Verdicts, evaluator: str) -> dict[str, pa.Table]:
+    """Return the ledgers of the rows that are judged, by label."""
+    ledgers = {row.label: verdicts.ledger(row.recipe.digest(), evaluator) for row in rows}
+    return {label: ledger for label, ledger in ledgers.items() if ledger is not None}
+
+
 def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw the error by kind and severity, a panel per row of a table."""
-    rows = table.rows[:MOST_LINES]
-    ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "corruptions") for row in rows}
-    judged = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
+    judged = _ledgers(table.rows[:MOST_LINES], verdicts, "corruptions")
     if not judged:
         return None
     across = min(len(judged), PANELS_IN_A_ROW)
@@ -221,8 +217,7 @@ def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
 
 def patches_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw the share of images that survive texture patches against the queries spent."""
-    ledgers = {row.label: verdicts.ledger(row.recipe.digest(), "tpa") for row in table.rows}
-    judged = {label: ledger for label, ledger in ledgers.items() if ledger is not None}
+    judged = _ledgers(table.rows, verdicts, "tpa")
     if not judged:
         return None
     figure = _figure(6.5, 3.6)
@@ -238,17 +233,18 @@ def patches_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     return _plot(f"patches-{table.name}", caption, figure, table.name)
 
 
-def training_plot(table: Table, tracker: Tracker, runs: Mapping[str, TrialRun]) -> Plot | None:
+def training_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     """Draw training loss and held-out accuracy by epoch; a cross marks the end of a collapse."""
+    runs, history = verdicts.runs, verdicts.tracker.history
     runs_by_label = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
     if not 0 < len(runs_by_label) <= MOST_LINES:
         return None
     figure = _figure(8.5, 3.6, panels=2)
     loss, accuracy = figure.axes
     for label, run in runs_by_label.items():
-        losses = [(e, v) for e, v in tracker.history(run, "train/loss") if v < MOST_LOSS]
+        losses = [(e, v) for e, v in history(run, "train/loss") if v < MOST_LOSS]
         (line,) = loss.plot(*np.reshape(losses, (-1, 2)).T, label=label)
-        epochs, shares = np.reshape(tracker.history(run, "held_out/accuracy"), (-1, 2)).T
+        epochs, shares = np.reshape(history(run, "held_out/accuracy"), (-1, 2)).T
         accuracy.plot(epochs, 100 * shares, ".-", color=line.get_color())
         if run.outcome == "collapsed" and losses:
             loss.plot(*losses[-1], "x", color=line.get_color(), markersize=9)

@@ -123,14 +123,8 @@ def digests_of(recipe: Recipe, seeds: int) -> list[str]:
     return [recipe.with_seed(seed).digest() for seed in range(seeds if recipe.epochs else 1)]
 
 
-def fill_tables(
-    tables: Iterable[Table], seeds: int, runs: Mapping[str, TrialRun]
-) -> list[FilledTable]:
-    """Fill tables as far as the runs go."""
-    return [_fill(table, seeds, runs) for table in tables]
-
-
-def _fill(table: Table, seeds: int, runs: Mapping[str, TrialRun]) -> FilledTable:
+def fill_table(table: Table, seeds: int, runs: Mapping[str, TrialRun]) -> FilledTable:
+    """Fill a table as far as the runs go."""
     rows = []
     for row in table.rows:
         trained = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]

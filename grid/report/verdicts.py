@@ -56,50 +56,54 @@ class Health:
 
 
 class Verdicts:
-    """The ledgers of the runs, read when they are needed."""
+    """The runs of a study, by digest, and their ledgers, which are read when they are needed."""
 
-    def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun]) -> None:
-        self._tracker, self._runs = tracker, runs
+    def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun], seeds: int = 1) -> None:
+        self.tracker, self.runs, self._seeds = tracker, runs, seeds
         self.ledger = lru_cache(CACHED_LEDGERS)(self._ledger)
 
     def forget_damaged(self, trials: Iterable[Trial]) -> None:
         """Count cells whose ledger is damaged or missing as not judged, here and in MLflow."""
-        for run in (self._runs[t.digest] for t in trials if t.digest in self._runs):
+        for run in (self.runs[t.digest] for t in trials if t.digest in self.runs):
             for evaluator in list(run.cells):
                 try:
-                    self._tracker.ledger(run, evaluator)
+                    self.tracker.ledger(run, evaluator)
                 except DamagedError:
-                    self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+                    self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+
+    def digests(self, row: Row) -> list[str]:
+        """Return the digests of a row's trials, one per seed."""
+        return digests_of(row.recipe, self._seeds)
 
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
-        return digest in self._runs and evaluator in self._runs[digest].cells
+        return digest in self.runs and evaluator in self.runs[digest].cells
 
     def _ledger(self, digest: str, evaluator: str) -> pa.Table | None:
         """Return a cell's ledger; None where it is not judged."""
         if not self.is_judged(digest, evaluator):
             return None
-        run = self._runs[digest]
+        run = self.runs[digest]
         try:
-            return from_parquet(self._tracker.ledger(run, evaluator))[0]
+            return from_parquet(self.tracker.ledger(run, evaluator))[0]
         except ValueError:
-            self._tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+            self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
             return None
 
-    def compare(self, row: Row, reference: Row, column: Column, seeds: int) -> Paired | None:
+    def compare(self, row: Row, reference: Row, column: Column) -> Paired | None:
         """Return a row minus another in a column; None where either is not judged."""
-        ours, theirs = (self._scores(r, column, seeds) for r in (row, reference))
+        ours, theirs = (self._scores(r, column) for r in (row, reference))
         return compare(ours, theirs) if ours and theirs else None
 
-    def _scores(self, row: Row, column: Column, seeds: int) -> list[dict[str, float]]:
+    def _scores(self, row: Row, column: Column) -> list[dict[str, float]]:
         """Return the image scores of every seed; nothing where one lacks."""
-        digests = digests_of(row.recipe, seeds)
+        digests = self.digests(row)
         ledgers = [self.ledger(digest, column.evaluator) for digest in digests]
         scores = [image_scores(ledger, column.score) for ledger in ledgers if ledger is not None]
         known = [score for score in scores if score is not None]
         return known if len(known) == len(digests) else []
 
-    def comparisons(self, table: Table, seeds: int) -> dict[str, list[Paired | None]]:
+    def comparisons(self, table: Table) -> dict[str, list[Paired | None]]:
         """Compare each row with the first, on the images on which both were judged.
 
         By label, a difference per column. Rows that share no judged column with the first are left
@@ -107,7 +111,7 @@ class Verdicts:
         """
         reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
         compared = {
-            row.label: [self.compare(row, reference, column, seeds) for column in table.shown]
+            row.label: [self.compare(row, reference, column) for column in table.shown]
             for row in others
         }
         return {label: cells for label, cells in compared.items() if any(cells)}
@@ -127,7 +131,7 @@ class Verdicts:
             if known and "health" not in attacks and not is_checked(known):
                 unchecked.append(trial.name)
             lacking = [name for name in attacks if ledgers[name] is None]
-            run = self._runs.get(trial.digest)
+            run = self.runs.get(trial.digest)
             if lacking and not (run and run.outcome == "collapsed"):
                 waiting[trial.name] = lacking
         return Health(flags, tuple(unchecked), waiting)
