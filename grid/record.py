@@ -140,29 +140,22 @@ class Recorder(threading.Thread):
         Evaluators read weights from MLflow, students from the storage. The trial's last checkpoint
         makes both copies again.
         """
-        for digest, run in self._runs.items():
-            if run.outcome == "finished" and self._missing(digest):
-                self._check_weights(run, self.tracker.artifact(run.artifact_uri, WEIGHTS))
-        checked: set[str] = set()
-        # One that goes on has needs, too.
-        while needed := self._needed() - checked:
-            for digest in needed:
-                if self._outcome(digest) == "finished":
-                    content = read_file(weights_path(storage, digest))
-                    self._check_weights(self._runs[digest], content)
-            checked |= needed
-        self._count()
-
-    def _needed(self) -> set[str]:
         recipes = (trial.recipe for trial in self.trials_to_train())
-        return {other.digest() for recipe in recipes for other in recipe.prerequisites}
-
-    def _check_weights(self, run: TrialRun, content: bytes | None) -> None:
-        if content is None or hashlib.sha256(content).hexdigest() != run.weights_sha256:
-            self._line.say(
-                f"the weights of trial {run.digest} are damaged or missing: they are made again"
-            )
-            self.tracker.continue_trial(run)
+        needed = {other.digest() for recipe in recipes for other in recipe.prerequisites}
+        for digest, run in self._runs.items():
+            if run.outcome != "finished":
+                continue
+            copies = []
+            if self._missing(digest):
+                copies.append(self.tracker.artifact(run.artifact_uri, WEIGHTS))
+            if digest in needed:
+                copies.append(read_file(weights_path(storage, digest)))
+            if any(hashlib.sha256(c or b"").hexdigest() != run.weights_sha256 for c in copies):
+                self._line.say(
+                    f"the weights of trial {digest} are damaged or missing: they are made again"
+                )
+                self.tracker.continue_trial(run)
+        self._count()
 
     @contextmanager
     def recording(self, pool: EvaluatorPool) -> Iterator[None]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 
 from evaluators import EVALUATORS, headline_of
 from evaluators.ledger import CONFIDENCE
@@ -86,9 +88,6 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     Pairwise interactions are part of it where the trials are enough, and such, to tell them apart.
     Empty where no trial is left to judge the axes by, or where axes only vary together.
     """
-    from statsmodels.formula.api import ols
-    from statsmodels.stats.anova import anova_lm
-
     mains = [f"C({axis})" for axis in axes]
     full = [
         pair
