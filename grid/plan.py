@@ -343,10 +343,12 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
 
 def _name(recipe: Recipe, study: Study, scale: Scale) -> str:
     """Describe a recipe, the study's axes that its description lacks, and whom it stands for."""
+    described = recipe.describe()
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
-    others = (f"{axis}={axis_value(recipe, axis, study.library)}" for axis in axes)
+    stated = (f"{axis}={axis_value(recipe, axis, study.library)}" for axis in axes)
+    others = (words for words in stated if f" {words} " not in described)
     behind = " or ".join(study.models_behind(recipe) if scale.depth_divisor > 1 else ())
-    return " ".join([recipe.describe(), *others, *([f"for {behind}"] if behind else [])])
+    return " ".join([described, *others, *([f"for {behind}"] if behind else [])])
 
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:

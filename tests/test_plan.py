@@ -272,6 +272,15 @@ def test_a_setting_of_preprocessing_leaves_what_a_recipe_has_beside_it():
     assert changed.preprocessing == Preprocessing(size=32, crop=0.9)
 
 
+def test_names_tell_each_value_of_an_axis_once():
+    axes = {"drop_path": (0.0, 0.1), "clip_grad": (1.0,)}
+    plan = build_plan(Study(name="s", base=resnet50(), axes=axes), IMAGENET)
+    assert {trial.name for trial in plan} == {
+        "resnet50 relu sgd step none clip_grad=1.0 100ep seed0 drop_path=0.0",
+        "resnet50 relu sgd step none drop_path=0.1 clip_grad=1.0 100ep seed0",
+    }
+
+
 def test_tables_and_names_tell_the_settings_and_keep_the_published_figures():
     study = with_all(STUDY, precision="bf16", micro_batch=128)
     plan = build_plan(study, IMAGENET, tables=["T5"])

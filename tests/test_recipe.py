@@ -6,7 +6,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from tests.paper import CURRICULA, adversarial_deit, deit, resnet50, with_axis
+from tests.paper import CURRICULA, adversarial_deit, adversarial_resnet50, deit, resnet50, with_axis
 from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
 from trainables.scale import IMAGENET
 
@@ -110,6 +110,24 @@ def test_the_identity_covers_what_differs_from_a_default():
         '"optimizer":"sgd","scale":"imagenet","scheduler":"step","weight_decay":0.0001}'
     )
     assert recipe.digest() == hashlib.sha256(fields.encode()).hexdigest()[:12]
+
+
+def test_a_description_names_what_differs_beyond_the_study_where_it_is_short():
+    attack = {"epsilon": 0.1, "step_size": 0.1, "norm": "l2", "attack": "apgd", "steps": 2}
+    attack |= {"loss": "trades", "beta": 6.0, "epsilon_schedule": "sine", "epsilon_epochs": 10.0}
+    recipe = resnet50().replace(
+        drop_path=0.1,
+        flip=False,
+        optimizer_args={"betas": (0.9, 0.95)},
+        model_args={"depths": tuple(range(40))},
+        train_sizes=(160, 192),
+        adversary=attack,
+    )
+    assert recipe.describe() == (
+        "resnet50 relu sgd step none AT l2 apgd-2 trades-6 sine-10ep drop_path=0.1 "
+        "optimizer_args.betas=0.9,0.95 flip=False train_sizes=160,192 100ep seed0"
+    )
+    assert adversarial_resnet50().describe().split()[5:7] == ["AT", "ghost"]
 
 
 def test_recipe_survives_json_with_everything_in_it():

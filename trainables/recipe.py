@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -62,6 +62,7 @@ MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
 MOST_IMAGES = 2**20
 LARGEST_SEED = 2**32 - 1
+LONGEST_WORD = 40  # letters of a field in a recipe's description
 # The fields of a recipe of 0 epochs that change its weights, or what they are.
 OF_CHECKPOINT = (
     *("scale", "model", "activation", "epochs", "pixel_range"),
@@ -256,6 +257,16 @@ class Adversary(Frozen):
             "epsilon_schedule": not self.epsilon_epochs,
         }
         return tuple(name for name, is_so in inert.items() if is_so)
+
+    def describe(self) -> str:
+        """Name what differs from the study's adversary beside radii: 'AT l2 apgd-2 trades-6'."""
+        words = [
+            "l2" if self.norm == "l2" else "",
+            f"{self.attack}-{self.steps}" if (self.attack, self.steps) != ("pgd", 1) else "",
+            f"{self.loss}-{self.beta:g}" if self.loss != "ce" else "",
+            f"{self.epsilon_schedule}-{self.epsilon_epochs:g}ep" if self.epsilon_epochs else "",
+        ]
+        return " ".join(["AT", *filter(None, words)])
 
     def in_epoch(self, epoch: int) -> Adversary:
         """Return this adversary with the epsilon of an epoch (from 0), which may be 0."""
@@ -631,18 +642,22 @@ class Recipe(Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def describe(self) -> str:
-        """Name the recipe as a person would, e.g. 'resnet50 relu sgd step none 16ep seed0'."""
+        """Name the recipe as a person would, e.g. 'resnet50 relu sgd step none 16ep seed0'.
+
+        Fields that the study does not vary are named where they have an effect and are short.
+        """
         origin = f"of {self.origin}" if self.init else ""
         if not self.epochs:
             return f"{self.model} {'as published' if self.init == self.model else origin}"
         extras = [
-            "AT" if self.adversary else "",
+            self.adversary.describe() if self.adversary else "",
             "curriculum" if self.curriculum else "",
             "ghost" if self.norm == "ghost" else "",
             f"teacher={self.teacher.model}" if self.teacher else "",
             f"after={self.warm_start.digest()}" if self.warm_start else "",
             "as-published" if self.protocol == "as-published" else "",
             self.precision if self.precision != "float32" else "",
+            *(word for word in self._beyond_study() if len(word) <= LONGEST_WORD),
         ]
         return " ".join(
             [
@@ -653,6 +668,16 @@ class Recipe(Frozen):
                 f"{self.epochs}ep seed{self.seed}",
             ]
         )
+
+    def _beyond_study(self) -> Iterator[str]:
+        """Yield the fields beyond the study that have an effect, as axes: 'drop_path=0.1'."""
+        for name, default in BEYOND_STUDY.items():
+            value = getattr(self, name)
+            parts = {f"{name}.{key}": part for key, part in value.items()} if default == {} else {}
+            for axis, part in (parts or {name: value}).items():
+                text = ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
+                if value != default and name != "warm_start":
+                    yield f"{axis}={text}"
 
 
 # The fields that the study does not vary, and their defaults, with which they have no effect.
