@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, v2
 
 from tests.paper import CURRICULA, STRONG, deit, resnet50, with_axis
@@ -30,13 +31,14 @@ from trainables.data.augment import (
     original,
     shift,
 )
+from trainables.data.images import ResizedImages
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
-from trainables.recipe import POLICIES
+from trainables.recipe import POLICIES, Preprocessing
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.train.team import Team
 
-EXTRAS = {"color_jitter": 0.4, "least_crop": 0.5}
+EXTRAS = {"color_jitter": 0.4, "least_crop": 0.5, "erasing": 0.5, "train_sizes": (16, 32)}
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -331,8 +333,9 @@ def test_two_workers_and_none_give_the_same_batches(recipe, data, monkeypatch, i
     alone, helped = (epochs(recipe, split, workers=n) for n in (0, 2))
     assert all(equal(a, h) for a, h in zip(alone, helped, strict=True))
     assert not equal(*alone)
-    images, places = alone[0][0]
-    assert images.shape == (4, 3, 32, 32)
+    images, places = alone[1][0]
+    side = recipe.train_size(1) or 32
+    assert images.shape == (4, 3, side, side)
     assert len({int(p) for _, chosen in alone[0] for p in chosen}) == 72
     assert places.tolist() != sorted(places.tolist())
 
@@ -434,6 +437,65 @@ def test_without_flip_no_image_is_mirrored():
 def test_at_digits_a_stated_crop_cuts_off_a_quarter_of_the_studys():
     assert DIGITS.shrink(deit().replace(least_crop=0.08)).least_crop == pytest.approx(0.77)
     assert IMAGENET.shrink(deit().replace(least_crop=0.08)).least_crop == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("fields", [{}, {"pixel_range": "half"}])
+def test_erasing_is_timms_on_normalised_images(scale, data, fields):
+    """timm: RandomErasing in mode pixel after the normalisation, on the same draws."""
+    recipe = scale.shrink(resnet50()).replace(augmentations="none", erasing=0.5, **fields)
+    images, views = data.train.images, torch.arange(40)
+    plain = augmented(recipe.replace(erasing=0.0), images, 1, views).float() / 255
+    mean, std = ([0.5] * 3, [0.5] * 3) if fields else (scale.data_set.mean, scale.data_set.std)
+    normalise = v2.Normalize(mean, std)
+    erase, found = (
+        RandomErasing(0.5, mode="pixel", device="cpu"),
+        augmented(recipe, images, 1, views),
+    )
+    erased = []
+    with library_randomness() as reseed:
+        for image, shown, view in zip(plain, found, views.tolist(), strict=True):
+            reseed(recipe.seed, 1, 7, view)
+            torch.testing.assert_close(normalise(shown), erase(normalise(image)), rtol=0, atol=1e-5)
+            changed = (shown != image).any(dim=0)
+            erased.append(bool(changed.any()))
+            assert changed.sum() <= 0.35 * 32 * 32
+    assert 10 <= sum(erased) <= 30
+    assert found.min() < 0
+    assert found.max() > 1
+
+
+def test_erased_pixels_stay_in_range_under_an_adversary(scale, data):
+    recipe = scale.shrink(resnet50()).replace(augmentations="none", erasing=1.0)
+    views = torch.arange(10)
+    plain = augmented(recipe, data.train.images, 0, views)
+    adversary = {"epsilon": 4 / 255, "step_size": 4 / 255}
+    shown = augmented(recipe.replace(adversary=adversary), data.train.images, 0, views)
+    assert torch.equal(shown, plain.clamp(0, 1))
+    assert not torch.equal(shown, plain)
+
+
+def test_train_sizes_share_the_training_first_to_last(recipe, data):
+    """Files are cropped to the size; images in memory are augmented and then resized."""
+    recipe = recipe.replace(train_sizes=(16, 24, 32), epochs=7, warmup_epochs=0.0)
+    assert [recipe.train_size(epoch) for epoch in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    stored, views = data.train.images[:], torch.arange(6)
+    for epoch in range(7):
+        for images in (data.train.images, stored):
+            side = recipe.train_size(epoch)
+            assert augmented(recipe, images, epoch, views).shape == (6, 3, side, side)
+    whole = augmented(recipe.replace(train_sizes=()), stored, 3, views)
+    resized = v2.functional.resize(Image.fromarray(whole[2].permute(1, 2, 0).numpy()), [24, 24])
+    shown = augmented(recipe, stored, 3, views)[2]
+    assert torch.equal(shown, v2.functional.pil_to_tensor(resized))
+
+
+def test_images_of_another_preprocessing_are_resized_to_a_train_size_once(recipe, data):
+    stored, views = data.train.images[:], torch.arange(6)
+    images = ResizedImages(stored, Preprocessing(size=48, interpolation="nearest"))
+    assert augmented(recipe, images, 0, views).shape == (6, 3, 48, 48)
+    shown = augmented(recipe.replace(train_sizes=(64,)), images, 0, views)
+    plain = augmented(recipe, stored, 0, views)
+    assert torch.equal(shown, plain.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
 def test_batch_by_batch_is_what_whole_epochs_are(monkeypatch):

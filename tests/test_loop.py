@@ -79,6 +79,8 @@ VARIANTS = {
             "color_jitter": 0.3,
             "least_crop": 0.5,
             "repeats": 3,
+            "erasing": 0.5,
+            "train_sizes": (8, 16),
             "adversary": ADVERSARY,
         },
     ),

@@ -60,7 +60,7 @@ def build_classifier(recipe: Recipe) -> Classifier:
             arguments=_arguments(recipe),
             norm_layer=norm_layer,
         )
-    if recipe.pixel_range == "half" and not (recipe.preprocessing.mean or recipe.preprocessing.std):
+    if recipe.is_half_range:
         classifier.mean.fill_(0.5)
         classifier.std.fill_(0.5)
     return classifier

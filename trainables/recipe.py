@@ -194,6 +194,7 @@ def parse_epsilon(value: Any) -> Any:
     return value
 
 
+Side = Annotated[int, Field(ge=4, le=2048)]  # of an image, in pixels
 Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
 Radius = Annotated[float, BeforeValidator(parse_radius), Field(gt=0)]
 
@@ -308,7 +309,7 @@ class Preprocessing(Frozen):
     std: of the normalisation inside the model, one number or one a channel, for pixels in [0, 1].
     """
 
-    size: int | None = Field(default=None, ge=4, le=2048)
+    size: Side | None = None
     crop: float | None = Field(default=None, gt=0, le=1)
     squash: bool | None = None
     interpolation: Interpolation | None = None
@@ -360,13 +361,14 @@ class Recipe(Frozen):
     create_optimizer_v2 and create_scheduler_v2). The last `cooldown_epochs` have the floor rate;
     `warmup_prefix` has the schedule begin behind the warm-up. `ema_decay`: of the mean of the
     weights (0: none), which is what is stored and judged unless `ema_evaluated` is false.
-    `color_jitter`: torchvision's strength of brightness, contrast and saturation. `erasing`: the
-    chance of timm's random erasing. `repeats`: of each image in an epoch, whose length stays
-    (Hoffer et al. 2020). `least_crop`: least share of an image's area that a random crop leaves;
-    stated, images in memory are cropped too instead of shifted. `train_sizes`: image sides, each
-    for an equal part of the training (): the data's. `model_args`: of the network. `drop_path`,
-    `dropout`: its drop_path_rate and drop_rate. `warm_start`: a trial whose last weights are the
-    first ones. `reset_head`: the first weights' head is left out even where it fits.
+    `color_jitter`: torchvision's strength of brightness, contrast and saturation, beside a policy
+    too. `erasing`: the chance of timm's random erasing, before images are mixed. `repeats`: of
+    each image in an epoch, whose length stays (Hoffer et al. 2020). `least_crop`: least share of
+    an image's area that a random crop leaves; stated, images in memory are cropped too instead of
+    shifted. `train_sizes`: image sides, each for an equal part of the training; held-out
+    images and () have the data's. `model_args`: of the network. `drop_path`, `dropout`: its
+    drop_path_rate and drop_rate. `warm_start`: a trial whose last weights are the first ones.
+    `reset_head`: the first weights' head is left out even where it fits.
     """
 
     scale: str
@@ -402,7 +404,7 @@ class Recipe(Frozen):
     repeats: int = Field(default=1, gt=0)
     flip: bool = True
     least_crop: float | None = Field(default=None, gt=0, le=1)
-    train_sizes: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
+    train_sizes: Annotated[tuple[Side, ...], BeforeValidator(_as_tuple)] = ()
     mixup_alpha: float = Field(default=0.8, gt=0)
     cutmix_alpha: float = Field(default=1.0, gt=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
@@ -493,6 +495,9 @@ class Recipe(Frozen):
             f"epsilon_epochs are more than the {self.epochs} epochs of the training": bool(
                 self.epochs and self.adversary and self.adversary.epsilon_epochs > self.epochs
             ),
+            f"{len(self.train_sizes)} train_sizes are more than {self.epochs} epochs": (
+                len(self.train_sizes) > self.epochs > 0
+            ),
             f"cooldown of {self.cooldown_epochs} epochs leaves none of {self.epochs}": (
                 self.epochs > 0 and self.cooldown_epochs >= self.epochs
             ),
@@ -522,6 +527,12 @@ class Recipe(Frozen):
     def mixes(self) -> bool:
         """Whether images are mixed, so that targets are soft."""
         return "mixup" in self.augmentations or "cutmix" in self.augmentations
+
+    @property
+    def is_half_range(self) -> bool:
+        """Whether the model sees pixels in [-1, 1], whatever the data's mean."""
+        stated = self.preprocessing.mean or self.preprocessing.std
+        return self.pixel_range == "half" and not stated
 
     @property
     def forward_batch(self) -> int:
@@ -569,6 +580,12 @@ class Recipe(Frozen):
             return None
         written_for = epoch * self.curriculum_epochs // self.epochs
         return self.curriculum[min(written_for, len(self.curriculum) - 1)]
+
+    def train_size(self, epoch: int) -> int | None:
+        """Return the side of the images of an epoch (from 0), None for the data's."""
+        if not self.train_sizes:
+            return None
+        return self.train_sizes[epoch * len(self.train_sizes) // self.epochs]
 
     def with_seed(self, seed: int) -> Recipe:
         """Return this recipe, and those that it needs, with another seed."""

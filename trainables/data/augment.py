@@ -6,6 +6,7 @@ view v is the image at place v mod n, shown for the (v // n)th time in its epoch
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
-from trainables.data.base import Images, Split
+from trainables.data.base import Images, Split, to_unit
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.recipe import POLICIES, Recipe
-from trainables.scale import scale_named
+from trainables.recipe import POLICIES, Preprocessing, Recipe
+from trainables.scale import scale_named, scale_of_recipe
 from trainables.train.team import ALONE, Team
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
@@ -79,22 +81,33 @@ def epoch_order(count: int, *, seed: int, epoch: int, repeats: int = 1) -> Tenso
 
 
 def augmented(recipe: Recipe, images: Images, epoch: int, views: Tensor) -> Tensor:
-    """Return some views of the images in this epoch: uint8 (B, 3, H, W).
+    """Return some views of the images in this epoch: uint8 (B, 3, H, W), erased ones float32.
 
     Images in memory are shifted and, where the scale says so, flipped; images in files, and all
     where the recipe has a `least_crop`, are cropped at random and flipped, as in the study. Then
     the recipe's policy and colour jitter; they resample what was cropped bicubically, as in the
     study, and what was shifted as timm draws it for each operation. Images in memory that a model
-    sees at another size are resized at the end. Each follows from (seed, epoch, view) alone,
-    whichever images are asked for beside it.
+    sees at another size are resized then. Random erasing ends it. Each follows from (seed, epoch,
+    view) alone, whichever images are asked for beside it.
     """
-    if isinstance(images, Tensor) and is_cached(recipe, images):
-        return augmented_epoch(recipe, images, epoch)[views]
-    if isinstance(images, ResizedImages):
-        return images.resized(augmented(recipe, images.stored, epoch, views))
+    shown = _resized(recipe, images, epoch, views)
+    return erased(recipe, shown, views, epoch=epoch) if recipe.erasing else shown
+
+
+def _resized(recipe: Recipe, images: Images, epoch: int, views: Tensor) -> Tensor:
+    """Return views at the size that a model sees in this epoch."""
     if isinstance(images, ImageFiles):
         return _cropped(images, recipe, epoch, views)
-    return _in_memory(images, recipe, epoch, views)
+    if isinstance(images, ResizedImages):
+        stored, to = images.stored, images.preprocessing
+    else:
+        stored, to = images, Preprocessing()
+    if is_cached(recipe, stored):
+        shown = augmented_epoch(recipe, stored, epoch)[views]
+    else:
+        shown = _in_memory(stored, recipe, epoch, views)
+    to = to | Preprocessing(size=recipe.train_size(epoch))
+    return ResizedImages(stored, to).resized(shown) if to.size else shown
 
 
 def is_cached(recipe: Recipe, images: Images) -> bool:
@@ -145,6 +158,8 @@ def _changes_of(recipe: Recipe, epoch: int) -> tuple[str, float, tuple[float, ..
 def _cropped(images: ImageFiles | Tensor, recipe: Recipe, epoch: int, views: Tensor) -> Tensor:
     """Crop, flip and change images one by one: torchvision and timm draw for one."""
     seed, size, may_flip = recipe.seed, images.shape[-1], _flips(recipe)
+    if isinstance(images, ImageFiles):
+        size = recipe.train_size(epoch) or size
     areas = (recipe.least_crop or LEAST_CROP, 1.0)
     crop = v2.RandomResizedCrop(size, scale=areas, interpolation=InterpolationMode.BICUBIC)
     policy, *rest = _changes_of(recipe, epoch)
@@ -255,6 +270,26 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
     if bits_to_keep >= 8:
         return image
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda _: 0)
+
+
+def erased(recipe: Recipe, images_BCHW: Tensor, views: Tensor, *, epoch: int) -> Tensor:
+    """Erase a rectangle of each image, or not, by timm's RandomErasing: float32 (B, 3, H, W).
+
+    Its pixels are normal draws in the model's normalised units, so that they may leave [0, 1];
+    under an adversary, which keeps to it, they are cut to it.
+    """
+    data_set, is_half = scale_of_recipe(recipe).data_set, recipe.is_half_range
+    units = ((0.5,) * 3, (0.5,) * 3) if is_half else (data_set.mean, data_set.std)
+    mean, std = (torch.tensor(channels).view(-1, 1, 1) for channels in units)
+    erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
+    shown = to_unit(images_BCHW)
+    with library_randomness() as reseed:
+        for image, view in zip(shown, views.tolist(), strict=True):
+            reseed(recipe.seed, epoch, 7, view)
+            # On a canvas of its own: pixels that stay keep their bits.
+            drawn = erase(torch.full_like(image, math.nan)).mul_(std).add_(mean)
+            image.copy_(torch.where(drawn.isnan(), image, drawn))
+    return shown.clamp_(0, 1) if recipe.adversary else shown
 
 
 def mix(
