@@ -29,6 +29,7 @@ from trainables.recipe import (
 from trainables.scale import AT_BATCH, published_settings
 
 Axes = Mapping[str, tuple[Any, ...]]
+CLEAN = "clean"  # as a warm start
 AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
 CURRICULUM_EPOCHS = 100  # that a library's curricula are written for
 OF_WEIGHTS = ("label", "weights", "sha256", "model", "activation", "preprocessing")  # a row's keys
@@ -55,9 +56,9 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     and size choose the model; optimizer brings its rate, decay, batch and warm-up; augmentation
     brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
     smoothing and ghost batches; curriculum is 'none', one of the library or a table of rows;
-    teacher and warm_start are bases of the library; init brings its sha256, the network's own
-    activation and timm's preprocessing. A dot leads into a field: adversary.steps,
-    optimizer_args.betas.
+    teacher and warm_start are bases of the library, warm_start = "clean" is the recipe's own
+    training without its adversary; init brings its sha256, the network's own activation and timm's
+    preprocessing. A dot leads into a field: adversary.steps, optimizer_args.betas.
 
     Axes that bring fields along come first, so that a named field wins. Epochs that would end
     before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
@@ -83,7 +84,11 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
         if whole is None:
             raise ValueError(f"{axis}: the recipe has no {name}")
         fields[name] = {**dict(whole), part: value}
+    if from_clean := fields.get("warm_start") == CLEAN:
+        fields["warm_start"] = None
     changed = draft.replace(**fields)
+    if from_clean:
+        changed = changed.replace(warm_start=changed.replace(adversary=None))
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
     return changed
@@ -153,10 +158,10 @@ def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
             raise ValueError(unknown("curriculum", name, known))
         named["curriculum"] = library.curricula.get(name, ())
         named["curriculum_epochs"] = values.get("curriculum_epochs", CURRICULUM_EPOCHS)
-    for axis in ("teacher", "warm_start"):
-        if isinstance(name := values.get(axis), str):
-            if name != "none" and name not in library.bases:
-                raise ValueError(unknown(axis, name, ["none", *library.bases]))
+    for axis, known in (("teacher", ["none"]), ("warm_start", ["none", CLEAN])):
+        if isinstance(name := values.get(axis), str) and name != CLEAN:
+            if name not in (*known, *library.bases):
+                raise ValueError(unknown(axis, name, [*known, *library.bases]))
             named[axis] = library.bases.get(name)
     return named
 

@@ -308,8 +308,21 @@ def test_settings_that_no_row_can_have_are_refused_with_the_row(settings, messag
 
 
 def test_a_recipe_that_a_scale_cannot_shrink_is_named():
-    with pytest.raises(ValueError, match=r"deit_small .* at scale digits: a batch of 5 is odd"):
-        build_plan(with_all(STUDY, batch_size=300, micro_batch=100), DIGITS, tables=["T1"])
+    with pytest.raises(ValueError, match=r"resnet50 .* at scale digits: a batch of 75 is odd"):
+        build_plan(with_all(STUDY, batch_size=300, micro_batch=100), DIGITS, tables=["T5"])
+
+
+def test_a_batch_far_from_the_studys_is_cut_to_what_few_images_allow_and_the_rate_follows():
+    ours = {"learning_rate": 0.004, "weight_decay": 0.0}
+    deit, resnet = BASES["deit_small"], BASES["resnet50"]
+    # 1,200 images in at least 8 steps: 128. The study's 256 images are 64 here, 2048 are 512.
+    large = DIGITS.shrink(resnet.replace(batch_size=2048, learning_rate=0.8))
+    assert (large.batch_size, large.learning_rate) == (128, pytest.approx(0.8 * 128 / 512))
+    lamb = DIGITS.shrink(resnet.replace(optimizer="lamb", batch_size=2048, **ours))
+    assert (lamb.batch_size, lamb.learning_rate) == (128, pytest.approx(0.004 * 0.25))
+    # DeiT's 2048 are 32 here: 256 would be 4, and half of 32 is the least.
+    small = DIGITS.shrink(deit.replace(batch_size=256))
+    assert (small.batch_size, small.learning_rate) == (16, pytest.approx(0.002 * 2))
 
 
 def holds(recipe, axis, value):
@@ -383,6 +396,16 @@ def test_every_rows_and_teachers_warm_up_is_shortened_in_proportion_to_its_own_e
     assert {(teacher.epochs, teacher.warmup_epochs) for teacher in teachers} == {(4, 0.2)}
     plan = build_plan(with_all(STUDY, epochs=10), IMAGENET, tables=["T9"])
     assert ({trial.recipe.warmup_epochs for trial in plan}, plan.notes) == ({5}, ())
+
+
+def test_a_clean_warm_start_is_the_recipe_itself_without_its_adversary():
+    robust = with_settings(
+        BASES["resnet50"],
+        {"adversary": {"epsilon": "4/255", "step_size": "4/255"}, "warm_start": "clean"},
+        {"model": "resnet18"},
+    )
+    assert robust.warm_start == BASES["resnet50"].replace(model="resnet18")
+    assert robust.adversary.epsilon == 4 / 255
 
 
 def test_a_warm_start_is_a_trial_of_the_plan_and_counts_before_the_one_that_needs_it(tmp_path):

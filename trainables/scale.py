@@ -217,16 +217,17 @@ class Scale:
     def _rate_and_batch(self, recipe: Recipe) -> tuple[float, int]:
         """Return a recipe's rate and total batch at this scale.
 
-        A batch that would leave an epoch under 8 steps is a power of two that does not, SGD's rate
-        in proportion, that of others by the square root.
+        A batch that would leave an epoch under 8 steps is a power of two that does not, and one
+        under half the scale's own is this half; SGD's rate follows in proportion, that of others by
+        the square root.
         """
         rate = self.own_value(recipe, "learning_rate")
         batch = max(1, round(self.own_value(recipe, "batch_size")))
         most = 2 ** math.floor(math.log2(max(1, self.data_set.train_images // LEAST_STEPS)))
-        if batch <= most:
-            return rate, batch
-        ratio = most / batch
-        return rate * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio)), most
+        own = self.batch_size.get(model_named(recipe.model).settings, 2 * batch)
+        fitting = min(most, max(batch, own // 2))
+        ratio = fitting / batch
+        return rate * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio)), fitting
 
     def _beyond_study(self, recipe: Recipe, epochs: int) -> dict[str, Any]:
         """Return what the study does not vary, as it is at this scale.
