@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.data.listing import places_in_head, plain
+from trainables.data.listing import choose, places_in_head, plain
 from trainables.data.registry import STORED_SETS, DataSet, StoredSet
 from trainables.recipe import nearest
 
@@ -80,6 +80,12 @@ class Split:
         if count >= len(self):
             return self
         return self.at(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
+    def chosen(self, count: int) -> Split:
+        """Return `count` of the images, by class as in all; 0: all."""
+        if count in (0, len(self)):
+            return self
+        return self.at(np.array(choose(self.ids, self.labels.tolist(), count)))
 
     def at(self, places: np.ndarray) -> Split:
         """Return the images at some places, in that order."""

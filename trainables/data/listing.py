@@ -69,15 +69,15 @@ SAMPLED = 100  # images whose sides are read
 LARGEST_USUAL = 224  # of the sizes that follow from a folder's images
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ImageList:
     """The images of one split, by class and name: files below `root`, a label and an id each."""
 
     root: Path
     class_names: tuple[str, ...]
-    paths: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
-    ids: tuple[str, ...] = ()
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    ids: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -90,6 +90,11 @@ class ImageList:
             labels=tuple(self.labels[place] for place in places),
             ids=tuple(self.ids[place] for place in places),
         )
+
+    def chosen(self, count: int) -> ImageList:
+        """Return `count` of the images; 0: all."""
+        # A million ids are not hashed for nothing.
+        return self.at(choose(self.ids, self.labels, count)) if count else self
 
 
 def choose(ids: Sequence[str], labels: Sequence[int], count: int) -> list[int]:
@@ -115,17 +120,11 @@ def _by_class(ids: Sequence[str], labels: Sequence[int]) -> Collection[list[int]
     return by_class.values()
 
 
-def _part(images: ImageList, count: int) -> ImageList:
-    """Return `count` of the images; 0: all."""
-    # A million ids are not hashed for nothing.
-    return images.at(choose(images.ids, images.labels, count)) if count else images
-
-
 def list_splits(source: DataSource, data_set: DataSet | None = None) -> tuple[ImageList, ImageList]:
     """Return the images to train on and to judge by; ValueError says what the folders lack."""
     train, held_out = _whole_splits(source, data_set)
-    chosen_train = data_set.chosen_train if data_set else 0
-    return _part(train, chosen_train), _part(held_out, source.eval_images)
+    count = data_set.chosen_train if data_set else 0
+    return train.chosen(count), held_out.chosen(source.eval_images)
 
 
 def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageList, ImageList]:
@@ -273,13 +272,7 @@ def _labelled(
         paths += images[name]
         ids += [f"{path}={name}" for path in images[name]] if relabelled else images[name]
         places += [labels[classes[name]]] * len(images[name])
-    return ImageList(
-        root=root,
-        class_names=names,
-        paths=tuple(paths),
-        labels=tuple(places),
-        ids=tuple(ids),
-    )
+    return ImageList(root, names, tuple(paths), tuple(places), tuple(ids))
 
 
 def _hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:

@@ -26,7 +26,6 @@ from trainables.data.listing import (
     EMBEDDED,
     DataSource,
     ImageList,
-    choose,
     list_splits,
     list_stored,
 )
@@ -61,21 +60,14 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         train, held_out, names = read(data_set, source)
     return Data(
         data_set=data_set,
-        train=_chosen(train, data_set.chosen_train),
-        held_out=_chosen(held_out, source.eval_images),
+        train=train.chosen(data_set.chosen_train),
+        held_out=held_out.chosen(source.eval_images),
         class_names=names,
         roots=source.folders,
         workers=source.workers,
         cache=source.cache,
         origin=origin,
     )
-
-
-def _chosen(split: Split, count: int) -> Split:
-    """Return `count` of the images, unless the split was listed so; 0: all."""
-    if count in (0, len(split)):
-        return split
-    return split.at(np.array(choose(split.ids, split.labels.tolist(), count)))
 
 
 def _resized(split: Split, data_set: DataSet) -> Split:
