@@ -142,9 +142,10 @@ class Data:
         or else the outputs' indices. ValueError names a class that the head lacks or that has
         another name there.
         """
-        names, places = self.class_names, places_in_head(outputs)
+        names = self.class_names
         if outputs == len(names):
             return None
+        places = places_in_head(outputs)  # imports timm
         columns = [places.get(plain(name), outputs) for name in names]
         times = Counter(columns) + Counter({outputs: 1})
         if wrong := [n for n, c in zip(names, columns, strict=True) if times[c] > 1]:
