@@ -130,8 +130,8 @@ def train_alone(recipe_json: str, folder: Path) -> None:
     from trainables.networks import build_classifier
     from trainables.recipe import Recipe
     from trainables.store.checkpoint import save_weights, stored_weights
-    from trainables.store.tensors import fit_weights
     from trainables.train.loop import train
+    from trainables.weights import fit_weights
 
     recipe = Recipe.model_validate_json(recipe_json)
     classifier, teacher = build_classifier(recipe), None

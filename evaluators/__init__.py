@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from trainables.plugins import leave_out, plug_ins
+from trainables.plugins import register_all
 from trainables.recipe import unknown
 from trainables.scale import Scale
 
@@ -88,14 +88,13 @@ def column_named(score: str) -> Column:
     return columns[score]
 
 
-def _add_plug_ins() -> None:
-    """Add the evaluators, corruptions and attacks of other packages by their names."""
-    for point in (p for kind in ("evaluators", "corruptions", "attacks") for p in plug_ins(kind)):
-        if point.name in {*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS)}:
-            leave_out(point, "an evaluator, or a score, of this name is there already")
-        else:
-            PLUG_INS[point.name] = point
-            EVALUATORS[point.name] = point.value
+def _add(plug_in: EntryPoint) -> None:
+    """Add another package's evaluator, corruption or attack by its name; ValueError if taken."""
+    if plug_in.name in {*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS)}:
+        raise ValueError("an evaluator, or a score, of this name is there already")
+    PLUG_INS[plug_in.name] = plug_in
+    EVALUATORS[plug_in.name] = plug_in.value
 
 
-_add_plug_ins()
+for _kind in ("evaluators", "corruptions", "attacks"):
+    register_all(_kind, _add)

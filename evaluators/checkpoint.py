@@ -21,7 +21,7 @@ from trainables.recipe import Preprocessing, Recipe
 from trainables.scale import Scale, scale_of_recipe
 from trainables.store.checkpoint import recipe_of
 from trainables.store.tensors import read_content, read_tensors
-from trainables.weights import fit_any_weights, load_weights, local_file
+from trainables.weights import fit_weights, load_weights, local_file
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -97,7 +97,7 @@ def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier,
         recipe = _recipe(options, content, source)
         model, scale, classifier = recipe.model, scale_of_recipe(recipe), build_classifier(recipe)
     if in_file:
-        notes = fit_any_weights(read_tensors(content, path), classifier, weights)
+        notes = fit_weights(read_tensors(content, path), classifier, weights)
     elif weights:
         notes = load_weights(weights, classifier)
     if model_named(model).family == OWN:

@@ -276,8 +276,8 @@ def test_a_name_that_is_taken_is_left_out_with_a_warning(brought, monkeypatch, n
     points = brought("attacks", **{name: "tests.test_plugins:noisy", "fine": "x:y"})
     monkeypatch.setattr(plugins, "installed", lambda: EntryPoints(points))
     reason = "an evaluator, or a score, of this name is there already"
-    with pytest.warns(UserWarning, match=f"plug-in .* of theirs 1.0 is left out: {reason}"):
-        evaluators._add_plug_ins()
+    with pytest.warns(UserWarning, match=f"plug-in .* 1.0 is left out: ValueError: {reason}"):
+        plugins.register_all("attacks", evaluators._add)
     assert list(evaluators.PLUG_INS) == ["fine"]
 
 
@@ -287,8 +287,8 @@ def test_a_model_that_fails_is_named_and_the_others_are_registered(brought, monk
     monkeypatch.setattr(plugins, "installed", lambda: EntryPoints(points))
     registered = []
 
-    def register(model):
-        if model == TAKEN:
+    def register(plug_in):
+        if (model := plug_in.load()) == TAKEN:
             raise ValueError("'taken' is there already")
         registered.append(model)
 

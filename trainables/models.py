@@ -24,6 +24,9 @@ FORMS = (
     "torchhub:REPO:NAME",
     "FILE.pt2",
 )
+USER_CODE = re.compile(
+    rf"{HUB_PREFIX}.+:[\w-]+|.+\.pt2|(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*"  # the other forms
+)
 Settings = Literal["cnn", "transformer", "timm"]
 Build = Callable[..., Any]
 
@@ -130,18 +133,10 @@ def model_named(name: str, **arguments: Any) -> Model:
     if name.startswith(TIMM_PREFIX):
         build = _network("from_timm", name.removeprefix(TIMM_PREFIX), **arguments)
         return Model(name, "-", build, largest, TIMM, "timm")
-    builder = next((b for b, is_of in _OWN_CODE.items() if is_of(name)), None)
-    if builder is None:
+    if not USER_CODE.fullmatch(name):
         raise ValueError(f"unknown model {name!r}; one of {', '.join((*MODELS, *FORMS))}")
-    build = _network(builder, name, room="pretrained", **arguments)
+    build = _network("from_user_code", name, room="pretrained", **arguments)
     return Model(name, "-", build, largest, OWN, "timm")
-
-
-_OWN_CODE: dict[str, Callable[[str], object]] = {
-    "from_hub": re.compile(rf"{HUB_PREFIX}.+:[\w-]+").fullmatch,
-    "from_program": lambda name: name.endswith(".pt2"),
-    "from_function": re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*").fullmatch,
-}
 
 
 def model_of(family: str, size: str) -> str:

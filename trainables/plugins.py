@@ -42,15 +42,11 @@ def load(plug_in: EntryPoint) -> Any:
         raise ValueError(f"{described(plug_in)} cannot be imported: {reason}") from error
 
 
-def register_all(kind: str, register: Callable[[Any], object]) -> None:
-    """Register every entry of a kind; a warning names one that fails, and the others go on."""
+def register_all(kind: str, register: Callable[[EntryPoint], object]) -> None:
+    """Register every plug-in of a kind; a warning names one that fails, and the others go on."""
     for plug_in in plug_ins(kind):
         try:
-            register(plug_in.load())
+            register(plug_in)
         except Exception as error:
-            leave_out(plug_in, f"{type(error).__name__}: {error}")
-
-
-def leave_out(plug_in: EntryPoint, reason: str) -> None:
-    """Warn that a plug-in is not there, and why."""
-    warnings.warn(f"{described(plug_in)} is left out: {reason}", stacklevel=3)
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{described(plug_in)} is left out: {reason}", stacklevel=2)

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -109,22 +109,52 @@ def _sha256(path: Path, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def from_function(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
-    """Build a model by a user's function, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.
+def from_user_code(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
+    """Build a model by a user's code, which it runs, or load an exported program with its weights.
 
-    This runs the user's code. Parameters `num_classes` and `image_size` or `img_size`, where the
-    function has them and no argument is stated, get the scale's. ValueError.
+    name: FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, torchhub:OWNER/REPOSITORY[:REF]:NAME (or of a
+    local folder), or FILE.pt2, which torch unpickles: that can run code, too. ValueError.
     """
-    place, _, attribute = name.rpartition(":")
-    module = _imported(place)
-    functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+    import torch
+
+    from trainables.layers import Program
+
+    place, _, attribute = name.removeprefix(HUB_PREFIX).rpartition(":")
+    build: Callable[[], object]
+    if name.startswith(HUB_PREFIX):
+        source = "local" if Path(place).is_dir() else "github"
+        settings = {"source": source, "trust_repo": True, "verbose": False}
+        build = partial(torch.hub.load, place, attribute, **settings, **arguments)
+    elif name.endswith(".pt2"):
+        build = partial(torch.export.load, name, **arguments)
+    else:
+        build = _function(place, attribute, scale, arguments)
+    try:
+        network = build()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be built: {_in_a_line(error)}") from error
+    if isinstance(network, torch.export.ExportedProgram):
+        return Program(network.module())
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{name} returns a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def _function(
+    place: str, attribute: str, scale: Scale, arguments: Mapping[str, Any]
+) -> Callable[[], object]:
+    """Return a user's function with its arguments, and the scale's where it has such parameters.
+
+    These are `num_classes`, and `image_size` or `img_size`. ValueError.
+    """
+    names = vars(_imported(place))
+    functions = [name for name, value in names.items() if callable(value) and name[0] != "_"]
     if attribute not in functions:
         raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, functions)}")
-    function, side = getattr(module, attribute), scale.image_size
-    parameters = inspect.signature(function).parameters
+    parameters, side = inspect.signature(names[attribute]).parameters, scale.image_size
     data = {"num_classes": scale.num_classes, "image_size": side, "img_size": side}
-    known = {key: value for key, value in data.items() if key in parameters} | arguments
-    return _network_of(partial(function, **known), name)
+    known = {key: value for key, value in data.items() if key in parameters}
+    return partial(names[attribute], **{**known, **arguments})
 
 
 def _imported(place: str) -> ModuleType:
@@ -143,46 +173,6 @@ def _imported(place: str) -> ModuleType:
     except Exception as error:
         raise ValueError(f"{place} cannot be imported: {_in_a_line(error)}") from error
     return module
-
-
-def from_hub(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
-    """Build a model by torch.hub: torchhub:OWNER/REPOSITORY[:REF]:NAME, or of a local folder.
-
-    This runs the repository's code. ValueError.
-    """
-    import torch
-
-    repository, _, entry = name.removeprefix(HUB_PREFIX).rpartition(":")
-    source = "local" if Path(repository).is_dir() else "github"
-    settings = {"source": source, "trust_repo": True, "verbose": False}
-    return _network_of(partial(torch.hub.load, repository, entry, **settings, **arguments), name)
-
-
-def from_program(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
-    """Load an exported program, FILE.pt2, with the weights in it.
-
-    torch unpickles such a file, which can run code. ValueError.
-    """
-    import torch
-
-    from trainables.layers import Program
-
-    if arguments:
-        raise ValueError(f"{name} is an exported program: it takes no --model-arg")
-    return _network_of(lambda: Program(torch.export.load(name).module()), name)
-
-
-def _network_of(build: Callable[[], object], name: str) -> nn.Module:
-    """Call what builds a network; ValueError says where it failed, or what it made instead."""
-    from torch import nn
-
-    try:
-        network = build()
-    except Exception as error:
-        raise ValueError(f"{name} cannot be built: {_in_a_line(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{name} returns a {type(network).__name__}, not an nn.Module")
-    return network
 
 
 def _in_a_line(error: Exception) -> str:

@@ -23,10 +23,9 @@ from trainables.store.checkpoint import (
 )
 from trainables.store.results import joined, provenance
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
-from trainables.store.tensors import fit_weights
 from trainables.train.loop import EpochReport, train
 from trainables.train.team import ALONE, Team
-from trainables.weights import fit_any_weights
+from trainables.weights import fit_weights
 
 Weights = dict[str, Tensor]
 CHECKPOINT_SECONDS = 5.0
@@ -130,7 +129,7 @@ def _warm_start(running: RunningTrial, weights: Weights | None) -> None:
     assert running.classifier is not None
     assert running.recipe.warm_start is not None
     origin = running.recipe.warm_start.describe()
-    running.notes += fit_any_weights(weights, running.classifier, origin, new_head=True)
+    running.notes += fit_weights(weights, running.classifier, origin, new_head=True)
 
 
 def _teacher(recipe: Recipe, needed: Mapping[str, Weights | None]) -> Classifier | None:

@@ -17,7 +17,7 @@ from torch.hub import download_url_to_file, get_dir
 from trainables.layers import Classifier
 from trainables.models import TIMM_PREFIX
 from trainables.pretrained import HF_PREFIX, URL, check_sha256, num_classes_of
-from trainables.store.tensors import fit_weights, read_content, read_tensors
+from trainables.store.tensors import read_content, read_tensors
 
 HF_FILE = "model.safetensors"  # what a repository's weights are called
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
@@ -29,7 +29,7 @@ def load_weights(
     """Load weights of any origin into a module; return notes on what was mapped.
 
     where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. Otherwise as
-    `fit_any_weights`.
+    `fit_weights`.
     """
     where = str(where)
     if where.startswith(TIMM_PREFIX):
@@ -37,7 +37,7 @@ def load_weights(
     else:
         path = local_file(where, sha256)
         tensors = read_tensors(read_content(path, sha256), path)
-    return fit_any_weights(tensors, module, where, new_head=new_head)
+    return fit_weights(tensors, module, where, new_head=new_head)
 
 
 def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def local_file(where: str, sha256: str = "") -> Path:
     return path
 
 
-def fit_any_weights(
+def fit_weights(
     tensors: dict[str, Tensor], module: nn.Module, origin: str, *, new_head: bool = False
 ) -> tuple[str, ...]:
     """Load weights of whatever names into a module or a classifier's backbone; say what was mapped.
@@ -104,8 +104,24 @@ def fit_any_weights(
                 empty = nn.Parameter(torch.empty_like(fitted[f"{layer}.{parameter}"]))
                 setattr(backbone.get_submodule(layer), parameter, empty)
             notes.append(f"the head has the weights' {outputs} classes, not {built}")
-    fit_weights(fitted, backbone, origin)
+    _load(fitted, backbone, origin)
     return tuple(notes)
+
+
+def _load(tensors: dict[str, Tensor], module: nn.Module, origin: str) -> None:
+    """Give a model the weights of its names; ValueError names the first three that do not fit."""
+    model = module.state_dict()
+    problems = [f"{name} is missing" for name in model if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in model]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+        for name, value in model.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if problems[3:] else ""
+        raise ValueError(f"{origin} does not fit the model: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(tensors)
 
 
 def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

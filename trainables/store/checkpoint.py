@@ -137,11 +137,11 @@ def classifier_of(path: Path, digest: str) -> Classifier:
     ValueError where the file is damaged or of another trial than that of the digest.
     """
     from trainables.networks import build_classifier  # timm, which a driver spares
-    from trainables.weights import fit_any_weights
+    from trainables.weights import fit_weights
 
     recipe, tensors = read_weights(path.read_bytes(), path, digest)
     classifier = build_classifier(recipe)
-    fit_any_weights(tensors, classifier, str(path))
+    fit_weights(tensors, classifier, str(path))
     return classifier
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainables.store.storage import DamagedError
 
@@ -88,22 +88,6 @@ def unpickled(content: bytes, path: str | Path) -> Any:
         ) from None
     except Exception as error:  # unpicklers raise all kinds of errors on bytes that are no pickle
         raise DamagedError(f"{path} is damaged: {_reason(error)}") from None
-
-
-def fit_weights(tensors: dict[str, Tensor], module: nn.Module, path: str | Path) -> None:
-    """Give a model the weights of a file; ValueError names the first three that do not fit."""
-    model = module.state_dict()
-    problems = [f"{name} is missing" for name in model if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in model]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in model.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if problems[3:] else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(tensors)
 
 
 def metadata_of(content: bytes, path: str | Path) -> dict[str, str]:
