@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tests.paper import CURRICULA, adversarial_deit, adversarial_resnet50, deit, resnet50, with_axis
 from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
-from trainables.scale import IMAGENET
+from trainables.scale import DIGITS, IMAGENET
 
 ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
 TRADES = ADVERSARY | {"loss": "trades"}
@@ -80,6 +80,26 @@ def test_an_adversarys_settings_count_only_beside_what_they_are_of(beside, field
     assert (digest({field: value}) != digest()) == counts
     assert (digest(beside, {field: value}) != digest(beside)) != counts
     assert digest(beside) != digest()
+
+
+def test_a_trainings_cost_follows_from_the_pixels_of_its_images():
+    """Half of the epochs at half of the side, so at a quarter of the pixels."""
+    recipe = resnet50().replace(train_sizes=(112, 224))
+    assert IMAGENET.cost(recipe) == pytest.approx(IMAGENET.cost(resnet50()) * 0.625)
+
+
+def test_where_no_image_is_flipped_a_recipe_without_flips_is_the_same():
+    base = resnet50()
+    still = base.replace(flip=False)
+    assert DIGITS.shrink(still) == DIGITS.shrink(base)
+    assert IMAGENET.shrink(still) != IMAGENET.shrink(base)
+
+
+def test_more_train_sizes_than_epochs_are_refused():
+    with pytest.raises(ValueError, match="3 train_sizes are more than 2 epochs"):
+        resnet50().replace(epochs=2, train_sizes=(96, 128, 160))
+    with pytest.raises(ValueError, match="greater than or equal to 4"):
+        resnet50().replace(train_sizes=(2,))
 
 
 @pytest.mark.parametrize(

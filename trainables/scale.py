@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 from trainables.data.registry import DATA_SETS, FOLDER, REDUCED, DataSet, data_set_named
@@ -154,7 +155,9 @@ class Scale:
         passes = 3 + {"ce": 0, "trades": 4, "mart": 3}[recipe.adversarial_loss]
         if attack := recipe.adversary:
             passes += 2 * (attack.steps + (attack.attack == "apgd"))
-        return recipe.epochs * epoch * (passes + (1 if recipe.teacher else 0)) / 3
+        size = self.preprocessed(recipe.preprocessing).image_size
+        pixels = fmean((side / size) ** 2 for side in recipe.train_sizes or (size,))
+        return recipe.epochs * epoch * pixels * (passes + (1 if recipe.teacher else 0)) / 3
 
     def own_value(self, recipe: Recipe, name: str) -> float:
         """Return the rate, decay or batch of the study's recipe as it is at this scale.
@@ -243,6 +246,8 @@ class Scale:
         changes: dict[str, Any] = {
             "cooldown_epochs": round(recipe.cooldown_epochs * share),
             "scheduler_args": arguments,
+            # Where no image is flipped, both values are one recipe.
+            "flip": recipe.flip or not self.data_set.flip,
         }
         if recipe.least_crop:
             changes["least_crop"] = 1 - (1 - recipe.least_crop) / self.strength_divisor
