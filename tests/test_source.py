@@ -290,6 +290,7 @@ def test_stored_sets_lie_below_the_data_or_where_an_option_says(tmp_path, capsys
     [
         ("folder", {}, "--scale folder needs --data DIR"),
         (None, {"labels": "labels.csv"}, "--labels labels.csv goes with --data DIR"),
+        ("digits", {"hold_out": 0.2}, "--hold-out 0.2 goes with --data DIR"),
         ("digits", {"root": True}, "scale 'digits' is embedded"),
         ("mnist", {}, "unknown scale 'mnist'"),
         ("imagenet", {"download": True}, "--download fetches CIFAR-10"),
@@ -300,6 +301,7 @@ def test_options_that_do_not_go_together_are_refused(root, name, arguments, mess
         root=root if arguments.get("root") else None,
         download="download" in arguments,
         labels=arguments.get("labels", ""),
+        hold_out=arguments.get("hold_out", 0),
     )
     with pytest.raises(ValueError, match=message):
         scale_of(name, source)

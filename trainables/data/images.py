@@ -21,14 +21,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trainables.data.layouts import ARROW, PARQUET, bytes_and_stamp, file_of, open_image, open_table
+from trainables.data.layouts import FORMATS, bytes_and_stamp, open_image, open_tables
 from trainables.recipe import Preprocessing
 from trainables.store.storage import ASIDE
 
 # Decoders raise all kinds of errors on bytes that are not an image.
 UNREADABLE = Exception
-# Pillow knows more formats, and hands one of them (EPS) to an interpreter.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 CHANNELS = 3
 AT_ONCE = 512  # decoded and cropped images that are written together
 WAITING = 4  # images per thread that are decoded and not yet taken
@@ -116,9 +114,7 @@ class ImageFiles:
         self.preprocessing = _whole(preprocessing) if native else preprocessing
         self.size = preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        for file in {file_of(root / path) for path in paths if "@" in path}:
-            if file.name.endswith((PARQUET, ARROW)):
-                open_table(file)  # before threads would, each for itself
+        open_tables(root, paths)  # before threads would, each for itself
         self._content: Mapped | None = None  # decoded images, one behind another
         self._cached = np.zeros((len(paths), 3), dtype=np.int64)  # begin, width, height of each
 

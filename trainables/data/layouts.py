@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # bytes of a mean row.
 Paths = dict[str, list[str]]
 
+# Pillow knows more formats, and hands one of them (EPS) to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 TAR, PARQUET, ARROW = PACKED = ".tar", ".parquet", ".arrow"
 TRAIN, HELD_OUT = "train", ("val", "validation", "valid", "test")  # the first that there is
@@ -104,15 +106,10 @@ def _inside(path: Path | str) -> re.Match[str] | None:
     return _INSIDE.fullmatch(text) if "@" in text else None
 
 
-def file_of(path: Path) -> Path:
-    """Return the file in which an image lies: its own, or its shard or table."""
-    inside = _inside(path)
-    return Path(inside[1]) if inside else path
-
-
 def bytes_and_stamp(path: Path) -> tuple[int, bytes]:
     """Return how many bytes an image takes as it is stored, and a line that changes with them."""
-    inside, stat = _inside(path), file_of(path).stat()
+    inside = _inside(path)
+    stat = (Path(inside[1]) if inside else path).stat()
     size = int(inside[3]) if inside else stat.st_size
     return size, f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
 
@@ -127,7 +124,7 @@ def open_image(path: Path) -> IO[bytes]:
         with file.open("rb") as shard:
             shard.seek(first)
             return BytesIO(shard.read(count))
-    value = open_table(file)[0][first].as_py()
+    value = _open_table(file)[0][first].as_py()
     return BytesIO(value["bytes"] if isinstance(value, dict) else value)
 
 
@@ -228,9 +225,16 @@ def _table(file: Path) -> tuple[Sequence[str], Iterable[tuple[str, str]]]:
 
 
 @cache
-def open_table(file: Path) -> Any:
+def _open_table(file: Path) -> Any:
     """Return a table of encoded images."""
     return _read(file, _image_column)
+
+
+def open_tables(root: Path, paths: Iterable[str]) -> None:
+    """Open the tables in which some images below a root lie."""
+    for file in {Path(inside[1]) for path in paths if (inside := _inside(root / path))}:
+        if file.name.endswith((PARQUET, ARROW)):
+            _open_table(file)
 
 
 def _read(file: Path, choose: Callable[[Any], str]) -> Any:

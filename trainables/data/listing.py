@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from statistics import median_low
 
-from trainables.data.layouts import Paths, open_image, read_part, split_places
+from trainables.data.layouts import FORMATS, Paths, open_image, read_part, split_places
 from trainables.data.registry import (
     FOLDER,
     SIZE_STEP,
@@ -304,8 +304,9 @@ def scale_of(name: str | None, source: DataSource, *, image_size: int | None = N
     data_set = scale.data_set
     if source.download and not (data_set.archive and source.root):
         raise ValueError("--download fetches CIFAR-10: it goes with --scale cifar10 --data DIR")
-    if source.labels and source.root is None:
-        raise ValueError(f"--labels {source.labels} goes with --data DIR")
+    for option, value in (("--labels", source.labels), ("--hold-out", source.hold_out)):
+        if value and source.root is None:
+            raise ValueError(f"{option} {value} goes with --data DIR")
     if data_set.package and source.root is not None:
         raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
     for stored, _ in source.stored:
@@ -343,7 +344,7 @@ def _usual_size(images: ImageList) -> int:
         with (
             suppress(Exception),  # --check names what is damaged
             open_image(images.root / images.paths[number]) as content,
-            Image.open(content) as file,
+            Image.open(content, formats=FORMATS) as file,
         ):
             sides.append(min(file.size))
     side = median_low(sides) if sides else LARGEST_USUAL

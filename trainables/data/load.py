@@ -152,8 +152,11 @@ def _archived(archive: Any, data_set: DataSet, source: DataSource) -> Loaded:
     """
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
-    if source.labels:
-        raise ValueError(f"torchvision's archive brings its labels: leave out {source.labels}")
+    if source.labels or source.hold_out:
+        raise ValueError(
+            "torchvision's archive brings labels and held-out images: leave out --labels and "
+            "--hold-out"
+        )
     root = source.root
     assert root is not None
     assert isinstance(data_set.classes, tuple)
