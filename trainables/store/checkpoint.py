@@ -97,27 +97,19 @@ def save_weights(where: str | Path, module: nn.Module, recipe_json: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_weights(
-    content: bytes, path: str | Path, digest: str | None = None
-) -> tuple[Recipe, dict[str, Tensor]]:
-    """Return the recipe and the tensors that `save_weights` wrote.
+def read_weights(content: bytes, path: str | Path, digest: str) -> tuple[Recipe, dict[str, Tensor]]:
+    """Return the recipe and the tensors that `save_weights` wrote of the trial with the digest.
 
-    DamagedError names the file where it is damaged, or of another trial than that of the digest.
+    DamagedError names the file where it is damaged, or of another trial.
     """
-    tensors = read_safetensors(content, path)
-    recipe = recipe_of(content, path)
-    if digest not in (None, recipe.digest()):
-        raise DamagedError(
-            f"{path} holds the weights of trial {recipe.digest()}, not of trial {digest}"
-        )
+    tensors, recipe = read_safetensors(content, path), recipe_of(content, path)
+    if digest != (other := recipe.digest()):
+        raise DamagedError(f"{path} holds the weights of trial {other}, not of trial {digest}")
     return recipe, tensors
 
 
 def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
-    """Return a trial's weights at a path or URI, None where there are none.
-
-    Raises as `read_weights`.
-    """
+    """Return a trial's weights at a path or URI, None where there are none; or DamagedError."""
     content = read_file(where)
     return None if content is None else read_weights(content, where, digest)[1]
 
@@ -132,10 +124,7 @@ def recipe_of(content: bytes, path: str | Path) -> Recipe:
 
 
 def classifier_of(path: Path, digest: str) -> Classifier:
-    """Build the model that a weights file's header names, with its weights.
-
-    ValueError where the file is damaged or of another trial than that of the digest.
-    """
+    """Build the model that a weights file's header names, with its weights; or DamagedError."""
     from trainables.networks import build_classifier  # timm, which a driver spares
     from trainables.weights import fit_weights
 

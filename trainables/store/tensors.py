@@ -103,8 +103,8 @@ def metadata_of(content: bytes, path: str | Path) -> dict[str, str]:
         return {}
     # A flipped bit in the name of either entry must not pass for a file of another origin.
     if metadata.keys() & {RECIPE_ENTRY, OWN_SHA256}:
-        own = str(metadata.get(OWN_SHA256, "")).encode()
-        if not own or _sha256(content.replace(own, ZEROS, 1)) != own:
+        digits = str(metadata.get(OWN_SHA256, "")).encode()
+        if not digits or _sha256(content.replace(digits, ZEROS, 1)) != digits:
             raise DamagedError(f"{path} is damaged, or of an older version: its sha256 is another")
     return metadata
 
