@@ -16,7 +16,6 @@ lowest add an affine warp and are harder than its third.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainables.train.exactness import seed_of
+
 PUBLISHED_SIDE = 224
 SHORTEST_SIDE = 32
 
@@ -37,8 +38,7 @@ class Draws:
     """Random numbers for a batch, each image's from a stream of its own."""
 
     def __init__(self, keys: Sequence[str], device: torch.device) -> None:
-        seeds = (int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") for key in keys)
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed_of(key)) for key in keys]
         self._device = device
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -166,9 +166,9 @@ def processes_for(device: torch.device) -> int:
     A process that has threads or is a daemon's may not be forked everywhere: on Linux alone, and
     not once it has used a GPU.
     """
-    if device.type != "cpu" or sys.platform != "linux" or current_process().daemon:
-        return 1
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    used_a_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    may_fork = sys.platform == "linux" and not current_process().daemon and not used_a_gpu
+    if device.type != "cpu" or not may_fork:
         return 1
     fitting = int(psutil.virtual_memory().available) // PROCESS_BYTES
     return max(1, min(torch.get_num_threads(), fitting))

@@ -113,12 +113,9 @@ def share(name: str, count: int, n: int) -> Score:
 
 def scores_as_metrics(scores: Iterable[Score]) -> dict[str, float]:
     """Return scores as the metrics they are logged under: name, name/low, name/high, name/n."""
-    metrics: dict[str, float] = {}
-    for score in scores:
-        metrics |= {
-            score.name: score.value,
-            f"{score.name}/low": score.low,
-            f"{score.name}/high": score.high,
-            f"{score.name}/n": float(score.n),
-        }
-    return metrics
+    parts = {"": "value", "/low": "low", "/high": "high", "/n": "n"}
+    return {
+        f"{score.name}{end}": float(getattr(score, part))
+        for score in scores
+        for end, part in parts.items()
+    }

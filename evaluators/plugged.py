@@ -6,7 +6,6 @@ verdict depends on how images are cut into shards.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -27,6 +26,7 @@ from trainables.data.registry import SEVERITIES
 from trainables.plugins import described, load, origin
 from trainables.scale import Scale
 from trainables.train.adversary import attacked
+from trainables.train.exactness import seed_of
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
@@ -64,8 +64,7 @@ class PlugInFunction(PlugIn):
 
         ValueError names the plug-in if it does not return images.
         """
-        key = "\n".join((self.name, batch.question, *batch.ids))
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        seed = seed_of("\n".join((self.name, batch.question, *batch.ids)))
         generator = torch.Generator(batch.images.device).manual_seed(seed)
         images, shape, form = self.function(*arguments, generator), batch.images.shape, ""
         if isinstance(images, Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from evaluators.base import Batch, Clean, Column, split_batches, verdicts
 from evaluators.ledger import Score, by_question, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.registry import SIXTEEN_CLASSES, STORED_SETS
+from trainables.train.exactness import seed_of
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
@@ -100,8 +100,7 @@ def texture_partners(ids: tuple[str, ...], labels: Tensor) -> np.ndarray:
         if not len(others):
             raise ValueError("a cue conflict needs held-out images of two classes, and all are one")
         for place in np.flatnonzero(labels == label):
-            number = int.from_bytes(hashlib.sha256(ids[place].encode()).digest()[:7], "big")
-            partners[place] = others[number % len(others)]
+            partners[place] = others[seed_of(ids[place]) % len(others)]
     return partners
 
 

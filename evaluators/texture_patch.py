@@ -5,7 +5,6 @@ Source: Yang et al., "PatchAttack" (ECCV 2020), as set down in STUDY section 5.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from evaluators.textures import dictionary_for, dictionary_identity
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.scale import PatchBudget, Scale
 from trainables.train.adversary import attacked, folded
+from trainables.train.exactness import seed_of
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
@@ -377,9 +377,7 @@ class TexturePatchAttack(Evaluator):
         )
 
     def _generator(self, purpose: str, image_id: str) -> torch.Generator:
-        key = f"{self.name}/{SEED}/{purpose}/{image_id}".encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(seed_of(f"{self.name}/{SEED}/{purpose}/{image_id}"))
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return survival of each question, after each number of patches, and mean queries."""

@@ -115,6 +115,11 @@ def image_numbers(ids: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
 
 
+def seed_of(key: str) -> int:
+    """Return the seed of a generator that follows from a text."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
 def _uniform(images_B: Tensor, count: int, key: tuple[int, int]) -> Tensor:
     blocks = torch.arange(math.ceil(count / 4), device=images_B.device)
     low, high = (images_B & WORD)[:, None], ((images_B >> 32) & WORD)[:, None]
