@@ -128,7 +128,7 @@ class Corruption(PlugInFunction):
             for severity in SEVERITIES:
                 batch = replace(block, question=f"{self.name}-{severity}")
                 corrupted_BCHW = self.returned(batch, block.images.clone(), severity)
-                yield replace(batch, images=corrupted_BCHW.clamp_(0, 1))
+                yield replace(batch, images=corrupted_BCHW.clamp(0, 1))
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
