@@ -168,10 +168,9 @@ def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     """Return the shards and tables of each split, named train-*, val-* or lying in train/, val/."""
     packed = defaultdict[str, list[Path]](list)
     for below in ("", *(name for name in _folders_in(root) if name not in STORED_SETS)):
-        for name in sorted(entry.name for entry in os.scandir(root / below)):
-            split = _SPLIT.match(name) or _SPLIT.match(below)
-            is_packed = name.endswith(PACKED) and not name.startswith(_ASIDE)
-            if is_packed and (split or not below):
+        files = (e.name for e in os.scandir(root / below) if e.name.endswith(PACKED))
+        for name in sorted(name for name in files if not name.startswith(_ASIDE)):
+            if (split := _SPLIT.match(name) or _SPLIT.match(below)) or not below:
                 packed[split[1] if split else TRAIN].append(root / below / name)
     for name, paths in packed.items():
         if len(folders := {str(path.parent) for path in paths}) > 1:
@@ -232,7 +231,7 @@ def _open_table(file: Path) -> Any:
 
 def open_tables(root: Path, paths: Iterable[str]) -> None:
     """Open the tables in which some images below a root lie."""
-    for file in {Path(inside[1]) for path in paths if (inside := _inside(root / path))}:
+    for file in {Path(inside[1]) for path in paths if (inside := _inside(f"{root}/{path}"))}:
         if file.name.endswith((PARQUET, ARROW)):
             _open_table(file)
 
