@@ -27,7 +27,7 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
-from trainables.store.tensors import is_plain, unpickled
+from trainables.store.tensors import is_plain, read_content, unpickled
 from trainables.watchdog import beat
 
 LAYOUT = (
@@ -83,10 +83,7 @@ class StoredTextures(Mapping[int, Tensor]):
 
 
 def _read_texture(path: Path) -> Tensor:
-    try:
-        stored = unpickled(path.read_bytes(), path)
-    except OSError as error:
-        raise ValueError(f"texture {path} cannot be read: {error.strerror}") from None
+    stored = unpickled(read_content(path), path)
     if not is_plain(stored) or stored.squeeze(0).ndim != 3 or stored.shape[-3] != 3:
         raise ValueError(f"texture {path} is not one tensor of shape (3, H, W)")
     texture_CHW = stored.squeeze(0).float()

@@ -157,6 +157,12 @@ def test_a_name_has_the_preprocessing_of_its_own_tag():
     assert num_classes_of("resnet50") is None
 
 
+def test_a_share_that_is_cut_out_is_not_squashed():
+    squashed = Preprocessing(crop=1, squash=True, interpolation="bicubic")
+    cut = squashed | JudgeOptions.read(["--crop", "0.9"]).preprocessing()
+    assert cut == Preprocessing(crop=0.9, squash=False, interpolation="bicubic")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
