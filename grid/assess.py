@@ -8,7 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class EvaluatorActor:
         torch.set_num_threads(threads)
         self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
         self._device, self._hung_after = torch.device(device), hung_after
-        self._loaded: tuple[str, Classifier] | None = None
+        self._load = lru_cache(1)(self._load)  # type: ignore[method-assign]
 
     def judge(self, cell: Cell, shard: Shard) -> bytes:
         """Return the ledger of one shard of a cell as Parquet, with the seconds it took."""
@@ -86,12 +86,10 @@ class EvaluatorActor:
             return judged_shard(question, classifier, data, self._device, shard)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
-        if self._loaded is None or self._loaded[0] != artifact_uri:
-            path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
-            classifier = classifier_of(path, digest)
-            classifier.register_forward_pre_hook(lambda *_: beat())
-            self._loaded = (artifact_uri, classifier)
-        return self._loaded[1]
+        path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
+        classifier = classifier_of(path, digest)
+        classifier.register_forward_pre_hook(lambda *_: beat())
+        return classifier
 
 
 class EvaluatorPool:
@@ -118,6 +116,7 @@ class EvaluatorPool:
         hung_after: float = HUNG_SECONDS,
         say: Callable[[str], None] = print,
     ) -> None:
+        # Ray's own retries of a task are used up while an actor restarts: the pool tries again.
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
         settings = {
             "threads": threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +133,11 @@ def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "digest": digest,
             "run_id": row.run_id,
             "score": column,
-            "state": cell.state,
-            "value": cell.value,
-            "low": cell.low,
-            "high": cell.high,
+            **asdict(cell),
             "n": cell.n or None,
+            "difference": cell.difference,
             "trained_images": row.images.get("train") if row.recipe.epochs else 0,
             "held_out_images": row.images.get("held_out"),
-            "published": cell.published,
-            "difference": cell.difference,
-            "source": cell.source,
         }
         for table in tables
         for row in table.rows

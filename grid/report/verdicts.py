@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageChops
 
 from evaluators import EVALUATORS
 from evaluators.base import Column
@@ -214,12 +214,11 @@ def _shots(rows: Mapping[str, Mapping[str, Any]], name: Callable[[int], str]) ->
 
 def _small_change(clean: bytes, changed: bytes) -> Iterator[Shot]:
     """Show what an attack added, grey where nothing, magnified to the full range."""
-    before, after = (np.asarray(Image.open(io.BytesIO(png)), dtype=int) for png in (clean, changed))
-    if before.shape == after.shape and 0 < (most := np.abs(after - before).max()) <= SMALL_CHANGE:
-        factor = MIDDLE // most
-        pixels = np.clip(MIDDLE + factor * (after - before), 0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "png")
+    before, after = (Image.open(io.BytesIO(png)).convert("RGB") for png in (clean, changed))
+    most = int(np.asarray(ImageChops.difference(after, before)).max())
+    if before.size == after.size and 0 < most <= SMALL_CHANGE:
+        factor, buffer = MIDDLE // most, io.BytesIO()
+        ImageChops.subtract(after, before, 1 / factor, MIDDLE).save(buffer, "png")
         yield Shot(f"added, x {factor}", _data_uri(buffer.getvalue()))
 
 
