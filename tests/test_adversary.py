@@ -142,10 +142,9 @@ class Hill(nn.Module):
 
 
 def run_apgd(model, images, targets, *, steps, epsilon=EPSILON, norm="linf"):
+    adversary = Adversary(attack="apgd", epsilon=epsilon, steps=steps, norm=norm)
     with attacked(model):
-        return apgd(
-            model, images, targets, epsilon=epsilon, steps=steps, start_BCHW=images, norm=norm
-        )
+        return apgd(adversary, model, images, targets, images)
 
 
 def test_autopgd_follows_its_rule_of_steps_and_returns_the_best():

@@ -52,7 +52,6 @@ VARIANTS = {
                 "norm": "l2",
                 "attack": "apgd",
                 "epsilon": 1.0,
-                "step_size": 1.0,
                 "steps": 2,
                 "loss": "trades",
                 "epsilon_epochs": 2,

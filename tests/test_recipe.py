@@ -186,6 +186,7 @@ def test_teacher_is_part_of_the_identity_by_its_own_digest():
         ({"model": "net.pt2"}, "install it as a model"),
         ({"epochs": "100"}, "valid integer"),
         ({"adversary": ADVERSARY | {"epsilon": 4}}, r"write 4/255"),
+        ({"adversary": {"epsilon": 4 / 255}}, "attack 'pgd' needs a step_size"),
         ({"adversary": TRADES | {"plain_start": 0.2}}, "no gradient at the image itself: plain_s"),
         ({"adversary": TRADES, "protocol": "as-published"}, "protocol must be 'corrected'"),
         ({"adversary": TRADES, "loss": "bce"}, "loss 'bce' and adversarial loss 'trades' exclude"),

@@ -36,9 +36,7 @@ def recipes(small):
         ),
         "deit by MART and AutoPGD": sgd.replace(
             augmentations=(),
-            adversary=Adversary(
-                attack="apgd", epsilon=16 / 255, step_size=16 / 255, steps=2, loss="mart"
-            ),
+            adversary=Adversary(attack="apgd", epsilon=16 / 255, steps=2, loss="mart"),
         ),
         "resnet with ghosts, accumulated": resnet.replace(
             norm="ghost", ghost_batch=8, micro_batch=32

@@ -231,7 +231,7 @@ class Adversary(Frozen):
     attack: Literal["pgd", "apgd"] = "pgd"
     epsilon: Radius
     steps: int = Field(default=1, gt=0, le=MOST_STEPS)
-    step_size: Radius
+    step_size: Radius | None = None
     plain_start: float = Field(default=0, ge=0, le=1)
     loss: Literal["ce", "trades", "mart"] = "ce"
     beta: float = Field(default=6, gt=0)
@@ -240,6 +240,8 @@ class Adversary(Frozen):
 
     @model_validator(mode="after")
     def _can_be(self) -> Adversary:
+        if self.step_size is None and self.attack == "pgd":
+            raise ValueError("attack 'pgd' needs a step_size; 'apgd' has a rule of its own")
         for radius in (self.epsilon, self.step_size) if self.norm == "linf" else ():
             parse_epsilon(radius)
         if self.loss == "trades" and self.plain_start:

@@ -211,7 +211,7 @@ class Scale:
             changes["adversary"] = attack.model_copy(
                 update={
                     "epsilon": attack.epsilon * ratio,
-                    "step_size": attack.step_size * ratio,
+                    "step_size": attack.step_size and attack.step_size * ratio,
                     "epsilon_epochs": attack.epsilon_epochs * epochs / recipe.epochs,
                 }
             )

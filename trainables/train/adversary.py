@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
-from typing import Any, cast
+from typing import cast
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack
@@ -25,7 +25,6 @@ from trainables.watchdog import beat
 
 TOLERANCE = 1e-4
 LEAST_DRAW = 2.0**-25  # half of a uniform number's last bit: its normal quantile is finite
-APGD_NORMS: dict[Ball, str] = {"linf": "Linf", "l2": "L2"}  # as pyautoattack names them
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
 OURS = (GhostBatchNorm2d, SharedBatchNorm2d, SharedGhostBatchNorm2d)
 
@@ -120,24 +119,21 @@ def pgd_iterates(
 
 
 def apgd(
-    classifier: nn.Module,
-    images_BCHW: Tensor,
-    targets: Tensor,
-    *,
-    epsilon: float,
-    steps: int,
-    start_BCHW: Tensor,
-    norm: Ball,
+    adversary: Adversary, classifier: nn.Module, images: Tensor, targets: Tensor, start: Tensor
 ) -> Tensor:
     """Ascend the cross-entropy by AutoPGD; return each image's iterate of the highest loss.
 
-    targets: labels_B or soft targets_BK. Call under `attacked`. Source: Croce and Hein (2020),
-    algorithm 1, as pyautoattack has it.
+    images, start: (B, C, H, W); targets: labels_B or soft targets_BK. Call under `attacked`.
+    Source: Croce and Hein (2020), algorithm 1, as pyautoattack has it.
     """
-    images_BCHW, start_BCHW = images_BCHW.contiguous(), start_BCHW.contiguous()
-    device = images_BCHW.device
-    attack = APGDAttack(classifier, n_iter=steps, norm=APGD_NORMS[norm], eps=epsilon, device=device)
-    attack.init_hyperparam(images_BCHW)
+    attack = APGDAttack(
+        classifier,
+        n_iter=adversary.steps,
+        norm=adversary.norm.capitalize(),
+        eps=adversary.epsilon,
+        device=images.device,
+    )
+    attack.init_hyperparam(images)
 
     def loss(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
         beat()
@@ -147,7 +143,9 @@ def apgd(
     labels_B = targets.argmax(dim=1) if targets.is_floating_point() else targets
     # It draws a start of its own, even where it has one.
     with torch.random.fork_rng(devices=[]):
-        best_BCHW, *_ = attack.attack_single_run(images_BCHW, labels_B, x_init=start_BCHW)
+        best_BCHW, *_ = attack.attack_single_run(
+            images.contiguous(), labels_B, x_init=start.contiguous()
+        )
     return cast(Tensor, best_BCHW)
 
 
@@ -185,28 +183,18 @@ def training_attack(
             # The cross-entropy on the clean answers is their divergence, but for a constant.
             with torch.no_grad():
                 targets = victim(images_BCHW).softmax(dim=1)
-        return _ascended(adversary, victim, images_BCHW, targets, start_BCHW)
-
-
-def _ascended(
-    adversary: Adversary,
-    victim: nn.Module,
-    images_BCHW: Tensor,
-    targets: Tensor,
-    start_BCHW: Tensor,
-) -> Tensor:
-    """Return where an adversary's attack ends."""
-    ball: dict[str, Any] = {
-        "epsilon": adversary.epsilon,
-        "norm": adversary.norm,
-        "start_BCHW": start_BCHW,
-    }
-    if adversary.attack == "apgd":
-        return apgd(victim, images_BCHW, targets, steps=adversary.steps, **ball)
-    stops = (adversary.steps,)
-    ((_, final_BCHW),) = pgd_iterates(
-        victim, images_BCHW, targets, step_size=adversary.step_size, stops=stops, **ball
-    )
+        if adversary.attack == "apgd":
+            return apgd(adversary, victim, images_BCHW, targets, start_BCHW)
+        ((_, final_BCHW),) = pgd_iterates(
+            victim,
+            images_BCHW,
+            targets,
+            epsilon=adversary.epsilon,
+            step_size=cast(float, adversary.step_size),
+            stops=(adversary.steps,),
+            start_BCHW=start_BCHW,
+            norm=adversary.norm,
+        )
     return final_BCHW
 
 
@@ -231,12 +219,9 @@ def training_start(
     as-published: the whole batch at random if a normal draw exceeds plain_start.
     """
     key = (recipe.seed, epoch, step)
+    epsilon, norm = adversary.epsilon, adversary.norm
     started_BCHW = random_start(
-        images_BCHW,
-        places_B,
-        epsilon=adversary.epsilon,
-        key=(*key, "start"),
-        norm=adversary.norm,
+        images_BCHW, places_B, epsilon=epsilon, key=(*key, "start"), norm=norm
     )
     if recipe.protocol == "as-published":
         drawn = float(uniform(torch.zeros(1, dtype=torch.long), (), key=(*key, micro, "batch")))
