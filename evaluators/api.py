@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from evaluators.base import Evaluator, device_named
+from evaluators.base import device_named
 from evaluators.judging import Cells, evaluators_named
 from evaluators.own_data import digest, for_head, read
 from evaluators.own_model import PROBED, classifier_of, device_of, fingerprint, probe, undisturbed
 from evaluators.scores import Scores, compare
 from trainables.options import fraction
-from trainables.scale import Scale
 
 __all__ = ["compare", "evaluate"]
 
@@ -73,7 +72,6 @@ def evaluate(
         outputs, remarks = probe(classifier.to(where).eval(), probed)
         scale, judged_data = for_head(own_scale, own_data, outputs)
         chosen = evaluators_named(names, scale, radii)
-        notes += remarks + _radii_noted(chosen, scale, radii)
         folder = Path(temporary)
         if store:
             subject = f"{fingerprint(classifier, probed)}-{digest(judged_data)}"
@@ -84,12 +82,4 @@ def evaluate(
             cells.judge(evaluator, classifier, batch_size, progress=progress)
         if store:
             cells.write_ledgers()
-        return cells.scores(label, notes)
-
-
-def _radii_noted(chosen: Sequence[Evaluator], scale: Scale, radii: Sequence[Fraction]) -> list[str]:
-    """Say by which radius the attacks judge."""
-    attacks = ", ".join(e.name for e in chosen if e.takes_radii)
-    shown = ", ".join(f"{255 * float(radius):g}/255" for radius in radii or [scale.epsilon])
-    note = f"{attacks}: max-norm radius {shown}{'' if radii else ' by default'}"
-    return [note] if attacks else []
+        return cells.scores(label, notes + remarks)

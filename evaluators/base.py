@@ -118,12 +118,14 @@ class Evaluator(ABC):
 
     `columns` are the scores that tables may show. `least_shard`: shards are multiples of so many
     images; `subset_size`: how many are drawn by a fixed seed (None: all are asked about).
-    `takes_radii`: it can be set up with `radii`, in place of the scale's.
+    `takes_radii`: it can be set up with `radii`, in place of the scale's, and holds them by
+    question.
     """
 
     name: str
     columns: tuple[Column, ...] = ()
     takes_radii = False
+    radii: dict[str, float]
     least_shard = FORWARD_SHARD
     subset_size: int | None = None
 

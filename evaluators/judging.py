@@ -116,18 +116,27 @@ class Cells:
                 scores += named
                 seconds |= {score.name: taken for score in named}
                 ledgers.append(ledger)
-        errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
-        remark = [f"{', '.join(errors)}: errors, lower is better"] if errors else []
         return Scores(
             scores=tuple(scores),
             seconds=seconds,
             ledger=pa.concat_tables(ledgers),
             identities={e.name: e.identity(self.data) for e in self.stores},
             flags=tuple(red_flags(ledgers)),
-            notes=(*notes, *remark),
+            notes=(*notes, *self._remarks()),
             name=name,
             data=self.data.data_set.title,
         )
+
+    def _remarks(self) -> list[str]:
+        """Say by which radii attacks judge, and which scores are errors: others are accuracies."""
+        remarks = []
+        if attacks := [e for e in self.stores if e.takes_radii]:
+            radii = ", ".join(f"{255 * radius:g}/255" for radius in attacks[0].radii.values())
+            remarks.append(f"{', '.join(e.name for e in attacks)}: max-norm radius {radii}")
+        errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
+        if errors:
+            remarks.append(f"{', '.join(errors)}: errors, lower is better")
+        return remarks
 
     def write_ledgers(self) -> None:
         """Write each evaluator's ledger, NAME.parquet."""

@@ -142,7 +142,8 @@ def test_grey_and_oblong_images_are_attacked_and_what_cannot_take_them_says_so()
 @pytest.mark.parametrize(("side", "radius"), [(64, "8/255"), (65, "4/255")])
 def test_the_default_radius_follows_from_the_size_and_is_printed(side, radius):
     data = torch.rand(2, 3, side, side), torch.tensor([0, 1])
-    assert f"radius {radius} by default" in str(quiet(Brightest(), data, "pgd-5"))
+    lines = str(quiet(Brightest(), data, "pgd-5")).splitlines()
+    assert f"note: pgd: max-norm radius {radius}" in lines
 
 
 def test_radii_are_text_numbers_or_a_list(coloured):

@@ -285,9 +285,10 @@ def test_a_run_cut_short_reports_its_images_and_goes_on_behind_them(
 
     monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(1))
     assert judge(own_file, tmp_path, *options) == 130
-    *_, score, cut_short = capsys.readouterr().out.splitlines()
+    *_, score, note, cut_short = capsys.readouterr().out.splitlines()
     assert score.startswith("pgd-5 (5 of 12 images) ")
     assert score.split()[-2] == "5"
+    assert note.startswith("note: pgd: max-norm radius ")
     assert cut_short.startswith("Cut short. Judge the other images with: ")
     # Another normalisation is another question: nothing is taken for it.
     monkeypatch.setattr("evaluators.base.judge_images", interrupted_at(1))
