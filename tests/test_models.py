@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,15 @@ from torch.nn import functional as F
 from tests.paper import adversarial_resnet50, deit, resnet50, with_axis
 from trainables.layers import GhostBatchNorm2d, by_own_ghost, use_set
 from trainables.models import MODELS, model_named, register
-from trainables.networks import ACTIVATION_LAYERS, SWAPPED, build_classifier
-from trainables.scale import DIGITS, IMAGENET
+from trainables.networks import (
+    ACTIVATION_LAYERS,
+    SWAPPED,
+    build_classifier,
+    classifier_named,
+    sine_positions,
+)
+from trainables.robust_resnet import Block
+from trainables.scale import CIFAR10, DIGITS, IMAGENET
 from trainables.train.loop import train
 
 PUBLISHED_PARAMETERS = {
@@ -25,6 +34,16 @@ PUBLISHED_PARAMETERS = {
     "resnet101": 44_549_160,
     "deit_mini": 9_982_184,
     "deit_small": 22_050_664,
+    "vit_small": 22_050_664,
+    "vit_base": 86_567_656,
+}
+# In millions: timm's results/results-imagenet.csv, and the docstrings of
+# UCSC-VLAA/RobustCNN, timm/models/robust_resnet.py, where 34.3 stands as 24.3.
+MILLIONS = {
+    **{"convnext_tiny": 28.59, "convnext_small": 50.22, "convnext_base": 88.59},
+    **{"convnext_large": 197.77, "vit_medium": 38.85},
+    **{"robust_resnet_dw": 38.6, "robust_resnet_inverted_dw": 33.6},
+    **{"robust_resnet_up_inverted_dw": 34.4, "robust_resnet_down_inverted_dw": 34.3},
 }
 
 
@@ -70,6 +89,128 @@ def test_a_model_whose_name_or_place_is_taken_is_refused(plain, changes):
 @pytest.mark.parametrize(("model", "count"), PUBLISHED_PARAMETERS.items())
 def test_models_have_the_published_numbers_of_parameters(model, count):
     assert count_parameters(build_classifier(resnet50().replace(model=model))) == count
+
+
+@pytest.mark.parametrize(("model", "millions"), MILLIONS.items())
+def test_models_of_later_studies_have_the_published_millions_of_parameters(model, millions):
+    with torch.device("meta"):
+        count = count_parameters(classifier_named(model, IMAGENET))
+    assert round(count / 1e6, len(str(millions).partition(".")[2])) == millions
+    assert count == MODELS[model].cost.parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "added"),
+    # By hand: 3 x 3 convolutions with biases and layer norms, less the patches.
+    [
+        ("vit_small", 1_440 + 41_760 + 166_464 + 664_704 + 147_840 - 295_296),
+        ("convnext_tiny", 1_344 + 96 + 41_568 + 192 - 4_704 - 192),
+        ("convnext_base", 1_792 + 128 + 55_392 + 192 + 110_720 + 256 - 6_272 - 256),
+    ],
+)
+def test_a_stem_of_convolutions_takes_the_place_of_the_patches(model, added):
+    with torch.device("meta"):
+        patch, conv = (
+            count_parameters(classifier_named(model, IMAGENET, arguments={"stem": stem}))
+            for stem in ("patch", "conv")
+        )
+    assert conv - patch == added
+
+
+def test_the_plain_transformer_has_fixed_positions_and_one_layer_more_and_no_class_token():
+    network = classifier_named("plain_vit_small", IMAGENET).backbone
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    # vit_small without its token and its positions of 197 tokens, and a layer of 384 x 384.
+    assert learned == 22_050_664 - 384 - 197 * 384 + 384 * 384 + 384
+    assert not network.pos_embed.requires_grad
+    assert torch.equal(network.pos_embed, sine_positions(14, 384))
+    images = torch.rand(2, 3, 224, 224)
+    assert torch.equal(network(images), torch.zeros(2, 1000))  # its head starts at zero
+    tokens = network.forward_features(images)
+    layer = network.fc_norm[0]
+    by_hand = torch.tanh(F.linear(tokens.mean(1), layer.weight, layer.bias))
+    assert torch.allclose(network.forward_head(tokens, pre_logits=True), by_hand, atol=1e-6)
+
+
+def test_sine_positions_are_the_hand_worked_ones():
+    first, right, below, _ = sine_positions(2, 8)[0].tolist()
+    slow = 1e-4
+    assert first == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert right == pytest.approx([math.sin(1), slow, math.cos(1), 1, 0, 0, 1, 1])
+    assert below == pytest.approx([0, 0, 1, 1, math.sin(1), slow, math.cos(1), 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides", "channels", "kernel"),
+    [
+        ("dw", [14, 14, 14, 7], [384, 768, 1536, 3072], 11),
+        ("inverted_dw", [14, 14, 14, 7], [96, 192, 384, 768], 7),
+        ("up_inverted_dw", [14, 14, 14, 7], [96, 192, 384, 768], 11),
+        ("down_inverted_dw", [14, 14, 7, 7], [96, 192, 384, 768], 11),
+    ],
+)
+def test_one_stage_of_a_robust_resnet_halves_the_map(kind, sides, channels, kernel):
+    with torch.device("meta"):
+        network = classifier_named(f"robust_resnet_{kind}", IMAGENET).backbone.eval()
+        maps, image = [], torch.zeros(1, 3, 224, 224)
+        for stage in network.stages:
+            stage.register_forward_hook(lambda _, __, output: maps.append(output.shape))
+        network(image)
+    assert [tuple(shape) for shape in maps] == [
+        (1, width, side, side) for width, side in zip(channels, sides, strict=True)
+    ]
+    assert network.stages[1].blocks[0].conv_dw.kernel_size == (kernel, kernel)
+
+
+def test_a_robust_resnets_block_is_the_sources_one_with_its_order():
+    torch.manual_seed(0)
+    block = Block("up-inverted-dw", 8, 8, nn.BatchNorm2d, kernel=3, stride=1, drop_path=0).eval()
+    nn.init.normal_(block.gamma)
+    x = torch.randn(2, 8, 6, 6)
+    inner = F.batch_norm(block.conv_dw(x), torch.zeros(8), torch.ones(8))
+    inner = block.pwconv2(F.relu(block.pwconv1(inner)))
+    assert torch.allclose(block(x), x + inner * block.gamma.view(1, 8, 1, 1), atol=1e-5)
+    assert block.conv_dw.groups == 8
+
+
+def test_kernels_keep_their_share_of_a_smaller_map():
+    digits, imagenet = (
+        {kind: robust_kernel(kind, scale) for kind in ("inverted_dw", "up_inverted_dw")}
+        for scale in (DIGITS, IMAGENET)
+    )
+    assert imagenet == {"inverted_dw": 7, "up_inverted_dw": 11}
+    assert digits == {"inverted_dw": 3, "up_inverted_dw": 5}  # of 4 places a side, not 14
+
+
+def robust_kernel(kind, scale):
+    network = classifier_named(f"robust_resnet_{kind}", scale).backbone
+    return network.stages[0].blocks[0].conv_dw.kernel_size[0]
+
+
+def relatives():
+    """The small relatives of timm's models that docs/model.md names."""
+    page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
+    rows = re.findall(
+        r"^\| `(timm:\w+)`.*\| `(\w+ = [^`]+=[^`]+)`.*\| (\d+) k \|$", page, re.MULTILINE
+    )
+    return [
+        (model, tomllib.loads(f"a = {{{arguments}}}")["a"], int(thousands))
+        for model, arguments, thousands in rows
+    ]
+
+
+@pytest.mark.parametrize(("model", "arguments", "thousands"), relatives())
+@pytest.mark.parametrize("scale", [DIGITS, CIFAR10], ids=lambda scale: scale.name)
+def test_documented_relatives_of_timms_models_take_small_images(model, arguments, thousands, scale):
+    recipe = resnet50().replace(scale=scale.name, model=model, model_args=arguments)
+    classifier = build_classifier(recipe).eval()
+    assert count_parameters(classifier) / 1000 == pytest.approx(thousands, rel=0.03)
+    side = scale.image_size
+    assert classifier(torch.rand(2, 3, side, side)).shape == (2, 10)
+
+
+def test_the_documented_relatives_are_of_five_families():
+    assert len(relatives()) == 5
 
 
 @pytest.mark.parametrize("name", ["resnet50", "deit_small_patch16_224"])

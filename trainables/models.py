@@ -75,6 +75,22 @@ def _resnet(name: str, size: str, block: str, blocks: tuple[int, ...], cost: Cos
     return Model(name, size, _network("resnet", block, blocks), cost, "resnet")
 
 
+def _vit(name: str, size: str, width: int, cost: Cost, **options: Any) -> Model:
+    build = _network("vit", width, **options)
+    return Model(name, size, build, cost, "vit", "transformer", batch_norm=False)
+
+
+def _convnext(name: str, size: str, depth: int, width: int, cost: Cost) -> Model:
+    build = _network("convnext", (3, 3, depth, 3), width)
+    return Model(name, size, build, cost, "convnext", "transformer", batch_norm=False)
+
+
+def _robust(kind: str, depths: tuple[int, ...], kernel: int, stage: int, cost: Cost) -> Model:
+    build = _network("robust_resnet", kind, depths, kernel, stage, room="robust_resnet")
+    name = f"robust_resnet_{kind.replace('-', '_')}"
+    return Model(name, "base", build, cost, name, "transformer")
+
+
 def _deit(name: str, size: str, width: int, cost: Cost) -> Model:
     return Model(name, size, _network("deit", width), cost, "deit", "transformer", batch_norm=False)
 
@@ -96,6 +112,42 @@ MODELS: dict[str, Model] = {
             cost=Cost(21_055_528, 3.9, 0.9),
             family="hybrid",
             settings="transformer",
+        ),
+        # Wang et al. 2023: UCSC-VLAA/RobustCNN, timm/models/robust_resnet.py, *_small.
+        _robust("dw", (3, 4, 12, 3), 11, 3, Cost(38_590_312, 4.49, 1.0)),
+        _robust("inverted-dw", (3, 4, 14, 3), 7, 3, Cost(33_626_824, 4.59, 0.9)),
+        _robust("up-inverted-dw", (3, 4, 14, 3), 11, 3, Cost(34_441_288, 4.43, 0.91)),
+        _robust("down-inverted-dw", (3, 4, 15, 3), 11, 2, Cost(34_325_896, 4.55, 0.85)),
+        # Singh et al. 2023: nmndeep/revisiting-at, utils_architecture.py; model_args.stem = "conv".
+        _vit("vit_small", "base", 384, Cost(22_050_664, 4.6, 0.74)),
+        _vit(
+            *("vit_medium", "medium", 512, Cost(38_849_512, 8.0, 1.2)),
+            init_values=1e-6,
+            no_embed_class=True,
+        ),
+        _vit("vit_base", "large", 768, Cost(86_567_656, 17.6, 1.6)),
+        _convnext("convnext_tiny", "base", 9, 96, Cost(28_589_128, 4.5, 0.62)),
+        _convnext("convnext_small", "large", 27, 96, Cost(50_223_688, 8.7, 0.84)),
+        _convnext("convnext_base", "huge", 27, 128, Cost(88_591_464, 15.4, 1.0)),
+        _convnext("convnext_large", "giant", 27, 192, Cost(197_767_336, 34.4, 1.4)),
+        Model(
+            name="convnext_iso",
+            size="base",
+            build=_network("convnext_iso"),
+            cost=Cost(22_308_712, 4.3, 0.67),
+            family="convnext_iso",
+            settings="transformer",
+            batch_norm=False,
+        ),
+        # Beyer et al. 2022: google-research/big_vision, configs/vit_s16_i1k.py.
+        Model(
+            name="plain_vit_small",
+            size="base",
+            build=_network("plain_vit", 384),
+            cost=Cost(22_197_736, 4.6, 0.74),
+            family="plain_vit",
+            settings="transformer",
+            batch_norm=False,
         ),
     )
 }
@@ -123,13 +175,14 @@ def check_family(name: str) -> str:
 def model_named(name: str, **arguments: Any) -> Model:
     """Return a model's entry; ValueError where no model has the name.
 
-    Models of other origins (`FORMS`) count as the largest of each cost. arguments: keyword
+    Models of other origins (`FORMS`) count as the study's largest of each cost. arguments: keyword
     arguments of what builds such a model.
     """
     if name in MODELS:
         model = MODELS[name]
         return replace(model, build=partial(model.build, **arguments)) if arguments else model
-    largest = Cost(*map(max, zip(*(model.cost for model in MODELS.values()), strict=True)))
+    costs = [model.cost for model in MODELS.values() if model.family in STUDY_FAMILIES]
+    largest = Cost(*map(max, zip(*costs, strict=True)))
     if name.startswith(TIMM_PREFIX):
         build = _network("from_timm", name.removeprefix(TIMM_PREFIX), **arguments)
         return Model(name, "-", build, largest, TIMM, "timm")

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
-from timm.layers import get_act_layer
+from timm.layers import LayerNorm2d, get_act_layer, lecun_normal_
+from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
-from torch import nn
+from torch import Tensor, nn
 
 from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.models import TIMM_PREFIX, model_named
@@ -27,7 +28,10 @@ from trainables.weights import load_weights
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
 HYBRID_WIDTH = 256
-DEIT_DEPTH = 12
+VIT_DEPTH = 12
+CONVNEXT_PATCH = 4
+CONVNEXT_NARROWEST = 96
+Stem = Literal["patch", "conv"]
 FEW_TOKENS = 16
 FEW_PATCHES = 8  # a side
 _TORCH_LAYERS: dict[str, type[nn.Module]] = {
@@ -41,7 +45,10 @@ ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     for name in ACTIVATIONS
 }
 GATES = ("sigmoid", "tanh", "hard_sigmoid", "identity")  # of other uses in a network, which stay
-SWAPPED = tuple(layer for name, layer in ACTIVATION_LAYERS.items() if name not in GATES)
+SWAPPED: tuple[type[nn.Module], ...] = (
+    timm.layers.GELU,
+    *(layer for name, layer in ACTIVATION_LAYERS.items() if name not in GATES),
+)
 
 
 def build_classifier(recipe: Recipe) -> Classifier:
@@ -191,6 +198,43 @@ def resnet(
     return cast(nn.Module, network)
 
 
+def vit(
+    width: int,
+    scale: Scale,
+    norm_layer: Callable[[int], nn.Module],
+    *,
+    stem: Stem = "patch",
+    **options: Any,
+) -> nn.Module:
+    """Build a plain transformer of a published width, at a scale's depth and width.
+
+    `norm_layer` is not used. stem conv: convolutions in place of the patches.
+    """
+    heads = scale.vit_heads(width)
+    of_scale = {
+        "img_size": scale.image_size,
+        "patch_size": scale.patch_size,
+        "embed_dim": heads * scale.head_width,
+        "depth": scale.depth(VIT_DEPTH),
+        "num_heads": heads,
+        "num_classes": scale.num_classes,
+    }
+    network = VisionTransformer(**(of_scale | options))
+    if scale.stem == "small" and "weight_init" not in options:
+        for name, parameter in network.blocks.named_parameters():
+            if name.endswith("weight") and parameter.ndim == 2:
+                nn.init.trunc_normal_(parameter, std=scale.init_std)
+        nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
+    if stem == "conv":
+        convolutions = conv_patches(network.embed_dim, scale, scale.vit_width_divisor)
+        network.patch_embed.proj = convolutions
+    if network.patch_embed.num_patches <= FEW_TOKENS:
+        for block in network.blocks:
+            # With a few tokens the fused kernel costs more than the attention it computes.
+            block.attn.fused_attn = False
+    return cast(nn.Module, network)
+
+
 def deit(
     width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
 ) -> nn.Module:
@@ -199,28 +243,112 @@ def deit(
     Every residual branch starts at zero: `_init_weights_2` of the study's
     models/vision_transformer.py.
     """
-    heads = scale.vit_heads(width)
-    of_scale = {
-        "img_size": scale.image_size,
-        "patch_size": scale.patch_size,
-        "embed_dim": heads * scale.head_width,
-        "depth": scale.depth(DEIT_DEPTH),
-        "num_heads": heads,
-        "num_classes": scale.num_classes,
-    }
-    network = VisionTransformer(**(of_scale | options))
-    if scale.stem == "small":
-        for name, parameter in network.blocks.named_parameters():
-            if name.endswith("weight") and parameter.ndim == 2:
-                nn.init.trunc_normal_(parameter, std=scale.init_std)
-        nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
+    network: Any = vit(width, scale, norm_layer, **options)
     nn.init.trunc_normal_(network.cls_token, std=0.02)
     for block in network.blocks:
         nn.init.zeros_(block.attn.proj.weight)
         nn.init.zeros_(block.mlp.fc2.weight)
-        if network.patch_embed.num_patches <= FEW_TOKENS:
-            # With a few tokens the fused kernel costs more than the attention it computes.
-            block.attn.fused_attn = False
+    return cast(nn.Module, network)
+
+
+def plain_vit(
+    width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
+) -> nn.Module:
+    """Build the plain transformer of Beyer et al. (2022), at a scale's depth and width.
+
+    It averages its tokens, adds fixed positions, and has one more layer with tanh before a head
+    that starts at zero. Source: google-research/big_vision, configs/vit_s16_i1k.py, models/vit.py.
+    """
+    fixed: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    network: Any = vit(width, scale, norm_layer, weight_init="jax", **fixed, **options)
+    side, channels = scale.image_size // scale.patch_size, network.embed_dim
+    network.pos_embed = nn.Parameter(sine_positions(side, channels), requires_grad=False)
+    pre_logits = nn.Linear(channels, channels)
+    lecun_normal_(pre_logits.weight)
+    nn.init.zeros_(pre_logits.bias)
+    network.fc_norm = nn.Sequential(pre_logits, nn.Tanh())
+    return cast(nn.Module, network)
+
+
+def sine_positions(side: int, channels: int) -> Tensor:
+    """Return the sines and cosines of the places of side x side tokens, (1, side^2, channels).
+
+    Wavelengths run from 2 pi to 10,000 times that (MoCo v3, as in big_vision's models/vit.py).
+    """
+    quarter = channels // 4
+    frequencies = 10_000.0 ** -(torch.arange(quarter) / (quarter - 1))
+    y, x = (
+        places.reshape(-1, 1) * frequencies
+        for places in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    )
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1)[None]
+
+
+def conv_stem(widths: Sequence[int], strides: Sequence[int]) -> nn.Sequential:
+    """Return 3 x 3 convolutions from colours to widths, each with a layer norm and a GELU.
+
+    Source: Singh et al. 2023; nmndeep/revisiting-at, utils_architecture.py, ConvBlock*.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in zip((3, *widths), widths, strides, strict=False):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+        layers += [conv, LayerNorm2d(outputs), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
+def conv_patches(width: int, scale: Scale, width_divisor: int) -> nn.Sequential:
+    """Return convolutions of stride 2 that reduce images as much as a scale's patches do."""
+    halvings = scale.patch_size.bit_length() - 1
+    widths = [48 * 2**n // width_divisor for n in range(halvings)]
+    stem = conv_stem(widths, [2] * halvings)
+    return stem.append(nn.Conv2d(widths[-1], width, 1))
+
+
+def convnext(
+    depths: Sequence[int],
+    width: int,
+    scale: Scale,
+    norm_layer: Callable[[int], nn.Module],
+    *,
+    stem: Stem = "patch",
+    **options: Any,
+) -> nn.Module:
+    """Build a ConvNeXt of published depths and first width; `norm_layer` is not used.
+
+    Small images keep the stages' strides behind a stem of the scale's stride. stem conv: two
+    convolutions, or three where the model is wide, in place of the patches.
+    """
+    widths = [width * 2**stage // scale.resnet_width_divisor for stage in range(4)]
+    depths = tuple(scale.depth(count) for count in depths)
+    network = ConvNeXt(depths=depths, dims=widths, **({"num_classes": scale.num_classes} | options))
+    stride = scale.stem_stride if scale.stem == "small" else CONVNEXT_PATCH
+    if stem == "conv":
+        last = widths[:1] if width == CONVNEXT_NARROWEST else [widths[0] * 3 // 4, widths[0]]
+        strides = (min(2, stride), max(1, stride // 2), 1)
+        network.stem = conv_stem([widths[0] // 2, *last], strides)
+    elif stride != CONVNEXT_PATCH:
+        network.stem[0] = _patches_of(stride, widths[0])
+    return cast(nn.Module, network)
+
+
+def _patches_of(side: int, width: int) -> nn.Conv2d:
+    conv = nn.Conv2d(3, width, side, side)
+    nn.init.trunc_normal_(conv.weight, std=0.02)
+    nn.init.zeros_(cast(Tensor, conv.bias))
+    return conv
+
+
+def convnext_iso(
+    scale: Scale, norm_layer: Callable[[int], nn.Module], *, stem: Stem = "patch", **options: Any
+) -> nn.Module:
+    """Build the isotropic ConvNeXt-S, of one stage; source: Liu et al. (2022), section 3.3."""
+    width = 384 // scale.resnet_width_divisor
+    of_scale = {"depths": (scale.depth(18), 1, 1, 1), "num_classes": scale.num_classes}
+    network = ConvNeXt(dims=(width,) * 4, ls_init_value=None, **(of_scale | options))
+    network.stages = network.stages[:1]
+    network.stem = _patches_of(scale.patch_size, width)
+    if stem == "conv":
+        network.stem = conv_patches(width, scale, scale.resnet_width_divisor)
     return cast(nn.Module, network)
 
 
@@ -268,7 +396,7 @@ def _patches(name: str, scale: Scale) -> dict[str, int]:
         network = timm.create_model(name)
     native = getattr(getattr(network, "patch_embed", None), "patch_size", None)
     reductions = {stage["reduction"] for stage in getattr(network, "feature_info", [])}
-    if not native or reductions - {native[0]}:
+    if not isinstance(native, tuple) or reductions - {native[0]}:
         return {}
     fits = scale.image_size % native[0] == 0 and scale.image_size // native[0] >= FEW_PATCHES
     return {} if fits else {"patch_size": scale.patch_size}
