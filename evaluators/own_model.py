@@ -159,9 +159,9 @@ def _repeats(classifier: Classifier, images: Tensor, logits: Tensor) -> bool:
 
 
 @torch.no_grad()
-def fingerprint(classifier: Classifier, images: Tensor) -> str:
-    """Return 12 hex digits of a model: structure, weights, normalisation, precision and answers."""
-    digest = hashlib.sha256(repr(classifier).encode())
+def fingerprint(classifier: Classifier, images: Tensor, code: bytes = b"") -> str:
+    """Return 12 hex digits of a model: structure, code, weights, normalisation and answers."""
+    digest = hashlib.sha256(repr(classifier).encode() + code)
     for name, tensor in (*classifier.named_parameters(), *classifier.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

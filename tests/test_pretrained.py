@@ -274,9 +274,14 @@ def test_a_model_that_cannot_be_is_refused(code, capsys, words, message):
 def test_a_function_gets_its_arguments_and_the_number_of_classes(code, capsys):
     for name in ("hubconf.py", "others.py"):
         Path(name).write_text("dependencies = ['torch']\nfrom net import net\n")
+    Path("lazy.py").write_text("def __getattr__(name):\n    import net\n    return net.net\n")
     torch.save(code.state_dict(), "w.pth")
     expected = answers(code)
-    for words in (["others:net"], ["torchhub:.:net", "--model-arg", "num_classes=10", "width=8"]):
+    for words in (
+        ["others:net"],
+        ["lazy:later"],
+        ["torchhub:.:net", "--model-arg", "num_classes=10", "width=8"],
+    ):
         assert judge("--model", *words, "--weights", "w.pth") == expected
 
 
@@ -311,7 +316,7 @@ def test_a_model_of_half_precision_is_judged_in_it(code):
 def test_other_code_is_another_model_for_a_run_that_continues(code):
     torch.save(code.state_dict(), "w.pth")
     names = set()
-    for text in (CODE, CODE.replace("nn.ReLU()", "nn.Sigmoid()"), CODE):
+    for text in (CODE, f"{CODE}\n# edited", CODE):
         Path("net.py").write_text(text)
         assert main(["--model", "net.py:net", "--weights", "w.pth"]) == 0
         names.add(frozenset(path.name for path in Path("results/ledgers").iterdir()))

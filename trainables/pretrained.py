@@ -147,14 +147,15 @@ def _function(
 
     These are `num_classes`, and `image_size` or `img_size`. ValueError.
     """
-    names = vars(_imported(place))
-    functions = [name for name, value in names.items() if callable(value) and name[0] != "_"]
-    if attribute not in functions:
+    module = _imported(place)
+    function = getattr(module, attribute, None)  # which a package may bring only now
+    if not callable(function):
+        functions = [name for name, value in vars(module).items() if callable(value)]
         raise ValueError(f"{place} has no function {attribute!r}{nearest(attribute, functions)}")
-    parameters, side = inspect.signature(names[attribute]).parameters, scale.image_size
+    parameters, side = inspect.signature(function).parameters, scale.image_size
     data = {"num_classes": scale.num_classes, "image_size": side, "img_size": side}
     known = {key: value for key, value in data.items() if key in parameters}
-    return partial(names[attribute], **{**known, **arguments})
+    return partial(function, **{**known, **arguments})
 
 
 def _imported(place: str) -> ModuleType:
