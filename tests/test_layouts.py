@@ -146,6 +146,18 @@ def test_a_layouts_name_follows_its_images_and_labels_and_not_its_place(tmp_path
     assert scale_of(None, DataSource(root=tmp_path / "moved", labels=moved)).name == name
 
 
+@pytest.mark.parametrize(
+    ("layout", "classes"),
+    [("shards of folders", "emu emu cat emu cat cat"), ("saved tables", "emu emu emu cat cat cat")],
+)
+def test_relabelled_images_are_in_the_order_of_their_files(tmp_path, layout, classes):
+    source = source_of(tmp_path / "data", layout)
+    labels = labels_file(tmp_path, ["dog,a", "cat,b", "emu,b"])
+    train, _ = list_splits(DataSource(root=source.root, labels=labels))
+    assert train.labels == (0, 0, 0, 1, 1, 1, 1, 1, 1)
+    assert [path.split("/")[-2] for path in train.paths[3:]] == classes.split()
+
+
 @pytest.mark.parametrize("layout", ["folders", "shards of folders", "saved tables"])
 def test_a_map_of_classes_relabels_them_and_is_part_of_the_name(tmp_path, layout):
     source = source_of(tmp_path / "data", layout)

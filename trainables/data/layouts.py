@@ -78,13 +78,14 @@ def _relabelled(images: Paths, file: Path) -> Paths:
     """
     rows, labelled = _read_labels(file), defaultdict[str, list[str]](list)
     missing: list[str] = []
-    for old, paths in images.items():
-        for path in paths:
-            image = path.rpartition("@")[0] if _inside(path) else path
-            name = PurePosixPath(image).name
-            names = image, image.partition("/")[2], name, name.rpartition(".")[0], old
-            label = next((rows[key] for key in names if key in rows), None)
-            (missing if label is None else labelled[label]).append(path)
+    # Those of shards and tables as they lie there, whatever their old classes.
+    entries = [(path, name) for name, paths in images.items() for path in paths]
+    for path, old in sorted(entries, key=_place):
+        image = path.rpartition("@")[0] if _inside(path) else path
+        name = PurePosixPath(image).name
+        names = image, image.partition("/")[2], name, name.rpartition(".")[0], old
+        label = next((rows[key] for key in names if key in rows), None)
+        (missing if label is None else labelled[label]).append(path)
     if not labelled:
         raise ValueError(
             f"{file} labels none of {len(missing)} images: its first name is "
@@ -104,6 +105,12 @@ def _inside(path: Path | str) -> re.Match[str] | None:
     """Match the file, the place and the size of an image in a shard or table."""
     text = str(path)
     return _INSIDE.fullmatch(text) if "@" in text else None
+
+
+def _place(image: tuple[str, str]) -> tuple[str, int]:
+    """Return the file and the place in it of an image (path, class): none of one in its own."""
+    inside = _inside(image[0])
+    return (inside[1], int(inside[2])) if inside else ("", 0)
 
 
 def bytes_and_stamp(path: Path) -> tuple[int, bytes]:
