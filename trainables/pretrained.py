@@ -65,13 +65,12 @@ def timm_config(model: str) -> dict[str, Any] | None:
     if model in MODELS or not model.startswith(TIMM_PREFIX):
         return None
     import timm
-    from timm.models import get_pretrained_cfg, is_model_pretrained
 
     name = model.removeprefix(TIMM_PREFIX)
-    if not timm.is_model(name) or ("." in name and not is_model_pretrained(name)):
+    if not timm.is_model(name) or ("." in name and not timm.models.is_model_pretrained(name)):
         near = nearest(name, [*timm.list_models(), *timm.list_pretrained()])
         raise ValueError(f"timm has no model {name!r}{near}")
-    config: dict[str, Any] = get_pretrained_cfg(name).to_dict()
+    config: dict[str, Any] = timm.models.get_pretrained_cfg(name).to_dict()
     return config
 
 
