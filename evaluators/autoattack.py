@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from evaluators import memory
 from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.ledger import Score, by_question, share
-from evaluators.pgd import FOLDED_ON, at_radius
+from evaluators.pgd import FOLDED_ON, radii_by_name
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.layers import Classifier
 from trainables.scale import Scale
@@ -66,8 +66,7 @@ class AutoAttack(Evaluator):
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
         super().__init__(scale)
-        radii = sorted(radii or [getattr(scale, self.radius)])
-        self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
+        self.radii = radii_by_name(self.name, sorted(radii or [getattr(scale, self.radius)]))
         self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
         self.targets, self.stages = _standard(scale.num_classes)
 

@@ -309,11 +309,10 @@ def verdicts(
     count = len(batch.ids)
     labels, predicted = batch.labels.cpu(), predicted_B.cpu()
     survived = labels == predicted if survived_B is None else survived_B.cpu()
-    pictures: list[bytes | None] = [None] * count
-    if judged_BCHW is not None:
-        for place, image_id in enumerate(batch.ids):
-            if image_id in batch.examples:
-                pictures[place] = _png(judged_BCHW[place])
+    pictures = [
+        _png(judged_BCHW[place]) if judged_BCHW is not None and image_id in batch.examples else None
+        for place, image_id in enumerate(batch.ids)
+    ]
     rows = {
         "image_id": batch.ids,
         "question": [question] * count,

@@ -26,9 +26,11 @@ FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0
 
 
-def at_radius(radius: Fraction, radii: Sequence[Fraction]) -> str:
-    """Return what a question's name says of its radius, one of several: @4/255."""
-    return f"@{float(255 * radius):g}/255" if len(radii) > 1 else ""
+def radii_by_name(name: str, radii: Sequence[Fraction]) -> dict[str, float]:
+    """Return radii by the name of their question, which states them if they are several: @4/255."""
+    if len(radii) == 1:
+        return {name: float(radii[0])}
+    return {f"{name}@{float(255 * radius):g}/255": float(radius) for radius in radii}
 
 
 class PGD(Evaluator):
@@ -48,8 +50,7 @@ class PGD(Evaluator):
     def __init__(
         self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = PGD_STEPS
     ) -> None:
-        radii = radii or [scale.epsilon]
-        self.radii = {at_radius(r, radii): float(r) for r in radii}
+        self.radii = radii_by_name("", radii or [scale.epsilon])
         self.steps = sorted(steps)
         self.subset_size = scale.attack_subset
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.intervals import image_scores, mean_score
 from evaluators.ledger import Score, survival_scores
-from evaluators.pgd import at_radius
+from evaluators.pgd import radii_by_name
 from trainables.data.base import WHOLE, Data, Shard, to_unit
 from trainables.data.registry import SEVERITIES
 from trainables.plugins import described, load, origin
@@ -87,8 +87,7 @@ class Attack(PlugInFunction):
     least_shard = block = 32
 
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
-        radii = radii or [scale.epsilon]
-        self.radii = {self.name + at_radius(r, radii): float(r) for r in radii}
+        self.radii = radii_by_name(self.name, radii or [scale.epsilon])
         self.subset_size = scale.attack_subset
 
     def identity(self, source: Data) -> dict[str, Any]:
