@@ -6,7 +6,7 @@ Pure, but that a file of first weights is read to be known by its sha256.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,6 @@ from trainables.recipe import (
 )
 from trainables.scale import AT_BATCH, published_settings
 
-Axes = Mapping[str, tuple[Any, ...]]
 CLEAN = "clean"  # as a warm start
 AT_FORWARD = 1024  # images a forward batch: 256 on each of 4 GPUs, 4 batches a step
 CURRICULUM_EPOCHS = 100  # that a library's curricula are written for
@@ -196,7 +195,7 @@ def _with_settings_for_all(
         raise ValueError(f"teacher {recipe.describe()}: {problem(error)}") from None
 
 
-def check_settings(settings: Mapping[str, Any], axes: Axes) -> None:
+def check_settings(settings: Mapping[str, Any], axes: Mapping[str, Iterable[Any]]) -> None:
     """Raise ValueError where two of what is set and what is varied are about the same thing."""
     uses = {axis: f"{axis}={value} is set for every trial" for axis, value in settings.items()}
     for axis, values in axes.items():

@@ -92,7 +92,9 @@ class RunOptions(PlaceOptions, DataOptions):
         "trials than without",
         "FIELD=VALUE",
     )
-    seeds: Count = option(1, "train each recipe N times", "N")
+    seeds: Count | None = option(
+        None, "train each recipe N times (default: the study's replicates, else 1)", "N"
+    )
     scale: str | None = option(
         None, f"{', '.join(scale_names())} (default: folder with --data DIR, or digits)", "NAME"
     )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import product
-from typing import Any
+from typing import NamedTuple
 
 from evaluators import EVALUATORS, evaluator_of
-from grid.axes import Axes, Library, axis_value, check_settings, format_settings, with_settings
-from grid.study import Mode, Row, Study, Table
+from grid.axes import axis_value, check_settings, format_settings, with_settings
+from grid.space import BASE, Labels
+from grid.study import Row, Study, Table
 from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale, scale_named
 
-# A recipe, what it serves, and the evaluators of its columns.
-Request = tuple[Recipe, str, tuple[str, ...]]
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
 MOST_RECIPES = 100_000
 LONGEST_WARMUP = 10  # epochs, of the study's recipes
@@ -51,6 +48,15 @@ class Sizes:
         return text and f"Quick look: {text}"
 
 
+class Request(NamedTuple):
+    """A recipe, what it serves, the evaluators of its columns and its labels in a grid."""
+
+    recipe: Recipe
+    purpose: str
+    evaluators: tuple[str, ...]
+    labels: Mapping[str, str] = {}
+
+
 @dataclass(frozen=True)
 class Trial:
     """One recipe of a study, the table rows it serves and the evaluators that judge it.
@@ -70,20 +76,20 @@ class Trial:
 class Plan:
     """The trials of a study, those that need no training and then the longest first.
 
-    `spanned` are the recipes of its axes as the study states them, before the scale shrinks them;
     `requests` counts rows, combinations and their needs before equal ones are shared; `tables` hold
     the recipes as they are trained at the scale; `notes` say what was adapted to what is set;
-    `longest_chain` is the cost of the trainings that need one another.
+    `longest_chain` is the cost of the trainings that need one another; `grid` has by a trial's
+    digest the labels of its values on a grid's axes.
     """
 
     trials: tuple[Trial, ...]
     refused: tuple[Refused, ...] = ()
-    spanned: tuple[Recipe, ...] = ()
     requests: int = 0
     tables: tuple[Table, ...] = ()
     seeds: int = 1
     notes: tuple[str, ...] = ()
     longest_chain: float = 0.0
+    grid: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def makeup(self) -> str:
@@ -114,29 +120,32 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
 
 
 def enumerate_trials(
-    base: Recipe,
-    axes: Axes,
-    *,
-    mode: Mode = "product",
-    settings: Mapping[str, Any] | None = None,
-    library: Library | None = None,
-) -> tuple[list[Recipe], list[Refused]]:
-    """Return every recipe that the axes span over a base, and what was refused.
+    study: Study, scale: Scale
+) -> tuple[list[tuple[Recipe, Labels]], list[Refused]]:
+    """Return the recipes that a study's grid spans, as trained, with the labels of their values.
 
-    product: all combinations. one-at-a-time: the base, then each axis varied alone. `settings`
-    are axes that every recipe has so.
+    And the combinations that were refused. Of a sample there are no more than its size.
     """
-    if mode == "product":
-        combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    else:
-        combinations = [{}, *({axis: value} for axis in axes for value in axes[axis])]
-    recipes, refused = [], []
-    for combination in combinations:
+    space, spanned, refused = study.space, [], []
+    for labels in space.combinations():
+        values = {axis: space.axes[axis][label] for axis, label in labels.items() if axis != BASE}
         try:
-            recipes.append(with_settings(base, settings or {}, combination, library))
+            base = space.bases[labels[BASE]]
+            recipe = with_settings(base, study.settings, values, study.library)
+            recipe = _shrunk(study.cut_down(recipe, scale), scale)
         except ValueError as error:
-            refused.append((format_settings(combination), problem(error)))
-    return recipes, refused
+            refused.append((format_settings(_shown(labels, study)), problem(error)))
+            continue
+        stated = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
+        spanned.append((recipe, _shown(stated, study)))
+        if space.sample and len(spanned) == space.sample.size:
+            break
+    return spanned, refused
+
+
+def _shown(labels: Labels, study: Study) -> Labels:
+    """Return labels without the base's, where there is one base."""
+    return {axis: label for axis, label in labels.items() if axis != BASE or len(study.base) > 1}
 
 
 def build_plan(
@@ -145,43 +154,45 @@ def build_plan(
     *,
     tables: Collection[str] = (),
     only: Mapping[str, tuple[str, ...]] | None = None,
-    seeds: int = 1,
+    seeds: int | None = None,
     evaluators: Collection[str] = (),
 ) -> Plan:
     """Turn a study into trials at a scale; ValueError teaches which request is wrong.
 
     Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values;
     `evaluators` are the only ones to judge: of a grid any, of tables those of their columns.
-    No `tables` or `evaluators`: all.
+    No `tables` or `evaluators`: all. No `seeds`: the study's replicates.
     """
+    seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
     for_all = tuple(evaluators) if evaluators and study.base else study.for_all
     trained = _as_trained(_choose_tables(study, tables), study, scale)
-    requests: list[Request] = [
-        (row.recipe, f"{table.name} {row.label}", (*for_all, *map(evaluator_of, table.columns)))
-        for table in trained
+    requests = [
+        Request(row.recipe, f"{table.name} {row.label}", (*for_all, *map(evaluator_of, columns)))
+        for table, columns in ((table, table.columns) for table in trained)
         for row in table.rows
     ]
-    spanned, refused = _grid(study, seeds)
-    requests += [(at_scale(recipe, study, scale), study.name, for_all) for recipe in spanned]
+    combinations, refused = _grid(study, scale, seeds)
+    requests += [Request(recipe, study.name, for_all, labels) for recipe, labels in combinations]
     requests = [
-        (recipe.with_seed(seed) if seed else recipe, purpose, names)
-        for recipe, purpose, names in _keep_only(requests, only or {}, study)
-        for seed in range(seeds if recipe.epochs else 1)
+        request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
+        for request in _keep_only(requests, only or {}, study)
+        for seed in range(seeds if request.recipe.epochs else 1)
     ]
-    rows = {recipe.digest(): recipe for recipe, *_ in requests}
+    grid = {request.recipe.digest(): request.labels for request in requests if request.labels}
+    rows = {request.recipe.digest(): request.recipe for request in requests}
     needed = _needed(rows.values(), for_all)
     trials = _shared([*requests, *needed], study, scale, evaluators)
     chains = _longest_chains(trials)
     return Plan(
         tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
         refused=tuple(refused),
-        spanned=tuple(spanned),
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
         notes=tuple(_notes(study, trials)),
         longest_chain=max(chains.values(), default=0.0),
+        grid=grid,
     )
 
 
@@ -190,7 +201,7 @@ def _needed(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Req
     for recipe in recipes:
         for other in recipe.prerequisites:
             role = "teacher" if other is recipe.teacher else "warm start"
-            yield other, f"{role} of {recipe.digest()}", for_all
+            yield Request(other, f"{role} of {recipe.digest()}", for_all)
             yield from _needed([other], for_all)
 
 
@@ -201,13 +212,17 @@ def _shared(
     recipes: dict[str, Recipe] = {}
     serves: dict[str, dict[str, None]] = defaultdict(dict)
     judges: dict[str, dict[str, None]] = defaultdict(dict)
-    for recipe, purpose, names in requests:
-        digest = recipe.digest()
-        recipes.setdefault(digest, recipe)
-        serves[digest][purpose] = None
-        judges[digest] |= dict.fromkeys(names)
+    labels: dict[str, Mapping[str, str]] = defaultdict(dict)
+    for request in requests:
+        digest = request.recipe.digest()
+        recipes.setdefault(digest, request.recipe)
+        serves[digest][request.purpose] = None
+        judges[digest] |= dict.fromkeys(request.evaluators)
+        labels[digest] = request.labels or labels[digest]
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
-    names_of = {digest: _name(recipe, study, scale) for digest, recipe in recipes.items()}
+    names_of = {
+        digest: _name(recipe, study, scale, labels[digest]) for digest, recipe in recipes.items()
+    }
     alike = Counter(names_of.values())
     return [
         Trial(
@@ -283,11 +298,6 @@ def _stand_ins(study: Study, table: Table, scale: Scale) -> str:
     return f" (cut down: {', '.join(pairs)})" if pairs and scale.depth_divisor > 1 else ""
 
 
-def at_scale(recipe: Recipe, study: Study, scale: Scale) -> Recipe:
-    """Return a recipe of a study as it is trained at a scale; ValueError."""
-    return _shrunk(study.cut_down(recipe, scale), scale)
-
-
 def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
     try:
         return scale.shrink(recipe)
@@ -295,39 +305,40 @@ def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
         raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
 
 
-def _grid(study: Study, seeds: int) -> tuple[list[Recipe], list[Refused]]:
-    """Return the recipes that the study's axes span, and what was refused."""
-    if study.base is None:
+def _grid(
+    study: Study, scale: Scale, seeds: int
+) -> tuple[list[tuple[Recipe, Labels]], list[Refused]]:
+    """Return what the study's axes span, and what was refused; ValueError where nothing is left."""
+    if not study.base:
         return [], []
-    combinations = math.prod(len(values) for values in study.axes.values())
-    if combinations * seeds > MOST_RECIPES:
+    space = study.space
+    spanned = min(space.size, space.sample.size) if space.sample else space.size
+    if spanned * seeds > MOST_RECIPES:
         raise ValueError(
-            f"{combinations:,} combinations with {seeds:,} seeds each are more than the "
-            f"{MOST_RECIPES:,} recipes that a study can have"
+            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
+            f"{MOST_RECIPES:,} recipes that a study can have; a sample of them may be fewer"
         )
-    recipes, refused = enumerate_trials(
-        study.base, study.axes, mode=study.mode, settings=study.settings, library=study.library
-    )
-    if refused and not recipes:
-        named = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
-        raise ValueError(
-            f"study {study.name!r} has no trial left, all {len(refused)} are refused; "
-            f"the first, {named}: {refused[0][1]}"
-        )
-    return recipes, refused
+    combinations, refused = enumerate_trials(study, scale)
+    if not combinations:
+        why = "`exclude` leaves none"
+        if refused:
+            named = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
+            why = f"all {len(refused)} are refused; the first, {named}: {refused[0][1]}"
+        raise ValueError(f"study {study.name!r} has no trial left, {why}")
+    return combinations, refused
 
 
 def _keep_only(
     requests: list[Request], only: Mapping[str, tuple[str, ...]], study: Study
 ) -> list[Request]:
     for axis, values in only.items():
-        present = {axis_value(recipe, axis, study.library) for recipe, *_ in requests}
+        present = {axis_value(request.recipe, axis, study.library) for request in requests}
         if wrong := [value for value in values if value not in present]:
             raise ValueError(
                 f"no trial of study {study.name!r} left has {axis}={wrong[0]}; "
                 f"values there: {', '.join(sorted(present))}"
             )
-        requests = [r for r in requests if axis_value(r[0], axis, study.library) in values]
+        requests = [r for r in requests if axis_value(r.recipe, axis, study.library) in values]
     return requests
 
 
@@ -341,12 +352,17 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
     return set(names) or known
 
 
-def _name(recipe: Recipe, study: Study, scale: Scale) -> str:
+def _name(recipe: Recipe, study: Study, scale: Scale, labels: Mapping[str, str]) -> str:
     """Describe a recipe, the study's axes that its description lacks, and whom it stands for."""
     described = recipe.describe()
+    own = {
+        axis: label
+        for axis, label in labels.items()
+        if axis != BASE and str(study.axes[axis].get(label)) != label
+    }
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
-    stated = (f"{axis}={axis_value(recipe, axis, study.library)}" for axis in axes)
-    others = (words for words in stated if f" {words} " not in described)
+    values = {axis: axis_value(recipe, axis, study.library) for axis in axes} | own
+    others = (words for a, v in values.items() if f" {(words := f'{a}={v}')} " not in described)
     behind = " or ".join(study.models_behind(recipe) if scale.depth_divisor > 1 else ())
     return " ".join([described, *others, *([f"for {behind}"] if behind else [])])
 
@@ -373,9 +389,10 @@ def _notes(study: Study, trials: Iterable[Trial]) -> Iterator[str]:
     if untrained and study.settings:
         settings = format_settings(study.settings)
         yield f"{settings} changes trainings, not the {untrained} models that need none"
-    values = {**study.axes, **{axis: (value,) for axis, value in study.settings.items()}}
-    epochs = [value for value in values.get("epochs", ()) if isinstance(value, int)]
-    if "warmup_epochs" not in values and min(epochs, default=LONGEST_WARMUP) < LONGEST_WARMUP:
+    stated = [*study.axes.get("epochs", {}).values(), study.settings.get("epochs")]
+    epochs = [value for value in stated if isinstance(value, int)]
+    named = study.axes.keys() | study.settings.keys()
+    if "warmup_epochs" not in named and min(epochs, default=LONGEST_WARMUP) < LONGEST_WARMUP:
         yield f"a warm-up of more than {min(epochs)} epochs is shortened in proportion"
 
 

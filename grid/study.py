@@ -28,6 +28,7 @@ from pydantic import (
 
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import Library, check_axis, recipe_of_weights, with_axes, with_origin
+from grid.space import BASE, Mode, Sample, Space, conditions_of
 from trainables.models import check_family
 from trainables.recipe import (
     Arguments,
@@ -47,7 +48,6 @@ DEFAULT = "bai2021"
 QUICK = "quick"  # the default of a quick look
 SCALE = "imagenet"  # of every base: a study states the values of full-size images
 ALONE = ("none survive", "collapses")  # tests of one row
-Mode = Literal["product", "one-at-a-time"]
 Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
 Figure = tuple[float, str]  # a published figure in percent, and its source
 
@@ -102,6 +102,38 @@ def _base_named(name: Any, library: Any) -> Recipe:
 
 def _base(value: Any, info: ValidationInfo) -> Any:
     return _base_named(value, info.context) if isinstance(value, str) else value
+
+
+def _bases(value: Any, info: ValidationInfo) -> Any:
+    """Return recipes by name: bases, rows as 'TABLE/label', or 'TABLE/*' for all of a table."""
+    if isinstance(value, Recipe):
+        return {value.model: value}
+    if not isinstance(value, str | tuple):
+        return value
+    tables: tuple[Table, ...] = info.data.get("tables", ())
+    rows = {f"{table.name}/{row.label}": row.recipe for table in tables for row in table.rows}
+    library, chosen = info.context or Library(), {}
+    known = {**library.bases, **rows}
+    for name in map(str, (value,) if isinstance(value, str) else value):
+        whole = [row for row in rows if name.endswith("/*") and row.startswith(name[:-1])]
+        for one in whole or [name]:
+            if one not in known:
+                raise ValueError(unknown("base", one, known))
+            chosen[one] = known[one]
+    return chosen
+
+
+def _by_label(values: Any) -> Any:
+    """Return an axis's values by label, which is the value itself in a list."""
+    if not isinstance(values, tuple | dict):
+        raise ValueError(f"an axis has a list of values, or a table of them by label, not {values}")
+    if not values:
+        raise ValueError("an axis has at least one value")
+    return {str(value): value for value in values} if isinstance(values, tuple) else values
+
+
+def _sample(value: Any) -> Any:
+    return {"size": value} if isinstance(value, int) else value
 
 
 class PublishedFigures(Frozen):
@@ -235,7 +267,10 @@ class Relative(Frozen):
 class Study(Frozen):
     """A named set of recipes with the tables they serve; its fields are the keys of a file.
 
-    `evaluators` judge every trial, beside those that the tables' columns need. `placement` maps a
+    `base`: one or several bases of a grid, or rows as 'TABLE/label'; `axes`, `mode`, `exclude`,
+    `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
+    or a table of them by label. `replicates`: seeds unless the command says how many. `evaluators`
+    judge every trial, beside those that the tables' columns need. `placement` maps a
     family to where its trials' placement differs. `settings`, in a file `set`, are axes that every
     trial and every teacher has so, whatever other axes bring along. `reduced`: models are cut down
     as at scale digits, whatever the scale. `relatives`: by a model's name what stands for it where
@@ -249,13 +284,17 @@ class Study(Frozen):
     extends: str = DEFAULT
     bases: dict[str, Recipe] = Field({})
     curricula: dict[str, tuple[CurriculumRow, ...]] = Field({})
-    base: Annotated[Recipe | None, BeforeValidator(_base)] = None
+    tables: tuple[Table, ...] = ()
+    base: Annotated[dict[str, Recipe], BeforeValidator(_bases)] = Field({})
     settings: dict[Axis, Any] = Field({}, validation_alias="set")
-    axes: dict[Axis, tuple[Any, ...]] = Field({})
+    axes: dict[Axis, Annotated[dict[str, Any], BeforeValidator(_by_label)]] = Field({})
     mode: Mode = "product"
+    exclude: tuple[dict[str, Any], ...] = ()
+    only_with: dict[str, dict[str, Any]] = Field({})
+    sample: Annotated[Sample | None, BeforeValidator(_sample)] = None
+    replicates: int = Field(1, ge=1)
     evaluators: tuple[Annotated[str, one_of("evaluator", EVALUATORS)], ...] | None = None
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
-    tables: tuple[Table, ...] = ()
     claims: tuple[Claim, ...] = ()
     reduced: bool = False
     relatives: dict[Annotated[str, AfterValidator(check_model)], Relative] = Field({})
@@ -275,6 +314,23 @@ class Study(Frozen):
             return self.evaluators
         return ("clean", "pgd") if self.base else ()
 
+    @property
+    def space(self) -> Space:
+        """What its grid spans."""
+        choices = {BASE: dict.fromkeys(self.base), **self.axes}
+        exclude, only_with = [], {}
+        for number, entry in enumerate(self.exclude):
+            with _at(f"exclude.{number}"):
+                exclude.append(conditions_of(entry, choices))
+        for axis, entry in self.only_with.items():
+            with _at(f"only_with.{axis}"):
+                if axis not in self.axes:
+                    raise ValueError(unknown("axis of this grid", axis, self.axes))
+                only_with[axis] = conditions_of(entry, choices)
+        return Space(
+            self.base, self.axes, self.library, self.mode, tuple(exclude), only_with, self.sample
+        )
+
     def cut_down(self, recipe: Recipe, scale: Scale) -> Recipe:
         """Return a recipe, and those that it needs, with relatives where the scale cuts models."""
         if scale.depth_divisor == 1:
@@ -292,15 +348,27 @@ class Study(Frozen):
             and relative.model_args.items() <= recipe.model_args.items()
         )
 
+    def _spans_a_grid(self) -> None:
+        lengths = {axis: len(values) for axis, values in self.axes.items()}
+        if self.mode == "zip" and len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{axis} {length}" for axis, length in lengths.items())
+            raise ValueError(
+                f"mode 'zip' takes the axes in step: each has as many values ({counts})"
+            )
+        if self.sample and self.mode != "product":
+            raise ValueError(f"a sample is of mode 'product', not of {self.mode!r}")
+        _ = self.space  # what it excludes is among what it spans
+
     @model_validator(mode="after")
     def _holds_together(self) -> Study:
-        if self.base is None and (self.axes or not self.tables):
+        if not self.base and (self.axes or not self.tables):
             raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
+        self._spans_a_grid()
         _check_once("table", [table.name for table in self.tables])
         tables = {table.name: table for table in self.tables}
         recipes = [*self.bases.values(), *(row.recipe for t in self.tables for row in t.rows)]
-        models = {recipe.model for recipe in (*recipes, self.base) if recipe}
-        models |= {model for axis in ("model", "family") for model in self.axes.get(axis, ())}
+        models = {recipe.model for recipe in (*recipes, *self.base.values())}
+        models |= {m for axis in ("model", "family") for m in self.axes.get(axis, {}).values()}
         for model in self.relatives:
             if model not in models:
                 raise ValueError(f"relatives: {unknown('model of the study', model, models)}")

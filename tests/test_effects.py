@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import f, ttest_rel
+from scipy.stats import f, t, ttest_rel
 
 from grid.plan import build_plan
-from grid.report.effects import contrasts, grid_effects, variance_shares
+from grid.report.effects import contrasts, fitted_contrasts, grid_effects, variance_shares
 from grid.study import load_study
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
@@ -71,7 +71,7 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path, settings):
         trial.digest: trial_run(trial.digest, tpa=0.8 + 0.1 * (trial.recipe.activation == "gelu"))
         for trial in plan
     }
-    (effects,) = grid_effects(study, plan, DIGITS, runs)
+    (effects,) = grid_effects(study, plan, runs)
     assert (effects.score, effects.trials) == ("tpa", 8)
     assert tuple(effects.shares.loc[0, ["axis", "share"]]) == ("activation", pytest.approx(1))
     gelu = next(row for row in effects.contrasts.itertuples() if row.axis == "activation")
@@ -80,7 +80,7 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path, settings):
     # Four pairs that differ alike have no spread, and so no interval.
     assert np.isnan([gelu.low, gelu.high]).all()
     some = dict(list(runs.items())[:7])
-    assert grid_effects(study, plan, DIGITS, some) == []
+    assert grid_effects(study, plan, some) == []
 
 
 def test_an_empty_cell_takes_its_interaction_out_and_nothing_else():
@@ -117,7 +117,7 @@ def test_a_grids_effects_leave_its_teachers_out_and_name_them_by_their_base(tmp_
         seeds=2,
     )
     runs = {t.digest: trial_run(t.digest, clean=n / 40) for n, t in enumerate(plan)}
-    (effects,) = grid_effects(study, plan, DIGITS, runs)
+    (effects,) = grid_effects(study, plan, runs)
     assert len(plan.trials) == 24 + 4
     assert effects.trials == 24
     compared = effects.contrasts[["axis", "value", "reference", "pairs"]]
@@ -127,3 +127,47 @@ def test_a_grids_effects_leave_its_teachers_out_and_name_them_by_their_base(tmp_
         ("activation", "gelu", "relu", 12),
         ("curriculum", "study", "none", 12),
     }
+
+
+def test_a_samples_effects_are_those_of_a_linear_model_of_its_axes(tmp_path):
+    study, plan = planned(
+        tmp_path,
+        'base="adversarial_deit_small"\nsample=16\n[axes]\nactivation=["relu","gelu","silu"]\n'
+        '"adversary.steps"=[1,2,3]\nlabel_smoothing=[0.0,0.1,0.2,0.3]\nclip_grad=[1.0,2.0]\n',
+    )
+    noise = np.random.default_rng(0).normal(0, 0.001, 16)
+
+    def score(recipe):
+        return 0.5 + 0.1 * (recipe.activation == "gelu") - 0.05 * (recipe.adversary.steps == 3)
+
+    runs = {
+        trial.digest: trial_run(trial.digest, clean=score(trial.recipe) + wobble)
+        for trial, wobble in zip(plan, noise, strict=True)
+    }
+    (effects,) = grid_effects(study, plan, runs)
+    assert effects.trials == 16
+    assert set(effects.shares["axis"][:2]) == {"activation", "adversary.steps"}
+    found = {(row.axis, row.value): row for row in effects.contrasts.itertuples()}
+    assert len(found) == 2 + 2 + 3 + 1
+    first = {row.axis: row.reference for row in effects.contrasts.itertuples()}
+    true = {"relu": 0, "gelu": 0.1, "silu": 0, "1": 0, "2": 0, "3": -0.05}
+    for axis, value in (("activation", "gelu"), ("adversary.steps", "3")):
+        if first[axis] != value:
+            row = found[axis, value]
+            expected = true[value] - true[first[axis]]
+            assert row.difference == pytest.approx(expected, abs=0.005)
+            assert row.low < expected < row.high
+    assert {row.pairs for row in found.values()} == {0}
+
+
+def test_a_fitted_contrast_of_a_balanced_design_is_the_mean_difference():
+    frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.3 * (b == "v"), noise=0.02)
+    (row,) = (row for row in fitted_contrasts(frame, ["a", "b"]).itertuples() if row.axis == "a")
+    means = frame.groupby("a")["score"].mean()
+    assert (row.value, row.reference) == ("y", "x")
+    assert row.difference == pytest.approx(means["y"] - means["x"])
+    # 16 trials less 3 terms; the textbook's standard error of a difference of two means of 8.
+    residual = frame["score"] - frame.groupby("a")["score"].transform("mean")
+    residual -= frame.groupby("b")["score"].transform("mean") - frame["score"].mean()
+    half = t.ppf(0.975, 13) * np.sqrt((residual**2).sum() / 13 * (1 / 8 + 1 / 8))
+    assert (row.high - row.low) / 2 == pytest.approx(half)

@@ -9,6 +9,7 @@ from grid.plan import build_plan, enumerate_trials
 from grid.study import Study, load_study
 from tests.paper import (
     BASES,
+    CURRICULA,
     STUDY,
     adversarial_resnet50,
     deit,
@@ -97,6 +98,12 @@ VALUES = {
 def row(name, label):
     table = next(table for table in STUDY.tables if table.name == name)
     return next(row.recipe for row in table.rows if row.label == label)
+
+
+def spanned(base, axes, **keys):
+    study = Study(name="s", bases=BASES, curricula=CURRICULA, base=base, axes=axes, **keys)
+    combinations, refused = enumerate_trials(study, IMAGENET)
+    return [recipe for recipe, _ in combinations], refused
 
 
 def with_all(study, **settings):
@@ -192,14 +199,14 @@ def test_longest_trials_come_first():
 
 def test_one_at_a_time_varies_one_axis_of_the_base():
     axes = {"activation": ("gelu", "silu"), "epochs": (50,)}
-    recipes, refused = enumerate_trials(resnet50(), axes, mode="one-at-a-time")
+    recipes, refused = spanned(resnet50(), axes, mode="one-at-a-time")
     changes = ({}, {"activation": "gelu"}, {"activation": "silu"}, {"epochs": 50})
     assert (recipes, refused) == ([resnet50().replace(**change) for change in changes], [])
 
 
 def test_impossible_combinations_are_refused_with_the_reason():
     axes = {"family": ("resnet", "deit"), "norm": ("batch", "ghost")}
-    recipes, ((combination, reason),) = enumerate_trials(resnet50(), axes)
+    recipes, ((combination, reason),) = spanned(resnet50(), axes)
     assert (len(recipes), combination) == (3, "family=deit norm=ghost")
     assert "needs batch normalisation" in reason
     study = Study(name="s", base=resnet50(), axes={"activation": ("relu", "silu")})
@@ -354,9 +361,7 @@ def test_every_setting_holds_beside_every_axis_or_is_refused(axis):
                 assert f"{field}={value} is set" in str(error)
                 assert f"the study varies {axis} ({VALUES[axis][0]}" in str(error)
                 continue
-            recipes, refused = enumerate_trials(
-                base, axes, settings=settings, library=STUDY.library
-            )
+            recipes, refused = spanned(base, axes, set=settings)
             left_out = {combination for combination, reason in refused if reason}
             varied = [v for v in VALUES[axis] if f"{axis}={v}" not in left_out]
             for recipe, own in zip(recipes, varied, strict=True):

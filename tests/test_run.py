@@ -35,7 +35,7 @@ def refusal(capsys, *arguments):
     [
         (
             ["--study", "bai"],
-            "unknown study 'bai'; one of bai2021, full, quick, the path of a .toml file",
+            "unknown study 'bai'; one of bai2021, ",
         ),
         (["--tables", "T99"], "study 'bai2021': unknown table 'T99'; one of T1, T2"),
         (["--study", "full", "--tables", "T1"], "study 'full' has no tables"),

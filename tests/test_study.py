@@ -140,7 +140,7 @@ def test_a_base_may_change_one_of_its_name_and_be_a_teacher(tmp_path):
     teacher = "resnet50"
     """
     study = load_study(write(tmp_path, text))
-    assert study.base.teacher == resnet50().replace(epochs=30)
+    assert study.base["student"].teacher == resnet50().replace(epochs=30)
     assert study.bases.keys() == {*BASES, "student"}
 
 

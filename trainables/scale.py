@@ -249,7 +249,7 @@ class Scale:
             # Where no image is flipped, both values are one recipe.
             "flip": recipe.flip or not self.data_set.flip,
         }
-        if recipe.least_crop:
+        if recipe.least_crop and self.strength_divisor > 1:
             changes["least_crop"] = 1 - (1 - recipe.least_crop) / self.strength_divisor
         if recipe.ema_decay:
             images = self.data_set.train_images, IMAGENET.data_set.train_images

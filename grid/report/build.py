@@ -70,7 +70,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     tables = tables_of(study, plan, runs)
     filled = [fill_table(table, plan.seeds, runs) for table in tables]
     judgements = judge_claims(study.claims, tables, verdicts)
-    effects = grid_effects(study, plan, scale, runs)
+    effects = grid_effects(study, plan, runs)
     pairs = list(zip(tables, filled, strict=True))
     plots = draw(plan, pairs, verdicts, scale=scale, judgements=judgements, effects=effects)
     states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)

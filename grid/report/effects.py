@@ -15,15 +15,13 @@ from statsmodels.stats.anova import anova_lm
 
 from evaluators import EVALUATORS, headline_of
 from evaluators.ledger import CONFIDENCE
-from grid.axes import axis_value
-from grid.plan import Plan, at_scale
+from grid.plan import Plan
 from grid.study import Study
-from trainables.recipe import Recipe
-from trainables.scale import Scale
 from trainables.store.tracking import TrialRun
 
 FEWEST_TRIALS = 8
 ROUNDING = 1e-9  # of differences of shares, each a multiple of one image
+CONTRAST = ["axis", "value", "reference", "difference", "low", "high", "pairs"]
 SPARE_TRIALS = 4  # interactions are fitted where the trials outnumber the terms by this many
 
 
@@ -41,34 +39,25 @@ class Effects:
     contrasts: pd.DataFrame
 
 
-def grid_effects(
-    study: Study, plan: Plan, scale: Scale, runs: Mapping[str, TrialRun]
-) -> list[Effects]:
+def grid_effects(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[Effects]:
     """Return the effects on each evaluator's headline score where eight trials or more have it."""
-    axes, recipes = list(study.axes), _grid(study, plan, scale)
-    scores = {score for digest in recipes if digest in runs for score in runs[digest].metrics}
+    seeds = {trial.digest: str(trial.recipe.seed) for trial in plan}
+    scores = {score for digest in plan.grid if digest in runs for score in runs[digest].metrics}
     judged = [name for name in EVALUATORS if any(score.startswith(name) for score in scores)]
     effects = []
     for score in filter(None, map(headline_of, judged)):
         frame = pd.DataFrame(
-            {axis: axis_value(recipe, axis, study.library) for axis in axes}
-            | {"seed": str(recipe.seed), "score": runs[digest].metrics[score]}
-            for digest, recipe in recipes.items()
+            {**labels, "seed": seeds[digest], "score": runs[digest].metrics[score]}
+            for digest, labels in plan.grid.items()
             if digest in runs and score in runs[digest].metrics
         )
-        varied = [axis for axis in axes if len(frame) and frame[axis].nunique() > 1]
+        axes = frame.columns.drop(["seed", "score"], errors="ignore")
+        varied = [axis for axis in axes if frame[axis].nunique() > 1]
         if len(frame) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
-            shares, differences = variance_shares(frame, varied), contrasts(frame, varied)
-            effects.append(Effects(score, len(frame), shares, differences))
+            differences = fitted_contrasts if study.sample else contrasts
+            shares = variance_shares(frame, varied)
+            effects.append(Effects(score, len(frame), shares, differences(frame, varied)))
     return effects
-
-
-def _grid(study: Study, plan: Plan, scale: Scale) -> dict[str, Recipe]:
-    """Return what the axes span of a plan, by digest, as the study states it, in their order."""
-    planned = {trial.digest for trial in plan}
-    seeded = [r.with_seed(s) if s else r for r in plan.spanned for s in range(plan.seeds)]
-    by_digest = ((at_scale(recipe, study, scale).digest(), recipe) for recipe in seeded)
-    return {digest: recipe for digest, recipe in by_digest if digest in planned}
 
 
 def leading(by_score: Sequence[Effects]) -> str:
@@ -88,7 +77,7 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     Pairwise interactions are part of it where the trials are enough, and such, to tell them apart.
     Empty where no trial is left to judge the axes by, or where axes only vary together.
     """
-    mains = [f"C({axis})" for axis in axes]
+    mains = [_term(axis) for axis in axes]
     full = [
         pair
         for pair in combinations(axes, 2)
@@ -96,16 +85,24 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     ]
     levels = {axis: frame[axis].nunique() - 1 for axis in axes}
     needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in full)
-    pairs = [f"C({a}):C({b})" for a, b in full] if len(frame) >= needed + SPARE_TRIALS else []
+    pairs = (
+        [f"{_term(a)}:{_term(b)}" for a, b in full] if len(frame) >= needed + SPARE_TRIALS else []
+    )
     designs = (ols("score ~ " + " + ".join(terms), data=frame) for terms in (mains + pairs, mains))
     model = next(filter(_is_estimable, designs), None)
     if model is None:
         return pd.DataFrame(columns=["axis", "share", "p"])
     table = anova_lm(model.fit(), typ=2).drop(index="Residual")
     total = float(((frame["score"] - frame["score"].mean()) ** 2).sum())
-    names = table.index.str.replace(r"C\((\w+)\)", r"\1", regex=True).str.replace(":", " x ")
+    names = table.index.str.replace(r'C\(Q\("([^"]+)"\)\)', r"\1", regex=True)
+    names = names.str.replace(":", " x ")
     shares = {"axis": names, "share": table["sum_sq"] / total, "p": table["PR(>F)"]}
     return pd.DataFrame(shares).sort_values("share", ascending=False, ignore_index=True)
+
+
+def _term(axis: str) -> str:
+    """Return a column's categories in a formula; an axis may have a dot."""
+    return f'C(Q("{axis}"))'
 
 
 def _is_estimable(model: Any) -> bool:
@@ -132,5 +129,25 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
             if np.ptp(differences) >= ROUNDING:
                 low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
             rows.append((axis, value, reference, differences.mean(), low, high, len(differences)))
-    names = ("axis", "value", "reference", "difference", "low", "high", "pairs")
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=CONTRAST)
+
+
+def fitted_contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """Return `contrasts` of a linear model of the axes, as a sample has hardly a pair; pairs are 0.
+
+    Empty where the trials are too few for the model.
+    """
+    # The first value of each axis is the reference.
+    levels = {axis: pd.Categorical(frame[axis], frame[axis].unique()) for axis in axes}
+    design = ols("score ~ " + " + ".join(map(_term, axes)), data=frame.assign(**levels))
+    if not _is_estimable(design):
+        return pd.DataFrame(columns=CONTRAST)
+    model = design.fit()
+    intervals = model.conf_int(1 - CONFIDENCE)
+    rows = []
+    for axis in axes:
+        reference, *values = frame[axis].unique()
+        for value in values:
+            term = f"{_term(axis)}[T.{value}]"
+            rows.append((axis, value, reference, model.params[term], *intervals.loc[term], 0))
+    return pd.DataFrame(rows, columns=CONTRAST)
