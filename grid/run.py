@@ -25,7 +25,7 @@ from trainables.scale import Scale
 from trainables.store.results import check_database, settle, sole_run
 
 if TYPE_CHECKING:
-    from grid.launch import Launch
+    from grid.launch import Finished
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; what
 # is to be tried again `patiently` knows.
@@ -103,7 +103,7 @@ def _run(options: RunOptions) -> int:
         with sole_run(options.results):
             pass
     from grid.check import check, show
-    from grid.launch import Launch, check_cluster
+    from grid.launch import Launch, check_cluster, run_study
 
     launch = Launch(study, plan, scale, options, source, address=address)
     if options.check or source.root is not None:
@@ -111,7 +111,10 @@ def _run(options: RunOptions) -> int:
         show(findings, table=options.check, manifest=manifest)
         launch = replace(launch, manifest=manifest)
     if not options.check:
-        return _train(launch)
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
+        began = time.monotonic()
+        return _say_end(run_study(launch), options, time.monotonic() - began)
     if address is not None:
         show(check_cluster(launch), table=True)
     return 0
@@ -154,18 +157,11 @@ def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -
     return 0
 
 
-def _train(launch: Launch) -> int:
-    from grid.launch import run_study
-
-    for note in launch.plan.notes:
-        print(f"note: {note}", file=sys.stderr)
-    began = time.monotonic()
-    finished = run_study(launch)
-    options = launch.options
+def _say_end(finished: Finished, options: RunOptions, seconds: float) -> int:
     ui = options.mlflow or installed("ui", "--results", str(options.results))
     print(
         f"Trained {finished.trained} and judged {finished.judged} cells "
-        f"in {format_seconds(time.monotonic() - began)}.\n"
+        f"in {format_seconds(seconds)}.\n"
         f"Report:    {finished.report}\n"
         f"MLflow UI: {ui}\n"
         f"           {finished.comparison}"
