@@ -203,26 +203,22 @@ class _DataCheck:
                 text = f"{len(damaged)} unreadable images in {len(classes)} classes, {first}"
                 listed = self.results / DAMAGED_FILE
                 return [("error", f"{text}: replace or remove those in {listed}")]
-            self.sound[key] = list(self._misfits(opened, images.native, place == "images"))
+            self.sound[key] = self._misfits(opened, images.native, place == "images")
         return self.sound[key]
 
-    def _misfits(
-        self, opened: list[tuple[Path, Any]], native: int, is_data: bool
-    ) -> Iterator[Remark]:
+    def _misfits(self, opened: list[tuple[Path, Any]], native: int, is_data: bool) -> list[Remark]:
         """Say how many images have not the data's size, or are smaller where they need not."""
         side = native or self.scale.image_size
         wrong = f"are not {side} x {side} px" if native else f"are smaller than {side} px"
         odd = [(p, s) for p, s in opened if (s != (side, side) if native else min(s) < side)]
         if not odd:
-            return
+            return []
         path, (width, height) = odd[0]
         text = f"{len(odd)} images {wrong}, the first {path} ({width} x {height})"
-        if native and is_data:
-            yield "error", f"{text}: --scale folder takes images of any size"
-        elif native:
-            yield "error", f"{text}: make them anew"
-        else:
-            yield "warning", f"{text}: they are enlarged"
+        if not native:
+            return [("warning", f"{text}: they are enlarged")]
+        remedy = "--scale folder takes images of any size" if is_data else "make them anew"
+        return [("error", f"{text}: {remedy}")]
 
 
 def _findings(subject: str, remarks: Iterator[Remark]) -> list[Finding]:
