@@ -16,6 +16,10 @@ SWIN = 'model = ["timm:swin_tiny_patch4_window7_224"]'
         ('model = ["timm:convnext_tinny"]', "timm has no model 'convnext_tinny'. Did you mean"),
         ("model_args = [{widths = 3}]", "cannot be built with widths=3"),
         ("model_args = [{num_classes = 7}]", "has 7 outputs: the data have 10 classes"),
+        (
+            'model = ["timm:vit_tiny_patch16_224"]\nmodel_args = [{attn_drop_rate = 0.1}]',
+            "it draws by scaled_dot_product_attention, which no seed reaches",
+        ),
         (f"{SWIN}\ntrain_sizes = [[448, 224]]", "cannot take images of 32 px"),
         ('optimizer = ["adahessian"]', "optimizer 'adahessian' cannot make a step"),
         ('optimizer = ["lamb"]\noptimizer_args = [{beta = 1}]', "optimizer 'lamb': .*'beta'"),

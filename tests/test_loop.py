@@ -58,6 +58,10 @@ VARIANTS = {
             }
         },
     ),
+    "layers dropped, attacked": (
+        "deit",
+        {"drop_path": 0.3, "dropout": 0.2, "micro_batch": 32, "adversary": ADVERSARY},
+    ),
     "distilled": ("resnet", {}),
     "half precision": ("resnet", {"precision": "fp16"}),
     "timm's optimizer, clipped, binary cross-entropy, mean of weights": (

@@ -41,6 +41,7 @@ def recipes(small):
         "resnet with ghosts, accumulated": resnet.replace(
             norm="ghost", ghost_batch=8, micro_batch=32
         ),
+        "resnet, layers dropped": resnet.replace(drop_path=0.3, dropout=0.2, micro_batch=32),
         "resnet with ghosts, attacked": resnet.replace(
             norm="ghost", ghost_batch=16, adversary=adversary
         ),

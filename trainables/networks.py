@@ -22,6 +22,7 @@ from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import num_classes_of, timm_config
 from trainables.recipe import ACTIVATIONS, Recipe
 from trainables.scale import Scale, scale_of_recipe
+from trainables.train.draws import BatchDraws, draws
 from trainables.train.optim import build_optimizer
 from trainables.weights import load_weights
 
@@ -148,11 +149,18 @@ def check_sizes(recipe: Recipe) -> None:
 
 def _outputs(recipe: Recipe, classifier: Classifier) -> int:
     """Return a model's number of outputs; ValueError where it cannot take images of some size."""
-    classifier.eval()
+    drawing = draws(classifier.backbone)
+    if recipe.epochs and (recipe.drop_path or recipe.dropout) and not drawing:
+        raise ValueError(
+            f"drop_path and dropout change nothing in {recipe.model!r}: leave them out"
+        )
     for side in (*recipe.train_sizes, scale_of_recipe(recipe).image_size):
         try:
             with torch.inference_mode():
-                _, outputs = classifier(torch.zeros(1, 3, side, side)).shape
+                if drawing and recipe.epochs:
+                    with BatchDraws(None, batch=2):
+                        classifier.train()(torch.zeros(2, 3, side, side))
+                _, outputs = classifier.eval()(torch.zeros(1, 3, side, side)).shape
         except Exception as error:  # networks raise all kinds of errors
             raise ValueError(f"{recipe.model!r} cannot take images of {side} px: {error}") from None
     return int(outputs)

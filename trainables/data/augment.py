@@ -53,7 +53,7 @@ def library_randomness() -> Iterator[Callable[..., None]]:
     torch_state = torch.default_generator.get_state()
 
     def seed(*key: int) -> None:
-        value = _seed_of(*key)
+        value = seed_of(*key)
         random.seed(value)
         np.random.seed(value)
         torch.default_generator.manual_seed(value)
@@ -66,7 +66,8 @@ def library_randomness() -> Iterator[Callable[..., None]]:
         torch.default_generator.set_state(torch_state)
 
 
-def _seed_of(*key: int) -> int:
+def seed_of(*key: int) -> int:
+    """Return the seed of one stream of draws, told apart by its key."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -172,7 +173,7 @@ def _cropped(images: ImageFiles | Tensor, recipe: Recipe, epoch: int, views: Ten
                 reseed(seed, epoch, 5, view)
             else:
                 # torchvision draws from torch alone; timm's two generators are slow to seed.
-                torch.default_generator.manual_seed(_seed_of(seed, epoch, 5, view))
+                torch.default_generator.manual_seed(seed_of(seed, epoch, 5, view))
             # The same draws and pixels as the transforms' own calls, which look for what to
             # transform in any structure, and so take longer than the flip itself.
             image = v2.functional.resized_crop(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from trainables.data.augment import TrainBatches, mix
+from trainables.data.augment import TrainBatches, mix, seed_of
 from trainables.data.base import Data, Split, to_unit
 from trainables.layers import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
@@ -29,6 +29,7 @@ from trainables.train.adversary import (
     pgd_iterates,
     training_attack,
 )
+from trainables.train.draws import BatchDraws, draws
 from trainables.train.exactness import exact
 from trainables.train.optim import build_optimizer, rate_at
 from trainables.train.team import ALONE, Team, gathered
@@ -74,6 +75,7 @@ class _Training:
     team: Team
     network: nn.Module  # the classifier, or DDP around it
     mean: ModelEmaV3 | None  # of the weights
+    draws: bool  # whether the network draws at random
 
     @property
     def judged(self) -> Classifier:
@@ -138,6 +140,7 @@ def train(
         team=team,
         network=network,
         mean=mean,
+        draws=draws(classifier.backbone),
         forward=torch.compile(network) if compiled else network,
     )
     for epoch in range(len(history), recipe.epochs):
@@ -268,7 +271,8 @@ def _batch_loss(
             twin=training.twin,
         )
     half = PRECISIONS[recipe.precision]
-    with torch.autocast(training.device.type, half, enabled=half is not torch.float32):
+    drawn = _drawn(training, epoch, forward)
+    with torch.autocast(training.device.type, half, enabled=half is not torch.float32), drawn:
         clean_BK = training.forward(clean).float() if recipe.adversarial_loss != "ce" else None
         logits_BK = training.forward(inputs).float()
         if recipe.distillation and training.teacher is not None:
@@ -281,6 +285,15 @@ def _batch_loss(
     if recipe.distillation and training.teacher is not None:
         loss = distillation_loss(recipe.distillation, loss, logits_BK, taught_BK)
     return loss
+
+
+def _drawn(training: _Training, epoch: int, forward: int) -> AbstractContextManager[object]:
+    """Return the context in which a network draws what follows from the forward batch alone."""
+    if not training.draws:
+        return nullcontext()
+    generator = torch.Generator(training.device)
+    generator.manual_seed(seed_of(training.recipe.seed, epoch, 7, forward))
+    return BatchDraws(generator, training.recipe.forward_batch, training.team.own)
 
 
 @contextmanager
