@@ -187,6 +187,19 @@ def robust_kernel(kind, scale):
     return network.stages[0].blocks[0].conv_dw.kernel_size[0]
 
 
+@pytest.mark.parametrize("model", ["deit_small", "plain_vit_small", "timm:deit3_small_patch16_224"])
+def test_a_plain_transformer_trained_at_several_sizes_resamples_its_positions(model):
+    recipe = DIGITS.shrink(resnet50()).replace(model=model, activation="gelu")
+    one, several = (
+        build_classifier(recipe.replace(train_sizes=sizes)).eval() for sizes in ((), (8, 24))
+    )
+    small, own, large = (torch.rand(2, 3, side, side) for side in (8, 16, 24))
+    assert torch.equal(one(own), several(own))
+    assert several(small).shape == several(large).shape == (2, 10)
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        one(small)
+
+
 def relatives():
     """The small relatives of timm's models that docs/model.md names."""
     page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -23,11 +24,12 @@ from torch import nn
 from evaluators.__main__ import main
 from evaluators.checkpoint import load_subject
 from evaluators.options import JudgeOptions
+from tests.paper import resnet50
 from tests.servers import file_server
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
 from trainables.data.registry import folder_data_set
-from trainables.networks import classifier_named
+from trainables.networks import build_classifier, classifier_named, first_classifier
 from trainables.pretrained import num_classes_of, preprocessing_of
 from trainables.recipe import Preprocessing, check_model
 from trainables.scale import DIGITS, scale_for
@@ -237,6 +239,38 @@ def test_a_new_head_stays_where_that_is_wanted(code):
     (note,) = load_weights("ten.pth", other)
     assert note == "the head has the weights' 10 classes, not 3"
     assert torch.equal(other[5].weight, code[5].weight)
+
+
+def test_a_head_that_fits_is_left_out_where_it_is_reset(code):
+    other = copy.deepcopy(code)
+    own = nn.init.ones_(other[5].weight).clone()
+    nn.init.zeros_(other[0].weight)
+    torch.save(code.state_dict(), "ten.pth")
+    (note,) = load_weights("ten.pth", other, new_head=True, reset_head=True)
+    assert note == "the weights' head is left out: a new one stays"
+    assert torch.equal(other[5].weight, own)
+    assert torch.equal(other[0].weight, code[0].weight)
+    with pytest.raises(ValueError, match="no linear layer at its end"):
+        load_weights("ten.pth", nn.Sequential(*code[:-1]), reset_head=True)
+
+
+@pytest.mark.parametrize("model", ["resnet50", "deit_small", "robust_resnet_dw"])
+def test_a_recipe_that_resets_the_head_has_the_seeds_own(model, tmp_path):
+    study = resnet50().replace(model=model)
+    whole = build_classifier(DIGITS.shrink(study).replace(seed=1))
+    torch.save(whole.backbone.state_dict(), tmp_path / "w.pth")
+    recipe = DIGITS.shrink(study).replace(init=str(tmp_path / "w.pth"), reset_head=True)
+    fresh, (started, _) = build_classifier(recipe), first_classifier(recipe)
+    differ = [
+        name
+        for name, value in started.backbone.state_dict().items()
+        if not torch.equal(value, whole.backbone.state_dict()[name])
+    ]
+    assert differ
+    head = {"resnet50": "fc", "deit_small": "head", "robust_resnet_dw": "head.fc"}[model]
+    assert all(name.startswith(f"{head}.") for name in differ)
+    own = fresh.backbone.state_dict()
+    assert all(torch.equal(started.backbone.state_dict()[name], own[name]) for name in differ)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -75,9 +76,18 @@ def build_classifier(recipe: Recipe) -> Classifier:
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
-    """Return the keyword arguments of a recipe's network; rates of 0 are left to it."""
+    """Return the keyword arguments of a recipe's network; rates of 0 are left to it.
+
+    Plain transformers resample their positions where images have several sizes, as timm does it.
+    """
     rates = {"drop_path_rate": recipe.drop_path, "drop_rate": recipe.dropout}
-    return {**{name: rate for name, rate in rates.items() if rate}, **recipe.model_args}
+    stated = {**{name: rate for name, rate in rates.items() if rate}, **recipe.model_args}
+    if recipe.train_sizes:
+        with torch.device("meta"):
+            of_scale = classifier_named(recipe.model, scale_of_recipe(recipe), arguments=stated)
+        if "dynamic_img_size" in signature(type(of_scale.backbone).__init__).parameters:
+            return {"dynamic_img_size": True, **stated}
+    return stated
 
 
 def classifier_named(
@@ -112,8 +122,9 @@ def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
     classifier = build_classifier(recipe)
     if not recipe.init:
         return classifier, ()
-    sha256, is_trained = recipe.init_sha256, recipe.epochs > 0
-    return classifier, load_weights(recipe.init, classifier, sha256=sha256, new_head=is_trained)
+    is_trained = recipe.epochs > 0
+    load = partial(load_weights, sha256=recipe.init_sha256, new_head=is_trained)
+    return classifier, load(recipe.init, classifier, reset_head=recipe.reset_head)
 
 
 def check_model(recipe: Recipe) -> int:

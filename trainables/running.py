@@ -128,8 +128,9 @@ def _warm_start(running: RunningTrial, weights: Weights | None) -> None:
     assert weights is not None
     assert running.classifier is not None
     assert running.recipe.warm_start is not None
-    origin = running.recipe.warm_start.describe()
-    running.notes += fit_weights(weights, running.classifier, origin, new_head=True)
+    origin, reset = running.recipe.warm_start.describe(), running.recipe.reset_head
+    notes = fit_weights(weights, running.classifier, origin, reset_head=reset, new_head=True)
+    running.notes += notes
 
 
 def _teacher(recipe: Recipe, needed: Mapping[str, Weights | None]) -> Classifier | None:

@@ -24,7 +24,12 @@ SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 
 
 def load_weights(
-    where: str | Path, module: nn.Module, *, sha256: str = "", new_head: bool = False
+    where: str | Path,
+    module: nn.Module,
+    *,
+    sha256: str = "",
+    new_head: bool = False,
+    reset_head: bool = False,
 ) -> tuple[str, ...]:
     """Load weights of any origin into a module; return notes on what was mapped.
 
@@ -37,7 +42,7 @@ def load_weights(
     else:
         path = local_file(where, sha256)
         tensors = read_tensors(read_content(path, sha256), path)
-    return fit_weights(tensors, module, where, new_head=new_head)
+    return fit_weights(tensors, module, where, new_head=new_head, reset_head=reset_head)
 
 
 def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +85,17 @@ def local_file(where: str, sha256: str = "") -> Path:
 
 
 def fit_weights(
-    tensors: dict[str, Tensor], module: nn.Module, origin: str, *, new_head: bool = False
+    tensors: dict[str, Tensor],
+    module: nn.Module,
+    origin: str,
+    *,
+    new_head: bool = False,
+    reset_head: bool = False,
 ) -> tuple[str, ...]:
     """Load weights of whatever names into a module or a classifier's backbone; say what was mapped.
 
     A head of another number of classes becomes as wide as the weights', or with `new_head` stays as
-    it is. ValueError names what else does not fit.
+    it is; with `reset_head` any does. ValueError names what else does not fit.
     """
     backbone = module.backbone if isinstance(module, Classifier) else module
     model = backbone.state_dict()
@@ -94,6 +104,9 @@ def fit_weights(
     fitted = {name: value for name, value in model.items() if name.endswith("num_batches_tracked")}
     for name, value in named.items():
         fitted[name] = _plain_shape(name, value, model[name]) if name in model else value
+    if reset_head:
+        fitted |= {name: model[name] for name in _head(backbone)}
+        notes.append("the weights' head is left out: a new one stays")
     if head := _other_head(fitted, model):
         outputs, built = len(fitted[head[0]]), len(model[head[0]])
         if new_head:
@@ -106,6 +119,20 @@ def fit_weights(
             notes.append(f"the head has the weights' {outputs} classes, not {built}")
     _load(fitted, backbone, origin)
     return tuple(notes)
+
+
+def _head(network: nn.Module) -> list[str]:
+    """Return the names of the layer that timm calls a network's classifier, or its last linear one.
+
+    ValueError where there is none.
+    """
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    timms = getattr(network, "get_classifier", lambda: None)()
+    head = timms if isinstance(timms, nn.Module) else next(reversed(linear), None)
+    place = next((name for name, layer in network.named_modules() if layer is head), "")
+    if not place:
+        raise ValueError("reset_head: the model has no linear layer at its end")
+    return [name for name in network.state_dict() if name.startswith(f"{place}.")]
 
 
 def _load(tensors: dict[str, Tensor], module: nn.Module, origin: str) -> None:
