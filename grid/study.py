@@ -1,7 +1,7 @@
 """A study is a TOML file: bases, axes, tables, published figures and claims. It runs no code.
 
 `grid/studies/` has the shipped ones. A user's file has the same powers; unless it says otherwise
-it extends the paper's, whose bases and curricula it then knows.
+it knows the paper's bases and curricula.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,6 +224,11 @@ class Claim(Frozen):
         others = (((self.row[0], ours), (self.of[0], theirs)) for ours, theirs in self.also)
         return ((self.row, self.of), *others)
 
+    @property
+    def places(self) -> set[tuple[str, str]]:
+        """The rows that it is about, each with its table."""
+        return {place for pair in self.pairs for place in pair} - {("", "")}
+
     @model_validator(mode="after")
     def _is_complete(self) -> Claim:
         if (self.test in ALONE) != (self.of == ("", "")):
@@ -267,6 +273,11 @@ class Relative(Frozen):
 class Study(Frozen):
     """A named set of recipes with the tables they serve; its fields are the keys of a file.
 
+    A file that states what it `extends` has all of it, but the keys that it states itself: tables
+    are changed by name, their rows by label, and claims by what they say; `drop` leaves out tables,
+    rows as 'TABLE/label', or what a pattern as '*' matches. Otherwise it knows the bases and
+    curricula of the paper's study alone.
+
     `base`: one or several bases of a grid, or rows as 'TABLE/label'; `axes`, `mode`, `exclude`,
     `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
     or a table of them by label. `replicates`: seeds unless the command says how many. `evaluators`
@@ -282,6 +293,7 @@ class Study(Frozen):
     title: str = ""
     source: str = ""
     extends: str = DEFAULT
+    drop: tuple[str, ...] = ()
     bases: dict[str, Recipe] = Field({})
     curricula: dict[str, tuple[CurriculumRow, ...]] = Field({})
     tables: tuple[Table, ...] = ()
@@ -372,31 +384,147 @@ class Study(Frozen):
         for model in self.relatives:
             if model not in models:
                 raise ValueError(f"relatives: {unknown('model of the study', model, models)}")
+        if self.drop and not (self.extends and "extends" in self.model_fields_set):
+            raise ValueError("drop leaves out parts of a study: state which one this `extends`")
         for claim in self.claims:
             with _at(f"claim {claim.says!r}"):
-                for name, label in {place for pair in claim.pairs for place in pair} - {("", "")}:
-                    if name not in tables:
-                        raise ValueError(unknown("table", name, tables))
-                    labels = [row.label for row in tables[name].rows]
-                    _check_cell(labels, tables[name].columns, label, claim.column)
+                _check_claim(claim, tables)
         return self
+
+
+def _check_claim(claim: Claim, tables: Mapping[str, Table]) -> None:
+    """Raise ValueError where tables lack a row or the column of a claim."""
+    for name, label in claim.places:
+        if name not in tables:
+            raise ValueError(unknown("table", name, tables))
+        labels = [row.label for row in tables[name].rows]
+        _check_cell(labels, tables[name].columns, label, claim.column)
 
 
 def load_study(name_or_file: str) -> Study:
     """Return a study by name or from a TOML file; ValueError says which key is wrong and why."""
     path = _path_of(name_or_file, Path())
+    study = _study(path)
+    if path.parent != FOLDER:
+        for table in study.tables:
+            for name in table.columns:
+                with _at(f"study file {path}: table {table.name}: columns"):
+                    column_named(name)  # imports the evaluator, which takes seconds
+    return study
+
+
+def _study(path: Path) -> Study:
     entries = _read(path)
     with _at(f"study file {path}"):
         library = _library(entries, path)
+        above = (
+            _study(_path_of(entries["extends"], path.parent)) if entries.get("extends") else None
+        )
+        if above:
+            entries = _with_inherited(entries, above, library)
         entries |= {"bases": library.bases, "curricula": library.curricula}
         study = Study.model_validate(entries, context=library)
         study._folder = path.parent
-        if path.parent != FOLDER:
-            for table in study.tables:
-                for name in table.columns:
-                    with _at(f"table {table.name}: columns"):
-                        column_named(name)  # imports the evaluator, which takes seconds
-    return study
+    return _with_published(study, above) if above else study
+
+
+def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> dict[str, Any]:
+    """Return a file's entries beside those of the study that it extends; ValueError.
+
+    Claims and published figures are not among them: they follow where the rows are known.
+    """
+    dropped = {
+        name for pattern in entries.get("drop", ()) for name in _matching(str(pattern), above)
+    }
+    inherited: dict[str, dict[str, Any]] = {
+        table.name: {
+            "name": table.name,
+            "question": table.question,
+            "columns": table.columns,
+            "rows": tuple(r for r in table.rows if f"{table.name}/{r.label}" not in dropped),
+        }
+        for table in above.tables
+        if table.name not in dropped
+    }
+    own = _TABLES.validate_python(entries.get("tables", ()))
+    _check_once("table", [str(table.get("name")) for table in own])
+    for number, table in enumerate(own):
+        name = str(table.get("name", number))
+        rows = inherited[name]["rows"] if name in inherited else ()
+        with _at(f"tables.{number}"):
+            stated = _TABLES.validate_python(table.get("rows", ()))
+            changed = {"rows": _changed_rows(rows, stated, library)}
+        inherited[name] = {**inherited.get(name, {}), **table, **changed}
+    keys = {str(f.validation_alias or name): name for name, f in Study.model_fields.items()}
+    inheritable = keys.items() - {("name", "name"), ("claims", "claims"), ("drop", "drop")}
+    return {
+        **{k: getattr(above, name) for k, name in inheritable if name in above.model_fields_set},
+        **entries,
+        "tables": tuple(inherited.values()),
+    }
+
+
+def _matching(pattern: str, study: Study) -> list[str]:
+    """Return the tables and rows of a study that a word to drop is about; ValueError: none is."""
+    rows = [f"{table.name}/{row.label}" for table in study.tables for row in table.rows]
+    names = [*(table.name for table in study.tables), *rows]
+    matching = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+    if not matching:
+        raise ValueError(f"drop: {unknown('table or row', pattern, names)}")
+    return matching
+
+
+def _changed_rows(
+    rows: tuple[Row, ...], stated: tuple[Any, ...], library: Library
+) -> tuple[Any, ...]:
+    """Return a table's rows with those that a file states: changed by label, or added.
+
+    A row that states a base or weights is a new one in the place of the other.
+    """
+    changed: dict[str, Any] = {row.label: row for row in rows}
+    labels = [str(entry.get("label", number)) for number, entry in enumerate(stated)]
+    _check_once("row", labels)
+    for label, entry in zip(labels, stated, strict=True):
+        if label in changed and not entry.keys() & {"base", "weights"}:
+            changes = {axis: value for axis, value in entry.items() if axis != "label"}
+            with _at(f"row {label!r}"):
+                changed[label] = Row(label, with_axes(changed[label].recipe, changes, library))
+        else:
+            changed[label] = entry
+    return tuple(changed.values())
+
+
+def _with_published(study: Study, above: Study) -> Study:
+    """Return a study with the published figures and claims of the one that it extends.
+
+    Of a row whose recipe is another the published figures are not its own; a claim that lacks a row
+    or its column is left out.
+    """
+    known = {(t.name, row.label): row.recipe for t in above.tables for row in t.rows}
+    same = {
+        (t.name, row.label)
+        for t in study.tables
+        for row in t.rows
+        if known.get((t.name, row.label)) == row.recipe
+    }
+    figures = {t.name: t.published for t in above.tables}
+    tables = []
+    for table in study.tables:
+        published = {
+            (label, column): figure
+            for (label, column), figure in figures.get(table.name, {}).items()
+            if (table.name, label) in same and column in table.columns
+        }
+        tables.append(table.model_copy(update={"published": published | table.published}))
+    by_name, claims = {table.name: table for table in tables}, []
+    for claim in above.claims:
+        with suppress(ValueError):
+            _check_claim(claim, by_name)
+            unchanged = claim.places <= same
+            claims.append(claim if unchanged else claim.model_copy(update={"published": None}))
+    own = {claim.says for claim in study.claims}
+    inherited = (claim for claim in claims if claim.says not in own)
+    return study.model_copy(update={"tables": tuple(tables), "claims": (*inherited, *study.claims)})
 
 
 @cache
@@ -453,6 +581,7 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+_TABLES = TypeAdapter(tuple[dict[str, Any], ...])
 _BASES = TypeAdapter(dict[str, dict[str, Any]])
 _CURRICULA = TypeAdapter(dict[str, tuple[dict[str, Any], ...]])
 

@@ -103,7 +103,8 @@ def test_a_row_of_weights_has_timms_preprocessing_and_what_it_states_itself(fold
 
 
 def test_the_pages_study_of_pretrained_models_is_planned(tmp_path):
-    text = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    blocks = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = (block for block in blocks if 'name = "pretrained"' in block)
     (tmp_path / "page.toml").write_text(text)
     (tmp_path / "ours.pth").write_bytes(b"weights")
     plan = build_plan(load_study(str(tmp_path / "page.toml")), IMAGENET)

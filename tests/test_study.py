@@ -26,7 +26,8 @@ from trainables.scale import DIGITS, IMAGENET
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "study.md"
-OWN = re.search(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+OWN, GRID_OF_PAGE, CHANGED, *_ = BLOCKS
 
 SECOND = """[[tables]]
 name = "A1"
@@ -63,6 +64,28 @@ def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
     values = (tmp_path / "report" / "tables.md").read_text()
     assert "| ReLU | " in values
     assert " | 76.9 |" in values
+
+
+def test_the_pages_grid_is_a_sample_of_what_can_be(tmp_path):
+    plan = build_plan(load_study(write(tmp_path, GRID_OF_PAGE)), DIGITS)
+    assert len(plan.trials) == 24
+    pairs = {(labels["base"], labels["optimizer"]) for labels in plan.grid.values()}
+    assert pairs >= {("deit_small", "adamw"), ("resnet50", "lamb")}
+    assert ("resnet50", "adamw") not in pairs
+    decayed = {t.recipe.optimizer for t in plan if t.recipe.layer_decay}
+    assert decayed == {"adamw", "lamb"}
+
+
+def test_the_pages_change_of_the_papers_study_has_the_rows_that_it_says(tmp_path):
+    study = load_study(write(tmp_path, CHANGED))
+    (table,) = study.tables
+    epochs = {row.label: row.recipe.epochs for row in table.rows}
+    assert epochs == {
+        "ResNet-50*, teacher DeiT-S": 100,
+        "DeiT-S, teacher ResNet-50*": 300,
+        "DeiT-S, no teacher": 100,
+    }
+    assert "DeiT-S, teacher ResNet-50*" not in {label for label, _ in table.published}
 
 
 def test_a_claim_about_a_score_that_the_data_lack_cannot_be_judged(tmp_path):
@@ -150,6 +173,102 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
     assert {trial.recipe.epochs for trial in plan} == {10, 5}
     # The base is the table's first row as well.
     assert len(plan.trials) == 4
+
+
+EXTENSION = """name = "longer"
+extends = "study.toml"
+drop = ["A1/GELU, cosine"]
+[bases.resnet50]
+extends = "resnet50"
+epochs = 7
+[[tables]]
+name = "A1"
+rows = [
+    { label = "GELU", epochs = 300 },
+    { label = "SiLU", base = "smooth", activation = "silu" },
+    { label = "Short", base = "resnet50" },
+]
+[[tables.published]]
+source = "another colleague"
+columns = ["clean"]
+figures = { "SiLU" = [77.5] }
+[[tables]]
+name = "A2"
+question = "Again"
+columns = ["clean"]
+rows = [{ label = "ReLU", base = "resnet50" }]
+[[claims]]
+says = "SiLU is ahead of ReLU"
+test = "ahead"
+row = "A1/SiLU"
+of = "A1/ReLU"
+column = "clean"
+"""
+
+
+def extended(folder, text=EXTENSION):
+    write(folder, OWN)
+    return load_study(write(folder, text, "longer.toml"))
+
+
+def test_a_study_that_extends_another_changes_adds_and_drops_rows_and_tables(tmp_path):
+    study = extended(tmp_path)
+    assert (study.name, study.title) == ("longer", "Does GELU help a CNN on clean images?")
+    assert [table.name for table in study.tables] == ["A1", "A2"]
+    table, _ = study.tables
+    assert (table.question, table.columns) == ("ReLU or GELU", ("clean", "pgd-10"))
+    by_label = {row.label: row.recipe for row in table.rows}
+    assert list(by_label) == ["ReLU", "GELU", "SiLU", "Short"]
+    # A base that the file changes is that of its own rows; inherited rows stay as they were.
+    assert [recipe.epochs for recipe in by_label.values()] == [100, 300, 100, 7]
+    assert [r.activation for r in by_label.values()] == ["relu", "gelu", "silu", "relu"]
+    # GELU is another training than the one that was published.
+    assert {cell: value for cell, (value, _) in table.published.items()} == {
+        ("ReLU", "clean"): 76.9,
+        ("SiLU", "clean"): 77.5,
+    }
+    assert [claim.says for claim in study.claims] == [
+        "GELU and ReLU are level on clean images",
+        "SiLU is ahead of ReLU",
+    ]
+
+
+def test_a_claim_of_a_dropped_row_goes_with_it_and_one_that_is_stated_again_replaces(tmp_path):
+    text = 'name = "s"\nextends = "study.toml"\ndrop = ["A1/GELU"]\n'
+    assert extended(tmp_path, text).claims == ()
+    ahead = OWN[OWN.index("[[claims]]") :].replace('"level"', '"ahead"')
+    text = f'name = "s"\nextends = "study.toml"\n{ahead}'
+    assert [claim.test for claim in extended(tmp_path, text).claims] == ["ahead"]
+
+
+def test_a_study_may_take_all_but_the_tables_of_another(tmp_path):
+    grid = 'base = "smooth"\n[axes]\nepochs = [3, 4]\n'
+    study = extended(tmp_path, f'name = "s"\nextends = "study.toml"\ndrop = ["*"]\n{grid}')
+    assert (study.tables, study.claims, len(build_plan(study, IMAGENET).trials)) == ((), (), 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('["A1/GELU, cosine"]', '["A1/GELUU"]', "drop: unknown table or row 'A1/GELUU'; one of A1"),
+        ('label = "SiLU", base', 'label = "GELU", base', "tables.0: row 'GELU' is there twice"),
+        ('name = "A2"', 'name = "A1"', "table 'A1' is there twice"),
+        ('"GELU", epochs = 300', '"GELU", epocs = 300', "row 'GELU': unknown axis 'epocs'"),
+        ('name = "longer"', "", "name: Field required"),
+        ('extends = "study.toml"', "", "state which one this `extends`"),
+        ('extends = "study.toml"', 'extends = "longer.toml"', "longer.toml extends itself"),
+        ('row = "A1/SiLU"', 'row = "A1/GELU, cosine"', "unknown row 'GELU, cosine'; one of ReLU"),
+    ],
+)
+def test_a_wrong_extension_is_refused(tmp_path, old, new, message):
+    assert EXTENSION.count(old) == 1
+    text = EXTENSION.replace(old, new)
+    if "state" in message:
+        text = text.replace('    { label = "GELU", epochs = 300 },\n', "")
+        text = text.replace("smooth", "resnet50").replace('"A1/ReLU"', '"A1/Short"')
+        text = text.replace('name = "A1"', 'name = "A1"\nquestion = "?"\ncolumns = ["clean"]')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        extended(tmp_path, text)
 
 
 RELATIVES = """name = "s"
