@@ -163,7 +163,7 @@ def training_attack(
 ) -> Tensor:
     """Attack a training batch by the recipe's adversary, on its labels_B or soft targets_BK.
 
-    places_B: the images' places in their split. step, micro: the optimizer step of the epoch and
+    places_B: the images' numbers, for their draws. step, micro: the optimizer step of the epoch and
     the forward batch within it. The model is in eval mode meanwhile, each image normalised by its
     own ghost's running statistics where it has ghosts; its folded `twin` is asked in its place
     where there is one. as-published: gradients in half precision. trades: the attack is on the
