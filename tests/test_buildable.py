@@ -4,10 +4,11 @@ import re
 
 import pytest
 
+from grid.run import main
 from tests.test_run import refusal
 
 STUDY = 'name = "s"\nbase = "resnet50"\n[axes]\n'
-SWIN = 'model = ["timm:swin_tiny_patch4_window7_224"]'
+MIXER = 'model = ["timm:mixer_s16_224"]'
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ SWIN = 'model = ["timm:swin_tiny_patch4_window7_224"]'
             'model = ["timm:vit_tiny_patch16_224"]\nmodel_args = [{attn_drop_rate = 0.1}]',
             "it draws by scaled_dot_product_attention, which no seed reaches",
         ),
-        (f"{SWIN}\ntrain_sizes = [[448, 224]]", "cannot take images of 32 px"),
+        (f"{MIXER}\ntrain_sizes = [[448, 224]]", "mixer_s16_224' cannot take images of 32 px"),
         ('optimizer = ["adahessian"]', "optimizer 'adahessian' cannot make a step"),
         ('optimizer = ["lamb"]\noptimizer_args = [{beta = 1}]', "optimizer 'lamb': .*'beta'"),
         ('scheduler = ["poly"]\nscheduler_args = [{power = 2}]', "scheduler_args of 'poly': "),
@@ -47,3 +48,15 @@ def test_a_report_needs_no_model_to_be_built(capsys, tmp_path):
     path.write_text(STUDY + 'model = ["timm:convnext_tiny"]')
     words = ("--report", "--study", str(path), "--results", str(tmp_path))
     assert "cannot take" not in refusal(capsys, *words)
+
+
+def test_a_plan_says_what_timms_optimizers_take_by_default(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(STUDY + 'optimizer = ["lamb"]\noptimizer_args = [{}, {betas = [0.9, 0.95]}]')
+    assert main(["--plan", "--study", str(path), "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (whole,) = re.findall(r"^timm's lamb by default: (.*)$", printed, re.MULTILINE)
+    assert "betas (0.9, 0.999)" in whole
+    assert "eps 1e-06" in whole  # You et al. (2020), and timm's Lamb
+    (other,) = re.findall(r"^timm's lamb with .*0.95.* by default: (.*)$", printed, re.MULTILINE)
+    assert "betas" not in other
