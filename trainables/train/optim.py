@@ -81,10 +81,11 @@ def rate_at(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split parameters: no decay on 1-D tensors, biases, position embedding and class token."""
+    """Split trainable parameters: no decay on 1-D ones, biases, position embedding, class token."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
+    learned = (pair for pair in module.named_parameters() if pair[1].requires_grad)
+    for name, parameter in learned:
         exempt = parameter.ndim <= 1 or name.endswith(NO_DECAY)
         (free if exempt else decayed).append(parameter)
     return [
