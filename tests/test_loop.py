@@ -211,24 +211,43 @@ def test_clean_and_attacked_images_are_learned_from_in_turn(small, few_digits, l
     assert torch.allclose(trained.backbone.bn1.running_mean, mean, rtol=1e-4)
 
 
-def test_gradients_are_clipped_to_a_norm_before_the_step(small, few_digits):
-    rate, norm = 1.0, 1e-3
+def moved_by_one_step(small, data, **changes):
+    """Return how far one step of SGD moves each parameter."""
     recipe = small(
-        "resnet",
-        epochs=1,
-        learning_rate=rate,
-        weight_decay=0.0,
-        batch_size=len(few_digits.train),
-        optimizer_args={"momentum": 0.0, "nesterov": False},
-        scheduler="constant",
-        clip_grad=norm,
+        epochs=1, weight_decay=0.0, batch_size=len(data.train), scheduler="constant", **changes
     )
     classifier = build_classifier(recipe)
-    before = [p.detach().clone() for p in classifier.parameters()]
-    list(train(recipe, classifier, few_digits, device=CPU))
-    moved = [after.detach() - p for after, p in zip(classifier.parameters(), before, strict=True)]
-    distance = torch.cat([difference.flatten() for difference in moved]).norm()
+    before = [(name, p.detach().clone()) for name, p in classifier.named_parameters()]
+    list(train(recipe, classifier, data, device=CPU))
+    after = dict(classifier.named_parameters())
+    return {name: after[name].detach() - value for name, value in before}
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_gradients_are_clipped_to_a_norm_before_the_step(small, few_digits, precision):
+    rate, norm = 1.0, 1e-3
+    moved = moved_by_one_step(
+        small,
+        few_digits,
+        learning_rate=rate,
+        optimizer_args={"momentum": 0.0, "nesterov": False},
+        clip_grad=norm,
+        precision=precision,
+    )
+    distance = torch.cat([difference.flatten() for difference in moved.values()]).norm()
     assert distance.item() == pytest.approx(rate * norm, rel=1e-3)
+
+
+def test_layer_decay_halves_the_step_from_each_block_to_the_one_below(small, few_digits):
+    """ResNet-18 has four blocks here: the head is five layers above the stem."""
+    plain, decayed = (
+        moved_by_one_step(small, few_digits, layer_decay=decay) for decay in (None, 0.5)
+    )
+    share = {name: float(decayed[name].norm() / plain[name].norm()) for name in plain}
+    assert share["backbone.fc.weight"] == pytest.approx(1)
+    assert share["backbone.layer4.0.conv1.weight"] == pytest.approx(1 / 2, rel=1e-3)
+    assert share["backbone.layer1.0.conv1.weight"] == pytest.approx(1 / 16, rel=1e-3)
+    assert share["backbone.conv1.weight"] == pytest.approx(1 / 32, rel=1e-3)
 
 
 def test_a_batch_too_large_for_the_memory_names_the_trial_and_what_helps(small, few_digits):

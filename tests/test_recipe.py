@@ -95,6 +95,26 @@ def test_where_no_image_is_flipped_a_recipe_without_flips_is_the_same():
     assert IMAGENET.shrink(still) != IMAGENET.shrink(base)
 
 
+def test_digits_have_a_tenth_of_the_epochs_and_a_fourteenth_of_the_side_beyond_the_study_too():
+    attack = {"norm": "l2", "epsilon": 3.5, "step_size": 7.0, "epsilon_epochs": 20.0}
+    recipe = resnet50().replace(
+        adversary=attack,
+        cooldown_epochs=10,
+        scheduler_args={"decay_epochs": 30},
+        train_sizes=(112, 224),
+    )
+    small = DIGITS.shrink(recipe)
+    assert (small.epochs, small.cooldown_epochs) == (10, 1)
+    assert small.scheduler_args == {"decay_epochs": 3}
+    assert small.train_sizes == (8, 16)
+    # The radius is four times as large and the side 16 of 224: 2/7 in all.
+    radii = small.adversary.epsilon, small.adversary.step_size, small.adversary.epsilon_epochs
+    assert radii == pytest.approx((1.0, 2.0, 2.0))
+    # 10 epochs of 1,200 images in batches of 64, not 100 of 1,281,167 in 256: 188 of 500,456 steps.
+    mean = DIGITS.shrink(resnet50().replace(ema_decay=0.9999))
+    assert 1 - mean.ema_decay == pytest.approx(1e-4 * 500_456 / 187.5, rel=1e-3)
+
+
 def test_more_train_sizes_than_epochs_are_refused():
     with pytest.raises(ValueError, match="3 train_sizes are more than 2 epochs"):
         resnet50().replace(epochs=2, train_sizes=(96, 128, 160))

@@ -13,6 +13,7 @@ import torch
 
 from tests.disks import fill, small_disk
 from trainables.data.listing import EMBEDDED
+from trainables.networks import build_classifier
 from trainables.recipe import Distillation
 from trainables.running import SECONDS
 from trainables.store.checkpoint import stored_weights
@@ -127,6 +128,19 @@ def test_a_warm_start_begins_with_the_last_weights_of_the_trial_that_it_needs(
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert robust.digest() != small("deit", epochs=1, seed=7).digest()
     assert robust.with_seed(3).warm_start.seed == 3
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_stored_weights_are_their_mean_where_it_is_judged(start, small, tmp_path, evaluated):
+    recipe = small(epochs=2, ema_decay=0.999999, ema_evaluated=evaluated)
+    sha256 = run(start(recipe))[-1]["sha256"]
+    path = weights_path(str(tmp_path), recipe.digest())
+    stored = stored_weights(path, recipe.digest())["backbone.fc.weight"]
+    first = build_classifier(recipe).backbone.fc.weight
+    # So slow a mean is where the training began.
+    assert bool((stored - first).abs().max() < 1e-4) == evaluated
+    Path(path).unlink()
+    assert run(start(recipe))[-1]["sha256"] == sha256
 
 
 def test_a_warm_start_that_was_cut_short_goes_on_from_its_own_weights(start, small, tmp_path):
