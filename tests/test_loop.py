@@ -45,9 +45,10 @@ VARIANTS = {
         "deit",
         {"adversary": ADVERSARY, "curriculum": CURRICULA["study"]},
     ),
-    "TRADES by AutoPGD in L2, eased in": (
+    "TRADES by AutoPGD in L2, eased in, drop-path": (
         "deit",
         {
+            "drop_path": 0.2,
             "adversary": {
                 "norm": "l2",
                 "attack": "apgd",
@@ -55,7 +56,7 @@ VARIANTS = {
                 "steps": 2,
                 "loss": "trades",
                 "epsilon_epochs": 2,
-            }
+            },
         },
     ),
     "layers dropped, attacked": (

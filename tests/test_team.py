@@ -36,6 +36,7 @@ def recipes(small):
         ),
         "deit by MART and AutoPGD": sgd.replace(
             augmentations=(),
+            drop_path=0.2,
             adversary=Adversary(attack="apgd", epsilon=16 / 255, steps=2, loss="mart"),
         ),
         "resnet with ghosts, accumulated": resnet.replace(
