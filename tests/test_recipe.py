@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.paper import CURRICULA, adversarial_deit, adversarial_resnet50, deit, resnet50, with_axis
-from trainables.recipe import CurriculumRow, Distillation, Recipe, parse_epsilon
+from trainables.recipe import Adversary, CurriculumRow, Distillation, Recipe, parse_epsilon
 from trainables.scale import DIGITS, IMAGENET
 
 ADVERSARY = {"epsilon": 4 / 255, "step_size": 4 / 255}
@@ -120,6 +120,13 @@ def test_more_train_sizes_than_epochs_are_refused():
         resnet50().replace(epochs=2, train_sizes=(96, 128, 160))
     with pytest.raises(ValueError, match="greater than or equal to 4"):
         resnet50().replace(train_sizes=(2,))
+
+
+def test_an_adversary_says_what_counts():
+    adversary = {"norm": "l2", "epsilon": 0.5, "step_size": 0.2, "loss": "trades", "beta": 5.0}
+    assert str(Adversary(**adversary)) == "l2 epsilon=0.5 step_size=0.2 trades beta=5.0"
+    adversary = {"attack": "apgd", "epsilon": 4 / 255, "steps": 2, "step_size": 0.1, "beta": 5.0}
+    assert str(Adversary(**adversary)) == "apgd epsilon=4/255 steps=2"
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,15 @@ class Adversary(Frozen):
         ]
         return " ".join(["AT", *filter(None, words)])
 
+    def __str__(self) -> str:
+        """Say the fields that count, as a person would: 'apgd epsilon=4/255 steps=2'."""
+        words = []
+        for name, value in self.model_dump(exclude_defaults=True, exclude=set(self.inert)).items():
+            is_pixels = self.norm == "linf" and name in ("epsilon", "step_size")
+            number = f"{value * 255:.4g}/255" if is_pixels else value
+            words.append(str(value) if isinstance(value, str) else f"{name}={number}")
+        return " ".join(words)
+
     def in_epoch(self, epoch: int) -> Adversary:
         """Return this adversary with the epsilon of an epoch (from 0), which may be 0."""
         if epoch >= self.epsilon_epochs:
