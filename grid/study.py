@@ -629,5 +629,6 @@ def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:
         return with_axes(_base_named(changes.pop("extends"), library), changes, library)
     for axis in changes:
         check_axis(axis)
-    fields = {name: changes.pop(name) for name in Recipe.model_fields if name in changes}
+    names = [name for name in Recipe.model_fields if name in changes and name != "warm_start"]
+    fields = {name: changes.pop(name) for name in names}
     return with_axes(Recipe.model_validate({"scale": SCALE, **fields}), changes, library)
