@@ -292,7 +292,7 @@ def _drawn(training: _Training, epoch: int, forward: int) -> AbstractContextMana
     if not training.draws:
         return nullcontext()
     generator = torch.Generator(training.device)
-    generator.manual_seed(seed_of(training.recipe.seed, epoch, 7, forward))
+    generator.manual_seed(seed_of(training.recipe.seed, epoch, 8, forward))
     return BatchDraws(generator, training.recipe.forward_batch, training.team.own)
 
 
