@@ -76,6 +76,20 @@ def test_a_training_that_draws_follows_from_its_seed_alone(small, few_digits, fa
     assert losses["first"] == losses["again"] != losses["plain"]
 
 
+def test_a_compiled_training_that_draws_follows_from_its_seed(small, few_digits, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network: network.forward)  # in place of a minute
+    recipe = small("deit", epochs=1, warmup_epochs=0.0, drop_path=0.2)
+    losses = []
+    for globally in (1, 2):
+        torch.manual_seed(globally)
+        before = torch.random.get_rng_state()
+        network = build_classifier(recipe)
+        (report,) = train(recipe, network, few_digits, device=CPU, compiled=True)
+        losses.append(report.metrics["train/loss"])
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert losses[0] == losses[1]
+
+
 def test_every_forward_batch_of_every_epoch_has_its_own_draws(small, few_digits, monkeypatch):
     seeds = []
     init = BatchDraws.__init__

@@ -6,14 +6,14 @@ the functions of torch behind both are taken over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 # Functions that draw where no generator reaches.
@@ -69,11 +69,19 @@ class BatchDraws(TorchFunctionMode):
         return input * self._bernoulli(torch.empty_like(input), 1 - p) / (1 - p)
 
 
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Have all draws of torch follow from a seed, for compiled networks, which take no mode."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def draws(network: nn.Module) -> bool:
     """Tell whether a network in training draws at random."""
     rates = [float(getattr(network, "drop_rate", 0))]
     for module in network.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             rates.append(module.p)
         elif isinstance(module, DropPath):
             rates.append(module.drop_prob or 0)

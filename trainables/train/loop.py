@@ -29,7 +29,7 @@ from trainables.train.adversary import (
     pgd_iterates,
     training_attack,
 )
-from trainables.train.draws import BatchDraws, draws
+from trainables.train.draws import BatchDraws, draws, seeded
 from trainables.train.exactness import exact
 from trainables.train.optim import build_optimizer, rate_at
 from trainables.train.team import ALONE, Team, gathered
@@ -288,12 +288,18 @@ def _batch_loss(
 
 
 def _drawn(training: _Training, epoch: int, forward: int) -> AbstractContextManager[object]:
-    """Return the context in which a network draws what follows from the forward batch alone."""
+    """Return the context in which a network draws what follows from the forward batch alone.
+
+    Of a compiled network it follows from the worker too.
+    """
     if not training.draws:
         return nullcontext()
-    generator = torch.Generator(training.device)
-    generator.manual_seed(seed_of(training.recipe.seed, epoch, 8, forward))
-    return BatchDraws(generator, training.recipe.forward_batch, training.team.own)
+    recipe, device, team = training.recipe, training.device, training.team
+    key = (recipe.seed, epoch, 8, forward)
+    if training.forward is not training.network:
+        return seeded(device, seed_of(*key, team.rank))
+    generator = torch.Generator(device).manual_seed(seed_of(*key))
+    return BatchDraws(generator, recipe.forward_batch, team.own)
 
 
 @contextmanager
