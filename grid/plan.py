@@ -190,7 +190,7 @@ def build_plan(
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
-        notes=tuple(_notes(study, trials)),
+        notes=tuple(_notes(study, trials, len(combinations))),
         longest_chain=max(chains.values(), default=0.0),
         grid=grid,
     )
@@ -383,8 +383,10 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study, trials: Iterable[Trial]) -> Iterator[str]:
-    """Say what is adapted: warm-ups that trainings would not outlast, and who takes no settings."""
+def _notes(study: Study, trials: Iterable[Trial], spanned: int) -> Iterator[str]:
+    """Say what is sampled or adapted: warm-ups, and models that take no settings."""
+    if study.sample and spanned < study.space.size:
+        yield f"the grid is a sample of {spanned:,} of {study.space.size:,} combinations"
     untrained = sum(not trial.recipe.epochs for trial in trials)
     if untrained and study.settings:
         settings = format_settings(study.settings)

@@ -82,6 +82,7 @@ def test_several_bases_and_rows_of_tables_have_the_axes_each(tmp_path):
     ]
     """
     study = study_of(tmp_path, text, 'base = ["deit_small", "A1/SiLU"]')
+    assert study.space.size == 4
     plan = build_plan(study, IMAGENET)
     spanned = {(t.recipe.model, t.recipe.activation, t.recipe.epochs) for t in plan}
     assert spanned == {
@@ -148,6 +149,7 @@ def test_a_sample_passes_over_what_is_excluded_or_cannot_be(tmp_path):
     assert (len(plan.trials), {trial.recipe.norm for trial in plan}) == (64, {"batch"})
     plan = build_plan(study_of(tmp_path, text, 'base = "deit_small"'), IMAGENET)
     assert (len(plan.trials), plan.refused) == (64, ())
+    assert plan.notes == ("the grid is a sample of 64 of 256 combinations",)
     large = LARGE.replace("[axes]", "sample = 64\n[axes]")
     plan = build_plan(study_of(tmp_path, large, 'base = "deit_small"'), IMAGENET)
     # Ghost batches need batch normalisation.

@@ -241,6 +241,16 @@ def test_a_claim_of_a_dropped_row_goes_with_it_and_one_that_is_stated_again_repl
     assert [claim.test for claim in extended(tmp_path, text).claims] == ["ahead"]
 
 
+def test_a_published_difference_of_a_changed_row_is_not_inherited(tmp_path):
+    claim = 'says = "SiLU is ahead of ReLU"\npublished = 1.5'
+    extended(tmp_path, EXTENSION.replace('says = "SiLU is ahead of ReLU"', claim))
+    text = 'name = "s"\nextends = "longer.toml"\n'
+    changed = '[[tables]]\nname = "A1"\nrows = [{ label = "SiLU", epochs = 3 }]\n'
+    for more, published in (("", 1.5), (changed, None)):
+        *_, claim = load_study(write(tmp_path, text + more, "s.toml")).claims
+        assert (claim.says, claim.published) == ("SiLU is ahead of ReLU", published)
+
+
 def test_a_study_may_take_all_but_the_tables_of_another(tmp_path):
     grid = 'base = "smooth"\n[axes]\nepochs = [3, 4]\n'
     study = extended(tmp_path, f'name = "s"\nextends = "study.toml"\ndrop = ["*"]\n{grid}')
