@@ -33,6 +33,7 @@ from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
+AT = ".epoch-"  # before the epoch in a cell's name
 PLACED_SECONDS = 1800
 LOOK_SECONDS = 5.0
 EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
@@ -42,7 +43,8 @@ EXPENSE = {name: rank for rank, name in enumerate(EVALUATORS)}
 class Cell:
     """One evaluator on one trial's weights; `question` is the digest of what is asked.
 
-    geometry: how images are brought to the model's size, where that is not the scale's way.
+    geometry: how images are brought to the model's size, where that is not the scale's way. epoch:
+    after which the trial had the weights, 0: the last.
     """
 
     trial: str
@@ -50,6 +52,17 @@ class Cell:
     evaluator: str
     question: str
     geometry: Preprocessing = field(default_factory=Preprocessing)
+    epoch: int = 0
+
+    @property
+    def name(self) -> str:
+        """What MLflow calls it among its trial's: 'clean', or after an epoch 'clean.epoch-10'."""
+        return cell_name(self.evaluator, self.epoch)
+
+
+def cell_name(evaluator: str, epoch: int) -> str:
+    """Return what MLflow calls a cell; epoch 0: of the last weights."""
+    return f"{evaluator}{AT}{epoch}" if epoch else evaluator
 
 
 class EvaluatorActor:
@@ -171,7 +184,8 @@ class EvaluatorPool:
 
         least: the fewest images that are worth a shard.
         """
-        folder = self._folder / f"{cell.trial}-{cell.question}"
+        place = [cell.trial, cell.question, *([str(cell.epoch)] if cell.epoch else [])]
+        folder = self._folder / "-".join(place)
         side = self._scale.preprocessed(cell.geometry).image_size
         self._stores[cell] = store = ShardStore(folder, total, side=side, least=least)
         if store.waiting:

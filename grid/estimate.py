@@ -54,10 +54,10 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
 def disk_bytes(plan: Plan) -> int:
     """Return about what a plan's checkpoints take, and its weights, which MLflow has too."""
     total = 0
-    for recipe in (trial.recipe for trial in plan):
+    for recipe, along in ((trial.recipe, trial.checkpoints) for trial in plan):
         moments = MOMENTS.get(recipe.optimizer, MOST_MOMENTS) + (recipe.ema_decay > 0)
         checkpoints = CHECKPOINTS * (1 + moments) if recipe.epochs else 0
-        total += _weights_bytes(recipe) * (checkpoints + 2)
+        total += _weights_bytes(recipe) * (checkpoints + 2 + 2 * len(along))
     return total
 
 

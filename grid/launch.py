@@ -310,6 +310,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "hung_after": placement.hung_after,
         "device": "cuda" if placement.gpus else "cpu",
         "compile": placement.compile,
+        "checkpoints": trial.checkpoints,
     }
     return {"trial": json.dumps(settings), "source": launch.source}
 

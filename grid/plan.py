@@ -11,8 +11,7 @@ from typing import NamedTuple
 from evaluators import EVALUATORS, evaluator_of
 from grid.axes import axis_value, check_settings, format_settings, with_settings
 from grid.space import BASE, Labels
-from grid.study import Study
-from grid.table import Row, Table
+from grid.study import Row, Study, Table
 from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale, scale_named
@@ -71,6 +70,8 @@ class Trial:
     serves: tuple[str, ...]
     evaluators: tuple[str, ...]
     cost: float
+    checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
+    along: tuple[str, ...] = ()  # by which evaluators
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def _shared(
             tuple(serves[digest]),
             tuple(name for name in judges[digest] if name in chosen),
             scale.cost(recipe),
+            study.checkpoints_of(recipe, scale),
+            tuple(name for name in study.for_all if name in chosen),
         )
         for digest, recipe in recipes.items()
     ]

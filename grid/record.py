@@ -16,7 +16,7 @@ from typing import Any
 from evaluators import EVALUATORS, evaluator_named, headline_of
 from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
-from grid.assess import Cell, EvaluatorPool
+from grid.assess import AT, Cell, EvaluatorPool, cell_name
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
@@ -86,20 +86,26 @@ class Recorder(threading.Thread):
         """Count what there is to do."""
         todo = self.trials_to_train()
         missing = [
-            (digest, name)
+            (digest, name, epoch)
             for digest in self._trials
-            if self._outcome(digest) != "collapsed"
-            for name in self._missing(digest)
+            for name, epoch in self._missing(digest)
+            if epoch or self._outcome(digest) != "collapsed"
         ]
         self.progress = Progress(
             trials=len(todo),
-            cells=len(missing),
+            cells=len(missing) + sum(self._ahead(trial) for trial in todo),
             epochs=sum(trial.recipe.epochs for trial in todo),
             cost_total=sum(trial.cost for trial in todo),
         )
         self._coming = Counter[str]()  # images that no trial has asked for yet
-        for digest, name in missing:
-            self._coming[name] += self._question(digest, name).images
+        for digest, name, epoch in missing:
+            self._coming[name] += 0 if epoch else self._question(digest, name).images
+
+    def _ahead(self, trial: Trial) -> int:
+        """Count the cells of weights along the way that a trial has not logged yet."""
+        run = self._runs.get(trial.digest)
+        ahead = set(trial.checkpoints) - (run.checkpoints.keys() if run else set())
+        return len(ahead) * len(trial.along)
 
     @property
     def is_all_done(self) -> bool:
@@ -113,11 +119,21 @@ class Recorder(threading.Thread):
     def _outcome(self, digest: str) -> str:
         return self._runs[digest].outcome if digest in self._runs else "waiting"
 
-    def _missing(self, digest: str) -> list[str]:
-        """Return the evaluators that have not judged a trial, or were asked something else."""
-        cells = self._runs[digest].cells if digest in self._runs else {}
-        wanted = self._trials[digest].evaluators
-        return [n for n in wanted if cells.get(n) != self._question(digest, n).digest]
+    def _missing(self, digest: str) -> list[tuple[str, int]]:
+        """Return the evaluators, and the epochs, that have not judged a trial as they do now.
+
+        Epoch 0: of the last weights. Those along the way count once the trial has logged them.
+        """
+        trial, run = self._trials[digest], self._runs.get(digest)
+        cells = run.cells if run else {}
+        logged = [epoch for epoch in trial.checkpoints if run and epoch in run.checkpoints]
+        wanted = [(name, 0) for name in trial.evaluators]
+        wanted += [(name, epoch) for epoch in logged for name in trial.along]
+        return [
+            (name, epoch)
+            for name, epoch in wanted
+            if cells.get(cell_name(name, epoch)) != self._question(digest, name).digest
+        ]
 
     def _question(self, digest: str, evaluator: str) -> Question:
         return self._questions[_geometry(self._trials[digest]), evaluator]
@@ -206,8 +222,8 @@ class Recorder(threading.Thread):
     def run(self) -> None:
         try:
             for run in self._runs.values():
-                if run.outcome in OVER:
-                    self._submit_missing_cells(run)
+                for epoch in (*run.checkpoints, *((0,) if run.outcome in OVER else ())):
+                    self._submit_missing_cells(run, epoch)
             while not self._is_over():
                 self._handle_events(EVENTS_AT_ONCE)
                 wait = POLL_SECONDS if self._events.empty() else 0.0
@@ -261,28 +277,41 @@ class Recorder(threading.Thread):
         shown = f" {accuracy:.1%}" if accuracy is not None else ""
         epoch = f"epoch {result['epoch']}/{trial.recipe.epochs}"
         self.progress.running[digest] = f"{trial.recipe.model} {epoch}{shown}"
+        for epoch, path in result.get("checkpoints", {}).items():
+            if epoch not in run.checkpoints:
+                self._on_checkpoint(run, epoch, path)
         if result["outcome"] != "training":
             self._on_done(run, result)
+
+    def _on_checkpoint(self, run: TrialRun, epoch: int, path: str) -> None:
+        """Log a trial's weights after an epoch, and have them judged while it trains on."""
+        if content := read_file(path):
+            self.tracker.log_checkpoint(run, epoch, content, **self._sizes(run))
+            self._submit_missing_cells(run, epoch)
+
+    def _sizes(self, run: TrialRun) -> dict[str, int]:
+        """Return what MLflow notes of a model's input and output."""
+        recipe = self._trials[run.digest].recipe
+        shown = self._scale.preprocessed(recipe.preprocessing)
+        # A head that was not trained here may have other classes than the data.
+        classes = shown.num_classes if recipe.epochs else -1
+        return {"image_size": shown.image_size, "classes": classes}
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
         self._flush()
         outcome, reason = result["outcome"], result["reason"]
         if outcome == "finished":
             before = run.weights_sha256
-            recipe = self._trials[run.digest].recipe
-            shown = self._scale.preprocessed(recipe.preprocessing)
-            # A head that was not trained here may have other classes than the data.
-            classes = shown.num_classes if recipe.epochs else -1
-            sizes = {"image_size": shown.image_size, "classes": classes}
             content = read_file(result["weights"])
             assert content is not None, f"{result['weights']} is gone"
-            self.tracker.store_weights(run, content, result["sha256"], **sizes)
+            self.tracker.store_weights(run, content, result["sha256"], **self._sizes(run))
             if before not in ("", result["sha256"]):
                 self._forget_cells(run)
         else:
             self._line.say(f"{outcome}: {self._described(run.digest)}: {reason}")
         self.tracker.end_trial(run, outcome=outcome, reason=reason)
         self.progress.trials_done += 1
+        self.progress.cells -= self._ahead(self._trials[run.digest])
         self.progress.trials_trained += bool(self._trials[run.digest].recipe.epochs)
         self.progress.running.pop(run.digest, None)
         self._submit_missing_cells(run)
@@ -290,7 +319,7 @@ class Recorder(threading.Thread):
     def _forget_cells(self, run: TrialRun) -> None:
         """Mark cells to be judged again: they were judged with other weights of the trial."""
         before = len(self._missing(run.digest))
-        for evaluator in list(run.cells):
+        for evaluator in (name for name in list(run.cells) if AT not in name):
             self.tracker.forget_cell(run, evaluator, OTHER_WEIGHTS)
         self.progress.cells += len(self._missing(run.digest)) - before
 
@@ -303,15 +332,18 @@ class Recorder(threading.Thread):
         run = self._runs[digest]
         self.tracker.end_trial(run, outcome="failed", reason=reason, trace=failure["trace"])
 
-    def _submit_missing_cells(self, run: TrialRun) -> None:
-        missing = {name: self._question(run.digest, name) for name in self._missing(run.digest)}
-        self._coming -= Counter({name: question.images for name, question in missing.items()})
-        if run.outcome != "finished":
+    def _submit_missing_cells(self, run: TrialRun, epoch: int = 0) -> None:
+        """Have a trial's weights judged: those after an epoch, or the last, if there are any."""
+        names = [name for name, at in self._missing(run.digest) if at == epoch]
+        missing = {name: self._question(run.digest, name) for name in names}
+        if not epoch:
+            self._coming -= Counter({name: question.images for name, question in missing.items()})
+        if not epoch and run.outcome != "finished":
             self.progress.cells -= len(missing)
             return
-        geometry = _geometry(self._trials[run.digest])
+        place, geometry = self.tracker.place_of(run, epoch), _geometry(self._trials[run.digest])
         for evaluator, question in missing.items():
-            cell = Cell(run.digest, run.artifact_uri, evaluator, question.digest, geometry)
+            cell = Cell(run.digest, place, evaluator, question.digest, geometry, epoch)
             self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
@@ -320,14 +352,15 @@ class Recorder(threading.Thread):
         if error:
             described = self._described(cell.trial)
             self.failures.append(f"{cell.evaluator} of {described}: {error}")
-            self.tracker.fail_cell(run, cell.evaluator, error)
+            self.tracker.fail_cell(run, cell.name, error)
             return
         ledger, seconds = from_parquet(content)
         question = self._question(cell.trial, cell.evaluator)
         scores = question.evaluator.summarize(ledger)
         self.tracker.record_cell(
             run,
-            evaluator=cell.evaluator,
+            evaluator=cell.name,
+            epoch=cell.epoch,
             cell=cell.question,
             identity=question.identity,
             ledger=content,

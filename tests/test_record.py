@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from evaluators.ledger import Score, scores_as_metrics
-from trainables.store.tracking import Tracker, TrialRun
+from trainables.store.storage import WEIGHTS
+from trainables.store.tracking import Tracker, TrialRun, fetch_artifact
 
 DATASET = {"name": "digits", "digest": "0", "source_type": "code", "source": "digits"}
 
@@ -74,6 +76,26 @@ def test_a_judged_cell_adds_its_seconds_and_its_scores(tracker, results, trial):
     assert [again.metrics[name] for name in names] == [0.5, 0.4, 0.7, 60]
     assert tracker.seconds(again) == 7.0
     assert tracker.ledger(again, "clean") == b"rows"
+
+
+def test_weights_along_the_way_are_a_model_at_its_step_and_their_scores_leave_the_last_alone(
+    tracker, results, trial
+):
+    final = {"clean": 0.9}
+    cell = {"cell": "q1", "identity": "{}", "ledger": b"rows"}
+    tracker.record_cell(trial, evaluator="clean", metrics=final, **cell)
+    tracker.log_checkpoint(trial, 10, b"weights", image_size=16, classes=10)
+    tracker.record_cell(trial, evaluator="clean.epoch-10", epoch=10, metrics={"clean": 0.4}, **cell)
+    again = found_again(results, trial)
+    assert again.metrics["clean"] == 0.9
+    assert tracker.history(again, "checkpoint/clean") == [(10, 0.4)]
+    (model,) = MlflowClient(tracker.uri).get_run(trial.run_id).outputs.model_outputs
+    assert (model.model_id, model.step) == (again.checkpoints[10], 10)
+    logged = MlflowClient(tracker.uri).get_logged_model(model.model_id)
+    assert [(m.key, m.value, m.step) for m in logged.metrics] == [("checkpoint/clean", 0.4, 10)]
+    place = tracker.place_of(again, 10)
+    assert fetch_artifact(tracker.uri, place, WEIGHTS).read_bytes() == b"weights"
+    assert tracker.place_of(again, 0) == again.artifact_uri
 
 
 def test_a_cell_whose_ledger_was_not_stored_is_not_done(tracker, results, trial):

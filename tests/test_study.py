@@ -499,3 +499,32 @@ def test_a_new_evaluator_brings_its_column(noise, tmp_path, few_digits):
 def test_an_evaluators_columns_are_found_by_their_names(evaluator):
     for name, column in columns_of(evaluator).items():
         assert (evaluator_of(name), column.evaluator) == (evaluator, evaluator)
+
+
+@pytest.mark.parametrize(
+    ("stated", "epochs"),
+    [
+        ('"every 20 epochs"', (2, 4, 6, 8)),
+        ("[5, 50, 90, 95, 100]", (1, 5, 9)),
+        ('"every 300 epochs"', ()),
+    ],
+)
+def test_checkpoints_are_stated_in_the_studys_epochs_and_come_before_the_last(
+    tmp_path, stated, epochs
+):
+    file = tmp_path / "along.toml"
+    rows = 'rows = [{ label = "A", base = "resnet50" }]'
+    table = f'[[tables]]\nname = "T"\nquestion = "?"\ncolumns = ["pgd-100"]\n{rows}'
+    head = f'name = "along"\nevaluators = ["clean"]\ncheckpoints = {stated}\n'
+    file.write_text(head + table)
+    (trial,) = build_plan(load_study(str(file)), DIGITS)  # a tenth of 100 epochs
+    assert (trial.checkpoints, trial.along) == (epochs, ("clean",))
+    assert trial.evaluators == ("clean", "pgd")
+    assert trial.recipe == DIGITS.shrink(resnet50())
+
+
+def test_checkpoints_that_no_one_can_read_are_refused(tmp_path):
+    file = tmp_path / "along.toml"
+    file.write_text('name = "along"\ncheckpoints = "every ten"\nbase = "resnet50"\n')
+    with pytest.raises(ValueError, match="checkpoints: 'every ten' is not like 'every 10 epochs'"):
+        load_study(str(file))

@@ -27,7 +27,7 @@ def start(tmp_path, monkeypatch, few_digits):
     monkeypatch.setattr("trainables.data.load.load_data", lambda scale, source: few_digits)
     monkeypatch.setattr("trainables.running.CHECKPOINT_SECONDS", 0.0)
 
-    def config(recipe):
+    def config(recipe, **settings):
         trial = {
             "digest": recipe.digest(),
             "recipe": recipe.model_dump(mode="json"),
@@ -36,12 +36,13 @@ def start(tmp_path, monkeypatch, few_digits):
             "device": "cpu",
             "compile": False,
             "hung_after": 60.0,
+            **settings,
         }
         return {"trial": json.dumps(trial), "source": EMBEDDED}
 
-    def make(recipe, actor=None):
+    def make(recipe, actor=None, **settings):
         if actor is None:
-            return RecipeTrial(config(recipe))
+            return RecipeTrial(config(recipe, **settings))
         assert actor.reset_config(config(recipe))
         return actor
 
@@ -63,6 +64,23 @@ def test_a_trial_reports_every_epoch_once_and_is_not_trained_again(start, small,
     assert results[-1]["weights"] == weights_path(str(tmp_path), recipe.digest())
     (again,) = run(start(recipe))
     assert (again["sha256"], again["outcome"]) == (results[-1]["sha256"], "finished")
+
+
+def test_weights_along_the_way_are_those_of_a_shorter_training_and_leave_the_last_alone(
+    start, small, tmp_path
+):
+    long, short = (small(epochs=n, scheduler="constant", warmup_epochs=0.0) for n in (3, 2))
+    last = run(start(long))[-1]["sha256"]
+    shutil.rmtree(tmp_path / "trials" / long.digest())
+    cut = start(long, checkpoints=[1, 2])
+    assert cut.step()["checkpoints"].keys() == {1}
+    results = run(start(long, checkpoints=[1, 2]))  # in another process
+    assert results[0]["checkpoints"].keys() == {1, 2}
+    assert results[-1]["sha256"] == last
+    run(start(short))
+    along = stored_weights(results[-1]["checkpoints"][2], long.digest())
+    theirs = stored_weights(weights_path(str(tmp_path), short.digest()), short.digest())
+    assert all(torch.equal(value, theirs[name]) for name, value in along.items())
 
 
 def test_a_reused_actor_trains_the_same_weights_as_a_fresh_one(start, small, tmp_path):

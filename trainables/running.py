@@ -16,10 +16,12 @@ from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store.checkpoint import (
+    kept_weights,
     load_newest_checkpoint,
     save_checkpoint,
     save_weights,
     stored_weights,
+    weights_of_epoch,
 )
 from trainables.store.results import joined, provenance
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
@@ -52,6 +54,9 @@ class RunningTrial:
     unsent: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unsaved: EpochReport | None = None
+    checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
+    kept: dict[int, str] = field(default_factory=dict)  # where those lie, by epoch
+    unkept: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
     paused: bool = False
 
@@ -66,6 +71,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"])
+    running.checkpoints = tuple(config.get("checkpoints", ()))
     needed = {other.digest(): _trained(running, other, storage) for other in recipe.prerequisites}
     for other in recipe.prerequisites:
         if needed[other.digest()] is None:
@@ -89,6 +95,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         running.outcome, running.reason = start["outcome"], start["reason"]
         running.classifier.load_state_dict(start["model"])
         running.mean = start.get("mean") if recipe.ema_evaluated else None
+        running.kept = kept_weights(folder, running.checkpoints, running.epoch)
     running.reports = train(
         recipe,
         running.classifier,
@@ -165,7 +172,7 @@ def next_result(running: RunningTrial) -> dict[str, Any]:
         "done": outcome != "training",
     }
     running.unsent, running.notes = [], []
-    return result | stored
+    return result | stored | {"checkpoints": running.kept}
 
 
 def _advance(running: RunningTrial) -> None:
@@ -181,6 +188,8 @@ def _advance(running: RunningTrial) -> None:
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
     if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
         running.saved_at, running.unsaved = now, report
+    if report.epoch in running.checkpoints:
+        running.unkept = report
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
@@ -203,6 +212,10 @@ def _save(running: RunningTrial) -> dict[str, str]:
 
 
 def _write(running: RunningTrial) -> dict[str, str]:
+    if kept := running.unkept:
+        path = below(running.folder, weights_of_epoch(kept.epoch))
+        save_weights(path, kept.judged, running.recipe.model_dump_json())
+        running.kept[kept.epoch], running.unkept = path, None
     if report := running.unsaved:
         state = report.state | {
             "digest": running.recipe.digest(),

@@ -11,8 +11,7 @@ from evaluators.base import Column
 from evaluators.intervals import Paired
 from grid.report.tables import over_seeds
 from grid.report.verdicts import Verdicts
-from grid.study import Study
-from grid.table import Claim, Row, Table, Test
+from grid.study import Claim, Row, Study, Table, Test
 
 Decision = Literal[
     "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"

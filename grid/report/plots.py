@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from evaluators import column_named, columns_of
+from evaluators import column_named, columns_of, headline_of
 from grid.plan import Plan
 from grid.report.claims import Judgement
 from grid.report.effects import Effects
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.table import Row, Table
+from grid.study import Row, Table
 from trainables.scale import Scale
-from trainables.store.tracking import TrialRun
+from trainables.store.tracking import ALONG, TrialRun
 
 # Okabe and Ito's colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -93,6 +93,8 @@ def draw(
         ]
         for table, filled in tables:
             plots += _curves(filled, scale)
+            along = dict.fromkeys(name for trial in plan for name in trial.along)
+            plots.append(checkpoints_plot(table, along, verdicts))
             evaluators = {column.evaluator for column in table.shown}
             if "tpa" in evaluators:
                 plots.append(patches_plot(table, verdicts))
@@ -253,6 +255,31 @@ def training_plot(table: Table, verdicts: Verdicts) -> Plot | None:
     figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     caption = f"Training of {table.name}'s models; a cross marks a collapse."
     return _plot(f"training-{table.name}", caption, figure, table.name)
+
+
+def checkpoints_plot(table: Table, evaluators: Iterable[str], verdicts: Verdicts) -> Plot | None:
+    """Draw the scores of a table's models along their training, by the evaluators of each trial."""
+    runs, history = verdicts.runs, verdicts.tracker.history
+    runs_by_label = {r.label: runs[d] for r in table.rows if (d := r.recipe.digest()) in runs}
+    judged = [run for run in runs_by_label.values() if run.checkpoints]
+    scores = [
+        s for s in map(headline_of, evaluators) if any(ALONG + s in r.metrics for r in judged)
+    ]
+    if not scores or len(runs_by_label) > MOST_LINES:
+        return None
+    figure = _figure(1 + 3.6 * len(scores), 3.6, panels=len(scores))
+    for axes, score in zip(figure.axes, scores, strict=True):
+        for (label, run), marker in zip(runs_by_label.items(), MARKERS, strict=False):
+            points = history(run, ALONG + score)
+            if score in run.metrics:
+                points.append((run.logged_epochs, run.metrics[score]))
+            epochs, shares = np.reshape(points, (-1, 2)).T
+            axes.plot(epochs, 100 * shares, f"{marker}-", markersize=4, label=label)
+        axes.set(xlabel="time, epochs", ylabel=f"{column_named(score).label}, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    caption = f"Scores of {table.name}'s models along their training."
+    return _plot(f"checkpoints-{table.name}", caption, figure, table.name)
 
 
 def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:

@@ -21,7 +21,7 @@ from evaluators.intervals import Paired, compare, image_scores
 from evaluators.ledger import from_parquet
 from grid.plan import Plan, Trial
 from grid.report.tables import digests_of
-from grid.table import Row, Table
+from grid.study import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.storage import DamagedError
 from trainables.store.tracking import DAMAGED_LEDGER, Tracker, TrialRun
@@ -65,7 +65,7 @@ class Verdicts:
     def forget_damaged(self, trials: Iterable[Trial]) -> None:
         """Count cells whose ledger is damaged or missing as not judged, here and in MLflow."""
         for run in (self.runs[t.digest] for t in trials if t.digest in self.runs):
-            for evaluator in list(run.cells):
+            for evaluator in list(run.cells):  # those of weights along the way, too
                 try:
                     self.tracker.ledger(run, evaluator)
                 except DamagedError:

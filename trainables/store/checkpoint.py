@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,18 @@ def stored_weights(where: str, digest: str) -> dict[str, Tensor] | None:
     """Return a trial's weights at a path or URI, None where there are none; or DamagedError."""
     content = read_file(where)
     return None if content is None else read_weights(content, where, digest)[1]
+
+
+def weights_of_epoch(epoch: int) -> str:
+    """Return the name of the file of a trial's weights after an epoch."""
+    return f"weights-{epoch:05d}.safetensors"
+
+
+def kept_weights(where: str | Path, epochs: Iterable[int], last: int) -> dict[int, str]:
+    """Return where a trial's weights lie after those epochs, up to `last`, that were kept."""
+    names = {weights_of_epoch(epoch): epoch for epoch in epochs if epoch <= last}
+    there = Folder(where).names()
+    return {epoch: below(str(where), name) for name, epoch in names.items() if name in there}
 
 
 def recipe_of(content: bytes, path: str | Path) -> Recipe:

@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlflow.entities import (
     DatasetInput,
     Experiment,
     InputTag,
+    LoggedModelOutput,
     Metric,
     Param,
     Run,
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 CELL_TAG = "cell."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
+CHECKPOINT_TAG = "checkpoint."  # and the epoch: the id of its logged model
 WEIGHTS_TAG = "weights_sha256"
 TRAINED_TAG = "trained"
 # Why a cell's answer, whose scores may be there yet, counts no more.
@@ -59,6 +62,7 @@ SETTINGS = ("MLFLOW_TRACKING_", "MLFLOW_HTTP_")
 # opens, and the kind of an experiment that opens on runs.
 VIEW_TAG = "mlflow.sharedViewState."
 KIND = {"mlflow.experimentKind": "custom_model_development"}
+ALONG = "checkpoint/"  # begins the name of a metric of weights along the way
 CLASSES_FILE = "classes.json"
 LEDGERS = "ledgers"  # the folder of a run's artifacts
 LOCAL_UI = "http://127.0.0.1:5000"  # of `mlflow ui` on the database of a results folder
@@ -74,7 +78,8 @@ class TrialRun:
     `ledgers` to the sha256 of its answer, `studies` a study's name to the tables that it serves
     there; `trained` is the provenance of its weights, `judged` that of each evaluator's verdicts.
     `live`: a run may be training it; None where that is not known. `images` counts those of the
-    data set's splits, "train" and "held_out", where that was noted.
+    data set's splits, "train" and "held_out", where that was noted. `checkpoints`: the logged
+    models of weights along the way, by epoch.
     """
 
     run_id: str
@@ -95,6 +100,7 @@ class TrialRun:
     judged: dict[str, dict[str, str]] = field(default_factory=dict)
     live: bool | None = True
     images: dict[str, int] = field(default_factory=dict)
+    checkpoints: dict[int, str] = field(default_factory=dict)
 
     def is_forgotten(self, evaluator: str) -> bool:
         """Say whether an evaluator's answer was there and counts no more."""
@@ -310,14 +316,35 @@ class Tracker:
         self, run: TrialRun, content: bytes, sha256: str, *, image_size: int, classes: int
     ) -> None:
         """Store a trial's weights file and its recipe: a model that MLflow can load."""
-        with tempfile.TemporaryDirectory() as temporary:
-            model = Path(temporary, "model")
-            _describe_model(model, image_size=image_size, classes=classes)
-            (model / RECIPE).write_text(run.recipe)
-            (model / WEIGHTS).write_bytes(content)
+        with _model_of(run, content, image_size=image_size, classes=classes) as model:
             self._log_folder(run.artifact_uri, model)
         self._tag(run, {WEIGHTS_TAG: sha256})
         run.weights_sha256 = sha256
+
+    def log_checkpoint(
+        self, run: TrialRun, epoch: int, content: bytes, *, image_size: int, classes: int
+    ) -> None:
+        """Log a trial's weights after an epoch as a model of MLflow's at this step."""
+        logged = self._call(
+            self._client.create_logged_model,
+            self.experiment_id,
+            name=f"{run.digest}-epoch-{epoch}",
+            source_run_id=run.run_id,
+        )
+        with _model_of(run, content, image_size=image_size, classes=classes) as model:
+            self._log_folder(logged.artifact_location, model)
+        self._call(self._client.finalize_logged_model, logged.model_id, "READY")
+        output = [LoggedModelOutput(logged.model_id, epoch)]
+        self._call(self._client.log_outputs, run.run_id, models=output)
+        self._tag(run, {f"{CHECKPOINT_TAG}{epoch}": logged.model_id})
+        run.checkpoints[epoch] = logged.model_id
+
+    def place_of(self, run: TrialRun, epoch: int) -> str:
+        """Return the artifact URI of a trial's weights after an epoch, 0: the last."""
+        if not epoch:
+            return run.artifact_uri
+        logged = self._call(self._client.get_logged_model, run.checkpoints[epoch])
+        return str(logged.artifact_location)
 
     def end_trial(self, run: TrialRun, *, outcome: str, reason: str, trace: str = "") -> None:
         """End a trial's run with its outcome; failed and blocked ones are tried again.
@@ -341,10 +368,12 @@ class Tracker:
         ledger: bytes,
         metrics: Mapping[str, float],
         judged_by: Mapping[str, str] | None = None,
+        epoch: int = 0,
     ) -> None:
         """Store a cell's ledger and its scores, then the tag that marks it done.
 
-        cell: the digest of the question, whose `identity` is JSON.
+        cell: the digest of the question, whose `identity` is JSON. epoch: of the weights that were
+        judged; those along the way have metrics of their own, by step.
         """
         self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
         document = {
@@ -356,7 +385,10 @@ class Tracker:
         tags = [RunTag(CELL_TAG + evaluator, json.dumps(document))]
         if run.failed_cells.pop(evaluator, ""):
             tags.append(RunTag(FAILED_TAG + evaluator, ""))
-        values = [Metric(key, value, run.start_time, 0) for key, value in metrics.items()]
+        if epoch:
+            metrics = {f"{ALONG}{key}": value for key, value in metrics.items()}
+        model = {"model_id": run.checkpoints[epoch]} if epoch else {}
+        values = [Metric(key, v, run.start_time, epoch, **model) for key, v in metrics.items()]
         self._log(run, metrics=values, tags=tags)
         run.metrics |= metrics
         run.cells[evaluator], run.ledgers[evaluator] = cell, document["sha256"]
@@ -507,11 +539,23 @@ def _trial_run(run: Run) -> TrialRun:
         trained=json.loads(tags.get(TRAINED_TAG, "{}")),
         judged={name: cell["judged_by"] for name, cell in cells.items()},
         images=json.loads((inputs and inputs[0].dataset.profile) or "{}"),
+        checkpoints={int(k): v for k, v in _tagged(tags, CHECKPOINT_TAG).items()},
     )
 
 
 def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
     return {k.removeprefix(start): v for k, v in tags.items() if k.startswith(start) and v}
+
+
+@contextmanager
+def _model_of(run: TrialRun, content: bytes, *, image_size: int, classes: int) -> Iterator[Path]:
+    """Yield a folder with a trial's weights file and recipe: a model that MLflow can load."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary, "model")
+        _describe_model(model, image_size=image_size, classes=classes)
+        (model / RECIPE).write_text(run.recipe)
+        (model / WEIGHTS).write_bytes(content)
+        yield model
 
 
 def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:

@@ -49,8 +49,9 @@ LEAST_PATIENCE = 3
 class EpochReport:
     """What one epoch did.
 
-    `metrics` are this epoch's figures; `state` is all that the next epoch needs: its tensors are
-    the live ones, valid until the next report is asked for.
+    `metrics` are this epoch's figures; `state` is all that the next epoch needs, `judged` the
+    classifier whose weights are judged: their tensors are the live ones, valid until the next
+    report is asked for.
     """
 
     epoch: int
@@ -58,6 +59,7 @@ class EpochReport:
     outcome: Outcome
     reason: str
     state: dict[str, Any]
+    judged: Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,7 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
         metrics=history[-1],
         outcome="collapsed" if reason else outcome,
         reason=reason,
+        judged=training.judged,
         state={
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
