@@ -701,11 +701,15 @@ class Recipe(Frozen):
         """Yield the fields beyond the study that have an effect, as axes: 'drop_path=0.1'."""
         for name, default in BEYOND_STUDY.items():
             value = getattr(self, name)
-            parts = {f"{name}.{key}": part for key, part in value.items()} if default == {} else {}
-            for axis, part in (parts or {name: value}).items():
-                text = ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
-                if value != default and name != "warm_start":
-                    yield f"{axis}={text}"
+            if value == default or name == "warm_start":
+                continue
+            parts = {name: value}
+            if isinstance(value, dict):
+                parts = {f"{name}.{key}": part for key, part in value.items()}
+            texts = {
+                a: ",".join(map(str, v)) if isinstance(v, tuple) else v for a, v in parts.items()
+            }
+            yield " ".join(f"{axis}={text}" for axis, text in texts.items())
 
 
 # The fields that the study does not vary, and their defaults, with which they have no effect.
