@@ -16,11 +16,11 @@ from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store.checkpoint import (
-    kept_weights,
     load_newest_checkpoint,
     save_checkpoint,
     save_weights,
     stored_weights,
+    weights_along,
     weights_of_epoch,
 )
 from trainables.store.results import joined, provenance
@@ -55,8 +55,8 @@ class RunningTrial:
     notes: list[str] = field(default_factory=list)
     unsaved: EpochReport | None = None
     checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
-    kept: dict[int, str] = field(default_factory=dict)  # where those lie, by epoch
-    unkept: EpochReport | None = None
+    along: dict[int, str] = field(default_factory=dict)  # where those lie, by epoch
+    unlogged: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
     paused: bool = False
 
@@ -95,7 +95,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         running.outcome, running.reason = start["outcome"], start["reason"]
         running.classifier.load_state_dict(start["model"])
         running.mean = start.get("mean") if recipe.ema_evaluated else None
-        running.kept = kept_weights(folder, running.checkpoints, running.epoch)
+        running.along = weights_along(folder, running.checkpoints, running.epoch)
     running.reports = train(
         recipe,
         running.classifier,
@@ -172,7 +172,7 @@ def next_result(running: RunningTrial) -> dict[str, Any]:
         "done": outcome != "training",
     }
     running.unsent, running.notes = [], []
-    return result | stored | {"checkpoints": running.kept}
+    return result | stored | {"checkpoints": running.along}
 
 
 def _advance(running: RunningTrial) -> None:
@@ -189,7 +189,7 @@ def _advance(running: RunningTrial) -> None:
     if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
         running.saved_at, running.unsaved = now, report
     if report.epoch in running.checkpoints:
-        running.unkept = report
+        running.unlogged = report
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
@@ -212,10 +212,10 @@ def _save(running: RunningTrial) -> dict[str, str]:
 
 
 def _write(running: RunningTrial) -> dict[str, str]:
-    if kept := running.unkept:
-        path = below(running.folder, weights_of_epoch(kept.epoch))
-        save_weights(path, kept.judged, running.recipe.model_dump_json())
-        running.kept[kept.epoch], running.unkept = path, None
+    if report := running.unlogged:
+        path = below(running.folder, weights_of_epoch(report.epoch))
+        save_weights(path, report.judged, running.recipe.model_dump_json())
+        running.along[report.epoch], running.unlogged = path, None
     if report := running.unsaved:
         state = report.state | {
             "digest": running.recipe.digest(),

@@ -119,8 +119,8 @@ def weights_of_epoch(epoch: int) -> str:
     return f"weights-{epoch:05d}.safetensors"
 
 
-def kept_weights(where: str | Path, epochs: Iterable[int], last: int) -> dict[int, str]:
-    """Return where a trial's weights lie after those epochs, up to `last`, that were kept."""
+def weights_along(where: str | Path, epochs: Iterable[int], last: int) -> dict[int, str]:
+    """Return where a trial's weights lie after those epochs, up to `last`, that were stored."""
     names = {weights_of_epoch(epoch): epoch for epoch in epochs if epoch <= last}
     there = Folder(where).names()
     return {epoch: below(str(where), name) for name, epoch in names.items() if name in there}

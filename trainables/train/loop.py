@@ -107,16 +107,35 @@ def train(
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
+    training = _begun(recipe, classifier, data, device, teacher, start, compiled, team)
+    history: list[dict[str, float]] = list(start["history"]) if start else []
+    for epoch in range(len(history), recipe.epochs):
+        history.append(_epoch(training, epoch))
+        report = _report(training, history)
+        yield report
+        if report.outcome == "collapsed":
+            return
+
+
+def _begun(
+    recipe: Recipe,
+    classifier: Classifier,
+    data: Data,
+    device: torch.device,
+    teacher: Classifier | None,
+    start: dict[str, Any] | None,
+    compiled: bool,
+    team: Team,
+) -> _Training:
+    """Build what a training needs; it has the state of an earlier report, if any."""
     exact(device)
     classifier.to(device)
     network = gathered(classifier, team)
     optimizer = build_optimizer(recipe, classifier)
     mean = ModelEmaV3(classifier, recipe.ema_decay) if recipe.ema_decay else None
-    history: list[dict[str, float]] = []
     if start is not None:
         classifier.load_state_dict(start["model"])
         optimizer.load_state_dict(start["optimizer"])
-        history = list(start["history"])
         if mean is not None:
             mean.module.load_state_dict(start["mean"])
     if teacher is not None:
@@ -127,7 +146,7 @@ def train(
     twin = None
     if recipe.adversary and recipe.norm != "ghost":  # ghosts differ, so none is folded
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
-    training = _Training(
+    return _Training(
         recipe=recipe,
         classifier=classifier,
         teacher=teacher,
@@ -145,12 +164,6 @@ def train(
         draws=draws(classifier.backbone),
         forward=torch.compile(network) if compiled else network,
     )
-    for epoch in range(len(history), recipe.epochs):
-        history.append(_epoch(training, epoch))
-        report = _report(training, history)
-        yield report
-        if report.outcome == "collapsed":
-            return
 
 
 def _epoch(training: _Training, epoch: int) -> dict[str, float]:
