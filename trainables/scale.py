@@ -227,8 +227,8 @@ class Scale:
         rate = self.own_value(recipe, "learning_rate")
         batch = max(1, round(self.own_value(recipe, "batch_size")))
         most = 2 ** math.floor(math.log2(max(1, self.data_set.train_images // LEAST_STEPS)))
-        own = self.batch_size.get(model_named(recipe.model).settings, 2 * batch)
-        fitting = min(most, max(batch, own // 2))
+        stated = self.batch_size.get(model_named(recipe.model).settings, 2 * batch)
+        fitting = min(most, max(batch, stated // 2))
         ratio = fitting / batch
         return rate * (ratio if recipe.optimizer == "sgd" else math.sqrt(ratio)), fitting
 
