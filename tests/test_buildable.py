@@ -3,9 +3,14 @@ from __future__ import annotations
 import re
 
 import pytest
+from torch import nn
 
 from grid.run import main
+from tests.paper import resnet50
 from tests.test_run import refusal
+from trainables.buildable import check_buildable
+from trainables.models import MODELS, Cost, Model
+from trainables.scale import DIGITS
 
 STUDY = 'name = "s"\nbase = "resnet50"\n[axes]\n'
 MIXER = 'model = ["timm:mixer_s16_224"]'
@@ -20,6 +25,10 @@ MIXER = 'model = ["timm:mixer_s16_224"]'
         (
             'model = ["timm:vit_tiny_patch16_224"]\nmodel_args = [{attn_drop_rate = 0.1}]',
             "it draws by scaled_dot_product_attention, which no seed reaches",
+        ),
+        (
+            'model = ["robust_resnet_dw"]\nlayer_decay = [0.75]',
+            "layer_decay: 'robust_resnet_dw' does not say which layers follow others",
         ),
         (f"{MIXER}\ntrain_sizes = [[448, 224]]", "mixer_s16_224' cannot take images of 32 px"),
         ('optimizer = ["adahessian"]', "optimizer 'adahessian' cannot make a step"),
@@ -60,3 +69,16 @@ def test_a_plan_says_what_timms_optimizers_take_by_default(capsys, tmp_path):
     assert "eps 1e-06" in whole  # You et al. (2020), and timm's Lamb
     (other,) = re.findall(r"^timm's lamb with .*0.95.* by default: (.*)$", printed, re.MULTILINE)
     assert "betas" not in other
+
+
+def test_an_activation_that_a_model_has_nowhere_is_refused(monkeypatch):
+    def build(scale, norm_layer):
+        pixels = 3 * scale.image_size**2
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, scale.num_classes))
+
+    linear = Model("linear", "base", build, Cost(1, 1, 1), family="linear")
+    monkeypatch.setitem(MODELS, "linear", linear)
+    recipe = DIGITS.shrink(resnet50()).replace(model="linear", activation="own")
+    check_buildable([recipe])
+    with pytest.raises(ValueError, match="'relu' changes nothing in 'linear': state 'own'"):
+        check_buildable([recipe.replace(activation="relu")])

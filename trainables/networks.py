@@ -154,6 +154,11 @@ def check_sizes(recipe: Recipe) -> None:
     classes = scale_of_recipe(recipe).num_classes
     if recipe.epochs and outputs != classes:
         raise ValueError(f"{recipe.model!r} has {outputs} outputs: the data have {classes} classes")
+    layer = ACTIVATION_LAYERS.get(recipe.activation)
+    if layer and not any(type(module) is layer for module in classifier.modules()):
+        raise ValueError(
+            f"activation {recipe.activation!r} changes nothing in {recipe.model!r}: state 'own'"
+        )
     if recipe.layer_decay:
         build_optimizer(recipe, classifier)
 
