@@ -147,22 +147,22 @@ def test_a_samples_effects_are_those_of_a_linear_model_of_its_axes(tmp_path):
     (effects,) = grid_effects(study, plan, runs)
     assert effects.trials == 16
     assert set(effects.shares["axis"][:2]) == {"activation", "adversary.steps"}
-    found = {(row.axis, row.value): row for row in effects.contrasts.itertuples()}
-    assert len(found) == 2 + 2 + 3 + 1
-    first = {row.axis: row.reference for row in effects.contrasts.itertuples()}
-    true = {"relu": 0, "gelu": 0.1, "silu": 0, "1": 0, "2": 0, "3": -0.05}
-    for axis, value in (("activation", "gelu"), ("adversary.steps", "3")):
-        if first[axis] != value:
-            row = found[axis, value]
-            expected = true[value] - true[first[axis]]
-            assert row.difference == pytest.approx(expected, abs=0.005)
-            assert row.low < expected < row.high
-    assert {row.pairs for row in found.values()} == {0}
+    rows = {(row.axis, row.value, row.reference): row for row in effects.contrasts.itertuples()}
+    assert len(rows) == 2 + 2 + 3 + 1
+    true = {("activation", "gelu", "relu"): 0.1, ("adversary.steps", "3", "1"): -0.05}
+    for which, difference in true.items():
+        assert rows[which].difference == pytest.approx(difference, abs=0.005)
+        assert rows[which].low < difference < rows[which].high
+    assert {row.pairs for row in rows.values()} == {0}
 
 
 def test_a_fitted_contrast_of_a_balanced_design_is_the_mean_difference():
     frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.3 * (b == "v"), noise=0.02)
-    (row,) = (row for row in fitted_contrasts(frame, ["a", "b"]).itertuples() if row.axis == "a")
+    (row,) = (
+        row
+        for row in fitted_contrasts(frame, {"a": ["x", "y"], "b": ["u", "v"]}).itertuples()
+        if row.axis == "a"
+    )
     means = frame.groupby("a")["score"].mean()
     assert (row.value, row.reference) == ("y", "x")
     assert row.difference == pytest.approx(means["y"] - means["x"])

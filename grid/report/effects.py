@@ -54,10 +54,20 @@ def grid_effects(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list
         axes = frame.columns.drop(["seed", "score"], errors="ignore")
         varied = [axis for axis in axes if frame[axis].nunique() > 1]
         if len(frame) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
-            differences = fitted_contrasts if study.sample else contrasts
             shares = variance_shares(frame, varied)
-            effects.append(Effects(score, len(frame), shares, differences(frame, varied)))
+            differences = (
+                fitted_contrasts(frame, {axis: _in_order(frame[axis], study) for axis in varied})
+                if study.sample
+                else contrasts(frame, varied)
+            )
+            effects.append(Effects(score, len(frame), shares, differences))
     return effects
+
+
+def _in_order(labels: pd.Series, study: Study) -> list[str]:
+    """Return an axis's labels in the order of the study, behind what is the base's own."""
+    order = list(study.axes.get(str(labels.name), study.base))
+    return sorted(labels.unique(), key=lambda label: order.index(label) if label in order else -1)
 
 
 def leading(by_score: Sequence[Effects]) -> str:
@@ -132,21 +142,19 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=CONTRAST)
 
 
-def fitted_contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+def fitted_contrasts(frame: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Return `contrasts` of a linear model of the axes, as a sample has hardly a pair; pairs are 0.
 
-    Empty where the trials are too few for the model.
+    labels: of each axis, the reference first. Empty where the trials are too few for the model.
     """
-    # The first value of each axis is the reference.
-    levels = {axis: pd.Categorical(frame[axis], frame[axis].unique()) for axis in axes}
-    design = ols("score ~ " + " + ".join(map(_term, axes)), data=frame.assign(**levels))
+    levels = {axis: pd.Categorical(frame[axis], order) for axis, order in labels.items()}
+    design = ols("score ~ " + " + ".join(map(_term, labels)), data=frame.assign(**levels))
     if not _is_estimable(design):
         return pd.DataFrame(columns=CONTRAST)
     model = design.fit()
     intervals = model.conf_int(1 - CONFIDENCE)
     rows = []
-    for axis in axes:
-        reference, *values = frame[axis].unique()
+    for axis, (reference, *values) in labels.items():
         for value in values:
             term = f"{_term(axis)}[T.{value}]"
             rows.append((axis, value, reference, model.params[term], *intervals.loc[term], 0))
