@@ -123,7 +123,7 @@ def test_the_plain_transformer_has_fixed_positions_and_one_layer_more_and_no_cla
     # vit_small without its token and its positions of 197 tokens, and a layer of 384 x 384.
     assert learned == 22_050_664 - 384 - 197 * 384 + 384 * 384 + 384
     assert not network.pos_embed.requires_grad
-    assert torch.equal(network.pos_embed, sine_positions(14, 384))
+    assert torch.equal(network.pos_embed, sine_positions(14, 384, longest=10_000))
     images = torch.rand(2, 3, 224, 224)
     assert torch.equal(network(images), torch.zeros(2, 1000))  # its head starts at zero
     tokens = network.forward_features(images)
@@ -133,7 +133,7 @@ def test_the_plain_transformer_has_fixed_positions_and_one_layer_more_and_no_cla
 
 
 def test_sine_positions_are_the_hand_worked_ones():
-    first, right, below, _ = sine_positions(2, 8)[0].tolist()
+    first, right, below, _ = sine_positions(2, 8, longest=10_000)[0].tolist()
     slow = 1e-4
     assert first == [0, 0, 1, 1, 0, 0, 1, 1]
     assert right == pytest.approx([math.sin(1), slow, math.cos(1), 1, 0, 0, 1, 1])

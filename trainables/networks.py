@@ -31,6 +31,9 @@ BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
 HYBRID_WIDTH = 256
 VIT_DEPTH = 12
+# Of the source's longest wave. On a map of 4 a side such waves are nearly constant: 9 epochs of the
+# digits reached 58 % with them, and 91 % with waves as long as the side.
+SINE_LENGTH = 10_000
 CONVNEXT_PATCH = 4
 CONVNEXT_NARROWEST = 96
 Stem = Literal["patch", "conv"]
@@ -286,7 +289,9 @@ def plain_vit(
     fixed: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
     network: Any = vit(width, scale, norm_layer, weight_init="jax", **fixed, **options)
     side, channels = scale.image_size // scale.patch_size, network.embed_dim
-    network.pos_embed = nn.Parameter(sine_positions(side, channels), requires_grad=False)
+    longest = side if scale.stem == "small" else SINE_LENGTH
+    positions = sine_positions(side, channels, longest=longest)
+    network.pos_embed = nn.Parameter(positions, requires_grad=False)
     pre_logits = nn.Linear(channels, channels)
     lecun_normal_(pre_logits.weight)
     nn.init.zeros_(pre_logits.bias)
@@ -294,13 +299,13 @@ def plain_vit(
     return cast(nn.Module, network)
 
 
-def sine_positions(side: int, channels: int) -> Tensor:
+def sine_positions(side: int, channels: int, *, longest: float) -> Tensor:
     """Return the sines and cosines of the places of side x side tokens, (1, side^2, channels).
 
-    Wavelengths run from 2 pi to 10,000 times that (MoCo v3, as in big_vision's models/vit.py).
+    Wavelengths run from 2 pi to `longest` times that (MoCo v3, as in big_vision's models/vit.py).
     """
     quarter = channels // 4
-    frequencies = 10_000.0 ** -(torch.arange(quarter) / (quarter - 1))
+    frequencies = float(longest) ** -(torch.arange(quarter) / (quarter - 1))
     y, x = (
         places.reshape(-1, 1) * frequencies
         for places in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
