@@ -49,11 +49,15 @@ class Sizes:
 
 
 class Request(NamedTuple):
-    """A recipe, what it serves, the evaluators of its columns and its labels in a grid."""
+    """A recipe as it is trained, what it serves and the evaluators of its columns.
+
+    model: the study's, for which that of the recipe may stand. labels: of its values in a grid.
+    """
 
     recipe: Recipe
     purpose: str
-    evaluators: tuple[str, ...]
+    evaluators: tuple[str, ...] = ()
+    model: str = ""
     labels: Mapping[str, str] = {}
 
 
@@ -121,25 +125,20 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
     return replace(sized, epochs_factor=factor)
 
 
-def enumerate_trials(
-    study: Study, scale: Scale
-) -> tuple[list[tuple[Recipe, Labels]], list[Refused]]:
-    """Return the recipes that a study's grid spans, as trained, with the labels of their values.
-
-    And the combinations that were refused. Of a sample there are no more than its size.
-    """
+def enumerate_trials(study: Study, scale: Scale) -> tuple[list[Request], list[Refused]]:
+    """Return what a study's grid spans, of a sample no more than its size, and what was refused."""
     space, spanned, refused = study.space, [], []
     for labels in space.combinations():
         values = {axis: space.axes[axis][label] for axis, label in labels.items() if axis != BASE}
         try:
             base = space.bases[labels[BASE]]
-            recipe = with_settings(base, study.settings, values, study.library)
-            recipe = _shrunk(study.cut_down(recipe, scale), scale)
+            stated = with_settings(base, study.settings, values, study.library)
+            recipe = _shrunk(study.cut_down(stated, scale), scale)
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
-        stated = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
-        spanned.append((recipe, _shown(stated, study)))
+        own = _shown({axis: space.own(labels, axis) for axis in (BASE, *space.axes)}, study)
+        spanned.append(Request(recipe, study.name, model=stated.model, labels=own))
         if space.sample and len(spanned) == space.sample.size:
             break
     return spanned, refused
@@ -168,14 +167,16 @@ def build_plan(
     seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
     for_all = tuple(evaluators) if evaluators and study.base else study.for_all
-    trained = _as_trained(_choose_tables(study, tables), study, scale)
+    chosen = _choose_tables(study, tables)
+    trained = _as_trained(chosen, study, scale)
     requests = [
-        Request(row.recipe, f"{table.name} {row.label}", (*for_all, *map(evaluator_of, columns)))
-        for table, columns in ((table, table.columns) for table in trained)
-        for row in table.rows
+        Request(row.recipe, f"{table.name} {row.label}", judges, stated.recipe.model)
+        for table, before in zip(trained, chosen, strict=True)
+        for judges in [(*for_all, *map(evaluator_of, table.columns))]
+        for row, stated in zip(table.rows, before.rows, strict=True)
     ]
     combinations, refused = _grid(study, scale, seeds)
-    requests += [Request(recipe, study.name, for_all, labels) for recipe, labels in combinations]
+    requests += [request._replace(evaluators=for_all) for request in combinations]
     requests = [
         request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
         for request in _keep_only(requests, only or {}, study)
@@ -215,16 +216,17 @@ def _shared(
     serves: dict[str, dict[str, None]] = defaultdict(dict)
     judges: dict[str, dict[str, None]] = defaultdict(dict)
     labels: dict[str, Mapping[str, str]] = defaultdict(dict)
+    models: dict[str, dict[str, None]] = defaultdict(dict)
     for request in requests:
         digest = request.recipe.digest()
         recipes.setdefault(digest, request.recipe)
         serves[digest][request.purpose] = None
         judges[digest] |= dict.fromkeys(request.evaluators)
         labels[digest] = request.labels or labels[digest]
+        if request.model not in ("", request.recipe.model):
+            models[digest][request.model] = None
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
-    names_of = {
-        digest: _name(recipe, study, scale, labels[digest]) for digest, recipe in recipes.items()
-    }
+    names_of = {d: _name(recipe, study, labels[d], models[d]) for d, recipe in recipes.items()}
     alike = Counter(names_of.values())
     return [
         Trial(
@@ -309,9 +311,7 @@ def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
         raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
 
 
-def _grid(
-    study: Study, scale: Scale, seeds: int
-) -> tuple[list[tuple[Recipe, Labels]], list[Refused]]:
+def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Request], list[Refused]]:
     """Return what the study's axes span, and what was refused; ValueError where nothing is left."""
     if not study.base:
         return [], []
@@ -356,8 +356,8 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
     return set(names) or known
 
 
-def _name(recipe: Recipe, study: Study, scale: Scale, labels: Mapping[str, str]) -> str:
-    """Describe a recipe, the study's axes that its description lacks, and whom it stands for."""
+def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Collection[str]) -> str:
+    """Describe a recipe, the study's axes that its description lacks, and what it stands for."""
     described = recipe.describe()
     own = {
         axis: label
@@ -367,8 +367,7 @@ def _name(recipe: Recipe, study: Study, scale: Scale, labels: Mapping[str, str])
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
     values = {axis: axis_value(recipe, axis, study.library) for axis in axes} | own
     others = (words for a, v in values.items() if f" {(words := f'{a}={v}')} " not in described)
-    behind = " or ".join(study.models_behind(recipe) if scale.depth_divisor > 1 else ())
-    return " ".join([described, *others, *([f"for {behind}"] if behind else [])])
+    return " ".join([described, *others, *([f"for {' or '.join(models)}"] if models else [])])
 
 
 def _longest_chains(trials: list[Trial]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from pydantic import (
 from evaluators import EVALUATORS, column_named, evaluator_of
 from grid.axes import Library, check_axis, recipe_of_weights, with_axes, with_origin
 from grid.space import BASE, Mode, Sample, Space, conditions_of
-from trainables.models import check_family
+from trainables.models import check_family, model_named
 from trainables.recipe import (
     Arguments,
     CurriculumRow,
@@ -277,6 +277,12 @@ class Relative(Frozen):
                 f"{recipe.model} a base, which says how it is trained"
             )
         trained = self.base.replace(seed=recipe.seed) if self.base else recipe
+        kinds = {model_named(name).settings == "cnn" for name in (trained.model, self.model)}
+        if len(kinds) > 1:  # whose rates at a scale are in another proportion to the study's
+            raise ValueError(
+                f"{self.model} is not of the kind of {trained.model}, whose rates and batches it "
+                "would be trained with: give the relative a base of its kind"
+            )
         arguments = {**trained.model_args, **self.model_args}
         return trained.replace(model=self.model, model_args=arguments)
 
@@ -372,15 +378,6 @@ class Study(Frozen):
         recipe = recipe.with_prerequisites(lambda other: self.cut_down(other, scale))
         relative = self.relatives.get(recipe.model)
         return relative.stand_in(recipe) if relative else recipe
-
-    def models_behind(self, recipe: Recipe) -> tuple[str, ...]:
-        """Return the models of the study for which that of a recipe may stand."""
-        return tuple(
-            model
-            for model, relative in self.relatives.items()
-            if relative.model == recipe.model
-            and relative.model_args.items() <= recipe.model_args.items()
-        )
 
     def _spans_a_grid(self) -> None:
         lengths = {axis: len(values) for axis, values in self.axes.items()}

@@ -103,7 +103,7 @@ def row(name, label):
 def spanned(base, axes, **keys):
     study = Study(name="s", bases=BASES, curricula=CURRICULA, base=base, axes=axes, **keys)
     combinations, refused = enumerate_trials(study, IMAGENET)
-    return [recipe for recipe, _ in combinations], refused
+    return [request.recipe for request in combinations], refused
 
 
 def with_all(study, **settings):

@@ -344,6 +344,7 @@ def test_a_relative_stands_for_a_teacher_and_in_a_grid(tmp_path):
     ("old", "new", "message"),
     [
         ('base = "deit_small"\n[[', "[[", "give the relative of timm:vit_base_patch16_224.augreg"),
+        ('"timm:convnext_atto"', '"resnet18"', "resnet18 is not of the kind of timm:convnext_tiny"),
         ('augreg_in1k"]', 'augreg"]', "relatives: unknown model of the study 'timm:vit_base_pat"),
     ],
 )
