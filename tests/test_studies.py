@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from ray.cluster_utils import Cluster
 
+from evaluators import column_named
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
+from tests import driver
 from trainables.networks import build_classifier
 from trainables.recipe import Adversary, Preprocessing, Recipe
 from trainables.scale import IMAGENET
@@ -654,6 +657,13 @@ def test_matrices_and_kernels_are_decayed_and_nothing_else_is(small, model, opti
 
 
 @pytest.mark.parametrize("study", STUDIES)
+def test_every_column_is_one_that_an_evaluator_has(study):
+    for table in load_study(study).tables:
+        for name in table.columns:
+            assert column_named(name).name == name
+
+
+@pytest.mark.parametrize("study", STUDIES)
 def test_a_study_plans_at_digits_without_a_refusal_and_names_what_it_cuts_down(
     study, capsys, tmp_path
 ):
@@ -674,3 +684,45 @@ def test_a_study_plans_at_imagenet_with_its_own_rate_batch_and_schedule(capsys, 
     printed = capsys.readouterr().out
     assert "lamb cosine" in printed
     assert "rate 0.005, decay 0.01, batch 2048, warm-up 5" in printed
+
+
+SHORT = {  # a tenth of these epochs at digits; where rows differ in their epochs alone, fewer rows
+    "bai2021-leftouts": ("--set", "epochs=10"),
+    "wang2023-robust-cnn": ("--set", "epochs=10"),
+    "singh2023-revisiting-at": ("--tables", "S1", "--set", "epochs=10"),
+    "debenedetti2023-light-recipe": ("--tables", "D1", "--set", "epochs=20"),
+    "plain-vit": ("--only", "epochs=9,10"),
+    "resnet-strikes-back": ("--set", "epochs=10"),
+    "pretrained-contest": (
+        "--only",
+        "model=resnet50",
+        "--only",
+        "loss=bce,ce",
+        "--only",
+        "epochs=4,6",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ray_address():
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
+    yield nodes.address
+    nodes.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_runs_at_digits_to_its_report(study, ray_address, tmp_path):
+    command = driver.start(
+        *(study, tmp_path, "--scale", "digits", "--address", ray_address),
+        *("--evaluators", "clean", *SHORT[study]),
+    )
+    assert re.search(r"Trained \d+ and judged \d+ cells", driver.ended(command))
+    page = (tmp_path / "report" / "index.html").read_text()
+    runs = driver.trials(tmp_path).values()
+    assert {run.outcome for run in runs} == {"finished"}
+    for run in runs:
+        assert f"{100 * run.metrics['clean']:.1f}" in page
