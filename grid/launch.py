@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,6 +19,12 @@ from urllib.request import url2pathname
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 from ray.tune.search import Searcher
 
 from evaluators import evaluator_named
@@ -35,7 +42,7 @@ from grid.options import RunOptions
 from grid.plan import Plan
 from grid.record import Recorder
 from grid.status import ProgressLine, open_tracker
-from grid.study import Study
+from grid.study import EarlyStop, Study
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
@@ -44,7 +51,7 @@ from trainables.ray_internals import keep_credentials_here
 from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
-from trainables.store.tracking import Tracker
+from trainables.store.tracking import STOPPED, Tracker
 from trainables.train.team import check_team
 from trainables.trial import (
     CONTROLLER,
@@ -57,6 +64,8 @@ from trainables.trial import (
 SHARDS_FOLDER = "shards"
 TUNE_FOLDER = "tune"
 EVALUATOR_GPUS = 0.25
+# The figures by which trials are stopped early.
+ACCURACY, PROBE = "held_out/accuracy", "probe/pgd-10"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,10 +285,13 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
     else:
         trainable = tune.with_resources(train_together, CONTROLLER)
         order = PlanOrder(configs, teams_placed)
+    rule = launch.study.early_stop
+    stopping = EarlyStopping(rule, configs) if rule else None
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=order,
+            scheduler=stopping,
             num_samples=-1,
             reuse_actors=alone,
             trial_name_creator=_digest_of,
@@ -290,7 +302,7 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
             storage_path=str(launch.options.results.resolve()),
             # Trials keep their own checkpoints, by digest.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Events(recorder, order)],
+            callbacks=[_Events(recorder, order, stopping.reasons if stopping else {})],
             verbose=0,
         ),
     ).fit()
@@ -311,6 +323,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "device": "cuda" if placement.gpus else "cpu",
         "compile": placement.compile,
         "checkpoints": trial.checkpoints,
+        "stops_from": trial.stops_from,
     }
     return {"trial": json.dumps(settings), "source": launch.source}
 
@@ -385,11 +398,86 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         return not missing and time.monotonic() >= self._not_before.get(digest, 0.0)
 
 
+class EarlyStopping(FIFOScheduler):  # type: ignore[misc]
+    """Stop trials that are behind others by a rule of Tune's, to which it hands every figure.
+
+    Clean trainings are compared by their held-out accuracy, adversarial ones with those of the same
+    radius by the PGD-10 probe. A trial that is tried again is the same one to the rule. `reasons`,
+    by digest: why trials were stopped. configs: as of `PlanOrder`.
+    """
+
+    def __init__(self, rule: EarlyStop, configs: Mapping[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+        self._rule = rule
+        trials = [trial_config(config) for config in configs.values()]
+        self._trials = {trial["digest"]: trial for trial in trials if trial["stops_from"]}
+        # Of each group of trials that are compared: Tune's rule, and figures by digest and epoch.
+        self._rules: dict[tuple[str, ...], FIFOScheduler] = {}
+        self._figures: defaultdict[Any, dict[str, dict[int, float]]] = defaultdict(dict)
+        self._first_tries: dict[str, Trial] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        digest = _digest_of(trial)
+        if digest not in self._trials or digest in self.reasons:
+            return str(TrialScheduler.CONTINUE)
+        adversary = self._trials[digest]["recipe"]["adversary"]
+        metric = PROBE if adversary else ACCURACY
+        group = (metric, *(str(adversary[key]) for key in ("norm", "epsilon") if adversary))
+        if group not in self._rules:
+            self._rules[group] = self._new_rule(metric)
+        rule, figures = self._rules[group], self._figures[group].setdefault(digest, {})
+        if digest not in self._first_tries:
+            self._first_tries[digest] = trial
+            rule.on_trial_add(tune_controller, trial)
+        for entry in result.get("epochs", ()):
+            epoch = int(entry["epoch"])
+            if metric not in entry or epoch in figures:
+                continue
+            figures[epoch] = entry[metric]
+            seen, first = {"epoch": epoch, metric: entry[metric]}, self._first_tries[digest]
+            if rule.on_trial_result(tune_controller, first, seen) == TrialScheduler.STOP:
+                # A trial whose files lack room is in training after its last epoch, too.
+                last = self._trials[digest]["recipe"]["epochs"]
+                going_on = result["outcome"] == "training" and epoch < last
+                self.reasons[digest] = self._reason(group, digest, epoch) if going_on else ""
+                return str(TrialScheduler.STOP if going_on else TrialScheduler.CONTINUE)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self.on_trial_result(tune_controller, trial, result)
+
+    def _new_rule(self, metric: str) -> FIFOScheduler:
+        trials, name = self._trials.values(), self._rule.rule
+        grace = min(trial["stops_from"] for trial in trials)
+        about = {"time_attr": "epoch", "metric": metric, "mode": "max", "grace_period": grace}
+        if name == "median":
+            # By default it pauses trials that it has nothing to compare with.
+            return MedianStoppingRule(**about, min_time_slice=math.inf)
+        longest = max(trial["recipe"]["epochs"] for trial in trials)
+        return ASHAScheduler(
+            **about, max_t=longest, reduction_factor=self._rule.reduction, stop_last_trials=False
+        )
+
+    def _reason(self, group: tuple[str, ...], digest: str, epoch: int) -> str:
+        """Say by which rule a trial stops, at which figure, and which ones others had then."""
+        name, compared = self._rule.rule, self._figures[group]
+        rule = f"asha, the best 1 in {self._rule.reduction} go on" if name == "asha" else name
+        past = (
+            {e: v for e, v in f.items() if e <= epoch} for d, f in compared.items() if d != digest
+        )
+        others = [figures[max(figures)] for figures in past if figures]
+        return (
+            f"{rule}: {group[0]} was {compared[digest][epoch]:.1%} after epoch {epoch}, when the "
+            f"figures of others ({len(others)}) were {min(others):.1%} to {max(others):.1%}"
+        )
+
+
 class _Events(tune.Callback):  # type: ignore[misc]
     """Hand Tune's events to the recorder, without which Tune stops; nothing here may block."""
 
-    def __init__(self, recorder: Recorder, order: PlanOrder) -> None:
-        self._recorder, self._order = recorder, order
+    def __init__(self, recorder: Recorder, order: PlanOrder, stopped: Mapping[str, str]) -> None:
+        self._recorder, self._order, self._stopped = recorder, order, stopped
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Tune pickles its callbacks; a thread cannot be, and a copy must not write.
@@ -404,6 +492,8 @@ class _Events(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if reason := self._stopped.get(result["digest"]):
+            result = result | {"outcome": STOPPED, "reason": reason}
         self._recorder.reported(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -65,7 +65,8 @@ class Request(NamedTuple):
 class Trial:
     """One recipe of a study, the table rows it serves and the evaluators that judge it.
 
-    Its `name` is unlike those of the study's others.
+    Its `name` is unlike those of the study's others. stops_from: the first epoch after which it can
+    be stopped early, 0 where never.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Trial:
     cost: float
     checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
     along: tuple[str, ...] = ()  # by which evaluators
+    stops_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def _shared(
             models[digest][request.model] = None
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
     names_of = {d: _name(recipe, study, labels[d], models[d]) for d, recipe in recipes.items()}
-    alike = Counter(names_of.values())
+    alike, rule = Counter(names_of.values()), study.early_stop
+    needed = {other.digest() for r in recipes.values() for other in r.prerequisites if rule}
     return [
         Trial(
             recipe,
@@ -238,6 +241,7 @@ def _shared(
             scale.cost(recipe),
             study.checkpoints_of(recipe, scale),
             tuple(name for name in study.for_all if name in chosen),
+            stops_from=rule.first(recipe, scale) if rule and digest not in needed else 0,
         )
         for digest, recipe in recipes.items()
     ]
@@ -386,10 +390,18 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study, trials: Iterable[Trial], spanned: int) -> Iterator[str]:
-    """Say what is sampled or adapted: warm-ups, and models that take no settings."""
+def _notes(study: Study, trials: Collection[Trial], spanned: int) -> Iterator[str]:
+    """Say what is sampled, stopped or adapted: warm-ups, and models that take no settings."""
     if study.sample and spanned < study.space.size:
         yield f"the grid is a sample of {spanned:,} of {study.space.size:,} combinations"
+    if study.early_stop:
+        firsts = sorted({trial.stops_from for trial in trials} - {0})
+        stopping = sum(trial.stops_from > 0 for trial in trials)
+        since = f", from epoch {firsts[0]} on" if firsts else ""
+        yield (
+            f"early_stop ({study.early_stop.rule}) may end {stopping} of {len(trials)} trials"
+            f"{since}: none that others need, and none of fewer epochs"
+        )
     untrained = sum(not trial.recipe.epochs for trial in trials)
     if untrained and study.settings:
         settings = format_settings(study.settings)

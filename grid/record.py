@@ -25,12 +25,13 @@ from trainables.data.load import load_data
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
 from trainables.store.storage import WEIGHTS, read_file, weights_path
-from trainables.store.tracking import OTHER_WEIGHTS, Tracker, TrialRun
+from trainables.store.tracking import OTHER_WEIGHTS, STOPPED, Tracker, TrialRun
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
 EVENTS_AT_ONCE = 50  # then it is the cells' turn
-OVER = ("finished", "collapsed")
+WITHOUT_WEIGHTS = ("collapsed", STOPPED)
+OVER = ("finished", *WITHOUT_WEIGHTS)
 
 
 class Recorder(threading.Thread):
@@ -89,7 +90,7 @@ class Recorder(threading.Thread):
             (digest, name, epoch)
             for digest in self._trials
             for name, epoch in self._missing(digest)
-            if epoch or self._outcome(digest) != "collapsed"
+            if epoch or self._outcome(digest) not in WITHOUT_WEIGHTS
         ]
         self.progress = Progress(
             trials=len(todo),
@@ -117,7 +118,10 @@ class Recorder(threading.Thread):
         return [t for digest, t in self._trials.items() if self._outcome(digest) not in OVER]
 
     def _outcome(self, digest: str) -> str:
-        return self._runs[digest].outcome if digest in self._runs else "waiting"
+        """Return how a trial ended; one that was stopped, and may not be, is waiting again."""
+        outcome = self._runs[digest].outcome if digest in self._runs else "waiting"
+        goes_on = outcome == STOPPED and not self._trials[digest].stops_from
+        return "waiting" if goes_on else outcome
 
     def _missing(self, digest: str) -> list[tuple[str, int]]:
         """Return the evaluators, and the epochs, that have not judged a trial as they do now.
@@ -222,7 +226,8 @@ class Recorder(threading.Thread):
     def run(self) -> None:
         try:
             for run in self._runs.values():
-                for epoch in (*run.checkpoints, *((0,) if run.outcome in OVER else ())):
+                last = (0,) if run.outcome == "finished" else ()
+                for epoch in (*run.checkpoints, *last):
                     self._submit_missing_cells(run, epoch)
             while not self._is_over():
                 self._handle_events(EVENTS_AT_ONCE)

@@ -130,6 +130,14 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
         seeds=options.seeds,
         evaluators=options.evaluators,
     )
+    teams = {
+        t.recipe.family for t in plan if study.workers_of(t.recipe.family, options.workers) > 1
+    }
+    if study.early_stop and teams:
+        raise ValueError(
+            f"early_stop ends trials of one worker, and {', '.join(sorted(teams))} has several: "
+            "leave out early_stop, or take --workers 1 and no [placement] of several"
+        )
     if not (options.report or options.status):
         check_buildable(trial.recipe for trial in plan)
     return plan

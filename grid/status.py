@@ -13,7 +13,7 @@ from rich.console import Console
 from grid.plan import Plan, format_seconds
 from trainables.scale import Scale
 from trainables.store.results import ARTIFACTS, DATABASE, database_uri, is_in_use
-from trainables.store.tracking import Tracker, TrialRun, create_database
+from trainables.store.tracking import STOPPED, Tracker, TrialRun, create_database
 
 QUIET_SECONDS = 15.0
 
@@ -120,7 +120,8 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
     runs = tracker.trials()
     states = Counter(_state(runs[t.digest]) if t.digest in runs else "waiting" for t in plan)
     there = [(trial, runs[trial.digest]) for trial in plan if trial.digest in runs]
-    judgeable = [t for t in plan if t.digest not in runs or runs[t.digest].outcome != "collapsed"]
+    over = ("collapsed", STOPPED)
+    judgeable = [t for t in plan if t.digest not in runs or runs[t.digest].outcome not in over]
     cells = sum(len(trial.evaluators) for trial in judgeable)
     judged = sum(len(set(trial.evaluators) & set(run.cells)) for trial, run in there)
     spent = sum(tracker.seconds(run) for _, run in there)
@@ -135,7 +136,7 @@ def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:
             epochs = f"epoch {run.logged_epochs}/{trial.recipe.epochs}"
             epochs = epochs if trial.recipe.epochs else "its weights are read"
             lines.append(f"{_state(run)}: {trial.name}: {epochs}, begun {began} ago")
-        elif run.outcome in ("failed", "blocked", "collapsed"):
+        elif run.outcome in ("failed", "blocked", *over):
             lines.append(f"{run.outcome}: {trial.name}: {run.reason}")
     return "\n".join(lines)
 

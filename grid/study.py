@@ -258,6 +258,30 @@ class PlacementOfFamily(Frozen):
     gpus: float | None = Field(None, ge=0)
 
 
+class EarlyStop(Frozen):
+    """A rule of Ray Tune's that ends trials behind others early; epochs are of full size.
+
+    grace: no trial ends before it. reduction: asha compares after `grace`, `grace * reduction`, ...
+    epochs, and the best of so many go on. median: a trial goes on while its best figure is not
+    below the median of the others' means since `grace`.
+    """
+
+    rule: Annotated[str, one_of("rule", ("asha", "median"))]
+    grace: int = Field(10, ge=1)
+    reduction: int = Field(3, ge=2)
+
+    @model_validator(mode="after")
+    def _is_of_the_rule(self) -> EarlyStop:
+        if self.rule == "median" and "reduction" in self.model_fields_set:
+            raise ValueError("reduction belongs to the rule 'asha': leave it out of 'median'")
+        return self
+
+    def first(self, recipe: Recipe, scale: Scale) -> int:
+        """Return after which epoch at a scale a recipe can first be stopped, 0 where never."""
+        grace = max(1, round(self.grace * scale.epochs_factor))
+        return grace if grace < recipe.epochs else 0
+
+
 class Relative(Frozen):
     """A small model that stands for one of the study at scales that cut models down.
 
@@ -299,7 +323,8 @@ class Study(Frozen):
     `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
     or a table of them by label. `replicates`: seeds unless the command says how many. `evaluators`
     judge every trial, beside those that the tables' columns need. `placement` maps a
-    family to where its trials' placement differs. `settings`, in a file `set`, are axes that every
+    family to where its trials' placement differs. `early_stop` ends trials that are behind others;
+    false, the default: none. `settings`, in a file `set`, are axes that every
     trial and every teacher has so, whatever other axes bring along. `reduced`: models are cut down
     as at scale digits, whatever the scale. `checkpoints`: the epochs, or every how many, after
     which the evaluators of every trial judge it while it trains. `relatives`: by a model's name
@@ -325,6 +350,7 @@ class Study(Frozen):
     replicates: int = Field(1, ge=1)
     evaluators: tuple[Annotated[str, one_of("evaluator", EVALUATORS)], ...] | None = None
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
+    early_stop: Annotated[EarlyStop | None, BeforeValidator(lambda v: v or None)] = None
     claims: tuple[Claim, ...] = ()
     reduced: bool = False
     checkpoints: Annotated[int | tuple[Count, ...], BeforeValidator(_every)] = ()
@@ -370,6 +396,11 @@ class Study(Frozen):
             return tuple(range(step, recipe.epochs, step))
         epochs = {max(1, round(epoch * factor)) for epoch in stated}
         return tuple(sorted(epoch for epoch in epochs if epoch < recipe.epochs))
+
+    def workers_of(self, family: str, default: int) -> int:
+        """Return how many workers a family's trials have, unless stated as the command does."""
+        stated = self.placement.get(family)
+        return (stated and stated.workers) or default
 
     def cut_down(self, recipe: Recipe, scale: Scale) -> Recipe:
         """Return a recipe, and those that it needs, with relatives where the scale cuts models."""

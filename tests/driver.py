@@ -46,11 +46,11 @@ def ended(driver, code=0):
     return said
 
 
-def trials(results):
-    """Return the trials that a results folder's database holds, by digest."""
+def trials(results, scale="digits"):
+    """Return the trials that a results folder's database holds of a scale, by digest."""
     uri = f"sqlite:///{results}/mlflow.db"
     return Tracker(
-        uri, experiment="robustness-digits", artifacts=Path(results, "artifacts")
+        uri, experiment=f"robustness-{scale}", artifacts=Path(results, "artifacts")
     ).trials()
 
 

@@ -74,6 +74,7 @@ def test_a_cell_has_our_value_and_interval_beside_the_published_one():
     [
         ({"outcome": "collapsed", "reason": "at chance"}, "collapsed: at chance"),
         ({"outcome": "failed", "reason": "RuntimeError: no"}, "failed: RuntimeError: no"),
+        ({"outcome": "stopped early", "reason": "asha: no"}, "stopped early: asha: no"),
         ({"outcome": "blocked", "reason": "blocked by deit"}, "blocked by deit"),
         ({"outcome": "training"}, "training"),
         ({"failed": {"clean": "RuntimeError: no"}}, "failed: RuntimeError: no"),

@@ -107,6 +107,19 @@ def test_a_trial_cut_short_goes_on_in_another_actor_and_ends_the_same(start, sma
     assert results[-1]["sha256"] == whole
 
 
+def test_a_trial_is_saved_after_every_epoch_from_which_it_may_be_stopped(
+    start, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("trainables.running.CHECKPOINT_SECONDS", 1e9)
+    recipe = small(epochs=4)
+    actor, folder = start(recipe, stops_from=2), tmp_path / "trials" / recipe.digest()
+    saved = []
+    for _ in range(3):
+        actor.step()
+        saved.append(sorted(path.name[:11] for path in folder.glob("epoch-*")))
+    assert saved == [[], ["epoch-00002"], ["epoch-00002", "epoch-00003"]]
+
+
 def test_a_collapse_ends_the_trial_with_its_reason_and_stays_an_outcome(start, small, tmp_path):
     recipe = small(epochs=4, learning_rate=1e30)
     results = run(start(recipe))

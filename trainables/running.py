@@ -43,6 +43,7 @@ class RunningTrial:
     folder: str
     team: Team
     device: str = "cpu"
+    stops_from: int = 0  # after this epoch each is saved, for the trial may be stopped; 0: never
     outcome: str = "training"
     reason: str = ""
     classifier: Classifier | None = None
@@ -70,7 +71,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     recipe, storage = Recipe.model_validate(config["recipe"]), config["storage"]
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
-    running = RunningTrial(recipe, folder, team, config["device"])
+    running = RunningTrial(recipe, folder, team, config["device"], config.get("stops_from", 0))
     running.checkpoints = tuple(config.get("checkpoints", ()))
     needed = {other.digest(): _trained(running, other, storage) for other in recipe.prerequisites}
     for other in recipe.prerequisites:
@@ -186,7 +187,8 @@ def _advance(running: RunningTrial) -> None:
     running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
-    if report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
+    may_stop = 0 < running.stops_from <= report.epoch
+    if report.outcome != "training" or may_stop or now - running.saved_at >= CHECKPOINT_SECONDS:
         running.saved_at, running.unsaved = now, report
     if report.epoch in running.checkpoints:
         running.unlogged = report

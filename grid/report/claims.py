@@ -12,6 +12,7 @@ from evaluators.intervals import Paired
 from grid.report.tables import over_seeds
 from grid.report.verdicts import Verdicts
 from grid.study import Claim, Row, Study, Table, Test
+from trainables.store.tracking import STOPPED
 
 Decision = Literal[
     "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"
@@ -71,6 +72,9 @@ def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
     test = f"{row.label} ({claim.row[0]}): the outcome of its training"
     digests, runs = verdicts.digests(row), verdicts.runs
     outcomes = [runs[digest].outcome for digest in digests if digest in runs]
+    if STOPPED in outcomes:
+        stopped = _undecided([(row,)], verdicts)[1]
+        return Judgement(claim, "too little data to say", test, outcome=stopped)
     ended = [outcome for outcome in outcomes if outcome in ("finished", "collapsed")]
     if len(ended) < len(digests):
         return Judgement(claim, "not judged yet", test)
@@ -108,18 +112,25 @@ def _difference(
 
 
 def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple[Decision, str]:
-    """Say which trainings ended without a model to judge; a collapsed one never has one."""
+    """Say which trainings ended without a model to judge; a collapsed one never has one.
+
+    One that was stopped early has one only where more is asked of it.
+    """
     runs = verdicts.runs
     ended = [
-        (row.label, runs[digest].outcome)
+        (row.label, runs[digest])
         for rows in compared
         for row in rows
         for digest in verdicts.digests(row)
-        if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked")
+        if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked", STOPPED)
     ]
-    fell = any(outcome == "collapsed" for _, outcome in ended)
-    outcomes = ", ".join(dict.fromkeys(f"{label} {outcome}" for label, outcome in ended))
-    return "cannot be judged" if fell else "not judged yet", outcomes
+    texts = dict.fromkeys(
+        f"{label} {run.outcome}" + f" ({run.reason})" * (run.outcome == STOPPED)
+        for label, run in ended
+    )
+    outcomes = {run.outcome for _, run in ended}
+    decision: Decision = "too little data to say" if STOPPED in outcomes else "not judged yet"
+    return "cannot be judged" if "collapsed" in outcomes else decision, ", ".join(texts)
 
 
 def _test(column: Column, compared: Sequence[tuple[Row, ...]]) -> str:

@@ -16,7 +16,7 @@ from grid.plan import Plan
 from grid.study import Row, Study, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale
-from trainables.store.tracking import TrialRun
+from trainables.store.tracking import STOPPED, TrialRun
 
 PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 
@@ -155,7 +155,7 @@ def _state(run: TrialRun | None, column: Column) -> str:
         return run.failed_cells[column.evaluator]
     if column.evaluator in run.failed_cells:
         return f"failed: {run.failed_cells[column.evaluator]}"
-    if run.outcome in ("collapsed", "failed"):
+    if run.outcome in ("collapsed", "failed", STOPPED):
         return f"{run.outcome}: {run.reason}"
     if run.outcome == "blocked":
         return run.reason

@@ -24,7 +24,7 @@ from grid.report.tables import digests_of
 from grid.study import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.storage import DamagedError
-from trainables.store.tracking import DAMAGED_LEDGER, Tracker, TrialRun
+from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
 CACHED_LEDGERS = 256
@@ -119,7 +119,7 @@ class Verdicts:
     def health(self, trials: Iterable[Trial]) -> Health:
         """Say for every trial with attacks whether they can be believed.
 
-        A collapsed trial has no model to attack.
+        A trial that collapsed or was stopped early has no model to attack.
         """
         flags, unchecked, waiting = {}, [], {}
         for trial in trials:
@@ -132,7 +132,7 @@ class Verdicts:
                 unchecked.append(trial.name)
             lacking = [name for name in attacks if ledgers[name] is None]
             run = self.runs.get(trial.digest)
-            if lacking and not (run and run.outcome == "collapsed"):
+            if lacking and not (run and run.outcome in ("collapsed", STOPPED)):
                 waiting[trial.name] = lacking
         return Health(flags, tuple(unchecked), waiting)
 

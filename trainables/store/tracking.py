@@ -41,6 +41,7 @@ from trainables.store.retries import patiently
 from trainables.store.storage import ASIDE, RECIPE, WEIGHTS, DamagedError
 
 logger = logging.getLogger(__name__)
+STOPPED = "stopped early"  # the outcome of a trial that a scheduler ended
 # Tags of a trial's run. A cell's is a document: question, identity, sha256, judged_by.
 CELL_TAG = "cell."
 FAILED_TAG = "failed."
@@ -354,7 +355,7 @@ class Tracker:
         if trace:
             self._store(run.artifact_uri, {"error.txt": trace.encode()})
         self._tag(run, {"outcome": outcome, "reason": reason})
-        status = "FINISHED" if outcome in ("finished", "collapsed") else "FAILED"
+        status = "FINISHED" if outcome in ("finished", "collapsed", STOPPED) else "FAILED"
         self._call(self._client.set_terminated, run.run_id, status)
         run.outcome, run.reason = outcome, reason
 
