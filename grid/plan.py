@@ -11,7 +11,8 @@ from typing import NamedTuple
 from evaluators import EVALUATORS, evaluator_of
 from grid.axes import axis_value, check_settings, format_settings, with_settings
 from grid.space import BASE, Labels
-from grid.study import Row, Study, Table
+from grid.study import Study
+from grid.table import Row, Table
 from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale, scale_named

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -24,13 +22,24 @@ from pydantic import (
     PrivateAttr,
     TypeAdapter,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
-from evaluators import EVALUATORS, column_named, evaluator_of
-from grid.axes import Library, check_axis, recipe_of_weights, with_axes, with_origin
+from evaluators import EVALUATORS, column_named
+from grid.axes import Library, check_axis, with_axes, with_origin
 from grid.space import BASE, Mode, Sample, Space, conditions_of
+from grid.table import (
+    SCALE,
+    Claim,
+    Name,
+    Row,
+    Table,
+    at_key,
+    base_of,
+    check_claim,
+    check_once,
+    recipe_or_base,
+)
 from trainables.models import check_family, model_named
 from trainables.recipe import (
     Arguments,
@@ -39,7 +48,6 @@ from trainables.recipe import (
     Recipe,
     check_model,
     one_of,
-    problem,
     unknown,
 )
 from trainables.scale import Scale
@@ -48,15 +56,6 @@ FOLDER = Path(__file__).parent / "studies"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 DEFAULT = "bai2021"
 QUICK = "quick"  # the default of a quick look
-SCALE = "imagenet"  # of every base: a study states the values of full-size images
-ALONE = ("none survive", "collapses")  # tests of one row
-Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
-Figure = tuple[float, str]  # a published figure in percent, and its source
-
-
-def _scored(column: str) -> str:
-    evaluator_of(column)
-    return column
 
 
 def _every(value: Any) -> Any:
@@ -68,52 +67,8 @@ def _every(value: Any) -> Any:
     return int(words[1])
 
 
-def _place(value: Any) -> Any:
-    table, slash, label = value.partition("/") if isinstance(value, str) else ("", "", "")
-    if not slash:
-        raise ValueError(f"{value!r} is not a row: write 'TABLE/label'")
-    return table, label
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Axis = Annotated[str, AfterValidator(check_axis)]
 Count = Annotated[int, Field(ge=1)]
-Columns = tuple[Annotated[str, AfterValidator(_scored)], ...]
-Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the label of a row of it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: a label and the recipe behind it."""
-
-    label: str
-    recipe: Recipe
-
-
-def _row(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, dict):
-        return value
-    changes, library = dict(value), info.context or Library()
-    label = changes.pop("label", "")
-    with _at(f"row {label!r}"):
-        if not label or not isinstance(label, str):
-            raise ValueError("its label is missing, or no text")
-        if "weights" in changes:
-            return Row(label, recipe_of_weights(changes, library.folder, SCALE))
-        if not (base := changes.pop("base", "")):
-            raise ValueError(f"a row has weights, or a base: one of {', '.join(library.bases)}")
-        return Row(label, with_axes(_base_named(base, library), changes, library))
-
-
-def _base_named(name: Any, library: Any) -> Recipe:
-    bases: Mapping[str, Recipe] = library.bases
-    if str(name) not in bases:
-        raise ValueError(unknown("base", str(name), bases))
-    return bases[str(name)]
-
-
-def _base(value: Any, info: ValidationInfo) -> Any:
-    return _base_named(value, info.context) if isinstance(value, str) else value
 
 
 def _bases(value: Any, info: ValidationInfo) -> Any:
@@ -146,108 +101,6 @@ def _by_label(values: Any) -> Any:
 
 def _sample(value: Any) -> Any:
     return {"size": value} if isinstance(value, int) else value
-
-
-class PublishedFigures(Frozen):
-    """Published figures in a file: values by row, one for each of the columns, in percent."""
-
-    source: str
-    columns: tuple[str, ...]
-    figures: dict[str, tuple[float, ...]]
-
-
-class Table(Frozen):
-    """Cells laid out beside the published figures, which a file lists by row.
-
-    `columns` are names of scores. `shown`: the columns as they are for a study's data; the report
-    sets it, no file.
-    """
-
-    name: Name
-    question: str
-    columns: Columns
-    rows: tuple[Annotated[Row, BeforeValidator(_row)], ...]
-    published: dict[tuple[str, str], Figure] = Field({})
-    shown: tuple[Any, ...] = Field((), max_length=0)
-
-    @field_validator("rows")
-    @classmethod
-    def _differ(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-        _check_once("row", [row.label for row in rows])
-        if not rows:
-            raise ValueError("a table has at least one row")
-        return rows
-
-    @field_validator("columns")
-    @classmethod
-    def _are_columns(cls, columns: Columns) -> Columns:
-        _check_once("column", columns)
-        if not columns:
-            raise ValueError("a table has at least one column, the name of a score as 'clean'")
-        return columns
-
-    @field_validator("published", mode="before")
-    @classmethod
-    def _by_cell(cls, entries: Any, info: ValidationInfo) -> Any:
-        """Return the figures by row and column; they stand in the file by source."""
-        if not isinstance(entries, tuple) or not {"rows", "columns"} <= info.data.keys():
-            return entries
-        labels, cells = [row.label for row in info.data["rows"]], {}
-        with _at("figures"):
-            entries = [PublishedFigures.model_validate(entry) for entry in entries]
-        for entry in entries:
-            for label, values in entry.figures.items():
-                if len(values) != len(entry.columns):
-                    columns = ", ".join(entry.columns)
-                    raise ValueError(
-                        f"{label!r} has {len(values)} for {len(entry.columns)} columns, {columns}"
-                    )
-                for column, value in zip(entry.columns, values, strict=True):
-                    _check_cell(labels, info.data["columns"], label, column)
-                    cells[label, column] = (value, entry.source)
-        return cells
-
-
-class Claim(Frozen):
-    """A claim: a row minus another, `of`, in a column of the row's table.
-
-    ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
-    not more than five points above it. none survive: the row itself is not. collapses: the row's
-    training does. `also`: further labels of a row and another in the same tables, which differ as
-    the first two do; the claim is of the mean over these pairs. `published`: the published
-    difference in points, where it is stated as one. `headline`: where the study's subject is
-    compared, for the answer to its question; `sign` -1: a difference above 0 speaks against it.
-    """
-
-    says: str
-    test: Test
-    row: Place
-    of: Place = ("", "")
-    column: str = ""
-    published: float | None = None
-    headline: str = ""
-    sign: Literal[1, -1] = 1
-    also: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def pairs(self) -> tuple[tuple[tuple[str, str], tuple[str, str]], ...]:
-        """Return each row with the one that it is compared with."""
-        others = (((self.row[0], ours), (self.of[0], theirs)) for ours, theirs in self.also)
-        return ((self.row, self.of), *others)
-
-    @property
-    def places(self) -> set[tuple[str, str]]:
-        """The rows that it is about, each with its table."""
-        return {place for pair in self.pairs for place in pair} - {("", "")}
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Claim:
-        if (self.test in ALONE) != (self.of == ("", "")):
-            needs = "is of one row" if self.test in ALONE else "needs a second row"
-            raise ValueError(f"test {self.test!r} {needs}: `of`")
-        if self.test != "collapses" and not self.column:
-            raise ValueError(f"test {self.test!r} needs a column")
-        return self
 
 
 class PlacementOfFamily(Frozen):
@@ -291,7 +144,7 @@ class Relative(Frozen):
 
     model: Annotated[str, AfterValidator(check_model)]
     model_args: Arguments = Field({})
-    base: Annotated[Recipe | None, BeforeValidator(_base)] = None
+    base: Annotated[Recipe | None, BeforeValidator(recipe_or_base)] = None
 
     def stand_in(self, recipe: Recipe) -> Recipe:
         """Return the recipe of this model in the place of another's; ValueError."""
@@ -377,10 +230,10 @@ class Study(Frozen):
         choices = {BASE: dict.fromkeys(self.base), **self.axes}
         exclude, only_with = [], {}
         for number, entry in enumerate(self.exclude):
-            with _at(f"exclude.{number}"):
+            with at_key(f"exclude.{number}"):
                 exclude.append(conditions_of(entry, choices))
         for axis, entry in self.only_with.items():
-            with _at(f"only_with.{axis}"):
+            with at_key(f"only_with.{axis}"):
                 if axis not in self.axes:
                     raise ValueError(unknown("axis of this grid", axis, self.axes))
                 only_with[axis] = conditions_of(entry, choices)
@@ -426,7 +279,7 @@ class Study(Frozen):
         if not self.base and (self.axes or not self.tables):
             raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
         self._spans_a_grid()
-        _check_once("table", [table.name for table in self.tables])
+        check_once("table", [table.name for table in self.tables])
         tables = {table.name: table for table in self.tables}
         recipes = [*self.bases.values(), *(row.recipe for t in self.tables for row in t.rows)]
         models = {recipe.model for recipe in (*recipes, *self.base.values())}
@@ -437,18 +290,9 @@ class Study(Frozen):
         if self.drop and not (self.extends and "extends" in self.model_fields_set):
             raise ValueError("drop leaves out parts of a study: state which one this `extends`")
         for claim in self.claims:
-            with _at(f"claim {claim.says!r}"):
-                _check_claim(claim, tables)
+            with at_key(f"claim {claim.says!r}"):
+                check_claim(claim, tables)
         return self
-
-
-def _check_claim(claim: Claim, tables: Mapping[str, Table]) -> None:
-    """Raise ValueError where tables lack a row or the column of a claim."""
-    for name, label in claim.places:
-        if name not in tables:
-            raise ValueError(unknown("table", name, tables))
-        labels = [row.label for row in tables[name].rows]
-        _check_cell(labels, tables[name].columns, label, claim.column)
 
 
 def load_study(name_or_file: str) -> Study:
@@ -458,14 +302,14 @@ def load_study(name_or_file: str) -> Study:
     if path.parent != FOLDER:
         for table in study.tables:
             for name in table.columns:
-                with _at(f"study file {path}: table {table.name}: columns"):
+                with at_key(f"study file {path}: table {table.name}: columns"):
                     column_named(name)  # imports the evaluator, which takes seconds
     return study
 
 
 def _study(path: Path) -> Study:
     entries = _read(path)
-    with _at(f"study file {path}"):
+    with at_key(f"study file {path}"):
         library = _library(entries, path)
         above = (
             _study(_path_of(entries["extends"], path.parent)) if entries.get("extends") else None
@@ -497,11 +341,11 @@ def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> 
         if table.name not in dropped
     }
     own = _TABLES.validate_python(entries.get("tables", ()))
-    _check_once("table", [str(table.get("name")) for table in own])
+    check_once("table", [str(table.get("name")) for table in own])
     for number, table in enumerate(own):
         name = str(table.get("name", number))
         rows = inherited[name]["rows"] if name in inherited else ()
-        with _at(f"tables.{number}"):
+        with at_key(f"tables.{number}"):
             stated = _TABLES.validate_python(table.get("rows", ()))
             changed = {"rows": _changed_rows(rows, stated, library)}
         inherited[name] = {**inherited.get(name, {}), **table, **changed}
@@ -533,11 +377,11 @@ def _changed_rows(
     """
     changed: dict[str, Any] = {row.label: row for row in rows}
     labels = [str(entry.get("label", number)) for number, entry in enumerate(stated)]
-    _check_once("row", labels)
+    check_once("row", labels)
     for label, entry in zip(labels, stated, strict=True):
         if label in changed and not entry.keys() & {"base", "weights"}:
             changes = {axis: value for axis, value in entry.items() if axis != "label"}
-            with _at(f"row {label!r}"):
+            with at_key(f"row {label!r}"):
                 changed[label] = Row(label, with_axes(changed[label].recipe, changes, library))
         else:
             changed[label] = entry
@@ -569,7 +413,7 @@ def _with_published(study: Study, above: Study) -> Study:
     by_name, claims = {table.name: table for table in tables}, []
     for claim in above.claims:
         with suppress(ValueError):
-            _check_claim(claim, by_name)
+            check_claim(claim, by_name)
             unchanged = claim.places <= same
             claims.append(claim if unchanged else claim.model_copy(update={"published": None}))
     own = {claim.says for claim in study.claims}
@@ -581,28 +425,6 @@ def _with_published(study: Study, above: Study) -> Study:
 def base_named(name: str) -> Recipe:
     """Return a base of the paper's study."""
     return load_study(DEFAULT).bases[name]
-
-
-@contextmanager
-def _at(key: str) -> Iterator[None]:
-    """Say in a ValueError under which key it was raised."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{key}: {problem(error)}") from None
-
-
-def _check_once(kind: str, names: Iterable[str]) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"{kind} {twice[0]!r} is there twice")
-
-
-def _check_cell(labels: Sequence[str], columns: Sequence[str], label: str, column: str) -> None:
-    """Raise ValueError where a table has no such row or column; "": no column is meant."""
-    if label not in labels:
-        raise ValueError(unknown("row", label, labels))
-    if column and column not in columns:
-        raise ValueError(unknown("column", column, columns))
 
 
 def _path_of(name_or_file: str, folder: Path) -> Path:
@@ -643,20 +465,20 @@ def _library(entries: Mapping[str, Any], path: Path, below: tuple[Path, ...] = (
     """
     inherited, files = Library(), (*below, path.resolve())
     if extended := entries.get("extends", DEFAULT):
-        with _at("extends"):
+        with at_key("extends"):
             above = _path_of(str(extended), path.parent)
             if above.resolve() in files:
                 raise ValueError(f"{above} extends itself")
             inherited = _library(_read(above), above, files)
     curricula, bases, folder = dict(inherited.curricula), dict(inherited.bases), path.parent
-    with _at("curricula"):
+    with at_key("curricula"):
         for name, rows in _CURRICULA.validate_python(entries.get("curricula", {})).items():
             numbered = ({"epoch": epoch, **row} for epoch, row in enumerate(rows))
             curricula[name] = tuple(map(CurriculumRow.model_validate, numbered))
-    with _at("bases"):
+    with at_key("bases"):
         stated = _BASES.validate_python(entries.get("bases", {}))
         for name, values in stated.items():
-            with _at(name):
+            with at_key(name):
                 _check_above(values, stated.keys() - bases.keys())
                 bases[name] = _new_base(values, Library(bases, curricula, folder))
     return Library(bases, curricula, folder)
@@ -676,7 +498,7 @@ def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:
     """Return a base: one above it with axes set, or a recipe of its own fields."""
     changes = with_origin(values, library.folder)
     if "extends" in changes:
-        return with_axes(_base_named(changes.pop("extends"), library), changes, library)
+        return with_axes(base_of(changes.pop("extends"), library), changes, library)
     for axis in changes:
         check_axis(axis)
     names = [name for name in Recipe.model_fields if name in changes and name != "warm_start"]

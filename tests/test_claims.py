@@ -15,7 +15,7 @@ from grid.report.claims import Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
 from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
-from grid.study import Claim
+from grid.table import Claim
 from tests.paper import STUDY
 from tests.test_report import trial_run
 from trainables.scale import CIFAR10, DIGITS, IMAGENET

@@ -31,6 +31,8 @@ LIGHT = (
     "trainables/models.py",
     "trainables/store/results.py",
     "grid/study.py",
+    "grid/space.py",
+    "grid/table.py",
     "grid/axes.py",
     "grid/plan.py",
     "grid/estimate.py",

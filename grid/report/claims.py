@@ -11,7 +11,8 @@ from evaluators.base import Column
 from evaluators.intervals import Paired
 from grid.report.tables import over_seeds
 from grid.report.verdicts import Verdicts
-from grid.study import Claim, Row, Study, Table, Test
+from grid.study import Study
+from grid.table import Claim, Row, Table, Test
 from trainables.store.tracking import STOPPED
 
 Decision = Literal[

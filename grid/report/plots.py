@@ -21,7 +21,7 @@ from grid.report.claims import Judgement
 from grid.report.effects import Effects
 from grid.report.tables import FilledTable
 from grid.report.verdicts import Verdicts
-from grid.study import Row, Table
+from grid.table import Row, Table
 from trainables.scale import Scale
 from trainables.store.tracking import ALONG, TrialRun
 

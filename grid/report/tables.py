@@ -13,7 +13,8 @@ from evaluators import EVALUATORS, column_named, columns_of
 from evaluators.base import Column
 from evaluators.intervals import with_trainings
 from grid.plan import Plan
-from grid.study import Row, Study, Table
+from grid.study import Study
+from grid.table import Row, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun

@@ -21,7 +21,7 @@ from evaluators.intervals import Paired, compare, image_scores
 from evaluators.ledger import from_parquet
 from grid.plan import Plan, Trial
 from grid.report.tables import digests_of
-from grid.study import Row, Table
+from grid.table import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.storage import DamagedError
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun

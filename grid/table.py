@@ -1,0 +1,214 @@
+"""A study's tables: rows, columns and published figures, and the claims about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from evaluators import evaluator_of
+from grid.axes import Library, recipe_of_weights, with_axes
+from trainables.recipe import Frozen, Recipe, problem, unknown
+
+SCALE = "imagenet"  # of every base: a study states the values of full-size images
+ALONE = ("none survive", "collapses")  # tests of one row
+Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
+Figure = tuple[float, str]  # a published figure in percent, and its source
+
+
+@contextmanager
+def at_key(key: str) -> Iterator[None]:
+    """Say in a ValueError under which key it was raised."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {problem(error)}") from None
+
+
+def check_once(kind: str, names: Iterable[str]) -> None:
+    """Raise ValueError where a name is there twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{kind} {twice[0]!r} is there twice")
+
+
+def _check_cell(labels: Sequence[str], columns: Sequence[str], label: str, column: str) -> None:
+    """Raise ValueError where a table has no such row or column; "": no column is meant."""
+    if label not in labels:
+        raise ValueError(unknown("row", label, labels))
+    if column and column not in columns:
+        raise ValueError(unknown("column", column, columns))
+
+
+def _scored(column: str) -> str:
+    evaluator_of(column)
+    return column
+
+
+def _place(value: Any) -> Any:
+    table, slash, label = value.partition("/") if isinstance(value, str) else ("", "", "")
+    if not slash:
+        raise ValueError(f"{value!r} is not a row: write 'TABLE/label'")
+    return table, label
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Columns = tuple[Annotated[str, AfterValidator(_scored)], ...]
+Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the label of a row of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a label and the recipe behind it."""
+
+    label: str
+    recipe: Recipe
+
+
+def _row(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        return value
+    changes, library = dict(value), info.context or Library()
+    label = changes.pop("label", "")
+    with at_key(f"row {label!r}"):
+        if not label or not isinstance(label, str):
+            raise ValueError("its label is missing, or no text")
+        if "weights" in changes:
+            return Row(label, recipe_of_weights(changes, library.folder, SCALE))
+        if not (base := changes.pop("base", "")):
+            raise ValueError(f"a row has weights, or a base: one of {', '.join(library.bases)}")
+        return Row(label, with_axes(base_of(base, library), changes, library))
+
+
+def base_of(name: Any, library: Any) -> Recipe:
+    """Return a library's base by name; ValueError."""
+    bases: Mapping[str, Recipe] = library.bases
+    if str(name) not in bases:
+        raise ValueError(unknown("base", str(name), bases))
+    return bases[str(name)]
+
+
+def recipe_or_base(value: Any, info: ValidationInfo) -> Any:
+    """Return the base of a name, for a field that holds a recipe; ValueError."""
+    return base_of(value, info.context) if isinstance(value, str) else value
+
+
+class PublishedFigures(Frozen):
+    """Published figures in a file: values by row, one for each of the columns, in percent."""
+
+    source: str
+    columns: tuple[str, ...]
+    figures: dict[str, tuple[float, ...]]
+
+
+class Table(Frozen):
+    """Cells laid out beside the published figures, which a file lists by row.
+
+    `columns` are names of scores. `shown`: the columns as they are for a study's data; the report
+    sets it, no file.
+    """
+
+    name: Name
+    question: str
+    columns: Columns
+    rows: tuple[Annotated[Row, BeforeValidator(_row)], ...]
+    published: dict[tuple[str, str], Figure] = Field({})
+    shown: tuple[Any, ...] = Field((), max_length=0)
+
+    @field_validator("rows")
+    @classmethod
+    def _differ(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        check_once("row", [row.label for row in rows])
+        if not rows:
+            raise ValueError("a table has at least one row")
+        return rows
+
+    @field_validator("columns")
+    @classmethod
+    def _are_columns(cls, columns: Columns) -> Columns:
+        check_once("column", columns)
+        if not columns:
+            raise ValueError("a table has at least one column, the name of a score as 'clean'")
+        return columns
+
+    @field_validator("published", mode="before")
+    @classmethod
+    def _by_cell(cls, entries: Any, info: ValidationInfo) -> Any:
+        """Return the figures by row and column; they stand in the file by source."""
+        if not isinstance(entries, tuple) or not {"rows", "columns"} <= info.data.keys():
+            return entries
+        labels, cells = [row.label for row in info.data["rows"]], {}
+        with at_key("figures"):
+            entries = [PublishedFigures.model_validate(entry) for entry in entries]
+        for entry in entries:
+            for label, values in entry.figures.items():
+                if len(values) != len(entry.columns):
+                    columns = ", ".join(entry.columns)
+                    raise ValueError(
+                        f"{label!r} has {len(values)} for {len(entry.columns)} columns, {columns}"
+                    )
+                for column, value in zip(entry.columns, values, strict=True):
+                    _check_cell(labels, info.data["columns"], label, column)
+                    cells[label, column] = (value, entry.source)
+        return cells
+
+
+class Claim(Frozen):
+    """A claim: a row minus another, `of`, in a column of the row's table.
+
+    ahead, behind: the difference is above or below 0. level: within five points of 0. no gain:
+    not more than five points above it. none survive: the row itself is not. collapses: the row's
+    training does. `also`: further labels of a row and another in the same tables, which differ as
+    the first two do; the claim is of the mean over these pairs. `published`: the published
+    difference in points, where it is stated as one. `headline`: where the study's subject is
+    compared, for the answer to its question; `sign` -1: a difference above 0 speaks against it.
+    """
+
+    says: str
+    test: Test
+    row: Place
+    of: Place = ("", "")
+    column: str = ""
+    published: float | None = None
+    headline: str = ""
+    sign: Literal[1, -1] = 1
+    also: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[tuple[str, str], tuple[str, str]], ...]:
+        """Return each row with the one that it is compared with."""
+        others = (((self.row[0], ours), (self.of[0], theirs)) for ours, theirs in self.also)
+        return ((self.row, self.of), *others)
+
+    @property
+    def places(self) -> set[tuple[str, str]]:
+        """The rows that it is about, each with its table."""
+        return {place for pair in self.pairs for place in pair} - {("", "")}
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Claim:
+        if (self.test in ALONE) != (self.of == ("", "")):
+            needs = "is of one row" if self.test in ALONE else "needs a second row"
+            raise ValueError(f"test {self.test!r} {needs}: `of`")
+        if self.test != "collapses" and not self.column:
+            raise ValueError(f"test {self.test!r} needs a column")
+        return self
+
+
+def check_claim(claim: Claim, tables: Mapping[str, Table]) -> None:
+    """Raise ValueError where tables lack a row or the column of a claim."""
+    for name, label in claim.places:
+        if name not in tables:
+            raise ValueError(unknown("table", name, tables))
+        labels = [row.label for row in tables[name].rows]
+        _check_cell(labels, tables[name].columns, label, claim.column)
