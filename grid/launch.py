@@ -19,12 +19,7 @@ from urllib.request import url2pathname
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from evaluators import evaluator_named
@@ -420,7 +415,7 @@ class EarlyStopping(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         digest = _digest_of(trial)
         if digest not in self._trials or digest in self.reasons:
-            return str(TrialScheduler.CONTINUE)
+            return str(self.CONTINUE)
         adversary = self._trials[digest]["recipe"]["adversary"]
         metric = PROBE if adversary else ACCURACY
         group = (metric, *(str(adversary[key]) for key in ("norm", "epsilon") if adversary))
@@ -436,13 +431,13 @@ class EarlyStopping(FIFOScheduler):  # type: ignore[misc]
                 continue
             figures[epoch] = entry[metric]
             seen, first = {"epoch": epoch, metric: entry[metric]}, self._first_tries[digest]
-            if rule.on_trial_result(tune_controller, first, seen) == TrialScheduler.STOP:
+            if rule.on_trial_result(tune_controller, first, seen) == self.STOP:
                 # A trial whose files lack room is in training after its last epoch, too.
                 last = self._trials[digest]["recipe"]["epochs"]
                 going_on = result["outcome"] == "training" and epoch < last
                 self.reasons[digest] = self._reason(group, digest, epoch) if going_on else ""
-                return str(TrialScheduler.STOP if going_on else TrialScheduler.CONTINUE)
-        return str(TrialScheduler.CONTINUE)
+                return str(self.STOP if going_on else self.CONTINUE)
+        return str(self.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         self.on_trial_result(tune_controller, trial, result)

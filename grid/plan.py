@@ -399,10 +399,7 @@ def _notes(study: Study, trials: Collection[Trial], spanned: int) -> Iterator[st
         firsts = sorted({trial.stops_from for trial in trials} - {0})
         stopping = sum(trial.stops_from > 0 for trial in trials)
         since = f", from epoch {firsts[0]} on" if firsts else ""
-        yield (
-            f"early_stop ({study.early_stop.rule}) may end {stopping} of {len(trials)} trials"
-            f"{since}: none that others need, and none of fewer epochs"
-        )
+        yield f"early_stop may end {stopping} of {len(trials)} trials{since}: none that others need"
     untrained = sum(not trial.recipe.epochs for trial in trials)
     if untrained and study.settings:
         settings = format_settings(study.settings)

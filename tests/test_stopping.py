@@ -165,14 +165,16 @@ def test_a_wrong_rule_ends_the_command_with_2_before_any_compute(
 
 
 def test_a_claim_that_needs_a_stopped_trial_has_too_little_data(tmp_path):
-    study = load_study(str(written(tmp_path)))
+    text = STUDY.replace('columns = ["clean"]', 'columns = ["clean", "pgd-10"]')
+    study = load_study(str(written(tmp_path, text)))
     plan = build_plan(study, DIGITS)
     good, bad = (row.recipe.digest() for row in plan.tables[0].rows)
     runs = {good: trial_run(good), bad: trial_run(bad, "stopped early", "asha: behind")}
     judged = judge_claims(study.claims, tables_of(study, plan, runs), Verdicts(None, runs))
     said = ("too little data to say", "bad stopped early (asha: behind)")
     assert [(j.decision, j.outcome) for j in judged] == [said, said]
-    assert Verdicts(None, runs).health(plan).waiting == {}
+    waiting = Verdicts(None, runs).health(plan).waiting
+    assert waiting == {trial.name: ["pgd"] for trial in plan if trial.digest == good}
 
 
 @pytest.mark.slow
