@@ -140,8 +140,8 @@ def enumerate_trials(study: Study, scale: Scale) -> tuple[list[Request], list[Re
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
-        own = _shown({axis: space.own(labels, axis) for axis in (BASE, *space.axes)}, study)
-        spanned.append(Request(recipe, study.name, model=stated.model, labels=own))
+        shown = _shown({axis: space.own(labels, axis) for axis in (BASE, *space.axes)}, study)
+        spanned.append(Request(recipe, study.name, model=stated.model, labels=shown))
         if space.sample and len(spanned) == space.sample.size:
             break
     return spanned, refused
@@ -364,13 +364,13 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
 def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Collection[str]) -> str:
     """Describe a recipe, the study's axes that its description lacks, and what it stands for."""
     described = recipe.describe()
-    own = {
+    stated = {
         axis: label
         for axis, label in labels.items()
         if axis != BASE and str(study.axes[axis].get(label)) != label
     }
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
-    values = {axis: axis_value(recipe, axis, study.library) for axis in axes} | own
+    values = {axis: axis_value(recipe, axis, study.library) for axis in axes} | stated
     others = (words for a, v in values.items() if f" {(words := f'{a}={v}')} " not in described)
     return " ".join([described, *others, *([f"for {' or '.join(models)}"] if models else [])])
 

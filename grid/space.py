@@ -60,13 +60,13 @@ class Space:
 
     def combinations(self) -> Iterator[Labels]:
         """Yield each combination once, the base's name in it; of a sample those drawn, in order."""
-        seen = set()
+        yielded = set()
         sample = self.sample if self.sample and self.size > self.sample.size else None
         for labels in self._drawn(sample) if sample else self._spanned():
-            kept = self._with_their_conditions(labels)
-            if (key := tuple(kept.items())) not in seen and not self._is_excluded(kept):
-                yield kept
-            seen.add(key)
+            meant = self._with_their_conditions(labels)
+            if (key := tuple(meant.items())) not in yielded and not self._is_excluded(meant):
+                yield meant
+            yielded.add(key)
 
     def own(self, labels: Labels, axis: str) -> str:
         """Return the label of a combination on an axis; the base's value where it states none."""

@@ -340,9 +340,9 @@ def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> 
         for table in above.tables
         if table.name not in dropped
     }
-    own = _TABLES.validate_python(entries.get("tables", ()))
-    check_once("table", [str(table.get("name")) for table in own])
-    for number, table in enumerate(own):
+    tables = _TABLES.validate_python(entries.get("tables", ()))
+    check_once("table", [str(table.get("name")) for table in tables])
+    for number, table in enumerate(tables):
         name = str(table.get("name", number))
         rows = inherited[name]["rows"] if name in inherited else ()
         with at_key(f"tables.{number}"):
@@ -416,8 +416,8 @@ def _with_published(study: Study, above: Study) -> Study:
             check_claim(claim, by_name)
             unchanged = claim.places <= same
             claims.append(claim if unchanged else claim.model_copy(update={"published": None}))
-    own = {claim.says for claim in study.claims}
-    inherited = (claim for claim in claims if claim.says not in own)
+    restated = {claim.says for claim in study.claims}
+    inherited = (claim for claim in claims if claim.says not in restated)
     return study.model_copy(update={"tables": tuple(tables), "claims": (*inherited, *study.claims)})
 
 

@@ -142,27 +142,27 @@ def test_stated_sizes_are_planned_said_and_refused(capsys, tmp_path):
 
 
 def test_the_same_command_goes_on_with_the_same_sizes(capsys, tmp_path):
-    words = ["--plan", "--minutes", "3", "--only", "family=resnet", "--evaluators", "clean"]
+    words = ["--plan", "--minutes", "60", "--only", "family=resnet", "--evaluators", "clean"]
     said = []
     for _ in range(2):
         assert main([*words, "--results", str(tmp_path)]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert re.search(
-        r"chosen for 3 min by the pace and load of this machine at the start: about .*", said[0]
+        r"chosen for 60 min by the pace and load of this machine at the start: about .*", said[0]
     )
     assert "1,200 of 1,200 train images, 10 epochs in place of 10, 597 held-out" in said[0]
 
 
 @pytest.mark.slow
 def test_a_quick_look_at_a_folder_ends_with_a_report_that_says_so(capsys, tmp_path, folder):
-    words = ["--data", str(folder), "--minutes", "9", "--results", str(tmp_path / "results")]
+    words = ["--data", str(folder), "--minutes", "60", "--results", str(tmp_path / "results")]
     words += ["--epochs", "2", "--eval-images", "12"]  # leaves the train images to be chosen
     assert main(words) == 0
     said = capsys.readouterr()
     assert "Trained 2 and judged 12 cells" in said.out
     (note,) = re.findall(
-        r"^note: (Quick look: .* train images, .* chosen for 9 min.*)$", said.err, re.M
+        r"^note: (Quick look: .* train images, .* chosen for 60 min.*)$", said.err, re.M
     )
     for name in ("index.html", "tables.md"):
         assert note in (tmp_path / "results" / "report" / name).read_text()
