@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from evaluators import column_named
 from grid.plan import build_plan
 from grid.run import main
-from grid.study import load_study
+from grid.study import FOLDER, load_study
 from tests import driver
 from trainables.networks import build_classifier
 from trainables.recipe import Adversary, Preprocessing, Recipe
@@ -654,6 +654,15 @@ def test_matrices_and_kernels_are_decayed_and_nothing_else_is(small, model, opti
     }
     assert {name for name, value in decay.items() if value == 0.02} == DECAYED[model]
     assert set(decay.values()) == {0.0, 0.02}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_files_comment_states_the_whole_cost(study):
+    text = (FOLDER / f"{study}.toml").read_text()
+    ((trainings, epochs),) = re.findall(r"# Whole cost.*: (\d+) trainings, ([\d,]+) epochs", text)
+    trained = [trial for trial in build_plan(load_study(study), IMAGENET) if trial.recipe.epochs]
+    assert int(trainings) == len(trained)
+    assert float(epochs.replace(",", "")) == pytest.approx(sum(t.cost for t in trained), abs=1)
 
 
 @pytest.mark.parametrize("study", STUDIES)
