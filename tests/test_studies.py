@@ -735,4 +735,5 @@ def test_a_study_runs_at_digits_to_its_report(study, ray_address, tmp_path):
     runs = driver.trials(tmp_path).values()
     assert {run.outcome for run in runs} == {"finished"}
     for run in runs:
-        assert f"{100 * run.metrics['clean']:.1f}" in page
+        if run.studies[study] != "warm":  # a warm start is in no table
+            assert f"{100 * run.metrics['clean']:.1f}" in page
