@@ -61,10 +61,10 @@ def test_a_row_names_a_file_on_both_sides_and_ours_is_there(row):
 
 
 @pytest.mark.parametrize("what", SWITCHES)
-def test_a_switch_is_taken_and_a_setting_makes_another_trial(what):
+def test_a_switch_is_taken_and_a_setting_makes_another_trial(what, tmp_path):
     (switch,) = CODE.findall(SWITCHES[what])
     assert SWITCHES[what] == f"`{switch}`"
-    words = shlex.split(switch.removeprefix(JUDGE))
+    words = shlex.split(switch.removeprefix(JUDGE).replace("=DIR", f"={tmp_path}"))
     if switch.startswith(JUDGE):
         JudgeOptions.read(["--weights", "FILE", *words])
         return

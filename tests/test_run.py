@@ -91,8 +91,8 @@ GRID = 'name="s"\nbase="resnet50"\n[axes]\nfamily='
             "placement.deit: unknown key 'worker'; one of workers, cpus, gpus. Did you mean",
         ),
         (
-            '["resnet"]\n[placement]\nvit.workers = 2',
-            "placement.vit: unknown family 'vit'; one of resnet, deit, hy",
+            '["resnet"]\n[placement]\ndiet.workers = 2',
+            "placement.diet: unknown family 'diet'; one of resnet, deit, hy",
         ),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from evaluators import column_named
 from grid.plan import build_plan
@@ -714,20 +713,11 @@ SHORT = {  # a tenth of these epochs at digits; where rows differ in their epoch
 }
 
 
-@pytest.fixture(scope="module")
-def ray_address():
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
-    )
-    yield nodes.address
-    nodes.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_runs_at_digits_to_its_report(study, ray_address, tmp_path):
+def test_a_study_runs_at_digits_to_its_report(study, tmp_path):
     command = driver.start(
-        *(study, tmp_path, "--scale", "digits", "--address", ray_address),
+        *(study, tmp_path, "--scale", "digits", "--address", "local"),
         *("--evaluators", "clean", *SHORT[study]),
     )
     assert re.search(r"Trained \d+ and judged \d+ cells", driver.ended(command))
