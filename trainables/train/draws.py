@@ -16,6 +16,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 # Functions that draw where no generator reaches.
 UNREACHED = (
     *(F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -81,7 +85,7 @@ def draws(network: nn.Module) -> bool:
     """Tell whether a network in training draws at random."""
     rates = [float(getattr(network, "drop_rate", 0))]
     for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, DROPOUTS):
             rates.append(module.p)
         elif isinstance(module, DropPath):
             rates.append(module.drop_prob or 0)
