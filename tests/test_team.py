@@ -43,6 +43,10 @@ def recipes(small):
             norm="ghost", ghost_batch=8, micro_batch=32
         ),
         "resnet, layers dropped": resnet.replace(drop_path=0.3, dropout=0.2, micro_batch=32),
+        # The accuracy is that of the mean of the weights.
+        "resnet, clipped, by LAMB, mean judged": resnet.replace(
+            optimizer="lamb", clip_grad=0.5, ema_decay=0.5, loss="bce"
+        ),
         "resnet with ghosts, attacked": resnet.replace(
             norm="ghost", ghost_batch=16, adversary=adversary
         ),
