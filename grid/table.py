@@ -137,8 +137,6 @@ class Table(Frozen):
     @classmethod
     def _are_columns(cls, columns: Columns) -> Columns:
         check_once("column", columns)
-        if not columns:
-            raise ValueError("a table has at least one column, the name of a score as 'clean'")
         return columns
 
     @field_validator("published", mode="before")

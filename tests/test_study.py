@@ -392,7 +392,7 @@ def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
         (
             '["clean", "pgd-10"]',
             "[]",
-            "tables.0.columns: a table has at least one column, the name",
+            "tables.0.columns: a table has at least one column, a score",
         ),
         ('"clean", "pgd-10"]', '"clean", "clean"]', "tables.0.columns: column 'clean' is there tw"),
         (
@@ -529,3 +529,11 @@ def test_checkpoints_that_no_one_can_read_are_refused(tmp_path):
     file.write_text('name = "along"\ncheckpoints = "every ten"\nbase = "resnet50"\n')
     with pytest.raises(ValueError, match="checkpoints: 'every ten' is not like 'every 10 epochs'"):
         load_study(str(file))
+
+
+def test_a_grid_that_is_trained_and_not_judged_has_a_table_without_columns(tmp_path):
+    file = tmp_path / "unjudged.toml"
+    file.write_text('name = "unjudged"\nbase = "resnet50"\nevaluators = []\n')
+    study = load_study(str(file))
+    (table,) = tables_of(study, build_plan(study, DIGITS), {})
+    assert (table.columns, len(table.rows)) == ((), 1)
