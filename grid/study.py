@@ -280,10 +280,6 @@ class Study(Frozen):
             raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
         self._spans_a_grid()
         check_once("table", [table.name for table in self.tables])
-        for number, table in enumerate(self.tables):
-            if not table.columns:
-                key = f"tables.{number}.columns"
-                raise ValueError(f"{key}: a table has at least one column, a score like 'clean'")
         tables = {table.name: table for table in self.tables}
         recipes = [*self.bases.values(), *(row.recipe for t in self.tables for row in t.rows)]
         models = {recipe.model for recipe in (*recipes, *self.base.values())}

@@ -135,8 +135,12 @@ class Table(Frozen):
 
     @field_validator("columns")
     @classmethod
-    def _are_columns(cls, columns: Columns) -> Columns:
+    def _are_columns(cls, columns: Columns, info: ValidationInfo) -> Columns:
         check_once("column", columns)
+        if (
+            not columns and info.context is not None
+        ):  # the report's own of an unjudged grid has none
+            raise ValueError("a table has at least one column, the name of a score as 'clean'")
         return columns
 
     @field_validator("published", mode="before")

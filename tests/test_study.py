@@ -392,7 +392,7 @@ def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
         (
             '["clean", "pgd-10"]',
             "[]",
-            "tables.0.columns: a table has at least one column, a score",
+            "tables.0.columns: a table has at least one column, the name",
         ),
         ('"clean", "pgd-10"]', '"clean", "clean"]', "tables.0.columns: column 'clean' is there tw"),
         (
