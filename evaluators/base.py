@@ -73,7 +73,7 @@ class Column:
     `counterpart_score` ("": the same) of a `counterpart` of that title, if there is one, under a
     `heading`. `own_score`: a score that only the study's own data give, without which the column
     is that of its counterpart, or none. `stands_in`: the counterpart takes the place of a published
-    set at the published data's own scale.
+    set at the published data's own scale. `error`: less is better.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Column:
     heading: str = ""
     evaluator: str = ""
     stands_in: bool = False
+    error: bool = False
 
     @property
     def score(self) -> str:

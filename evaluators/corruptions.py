@@ -61,9 +61,13 @@ class Corruptions(Evaluator):
 
     name = "corruptions"
     columns = (
-        Column("corruptions", "ImageNet-C error", "Corruptions error", own_score="corruptions/mCE"),
-        Column("corruptions-19", "Error, 19 corruptions", own_score="corruptions-19"),
-        Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE"),
+        Column(
+            *("corruptions", "ImageNet-C error", "Corruptions error"),
+            own_score="corruptions/mCE",
+            error=True,
+        ),
+        Column("corruptions-19", "Error, 19 corruptions", own_score="corruptions-19", error=True),
+        Column("corruptions/mCE", "ImageNet-C mCE", own_score="corruptions/mCE", error=True),
     )
     least_shard = SHARD_IMAGES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,11 @@ class Paired:
     high: float
     n: int
     p: float | None
+
+    def reversed(self) -> Paired:
+        """Return the other side minus this one."""
+        difference, low, high = (0.0 - v for v in (self.difference, self.high, self.low))
+        return replace(self, difference=difference, low=low, high=high)
 
 
 def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:

@@ -156,6 +156,6 @@ def class_of(plug_in: EntryPoint) -> type[Evaluator]:
     if not callable(loaded):
         raise ValueError(f"{described(plug_in)} is no function")
     base, title = (Attack, "") if kind == "attacks" else (Corruption, " error")
-    columns = (Column(plug_in.name, plug_in.name + title),)
+    columns = (Column(plug_in.name, plug_in.name + title, error=bool(title)),)
     fields |= {"function": staticmethod(loaded), "columns": columns}
     return type(plug_in.name, (base,), fields)

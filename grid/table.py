@@ -173,7 +173,7 @@ class Claim(Frozen):
     training does. `also`: further labels of a row and another in the same tables, which differ as
     the first two do; the claim is of the mean over these pairs. `published`: the published
     difference in points, where it is stated as one. `headline`: where the study's subject is
-    compared, for the answer to its question; `sign` -1: a difference above 0 speaks against it.
+    compared, which is `row`, for the answer to its question.
     """
 
     says: str
@@ -183,7 +183,6 @@ class Claim(Frozen):
     column: str = ""
     published: float | None = None
     headline: str = ""
-    sign: Literal[1, -1] = 1
     also: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -11,7 +11,7 @@ from evaluators.base import Batch, verdicts
 from evaluators.intervals import Paired
 from evaluators.ledger import scores_as_metrics, share
 from grid.plan import build_plan
-from grid.report.claims import Judgement, answer, decide, judge_claims
+from grid.report.claims import SUPPORTS, Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
 from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
@@ -37,36 +37,33 @@ REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to s
         ("ahead", 0.01, 0.2, REPRODUCED),
         ("ahead", 0.0, 0.2, OPEN),
         ("ahead", -0.2, -0.01, FAILED),
-        ("behind", -0.2, -0.01, REPRODUCED),
-        ("behind", -0.2, 0.01, OPEN),
-        ("behind", 0.01, 0.2, FAILED),
+        ("behind", 0.01, 0.2, REPRODUCED),
+        ("behind", -0.01, 0.2, OPEN),
+        ("behind", -0.2, -0.01, FAILED),
         ("level", -0.04, 0.04, REPRODUCED),
         ("level", -0.06, 0.04, OPEN),
         ("level", 0.06, 0.2, FAILED),
         ("level", -0.2, -0.06, FAILED),
-        ("no gain", -0.5, 0.04, REPRODUCED),
-        ("no gain", -0.5, 0.06, OPEN),
-        ("no gain", 0.06, 0.1, FAILED),
-        ("none survive", 0.0, 0.04, REPRODUCED),
-        ("none survive", 0.02, 0.2, OPEN),
-        ("none survive", 0.06, 0.2, FAILED),
+        ("no gain", -0.04, 0.5, REPRODUCED),
+        ("no gain", -0.06, 0.5, OPEN),
+        ("no gain", -0.1, -0.06, FAILED),
+        ("none survive", -0.04, 0.0, REPRODUCED),
+        ("none survive", -0.2, -0.02, OPEN),
+        ("none survive", -0.2, -0.06, FAILED),
     ],
 )
 def test_a_claim_is_decided_by_its_interval(kind, low, high, decision):
-    assert decide(kind, low, high) == decision
+    assert decide(Paired(low, low, high, 9, None), SUPPORTS[kind]) == decision
 
 
 def test_every_claim_holds_in_the_papers_own_figures():
-    figures = {(t.name, *cell): f[0] for t in STUDY.tables for cell, f in t.published.items()}
-    tables = set()
-    for claim in STUDY.claims:
-        ours = figures.get((*claim.row, claim.column))
-        theirs = 0 if claim.test == "none survive" else figures.get((*claim.of, claim.column))
-        if ours is not None and theirs is not None:
-            difference = (ours - theirs) / 100
-            assert decide(claim.test, difference, difference) == REPRODUCED, claim.says
-            tables.add(claim.row[0])
-    assert tables == {"T1", "T2", "T5", "T7", "T8", "T9"}
+    plan = build_plan(STUDY, IMAGENET)
+    judged = [j for j in judge(plan, {}) if j.published is not None]
+    for judgement in judged:
+        least, most = judgement.supports
+        assert least < judgement.published / 100 < most, judgement.claim.says
+    tables = {judgement.claim.row[0] for judgement in judged}
+    assert tables == {"T1", "T2", "T3", "T5", "T7", "T8", "T9"}
 
 
 @pytest.mark.parametrize("scale", [DIGITS, IMAGENET, CIFAR10])
@@ -111,7 +108,7 @@ def judge_by_hand(plan, column, survivors):
         ("ahead", ("T3", "DeiT-S"), ("T3", "ResNet-50"), "tpa", (70, 40), (40, 70)),
         ("behind", ("T2", CNN_RECIPE), ("T2", "DeiT-S"), "clean", (60, 90), (90, 60)),
         (
-            *("level", ("T2", "ResNet-50 GELU"), ("T2", "DeiT-S"), "autoattack"),
+            *("level", ("T2", "DeiT-S"), ("T2", "ResNet-50 GELU"), "autoattack"),
             *((50, 50), (80, 50)),
         ),
         (
@@ -131,8 +128,9 @@ def test_each_kind_of_claim_is_decided_by_verdicts(
             j for j in judged if (j.claim.row, j.claim.of, j.claim.test) == (row, reference, kind)
         )
         assert (found.decision, found.paired.n) == (decision, 100)
-        sign = -1 if column == ERROR else 1
-        assert found.paired.difference == pytest.approx(sign * (ours - theirs) / 100)
+        favoured = {"behind": -1, "no gain": -1}.get(kind, 1) * (-1 if column == ERROR else 1)
+        assert found.paired.difference == pytest.approx(favoured * (ours - theirs) / 100)
+        assert found.row_sign == favoured
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,9 @@ def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, 
     assert (resnet.decision, resnet.published) == (decision, 0.0)
     # Two seeds that agree do not make more images.
     assert (resnet.paired.n, resnet.paired.p) == (n, None)
-    assert (resnet.paired.low, resnet.paired.high) == pytest.approx((own.low, own.high))
+    # The difference is 0 minus what survives: less survival supports the claim.
+    assert (resnet.paired.low, resnet.paired.high) == pytest.approx((-own.high, -own.low))
+    assert resnet.supports == (-0.05, math.inf)
 
 
 def test_a_claim_about_a_collapsed_model_says_so():
@@ -213,11 +213,9 @@ def test_a_collapse_is_claimed_of_every_seed():
 
 def test_the_answer_says_who_is_ahead_whatever_the_sign_of_the_difference():
     def said(sign, difference, low, high):
-        claim = Claim(
-            says="s", test="ahead", row="T5/a", of="T5/b", column="c", headline="h", sign=sign
-        )
+        claim = Claim(says="s", test="ahead", row="T5/a", of="T5/b", column="c", headline="h")
         paired = Paired(difference, low, high, 9, None)
-        return answer(STUDY, [Judgement(claim, OPEN, "t", paired)])
+        return answer(STUDY, [Judgement(claim, OPEN, "t", paired, row_sign=sign)])
 
     assert "Here the transformer is ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(
         1, 0.1, 0.05, 0.15

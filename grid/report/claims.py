@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from evaluators.base import Column
@@ -16,18 +17,36 @@ from grid.table import Claim, Row, Table, Test
 from trainables.store.tracking import STOPPED
 
 Decision = Literal[
-    "reproduced", "not reproduced", "too little data to say", "cannot be judged", "not judged yet"
+    "reproduced",
+    "not reproduced",
+    "saturated",
+    "too little data to say",
+    "cannot be judged",
+    "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 MARGIN = 0.05  # two models within five points are level
+REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
+SUPPORTS: Mapping[Test, tuple[float, float]] = {
+    "ahead": (0.0, math.inf),
+    "behind": (0.0, math.inf),
+    "level": (-MARGIN, MARGIN),
+    "no gain": (-MARGIN, math.inf),
+    "none survive": (-MARGIN, math.inf),
+}
 
 
 @dataclass(frozen=True)
 class Judgement:
     """A claim, the paired difference in shares behind it, and what was decided.
 
-    Of one row alone `paired` is its own score, as its table shows it. Where there is none,
-    `outcome` says how the trainings ended.
+    `paired` and `published`, which is in points, are the side that the claim favours minus the
+    other, so that more supports the claim, whatever the column measures; "none survive" favours 0
+    over the row. `single` is the decision by the claim's own 95 % interval, `decision` the one
+    after correction for the study's other claims by `p`, the p of the same test. `trainings` says
+    over how many the interval is. `outcome`: how the trainings ended where no difference is known,
+    or why the column is saturated. `row_sign`: 1 where more says that the claim's row is the better
+    model, -1 where the worse; of a headline the row is the study's subject.
     """
 
     claim: Claim
@@ -36,6 +55,15 @@ class Judgement:
     paired: Paired | None = None
     published: float | None = None
     outcome: str = ""
+    single: Decision = "not judged yet"
+    p: float | None = None
+    trainings: str = ""
+    row_sign: Literal[1, -1] = 1
+
+    @property
+    def supports(self) -> tuple[float, float]:
+        """Return between which differences the claim holds, in shares; an end may be infinite."""
+        return SUPPORTS.get(self.claim.test, (-math.inf, math.inf))
 
 
 def judge_claims(
@@ -55,18 +83,36 @@ def judge_claims(
             judgements.append(_judge_collapse(claim, compared[0][0], verdicts))
         elif column := columns.get((claim.row[0], claim.column)):
             published = None if column.stands_in else _published(claim, figures)
-            paired = _difference(compared, column, verdicts)
-            test = _test(column, compared)
-            if paired is not None:
-                decision = decide(claim.test, paired.low, paired.high)
-                judgements.append(Judgement(claim, decision, test, paired, published))
-            else:
-                undecided, outcome = _undecided(compared, verdicts)
-                judgements.append(Judgement(claim, undecided, test, None, published, outcome))
+            judgements.append(_judge(claim, compared, column, verdicts, published))
         else:
             lacking = "these data have no such score"
             judgements.append(Judgement(claim, "cannot be judged", claim.column, outcome=lacking))
     return judgements
+
+
+def _judge(
+    claim: Claim,
+    compared: Sequence[tuple[Row, ...]],
+    column: Column,
+    verdicts: Verdicts,
+    published: float | None,
+) -> Judgement:
+    """Judge a claim by a difference; `published` is the row's side minus the other."""
+    flipped = claim.test in REVERSED
+    towards = None if published is None else 0.0 - published if flipped else published
+    judgement = Judgement(
+        claim,
+        "not judged yet",
+        _test(column, compared, flipped=flipped),
+        published=towards,
+        row_sign=-1 if flipped != column.error else 1,
+    )
+    if (paired := _difference(compared, column, verdicts)) is None:
+        decision, outcome = _undecided(compared, verdicts)
+        return replace(judgement, decision=decision, outcome=outcome)
+    paired = paired.reversed() if flipped else paired
+    decision = decide(paired, judgement.supports)
+    return replace(judgement, decision=decision, single=decision, paired=paired)
 
 
 def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
@@ -134,25 +180,22 @@ def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple
     return "cannot be judged" if "collapsed" in outcomes else decision, ", ".join(texts)
 
 
-def _test(column: Column, compared: Sequence[tuple[Row, ...]]) -> str:
-    rows = " and ".join(" minus ".join(row.label for row in rows) for rows in compared)
+def _test(column: Column, compared: Sequence[tuple[Row, ...]], *, flipped: bool) -> str:
+    sides = ([row.label for row in rows] for rows in compared)
+    ordered = (["0", *side] if len(side) == 1 else side[:: -1 if flipped else 1] for side in sides)
+    rows = " and ".join(map(" minus ".join, ordered))
     how = ", paired" if len(compared[0]) > 1 else ""
     mean = f"mean of {len(compared)} pairs, " if len(compared) > 1 else ""
     return f"{mean}{rows} under {column.title}{how}, 95 % interval"
 
 
-def decide(test: Test, low: float, high: float) -> Decision:
-    """Decide a claim by the interval of its difference, in shares."""
-    holds, fails = {
-        "ahead": (low > 0, high < 0),
-        "behind": (high < 0, low > 0),
-        "level": (low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN),
-        "no gain": (high < MARGIN, low > MARGIN),
-        "none survive": (high < MARGIN, low > MARGIN),
-    }[test]
-    if holds:
+def decide(paired: Paired, supports: tuple[float, float]) -> Decision:
+    """Decide a claim by the interval of its difference and the differences that support it."""
+    least, most = supports
+    if least < paired.low and paired.high < most:
         return "reproduced"
-    return "not reproduced" if fails else "too little data to say"
+    beyond = paired.high < least or most < paired.low
+    return "not reproduced" if beyond else "too little data to say"
 
 
 def _published(claim: Claim, figures: Mapping[tuple[str, str, str], float]) -> float | None:
@@ -174,9 +217,8 @@ def answer(study: Study, judgements: Sequence[Judgement]) -> str:
     standings: dict[str, list[str]] = {"ahead": [], "behind": [], "not to be told apart": []}
     for judgement in judgements:
         if judgement.claim.headline and (p := judgement.paired):
-            signed = (100 * judgement.claim.sign * v + 0.0 for v in (p.difference, p.low, p.high))
-            value, *ends = signed
-            low, high = min(ends), max(ends)
+            of_row = p if judgement.row_sign > 0 else p.reversed()
+            value, low, high = (100 * v for v in (of_row.difference, of_row.low, of_row.high))
             standing = "ahead" if low > 0 else "behind" if high < 0 else "not to be told apart"
             interval = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {p.n}"
             standings[standing].append(f"{judgement.claim.headline} ({interval})")

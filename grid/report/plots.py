@@ -134,9 +134,9 @@ def claims_plot(judgements: Sequence[Judgement]) -> Plot | None:
     axes.set_yticks(range(len(shown)), [fill(j.claim.says, 52) for j in shown], fontsize=8)
     axes.set_xlabel("difference, points")
     caption = (
-        "Each claim's paired difference with its 95 % interval (of one model: its own score), or "
-        "how its trainings ended; green: reproduced, orange: not, grey: undecided; hollow "
-        "diamond: the published difference."
+        "Each claim's difference, the side that the claim favours minus the other, with its 95 % "
+        "interval, or how its trainings ended. Right supports the claim; green: reproduced, "
+        "orange: not, grey: undecided; hollow diamond: the published difference."
     )
     return _plot("claims", caption, figure)
 
