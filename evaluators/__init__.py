@@ -42,12 +42,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module("evaluators.api"), name)
 
 
-def evaluator_named(name: str, scale: Scale, **settings: Any) -> Evaluator:
+def evaluator_named(name: str, scale: Scale, *, images: int = 0, **settings: Any) -> Evaluator:
     """Return an evaluator set up for a scale; ValueError lists the names.
 
-    settings: of its class, such as the radii of an attack.
+    images: how many it draws, 0 for the scale's number; one that judges all does so whatever this
+    says. settings: of its class, such as the radii of an attack.
     """
-    return cast("Evaluator", class_named(name)(scale, **settings))
+    evaluator = cast("Evaluator", class_named(name)(scale, **settings))
+    if images and evaluator.subset_size is not None:
+        evaluator.subset_size = images
+    return evaluator
 
 
 def class_named(name: str) -> Any:

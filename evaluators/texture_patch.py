@@ -311,7 +311,7 @@ class TexturePatchAttack(Evaluator):
             raise ValueError(f"{self.name} takes square images of 3 channels, not {size}")
         return {
             **super().identity(source),
-            "budget": asdict(self.budget),
+            "budget": {**asdict(self.budget), "images": self.subset_size},
             "seed": SEED,
             "dictionary": dictionary_identity(self.scale, source),
         }

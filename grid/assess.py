@@ -44,7 +44,8 @@ class Cell:
     """One evaluator on one trial's weights; `question` is the digest of what is asked.
 
     geometry: how images are brought to the model's size, where that is not the scale's way. epoch:
-    after which the trial had the weights, 0: the last.
+    after which the trial had the weights, 0: the last. images: how many are drawn, 0: the scale's
+    number.
     """
 
     trial: str
@@ -53,6 +54,7 @@ class Cell:
     question: str
     geometry: Preprocessing = field(default_factory=Preprocessing)
     epoch: int = 0
+    images: int = 0
 
     @property
     def name(self) -> str:
@@ -94,7 +96,7 @@ class EvaluatorActor:
         classifier = self._load(cell.artifact_uri, cell.trial)
         scale = self._scale.preprocessed(cell.geometry)
         data = load_data(scale, self._source)
-        question = evaluator_named(cell.evaluator, scale)
+        question = evaluator_named(cell.evaluator, scale, images=cell.images)
         with counting_steps(self._hung_after):
             return judged_shard(question, classifier, data, self._device, shard)
 

@@ -38,15 +38,16 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
 
     An image's forward pass is a third of what it costs to train by it.
     """
-    names = {name for trial in plan for name in trial.evaluators}
-    evaluators = {name: evaluator_named(name, scale) for name in names}
+    cells = {(name, trial.images.get(name, 0)) for trial in plan for name in trial.evaluators}
+    evaluators = {cell: evaluator_named(cell[0], scale, images=cell[1]) for cell in cells}
     work: Work = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
         epoch = scale.epoch_cost(trial.recipe)
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
-            passes = evaluators[name].cost(held_out, withstanding=share)
+            evaluator = evaluators[name, trial.images.get(name, 0)]
+            passes = evaluator.cost(held_out, withstanding=share)
             work[trial.digest, name] = passes * epoch / scale.data_set.train_images / 3
     return work
 

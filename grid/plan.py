@@ -67,7 +67,8 @@ class Trial:
     """One recipe of a study, the table rows it serves and the evaluators that judge it.
 
     Its `name` is unlike those of the study's others. stops_from: the first epoch after which it can
-    be stopped early, 0 where never.
+    be stopped early, 0 where never. images: by evaluator, how many it draws, where that is not the
+    scale's number.
     """
 
     recipe: Recipe
@@ -79,6 +80,7 @@ class Trial:
     checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
     along: tuple[str, ...] = ()  # by which evaluators
     stops_from: int = 0
+    images: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,13 @@ class Recorder(threading.Thread):
         self._trials = {trial.digest: trial for trial in plan}
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         # Once: an evaluator may have to list a stored set's images to identify them.
-        self._questions: dict[tuple[Preprocessing, str], Question] = {}
-        for geometry, name in {(_geometry(t), name) for t in plan for name in t.evaluators}:
+        self._questions: dict[tuple[Preprocessing, str, int], Question] = {}
+        cells = {(_geometry(t), name, t.images.get(name, 0)) for t in plan for name in t.evaluators}
+        for geometry, name, images in cells:
             shown = scale.preprocessed(geometry)
             shown_data = data if shown == scale else load_data(shown, source)
-            self._questions[geometry, name] = _question_of(name, shown, shown_data)
+            question = _question_of(name, shown, shown_data, images)
+            self._questions[geometry, name, images] = question
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
@@ -140,14 +142,15 @@ class Recorder(threading.Thread):
         ]
 
     def _question(self, digest: str, evaluator: str) -> Question:
-        return self._questions[_geometry(self._trials[digest]), evaluator]
+        trial = self._trials[digest]
+        return self._questions[_geometry(trial), evaluator, trial.images.get(evaluator, 0)]
 
     def open_study(self) -> None:
         """Open the study's run in MLflow, and note on its trials' runs that they serve it."""
         tables = ", ".join(table.name for table in self._plan.tables) or "no tables"
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
-        judging = {name for _, name in self._questions}
+        judging = {name for _, name, _ in self._questions}
         names = [name for name in EVALUATORS if name in judging]
         scores = list(filter(None, map(headline_of, names)))
         self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
@@ -346,9 +349,14 @@ class Recorder(threading.Thread):
         if not epoch and run.outcome != "finished":
             self.progress.cells -= len(missing)
             return
-        place, geometry = self.tracker.place_of(run, epoch), _geometry(self._trials[run.digest])
+        place, trial = self.tracker.place_of(run, epoch), self._trials[run.digest]
         for evaluator, question in missing.items():
-            cell = Cell(run.digest, place, evaluator, question.digest, geometry, epoch)
+            cell = Cell(
+                *(run.digest, place, evaluator, question.digest),
+                geometry=_geometry(trial),
+                epoch=epoch,
+                images=trial.images.get(evaluator, 0),
+            )
             self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
@@ -399,9 +407,9 @@ def _geometry(trial: Trial) -> Preprocessing:
     return trial.recipe.preprocessing.geometry()
 
 
-def _question_of(name: str, scale: Scale, data: Data) -> Question:
+def _question_of(name: str, scale: Scale, data: Data, images: int) -> Question:
     """Return an evaluator's question about data as the models of a scale see them."""
-    evaluator = evaluator_named(name, scale)
+    evaluator = evaluator_named(name, scale, images=images)
     identity = json.dumps(evaluator.identity(data))
     return Question(evaluator, cell_digest(evaluator, data), identity, evaluator.total(data))
 

@@ -106,6 +106,18 @@ def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial
     assert pool.seconds_left(Counter(pgd=2)) > 0
 
 
+def test_a_cell_with_a_number_of_images_of_its_own_has_the_verdicts_of_the_larger_one(pool, trial):
+    data = load_data(SCALE)
+    fewer, usual = (evaluator_named("pgd", SCALE, images=count) for count in (5, 0))
+    assert set(fewer.images(data).ids) < set(usual.images(data).ids)
+    pool.submit(replace(cell_of(trial, "pgd"), question=cell_digest(fewer, data), images=5), 5)
+    ((_, content, _),) = judged(pool)
+    rows = from_parquet(content)[0].drop_columns("image").to_pylist()
+    assert {row["image_id"] for row in rows} == set(fewer.images(data).ids)
+    larger = judge_images(usual, trial[1], data, device=CPU).drop_columns("image").to_pylist()
+    assert all(row in larger for row in rows)
+
+
 def test_shards_that_a_stopped_run_left_are_not_judged_again(pool, trial):
     _, classifier, _ = trial
     cell = cell_of(trial, "pgd")

@@ -200,6 +200,12 @@ def test_what_a_scale_says_of_an_attack_is_part_of_the_question(name, changes, d
     assert cell_digest(usual, digits) != cell_digest(changed, digits)
 
 
+def test_who_judges_every_image_does_so_whatever_number_is_stated():
+    assert evaluator_named("tpa", DIGITS, images=7).asked_about(597) == 7
+    assert evaluator_named("tpa", DIGITS, images=700).asked_about(597) == 597
+    assert evaluator_named("clean", DIGITS, images=7).asked_about(597) == 597
+
+
 class Forgetful(Clean):
     """Runs out of memory on more than ten images."""
 
