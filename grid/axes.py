@@ -6,7 +6,8 @@ Pure, but that a file of first weights is read to be known by its sha256.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -48,6 +49,15 @@ class Library:
     folder: Path = Path()  # from which it names weights files
 
 
+@contextmanager
+def at_key(key: str) -> Iterator[None]:
+    """Say in a ValueError under which key it was raised."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {problem(error)}") from None
+
+
 def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None = None) -> Recipe:
     """Return the recipe with some axes set, in whatever order they are named.
 
@@ -56,8 +66,9 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     brings label smoothing 0.1; training 'adversarial' brings the study's adversary, batch, warm-up,
     smoothing and ghost batches; curriculum is 'none', one of the library or a table of rows;
     teacher and warm_start are bases of the library, warm_start = "clean" is the recipe's own
-    training without its adversary; init brings its sha256, the network's own activation and timm's
-    preprocessing. A dot leads into a field: adversary.steps, optimizer_args.betas.
+    training without its adversary, a table this training with axes of its own; init brings its
+    sha256, the network's own activation and timm's preprocessing. A dot leads into a field:
+    adversary.steps, optimizer_args.betas.
 
     Axes that bring fields along come first, so that a named field wins. Epochs that would end
     before the warm-up shorten it in proportion. ValueError where a value, or all of them together,
@@ -65,7 +76,8 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
     """
     for axis in values:
         check_axis(axis)
-        if axis in _NAMED and not isinstance(values[axis], str):
+        own_start = axis == "warm_start" and isinstance(values[axis], dict)
+        if axis in _NAMED and not (isinstance(values[axis], str) or own_start):
             raise ValueError(f"{axis} is a name, not {values[axis]!r}")
     library = library or Library()
     values = with_origin(dict(values) | _looked_up(values, library), library.folder)
@@ -83,11 +95,14 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
         if whole is None:
             raise ValueError(f"{axis}: the recipe has no {name}")
         fields[name] = {**dict(whole), part: value}
-    if from_clean := fields.get("warm_start") == CLEAN:
-        fields["warm_start"] = None
-    changed = draft.replace(**fields)
-    if from_clean:
-        changed = changed.replace(warm_start=changed.replace(adversary=None))
+    start = {} if fields.get("warm_start") == CLEAN else fields.get("warm_start")
+    if not isinstance(start, dict):
+        changed = draft.replace(**fields)
+    else:
+        changed = draft.replace(**fields | {"warm_start": None})
+        with at_key("warm_start"):
+            clean = with_axes(changed.replace(adversary=None), start, library)
+        changed = changed.replace(warm_start=clean)
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
     return changed

@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from grid.axes import AXES, SETTABLE
 from grid.plan import Sizes
+from grid.space import BASE
 from grid.study import DEFAULT, QUICK, STUDIES
 from trainables.options import Address, Count, DataOptions, Names, Options, Words, option
 from trainables.recipe import unknown
@@ -84,7 +85,10 @@ class RunOptions(PlaceOptions, DataOptions):
     tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
     evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
     only: Words = option(
-        (), "only trials with these values, e.g. family=resnet activation=relu,gelu", "AXIS=VALUE"
+        (),
+        "only trials with these values, or labels of a grid's, e.g. family=resnet "
+        "activation=relu,gelu base=deit_small",
+        "AXIS=VALUE",
     )
     set: Words = option(
         (),
@@ -201,7 +205,8 @@ class RunOptions(PlaceOptions, DataOptions):
     def values_by_axis(self) -> dict[str, tuple[str, ...]]:
         """Return the values that --only leaves of each axis; ValueError."""
         words = " ".join(self.only).split()
-        return {axis: tuple(text.split(",")) for axis, text in _pairs("only", words, "axis", AXES)}
+        known = (*AXES, BASE)
+        return {axis: tuple(text.split(",")) for axis, text in _pairs("only", words, "axis", known)}
 
     def settings(self) -> dict[str, Any]:
         """Return the values that --set gives fields of every recipe; ValueError."""

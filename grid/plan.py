@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from trainables.recipe import Preprocessing, Recipe, problem, unknown
 from trainables.scale import Scale, scale_named
 
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
+Check = Callable[[Recipe], None]  # ValueError where a recipe cannot be trained
 MOST_RECIPES = 100_000
 LONGEST_WARMUP = 10  # epochs, of the study's recipes
 STUDYS_EPOCHS = 100  # that --epochs stands for
@@ -113,10 +114,11 @@ class Plan:
         return iter(self.trials)
 
 
-def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
+def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool, reduced_epochs: int = 0) -> Scale:
     """Return a scale with so many train images and epochs; ValueError where there are fewer.
 
-    reduced: its models are cut down as at digits, unless they are already.
+    reduced: its models are cut down as at digits, unless they are already. reduced_epochs: epochs
+    for 100 of the study where they are, unless `sizes` has some.
     """
     name, there = scale.name, scale.data_set.train_images
     if sizes.train_images > there:
@@ -126,11 +128,14 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool) -> Scale:
     if reduced and scale.depth_divisor == 1:
         name += REDUCED
     sized = scale_named(name).preprocessed(scale.data_set.departure)
-    factor = Fraction(sizes.epochs, STUDYS_EPOCHS) or scale.epochs_factor
+    epochs = sizes.epochs or (reduced_epochs if sized.depth_divisor > 1 else 0)
+    factor = Fraction(epochs, STUDYS_EPOCHS) or scale.epochs_factor
     return replace(sized, epochs_factor=factor)
 
 
-def enumerate_trials(study: Study, scale: Scale) -> tuple[list[Request], list[Refused]]:
+def enumerate_trials(
+    study: Study, scale: Scale, check: Check | None = None
+) -> tuple[list[Request], list[Refused]]:
     """Return what a study's grid spans, of a sample no more than its size, and what was refused."""
     space, spanned, refused = study.space, [], []
     for labels in space.combinations():
@@ -139,17 +144,19 @@ def enumerate_trials(study: Study, scale: Scale) -> tuple[list[Request], list[Re
             base = space.bases[labels[BASE]]
             stated = with_settings(base, study.settings, values, study.library)
             recipe = _shrunk(study.cut_down(stated, scale), scale)
+            if check:
+                check(recipe)
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
-        shown = _shown({axis: space.own(labels, axis) for axis in (BASE, *space.axes)}, study)
-        spanned.append(Request(recipe, study.name, model=stated.model, labels=shown))
+        own = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
+        spanned.append(Request(recipe, study.name, model=stated.model, labels=own))
         if space.sample and len(spanned) == space.sample.size:
             break
     return spanned, refused
 
 
-def _shown(labels: Labels, study: Study) -> Labels:
+def _shown(labels: Mapping[str, str], study: Study) -> Labels:
     """Return labels without the base's, where there is one base."""
     return {axis: label for axis, label in labels.items() if axis != BASE or len(study.base) > 1}
 
@@ -162,12 +169,14 @@ def build_plan(
     only: Mapping[str, tuple[str, ...]] | None = None,
     seeds: int | None = None,
     evaluators: Collection[str] = (),
+    check: Check | None = None,
 ) -> Plan:
     """Turn a study into trials at a scale; ValueError teaches which request is wrong.
 
-    Equal recipes are one trial. `only` keeps recipes whose axes have one of the given values;
-    `evaluators` are the only ones to judge: of a grid any, of tables those of their columns.
-    No `tables` or `evaluators`: all. No `seeds`: the study's replicates.
+    Equal recipes are one trial. A combination of a grid that `check` raises on is refused. `only`
+    keeps recipes whose axes have one of the given values; `evaluators` are the only ones to judge:
+    of a grid any, of tables those of their columns. No `tables` or `evaluators`: all. No `seeds`:
+    the study's replicates.
     """
     seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
@@ -180,14 +189,14 @@ def build_plan(
         for judges in [(*for_all, *map(evaluator_of, table.columns))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
-    combinations, refused = _grid(study, scale, seeds)
+    combinations, refused = _grid(study, scale, seeds, check)
     requests += [request._replace(evaluators=for_all) for request in combinations]
     requests = [
         request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
         for request in _keep_only(requests, only or {}, study)
         for seed in range(seeds if request.recipe.epochs else 1)
     ]
-    grid = {request.recipe.digest(): request.labels for request in requests if request.labels}
+    grid = {r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))}
     rows = {request.recipe.digest(): request.recipe for request in requests}
     needed = _needed(rows.values(), for_all)
     trials = _shared([*requests, *needed], study, scale, evaluators)
@@ -198,7 +207,7 @@ def build_plan(
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds,
-        notes=tuple(_notes(study, trials, len(combinations))),
+        notes=tuple(_notes(study, scale, trials, len(combinations))),
         longest_chain=max(chains.values(), default=0.0),
         grid=grid,
     )
@@ -306,9 +315,13 @@ def _with_settings(row: Row, study: Study, scale: Scale) -> Recipe:
 
 def _stand_ins(study: Study, table: Table, scale: Scale) -> str:
     """Say in brackets which models stand for those of a table's rows; '' where none does."""
-    models = dict.fromkeys(row.recipe.model for row in table.rows)
-    pairs = [f"{r.model} for {model}" for model, r in study.relatives.items() if model in models]
-    return f" (cut down: {', '.join(pairs)})" if pairs and scale.depth_divisor > 1 else ""
+    models = {row.recipe.model for row in table.rows} if scale.depth_divisor > 1 else set()
+    pairs = [
+        f"{r.model} for {model}" if model != r.model else f"{model} of {format_settings(arguments)}"
+        for model, r in study.relatives.items()
+        if model in models and ((arguments := r.model_args) or model != r.model)
+    ]
+    return f" (cut down: {', '.join(pairs)})" if pairs else ""
 
 
 def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
@@ -318,7 +331,9 @@ def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
         raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
 
 
-def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Request], list[Refused]]:
+def _grid(
+    study: Study, scale: Scale, seeds: int, check: Check | None
+) -> tuple[list[Request], list[Refused]]:
     """Return what the study's axes span, and what was refused; ValueError where nothing is left."""
     if not study.base:
         return [], []
@@ -329,7 +344,7 @@ def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Request], list[R
             f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
             f"{MOST_RECIPES:,} recipes that a study can have; a sample of them may be fewer"
         )
-    combinations, refused = enumerate_trials(study, scale)
+    combinations, refused = enumerate_trials(study, scale, check)
     if not combinations:
         why = "`exclude` leaves none"
         if refused:
@@ -342,15 +357,32 @@ def _grid(study: Study, scale: Scale, seeds: int) -> tuple[list[Request], list[R
 def _keep_only(
     requests: list[Request], only: Mapping[str, tuple[str, ...]], study: Study
 ) -> list[Request]:
-    for axis, values in only.items():
-        present = {axis_value(request.recipe, axis, study.library) for request in requests}
-        if wrong := [value for value in values if value not in present]:
+    """Return the requests that have one of the values on each axis: by label where a grid has it.
+
+    A recipe's own value at the scale may be the label of another: epochs 10 of 100, and 1 of 10.
+    """
+    for axis, stated in only.items():
+        labelled = {request.labels.get(axis) for request in requests}
+        values = [_value(request, axis, study) for request in requests]
+        present = {*labelled, *values} - {None}
+        if wrong := [word for word in stated if word not in present]:
             raise ValueError(
                 f"no trial of study {study.name!r} left has {axis}={wrong[0]}; "
-                f"values there: {', '.join(sorted(present))}"
+                f"values there: {', '.join(sorted(map(str, present)))}"
             )
-        requests = [r for r in requests if axis_value(r.recipe, axis, study.library) in values]
+        unlabelled = set(stated) - labelled
+        requests = [
+            request
+            for request, value in zip(requests, values, strict=True)
+            if request.labels.get(axis, value) in stated or value in unlabelled
+        ]
     return requests
+
+
+def _value(request: Request, axis: str, study: Study) -> str:
+    if axis == BASE:
+        return request.labels.get(BASE, "none")
+    return axis_value(request.recipe, axis, study.library)
 
 
 def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
@@ -393,8 +425,10 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study, trials: Collection[Trial], spanned: int) -> Iterator[str]:
+def _notes(study: Study, scale: Scale, trials: Collection[Trial], spanned: int) -> Iterator[str]:
     """Say what is sampled, stopped or adapted: warm-ups, and models that take no settings."""
+    if scale.depth_divisor > 1 and study.reduced_epochs == scale.epochs_factor * STUDYS_EPOCHS:
+        yield f"the study's file has {study.reduced_epochs} epochs here for 100 at full size"
     if study.sample and spanned < study.space.size:
         yield f"the grid is a sample of {spanned:,} of {study.space.size:,} combinations"
     if study.early_stop:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+from grid.axes import at_key
 from grid.estimate import print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds, with_sizes
@@ -78,7 +79,7 @@ def _run(options: RunOptions) -> int:
         settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
     study = study.model_copy(update={"settings": settings})
     planned = partial(_planned, options, study)
-    sized = partial(with_sizes, scale, reduced=study.reduced)
+    sized = partial(with_sizes, scale, reduced=study.reduced, reduced_epochs=study.reduced_epochs)
     sizes = replace(options.sizes, why=options.sizes.described(scale))
     if options.minutes:
         from grid.quick import fit
@@ -122,6 +123,7 @@ def _run(options: RunOptions) -> int:
 
 def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
     """Return the plan that options ask for; what is to be trained can be built."""
+    can_be_built = partial(check_buildable, checked={})
     plan = build_plan(
         study,
         scale,
@@ -129,6 +131,7 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
         only=options.values_by_axis(),
         seeds=options.seeds,
         evaluators=options.evaluators,
+        check=can_be_built,
     )
     teams = {
         t.recipe.family for t in plan if study.workers_of(t.recipe.family, options.workers) > 1
@@ -139,7 +142,9 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
             "leave out early_stop, or take --workers 1 and no [placement] of several"
         )
     if not (options.report or options.status):
-        check_buildable(trial.recipe for trial in plan)
+        for trial in plan:
+            with at_key(trial.name):
+                can_be_built(trial.recipe)
     return plan
 
 

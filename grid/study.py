@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from evaluators import EVALUATORS, column_named
-from grid.axes import Library, check_axis, with_axes, with_origin
+from grid.axes import Library, at_key, check_axis, with_axes, with_origin
 from grid.space import BASE, Mode, Sample, Space, conditions_of
 from grid.table import (
     SCALE,
@@ -34,7 +34,6 @@ from grid.table import (
     Name,
     Row,
     Table,
-    at_key,
     base_of,
     check_claim,
     check_once,
@@ -175,14 +174,15 @@ class Study(Frozen):
     `base`: one or several bases of a grid, or rows as 'TABLE/label'; `axes`, `mode`, `exclude`,
     `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
     or a table of them by label. `replicates`: seeds unless the command says how many. `evaluators`
-    judge every trial, beside those that the tables' columns need. `placement` maps a
-    family to where its trials' placement differs. `early_stop` ends trials that are behind others;
-    false, the default: none. `settings`, in a file `set`, are axes that every
-    trial and every teacher has so, whatever other axes bring along. `reduced`: models are cut down
-    as at scale digits, whatever the scale. `checkpoints`: the epochs, or every how many, after
-    which the evaluators of every trial judge it while it trains. `relatives`: by a model's name
-    what stands for it where models are cut down. `subject`: what the headlines are about; `answer`:
-    the published answer to the title, a sentence.
+    judge every trial, beside those that the tables' columns need. `placement` maps a family to
+    where its trials' placement differs. `early_stop` ends trials that are behind others; false, the
+    default: none. `settings`, in a file `set`, are axes that every trial and every teacher has so,
+    whatever other axes bring along. `reduced`: models are cut down as at scale digits, whatever the
+    scale. `reduced_epochs`: epochs for 100 of the study where models are cut down, unless
+    `--epochs` says how many. `checkpoints`: the epochs, or every how many, after which the
+    evaluators of every trial judge it while it trains. `relatives`: by a model's name what stands
+    for it where models are cut down. `subject`: what the headlines are about; `answer`: the
+    published answer to the title, a sentence.
     """
 
     name: Name
@@ -206,6 +206,7 @@ class Study(Frozen):
     early_stop: Annotated[EarlyStop | None, BeforeValidator(lambda v: v or None)] = None
     claims: tuple[Claim, ...] = ()
     reduced: bool = False
+    reduced_epochs: int = Field(0, ge=0)
     checkpoints: Annotated[int | tuple[Count, ...], BeforeValidator(_every)] = ()
     relatives: dict[Annotated[str, AfterValidator(check_model)], Relative] = Field({})
     subject: str = ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,22 +17,13 @@ from pydantic import (
 )
 
 from evaluators import evaluator_of
-from grid.axes import Library, recipe_of_weights, with_axes
-from trainables.recipe import Frozen, Recipe, problem, unknown
+from grid.axes import Library, at_key, recipe_of_weights, with_axes
+from trainables.recipe import Frozen, Recipe, unknown
 
 SCALE = "imagenet"  # of every base: a study states the values of full-size images
 ALONE = ("none survive", "collapses")  # tests of one row
 Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
 Figure = tuple[float, str]  # a published figure in percent, and its source
-
-
-@contextmanager
-def at_key(key: str) -> Iterator[None]:
-    """Say in a ValueError under which key it was raised."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{key}: {problem(error)}") from None
 
 
 def check_once(kind: str, names: Iterable[str]) -> None:

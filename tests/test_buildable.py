@@ -52,9 +52,28 @@ def test_a_run_and_a_check_refuse_a_model_that_cannot_be_built(command, capsys, 
     assert not (results / "mlflow.db").exists()
 
 
-def test_a_report_needs_no_model_to_be_built(capsys, tmp_path):
+def test_a_combination_that_cannot_be_built_is_refused_alone_with_its_reason(capsys, tmp_path):
     path = tmp_path / "s.toml"
-    path.write_text(STUDY + 'model = ["timm:convnext_tiny"]')
+    path.write_text(f'{STUDY}model = ["resnet18", "timm:convnext_tiny"]\nepochs = [10, 20]\n')
+    assert main(["--plan", "--study", str(path), "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 trainings (0 shared), 2 combinations refused" in printed
+    (line,) = re.findall("refused: .*", printed)
+    assert "2 x 'timm:convnext_tiny' cannot take images of 16 px" in line
+    assert line.endswith("(first: model=timm:convnext_tiny epochs=10)")
+    teachers = '[bases.t]\nextends = "resnet50"\nmodel = "timm:convnext_tiny"\n'
+    path.write_text(f'{STUDY}teacher = ["none", "t"]\n{teachers}')
+    assert main(["--plan", "--study", str(path), "--results", str(tmp_path)]) == 0
+    assert "1 trainings (0 shared), 1 combinations refused" in capsys.readouterr().out
+
+
+def test_a_report_of_tables_needs_no_model_to_be_built(capsys, tmp_path):
+    path = tmp_path / "s.toml"
+    rows = '[{ label = "ConvNeXt", base = "resnet50", model = "timm:convnext_tiny" }]'
+    path.write_text(
+        f'name = "s"\n[[tables]]\nname = "A"\nquestion = "?"\ncolumns = ["clean"]\nrows = {rows}'
+    )
+    assert "cannot take" in refusal(capsys, "--study", str(path), "--results", str(tmp_path))
     words = ("--report", "--study", str(path), "--results", str(tmp_path))
     assert "cannot take" not in refusal(capsys, *words)
 
@@ -79,6 +98,6 @@ def test_an_activation_that_a_model_has_nowhere_is_refused(monkeypatch):
     linear = Model("linear", "base", build, Cost(1, 1, 1), family="linear")
     monkeypatch.setitem(MODELS, "linear", linear)
     recipe = DIGITS.shrink(resnet50()).replace(model="linear", activation="own")
-    check_buildable([recipe])
+    check_buildable(recipe, {})
     with pytest.raises(ValueError, match="'relu' changes nothing in 'linear': state 'own'"):
-        check_buildable([recipe.replace(activation="relu")])
+        check_buildable(recipe.replace(activation="relu"), {})

@@ -413,6 +413,17 @@ def test_a_clean_warm_start_is_the_recipe_itself_without_its_adversary():
     assert robust.adversary.epsilon == 4 / 255
 
 
+def test_a_warm_start_may_have_axes_of_its_own():
+    changes = {"adversary": {"epsilon": "4/255", "step_size": "4/255"}, "seed": 5}
+    base = BASES["deit_small"].replace(seed=5)
+    start = {"epochs": 4, "erasing": 0.25}
+    robust = with_axes(BASES["deit_small"], {**changes, "warm_start": start})
+    assert robust.warm_start == base.replace(epochs=4, warmup_epochs=0.2, erasing=0.25)
+    assert (robust.epochs, robust.erasing) == (100, 0.0)
+    with pytest.raises(ValueError, match=r"warm_start: unknown axis 'epoch'.*'epochs'"):
+        with_axes(BASES["deit_small"], {"warm_start": {"epoch": 4}})
+
+
 def test_a_warm_start_is_a_trial_of_the_plan_and_counts_before_the_one_that_needs_it(tmp_path):
     file = tmp_path / "warm.toml"
     file.write_text(

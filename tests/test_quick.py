@@ -20,7 +20,7 @@ from tests.pictures import CLASSES, write_folder
 from trainables.data.listing import EMBEDDED, DataSource, choose, scale_of
 from trainables.data.load import load_data
 from trainables.networks import build_classifier
-from trainables.scale import DIGITS, scale_named
+from trainables.scale import DIGITS, IMAGENET, scale_named
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,25 @@ def test_reduced_models_are_those_of_digits_and_the_images_radii_stay(folder):
             images = torch.rand(2, 3, scale.image_size, scale.image_size)
             assert build_classifier(recipe)(images).shape == (2, CLASSES)
     assert with_sizes(DIGITS, Sizes(), reduced=True) == DIGITS
+
+
+def test_a_study_may_state_its_epochs_where_models_are_cut_down(capsys, tmp_path):
+    def epochs_for_300(scale, **sizes):
+        sized = with_sizes(scale, Sizes(**sizes), reduced=False, reduced_epochs=6)
+        return sized.shrink(base_named("deit_small").replace(epochs=300)).epochs
+
+    assert epochs_for_300(DIGITS) == 18
+    assert epochs_for_300(DIGITS, epochs=5) == 15
+    assert epochs_for_300(IMAGENET) == 300
+    path = tmp_path / "s.toml"
+    path.write_text('name = "s"\nbase = "resnet50"\nreduced_epochs = 2\n')
+    command = ["--plan", "--all", "--study", str(path), "--results", str(tmp_path)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "resnet50 relu sgd step none 2ep" in printed
+    assert "the study's file has 2 epochs here for 100 at full size" in printed
+    assert main([*command, "--scale", "imagenet"]) == 0
+    assert "epochs here" not in capsys.readouterr().out
 
 
 def seconds(sizes):

@@ -119,6 +119,41 @@ def test_labels_name_values_in_trials_refusals_and_effects(tmp_path):
     assert all(re.search("adversary=(weak|strong) norm=usual$", trial.name) for trial in plan)
 
 
+def test_only_takes_bases_and_the_labels_of_a_grid(tmp_path):
+    text = """[axes]
+    epochs = [10, 100]
+    [axes.norm]
+    usual = "batch"
+    ghosts = "ghost"
+    [[tables]]
+    name = "A1"
+    question = "?"
+    columns = ["clean"]
+    rows = [{ label = "1 epoch", base = "resnet50", epochs = 10, activation = "silu" }]
+    """
+    study = study_of(tmp_path, text, 'base = ["resnet50", "deit_small"]')
+
+    def kept(**only):
+        return sorted(
+            (t.recipe.model, t.recipe.norm, t.recipe.epochs)
+            for t in build_plan(study, DIGITS, only={a: tuple(v) for a, v in only.items()})
+        )
+
+    ghosts = [("resnet50", "ghost", epochs) for epochs in (1, 10)]
+    assert kept(norm=["ghosts"]) == kept(norm=["ghost"]) == ghosts
+    assert kept(base=["deit_small"]) == [("deit_small", "batch", epochs) for epochs in (1, 10)]
+    # 10 epochs at full size are one here, and 100 are 10: the word is the grid's.
+    assert kept(epochs=["10"], base=["resnet50"], norm=["ghosts"]) == ghosts[:1]
+    assert kept(epochs=["1"], norm=["batch"]) == [
+        ("deit_small", "batch", 1),
+        ("resnet50", "batch", 1),
+        ("resnet50", "batch", 1),
+    ]
+    assert kept(base=["none"]) == [("resnet50", "batch", 1)]
+    with pytest.raises(ValueError, match="has base=deit; values there: deit_small, none, resnet50"):
+        kept(base=["deit"])
+
+
 LARGE = """[axes]
 activation = ["relu", "gelu", "silu", "mish"]
 scheduler = ["step", "cosine"]

@@ -17,10 +17,10 @@ from grid.report.build import write_report
 from grid.report.claims import judge_claims
 from grid.report.tables import tables_of
 from grid.report.verdicts import Verdicts
-from grid.run import main
 from grid.study import load_study
 from tests.made_up import record
 from tests.paper import BASES, resnet50
+from tests.test_run import refusal
 from trainables.networks import build_classifier
 from trainables.scale import DIGITS, IMAGENET
 
@@ -41,6 +41,13 @@ def write(folder, text, name="study.toml"):
     path = folder / name
     path.write_text(text)
     return str(path)
+
+
+def refused(capsys, folder, text):
+    """Return what the command says of a study's file as it ends with 2, before any compute."""
+    message = refusal(capsys, "--study", write(folder, text), "--results", str(folder / "results"))
+    assert not (folder / "results").exists()
+    return message
 
 
 def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
@@ -429,22 +436,23 @@ def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
         ('name = "gelu"', 'name = "gelu"\nevaluators = ["claen"]', "Did you mean 'clean'?"),
     ],
 )
-def test_a_wrong_file_names_file_key_and_nearest_word(tmp_path, old, new, message):
+def test_a_wrong_file_ends_the_command_with_2_and_names_file_key_and_nearest_word(
+    tmp_path, capsys, old, new, message
+):
     assert OWN.count(old) >= 1
-    with pytest.raises(ValueError, match=r"study file .*study\.toml") as error:
-        load_study(write(tmp_path, OWN.replace(old, new, 1)))
-    assert message in str(error.value)
+    said = refused(capsys, tmp_path, OWN.replace(old, new, 1))
+    assert re.search(r"study file .*study\.toml", said)
+    assert message in said
 
 
-def test_bases_and_files_that_need_each_other_are_refused(tmp_path):
+def test_bases_and_files_that_need_each_other_are_refused(tmp_path, capsys):
     text = 'name="s"\nbase="a"\n[bases.a]\nextends="resnet50"\nteacher="b"\n'
     text += '[bases.b]\nextends="resnet50"\nteacher="a"\n'
-    with pytest.raises(ValueError, match="bases: a: teacher 'b' is this base or one below it"):
-        load_study(write(tmp_path, text))
+    said = refused(capsys, tmp_path, text)
+    assert "bases: a: teacher 'b' is this base or one below it" in said
     write(tmp_path, 'name="o"\nextends="study.toml"\nbase="resnet50"\n', "other.toml")
-    path = write(tmp_path, 'name="s"\nextends="other.toml"\nbase="resnet50"\n')
-    with pytest.raises(ValueError, match=r"extends: extends: .*study\.toml extends itself"):
-        load_study(path)
+    said = refused(capsys, tmp_path, 'name="s"\nextends="other.toml"\nbase="resnet50"\n')
+    assert re.search(r"extends: extends: .*study\.toml extends itself", said)
 
 
 @pytest.mark.parametrize(
@@ -455,12 +463,8 @@ def test_bases_and_files_that_need_each_other_are_refused(tmp_path):
         ('[set]\nactivation = "swish"', "not 'swish'"),
     ],
 )
-def test_a_wrong_study_ends_the_command_with_2_before_any_compute(tmp_path, text, message, capsys):
-    path = write(tmp_path, f'name = "s"\nbase = "resnet50"\n{text}\n')
-    with pytest.raises(SystemExit, match="2"):
-        main(["--study", path, "--results", str(tmp_path / "results")])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+def test_a_wrong_grid_ends_the_command_with_2(tmp_path, text, message, capsys):
+    assert message in refused(capsys, tmp_path, f'name = "s"\nbase = "resnet50"\n{text}\n')
 
 
 def test_files_that_cannot_be_read_or_hold_nothing_to_train_are_refused(tmp_path):

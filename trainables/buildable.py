@@ -5,7 +5,7 @@ It imports torch and timm only for what departs from the study.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from trainables.models import STUDY_FAMILIES
 from trainables.recipe import BEYOND_STUDY, STUDY_OPTIMIZERS, STUDY_SCHEDULERS, Recipe
@@ -21,19 +21,21 @@ FIELDS = {
 }
 
 
-def check_buildable(recipes: Iterable[Recipe]) -> None:
-    """Raise ValueError on the first recipe of which a part cannot be built or used.
+def check_buildable(recipe: Recipe, checked: dict[str, str]) -> None:
+    """Raise ValueError where a part of a recipe, or of one that it needs, cannot be built or used.
 
     A model takes an image of every size, an optimizer makes a step and a schedule has a rate. What
-    the study's own recipes name is sound.
+    the study's own recipes name is sound. checked: the problem of each part that was built, or '',
+    by what it is built from; it grows.
     """
-    checked: set[str] = set()
-    for recipe in recipes:
-        for part in _beyond_study(recipe):
-            built_from = f"{part} {[getattr(recipe, name) for name in FIELDS[part]]}"
-            if built_from not in checked:
-                checked.add(built_from)
-                _check(part, recipe)
+    for part in _beyond_study(recipe):
+        built_from = f"{part} {[getattr(recipe, name) for name in FIELDS[part]]}"
+        if built_from not in checked:
+            checked[built_from] = _problem_of(part, recipe)
+        if problem := checked[built_from]:
+            raise ValueError(problem)
+    for other in recipe.prerequisites:
+        check_buildable(other, checked)
 
 
 def _beyond_study(recipe: Recipe) -> Iterator[str]:
@@ -49,7 +51,8 @@ def _beyond_study(recipe: Recipe) -> Iterator[str]:
             yield part
 
 
-def _check(part: str, recipe: Recipe) -> None:
+def _problem_of(part: str, recipe: Recipe) -> str:
+    """Say why a part of a recipe cannot be built or used; '' where it can."""
     from trainables.networks import check_sizes
     from trainables.train.optim import check_step, learning_rate
 
@@ -61,4 +64,5 @@ def _check(part: str, recipe: Recipe) -> None:
         else:
             learning_rate(recipe, 0)
     except ValueError as error:
-        raise ValueError(f"{recipe.describe()}: {error}") from None
+        return str(error)
+    return ""
