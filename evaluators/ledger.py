@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +32,7 @@ LEDGER = pa.schema(
 CONFIDENCE = 0.95
 SECONDS = b"seconds"
 JUDGED_BY = b"judged_by"
+SCORES = b"scores"
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,22 @@ class Score:
 
 
 def to_parquet(
-    ledger: pa.Table, *, seconds: float, judged_by: Mapping[str, str] | None = None
+    ledger: pa.Table,
+    *,
+    seconds: float,
+    judged_by: Mapping[str, str] | None = None,
+    scores: Iterable[Score] = (),
 ) -> bytes:
     """Return a ledger as a Parquet file that also says how long its verdicts took.
 
-    judged_by: the provenance of its verdicts, where it is known.
+    judged_by: the provenance of its verdicts, where it is known. scores: those of a whole ledger.
     """
     buffer = io.BytesIO()
-    notes = {SECONDS: repr(seconds), JUDGED_BY: json.dumps(dict(judged_by or {}))}
+    notes = {
+        SECONDS: repr(seconds),
+        JUDGED_BY: json.dumps(dict(judged_by or {})),
+        SCORES: json.dumps([astuple(score) for score in scores]),
+    }
     marked = ledger.replace_schema_metadata(notes)
     pq.write_table(marked, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
@@ -79,6 +88,15 @@ def judged_by(content: bytes) -> dict[str, str]:
     """Return the provenance that `to_parquet` was given; nothing of a ledger without any."""
     noted = pq.read_schema(pa.BufferReader(content)).metadata or {}
     return dict(json.loads(noted.get(JUDGED_BY, b"{}")))
+
+
+def scores_of(content: bytes) -> list[Score]:
+    """Return the scores that `to_parquet` was given; ValueError where it is no ledger."""
+    try:
+        noted = pq.read_schema(pa.BufferReader(content)).metadata[SCORES]
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"it is no whole ledger: {error}") from None
+    return [Score(*parts) for parts in json.loads(noted)]
 
 
 def in_order(ledger: pa.Table) -> pa.Table:
@@ -112,7 +130,7 @@ def share(name: str, count: int, n: int) -> Score:
 
 
 def scores_as_metrics(scores: Iterable[Score]) -> dict[str, float]:
-    """Return scores as the metrics they are logged under: name, name/low, name/high, name/n."""
+    """Return scores by the keys under which the report reads them: name, name/low, /high, /n."""
     parts = {"": "value", "/low": "low", "/high": "high", "/n": "n"}
     return {
         f"{score.name}{end}": float(getattr(score, part))

@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluators import EVALUATORS, evaluator_named, headline_of
 from evaluators.base import Evaluator, cell_digest
-from evaluators.ledger import from_parquet, judged_by, scores_as_metrics
+from evaluators.ledger import from_parquet, judged_by, to_parquet
 from grid.assess import AT, Cell, EvaluatorPool, cell_name
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
@@ -369,16 +369,19 @@ class Recorder(threading.Thread):
             return
         ledger, seconds = from_parquet(content)
         question = self._question(cell.trial, cell.evaluator)
-        scores = question.evaluator.summarize(ledger)
+        scores, provenance = question.evaluator.summarize(ledger), judged_by(content)
+        columns = question.evaluator.columns
+        shown = {name for c in columns for name in (c.name, c.counterpart_score)}
         self.tracker.record_cell(
             run,
             evaluator=cell.name,
             epoch=cell.epoch,
             cell=cell.question,
             identity=question.identity,
-            ledger=content,
-            judged_by=judged_by(content),
-            metrics=scores_as_metrics(scores) | {f"{cell.evaluator}/seconds": seconds},
+            ledger=to_parquet(ledger, seconds=seconds, judged_by=provenance, scores=scores),
+            judged_by=provenance,
+            metrics={score.name: score.value for score in scores if score.name in shown},
+            seconds=seconds,
         )
         self._pool.settle(cell)
         self.progress.cells_done += 1

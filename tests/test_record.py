@@ -6,7 +6,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from evaluators.ledger import Score, scores_as_metrics
+from evaluators.ledger import LEDGER, Score, to_parquet
+from grid.report.verdicts import Verdicts
 from trainables.store.storage import WEIGHTS
 from trainables.store.tracking import Tracker, TrialRun, fetch_artifact
 
@@ -66,16 +67,18 @@ def test_epochs_are_logged_once_at_their_own_step(tracker, results, trial):
 
 def test_a_judged_cell_adds_its_seconds_and_its_scores(tracker, results, trial):
     tracker.log_epochs(trial, epochs(1))
-    metrics = scores_as_metrics([Score("clean", 0.5, 0.4, 0.7, 60)]) | {"clean/seconds": 5.0}
-    tracker.record_cell(
-        trial, evaluator="clean", cell="q1", identity="{}", ledger=b"rows", metrics=metrics
-    )
+    scores = [Score("clean", 0.5, 0.4, 0.7, 60)]
+    ledger = to_parquet(LEDGER.empty_table(), seconds=5.0, scores=scores)
+    cell = {"cell": "q1", "identity": "{}", "ledger": ledger, "metrics": {"clean": 0.5}}
+    tracker.record_cell(trial, evaluator="clean", seconds=5.0, **cell)
     again = found_again(results, trial)
-    assert again.cells == {"clean": "q1"}
+    assert (again.cells, again.metrics["clean"]) == ({"clean": "q1"}, 0.5)
+    assert tracker.seconds(again) == tracker.seconds(trial) == 7.0
+    assert tracker.ledger(again, "clean") == ledger
+    assert "clean/low" not in again.metrics
+    Verdicts(tracker, {again.digest: again}).read_scores([again])
     names = ("clean", "clean/low", "clean/high", "clean/n")
     assert [again.metrics[name] for name in names] == [0.5, 0.4, 0.7, 60]
-    assert tracker.seconds(again) == 7.0
-    assert tracker.ledger(again, "clean") == b"rows"
 
 
 def test_weights_along_the_way_are_a_model_at_its_step_and_their_scores_leave_the_last_alone(

@@ -38,7 +38,8 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
         cell="q",
         identity="{}",
         ledger=b"",
-        metrics={"clean": 0.9, "clean/seconds": 10.0},
+        metrics={"clean": 0.9},
+        seconds=10.0,
     )
     tracker.log_epochs(going, [{"epoch": 3.0, "train/seconds": 10.0}])
     said = describe_status(tracker, plan, now=going.start_time / 1000 + 600).splitlines()

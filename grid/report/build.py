@@ -64,7 +64,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     """Return what the templates show of a plan, by the names that they use."""
     runs = tracker.trials()
     verdicts = Verdicts(tracker, runs, plan.seeds)
-    verdicts.forget_damaged(plan)
+    verdicts.read_scores(plan)
     planned = [runs[t.digest] for t in plan if t.digest in runs]
     trained = [runs[t.digest] for t in plan if t.digest in runs and t.recipe.epochs]
     tables = tables_of(study, plan, runs)

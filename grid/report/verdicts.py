@@ -18,12 +18,11 @@ from evaluators import EVALUATORS
 from evaluators.base import Column
 from evaluators.health import is_checked, red_flags
 from evaluators.intervals import Paired, compare, image_scores
-from evaluators.ledger import from_parquet
+from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
 from grid.plan import Plan, Trial
 from grid.report.tables import digests_of
 from grid.table import Row, Table
 from trainables.data.listing import WORDNET_ID
-from trainables.store.storage import DamagedError
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
 ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
@@ -62,14 +61,19 @@ class Verdicts:
         self.tracker, self.runs, self._seeds = tracker, runs, seeds
         self.ledger = lru_cache(CACHED_LEDGERS)(self._ledger)
 
-    def forget_damaged(self, trials: Iterable[Trial]) -> None:
-        """Count cells whose ledger is damaged or missing as not judged, here and in MLflow."""
+    def read_scores(self, trials: Iterable[Trial]) -> None:
+        """Add each ledger's scores, with intervals, to its run's metrics.
+
+        A cell whose ledger is damaged or missing counts as not judged, here and in MLflow.
+        """
         for run in (self.runs[t.digest] for t in trials if t.digest in self.runs):
-            for evaluator in list(run.cells):  # those of weights along the way, too
+            for evaluator in list(run.cells):
                 try:
-                    self.tracker.ledger(run, evaluator)
-                except DamagedError:
+                    scores = scores_as_metrics(scores_of(self.tracker.ledger(run, evaluator)))
+                except ValueError:
                     self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+                else:
+                    run.metrics |= scores if evaluator in EVALUATORS else {}  # not along the way
 
     def digests(self, row: Row) -> list[str]:
         """Return the digests of a row's trials, one per seed."""

@@ -53,7 +53,7 @@ TRAINED_TAG = "trained"
 DAMAGED_LEDGER = "damaged ledger: judged again by the next run"
 OTHER_WEIGHTS = "other weights: judged again by the next run"
 SCHEMA_TAG = f"{PROJECT}.schema"
-SCHEMA = 4  # of runs, tags and artifacts as written here
+SCHEMA = 5  # of runs, tags and artifacts as written here
 PAGE = 250  # runs read at once, which bounds the memory they take
 LONGEST_TAG = 5000
 SECONDS_SO_FAR = "train/so_far/seconds"
@@ -76,11 +76,12 @@ class TrialRun:
     """What MLflow knows of a trial.
 
     `cells` maps an evaluator to the digest of its question, `failed_cells` to why it has no answer,
-    `ledgers` to the sha256 of its answer, `studies` a study's name to the tables that it serves
-    there; `trained` is the provenance of its weights, `judged` that of each evaluator's verdicts.
-    `live`: a run may be training it; None where that is not known. `images` counts those of the
-    data set's splits, "train" and "held_out", where that was noted. `checkpoints`: the logged
-    models of weights along the way, by epoch.
+    `ledgers` to the sha256 of its answer, `seconds` to how long that took, `studies` a study's name
+    to the tables that it serves there; `metrics` hold of each score its value alone; `trained` is
+    the provenance of its weights, `judged` that of each evaluator's verdicts. `live`: a run may be
+    training it; None where that is not known. `images` counts those of the data set's splits,
+    "train" and "held_out", where that was noted. `checkpoints`: the logged models of weights along
+    the way, by epoch.
     """
 
     run_id: str
@@ -95,6 +96,7 @@ class TrialRun:
     cells: dict[str, str] = field(default_factory=dict)
     failed_cells: dict[str, str] = field(default_factory=dict)
     ledgers: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     weights_sha256: str = ""
     studies: dict[str, str] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
@@ -368,19 +370,22 @@ class Tracker:
         identity: str,
         ledger: bytes,
         metrics: Mapping[str, float],
+        seconds: float = 0.0,
         judged_by: Mapping[str, str] | None = None,
         epoch: int = 0,
     ) -> None:
-        """Store a cell's ledger and its scores, then the tag that marks it done.
+        """Store a cell's ledger, then the values of its scores and the tag that marks it done.
 
-        cell: the digest of the question, whose `identity` is JSON. epoch: of the weights that were
-        judged; those along the way have metrics of their own, by step.
+        cell: the digest of the question, whose `identity` is JSON. seconds: that its verdicts took.
+        epoch: of the weights that were judged; those along the way have metrics of their own, by
+        step.
         """
         self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
         document = {
             "question": cell,
             "identity": json.loads(identity),
             "sha256": hashlib.sha256(ledger).hexdigest(),
+            "seconds": seconds,
             "judged_by": dict(judged_by or {}),
         }
         tags = [RunTag(CELL_TAG + evaluator, json.dumps(document))]
@@ -393,7 +398,7 @@ class Tracker:
         self._log(run, metrics=values, tags=tags)
         run.metrics |= metrics
         run.cells[evaluator], run.ledgers[evaluator] = cell, document["sha256"]
-        run.judged[evaluator] = document["judged_by"]
+        run.seconds[evaluator], run.judged[evaluator] = seconds, document["judged_by"]
 
     def fail_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
         """Note why a cell has no answer; the next run of the command judges it."""
@@ -434,8 +439,8 @@ class Tracker:
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
-        judged = (run.metrics.get(f"{evaluator}/seconds", 0.0) for evaluator in run.cells)
-        return run.metrics.get(SECONDS_SO_FAR, 0.0) + sum(judged)
+        judged = sum(run.seconds[evaluator] for evaluator in run.cells)
+        return run.metrics.get(SECONDS_SO_FAR, 0.0) + judged
 
     def _call(self, method: Callable[P, Answer], *args: P.args, **named: P.kwargs) -> Answer:
         """Call the client; what is called again must do no harm the second time."""
@@ -535,6 +540,7 @@ def _trial_run(run: Run) -> TrialRun:
         cells={name: cell["question"] for name, cell in cells.items()},
         failed_cells=_tagged(tags, FAILED_TAG),
         ledgers={name: cell["sha256"] for name, cell in cells.items()},
+        seconds={name: cell["seconds"] for name, cell in cells.items()},
         weights_sha256=tags.get(WEIGHTS_TAG, ""),
         studies=_tagged(tags, STUDY_TAG),
         trained=json.loads(tags.get(TRAINED_TAG, "{}")),
