@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from evaluators.options import JudgeOptions
+from trainables.options import stop_on_signals
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = JudgeOptions.prog) -> int:
@@ -23,4 +24,5 @@ def main(arguments: Sequence[str] | None = None, prog: str = JudgeOptions.prog) 
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

@@ -47,10 +47,10 @@ def evaluate(
     it, a number or one for each channel. data: (images, labels) as tensors or arrays, a
     Dataset, a DataLoader, a folder, a Hugging Face Dataset, or this project's Data.
     image_size: to which images of files are brought. epsilon: max-norm radii, "8/255" or a number;
-    default: the data set's own, or 8/255 up to 64 px and 4/255 above. device: default the model's
-    own, or the first GPU for one without weights. store: a folder in which verdicts stay; the same
-    call goes on with what it holds. eot: passes that are averaged of a model that draws at random.
-    Raises ValueError where the model or the data cannot be judged.
+    default: the scale's; of a user's images in memory 8/255 up to 64 px, else 4/255. device:
+    default the model's own, or the first GPU for one without weights. store: a folder in which
+    verdicts stay; the same call goes on with what it holds. eot: passes that are averaged of a
+    model that draws at random. Raises ValueError where the model or the data cannot be judged.
     """
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
@@ -78,8 +78,7 @@ def evaluate(
             folder = Path(store, f"{re.sub('[^A-Za-z0-9_.-]+', '-', label)}-{subject}")
         in_parts = progress or bool(store)
         cells = Cells(chosen, judged_data, folder, folder.name, where, in_parts=in_parts)
-        for evaluator in chosen:
-            cells.judge(evaluator, classifier, batch_size, progress=progress)
+        cells.judge(classifier, progress=progress, batch_size=batch_size)
         if store:
             cells.write_ledgers()
         return cells.scores(label, notes + remarks)

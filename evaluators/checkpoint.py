@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluators.base import device_named
-from evaluators.judging import Cells, evaluators_named
+from evaluators.judging import Cells, attacking, evaluators_named
 from evaluators.own_model import PROBED, OwnModel, fingerprint, probe
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
@@ -17,7 +17,7 @@ from trainables.models import MODELS, OWN, TIMM_PREFIX, model_named
 from trainables.networks import build_classifier, classifier_named
 from trainables.options import again
 from trainables.pretrained import preprocessing_of
-from trainables.recipe import Preprocessing, Recipe
+from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_of_recipe
 from trainables.store.checkpoint import recipe_of
 from trainables.store.tensors import read_content, read_tensors
@@ -25,8 +25,6 @@ from trainables.weights import fit_weights, load_weights, local_file
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
-
-HALF = (0.5, 0.5, 0.5)
 
 
 def judge_checkpoint(options: JudgeOptions) -> bool:
@@ -45,10 +43,9 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     judged = repr((digest, scale, source.root, sorted(source.folders.items())))
     evaluators = evaluators_named(options.evaluators, scale, options.epsilon)
     cells, is_whole = Cells(evaluators, data, folder, judged, device), False
+    print(*(f"{e.name}: {store.total} images" for e, store in cells.stores.items()), sep="\n")
     with suppress(KeyboardInterrupt):
-        for evaluator, store in cells.stores.items():
-            print(f"{evaluator.name}: {store.total} images")
-            cells.judge(evaluator, classifier)
+        cells.judge(classifier)
         is_whole = True
     print(cells.scores(f"{name} at scale {scale.name}", remarks))
     if not is_whole:
@@ -63,16 +60,12 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
 
 def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
     """Return the scale with the images and patches that the options state."""
-    images, patch = options.attack_images, scale.patch
-    patch = replace(
-        patch,
-        images=images or patch.images,
-        patches=options.patches or patch.patches,
-        area=options.patch_area or patch.area,
-    )
+    images = options.attack_images
+    budget: dict[str, Any] = {"patches": options.patches, "area": options.patch_area}
+    patch = replace(scale.patch, **{name: value for name, value in budget.items() if value})
     patch.side(scale.image_size)
-    subset, small = images or scale.attack_subset, images or scale.autoattack_subset
-    return replace(scale, patch=patch, attack_subset=subset, autoattack_subset=small)
+    scale = replace(scale, patch=patch)
+    return attacking(scale, images) if images else scale
 
 
 def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier, Scale, list[str]]:
@@ -80,8 +73,7 @@ def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier,
 
     Return it, the data's scale as it sees them, and lines that say what it is made of. ValueError.
     """
-    model, weights = options.model, _weights(options)
-    notes: tuple[str, ...] = ()
+    model, weights, notes = options.model, _weights(options), tuple[str, ...]()
     in_file = bool(weights) and not weights.startswith(TIMM_PREFIX)
     if in_file:
         path = local_file(weights, options.sha256)
@@ -136,9 +128,6 @@ def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe
     ValueError where it was trained on other data than those of the options.
     """
     recipe = recipe_of(content, options.weights or "")
-    preprocessing = recipe.preprocessing
-    if recipe.pixel_range == "half" and not (preprocessing.mean or preprocessing.std):
-        preprocessing = preprocessing | Preprocessing(mean=HALF, std=HALF)
     try:
         if options.scale not in (None, recipe.scale, recipe.scale.partition("-")[0]):
             raise ValueError(f"--scale {options.scale} is another")
@@ -149,6 +138,6 @@ def _recipe(options: JudgeOptions, content: bytes, source: DataSource) -> Recipe
             f"{options.weights} was trained at scale {recipe.scale}: {error}"
         ) from None
     return recipe.replace(
-        preprocessing=preprocessing | options.preprocessing(),
+        preprocessing=recipe.input | options.preprocessing(),
         activation=options.activation or recipe.activation,
     )

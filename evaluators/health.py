@@ -60,7 +60,6 @@ class Health(Evaluator):
                 batch.images,
                 batch.labels,
                 epsilon=HUGE_EPSILON,
-                step_size=HUGE_EPSILON / 4,
                 stops=(HUGE_STEPS,),
                 start_BCHW=start,
             )
@@ -72,12 +71,8 @@ class Health(Evaluator):
             (gradient,) = torch.autograd.grad(loss, images)
         has_gradient = gradient.abs().amax(dim=(1, 2, 3)) > 0
         answers = logits.detach().argmax(dim=1)
-        return pa.concat_tables(
-            [
-                verdicts(batch, "pgd-huge", predicted),
-                verdicts(batch, "gradient", answers, survived_B=has_gradient),
-            ]
-        )
+        rows = verdicts(batch, "gradient", answers, survived_B=has_gradient)
+        return pa.concat_tables([verdicts(batch, "pgd-huge", predicted), rows])
 
 
 def is_checked(ledgers: Iterable[pa.Table]) -> bool:

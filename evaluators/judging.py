@@ -77,45 +77,34 @@ class Cells:
             )
 
     def judge(
-        self,
-        evaluator: Evaluator,
-        classifier: Classifier,
-        batch_size: int = 200,
-        *,
-        progress: bool = True,
+        self, classifier: Classifier, *, progress: bool = True, batch_size: int = 200
     ) -> None:
         """Judge the images that no shard holds yet, on all cores, showing the time left."""
-        store = self.stores[evaluator]
-        judge = partial(
-            judged_shard, evaluator, classifier, self.data, self.device, batch_size=batch_size
-        )
-        alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
-        ledgers = _in_this_process if alone else _in_processes
         watched = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        bar = tqdm(
-            desc=evaluator.name,
-            total=store.total,
-            initial=store.judged,
-            unit=" images",
-            disable=not watched or store.total <= evaluator.least_shard,
-        )
-        with bar, closing(ledgers(store, judge, self.processes)) as judged:
-            for shard, content in judged:
-                store.add(shard, content)
-                bar.update(len(shard))
+        for evaluator, store in self.stores.items():
+            where = self.data, self.device
+            judge = partial(judged_shard, evaluator, classifier, *where, batch_size=batch_size)
+            alone = self.processes == 1 or store.total - store.judged <= evaluator.least_shard
+            ledgers = _in_this_process if alone else _in_processes
+            shown = watched and store.total > evaluator.least_shard
+            counts = {"total": store.total, "initial": store.judged, "unit": " images"}
+            bar = tqdm(desc=evaluator.name, disable=not shown, **counts)
+            with bar, closing(ledgers(store, judge, self.processes)) as judged:
+                for shard, content in judged:
+                    store.add(shard, content)
+                    bar.update(len(shard))
 
     def scores(self, name: str, notes: Sequence[str] = ()) -> Scores:
         """Return a model's scores; those of a part of the images say so in their names."""
         seconds: dict[str, float] = {}
         scores, ledgers = [], [LEDGER.empty_table()]
-        for evaluator, store in self.stores.items():
-            if store.judged:
-                ledger, taken = store.merged()
-                part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
-                named = [replace(s, name=s.name + part) for s in evaluator.summarize(ledger)]
-                scores += named
-                seconds |= {score.name: taken for score in named}
-                ledgers.append(ledger)
+        for evaluator, store in ((e, s) for e, s in self.stores.items() if s.judged):
+            ledger, taken = store.merged()
+            part = f" ({store.judged} of {store.total} images)" if store.missing() else ""
+            named = [replace(s, name=s.name + part) for s in evaluator.summarize(ledger)]
+            scores += named
+            seconds |= {score.name: taken for score in named}
+            ledgers.append(ledger)
         return Scores(
             scores=tuple(scores),
             seconds=seconds,
@@ -167,6 +156,12 @@ def evaluators_named(
             "takes none"
         )
     return evaluators
+
+
+def attacking(scale: Scale, images: int) -> Scale:
+    """Return a scale whose attacks take so many images."""
+    patch = replace(scale.patch, images=images)
+    return replace(scale, attack_subset=images, autoattack_subset=images, patch=patch)
 
 
 def processes_for(device: torch.device) -> int:

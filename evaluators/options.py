@@ -12,11 +12,12 @@ from pydantic import AfterValidator, BeforeValidator
 from evaluators import EVALUATORS, PGD_STEPS
 from trainables.models import FORMS, MODELS
 from trainables.options import Address, Count, DataOptions, Split, Words, fraction, option
-from trainables.recipe import ACTIVATIONS, Activation, check_model, one_of
+from trainables.recipe import ACTIVATIONS, check_model, one_of
 from trainables.scale import scale_named, scale_names
 
 # Single lengths of pgd take its shorter trajectory.
 NAMES = (*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS))
+Activation = Annotated[str, one_of("activation", ACTIVATIONS)]
 Name = Annotated[str, one_of("evaluator", NAMES)]
 ScaleName = Annotated[
     str, AfterValidator(lambda name: name if name in scale_names() else scale_named(name).name)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from evaluators.judging import attacking
 from trainables.data.base import Data, Split, to_unit
 from trainables.data.images import as_rgb, validated
 from trainables.data.layouts import split_places
@@ -67,16 +68,14 @@ def for_head(scale: Scale, data: Data, outputs: int) -> tuple[Scale, Data]:
     """
     if not data.class_names:
         scale, data = _own(data.held_out, tuple(map(str, range(outputs))))
-    labels, classes, n = data.held_out.labels, len(data.class_names), len(data.held_out)
+    labels, classes = data.held_out.labels, len(data.class_names)
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         raise ValueError(
             f"label {int(labels[outside][0])} is out of range: there are {classes} classes, so "
             f"labels are from 0 to {classes - 1}"
         )
-    patch = replace(scale.patch, images=n)
-    data = replace(data, corrupted=n)
-    return replace(scale, attack_subset=n, autoattack_subset=n, patch=patch), data
+    return attacking(scale, len(labels)), replace(data, corrupted=len(labels))
 
 
 def digest(data: Data) -> str:
@@ -93,7 +92,6 @@ def _folder(root: Path, image_size: int | None) -> tuple[Scale, Data]:
     has_held_out = root.is_dir() and split_places(root)[1]
     source = DataSource(root=root, hold_out=0 if has_held_out else 1)
     scale = scale_of(FOLDER, source, image_size=image_size)
-    scale = replace(scale, epsilon=_radius(scale.image_size))
     return scale, load_data(scale, source)
 
 

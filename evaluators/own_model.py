@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainables.data.base import to_unit
 from trainables.layers import Classifier
+from trainables.recipe import per_channel
 from trainables.train.exactness import settings_restored
 
 PROBED = 8  # images
@@ -74,17 +75,9 @@ def classifier_of(model: Any, channels: int, mean: Any, std: Any, *, draws: int 
     if is_ours:
         model, mean, std = model.backbone, model.mean, model.std
     backbone = model if is_ours and draws == 1 else OwnModel(model, draws)
-    both = (_of_channels("mean", mean, 0.0, channels), _of_channels("std", std, 1.0, channels))
-    return Classifier(backbone, *both)
-
-
-def _of_channels(name: str, value: Any, default: float, channels: int) -> tuple[float, ...]:
-    numbers = torch.as_tensor(default if value is None else value).float().flatten().tolist()
-    if len(numbers) not in (1, channels):
-        raise ValueError(f"{name} has {len(numbers)} numbers, and the images {channels} channels")
-    if not all(0 <= number <= 1 for number in numbers) or (name == "std" and 0 in numbers):
-        raise ValueError(f"{name} {value} is of other units: pixels are in [0, 1], divide by 255")
-    return tuple(numbers) if len(numbers) == channels else tuple(numbers) * channels
+    stated = {"mean": 0.0 if mean is None else mean, "std": 1.0 if std is None else std}
+    numbers = {n: torch.as_tensor(v).float().flatten().tolist() for n, v in stated.items()}
+    return Classifier(backbone, **{n: per_channel(n, v, channels) for n, v in numbers.items()})
 
 
 def device_of(model: nn.Module) -> torch.device | None:

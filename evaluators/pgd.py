@@ -75,16 +75,10 @@ class PGD(Evaluator):
             at_once = images_at_once(victim, batch.images, most=len(batch.ids))
             for suffix, epsilon in self.radii.items():
                 for part in batch.parts(at_once):
-                    iterates = pgd_iterates(
-                        victim,
-                        part.images,
-                        part.labels,
-                        epsilon=epsilon,
-                        step_size=epsilon / 4,
-                        stops=self.steps,
-                        start_BCHW=self._start(part, epsilon),
-                    )
-                    for steps, images_BCHW in iterates:
+                    start, pair = self._start(part, epsilon), (part.images, part.labels)
+                    for steps, images_BCHW in pgd_iterates(
+                        victim, *pair, epsilon=epsilon, stops=self.steps, start_BCHW=start
+                    ):
                         with torch.no_grad():
                             predicted = classifier(images_BCHW).argmax(dim=1)
                         shown = images_BCHW if steps == self.steps[-1] else None

@@ -26,7 +26,8 @@ def main() -> None:
     """Run the command that the first word names, and end the process with its status."""
     command, *words = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
-        from grid.run import leave, stop_on_signals
+        from grid.run import leave
+        from trainables.options import stop_on_signals
 
         stop_on_signals()
         leave(dispatch(command, words))

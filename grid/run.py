@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
 from trainables.buildable import check_buildable
 from trainables.data.listing import scale_of
-from trainables.options import again, installed
+from trainables.options import again, installed, stop_on_signals
 from trainables.recipe import Preprocessing, problem
 from trainables.scale import Scale
 from trainables.store.results import check_database, settle, sole_run
@@ -184,24 +183,6 @@ def _say_end(finished: Finished, options: RunOptions, seconds: float) -> int:
     if finished.failures:
         print(f"Try what failed again with: {again()}", file=sys.stderr)
     return 1 if finished.failures else 0
-
-
-def stop_on_signals() -> None:
-    """Stop on SIGTERM and SIGHUP as on Ctrl-C; one that is ignored stays so (nohup).
-
-    Python drops an interrupt that comes inside a finaliser: it comes again, by SIGALRM.
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    sys.unraisablehook = _interrupt_again
-
-
-def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    if issubclass(dropped.exc_type, KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-    else:
-        sys.__unraisablehook__(dropped)
 
 
 def leave(code: int) -> NoReturn:

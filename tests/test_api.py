@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evaluators import compare, evaluate
+from evaluators.__main__ import main
 from evaluators.ledger import LEDGER, Score
 from evaluators.scores import Scores
 
@@ -87,6 +88,19 @@ def folder_of(root, images, labels, names="abc"):
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(image).save(path)
     return root
+
+
+def test_a_folder_is_attacked_by_the_same_radius_as_by_the_command(coloured, tmp_path, capsys):
+    folder_of(tmp_path / "val", *coloured)
+    torch.save(Brightest().state_dict(), tmp_path / "w.pth")
+    code = tmp_path / "brightest.py"
+    code.write_text("from tests.test_api import Brightest\n")
+    model = ["--model", f"{code}:Brightest", "--weights", str(tmp_path / "w.pth")]
+    words = ["--data", str(tmp_path), "--evaluators", "pgd-5", "--ledger", str(tmp_path / "l")]
+    assert main([*model, *words]) == 0
+    note = "note: pgd: max-norm radius 4/255"
+    assert note in capsys.readouterr().out.splitlines()
+    assert note in str(quiet(Brightest(), tmp_path, "pgd-5")).splitlines()
 
 
 @pytest.mark.parametrize("part", ["", "val"])

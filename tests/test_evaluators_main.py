@@ -192,7 +192,7 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
         (["--scale", "imagenet"], "was trained at scale digits: --scale imagenet is another"),
         (["--data", "."], "was trained at scale digits: scale 'digits' is embedded"),
         (["--model", "resnet18", "--scale", "imagenet"], "does not fit the model"),
-        (["--std", "0"], "--std: Input should be greater than 0, not '0'"),
+        (["--std", "0"], "--std: std 0 is of other units: pixels are in [0, 1]"),
         (["--device", "abacus"], "--device abacus"),
         (["--epsilon", "4/255"], "epsilon is a radius of pgd, autoattack and"),
         (["--epsilon", "4"], "above 0 and at most 1, like 4/255"),
@@ -301,6 +301,18 @@ def test_a_run_cut_short_reports_its_images_and_goes_on_behind_them(
     whole, alone = (pq.read_table(f / "pgd.parquet") for f in (tmp_path, tmp_path / "alone"))
     assert whole.equals(alone)
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_signal_that_ends_the_command_has_it_report_as_ctrl_c_does(own_file, tmp_path):
+    options = ["--evaluators", "autoattack", "--attack-images", "200", "--ledger", str(tmp_path)]
+    command = [sys.executable, "-m", "evaluators", "--weights", str(own_file), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        while not [*tmp_path.glob("shards/*/*.parquet")]:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.terminate()
+        assert "Cut short. Judge the other images with: " in run.stdout.read()
+    assert run.returncode == 130
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_processes_judge_every_image_once_as_one_process_does(
 
     monkeypatch.setattr(base, "judge_images", noted)
     cells = cells_of(pgd, few_digits, tmp_path)
-    cells.judge(pgd, classifier)
+    cells.judge(classifier)
     judged = [line.split() for line in pids.read_text().splitlines()]
     assert [line[1:] for line in judged] == [["30", "1"]] * 2
     assert str(os.getpid()) not in {pid for pid, *_ in judged}
@@ -77,7 +77,7 @@ def test_ctrl_c_ends_the_processes_and_what_they_judged_is_there(
     monkeypatch.setattr(judging.ShardStore, "add", interrupted)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        cells_of(pgd, few_digits, tmp_path).judge(pgd, classifier)
+        cells_of(pgd, few_digits, tmp_path).judge(classifier)
     assert time.monotonic() - began < 300
     assert not active_children()
     (store,) = cells_of(pgd, few_digits, tmp_path).stores.values()

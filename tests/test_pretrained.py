@@ -290,6 +290,7 @@ def test_a_recipe_that_resets_the_head_has_the_seeds_own(model, tmp_path):
             "--pretrained stands for timm's weights",
         ),
         ("--model resnet18", "resnet18 needs its weights: give --weights"),
+        ("--model test_resnet --weights w.pth", "Did you mean 'timm:test_resnet'?"),
         ("--model resnet18 --weights w.pth --model-arg a=1", "'resnet18' cannot be built with a=1"),
         ("--model timm:resnet18", "give --pretrained for timm's own, or --weights"),
         ("--model timm:resnet18 --model-arg a=1 --weights w.pth", "unexpected keyword argument"),
@@ -399,7 +400,8 @@ model = ["--model", "timm:test_vit", "--ledger", "mine", "--weights"]
 main([*data, *model, "hf://me/mine/best.safetensors"])
 with suppress(SystemExit):
     main([*data, *model, "hf://me/mine"])
-constants.HF_HUB_OFFLINE = True
+constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody answers
+main([*data, "--model", "timm:test_vit.r160_in1k", "--pretrained", "--ledger", "cached"])
 main([*data, *model, "hf://me/other"])
 """
     with file_server(files) as address:  # huggingface_hub reads the environment as it is imported
@@ -415,8 +417,9 @@ main([*data, *model, "hf://me/other"])
         )
     assert done.returncode == 2
     assert "hf://me/mine cannot be fetched: " in done.stderr
-    assert "hf://me/other cannot be fetched: " in done.stderr
-    for ledger in ("timm", "mine"):
+    silent = "http://127.0.0.1:9 does not answer, and no cache has them"
+    assert f"hf://me/other cannot be fetched: {silent}" in done.stderr
+    for ledger in ("timm", "mine", "cached"):
         answers = pq.read_table(tmp_path / ledger / "clean.parquet")
         assert set(answers["predicted"].to_pylist()) == {1}
         assert sorted(answers["label"].to_pylist()) == [0, 0, 1, 1]

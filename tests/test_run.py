@@ -260,7 +260,7 @@ def test_a_process_that_ignores_hangups_is_not_stopped_by_one(ignored, code):
     program = (
         "import os, signal, sys\n"
         f"if {ignored}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from grid.run import stop_on_signals\n"
+        "from trainables.options import stop_on_signals\n"
         "stop_on_signals()\n"
         "try: os.kill(os.getpid(), signal.SIGHUP)\n"
         "except KeyboardInterrupt: sys.exit(130)"
@@ -271,7 +271,7 @@ def test_a_process_that_ignores_hangups_is_not_stopped_by_one(ignored, code):
 
 IN_FINALISER = """
 import signal, sys, time
-from grid.run import stop_on_signals
+from trainables.options import stop_on_signals
 
 class Dropped:
     def __del__(self):

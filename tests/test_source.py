@@ -358,8 +358,8 @@ def test_preprocessing_is_what_options_say_and_open_where_they_are_silent():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--mean .5 .5", "--mean: one number or one a channel (3), not 2"),
-        ("--std 0 1 1", "--std: Input should be greater than 0"),
+        ("--mean .5 .5", "--mean: mean has 2 numbers, and the images 3 channels"),
+        ("--std 0 1 1", "--std: std 0 1 1 is of other units"),
         ("--resize squsah", "Did you mean 'squash'?"),
         ("--interpolation cubic", "Did you mean 'bicubic'?"),
         ("--resize squash --crop 0.9", "--crop is a share that --resize crop cuts out"),

@@ -384,7 +384,7 @@ def test_one_relative_for_two_rows_that_are_else_alike_is_refused(tmp_path):
         ('"pgd-10"]', '"pdg-10"]', "tables.0.columns.1: unknown score 'pdg-10'; one of clean, "),
         ('base = "resnet50"', 'base = "resnet5"', "row 'ReLU': unknown base 'resnet5'; one of "),
         ('extends = "resnet50"', 'extends = "resnet5"', "bases: smooth: unknown base 'resnet5'"),
-        ('activation = "gelu"', 'activation = "gulu"', "not 'gulu'. Did you mean 'gelu'?"),
+        ('activation = "gelu"', 'activation = "gulu"', "Did you mean 'gelu'?"),
         ("scheduler =", "schedule =", "row 'GELU, cosine': unknown axis 'schedule'"),
         ('row = "A1/GELU"', 'row = "A1/GELUU"', "unknown row 'GELUU'; one of ReLU, GELU, GELU, c"),
         ('row = "A1/GELU"', 'row = "A2/GELU"', "unknown table 'A2'; one of A1. Did you mean 'A1'?"),
@@ -460,7 +460,7 @@ def test_bases_and_files_that_need_each_other_are_refused(tmp_path, capsys):
     [
         ("[axes]\nlearning_rat = [0.1]", "unknown axis 'learning_rat'"),
         ("[axes]\nlearning_rate = [-1.0]", "no trial left, all 1 are refused; the first, learning"),
-        ('[set]\nactivation = "swish"', "not 'swish'"),
+        ('[set]\nactivation = "swish"', "unknown activation 'swish'"),
     ],
 )
 def test_a_wrong_grid_ends_the_command_with_2(tmp_path, text, message, capsys):

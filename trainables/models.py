@@ -17,16 +17,11 @@ TIMM_PREFIX = f"{TIMM}:"
 HUB_PREFIX = "torchhub:"
 STUDY_FAMILIES = ("resnet", "deit", "hybrid")
 OWN = "own"  # the family of models that a user's own code builds
-FORMS = (
-    "timm:NAME",
-    "FILE.py:FUNCTION",
-    "PACKAGE.MODULE:FUNCTION",
-    "torchhub:REPO:NAME",
-    "FILE.pt2",
-)
-USER_CODE = re.compile(
-    rf"{HUB_PREFIX}.+:[\w-]+|.+\.pt2|(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*"  # the other forms
-)
+_CODE_FORMS = "FILE.py:FUNCTION", "PACKAGE.MODULE:FUNCTION", "torchhub:REPO:NAME", "FILE.pt2"
+FORMS = ("timm:NAME", *_CODE_FORMS)
+USER_CODE = re.compile(rf"{HUB_PREFIX}.+:[\w-]+|.+\.pt2|(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
+NORMED = ("resnet", "hybrid", "robust_resnet")  # what uses batch normalisation
+VIT_MEDIUM: dict[str, Any] = {"init_values": 1e-6, "no_embed_class": True}
 Settings = Literal["cnn", "transformer", "timm"]
 Build = Callable[..., Any]
 
@@ -61,94 +56,72 @@ class Model:
     batch_norm: bool = True
 
 
-def _network(function: str, *arguments: Any, room: str = "networks", **options: Any) -> Build:
-    """Return the builder that calls a function of a file of `trainables`, imported only then."""
+def _network(
+    function: str, *arguments: Any, room: str = "networks", normed: bool = False, **options: Any
+) -> Build:
+    """Return the builder that calls a function of a file of `trainables`, imported only then.
+
+    normed: it uses the norm layer.
+    """
 
     def build(scale: Any, norm_layer: Callable[[int], Any], **more: Any) -> Any:
         module = import_module(f"trainables.{room}")
-        return getattr(module, function)(*arguments, scale, norm_layer, **options, **more)
+        norms = {"norm_layer": norm_layer} if normed else {}
+        return getattr(module, function)(*arguments, scale, **norms, **options, **more)
 
     return build
 
 
-def _resnet(name: str, size: str, block: str, blocks: tuple[int, ...], cost: Cost) -> Model:
-    return Model(name, size, _network("resnet", block, blocks), cost, "resnet")
+def _model(
+    name: str,
+    size: str,
+    cost: tuple[int, float, float],
+    function: str,
+    *arguments: Any,
+    family: str = "",
+    **options: Any,
+) -> Model:
+    """Return the entry of what a function of `networks`, or of the file of its name, builds."""
+    room, normed = function if family else "networks", function in NORMED
+    build = _network(function, *arguments, room=room, normed=normed, **options)
+    settings: Settings = "cnn" if function == "resnet" else "transformer"
+    return Model(name, size, build, Cost(*cost), family or function, settings, normed)
 
 
-def _vit(name: str, size: str, width: int, cost: Cost, **options: Any) -> Model:
-    build = _network("vit", width, **options)
-    return Model(name, size, build, cost, "vit", "transformer", batch_norm=False)
-
-
-def _convnext(name: str, size: str, depth: int, width: int, cost: Cost) -> Model:
-    build = _network("convnext", (3, 3, depth, 3), width)
-    return Model(name, size, build, cost, "convnext", "transformer", batch_norm=False)
-
-
-def _robust(kind: str, depths: tuple[int, ...], kernel: int, stage: int, cost: Cost) -> Model:
-    build = _network("robust_resnet", kind, depths, kernel, stage, room="robust_resnet")
+def _robust(kind: str, cost: tuple[int, float, float], *arguments: Any) -> Model:
     name = f"robust_resnet_{kind.replace('-', '_')}"
-    return Model(name, "base", build, cost, name, "transformer")
-
-
-def _deit(name: str, size: str, width: int, cost: Cost) -> Model:
-    return Model(name, size, _network("deit", width), cost, "deit", "transformer", batch_norm=False)
+    return _model(name, "base", cost, "robust_resnet", kind, *arguments, family=name)
 
 
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
-        _resnet("resnet18", "small", "basic", (2, 2, 2, 2), Cost(11_689_512, 1.8, 0.33)),
-        _resnet("resnet50", "base", "bottleneck", (3, 4, 6, 3), Cost(25_557_032, 4.1, 0.48)),
-        _resnet("resnet101", "large", "bottleneck", (3, 4, 23, 3), Cost(44_549_160, 7.8, 0.7)),
-        _resnet("resnet200", "huge", "bottleneck", (3, 24, 36, 3), Cost(64_673_832, 15.1, 1.2)),
-        _deit("deit_mini", "small", 256, Cost(9_982_184, 2.1, 0.5)),
-        _deit("deit_small", "base", 384, Cost(22_050_664, 4.6, 0.74)),
-        _deit("deit_base", "large", 768, Cost(86_567_656, 17.6, 1.6)),
-        Model(
-            name="hybrid_deit",
-            size="base",
-            build=_network("hybrid"),
-            cost=Cost(21_055_528, 3.9, 0.9),
-            family="hybrid",
-            settings="transformer",
+        _model("resnet18", "small", (11_689_512, 1.8, 0.33), "resnet", "basic", (2, 2, 2, 2)),
+        _model("resnet50", "base", (25_557_032, 4.1, 0.48), "resnet", "bottleneck", (3, 4, 6, 3)),
+        _model("resnet101", "large", (44_549_160, 7.8, 0.7), "resnet", "bottleneck", (3, 4, 23, 3)),
+        _model(
+            "resnet200", "huge", (64_673_832, 15.1, 1.2), "resnet", "bottleneck", (3, 24, 36, 3)
         ),
+        _model("deit_mini", "small", (9_982_184, 2.1, 0.5), "deit", 256),
+        _model("deit_small", "base", (22_050_664, 4.6, 0.74), "deit", 384),
+        _model("deit_base", "large", (86_567_656, 17.6, 1.6), "deit", 768),
+        _model("hybrid_deit", "base", (21_055_528, 3.9, 0.9), "hybrid"),
         # Wang et al. 2023: UCSC-VLAA/RobustCNN, timm/models/robust_resnet.py, *_small.
-        _robust("dw", (3, 4, 12, 3), 11, 3, Cost(38_590_312, 4.49, 1.0)),
-        _robust("inverted-dw", (3, 4, 14, 3), 7, 3, Cost(33_626_824, 4.59, 0.9)),
-        _robust("up-inverted-dw", (3, 4, 14, 3), 11, 3, Cost(34_441_288, 4.43, 0.91)),
-        _robust("down-inverted-dw", (3, 4, 15, 3), 11, 2, Cost(34_325_896, 4.55, 0.85)),
+        _robust("dw", (38_590_312, 4.49, 1.0), (3, 4, 12, 3), 11, 3),
+        _robust("inverted-dw", (33_626_824, 4.59, 0.9), (3, 4, 14, 3), 7, 3),
+        _robust("up-inverted-dw", (34_441_288, 4.43, 0.91), (3, 4, 14, 3), 11, 3),
+        _robust("down-inverted-dw", (34_325_896, 4.55, 0.85), (3, 4, 15, 3), 11, 2),
         # Singh et al. 2023: nmndeep/revisiting-at, utils_architecture.py; model_args.stem = "conv".
-        _vit("vit_small", "base", 384, Cost(22_050_664, 4.6, 0.74)),
-        _vit(
-            *("vit_medium", "medium", 512, Cost(38_849_512, 8.0, 1.2)),
-            init_values=1e-6,
-            no_embed_class=True,
-        ),
-        _vit("vit_base", "large", 768, Cost(86_567_656, 17.6, 1.6)),
-        _convnext("convnext_tiny", "base", 9, 96, Cost(28_589_128, 4.5, 0.62)),
-        _convnext("convnext_small", "large", 27, 96, Cost(50_223_688, 8.7, 0.84)),
-        _convnext("convnext_base", "huge", 27, 128, Cost(88_591_464, 15.4, 1.0)),
-        _convnext("convnext_large", "giant", 27, 192, Cost(197_767_336, 34.4, 1.4)),
-        Model(
-            name="convnext_iso",
-            size="base",
-            build=_network("convnext_iso"),
-            cost=Cost(22_308_712, 4.3, 0.67),
-            family="convnext_iso",
-            settings="transformer",
-            batch_norm=False,
-        ),
+        _model("vit_small", "base", (22_050_664, 4.6, 0.74), "vit", 384),
+        _model("vit_medium", "medium", (38_849_512, 8.0, 1.2), "vit", 512, **VIT_MEDIUM),
+        _model("vit_base", "large", (86_567_656, 17.6, 1.6), "vit", 768),
+        _model("convnext_tiny", "base", (28_589_128, 4.5, 0.62), "convnext", 9, 96),
+        _model("convnext_small", "large", (50_223_688, 8.7, 0.84), "convnext", 27, 96),
+        _model("convnext_base", "huge", (88_591_464, 15.4, 1.0), "convnext", 27, 128),
+        _model("convnext_large", "giant", (197_767_336, 34.4, 1.4), "convnext", 27, 192),
+        _model("convnext_iso", "base", (22_308_712, 4.3, 0.67), "convnext_iso"),
         # Beyer et al. 2022: google-research/big_vision, configs/vit_s16_i1k.py.
-        Model(
-            name="plain_vit_small",
-            size="base",
-            build=_network("plain_vit", 384),
-            cost=Cost(22_197_736, 4.6, 0.74),
-            family="plain_vit",
-            settings="transformer",
-            batch_norm=False,
-        ),
+        _model("plain_vit_small", "base", (22_197_736, 4.6, 0.74), "plain_vit", 384),
     )
 }
 

@@ -22,32 +22,22 @@ from trainables.layers import Classifier, GhostBatchNorm2d
 from trainables.models import TIMM_PREFIX, model_named
 from trainables.pretrained import num_classes_of, timm_config
 from trainables.recipe import ACTIVATIONS, Recipe
-from trainables.scale import Scale, scale_of_recipe
+from trainables.scale import Scale, scale_named, scale_of_recipe
 from trainables.train.draws import BatchDraws, draws
 from trainables.train.optim import build_optimizer
 from trainables.weights import load_weights
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
-TRUNK = "basic", (2, 2, 2, 2)  # of Hybrid-DeiT: ResNet-18
-HYBRID_WIDTH = 256
-VIT_DEPTH = 12
 # Of the source's longest wave. On a map of 4 a side such waves are nearly constant: 9 epochs of the
 # digits reached 58 % with them, and 91 % with waves as long as the side.
 SINE_LENGTH = 10_000
 CONVNEXT_PATCH = 4
-CONVNEXT_NARROWEST = 96
 Stem = Literal["patch", "conv"]
 FEW_TOKENS = 16
 FEW_PATCHES = 8  # a side
-_TORCH_LAYERS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-}
+_TORCHS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "softplus": nn.Softplus}
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
-    name: _TORCH_LAYERS.get(name) or cast("type[nn.Module]", get_act_layer(name))
-    for name in ACTIVATIONS
+    name: _TORCHS.get(name) or get_act_layer(name) for name in ACTIVATIONS
 }
 GATES = ("sigmoid", "tanh", "hard_sigmoid", "identity")  # of other uses in a network, which stay
 SWAPPED: tuple[type[nn.Module], ...] = (
@@ -63,19 +53,16 @@ def build_classifier(recipe: Recipe) -> Classifier:
         ghosts = recipe.forward_batch // recipe.ghost_batch
         norm_layer = partial(GhostBatchNorm2d, ghosts=ghosts, sets=recipe.accumulation)
     activation = None if recipe.activation == "own" else recipe.activation
+    scale = scale_named(recipe.scale).preprocessed(recipe.input)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        classifier = classifier_named(
+        return classifier_named(
             recipe.model,
-            scale_of_recipe(recipe),
+            scale,
             activation=activation,
             arguments=_arguments(recipe),
             norm_layer=norm_layer,
         )
-    if recipe.is_half_range:
-        classifier.mean.fill_(0.5)
-        classifier.std.fill_(0.5)
-    return classifier
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
@@ -101,14 +88,12 @@ def classifier_named(
     arguments: Mapping[str, Any] | None = None,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> Classifier:
-    """Build a model by name; without `activation` it keeps its network's own.
-
-    arguments: of what builds a model of another origin.
-    """
+    """Build a model by name; without `activation` it keeps its network's own."""
+    arguments = arguments or {}
     try:
-        backbone = model_named(model, **(arguments or {})).build(scale, norm_layer)
+        backbone = model_named(model, **arguments).build(scale, norm_layer)
     except (TypeError, AssertionError) as error:
-        stated = ", ".join(f"{name}={value!r}" for name, value in (arguments or {}).items())
+        stated = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{model!r} cannot be built with {stated}: {error}") from None
     if activation:
         swap_activation(backbone, activation)
@@ -125,9 +110,8 @@ def first_classifier(recipe: Recipe) -> tuple[Classifier, tuple[str, ...]]:
     classifier = build_classifier(recipe)
     if not recipe.init:
         return classifier, ()
-    is_trained = recipe.epochs > 0
-    load = partial(load_weights, sha256=recipe.init_sha256, new_head=is_trained)
-    return classifier, load(recipe.init, classifier, reset_head=recipe.reset_head)
+    heads = {"new_head": recipe.epochs > 0, "reset_head": recipe.reset_head}
+    return classifier, load_weights(recipe.init, classifier, sha256=recipe.init_sha256, **heads)
 
 
 def check_model(recipe: Recipe) -> int:
@@ -149,11 +133,9 @@ def check_sizes(recipe: Recipe) -> None:
     """
     try:
         with torch.device("meta"):
-            classifier = build_classifier(recipe)
-            outputs = _outputs(recipe, classifier)
+            outputs = _outputs(recipe, classifier := build_classifier(recipe))
     except Exception:  # whose fault it is shows on the CPU
-        classifier = build_classifier(recipe)
-        outputs = _outputs(recipe, classifier)
+        outputs = _outputs(recipe, classifier := build_classifier(recipe))
     classes = scale_of_recipe(recipe).num_classes
     if recipe.epochs and outputs != classes:
         raise ValueError(f"{recipe.model!r} has {outputs} outputs: the data have {classes} classes")
@@ -225,24 +207,17 @@ def resnet(
     return cast(nn.Module, network)
 
 
-def vit(
-    width: int,
-    scale: Scale,
-    norm_layer: Callable[[int], nn.Module],
-    *,
-    stem: Stem = "patch",
-    **options: Any,
-) -> nn.Module:
+def vit(width: int, scale: Scale, *, stem: Stem = "patch", **options: Any) -> nn.Module:
     """Build a plain transformer of a published width, at a scale's depth and width.
 
-    `norm_layer` is not used. stem conv: convolutions in place of the patches.
+    stem conv: convolutions in place of the patches.
     """
     heads = scale.vit_heads(width)
     of_scale = {
         "img_size": scale.image_size,
         "patch_size": scale.patch_size,
         "embed_dim": heads * scale.head_width,
-        "depth": scale.depth(VIT_DEPTH),
+        "depth": scale.depth(12),
         "num_heads": heads,
         "num_classes": scale.num_classes,
     }
@@ -253,8 +228,7 @@ def vit(
                 nn.init.trunc_normal_(parameter, std=scale.init_std)
         nn.init.trunc_normal_(network.pos_embed, std=scale.position_std)
     if stem == "conv":
-        convolutions = conv_patches(network.embed_dim, scale, scale.vit_width_divisor)
-        network.patch_embed.proj = convolutions
+        network.patch_embed.proj = conv_patches(network.embed_dim, scale, scale.vit_width_divisor)
     if network.patch_embed.num_patches <= FEW_TOKENS:
         for block in network.blocks:
             # With a few tokens the fused kernel costs more than the attention it computes.
@@ -262,15 +236,13 @@ def vit(
     return cast(nn.Module, network)
 
 
-def deit(
-    width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
-) -> nn.Module:
-    """Build a DeiT of a published width, at a scale's depth and width; `norm_layer` is not used.
+def deit(width: int, scale: Scale, **options: Any) -> nn.Module:
+    """Build a DeiT of a published width, at a scale's depth and width.
 
     Every residual branch starts at zero: `_init_weights_2` of the study's
     models/vision_transformer.py.
     """
-    network: Any = vit(width, scale, norm_layer, **options)
+    network: Any = vit(width, scale, **options)
     nn.init.trunc_normal_(network.cls_token, std=0.02)
     for block in network.blocks:
         nn.init.zeros_(block.attn.proj.weight)
@@ -278,16 +250,14 @@ def deit(
     return cast(nn.Module, network)
 
 
-def plain_vit(
-    width: int, scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any
-) -> nn.Module:
+def plain_vit(width: int, scale: Scale, **options: Any) -> nn.Module:
     """Build the plain transformer of Beyer et al. (2022), at a scale's depth and width.
 
     It averages its tokens, adds fixed positions, and has one more layer with tanh before a head
     that starts at zero. Source: google-research/big_vision, configs/vit_s16_i1k.py, models/vit.py.
     """
     fixed: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    network: Any = vit(width, scale, norm_layer, weight_init="jax", **fixed, **options)
+    network: Any = vit(width, scale, weight_init="jax", **fixed, **options)
     side, channels = scale.image_size // scale.patch_size, network.embed_dim
     longest = side if scale.stem == "small" else SINE_LENGTH
     positions = sine_positions(side, channels, longest=longest)
@@ -334,25 +304,19 @@ def conv_patches(width: int, scale: Scale, width_divisor: int) -> nn.Sequential:
 
 
 def convnext(
-    depths: Sequence[int],
-    width: int,
-    scale: Scale,
-    norm_layer: Callable[[int], nn.Module],
-    *,
-    stem: Stem = "patch",
-    **options: Any,
+    depth: int, width: int, scale: Scale, *, stem: Stem = "patch", **options: Any
 ) -> nn.Module:
-    """Build a ConvNeXt of published depths and first width; `norm_layer` is not used.
+    """Build a ConvNeXt of a published third stage's depth and first stage's width.
 
     Small images keep the stages' strides behind a stem of the scale's stride. stem conv: two
     convolutions, or three where the model is wide, in place of the patches.
     """
     widths = [width * 2**stage // scale.resnet_width_divisor for stage in range(4)]
-    depths = tuple(scale.depth(count) for count in depths)
+    depths = tuple(map(scale.depth, (3, 3, depth, 3)))
     network = ConvNeXt(depths=depths, dims=widths, **({"num_classes": scale.num_classes} | options))
     stride = scale.stem_stride if scale.stem == "small" else CONVNEXT_PATCH
     if stem == "conv":
-        last = widths[:1] if width == CONVNEXT_NARROWEST else [widths[0] * 3 // 4, widths[0]]
+        last = widths[:1] if width == 96 else [widths[0] * 3 // 4, widths[0]]
         strides = (min(2, stride), max(1, stride // 2), 1)
         network.stem = conv_stem([widths[0] // 2, *last], strides)
     elif stride != CONVNEXT_PATCH:
@@ -367,9 +331,7 @@ def _patches_of(side: int, width: int) -> nn.Conv2d:
     return conv
 
 
-def convnext_iso(
-    scale: Scale, norm_layer: Callable[[int], nn.Module], *, stem: Stem = "patch", **options: Any
-) -> nn.Module:
+def convnext_iso(scale: Scale, *, stem: Stem = "patch", **options: Any) -> nn.Module:
     """Build the isotropic ConvNeXt-S, of one stage; source: Liu et al. (2022), section 3.3."""
     width = 384 // scale.resnet_width_divisor
     of_scale = {"depths": (scale.depth(18), 1, 1, 1), "num_classes": scale.num_classes}
@@ -386,17 +348,14 @@ def hybrid(scale: Scale, norm_layer: Callable[[int], nn.Module], **options: Any)
 
     Small images keep the trunk's stem at full size, so that more than one token is left.
     """
-    trunk = resnet(*TRUNK, scale, norm_layer, stem_stride=1, num_classes=0, global_pool="")
+    whole: dict[str, Any] = {"stem_stride": 1, "num_classes": 0, "global_pool": ""}
+    trunk = resnet("basic", (2, 2, 2, 2), scale, norm_layer, **whole)
     # HybridEmbed takes its patch size from the trunk's output.
     embed = partial(HybridEmbed, backbone=trunk)
-    return deit(
-        HYBRID_WIDTH, replace(scale, patch_size=1), norm_layer, embed_layer=embed, **options
-    )
+    return deit(256, replace(scale, patch_size=1), embed_layer=embed, **options)
 
 
-def from_timm(
-    name: str, scale: Scale, norm_layer: Callable[[int], nn.Module], **arguments: Any
-) -> nn.Module:
+def from_timm(name: str, scale: Scale, **arguments: Any) -> nn.Module:
     """Build a model of timm, whole, with its own normalisation.
 
     Where its images have one size it takes the scale's, and a plain transformer of images too

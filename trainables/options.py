@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -26,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import FOLDER, STORED_SETS
-from trainables.recipe import Interpolation, Preprocessing, nearest, problem, unknown
+from trainables.recipe import Interpolation, Preprocessing, nearest, per_channel, problem, unknown
 from trainables.scale import Scale
 from trainables.store.results import PROJECT
 
@@ -35,8 +37,7 @@ Count = Annotated[int, Field(ge=1)]
 Words = tuple[str, ...]  # after one option
 Split = BeforeValidator(lambda words: [part for word in words for part in word.split(",")])
 Names = Annotated[Words, Split]  # with spaces or commas between them
-CHANNELS = 3
-Deviation = Annotated[float, Field(gt=0)]
+Numbers = tuple[float, ...]
 
 
 def option(
@@ -142,6 +143,24 @@ def installed(*words: str) -> str:
     return shlex.join([*start, *words])
 
 
+def stop_on_signals() -> None:
+    """Stop on SIGTERM and SIGHUP as on Ctrl-C; one that is ignored stays so (nohup).
+
+    Python drops an interrupt that comes inside a finaliser: it comes again, by SIGALRM.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+    else:
+        sys.__unraisablehook__(dropped)
+
+
 def without_password(text: str) -> str:
     """Return a path or URI; ValueError where it holds a password that would end up in logs."""
     if re.search(r"://[^@]*:[^@]*@", text):
@@ -214,14 +233,14 @@ class DataOptions(Options):
     interpolation: Interpolation | None = option(
         None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME", advanced=True
     )
-    mean: Annotated[tuple[float, ...], Split] = option(
+    mean: Annotated[Numbers, Split] = option(
         (),
         "normalisation's mean, one number or one a channel, pixels in [0, 1] (default: the "
         "model's, or the data's)",
         "MEAN",
         advanced=True,
     )
-    std: Annotated[tuple[Deviation, ...], Split] = option(
+    std: Annotated[Numbers, Split] = option(
         (), "the normalisation's deviation, as --mean", "DEVIATION", advanced=True
     )
     hold_out: float = option(
@@ -259,12 +278,8 @@ class DataOptions(Options):
 
     @field_validator("mean", "std")
     @classmethod
-    def _per_channel(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
-        if len(numbers) not in (0, 1, CHANNELS):
-            raise ValueError(f"one number or one a channel ({CHANNELS}), not {len(numbers)}")
-        if max(numbers, default=0) > 1:
-            raise ValueError(f"{max(numbers):g} is of other units: pixels are in [0, 1]")
-        return numbers * CHANNELS if len(numbers) == 1 else numbers
+    def _one_a_channel(cls, numbers: Numbers, info: ValidationInfo) -> Numbers:
+        return per_channel(str(info.field_name), numbers) if numbers else ()
 
     @model_validator(mode="after")
     def _crops_or_squashes(self) -> Self:

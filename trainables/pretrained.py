@@ -108,7 +108,7 @@ def _sha256(path: Path, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def from_user_code(name: str, scale: Scale, norm_layer: object, **arguments: Any) -> nn.Module:
+def from_user_code(name: str, scale: Scale, **arguments: Any) -> nn.Module:
     """Build a model by a user's code, which it runs, or load an exported program with its weights.
 
     name: FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION, torchhub:OWNER/REPOSITORY[:REF]:NAME (or of a

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -20,29 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from trainables.models import MODELS, OWN, model_named
+from trainables.models import MODELS, OWN, TIMM_PREFIX, model_named
 
-Activation = Literal[
-    "relu",
-    "gelu",
-    "silu",
-    "softplus",
-    "relu6",
-    "leaky_relu",
-    "prelu",
-    "elu",
-    "celu",
-    "selu",
-    "gelu_tanh",
-    "quick_gelu",
-    "mish",
-    "hard_swish",
-    "hard_mish",
-    "hard_sigmoid",
-    "sigmoid",
-    "tanh",
-    "identity",
-]
+ACTIVATIONS = (
+    *("relu", "gelu", "silu", "softplus", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu"),
+    *("gelu_tanh", "quick_gelu", "mish", "hard_swish", "hard_mish", "hard_sigmoid", "sigmoid"),
+    *("tanh", "identity"),
+)
 Augmentation = Literal["randaug", "augmix", "3augment", "mixup", "cutmix"]
 Scheduler = Literal["step", "cosine", "tanh", "multistep", "poly", "wsd", "rsqrt", "constant"]
 Protocol = Literal["corrected", "as-published"]
@@ -52,7 +36,6 @@ PixelRange = Literal["data", "half"]
 Precision = Literal["float32", "bf16", "fp16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
-ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 POLICIES = ("randaug", "augmix", "3augment")  # an image takes one of them
 STUDY_OPTIMIZERS = ("sgd", "adamw")  # torch's, as in the study; others are timm's
@@ -62,6 +45,7 @@ MOST_EPOCHS = 100_000
 MOST_STEPS = 10_000
 MOST_IMAGES = 2**20
 LARGEST_SEED = 2**32 - 1
+HALF = (0.5, 0.5, 0.5)
 LONGEST_WORD = 40  # letters of a field in a recipe's description
 # The fields of a recipe of 0 epochs that change its weights, or what they are.
 OF_CHECKPOINT = (
@@ -98,7 +82,10 @@ def check_model(name: str) -> str:
     try:
         return model_named(name).name
     except ValueError as error:
-        raise ValueError(f"{error}{nearest(name, MODELS)}") from None
+        import timm
+
+        of_timm = (f"{TIMM_PREFIX}{n}" for n in (*timm.list_models(), *timm.list_pretrained()))
+        raise ValueError(f"{error}{nearest(name, [*MODELS, *of_timm])}") from None
 
 
 def _runs_no_code(name: str) -> str:
@@ -184,19 +171,18 @@ def parse_radius(value: Any) -> Any:
     return value
 
 
-def parse_epsilon(value: Any) -> Any:
-    """Read a max-norm radius, of which more than 1 is a slip."""
-    value = parse_radius(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < 1:
-        raise ValueError(
-            f"epsilon {value:g} is outside (0, 1): pixels are in [0, 1], write {value:g}/255"
-        )
-    return value
-
-
 Side = Annotated[int, Field(ge=4, le=2048)]  # of an image, in pixels
-Epsilon = Annotated[float, BeforeValidator(parse_epsilon)]
 Radius = Annotated[float, BeforeValidator(parse_radius), Field(gt=0)]
+
+
+def per_channel(name: str, numbers: Sequence[float], channels: int = 3) -> tuple[float, ...]:
+    """Return a normalisation's numbers, given as one or one a channel; ValueError for others."""
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{name} has {len(numbers)} numbers, and the images {channels} channels")
+    if not all(0 <= number <= 1 for number in numbers) or (name == "std" and 0 in numbers):
+        stated = " ".join(f"{number:g}" for number in numbers)
+        raise ValueError(f"{name} {stated} is of other units: pixels are in [0, 1], divide by 255")
+    return tuple(numbers) if len(numbers) == channels else tuple(numbers) * channels
 
 
 class Frozen(BaseModel):
@@ -242,8 +228,10 @@ class Adversary(Frozen):
     def _can_be(self) -> Adversary:
         if self.step_size is None and self.attack == "pgd":
             raise ValueError("attack 'pgd' needs a step_size; 'apgd' has a rule of its own")
-        for radius in (self.epsilon, self.step_size) if self.norm == "linf" else ():
-            parse_epsilon(radius)
+        if self.norm == "linf" and (most := max(self.epsilon, self.step_size or 0)) >= 1:
+            raise ValueError(
+                f"epsilon {most:g} is outside (0, 1): pixels are in [0, 1], write {most:g}/255"
+            )
         if self.loss == "trades" and self.plain_start:
             raise ValueError(
                 "the divergence of loss 'trades' has no gradient at the image itself: plain_start "
@@ -354,6 +342,14 @@ class Preprocessing(Frozen):
         return Preprocessing(**changed)
 
 
+def _unless(wrong: dict[str, bool], recipe: Recipe) -> Recipe:
+    """Return a recipe; ValueError with the first text that holds."""
+    for text, is_so in wrong.items():
+        if is_so:
+            raise ValueError(text)
+    return recipe
+
+
 class Recipe(Frozen):
     """Everything that determines the weights; equal digests mean equal weights.
 
@@ -384,7 +380,7 @@ class Recipe(Frozen):
 
     scale: str
     model: Annotated[str, AfterValidator(check_model), AfterValidator(_runs_no_code)]
-    activation: Literal[Activation, "own"] = "relu"
+    activation: Annotated[str, one_of("activation", (*ACTIVATIONS, "own"))] = "relu"
     model_args: Arguments = {}
     drop_path: float = Field(default=0, ge=0, lt=1)
     dropout: float = Field(default=0, ge=0, lt=1)
@@ -442,43 +438,37 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _can_be(self) -> Recipe:
-        if not self.epochs and not self.init:
-            raise ValueError("a training of 0 epochs needs the weights that it has: init")
-        if not self.epochs and self.distillation:
-            raise ValueError("a training of 0 epochs learns nothing from a teacher: leave one out")
-        if self.warmup_epochs > self.epochs > 0:
-            raise ValueError(
-                f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "
-                f"{self.epochs} epochs"
-            )
-        if self.batch_size % self.forward_batch:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by micro_batch "
-                f"{self.micro_batch}: no accumulation reaches the total batch"
-            )
-        if self.mixes and self.forward_batch % 2:
-            raise ValueError(
-                f"a batch of {self.forward_batch} is odd: mixup and cutmix pair its images"
-            )
-        if self.norm == "ghost" and not model_named(self.model).batch_norm:
-            raise ValueError(f"norm 'ghost' needs batch normalisation, and {self.model} has none")
-        if self.norm == "ghost" and self.forward_batch % self.ghost_batch:
-            raise ValueError(
-                f"ghost batch normalisation splits a batch of {self.forward_batch} into virtual "
-                f"batches of {self.ghost_batch}, which does not divide it"
-            )
-        epochs = [row.epoch for row in self.curriculum]
-        if epochs != list(range(len(epochs))):
-            raise ValueError(
-                f"the curriculum has rows for epochs {epochs}; they must be 0, 1, 2, ... without "
-                "a gap"
-            )
-        if epochs and set(self.augmentations) != {"randaug", "mixup", "cutmix"}:
-            raise ValueError(
-                "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have "
-                "them"
-            )
-        return self
+        rows, batch = [row.epoch for row in self.curriculum], self.forward_batch
+        is_ghost = self.norm == "ghost"
+        wrong = {
+            "a training of 0 epochs needs the weights that it has: init": (
+                not self.epochs and not self.init
+            ),
+            "a training of 0 epochs learns nothing from a teacher: leave one out": (
+                not self.epochs and self.distillation is not None
+            ),
+            f"warm-up of {self.warmup_epochs:g} epochs is longer than the training of "
+            f"{self.epochs} epochs": self.warmup_epochs > self.epochs > 0,
+            f"batch_size {self.batch_size} is not divisible by micro_batch {self.micro_batch}: no "
+            "accumulation reaches the total batch": self.batch_size % batch > 0,
+            f"a batch of {batch} is odd: mixup and cutmix pair its images": (
+                self.mixes and batch % 2 == 1
+            ),
+            f"norm 'ghost' needs batch normalisation, and {self.model} has none": (
+                is_ghost and not model_named(self.model).batch_norm
+            ),
+            f"ghost batch normalisation splits a batch of {batch} into virtual batches of "
+            f"{self.ghost_batch}, which does not divide it": (
+                is_ghost and batch % self.ghost_batch > 0
+            ),
+            f"the curriculum has rows for epochs {rows}; they must be 0, 1, 2, ... without a gap": (
+                rows != list(range(len(rows)))
+            ),
+            "a curriculum sets randaug, mixup and cutmix per epoch: augmentations must have them": (
+                bool(rows) and {*self.augmentations} != {"randaug", "mixup", "cutmix"}
+            ),
+        }
+        return _unless(wrong, self)
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:
@@ -522,9 +512,7 @@ class Recipe(Frozen):
                 self.reset_head and not (self.init or self.warm_start)
             ),
         }
-        if problems := [text for text, is_so in wrong.items() if is_so]:
-            raise ValueError(problems[0])
-        return self
+        return _unless(wrong, self)
 
     @property
     def family(self) -> str:
@@ -540,10 +528,11 @@ class Recipe(Frozen):
         return "mixup" in self.augmentations or "cutmix" in self.augmentations
 
     @property
-    def is_half_range(self) -> bool:
-        """Whether the model sees pixels in [-1, 1], whatever the data's mean."""
-        stated = self.preprocessing.mean or self.preprocessing.std
-        return self.pixel_range == "half" and not stated
+    def input(self) -> Preprocessing:
+        """The preprocessing; `pixel_range` half is a mean and std of 0.5 unless it states some."""
+        stated = self.preprocessing
+        as_data = self.pixel_range == "data" or stated.mean or stated.std
+        return stated if as_data else stated | Preprocessing(mean=HALF, std=HALF)
 
     @property
     def forward_batch(self) -> int:
@@ -687,15 +676,9 @@ class Recipe(Frozen):
             self.precision if self.precision != "float32" else "",
             *(word for word in self._beyond_study() if len(word) <= LONGEST_WORD),
         ]
-        return " ".join(
-            [
-                *filter(None, [self.model, origin]),
-                f"{self.activation} {self.optimizer} {self.scheduler}",
-                format_augmentations(self.augmentations),
-                *filter(None, extras),
-                f"{self.epochs}ep seed{self.seed}",
-            ]
-        )
+        start = [self.model, origin, self.activation, self.optimizer, self.scheduler]
+        parts = [*start, format_augmentations(self.augmentations), *extras]
+        return " ".join([*filter(None, parts), f"{self.epochs}ep seed{self.seed}"])
 
     def _beyond_study(self) -> Iterator[str]:
         """Yield the fields beyond the study that have an effect, as axes: 'drop_path=0.1'."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
@@ -19,6 +22,7 @@ from trainables.models import TIMM_PREFIX
 from trainables.pretrained import HF_PREFIX, URL, check_sha256, num_classes_of
 from trainables.store.tensors import read_content, read_tensors
 
+HUB_SECONDS = 3.0
 HF_FILE = "model.safetensors"  # what a repository's weights are called
 SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 
@@ -49,10 +53,8 @@ def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
     """Return timm's pretrained weights, brought by timm to the image size of a module."""
     built_with = getattr(getattr(module, "backbone", module), "built_with", {})
     options = {**built_with, "num_classes": num_classes_of(model)}
-    try:
+    with _fetching(model):
         pretrained = timm.create_model(model.removeprefix(TIMM_PREFIX), pretrained=True, **options)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"weights {model} cannot be had: {error}") from None
     tensors: dict[str, Tensor] = pretrained.state_dict()
     return tensors
 
@@ -67,7 +69,7 @@ def local_file(where: str, sha256: str = "") -> Path:
         check_sha256(where, sha256)
     elif not where.startswith(HF_PREFIX):
         return Path(where)
-    try:
+    with _fetching(where):
         if where.startswith(HF_PREFIX):
             parts = where.removeprefix(HF_PREFIX).split("/", 2)
             file = parts[2] if parts[2:] else HF_FILE
@@ -77,11 +79,42 @@ def local_file(where: str, sha256: str = "") -> Path:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(where, str(path), hash_prefix=sha256.lower())
+    return path
+
+
+@contextmanager
+def _fetching(where: str) -> Iterator[None]:
+    """Fetch weights; ValueError says why they cannot be had.
+
+    Where the hub does not answer, huggingface_hub, which would ask it for a minute, reads its cache
+    alone.
+    """
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE = offline or not (where.startswith(URL) or _hub_answers())
+        yield
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()
-        raise ValueError(f"{where} cannot be fetched: {error}") from None
-    return path
+        lost = constants.HF_HUB_OFFLINE and not offline
+        silent = f"{constants.ENDPOINT} does not answer, and no cache has them: " if lost else ""
+        raise ValueError(f"{where} cannot be fetched: {silent}{error}") from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    """Tell whether the hub answers within seconds, whatever it answers."""
+    answers: list[object] = []
+
+    def ask() -> None:
+        with suppress(Exception):
+            answers.append(get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS))
+
+    asking = Thread(target=ask, daemon=True)  # a resolver of names has no timeout
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return bool(answers)
 
 
 def fit_weights(

@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-
 from trainables.data.base import Images, Split, to_unit
 from trainables.data.images import ImageFiles, ResizedImages
 from trainables.recipe import POLICIES, Preprocessing, Recipe
-from trainables.scale import scale_named, scale_of_recipe
+from trainables.scale import scale_named
 from trainables.train.team import ALONE, Team
 
 SHIFT_FRACTION = 16  # small images move by up to 1/16 of their side
@@ -279,9 +279,8 @@ def erased(recipe: Recipe, images_BCHW: Tensor, views: Tensor, *, epoch: int) ->
     Its pixels are normal draws in the model's normalised units, so that they may leave [0, 1];
     under an adversary, which keeps to it, they are cut to it.
     """
-    data_set, is_half = scale_of_recipe(recipe).data_set, recipe.is_half_range
-    units = ((0.5,) * 3, (0.5,) * 3) if is_half else (data_set.mean, data_set.std)
-    mean, std = (torch.tensor(channels).view(-1, 1, 1) for channels in units)
+    data_set = scale_named(recipe.scale).data_set.preprocessed(recipe.input)
+    mean, std = (torch.tensor(c).view(-1, 1, 1) for c in (data_set.mean, data_set.std))
     erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
     shown = to_unit(images_BCHW)
     with library_randomness() as reseed:

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from trainables.store.storage import ASIDE
 
 # Decoders raise all kinds of errors on bytes that are not an image.
 UNREADABLE = Exception
+WHOLE = Preprocessing(squash=True)  # of images that are stored at a data set's size: none is cut
 CHANNELS = 3
 AT_ONCE = 512  # decoded and cropped images that are written together
 WAITING = 4  # images per thread that are decoded and not yet taken
@@ -72,18 +73,10 @@ def validated(image: Image.Image, to: Preprocessing) -> Image.Image:
 
     assert to.size
     mode = InterpolationMode(to.interpolation or "bilinear")
-    if to.squash:  # of an image that has the size already: as it is
-        squashed: Image.Image = T.resize(image, [to.size, to.size], interpolation=mode)
-        return squashed
     shorter = math.floor(to.size / to.crop) if to.crop else round(to.size * 256 / 224)
-    resized = T.resize(image, [shorter], interpolation=mode)
-    cropped: Image.Image = T.center_crop(resized, [to.size, to.size])
-    return cropped
-
-
-def _whole(preprocessing: Preprocessing) -> Preprocessing:
-    """Return the preprocessing of images that are stored at a data set's size: none is cut."""
-    return preprocessing.model_copy(update={"squash": True})
+    sides = [to.size, to.size] if to.squash else [shorter]
+    image = T.resize(image, sides, interpolation=mode)  # as it is where it has the size already
+    return image if to.squash else cast(Image.Image, T.center_crop(image, [to.size, to.size]))
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -111,7 +104,7 @@ class ImageFiles:
     ) -> None:
         assert preprocessing.size
         self.root, self.native, self.workers = root, native, workers
-        self.preprocessing = _whole(preprocessing) if native else preprocessing
+        self.preprocessing = preprocessing | WHOLE if native else preprocessing
         self.size = preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         open_tables(root, paths)  # before threads would, each for itself
@@ -241,7 +234,7 @@ class ResizedImages:
 
     def __init__(self, stored_N3SS: Tensor, preprocessing: Preprocessing) -> None:
         assert preprocessing.size
-        self.stored, self.preprocessing = stored_N3SS, _whole(preprocessing)
+        self.stored, self.preprocessing = stored_N3SS, preprocessing | WHOLE
         self.shape = (len(stored_N3SS), CHANNELS, preprocessing.size, preprocessing.size)
         self.nbytes = math.prod(self.shape)
 

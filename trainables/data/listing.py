@@ -15,6 +15,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import median_low
+from typing import Any
 
 from trainables.data.layouts import FORMATS, Paths, open_image, read_part, split_places
 from trainables.data.registry import (
@@ -84,12 +85,9 @@ class ImageList:
 
     def at(self, places: Sequence[int]) -> ImageList:
         """Return the images at some places."""
-        return replace(
-            self,
-            paths=tuple(self.paths[place] for place in places),
-            labels=tuple(self.labels[place] for place in places),
-            ids=tuple(self.ids[place] for place in places),
-        )
+        columns = ("paths", "labels", "ids")
+        chosen: dict[str, Any] = {c: tuple(getattr(self, c)[p] for p in places) for c in columns}
+        return replace(self, **chosen)
 
     def chosen(self, count: int) -> ImageList:
         """Return `count` of the images; 0: all."""
@@ -169,8 +167,7 @@ def list_stored(
     are the images.
     """
     images = read_part(folder, (folder,))
-    missing = sorted(set(names) - set(images))
-    if stored.complete and missing:
+    if stored.complete and (missing := sorted(set(names) - set(images))):
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
     if not data_set.generated:
         present, count = [name for name in images if images[name]], sum(map(len, images.values()))

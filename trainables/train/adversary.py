@@ -83,21 +83,22 @@ def pgd_iterates(
     targets: Tensor,
     *,
     epsilon: float,
-    step_size: float,
     stops: Sequence[int],
-    start_BCHW: Tensor,
+    step_size: float | None = None,
+    start_BCHW: Tensor | None = None,
     norm: Ball = "linf",
 ) -> Iterator[tuple[int, Tensor]]:
-    """Ascend the cross-entropy; yield (steps, iterate) at each of `stops`.
+    """Ascend the cross-entropy from the images or a start; yield (steps, iterate) at each stop.
 
-    A step is `step_size` times the gradient's sign (linf) or its direction (l2). One trajectory
-    passes through all stops. targets: labels_B or soft targets_BK. Iterates stay within `epsilon`
-    of the images and in [0, 1]. Call under `attacked`. Source: Madry et al. (2018), section 2.1;
-    STUDY section 3.
+    A step is `step_size` (None: epsilon / 4) times the gradient's sign (linf) or its direction
+    (l2). One trajectory passes through all stops. targets: labels_B or soft targets_BK. Iterates
+    stay within `epsilon` of the images and in [0, 1]. Call under `attacked`. Source: Madry et al.
+    (2018), section 2.1; STUDY section 3.
     """
+    step_size = epsilon / 4 if step_size is None else step_size
     low = (images_BCHW - epsilon).clamp_(min=0)
     high = (images_BCHW + epsilon).clamp_(max=1)
-    current = start_BCHW.detach()
+    current = (images_BCHW if start_BCHW is None else start_BCHW).detach()
     for step in range(1, max(stops) + 1):
         beat()
         current = current.detach().requires_grad_(True)
@@ -190,7 +191,7 @@ def training_attack(
             images_BCHW,
             targets,
             epsilon=adversary.epsilon,
-            step_size=cast(float, adversary.step_size),
+            step_size=adversary.step_size,
             stops=(adversary.steps,),
             start_BCHW=start_BCHW,
             norm=adversary.norm,

@@ -22,13 +22,8 @@ from trainables.data.base import Data, Split, to_unit
 from trainables.layers import Classifier, use_set
 from trainables.recipe import Distillation, Recipe
 from trainables.scale import scale_named
-from trainables.train.adversary import (
-    FoldedClassifier,
-    attacked,
-    folded,
-    pgd_iterates,
-    training_attack,
-)
+from trainables.train import adversary
+from trainables.train.adversary import FoldedClassifier, attacked, folded, pgd_iterates
 from trainables.train.draws import BatchDraws, draws, seeded
 from trainables.train.exactness import exact
 from trainables.train.optim import build_optimizer, rate_at
@@ -146,15 +141,14 @@ def _begun(
     twin = None
     if recipe.adversary and recipe.norm != "ghost":  # ghosts differ, so none is folded
         twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
+    workers, pin = data.workers, device.type == "cuda"
     return _Training(
         recipe=recipe,
         classifier=classifier,
         teacher=teacher,
         optimizer=optimizer,
         data=data,
-        batches=TrainBatches(
-            recipe, data.train, workers=data.workers, pin=device.type == "cuda", team=team
-        ),
+        batches=TrainBatches(recipe, data.train, workers=workers, pin=pin, team=team),
         device=device,
         scaler=scaler,
         twin=twin,
@@ -169,20 +163,17 @@ def _begun(
 def _epoch(training: _Training, epoch: int) -> dict[str, float]:
     """Train one epoch and measure what is due after it."""
     recipe, classifier, data = training.recipe, training.classifier, training.data
-    scale = scale_named(recipe.scale)
+    scale, device, team = scale_named(recipe.scale), training.device, training.team
     metrics = {"epoch": float(epoch + 1), **_train_epoch(training, epoch)}
     if row := recipe.curriculum_row(epoch):
         fields = row.model_dump(exclude={"epoch"})
         metrics |= {f"curriculum/{name}": float(value) for name, value in fields.items()}
     if recipe.adversary:
         probed = data.train.subset(scale.probe_images, seed=0)
-        metrics[PROBE] = probe(
-            recipe, classifier, probed, device=training.device, team=training.team
-        )
+        metrics[PROBE] = probe(recipe, classifier, probed, device=device, team=team)
     if (epoch + 1) % scale.validate_every == 0 or epoch + 1 == recipe.epochs:
-        metrics["held_out/accuracy"] = accuracy(
-            training.judged, data.held_out, device=training.device, team=training.team
-        )
+        right = accuracy(training.judged, data.held_out, device=device, team=team)
+        metrics["held_out/accuracy"] = right
     return metrics
 
 
@@ -275,16 +266,9 @@ def _batch_loss(
     clean = inputs
     if recipe.adversary:
         step, micro = divmod(forward, recipe.accumulation)
-        inputs = training_attack(
-            recipe,
-            classifier,
-            inputs,
-            targets,
-            team.own_of(rows, views),
-            epoch=epoch,
-            step=step,
-            micro=micro,
-            twin=training.twin,
+        batch = inputs, targets, team.own_of(rows, views)
+        inputs = adversary.training_attack(
+            recipe, classifier, *batch, epoch=epoch, step=step, micro=micro, twin=training.twin
         )
     half = PRECISIONS[recipe.precision]
     drawn = _drawn(training, epoch, forward)
@@ -370,19 +354,12 @@ def divergence_loss(
 
 
 def distillation_loss(
-    distillation: Distillation,
-    loss: Tensor,
-    logits_BK: Tensor,
-    taught_BK: Tensor,
+    distillation: Distillation, loss: Tensor, logits_BK: Tensor, taught_BK: Tensor
 ) -> Tensor:
     """Blend a loss on the labels with the soft divergence from the teacher's plain logits."""
     tau = distillation.tau
-    divergence = F.kl_div(
-        F.log_softmax(logits_BK / tau, dim=1),
-        F.log_softmax(taught_BK / tau, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    student, teacher = (F.log_softmax(z_BK / tau, dim=1) for z_BK in (logits_BK, taught_BK))
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return (1 - distillation.alpha) * loss + distillation.alpha * tau**2 * divergence
 
 
@@ -446,17 +423,8 @@ def probe(
     epsilon, norm = recipe.adversary.epsilon, recipe.adversary.norm
 
     def predict(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        iterates = pgd_iterates(
-            classifier,
-            images_BCHW,
-            labels_B,
-            epsilon=epsilon,
-            step_size=epsilon / 4,
-            stops=(PROBE_STEPS,),
-            start_BCHW=images_BCHW,
-            norm=norm,
-        )
-        _, final_BCHW = next(iterates)
+        shown = classifier, images_BCHW, labels_B
+        _, final_BCHW = next(pgd_iterates(*shown, epsilon=epsilon, stops=(PROBE_STEPS,), norm=norm))
         with torch.no_grad():
             logits_BK: Tensor = classifier(final_BCHW)
         return logits_BK.argmax(dim=1)
