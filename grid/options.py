@@ -97,7 +97,10 @@ class RunOptions(PlaceOptions, DataOptions):
         "FIELD=VALUE",
     )
     seeds: Count | None = option(
-        None, "train each recipe N times (default: the study's replicates, else 1)", "N"
+        None,
+        "train each recipe N times (default: the study's replicates; else 3 times what headline "
+        "claims compare, but at imagenet, and all others once)",
+        "N",
     )
     scale: str | None = option(
         None, f"{', '.join(scale_names())} (default: folder with --data DIR, or digits)", "NAME"

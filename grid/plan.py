@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -61,6 +61,7 @@ class Request(NamedTuple):
     evaluators: tuple[str, ...] = ()
     model: str = ""
     labels: Mapping[str, str] = {}
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Plan:
     """The trials of a study, those that need no training and then the longest first.
 
     `requests` counts rows, combinations and their needs before equal ones are shared; `tables` hold
-    the recipes as they are trained at the scale; `notes` say what was adapted to what is set;
+    the recipes as they are trained at the scale, and how often; `seeds` has each combination of a
+    grid; `notes` say what was adapted to what is set;
     `longest_chain` is the cost of the trainings that need one another; `grid` has by a trial's
     digest the labels of its values on a grid's axes.
     """
@@ -176,25 +178,31 @@ def build_plan(
     Equal recipes are one trial. A combination of a grid that `check` raises on is refused. `only`
     keeps recipes whose axes have one of the given values; `evaluators` are the only ones to judge:
     of a grid any, of tables those of their columns. No `tables` or `evaluators`: all. No `seeds`:
-    the study's replicates.
+    the study's replicates; where it states none, the scale's for rows of headline claims, and one.
     """
     seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
     for_all = tuple(evaluators) if evaluators and study.base else study.for_all
     chosen = _choose_tables(study, tables)
-    trained = _as_trained(chosen, study, scale)
+    trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
     requests = [
-        Request(row.recipe, f"{table.name} {row.label}", judges, stated.recipe.model)
+        Request(
+            row.recipe,
+            f"{table.name} {row.label}",
+            judges,
+            stated.recipe.model,
+            seeds=row.seeds,
+        )
         for table, before in zip(trained, chosen, strict=True)
         for judges in [(*for_all, *map(evaluator_of, table.columns))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
-    combinations, refused = _grid(study, scale, seeds, check)
-    requests += [request._replace(evaluators=for_all) for request in combinations]
+    combinations, refused = _grid(study, scale, seeds or 1, check)
+    requests += [request._replace(evaluators=for_all, seeds=seeds or 1) for request in combinations]
     requests = [
         request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
         for request in _keep_only(requests, only or {}, study)
-        for seed in range(seeds if request.recipe.epochs else 1)
+        for seed in range(request.seeds if request.recipe.epochs else 1)
     ]
     grid = {r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))}
     rows = {request.recipe.digest(): request.recipe for request in requests}
@@ -206,8 +214,8 @@ def build_plan(
         refused=tuple(refused),
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
-        seeds=seeds,
-        notes=tuple(_notes(study, scale, trials, len(combinations))),
+        seeds=seeds or 1,
+        notes=tuple(_notes(study, scale, trials, trained, len(combinations))),
         longest_chain=max(chains.values(), default=0.0),
         grid=grid,
     )
@@ -296,6 +304,27 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
         update = {"question": table.question + suffix + stand_ins, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
     return tuple(trained)
+
+
+def _with_seeds(
+    tables: Sequence[Table], study: Study, scale: Scale, seeds: int | None
+) -> tuple[Table, ...]:
+    """Return tables whose rows say how often they are trained.
+
+    `seeds` times, where it is stated. Otherwise once, but for what headline claims compare, and
+    rows of the same recipe: one training is one draw.
+    """
+    rows = {(table.name, row.label): row.recipe.digest() for table in tables for row in table.rows}
+    headlines = [c for c in study.claims if c.headline and c.places <= rows.keys()]
+    compared = {rows[place] for claim in headlines for place in claim.places}
+
+    def times(row: Row) -> int:
+        return seeds or (scale.headline_seeds if row.recipe.digest() in compared else 1)
+
+    return tuple(
+        table.model_copy(update={"rows": tuple(replace(r, seeds=times(r)) for r in table.rows)})
+        for table in tables
+    )
 
 
 def _with_settings(row: Row, study: Study, scale: Scale) -> Recipe:
@@ -425,10 +454,15 @@ def _longest_chains(trials: list[Trial]) -> dict[str, float]:
     return chains
 
 
-def _notes(study: Study, scale: Scale, trials: Collection[Trial], spanned: int) -> Iterator[str]:
-    """Say what is sampled, stopped or adapted: warm-ups, and models that take no settings."""
+def _notes(
+    study: Study, scale: Scale, trials: Collection[Trial], tables: Iterable[Table], spanned: int
+) -> Iterator[str]:
+    """Say what is sampled, repeated, stopped or adapted: warm-ups, models that take no settings."""
     if scale.depth_divisor > 1 and study.reduced_epochs == scale.epochs_factor * STUDYS_EPOCHS:
         yield f"the study's file has {study.reduced_epochs} epochs here for 100 at full size"
+    seeds = {row.seeds for table in tables for row in table.rows if row.recipe.epochs}
+    if len(seeds) > 1:
+        yield f"the rows of headline claims are trained {max(seeds)} times, all others once"
     if study.sample and spanned < study.space.size:
         yield f"the grid is a sample of {spanned:,} of {study.space.size:,} combinations"
     if study.early_stop:

@@ -173,8 +173,9 @@ class Study(Frozen):
 
     `base`: one or several bases of a grid, or rows as 'TABLE/label'; `axes`, `mode`, `exclude`,
     `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
-    or a table of them by label. `replicates`: seeds unless the command says how many. `evaluators`
-    judge every trial, beside those that the tables' columns need. `placement` maps a family to
+    or a table of them by label. `replicates`: seeds of every trial unless the command says
+    otherwise; else rows of headline claims have those of the scale, others one. `evaluators` judge
+    every trial, beside those that the tables' columns need. `placement` maps a family to
     where its trials' placement differs. `early_stop` ends trials that are behind others; false, the
     default: none. `settings`, in a file `set`, are axes that every trial and every teacher has so,
     whatever other axes bring along. `reduced`: models are cut down as at scale digits, whatever the
@@ -200,7 +201,7 @@ class Study(Frozen):
     exclude: tuple[dict[str, Any], ...] = ()
     only_with: dict[str, dict[str, Any]] = Field({})
     sample: Annotated[Sample | None, BeforeValidator(_sample)] = None
-    replicates: int = Field(1, ge=1)
+    replicates: int | None = Field(None, ge=1)
     evaluators: tuple[Annotated[str, one_of("evaluator", EVALUATORS)], ...] | None = None
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
     early_stop: Annotated[EarlyStop | None, BeforeValidator(lambda v: v or None)] = None

@@ -59,10 +59,17 @@ Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the l
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: a label and the recipe behind it."""
+    """One row of a table: a label, the recipe behind it and with how many seeds it is trained."""
 
     label: str
     recipe: Recipe
+    seeds: int = 1
+
+    @property
+    def digests(self) -> list[str]:
+        """The digests of its trials, one per seed; without a training there is one."""
+        seeds = range(self.seeds if self.recipe.epochs else 1)
+        return [self.recipe.with_seed(seed).digest() for seed in seeds]
 
 
 def _row(value: Any, info: ValidationInfo) -> Any:

@@ -23,7 +23,7 @@ from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 def judge(plan, runs):
     tables = tables_of(STUDY, plan, runs)
-    return judge_claims(STUDY.claims, tables, Verdicts(None, runs, plan.seeds))
+    return judge_claims(STUDY.claims, tables, Verdicts(None, runs))
 
 
 ERROR = "corruptions"
@@ -79,7 +79,7 @@ def test_every_claim_has_its_columns_at_every_scale(scale):
 
 @pytest.fixture(scope="module")
 def plan():
-    return build_plan(STUDY, DIGITS, tables=["T2", "T3", "T4", "T6", "T11"])
+    return build_plan(STUDY, DIGITS, tables=["T2", "T3", "T4", "T6", "T11"], seeds=1)
 
 
 def judge_by_hand(plan, column, survivors):
@@ -223,3 +223,19 @@ def test_the_answer_says_who_is_ahead_whatever_the_sign_of_the_difference():
     assert "ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(-1, -0.1, -0.15, -0.05)
     assert "behind h (-10.0 points" in said(-1, 0.1, 0.05, 0.15)
     assert "not to be told apart h (+0.0 points [-5.0" in said(-1, 0.0, -0.05, 0.05)
+
+
+def test_a_claim_compares_as_many_trainings_of_each_row_and_says_how_many(plan):
+    """Of T3 and T4 at their default seeds: ResNet-50, which is T4's "none", has three."""
+    seeded = build_plan(STUDY, DIGITS, tables=["T3", "T4"])
+    survivors = {("T3", "DeiT-S"): 70, ("T3", "ResNet-50"): 40}
+    survivors |= {("T4", row.label): 60 for row in plan.tables[2].rows}
+    single = judge_by_hand(plan, "tpa", survivors)
+    default = judge_by_hand(seeded, "tpa", survivors)
+    headline, best, cutmix = (j.claim.headline != "" for j in default)
+    assert (headline, best, cutmix) == (True, False, False)
+    assert [j.trainings for j in single] == ["in this one training"] * 3
+    assert [j.trainings for j in default[1:]] == ["in this one training"] * 2
+    assert default[0].trainings == "over 3 trainings of each row"
+    # The headline waits for the other trainings; the others are judged by the first.
+    assert [j.decision for j in default] == ["not judged yet", FAILED, OPEN]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from grid.axes import AXES, SETTABLE, check_settings, with_settings
@@ -111,7 +113,7 @@ def with_all(study, **settings):
 
 
 def test_equal_rows_of_tables_are_one_trial():
-    plan = build_plan(STUDY, DIGITS)
+    plan = build_plan(STUDY, DIGITS, seeds=1)
     own = next(t for t in plan if "T1 ResNet-50" in t.serves)
     assert {"T3 ResNet-50", "T4 none", "T5 ResNet-50", "T6 step, SGD"} <= set(own.serves)
     assert len({trial.digest for trial in plan}) == len(plan.trials) == 39
@@ -142,6 +144,22 @@ def test_cross_recipes_differ_only_in_what_they_cross():
         other = row("T2", f"ResNet-50 {label}")
         differing = {k for k in type(own).model_fields if getattr(own, k) != getattr(other, k)}
         assert differing == expected
+
+
+def test_what_headline_claims_compare_is_trained_three_times_unless_stated():
+    plan = build_plan(STUDY, DIGITS)
+    seeds = {f"{t.name}/{row.label}": row.seeds for t in plan.tables for row in t.rows}
+    # T2's GELU claim, T3's and T5's; the same recipes are T1's rows, T4's "none" and others.
+    thrice = {name for name, count in seeds.items() if count == 3}
+    assert thrice >= {"T2/DeiT-S", "T2/ResNet-50 GELU", "T3/ResNet-50", "T1/DeiT-S", "T4/none"}
+    assert {seeds["T4/cutmix"], seeds["T2/ResNet-50 ReLU"]} == {1}
+    seeded = Counter(trial.recipe.seed for trial in plan)
+    assert seeded == {0: 39, 1: 5, 2: 5}  # of five recipes two more seeds each
+    assert plan.notes == ("the rows of headline claims are trained 3 times, all others once",)
+    assert len(build_plan(STUDY, IMAGENET).trials) == 39
+    assert len(build_plan(STUDY, DIGITS, tables=["T4"]).trials) == 8
+    stated = STUDY.model_copy(update={"replicates": 2})
+    assert {row.seeds for table in build_plan(stated, DIGITS).tables for row in table.rows} == {2}
 
 
 def test_full_is_the_whole_product_for_every_seed():
@@ -263,7 +281,7 @@ def test_only_the_chosen_evaluators_judge():
 
 @pytest.mark.parametrize(("scale", "most"), [(IMAGENET, 256), (DIGITS, 64)])
 def test_settings_hold_in_every_trial_and_in_teachers_of_rows(scale, most):
-    plan = build_plan(with_all(STUDY, precision="bf16", micro_batch=256), scale)
+    plan = build_plan(with_all(STUDY, precision="bf16", micro_batch=256), scale, seeds=1)
     assert (len(plan.trials), plan.requests) == (39, 53)
     assert {trial.recipe.precision for trial in plan} == {"bf16"}
     assert all(trial.recipe.micro_batch == min(most, trial.recipe.batch_size) for trial in plan)

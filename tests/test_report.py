@@ -48,7 +48,7 @@ def judged(digest, value):
 def fill(runs, *, table="T6", seeds=1):
     plan = build_plan(STUDY, DIGITS, tables=[table], seeds=seeds)
     by_digest = {run.digest: run for run in runs(plan)}
-    return fill_table(tables_of(STUDY, plan, by_digest)[0], seeds, by_digest)
+    return fill_table(tables_of(STUDY, plan, by_digest)[0], by_digest)
 
 
 def row_digests(plan, seed=0):
@@ -175,7 +175,7 @@ def test_a_table_says_how_many_images_were_trained_on_and_judged():
         first.digest: trial_run(first.digest, images=images, **metrics),
         second.digest: trial_run(second.digest, **(metrics | {"pgd-10/n": 300.0})),
     }
-    table = fill_table(tables_of(STUDY, plan, runs)[0], 1, runs)
+    table = fill_table(tables_of(STUDY, plan, runs)[0], runs)
     assert table.judged_on[:4] == ["1,000", "500", "300 to 500", ""]
     assert images_text(runs.values(), CIFAR10) == (
         "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 10,000)."
@@ -248,7 +248,7 @@ def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_
 
 def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
     tracker, plan = recorded
-    more = build_plan(STUDY, DIGITS, tables=("T1", "T2"))
+    more = build_plan(STUDY, DIGITS, tables=("T1", "T2"), seeds=1)
     page = write_report(tracker, STUDY, more, DIGITS, tmp_path).read_text()
     markdown = (tmp_path / "tables.md").read_text()
     waiting = [trial for trial in more if trial.digest not in {done.digest for done in plan}]

@@ -64,7 +64,7 @@ def test_a_trial_without_a_run_that_trains_it_says_where_it_stopped(tmp_path):
 
     def state(mlflow=None):
         found = open_existing(tmp_path, mlflow, DIGITS).trials()
-        table = fill_table(tables_of(load_study("bai2021"), plan, found)[0], 1, found)
+        table = fill_table(tables_of(load_study("bai2021"), plan, found)[0], found)
         row = next(row for row in table.rows if row.recipe.digest() == run.digest)
         return found[run.digest].state, row.cells[0].state
 

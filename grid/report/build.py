@@ -27,6 +27,7 @@ from grid.report.tables import (
     fill_table,
     images_text,
     tables_of,
+    trainings_text,
 )
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import Study
@@ -63,12 +64,13 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
 def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[str, Any]:
     """Return what the templates show of a plan, by the names that they use."""
     runs = tracker.trials()
-    verdicts = Verdicts(tracker, runs, plan.seeds)
+    verdicts = Verdicts(tracker, runs)
     verdicts.read_scores(plan)
     planned = [runs[t.digest] for t in plan if t.digest in runs]
     trained = [runs[t.digest] for t in plan if t.digest in runs and t.recipe.epochs]
     tables = tables_of(study, plan, runs)
-    filled = [fill_table(table, plan.seeds, runs) for table in tables]
+    seeds = sorted({row.seeds for table in tables for row in table.rows})
+    filled = [fill_table(table, runs) for table in tables]
     judgements = judge_claims(study.claims, tables, verdicts)
     effects = grid_effects(study, plan, runs)
     pairs = list(zip(tables, filled, strict=True))
@@ -81,6 +83,8 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "scale": scale,
         "title": study.title or f"Study {study.name}",
         "images": images_text(trained, scale),
+        "seeds": seeds,
+        "trainings": trainings_text(seeds),
         "attacks": attacks_text(plan, scale),
         "states": states.most_common(),
         "tables": filled,
@@ -166,7 +170,7 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
 
     Beside the columns of a ledger it says which `trial` and `model` each is of.
     """
-    verdicts = Verdicts(tracker, tracker.trials(), plan.seeds)
+    verdicts = Verdicts(tracker, tracker.trials())
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted({name for trial in plan for name in trial.evaluators}):
         path, aside = folder / f"{name}.parquet", folder / f"{name}.part"

@@ -97,7 +97,13 @@ def _judge(
     verdicts: Verdicts,
     published: float | None,
 ) -> Judgement:
-    """Judge a claim by a difference; `published` is the row's side minus the other."""
+    """Judge a claim by a difference; `published` is the row's side minus the other.
+
+    Each row counts by as many trainings as all that it is compared with have.
+    """
+    trained = [row.seeds for rows in compared for row in rows if row.recipe.epochs]
+    seeds = min(trained, default=1)
+    compared = [tuple(replace(row, seeds=seeds) for row in rows) for rows in compared]
     flipped = claim.test in REVERSED
     towards = None if published is None else 0.0 - published if flipped else published
     judgement = Judgement(
@@ -105,6 +111,7 @@ def _judge(
         "not judged yet",
         _test(column, compared, flipped=flipped),
         published=towards,
+        trainings=_trainings(seeds) if trained else "",
         row_sign=-1 if flipped != column.error else 1,
     )
     if (paired := _difference(compared, column, verdicts)) is None:
@@ -115,9 +122,13 @@ def _judge(
     return replace(judgement, decision=decision, single=decision, paired=paired)
 
 
+def _trainings(seeds: int) -> str:
+    return "in this one training" if seeds == 1 else f"over {seeds} trainings of each row"
+
+
 def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
     test = f"{row.label} ({claim.row[0]}): the outcome of its training"
-    digests, runs = verdicts.digests(row), verdicts.runs
+    digests, runs = row.digests, verdicts.runs
     outcomes = [runs[digest].outcome for digest in digests if digest in runs]
     if STOPPED in outcomes:
         stopped = _undecided([(row,)], verdicts)[1]
@@ -129,7 +140,8 @@ def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
     decision: Decision = "too little data to say"
     if count in (0, len(digests)):
         decision = "reproduced" if count else "not reproduced"
-    return Judgement(claim, decision, test, outcome=f"{count} of {len(digests)} collapsed")
+    outcome, trainings = f"{count} of {len(digests)} collapsed", _trainings(len(digests))
+    return Judgement(claim, decision, test, outcome=outcome, single=decision, trainings=trainings)
 
 
 def _difference(
@@ -140,7 +152,7 @@ def _difference(
     None where not all of it is judged.
     """
     if len(compared[0]) == 1:
-        digests, runs = verdicts.digests(compared[0][0]), verdicts.runs
+        digests, runs = compared[0][0].digests, verdicts.runs
         metrics = [runs[digest].metrics for digest in digests if digest in runs]
         judged = [entry for entry in metrics if column.score in entry]
         if len(judged) < len(digests):
@@ -168,7 +180,7 @@ def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple
         (row.label, runs[digest])
         for rows in compared
         for row in rows
-        for digest in verdicts.digests(row)
+        for digest in row.digests
         if digest in runs and runs[digest].outcome in ("collapsed", "failed", "blocked", STOPPED)
     ]
     texts = dict.fromkeys(

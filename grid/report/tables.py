@@ -62,6 +62,7 @@ class FilledRow:
     """One model of a table with its cells; `run_id` is its MLflow run, if there is one.
 
     images: how many it was trained on ("train") and how many were held out, where that was noted.
+    seeds: of how many trainings it is.
     """
 
     label: str
@@ -69,6 +70,7 @@ class FilledRow:
     run_id: str
     cells: tuple[FilledCell, ...]
     images: Mapping[str, int] = field(default_factory=dict)
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,25 +116,20 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
     names = {name for trial in plan for name in trial.evaluators}
     columns = tuple(c for name in EVALUATORS if name in names for c in columns_of(name))
     first = [trial for trial in plan if trial.recipe.seed == 0] or list(plan)
-    rows = tuple(Row(trial.name, trial.recipe) for trial in first)
+    rows = tuple(Row(trial.name, trial.recipe, plan.seeds) for trial in first)
     question = "Every trial of the study"
     return Table(name=study.name, question=question, rows=rows, columns=columns)
 
 
-def digests_of(recipe: Recipe, seeds: int) -> list[str]:
-    """Return the digests of a row's trials, one per seed; without a training there is one."""
-    return [recipe.with_seed(seed).digest() for seed in range(seeds if recipe.epochs else 1)]
-
-
-def fill_table(table: Table, seeds: int, runs: Mapping[str, TrialRun]) -> FilledTable:
+def fill_table(table: Table, runs: Mapping[str, TrialRun]) -> FilledTable:
     """Fill a table as far as the runs go."""
     rows = []
     for row in table.rows:
-        trained = [runs.get(digest) for digest in digests_of(row.recipe, seeds)]
+        trained = [runs.get(digest) for digest in row.digests]
         cells = tuple(_cell(table, row, column, trained) for column in table.shown)
         first = next(filter(None, trained), None)
         run_id, images = (first.run_id, first.images) if first else ("", {})
-        rows.append(FilledRow(row.label, row.recipe, run_id, cells, images))
+        rows.append(FilledRow(row.label, row.recipe, run_id, cells, images, len(trained)))
     titles = tuple(column.title for column in table.shown)
     return FilledTable(table.name, table.question, titles, tuple(rows))
 
@@ -177,6 +174,18 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
     spread = 100 * statistics.stdev(entry[score] for entry in metrics) / len(metrics) ** 0.5
     reach = float(student.ppf(0.975, len(metrics) - 1)) * spread
     return value, *with_trainings(value, (low, high), reach)
+
+
+def trainings_text(seeds: Sequence[int]) -> str:
+    """Say in a sentence how often rows were trained, and so what their intervals are over.
+
+    seeds: of the rows, each number once, the smallest first.
+    """
+    if seeds == [1]:
+        return "One training per recipe: intervals are over images, not over trainings."
+    times = " or ".join(map(str, seeds))
+    wide = "where there are several, Student's t over trainings widens the interval over images"
+    return f"Trainings per row: {times}; {wide}."
 
 
 def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:

@@ -20,7 +20,6 @@ from evaluators.health import is_checked, red_flags
 from evaluators.intervals import Paired, compare, image_scores
 from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
 from grid.plan import Plan, Trial
-from grid.report.tables import digests_of
 from grid.table import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
@@ -57,8 +56,8 @@ class Health:
 class Verdicts:
     """The runs of a study, by digest, and their ledgers, which are read when they are needed."""
 
-    def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun], seeds: int = 1) -> None:
-        self.tracker, self.runs, self._seeds = tracker, runs, seeds
+    def __init__(self, tracker: Tracker, runs: Mapping[str, TrialRun]) -> None:
+        self.tracker, self.runs = tracker, runs
         self.ledger = lru_cache(CACHED_LEDGERS)(self._ledger)
 
     def read_scores(self, trials: Iterable[Trial]) -> None:
@@ -74,10 +73,6 @@ class Verdicts:
                     self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
                 else:
                     run.metrics |= scores if evaluator in EVALUATORS else {}  # not along the way
-
-    def digests(self, row: Row) -> list[str]:
-        """Return the digests of a row's trials, one per seed."""
-        return digests_of(row.recipe, self._seeds)
 
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
@@ -101,11 +96,10 @@ class Verdicts:
 
     def _scores(self, row: Row, column: Column) -> list[dict[str, float]]:
         """Return the image scores of every seed; nothing where one lacks."""
-        digests = self.digests(row)
-        ledgers = [self.ledger(digest, column.evaluator) for digest in digests]
+        ledgers = [self.ledger(digest, column.evaluator) for digest in row.digests]
         scores = [image_scores(ledger, column.score) for ledger in ledgers if ledger is not None]
         known = [score for score in scores if score is not None]
-        return known if len(known) == len(digests) else []
+        return known if len(known) == len(ledgers) else []
 
     def comparisons(self, table: Table) -> dict[str, list[Paired | None]]:
         """Compare each row with the first, on the images on which both were judged.
