@@ -208,7 +208,7 @@ def build_plan(
     rows = {request.recipe.digest(): request.recipe for request in requests}
     needed = _needed(rows.values(), for_all)
     trials = _shared([*requests, *needed], study, scale, evaluators)
-    chains = _longest_chains(trials)
+    chains = _longest_chains(trials, scale)
     return Plan(
         tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
         refused=tuple(refused),
@@ -438,19 +438,18 @@ def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Colle
     return " ".join([described, *others, *([f"for {' or '.join(models)}"] if models else [])])
 
 
-def _longest_chains(trials: list[Trial]) -> dict[str, float]:
-    """Return each trial's cost with the longest chain of trials that need it behind it."""
-    costs = {trial.digest: trial.cost for trial in trials}
-    chains = dict(costs)
+def _longest_chains(trials: Iterable[Trial], scale: Scale) -> dict[str, float]:
+    """Return by digest what a trial costs with the longest chain of trials that need it."""
+    chains: dict[str, float] = {}
 
     def extend(recipe: Recipe, behind: float) -> None:
+        digest, cost = recipe.digest(), behind + scale.cost(recipe)
+        chains[digest] = max(chains.get(digest, 0.0), cost)
         for other in recipe.prerequisites:
-            digest = other.digest()
-            chains[digest] = max(chains[digest], behind + costs[digest])
-            extend(other, behind + costs[digest])
+            extend(other, cost)
 
     for trial in trials:
-        extend(trial.recipe, trial.cost)
+        extend(trial.recipe, 0.0)
     return chains
 
 
