@@ -181,7 +181,9 @@ def _without_effect(study: Study, plan: Plan) -> Iterator[str]:
 def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
     """Say every trial with its hyper-parameters, then every field in which trials differ."""
     for trial in plan:
-        yield f"  {trial.digest}  {trial.name}"
+        described = trial.recipe.describe()
+        named = trial.name if described in trial.name else f"{trial.name}: {described}"
+        yield f"  {trial.digest}  {named}"
         yield INDENT + _hyperparameters(trial.recipe)
         yield f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}"
     yield from _optimizers(plan)

@@ -533,7 +533,7 @@ def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
     for trial in (trial for trial in plan if trial.digest in runs):
         run = runs[trial.digest]
         for evaluator in filter(run.is_forgotten, run.failed_cells):
-            yield f"{evaluator} of {trial.name} ({trial.digest}): {run.failed_cells[evaluator]}"
+            yield f"{evaluator} of {trial.name}: {run.failed_cells[evaluator]}"
 
 
 def check_cluster(launch: Launch) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -20,6 +20,7 @@ from trainables.scale import Scale, scale_named
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
 Check = Callable[[Recipe], None]  # ValueError where a recipe cannot be trained
 MOST_RECIPES = 100_000
+SHORT = 6  # digits of a digest in a trial's name
 LONGEST_WARMUP = 10  # epochs, of the study's recipes
 STUDYS_EPOCHS = 100  # that --epochs stands for
 # The axes that a recipe's description tells of.
@@ -54,6 +55,7 @@ class Request(NamedTuple):
     """A recipe as it is trained, what it serves and the evaluators of its columns.
 
     model: the study's, for which that of the recipe may stand. labels: of its values in a grid.
+    label: of a table's row.
     """
 
     recipe: Recipe
@@ -62,15 +64,16 @@ class Request(NamedTuple):
     model: str = ""
     labels: Mapping[str, str] = {}
     seeds: int = 1
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
     """One recipe of a study, the table rows it serves and the evaluators that judge it.
 
-    Its `name` is unlike those of the study's others. stops_from: the first epoch after which it can
-    be stopped early, 0 where never. images: by evaluator, how many it draws, where that is not the
-    scale's number.
+    Its `name` is that of its first row, or says its recipe, with a short digest. stops_from: the
+    first epoch after which it can be stopped early, 0 where never. images: by evaluator, how many
+    it draws, where that is not the scale's number.
     """
 
     recipe: Recipe
@@ -192,6 +195,7 @@ def build_plan(
             judges,
             stated.recipe.model,
             seeds=row.seeds,
+            label=row.label,
         )
         for table, before in zip(trained, chosen, strict=True)
         for judges in [(*for_all, *map(evaluator_of, table.columns))]
@@ -239,6 +243,7 @@ def _shared(
     judges: dict[str, dict[str, None]] = defaultdict(dict)
     labels: dict[str, Mapping[str, str]] = defaultdict(dict)
     models: dict[str, dict[str, None]] = defaultdict(dict)
+    row_labels: dict[str, str] = {}
     for request in requests:
         digest = request.recipe.digest()
         recipes.setdefault(digest, request.recipe)
@@ -247,23 +252,24 @@ def _shared(
         labels[digest] = request.labels or labels[digest]
         if request.model not in ("", request.recipe.model):
             models[digest][request.model] = None
+        seed = f", seed {request.recipe.seed}" if request.recipe.seed else ""
+        row_labels.setdefault(digest, request.label and request.label + seed)
     chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
-    names_of = {d: _name(recipe, study, labels[d], models[d]) for d, recipe in recipes.items()}
-    alike, rule = Counter(names_of.values()), study.early_stop
+    rule = study.early_stop
     needed = {other.digest() for r in recipes.values() for other in r.prerequisites if rule}
     return [
         Trial(
             recipe,
-            digest,
-            names_of[digest] + (f" {digest}" if alike[names_of[digest]] > 1 else ""),
-            tuple(serves[digest]),
-            tuple(name for name in judges[digest] if name in chosen),
+            d,
+            named(row_labels[d] or _name(recipe, study, labels[d], models[d]), d),
+            tuple(serves[d]),
+            tuple(name for name in judges[d] if name in chosen),
             scale.cost(recipe),
             study.checkpoints_of(recipe, scale),
             tuple(name for name in study.for_all if name in chosen),
-            stops_from=rule.first(recipe, scale) if rule and digest not in needed else 0,
+            stops_from=rule.first(recipe, scale) if rule and d not in needed else 0,
         )
-        for digest, recipe in recipes.items()
+        for d, recipe in recipes.items()
     ]
 
 
@@ -422,6 +428,12 @@ def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
             others = ", ".join(sorted(known))
             raise ValueError(f"no trial here asks evaluator {name!r}; they ask {others}")
     return set(names) or known
+
+
+def named(label: str, digest: str) -> str:
+    """Return the name of a model everywhere: a table's label and a short digest."""
+    short = digest[:SHORT]
+    return label if label.endswith(f" {short}") else f"{label} {short}"
 
 
 def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Collection[str]) -> str:

@@ -284,7 +284,7 @@ class Recorder(threading.Thread):
         accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""
         epoch = f"epoch {result['epoch']}/{trial.recipe.epochs}"
-        self.progress.running[digest] = f"{trial.recipe.model} {epoch}{shown}"
+        self.progress.running[digest] = f"{trial.name} {epoch}{shown}"
         for epoch, path in result.get("checkpoints", {}).items():
             if epoch not in run.checkpoints:
                 self._on_checkpoint(run, epoch, path)
@@ -393,7 +393,7 @@ class Recorder(threading.Thread):
         self._flushed_at = time.monotonic()
 
     def _described(self, digest: str) -> str:
-        return f"{self._trials[digest].name} ({digest})"
+        return self._trials[digest].name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from grid.study import load_study
 from tests import browser as chromium
 from tests.made_up import record
 from tests.servers import MlflowServer
-from trainables.recipe import Recipe
 from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 
@@ -163,7 +162,7 @@ def test_the_mlflow_ui_compares_runs_and_opens_one_with_ledgers_and_model(study,
     _, tracker = study
     runs, said = tracker.trials().values(), []
     page = opened(browser, tracker.page(study="bai2021"), said, viewport=WIDE)
-    names = {Recipe.model_validate_json(run.recipe).describe() for run in runs}
+    names = {trial.name for trial in build_plan(load_study("bai2021"), DIGITS, tables=TABLES)}
     page.get_by_text(re.compile("^(" + "|".join(map(re.escape, names)) + ")$")).first.wait_for()
     headers = page.eval_on_selector_all("[role=columnheader]", "h => h.map(e => e.innerText)")
     assert {"clean", "pgd-100", "autoattack", "natural"} <= set(headers)

@@ -199,7 +199,7 @@ def test_every_verdict_is_exported_once_with_whose_it_is(recorded, tmp_path):
         assert "image" not in frame
         for trial in plan:
             rows = frame[frame["trial"] == trial.digest]
-            assert set(rows["model"]) == {trial.recipe.describe()}
+            assert set(rows["model"]) == {trial.name}
             ledger, _ = from_parquet(tracker.ledger(runs[trial.digest], name))
             expected = ledger.drop_columns(["image"]).to_pandas()
             rows = rows.drop(columns=["trial", "model"]).reset_index(drop=True)
@@ -231,9 +231,15 @@ def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_
     markdown = (tmp_path / "tables.md").read_text()
     latex = (tmp_path / "tables.tex").read_text()
     frame = pd.read_csv(tmp_path / "tables.csv")
-    row = frame[(frame["score"] == "Clean") & (frame["model"] == "DeiT-S")].iloc[0]
+    row = frame[(frame["score"] == "Clean") & frame["model"].str.startswith("DeiT-S ")].iloc[0]
+    model = f"DeiT-S {row['digest'][:6]}"
+    (trial,) = (trial for trial in plan if trial.digest == row["digest"])
+    run = tracker._client.get_run(tracker.trials()[trial.digest].run_id)
+    assert trial.name == row["model"] == run.info.run_name == model
     value = f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
-    assert f"| DeiT-S | {value} | 76.8 |" in markdown
+    assert f"| {model} | {value} | 76.8 |" in markdown
+    assert f">{model}</a></th>" in page
+    assert f"<small>{model}</small>" in page  # of the gallery
     assert f"DeiT-S & {value}; 76.8 &" in latex
     assert f'{row["value"]:.1f} <span class="interval" title="n = 597">' in page
     assert set(frame["trained_images"]) == {1200}

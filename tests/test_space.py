@@ -116,7 +116,9 @@ def test_labels_name_values_in_trials_refusals_and_effects(tmp_path):
         "adversary=weak norm=ghosts",
         "adversary=strong norm=ghosts",
     ]
-    assert all(re.search("adversary=(weak|strong) norm=usual$", trial.name) for trial in plan)
+    assert all(
+        re.search("adversary=(weak|strong) norm=usual \\w{6}$", trial.name) for trial in plan
+    )
 
 
 def test_only_takes_bases_and_the_labels_of_a_grid(tmp_path):

@@ -14,7 +14,7 @@ from trainables.store.tracking import Tracker
 def start(tracker, trial):
     return tracker.start_trial(
         digest=trial.digest,
-        name=trial.recipe.describe(),
+        name=trial.name,
         parent="",
         study="bai2021",
         tables="T1",
@@ -46,8 +46,7 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
     waiting = f", {len(rest)} waiting" if rest else ""
     assert said[0] == f"{len(plan.trials)} trials: 1 finished, 1 training{waiting}"
     assert said[1] == f"1 of {2 * len(plan.trials)} cells judged; 80 s of training and judging"
-    described = second.recipe.describe()
-    expected = f"training: {described}: epoch 3/{second.recipe.epochs}, begun 10 min ago"
+    expected = f"training: {second.name}: epoch 3/{second.recipe.epochs}, begun 10 min ago"
     assert said[2] == expected
     for live, state in [(False, "stopped"), (None, "training or stopped")]:
         tracker.live = live

@@ -133,7 +133,7 @@ def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
         {
             "table": table.name,
             "scale": row.recipe.scale,
-            "model": row.label,
+            "model": row.name,
             "digest": digest,
             "run_id": row.run_id,
             "score": column,

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 from evaluators import EVALUATORS, column_named, columns_of
 from evaluators.base import Column
 from evaluators.intervals import with_trainings
-from grid.plan import Plan
+from grid.plan import Plan, named
 from grid.study import Study
 from grid.table import Row, Table
 from trainables.recipe import Recipe
@@ -71,6 +71,11 @@ class FilledRow:
     cells: tuple[FilledCell, ...]
     images: Mapping[str, int] = field(default_factory=dict)
     seeds: int = 1
+
+    @property
+    def name(self) -> str:
+        """Return the label with the short digest of the first training, as trials are named."""
+        return named(self.label, self.recipe.digest())
 
 
 @dataclass(frozen=True)
