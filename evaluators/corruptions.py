@@ -84,10 +84,11 @@ class Corruptions(Evaluator):
     def total(self, source: Data) -> int:
         return len(_stored(source) or _chosen(source))
 
+    def asked_about(self, held_out: int) -> int:
+        return min(GENERATED_IMAGES, held_out) if self.scale.data_set.generated else held_out
+
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        generated = self.scale.data_set.generated
-        images = min(GENERATED_IMAGES, held_out) if generated else held_out
-        return images * len(KINDS) * len(SEVERITIES)
+        return self.asked_about(held_out) * len(KINDS) * len(SEVERITIES)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         stored = _stored(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,9 @@ ERRORS = "corruptions"  # an error over the fifteen kinds; a plug-in's is over o
 class Paired:
     """A difference of shares over n images with its 95 % interval.
 
-    p is that of the exact McNemar test; None where an image has more than one answer.
+    p is that of the exact McNemar test; None where an image has more than one answer. discordance:
+    the mean square of an image's difference. spread: the standard deviation of a side's score over
+    its trainings, 0 where each side has one.
     """
 
     difference: float
@@ -31,6 +34,8 @@ class Paired:
     high: float
     n: int
     p: float | None
+    discordance: float = 0.0
+    spread: float = 0.0
 
     def reversed(self) -> Paired:
         """Return the other side minus this one."""
@@ -83,7 +88,10 @@ def compare(
         over_images = of_mean(ours_N - reference_N, least=-1, most=1)
     reach = _reach_over_trainings(ours_SN.mean(axis=1), reference_SN.mean(axis=1))
     low, high = with_trainings(difference, over_images, reach)
-    return Paired(difference, low, high, len(shared), p)
+    squares_N = (ours_SN**2).mean(axis=0) + (reference_SN**2).mean(axis=0)
+    discordance = float((squares_N - 2 * ours_N * reference_N).mean())
+    spread = _spread(ours_SN.mean(axis=1), reference_SN.mean(axis=1))
+    return Paired(difference, low, high, len(shared), p, discordance, spread)
 
 
 def of_mean(values_N: np.ndarray, *, least: float, most: float) -> Interval:
@@ -139,6 +147,12 @@ def with_trainings(value: float, over_images: Interval, reach: float) -> Interva
     """
     low, high = over_images
     return value - math.hypot(value - low, reach), value + math.hypot(high - value, reach)
+
+
+def _spread(*sides: np.ndarray) -> float:
+    """Return the standard deviation of scores_S of several trainings, pooled over the sides."""
+    variances = [float(scores_S.var(ddof=1)) for scores_S in sides if len(scores_S) > 1]
+    return math.sqrt(fmean(variances)) if variances else 0.0
 
 
 def _reach_over_trainings(ours_S: np.ndarray, reference_S: np.ndarray) -> float:

@@ -54,7 +54,7 @@ class Natural(Evaluator):
     def images(self, source: Data) -> Split:
         return self.stored(source) or hardest(source)
 
-    def cost(self, held_out: int, *, withstanding: float) -> float:
+    def asked_about(self, held_out: int) -> int:
         if self.scale.data_set.generated:
             return math.ceil(held_out * HARDEST_SHARE)
         return STORED_SETS[self.scale.data_set.counterpart("natural")].images

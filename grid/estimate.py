@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaluators import evaluator_named, evaluator_of
 from grid.axes import axis_value, format_settings
@@ -18,6 +19,9 @@ from trainables.models import model_named
 from trainables.recipe import BEYOND_STUDY, STUDY_OPTIMIZERS, Recipe
 from trainables.scale import Scale, scale_named
 from trainables.store.results import DATABASE
+
+if TYPE_CHECKING:
+    from grid.design import Designed
 
 HOUR = 3600.0
 # The share of images that withstand attacks, by whether the model was trained adversarially:
@@ -70,8 +74,19 @@ def _weights_bytes(recipe: Recipe) -> int:
     return 4 * parameters // scale_named(recipe.scale).parameter_divisor
 
 
+def held_out_images(scale: Scale, source: DataSource) -> int:
+    """Return how many images models are judged by."""
+    there = scale.data_set.held_out_images or len(list_splits(source)[1])
+    return min(source.eval_images or there, there)
+
+
 def print_plan(
-    options: RunOptions, study: Study, plan: Plan, scale: Scale, source: DataSource
+    options: RunOptions,
+    study: Study,
+    plan: Plan,
+    scale: Scale,
+    source: DataSource,
+    design: Designed | None = None,
 ) -> None:
     """Print a plan's trials by table, what is shared and refused, and what all of it takes."""
     settings = f" with {format_settings(study.settings)}" if study.settings else ""
@@ -82,6 +97,11 @@ def print_plan(
     gpus = options.gpus_per_worker
     hours = (rate or 0.0) / HOUR * (max(1.0, gpus) if gpus else options.cpus_per_worker)
     lines += _tables(study, plan, work, hours)
+    if design:
+        from grid.design import described
+
+        seconds = {cell: units * (rate or 0.0) for cell, units in work.items()}
+        lines += described(design, seconds, briefly=not (options.detect or options.all))
     lines += _refused(plan, most=len(plan.refused) if options.all else MOST_REASONS)
     lines += [*_without_effect(study, plan), *plan.notes]
     lines.append(
@@ -107,7 +127,7 @@ def _work_and_rate(
     rate = options.seconds_per_unit
     if not rate and not options.mlflow and not (options.results / DATABASE).exists():
         return {}, None, ""
-    work = work_of(plan, scale, scale.data_set.held_out_images or len(list_splits(source)[1]))
+    work = work_of(plan, scale, held_out_images(scale, source))
     if rate:
         return work, rate, "--seconds-per-unit"
     from grid.status import open_existing

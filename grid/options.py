@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from grid.axes import AXES, SETTABLE
 from grid.plan import Sizes
@@ -25,6 +26,17 @@ SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
 STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
 CONNECT_SECONDS = 2
+POWER = 0.8
+
+
+def _points(text: str) -> float:
+    """Read a difference as '5points', or '5', as a share; ValueError."""
+    stated = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:points?)?", text)
+    if not stated or not 0 < float(stated[1]) < 100:
+        raise ValueError(
+            f"{text!r} is no difference like 5points, of more than 0 and less than 100"
+        )
+    return float(stated[1]) / 100
 
 
 class PlaceOptions(Options):
@@ -72,6 +84,7 @@ class RunOptions(PlaceOptions, DataOptions):
         **DataOptions.groups,
         **PlaceOptions.groups,
         "minutes": "a quick look",
+        "detect": "a design",
         "plan": "instead of a run",
         "storage": "cluster",
         "workers": "workers of each trial",
@@ -116,9 +129,19 @@ class RunOptions(PlaceOptions, DataOptions):
         None, "train so many epochs where the study trains 100, others in proportion", "N"
     )
     train_images: Count | None = option(
-        None, "train by so many of the images, by class as in all of them", "N"
+        None, "train by so many of the images, by class as in all of them", "N", advanced=True
     )
     eval_images: Count | None = option(None, "judge by so many of the held-out images", "N")
+    detect: Annotated[float, BeforeValidator(_points)] | None = option(
+        None,
+        "the least difference that a study's claims are to tell, as 5points: each gets the images "
+        "that it needs, and --plan says how many (default: 10points at digits, elsewhere none: "
+        "the scale's numbers of images)",
+        "POINTS",
+    )
+    power: float = option(
+        POWER, "with --detect: the chance to tell it", "P", gt=0, lt=1, advanced=True
+    )
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(
         False, "look at data, disk, memory and device, and on a cluster at every node"
@@ -194,7 +217,7 @@ class RunOptions(PlaceOptions, DataOptions):
             raise ValueError(f"{' and '.join(chosen)} exclude each other: give one")
         for name, mode in (
             *((name, "plan") for name in ("all", "seconds_per_unit", "trials_at_once")),
-            *(("dollars_per_gpu_hour", "plan"), ("wait", "check")),
+            *(("dollars_per_gpu_hour", "plan"), ("wait", "check"), ("power", "detect")),
         ):
             if name in self.model_fields_set and not getattr(self, mode):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")

@@ -18,6 +18,7 @@ MOST_IMAGES = 10**6
 MOST_TRAININGS = 30
 STEP = 1 / 1000  # in which the detectable difference is searched
 MARGIN = 0.05  # two models within five points are level
+NEARLY = 1.1  # times the least difference that all images would tell
 PRIOR_IMAGES = 20  # that what is assumed beforehand weighs, beside what was measured
 QUANTILES = (np.arange(40) + 0.5) / 40
 
@@ -179,12 +180,18 @@ class Goal:
         return cls(difference, power, ALPHA / max(1, claims))
 
     def design(
-        self, claim: Claim, trainings: Sequence[int], noise: Noise, available: int
+        self,
+        claim: Claim,
+        trainings: Sequence[int],
+        noise: Noise,
+        available: int,
+        *,
+        every: bool = False,
     ) -> Design:
         """Return what decides a claim; it gets no more images than there are.
 
-        Where no number of images does in so many trainings, it gets as many as decide it for these
-        trainings alone.
+        Where more images than there are would not do in so many trainings, which vary, it gets as
+        many as tell nearly what all of them would. every: it gets all of them in any case.
         """
         if claim.test == "none survive":
             return self._of_floor(claim, trainings, noise, available)
@@ -194,8 +201,15 @@ class Goal:
         more = None
         if several and (needed is None or needed > available):
             more = trainings_for(aim[0], available, several, noise, self.alpha, aim[1])
-        alone = images_for(aim[0], (), noise, self.alpha, aim[1])
-        images = min(available, needed if needed and needed <= available else alone or available)
+        images = available
+        if every:
+            pass
+        elif needed and needed <= available:
+            images = needed
+        elif several:
+            least = detectable(available, sides, noise, self.alpha, aim[1])
+            nearly = images_for(NEARLY * least, sides, noise, self.alpha, aim[1])
+            images = min(available, nearly or available)
         tells = detectable(images, sides, noise, self.alpha, aim[1])
         return Design(claim, noise, sides, images, needed, tells, more)
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from grid.axes import at_key
-from grid.estimate import print_plan
+from grid.estimate import held_out_images, print_plan
 from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
@@ -25,6 +25,7 @@ from trainables.scale import Scale
 from trainables.store.results import check_database, settle, sole_run
 
 if TYPE_CHECKING:
+    from grid.design import Designed
     from grid.launch import Finished
 
 # Before ray and mlflow are imported: no calls home, no files outside the results, quiet logs; what
@@ -87,21 +88,22 @@ def _run(options: RunOptions) -> int:
     source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
     plan = planned(scale)
     plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
-    if options.plan:
-        print_plan(options, study, plan, scale, source)
-    if not (options.report or options.status):
-        print(options.images_line(scale))
-    if options.plan:
-        return 0
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if options.report or options.status:
         return _read_results(options, study, plan, scale)
+    judged_by = held_out_images(scale, source)
+    if options.plan:
+        plan, design = _designed(options, study, plan, scale, judged_by)
+        print_plan(options, study, plan, scale, source, design)
+    print(options.images_line(scale))
+    if options.plan:
+        return 0
     # Before the imports that take seconds.
     address = cluster_address(options.address)
     if not options.check:
         with sole_run(options.results):
-            pass
+            plan, _ = _designed(options, study, plan, scale, judged_by)
     from grid.check import check, show
     from grid.launch import Launch, check_cluster, run_study
 
@@ -145,6 +147,17 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
             with at_key(trial.name):
                 can_be_built(trial.recipe)
     return plan
+
+
+def _designed(
+    options: RunOptions, study: Study, plan: Plan, scale: Scale, held_out: int
+) -> tuple[Plan, Designed | None]:
+    """Return a plan with the images that its claims need, and their design where it is made now."""
+    if not (options.detect or (scale.detect and study.claims)):
+        return plan, None
+    from grid.design import with_design
+
+    return with_design(options, study, plan, scale, held_out)
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:

@@ -203,6 +203,11 @@ class Claim(Frozen):
         return self
 
 
+def trainings_compared(rows: Iterable[Row]) -> int:
+    """Return by how many trainings of each row rows are compared: as many as all have."""
+    return min((row.seeds for row in rows if row.recipe.epochs), default=1)
+
+
 def check_claim(claim: Claim, tables: Mapping[str, Table]) -> None:
     """Raise ValueError where tables lack a row or the column of a claim."""
     for name, label in claim.places:

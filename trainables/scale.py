@@ -105,6 +105,7 @@ class Scale:
     headline_seeds: int = 3  # trainings of each row that a headline claim compares
     cost_unit: Literal["macs", "seconds"] = "macs"
     validate_every: int = 1
+    detect: float = 0.0  # the least difference that claims are to tell, as a share; 0: not stated
 
     @property
     def name(self) -> str:
@@ -310,6 +311,7 @@ DIGITS = Scale(
     patch=PatchBudget(images=50, textures=5, samples=25, steps=8),
     cost_unit="seconds",
     validate_every=4,
+    detect=0.10,
 )
 
 CIFAR10 = Scale(
@@ -361,7 +363,7 @@ def _reduced(scale: Scale, data_set: DataSet) -> Scale:
     What follows from the images is the scale's own: radii, stem and patches, how many are attacked.
     """
     names = ("epsilon", "small_epsilon", "stem", "stem_stride", "patch_size", "attack_subset")
-    of_images = {name: getattr(scale, name) for name in (*names, "autoattack_subset")}
+    of_images = {name: getattr(scale, name) for name in (*names, "autoattack_subset", "detect")}
     return replace(DIGITS, data_set=data_set, epochs_factor=Fraction(1), **of_images)
 
 

@@ -6,14 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal, get_args
 
 from evaluators.base import Column
 from evaluators.intervals import Paired
+from grid.power import MARGIN
 from grid.report.tables import over_seeds
 from grid.report.verdicts import Verdicts
 from grid.study import Study
-from grid.table import Claim, Row, Table, Test
+from grid.table import Claim, Row, Table, Test, trainings_compared
 from trainables.store.tracking import STOPPED
 
 Decision = Literal[
@@ -25,7 +27,6 @@ Decision = Literal[
     "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
-MARGIN = 0.05  # two models within five points are level
 REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
 SUPPORTS: Mapping[Test, tuple[float, float]] = {
     "ahead": (0.0, math.inf),
@@ -101,8 +102,8 @@ def _judge(
 
     Each row counts by as many trainings as all that it is compared with have.
     """
-    trained = [row.seeds for rows in compared for row in rows if row.recipe.epochs]
-    seeds = min(trained, default=1)
+    trained = any(row.recipe.epochs for rows in compared for row in rows)
+    seeds = trainings_compared(row for rows in compared for row in rows)
     compared = [tuple(replace(row, seeds=seeds) for row in rows) for rows in compared]
     flipped = claim.test in REVERSED
     towards = None if published is None else 0.0 - published if flipped else published
@@ -167,7 +168,8 @@ def _difference(
         return pairs[0]
     ends = [{"": p.difference, "/low": p.low, "/high": p.high} for p in pairs]
     difference, low, high = (figure / 100 for figure in over_seeds(ends, ""))
-    return Paired(difference, low, high, min(p.n for p in pairs), None)
+    noise = (fmean(p.discordance for p in pairs), fmean(p.spread for p in pairs))
+    return Paired(difference, low, high, min(p.n for p in pairs), None, *noise)
 
 
 def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple[Decision, str]:

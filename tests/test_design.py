@@ -1,0 +1,119 @@
+"""Designs of studies: which cells get how many images, remembered and printed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from grid.design import FILE, with_design
+from grid.options import RunOptions
+from grid.plan import build_plan
+from grid.run import main
+from grid.study import load_study
+from trainables.scale import DIGITS, IMAGENET
+
+STUDY = load_study("bai2021")
+
+
+def design_of(results, *words, tables=("T1", "T2"), scale=DIGITS, **chosen):
+    options = RunOptions.read(["--results", str(results), "--tables", *tables, *words])
+    plan = build_plan(STUDY, scale, tables=tables, **chosen)
+    return with_design(options, STUDY, plan, scale, scale.data_set.held_out_images)
+
+
+def images_of(plan, table, label):
+    row = next(r for t in plan.tables for r in t.rows if (t.name, r.label) == (table, label))
+    trials = [trial for trial in plan if trial.digest in row.digests]
+    assert len({str(dict(trial.images)) for trial in trials}) == 1  # every seed the same
+    return dict(trials[0].images)
+
+
+def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(tmp_path):
+    plan, design = design_of(tmp_path, "--seeds", "1", seeds=1)
+    by_claim = {claim.claim.says: claim for claim, _ in design.designs}
+    assert len(by_claim) == 7  # of nine claims about T1 and T2 two are about collapses
+    gelu = by_claim["GELU in place of ReLU makes an adversarially trained CNN more robust"]
+    no_gain = by_claim["AdamW does not help an adversarially trained CNN"]
+    assert images_of(plan, "T2", "ResNet-50 GELU") == {"autoattack": gelu.images}
+    # ReLU is in claims about both of its attacks.
+    assert images_of(plan, "T2", "ResNet-50 ReLU") == {
+        "autoattack": gelu.images,
+        "pgd": no_gain.images,
+    }
+    # At 0.05 / 7: (2.690 * 0.5 + 0.842 * sqrt(0.25 - 0.01))^2 / 0.1^2 = 308.8.
+    assert no_gain.images == no_gain.needed == 309
+    # None of 138 survive: 2.690^2 * 0.95 / 0.05 = 137.5.
+    assert images_of(plan, "T1", "DeiT-S") == {"autoattack": 138}
+    assert images_of(plan, "T2", "DeiT-S without curriculum") == {}
+
+
+def test_at_full_size_nothing_is_designed_unless_a_difference_is_asked_for(tmp_path):
+    plan, design = design_of(tmp_path, scale=IMAGENET)
+    assert design is None
+    assert not any(trial.images for trial in plan)
+    plan, design = design_of(tmp_path, "--detect", "2points", scale=IMAGENET)
+    assert images_of(plan, "T2", "ResNet-50 ReLU")["pgd"] > 5000
+
+
+def test_the_same_command_again_asks_the_same_and_another_never_less(tmp_path):
+    first, _ = design_of(tmp_path)
+    known = json.loads((tmp_path / FILE).read_text())
+    ((key, counts),) = known.items()
+    # As if the results had told another number when the design was made.
+    cell = next(cell for cell in counts if cell.endswith("pgd"))
+    (tmp_path / FILE).write_text(json.dumps({key: counts | {cell: 500}}))
+    again, design = design_of(tmp_path)
+    digest = cell.split()[0]
+    pgd = {t.digest: t.images.get("pgd") for t in again}
+    assert design is None
+    assert pgd[digest] == 500
+    assert pgd | {digest: 0} == {t.digest: t.images.get("pgd") for t in first} | {digest: 0}
+    coarse, _ = design_of(tmp_path, "--detect", "30points")
+    assert {t.digest: t.images for t in coarse} == {t.digest: t.images for t in again}
+
+
+def test_a_plan_is_printed_with_every_claims_design_and_remembers_nothing(tmp_path, capsys):
+    results = tmp_path / "results"
+    words = ["--plan", "--tables", "T2", "--seeds", "1", "--detect", "20points", "--power", "0.9"]
+    assert main([*words, "--results", str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (heading,) = [line for line in lines if line.startswith("To tell 20 points with power 0.9")]
+    assert "each of 5 claims at level 0.01 " in heading
+    (line,) = [line for line in lines if ": AdamW does not help" in line]
+    # (2.576 * 0.5 + 1.282 * sqrt(0.25 - 0.04))^2 / 0.2^2 = 87.9.
+    assert "88 images tell 20.0 points, needs 88 in this one training" in line
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--detect 0points", "'0points' is no difference like 5points"),
+        ("--detect 100points", "'100points' is no difference like 5points"),
+        ("--detect much", "'much' is no difference like 5points"),
+        ("--detect 5points --power 1", "--power: Input should be less than 1"),
+        ("--detect 5points --power 0", "--power: Input should be greater than 0"),
+        ("--detect 5points --study full", "study 'full' has none"),
+        ("--detect 5points --tables T5 --evaluators pgd", "has none that these trials"),
+    ],
+)
+def test_what_cannot_be_designed_ends_the_command_before_any_compute(
+    words, error, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), "--results", str(tmp_path / "results")])
+    assert ended.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_claims_that_need_more_images_than_there_are_say_what_these_tell(tmp_path, capsys):
+    words = ["--plan", "--tables", "T5", "T8", "--seeds", "1", "--results", str(tmp_path)]
+    assert main([*words, "--detect", "5points"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "A smaller transformer leads a smaller CNN" in line]
+    images = int(line.split()[0])
+    assert images < 200
+    assert f"{images} images tell " in line
+    assert float(line.split("tell ")[1].split()[0]) > 5
+    assert int(line.split("needs ")[1].split()[0]) > 1000
