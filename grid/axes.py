@@ -21,6 +21,7 @@ from trainables.recipe import (
     Distillation,
     Preprocessing,
     Recipe,
+    check_known,
     check_model,
     format_augmentations,
     parse_augmentations,
@@ -174,8 +175,7 @@ def _looked_up(values: Mapping[str, Any], library: Library) -> dict[str, Any]:
         named["curriculum_epochs"] = values.get("curriculum_epochs", CURRICULUM_EPOCHS)
     for axis, known in (("teacher", ["none"]), ("warm_start", ["none", CLEAN])):
         if isinstance(name := values.get(axis), str) and name != CLEAN:
-            if name not in (*known, *library.bases):
-                raise ValueError(unknown(axis, name, [*known, *library.bases]))
+            check_known(axis, name, [*known, *library.bases])
             named[axis] = library.bases.get(name)
     return named
 
@@ -260,9 +260,7 @@ def _with_augmentation(recipe: Recipe, augmentations: Any) -> Recipe:
 
 
 def _with_training(recipe: Recipe, training: str) -> Recipe:
-    if training not in ("clean", "adversarial"):
-        raise ValueError(unknown("training", training, ("adversarial", "clean")))
-    if training == "adversarial":
+    if check_known("training", training, ("adversarial", "clean")) == "adversarial":
         return _adversarial(recipe)
     changed = _changed(recipe, adversary=None, norm="batch", pixel_range="data", warmup_rate=1e-6)
     changed = _with_optimizer(changed, recipe.optimizer)

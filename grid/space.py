@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from grid.axes import Library, axis_value
-from trainables.recipe import Frozen, Recipe, unknown
+from grid.axes import Library, at_key, axis_value
+from trainables.recipe import Frozen, Recipe, check_known
 
 Mode = Literal["product", "zip", "one-at-a-time"]
 Labels = dict[str, str]  # by axis the label of one of its values
@@ -116,20 +116,20 @@ class Space:
         return all(self.own(labels, axis) in values for axis, values in conditions.items())
 
 
-def conditions_of(stated: Mapping[str, Any], choices: Choices) -> dict[str, tuple[str, ...]]:
-    """Return the labels that are meant by axis = value or values; ValueError on unknown ones."""
-    return {axis: tuple(_labels(axis, value, choices)) for axis, value in stated.items()}
+def conditions_of(
+    key: str, stated: Mapping[str, Any], choices: Choices
+) -> dict[str, tuple[str, ...]]:
+    """Return the labels that are meant by axis = value or values; ValueError on unknown ones.
+
+    key: under which they are stated.
+    """
+    with at_key(key):
+        return {axis: tuple(_labels(axis, value, choices)) for axis, value in stated.items()}
 
 
 def _labels(axis: str, stated: Any, choices: Choices) -> Iterator[str]:
-    if axis not in choices:
-        raise ValueError(unknown("axis of this grid", axis, choices))
-    known = choices[axis]
+    known = choices[check_known("axis of this grid", axis, choices)]
     whole = stated in known.values() or str(stated) in known
     for value in stated if isinstance(stated, tuple) and not whole else (stated,):
-        label = next(
-            (label for label, v in known.items() if v == value or label == str(value)), None
-        )
-        if label is None:
-            raise ValueError(unknown(f"value of {axis}", str(value), known))
-        yield label
+        matching = (label for label, v in known.items() if v == value or label == str(value))
+        yield next(matching, None) or check_known(f"value of {axis}", str(value), known)

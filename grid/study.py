@@ -45,9 +45,9 @@ from trainables.recipe import (
     CurriculumRow,
     Frozen,
     Recipe,
+    check_known,
     check_model,
     one_of,
-    unknown,
 )
 from trainables.scale import Scale
 
@@ -71,22 +71,22 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _bases(value: Any, info: ValidationInfo) -> Any:
-    """Return recipes by name: bases, rows as 'TABLE/label', or 'TABLE/*' for all of a table."""
+    """Return recipes by name: bases, rows as 'TABLE/label', or what a pattern as 'TABLE/*' is."""
     if isinstance(value, Recipe):
         return {value.model: value}
     if not isinstance(value, str | tuple):
         return value
     tables: tuple[Table, ...] = info.data.get("tables", ())
     rows = {f"{table.name}/{row.label}": row.recipe for table in tables for row in table.rows}
-    library, chosen = info.context or Library(), {}
-    known = {**library.bases, **rows}
-    for name in map(str, (value,) if isinstance(value, str) else value):
-        whole = [row for row in rows if name.endswith("/*") and row.startswith(name[:-1])]
-        for one in whole or [name]:
-            if one not in known:
-                raise ValueError(unknown("base", one, known))
-            chosen[one] = known[one]
-    return chosen
+    known = {**(info.context or Library()).bases, **rows}
+    names = map(str, (value,) if isinstance(value, str) else value)
+    return {one: known[one] for name in names for one in _matching("base", name, known)}
+
+
+def _matching(kind: str, pattern: str, names: Collection[str]) -> list[str]:
+    """Return the names that a name or a pattern as '*' is about; ValueError: none is."""
+    matching = [name for name in names if fnmatchcase(name, pattern)]
+    return matching if matching and pattern not in names else [check_known(kind, pattern, names)]
 
 
 def _by_label(values: Any) -> Any:
@@ -166,24 +166,8 @@ class Relative(Frozen):
 class Study(Frozen):
     """A named set of recipes with the tables they serve; its fields are the keys of a file.
 
-    A file that states what it `extends` has all of it, but the keys that it states itself: tables
-    are changed by name, their rows by label, and claims by what they say; `drop` leaves out tables,
-    rows as 'TABLE/label', or what a pattern as '*' matches. Otherwise it knows the bases and
-    curricula of the paper's study alone.
-
-    `base`: one or several bases of a grid, or rows as 'TABLE/label'; `axes`, `mode`, `exclude`,
-    `only_with` and `sample` say what the grid spans (`grid.space`); an axis has a list of values,
-    or a table of them by label. `replicates`: seeds of every trial unless the command says
-    otherwise; else rows of headline claims have those of the scale, others one. `evaluators` judge
-    every trial, beside those that the tables' columns need. `placement` maps a family to
-    where its trials' placement differs. `early_stop` ends trials that are behind others; false, the
-    default: none. `settings`, in a file `set`, are axes that every trial and every teacher has so,
-    whatever other axes bring along. `reduced`: models are cut down as at scale digits, whatever the
-    scale. `reduced_epochs`: epochs for 100 of the study where models are cut down, unless
-    `--epochs` says how many. `checkpoints`: the epochs, or every how many, after which the
-    evaluators of every trial judge it while it trains. `relatives`: by a model's name what stands
-    for it where models are cut down. `subject`: what the headlines are about; `answer`: the
-    published answer to the title, a sentence.
+    docs/study.md explains them. A file that states what it `extends` has all of that study but the
+    keys that it states itself; otherwise it knows the bases and curricula of the paper's study.
     """
 
     name: Name
@@ -230,17 +214,18 @@ class Study(Frozen):
     def space(self) -> Space:
         """What its grid spans."""
         choices = {BASE: dict.fromkeys(self.base), **self.axes}
-        exclude, only_with = [], {}
-        for number, entry in enumerate(self.exclude):
-            with at_key(f"exclude.{number}"):
-                exclude.append(conditions_of(entry, choices))
-        for axis, entry in self.only_with.items():
+        for axis in self.only_with:
             with at_key(f"only_with.{axis}"):
-                if axis not in self.axes:
-                    raise ValueError(unknown("axis of this grid", axis, self.axes))
-                only_with[axis] = conditions_of(entry, choices)
+                check_known("axis of this grid", axis, self.axes)
+        exclude = enumerate(self.exclude)
         return Space(
-            self.base, self.axes, self.library, self.mode, tuple(exclude), only_with, self.sample
+            self.base,
+            self.axes,
+            self.library,
+            self.mode,
+            tuple(conditions_of(f"exclude.{n}", entry, choices) for n, entry in exclude),
+            {a: conditions_of(f"only_with.{a}", e, choices) for a, e in self.only_with.items()},
+            self.sample,
         )
 
     def checkpoints_of(self, recipe: Recipe, scale: Scale) -> tuple[int, ...]:
@@ -265,30 +250,29 @@ class Study(Frozen):
         relative = self.relatives.get(recipe.model)
         return relative.stand_in(recipe) if relative else recipe
 
-    def _spans_a_grid(self) -> None:
+    @model_validator(mode="after")
+    def _spans_a_grid(self) -> Study:
+        if not self.base and (self.axes or not self.tables):
+            raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
         lengths = {axis: len(values) for axis, values in self.axes.items()}
         if self.mode == "zip" and len(set(lengths.values())) > 1:
             counts = ", ".join(f"{axis} {length}" for axis, length in lengths.items())
-            raise ValueError(
-                f"mode 'zip' takes the axes in step: each has as many values ({counts})"
-            )
+            raise ValueError(f"mode 'zip' takes axes in step: each has as many values ({counts})")
         if self.sample and self.mode != "product":
             raise ValueError(f"a sample is of mode 'product', not of {self.mode!r}")
         _ = self.space  # what it excludes is among what it spans
+        return self
 
     @model_validator(mode="after")
     def _holds_together(self) -> Study:
-        if not self.base and (self.axes or not self.tables):
-            raise ValueError("axes need a base" if self.axes else "it has neither base nor tables")
-        self._spans_a_grid()
         check_once("table", [table.name for table in self.tables])
         tables = {table.name: table for table in self.tables}
-        recipes = [*self.bases.values(), *(row.recipe for t in self.tables for row in t.rows)]
-        models = {recipe.model for recipe in (*recipes, *self.base.values())}
+        rows = (row.recipe for table in self.tables for row in table.rows)
+        models = {r.model for r in (*self.bases.values(), *self.base.values(), *rows)}
         models |= {m for axis in ("model", "family") for m in self.axes.get(axis, {}).values()}
-        for model in self.relatives:
-            if model not in models:
-                raise ValueError(f"relatives: {unknown('model of the study', model, models)}")
+        with at_key("relatives"):
+            for model in self.relatives:
+                check_known("model of the study", model, models)
         if self.drop and not (self.extends and "extends" in self.model_fields_set):
             raise ValueError("drop leaves out parts of a study: state which one this `extends`")
         for claim in self.claims:
@@ -309,19 +293,23 @@ def load_study(name_or_file: str) -> Study:
     return study
 
 
-def _study(path: Path) -> Study:
-    entries = _read(path)
+def _study(path: Path, below: tuple[Path, ...] = ()) -> Study:
+    """Return the study of a file; below: the files that extend it."""
+    entries, above = _read(path), None
     with at_key(f"study file {path}"):
-        library = _library(entries, path)
-        above = (
-            _study(_path_of(entries["extends"], path.parent)) if entries.get("extends") else None
-        )
-        if above:
+        if extended := entries.get("extends", DEFAULT):
+            with at_key("extends"):
+                file = _path_of(str(extended), path.parent)
+                if file.resolve() in (path.resolve(), *below):
+                    raise ValueError(f"{file} extends itself")
+                above = _study(file, (*below, path.resolve()))
+        library = _library(entries, path.parent, above.library if above else Library())
+        if above and "extends" in entries:
             entries = _with_inherited(entries, above, library)
         entries |= {"bases": library.bases, "curricula": library.curricula}
         study = Study.model_validate(entries, context=library)
         study._folder = path.parent
-    return _with_published(study, above) if above else study
+    return _with_published(study, above) if above and "extends" in entries else study
 
 
 def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> dict[str, Any]:
@@ -329,45 +317,29 @@ def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> 
 
     Claims and published figures are not among them: they follow where the rows are known.
     """
-    dropped = {
-        name for pattern in entries.get("drop", ()) for name in _matching(str(pattern), above)
-    }
-    inherited: dict[str, dict[str, Any]] = {
-        table.name: {
-            "name": table.name,
-            "question": table.question,
-            "columns": table.columns,
-            "rows": tuple(r for r in table.rows if f"{table.name}/{r.label}" not in dropped),
-        }
-        for table in above.tables
-        if table.name not in dropped
-    }
-    tables = _TABLES.validate_python(entries.get("tables", ()))
-    check_once("table", [str(table.get("name")) for table in tables])
-    for number, table in enumerate(tables):
-        name = str(table.get("name", number))
-        rows = inherited[name]["rows"] if name in inherited else ()
+    rows = [f"{table.name}/{row.label}" for table in above.tables for row in table.rows]
+    names, patterns = [*(table.name for table in above.tables), *rows], entries.get("drop", ())
+    with at_key("drop"):
+        dropped = {n for p in patterns for n in _matching("table or row", str(p), names)}
+    tables: dict[str, dict[str, Any]] = {}
+    for table in above.tables:
+        left = tuple(r for r in table.rows if f"{table.name}/{r.label}" not in dropped)
+        if table.name not in dropped:
+            own = {key: getattr(table, key) for key in ("name", "question", "columns")}
+            tables[table.name] = {**own, "rows": left}
+    stated = _TABLES.validate_python(entries.get("tables", ()))
+    check_once("table", [str(entry.get("name")) for entry in stated])
+    for number, entry in enumerate(stated):
+        known = tables.get(name := str(entry.get("name", number)), {"rows": ()})
         with at_key(f"tables.{number}"):
-            stated = _TABLES.validate_python(table.get("rows", ()))
-            changed = {"rows": _changed_rows(rows, stated, library)}
-        inherited[name] = {**inherited.get(name, {}), **table, **changed}
-    keys = {str(f.validation_alias or name): name for name, f in Study.model_fields.items()}
-    inheritable = keys.items() - {("name", "name"), ("claims", "claims"), ("drop", "drop")}
-    return {
-        **{k: getattr(above, name) for k, name in inheritable if name in above.model_fields_set},
-        **entries,
-        "tables": tuple(inherited.values()),
+            changes = _TABLES.validate_python(entry.get("rows", ()))
+            changed = _changed_rows(known["rows"], changes, library)
+        tables[name] = {**known, **entry, "rows": changed}
+    inherited = {
+        str(Study.model_fields[name].validation_alias or name): getattr(above, name)
+        for name in above.model_fields_set - {"name", "claims", "drop"}
     }
-
-
-def _matching(pattern: str, study: Study) -> list[str]:
-    """Return the tables and rows of a study that a word to drop is about; ValueError: none is."""
-    rows = [f"{table.name}/{row.label}" for table in study.tables for row in table.rows]
-    names = [*(table.name for table in study.tables), *rows]
-    matching = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
-    if not matching:
-        raise ValueError(f"drop: {unknown('table or row', pattern, names)}")
-    return matching
+    return {**inherited, **entries, "tables": tuple(tables.values())}
 
 
 def _changed_rows(
@@ -396,31 +368,29 @@ def _with_published(study: Study, above: Study) -> Study:
     Of a row whose recipe is another the published figures are not its own; a claim that lacks a row
     or its column is left out.
     """
-    known = {(t.name, row.label): row.recipe for t in above.tables for row in t.rows}
-    same = {
-        (t.name, row.label)
-        for t in study.tables
-        for row in t.rows
-        if known.get((t.name, row.label)) == row.recipe
-    }
-    figures = {t.name: t.published for t in above.tables}
-    tables = []
-    for table in study.tables:
-        published = {
+    tables, claims = {table.name: table for table in study.tables}, []
+    same = set()
+    for table in above.tables:
+        if (changed := tables.get(table.name)) is None:
+            continue
+        labels = {row.label for row in table.rows if row in changed.rows}
+        same |= {(table.name, label) for label in labels}
+        figures = {
             (label, column): figure
-            for (label, column), figure in figures.get(table.name, {}).items()
-            if (table.name, label) in same and column in table.columns
+            for (label, column), figure in table.published.items()
+            if label in labels and column in changed.columns
         }
-        tables.append(table.model_copy(update={"published": published | table.published}))
-    by_name, claims = {table.name: table for table in tables}, []
+        update = {"published": figures | changed.published}
+        tables[table.name] = changed.model_copy(update=update)
+    restated = {claim.says for claim in study.claims}
     for claim in above.claims:
         with suppress(ValueError):
-            check_claim(claim, by_name)
-            unchanged = claim.places <= same
-            claims.append(claim if unchanged else claim.model_copy(update={"published": None}))
-    restated = {claim.says for claim in study.claims}
-    inherited = (claim for claim in claims if claim.says not in restated)
-    return study.model_copy(update={"tables": tuple(tables), "claims": (*inherited, *study.claims)})
+            check_claim(claim, tables)
+            if claim.says not in restated:
+                own = {} if claim.places <= same else {"published": None}
+                claims.append(claim.model_copy(update=own))
+    inherited = {"tables": tuple(tables.values()), "claims": (*claims, *study.claims)}
+    return study.model_copy(update=inherited)
 
 
 @cache
@@ -433,8 +403,7 @@ def _path_of(name_or_file: str, folder: Path) -> Path:
     if name_or_file in STUDIES:
         return FOLDER / f"{name_or_file}.toml"
     if Path(name_or_file).suffix != ".toml":
-        known = (*STUDIES, "the path of a .toml file")
-        raise ValueError(unknown("study", name_or_file, known))
+        check_known("study", name_or_file, (*STUDIES, "the path of a .toml file"))
     return folder / name_or_file
 
 
@@ -460,19 +429,9 @@ _BASES = TypeAdapter(dict[str, dict[str, Any]])
 _CURRICULA = TypeAdapter(dict[str, tuple[dict[str, Any], ...]])
 
 
-def _library(entries: Mapping[str, Any], path: Path, below: tuple[Path, ...] = ()) -> Library:
-    """Return a file's bases and curricula beside those of the study that it extends.
-
-    below: the files that extend it.
-    """
-    inherited, files = Library(), (*below, path.resolve())
-    if extended := entries.get("extends", DEFAULT):
-        with at_key("extends"):
-            above = _path_of(str(extended), path.parent)
-            if above.resolve() in files:
-                raise ValueError(f"{above} extends itself")
-            inherited = _library(_read(above), above, files)
-    curricula, bases, folder = dict(inherited.curricula), dict(inherited.bases), path.parent
+def _library(entries: Mapping[str, Any], folder: Path, above: Library) -> Library:
+    """Return a file's bases and curricula beside those of the study that it extends."""
+    curricula, bases = dict(above.curricula), dict(above.bases)
     with at_key("curricula"):
         for name, rows in _CURRICULA.validate_python(entries.get("curricula", {})).items():
             numbered = ({"epoch": epoch, **row} for epoch, row in enumerate(rows))

@@ -18,7 +18,7 @@ from pydantic import (
 
 from evaluators import evaluator_of
 from grid.axes import Library, at_key, recipe_of_weights, with_axes
-from trainables.recipe import Frozen, Recipe, unknown
+from trainables.recipe import Frozen, Recipe, check_known
 
 SCALE = "imagenet"  # of every base: a study states the values of full-size images
 ALONE = ("none survive", "collapses")  # tests of one row
@@ -34,10 +34,9 @@ def check_once(kind: str, names: Iterable[str]) -> None:
 
 def _check_cell(labels: Sequence[str], columns: Sequence[str], label: str, column: str) -> None:
     """Raise ValueError where a table has no such row or column; "": no column is meant."""
-    if label not in labels:
-        raise ValueError(unknown("row", label, labels))
-    if column and column not in columns:
-        raise ValueError(unknown("column", column, columns))
+    check_known("row", label, labels)
+    if column:
+        check_known("column", column, columns)
 
 
 def _scored(column: str) -> str:
@@ -90,9 +89,7 @@ def _row(value: Any, info: ValidationInfo) -> Any:
 def base_of(name: Any, library: Any) -> Recipe:
     """Return a library's base by name; ValueError."""
     bases: Mapping[str, Recipe] = library.bases
-    if str(name) not in bases:
-        raise ValueError(unknown("base", str(name), bases))
-    return bases[str(name)]
+    return bases[check_known("base", str(name), bases)]
 
 
 def recipe_or_base(value: Any, info: ValidationInfo) -> Any:
@@ -134,9 +131,7 @@ class Table(Frozen):
     @classmethod
     def _are_columns(cls, columns: Columns, info: ValidationInfo) -> Columns:
         check_once("column", columns)
-        if (
-            not columns and info.context is not None
-        ):  # the report's own of an unjudged grid has none
+        if not columns and info.context is not None:  # the report's own of a grid may have none
             raise ValueError("a table has at least one column, the name of a score as 'clean'")
         return columns
 
@@ -211,7 +206,5 @@ def trainings_compared(rows: Iterable[Row]) -> int:
 def check_claim(claim: Claim, tables: Mapping[str, Table]) -> None:
     """Raise ValueError where tables lack a row or the column of a claim."""
     for name, label in claim.places:
-        if name not in tables:
-            raise ValueError(unknown("table", name, tables))
-        labels = [row.label for row in tables[name].rows]
-        _check_cell(labels, tables[name].columns, label, claim.column)
+        table = tables[check_known("table", name, tables)]
+        _check_cell([row.label for row in table.rows], table.columns, label, claim.column)

@@ -452,7 +452,9 @@ def test_bases_and_files_that_need_each_other_are_refused(tmp_path, capsys):
     assert "bases: a: teacher 'b' is this base or one below it" in said
     write(tmp_path, 'name="o"\nextends="study.toml"\nbase="resnet50"\n', "other.toml")
     said = refused(capsys, tmp_path, 'name="s"\nextends="other.toml"\nbase="resnet50"\n')
-    assert re.search(r"extends: extends: .*study\.toml extends itself", said)
+    assert re.search(
+        r"extends: study file .*other\.toml: extends: .*study\.toml extends itself", said
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {word!r}; one of {', '.join(words)}{nearest(word, words)}"
 
 
+def check_known(kind: str, word: str, known: Collection[str]) -> str:
+    """Return a word; ValueError where it is not known."""
+    if word not in known:
+        raise ValueError(unknown(kind, word, known))
+    return word
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Ask whether the nearest known word is meant; "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -68,13 +75,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def one_of(kind: str, known: Collection[str]) -> AfterValidator:
     """Return the validator of a name that must be among the known ones."""
-
-    def check(name: str) -> str:
-        if name not in known:
-            raise ValueError(unknown(kind, name, known))
-        return name
-
-    return AfterValidator(check)
+    return AfterValidator(lambda name: check_known(kind, name, known))
 
 
 def check_model(name: str) -> str:
