@@ -190,7 +190,7 @@ def test_a_claim_about_a_collapsed_model_says_so():
         judged = judge(plan, runs)
         found = next(judgement for judgement in judged if judgement.claim.row[1] == label)
         assert (found.decision, found.outcome) == (decision, f"{label} {outcome}")
-        assert found.outcome in claims_plot(judged).svg
+        assert f" {outcome} -->" in claims_plot("claims", judged).svg
         assert "not judged yet" in answer(STUDY, judged)
 
 

@@ -117,9 +117,9 @@ def test_a_study_without_tables_gets_one_of_all_its_trials_and_evaluators(tmp_pa
     (table,) = tables_of(study, plan, {})
     assert (table.name, len(table.rows)) == ("mine", 2)
     assert [column.title for column in table.shown] == [
-        *("Clean", "Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
-        "Clean, same images",
-        *("after APGD-CE", "after APGD-T", "after FAB-T", "AutoAttack (digits)"),
+        *("Clean", "AutoAttack (digits)"),
+        *("Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
+        *("Clean, same images", "after APGD-CE", "after APGD-T", "after FAB-T"),
     ]
 
 
@@ -176,7 +176,7 @@ def test_a_table_says_how_many_images_were_trained_on_and_judged():
         second.digest: trial_run(second.digest, **(metrics | {"pgd-10/n": 300.0})),
     }
     table = fill_table(tables_of(STUDY, plan, runs)[0], runs)
-    assert table.judged_on[:4] == ["1,000", "500", "300 to 500", ""]
+    assert table.judged_on[:5] == ["1,000", "", "", "500", "300 to 500"]
     assert images_text(runs.values(), CIFAR10) == (
         "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 10,000)."
     )
@@ -220,7 +220,7 @@ def test_text_from_a_study_is_shown_and_not_executed(recorded, tmp_path):
     assert planted not in page
     assert "&lt;img src=x onerror=alert(1)&gt;3" in page
     assert "“published” is the figure of a &lt;b&gt;notebook" in page
-    assert page.count("<svg ") == page.count('<svg role="img" aria-label="')
+    assert page.count("<svg ") == page.count('role="img" aria-label="') > 0
 
 
 def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_path):
@@ -238,17 +238,17 @@ def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_
     assert trial.name == row["model"] == run.info.run_name == model
     value = f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
     assert f"| {model} | {value} | 76.8 |" in markdown
-    assert f">{model}</a></th>" in page
+    assert f">{model}</span>" in page
     assert f"<small>{model}</small>" in page  # of the gallery
     assert f"DeiT-S & {value}; 76.8 &" in latex
-    assert f'{row["value"]:.1f} <span class="interval" title="n = 597">' in page
+    assert f'data-tip="Clean on n = 597 images">{row["value"]:.1f}</span>' in page
     assert set(frame["trained_images"]) == {1200}
     assert set(frame["held_out_images"]) == {597}
     for text in (page, markdown):
         assert "Images trained on: 1,200 (held out: 597)." in text
     assert "PGD-5<br><small>n = 64</small>" in page
-    assert "| judged on, images | 597 |  | 64 |" in markdown
-    assert r"judged on, images & 597 & 64 &" in latex
+    assert "| judged on, images | 597 |  | 30 |  | 30 |  | 64 |" in markdown
+    assert r"judged on, images & 597 & 30 & 30 & 64 &" in latex
     assert r"\caption{T\_1: Vanilla models under attack, on scikit-learn's handwritten" in latex
 
 

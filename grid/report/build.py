@@ -31,6 +31,7 @@ from grid.report.tables import (
 )
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import Study
+from grid.table import SCALE
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
 from trainables.store.tracking import Tracker
@@ -94,7 +95,8 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "effects": effects,
         "leading": leading(effects),
         "plots": plots,
-        "first": by_name.get("claims", by_name.get("scatter")),
+        "first": by_name.get("headline") or by_name.get("claims") or by_name.get("scatter"),
+        "comparable": scale.name == SCALE,
         "health": verdicts.health(plan),
         "gallery": gallery(plan, verdicts, tracker.classes(study.name)),
         "stand_ins": scale.data_set.generated and any(trial.recipe.epochs for trial in plan),

@@ -14,7 +14,7 @@ from evaluators.base import Column
 from evaluators.intervals import with_trainings
 from grid.plan import Plan, named
 from grid.study import Study
-from grid.table import Row, Table
+from grid.table import SCALE, Row, Table
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
@@ -24,7 +24,10 @@ PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 
 @dataclass(frozen=True)
 class FilledCell:
-    """One cell of a table, in percent, or the reason why it has no value."""
+    """One cell of a table, in percent, or the reason why it has no value.
+
+    difference: ours minus the published figure, where both are of the same data.
+    """
 
     state: str
     value: float | None = None
@@ -33,6 +36,7 @@ class FilledCell:
     n: int = 0
     published: float | None = None
     source: str = ""
+    difference: float | None = None
 
     def text(self) -> str:
         """Write our side of the cell: '96.1 [94.3, 97.4]', or why there is nothing."""
@@ -45,13 +49,6 @@ class FilledCell:
         return "" if self.published is None else f"{self.published:g}"
 
     @property
-    def difference(self) -> float | None:
-        """Return ours minus the published figure, in points."""
-        if self.value is None or self.published is None:
-            return None
-        return self.value - self.published
-
-    @property
     def kind(self) -> str:
         """Return the state in a word: done, damaged, collapsed, failed, blocked, stopped, ..."""
         return self.state.partition(":")[0].split()[0]
@@ -59,7 +56,7 @@ class FilledCell:
 
 @dataclass(frozen=True)
 class FilledRow:
-    """One model of a table with its cells; `run_id` is its MLflow run, if there is one.
+    """One model of a table with its cells; `run_id` is its first MLflow run, if there is one.
 
     images: how many it was trained on ("train") and how many were held out, where that was noted.
     seeds: of how many trainings it is.
@@ -88,6 +85,12 @@ class FilledTable:
     rows: tuple[FilledRow, ...]
 
     @property
+    def sources(self) -> list[str]:
+        """Return where the published figures are from."""
+        cells = (cell for row in self.rows for cell in row.cells)
+        return [*dict.fromkeys(cell.source for cell in cells if cell.source)]
+
+    @property
     def judged_on(self) -> list[str]:
         """Write on how many images each column's models were judged: '64', '30 to 64' or ''."""
         texts = []
@@ -110,11 +113,17 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
 
 
 def _shown(table: Table, scale: str, scores: Collection[str]) -> Table:
-    columns = [column_named(name).at(scale, scores) for name in table.columns]
+    names = sorted(table.columns, key=_is_secondary)
+    columns = [column_named(name).at(scale, scores) for name in names]
     standing_in = {column.name for column in columns if column and column.stands_in}
     published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
     shown = tuple(filter(None, columns))
     return table.model_copy(update={"shown": shown, "published": published})
+
+
+def _is_secondary(name: str) -> int:
+    """Order columns: clean accuracy, AutoAttack, the standard of attacks, then the others."""
+    return {"clean": 0, "autoattack": 1, "autoattack-small": 2}.get(name, 3)
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
@@ -148,7 +157,9 @@ def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None
     value, low, high = over_seeds(metrics, column.score)
     # Every seed is judged on the same images.
     n = int(max(entry[f"{column.score}/n"] for entry in metrics))
-    return FilledCell("done", value, low, high, n, published, source)
+    comparable = published is not None and row.recipe.scale == SCALE
+    difference = value - (published or 0) if comparable else None
+    return FilledCell("done", value, low, high, n, published, source, difference)
 
 
 def _state(run: TrialRun | None, column: Column) -> str:
