@@ -125,7 +125,7 @@ def test_the_report_is_one_file_with_every_value_and_lies_with_the_studys_run(fi
         assert f"{100 * run.metrics['clean']:.1f}" in page
     assert "| published |" in (results / "report" / "tables.md").read_text()
     names = {path.name for path in results.glob("artifacts/*/artifacts/report/**/*")}
-    assert {"index.html", "tables.csv", "tables.tex", "tables.md", "scatter.svg"} <= names
+    assert {"index.html", "tables.csv", "pair.tex", "tables.md", "scatter.svg"} <= names
     assert {"clean.parquet", "pgd.parquet"} <= names
 
 

@@ -18,9 +18,9 @@ from evaluators.ledger import LEDGER
 from grid.plan import Plan
 from grid.report.claims import answer, judge_claims
 from grid.report.effects import grid_effects, leading
+from grid.report.latex import as_latex
 from grid.report.plots import draw
 from grid.report.tables import (
-    FilledCell,
     FilledTable,
     describe_origins,
     describe_provenance,
@@ -55,8 +55,9 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     write_atomically(folder / "tables.md", text.encode())
     tables = report["tables"]
     write_atomically(folder / "tables.csv", _cells(tables).to_csv(index=False).encode())
-    latex = "\n".join(_latex(table, scale) for table in tables)
-    write_atomically(folder / "tables.tex", latex.encode())
+    for table in tables:
+        content = as_latex(table, scale.title).encode()
+        write_atomically(folder / "latex" / f"{table.name}.tex", content)
     for plot in report["plots"]:
         write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg.encode())
     return page
@@ -150,21 +151,6 @@ def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
         for digest in [row.recipe.digest()]
         for column, cell in zip(table.columns, row.cells, strict=True)
     )
-
-
-def _latex(table: FilledTable, scale: Scale) -> str:
-    def text(cell: FilledCell) -> str:
-        published = cell.published_text()
-        return f"{cell.text()}; {published}" if published else cell.text()
-
-    rows = [[*map(text, row.cells)] for row in table.rows]
-    labels = [*(row.label for row in table.rows), "judged on, images"]
-    frame = pd.DataFrame([*rows, table.judged_on], columns=table.columns, index=labels)
-    name = table.name.replace("_", r"\_")
-    units = "percent, 95\\% interval; published figure"
-    caption = f"{name}: {table.question}, on {scale.title} ({units})"
-    latex: str = frame.to_latex(escape=True, caption=caption, label=f"tab:{table.name}")
-    return latex
 
 
 def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
