@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binom
 
 from evaluators.base import Batch, verdicts
 from evaluators.intervals import Paired
-from evaluators.ledger import scores_as_metrics, share
+from evaluators.ledger import share
 from grid.plan import build_plan
 from grid.report.claims import SUPPORTS, Judgement, answer, decide, judge_claims
 from grid.report.plots import claims_plot
@@ -27,6 +28,7 @@ def judge(plan, runs):
 
 
 ERROR = "corruptions"
+TABLES = ["T2", "T3", "T4", "T6", "T11"]
 CNN_RECIPE = "DeiT-S, CNN recipe (M-SGD, no strong augmentation)"
 REPRODUCED, FAILED, OPEN = "reproduced", "not reproduced", "too little data to say"
 
@@ -79,7 +81,7 @@ def test_every_claim_has_its_columns_at_every_scale(scale):
 
 @pytest.fixture(scope="module")
 def plan():
-    return build_plan(STUDY, DIGITS, tables=["T2", "T3", "T4", "T6", "T11"], seeds=1)
+    return build_plan(STUDY, DIGITS, tables=TABLES, seeds=1)
 
 
 def judge_by_hand(plan, column, survivors):
@@ -127,7 +129,7 @@ def test_each_kind_of_claim_is_decided_by_verdicts(
         found = next(
             j for j in judged if (j.claim.row, j.claim.of, j.claim.test) == (row, reference, kind)
         )
-        assert (found.decision, found.paired.n) == (decision, 100)
+        assert (found.single, found.paired.n) == (decision, 100)
         favoured = {"behind": -1, "no gain": -1}.get(kind, 1) * (-1 if column == ERROR else 1)
         assert found.paired.difference == pytest.approx(favoured * (ours - theirs) / 100)
         assert found.row_sign == favoured
@@ -151,7 +153,7 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
     survivors |= {("T4", w): 50 + gain for w, gain in zip(having, gains, strict=True)}
     judged = judge_by_hand(plan, "tpa", survivors)
     (found,) = (j for j in judged if j.claim.also)
-    assert (found.decision, found.paired.n, found.paired.p) == (decision, 100, None)
+    assert (found.single, found.paired.n, found.paired.p) == (decision, 100, None)
     assert found.paired.difference == pytest.approx(mean)
     # `images`: how far the ends of the four intervals over images lie, on average; of 10 images
     # gained and none lost the lower end lies hypot(0.1 - 0.0490, 0.0362) away.
@@ -167,10 +169,13 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
 def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, decision):
     plan = build_plan(STUDY, DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
     own = share("autoattack", survivors, n)
-    metrics = {name.replace("/", "__"): value for name, value in scores_as_metrics([own]).items()}
-    runs = {trial.digest: trial_run(trial.digest, **metrics) for trial in plan}
-    (resnet, _) = judge(plan, runs)
-    assert (resnet.decision, resnet.published) == (decision, 0.0)
+    batch = Batch(torch.zeros(n, 3, 1, 1), torch.zeros(n).long(), tuple(map(str, range(n))))
+    ledger = verdicts(batch, "autoattack", (torch.arange(n) >= survivors).long())
+    stored = Verdicts(None, {})
+    stored.ledger = lambda *cell: ledger
+    (resnet, _) = judge_claims(STUDY.claims, tables_of(STUDY, plan, {}), stored)
+    assert (resnet.single, resnet.published) == (decision, 0.0)
+    assert resnet.trainings == "over 2 trainings of each row"
     # Two seeds that agree do not make more images.
     assert (resnet.paired.n, resnet.paired.p) == (n, None)
     # The difference is 0 minus what survives: less survival supports the claim.
@@ -238,4 +243,81 @@ def test_a_claim_compares_as_many_trainings_of_each_row_and_says_how_many(plan):
     assert [j.trainings for j in default[1:]] == ["in this one training"] * 2
     assert default[0].trainings == "over 3 trainings of each row"
     # The headline waits for the other trainings; the others are judged by the first.
-    assert [j.decision for j in default] == ["not judged yet", FAILED, OPEN]
+    assert [j.single for j in default] == ["not judged yet", FAILED, OPEN]
+
+
+def test_a_floor_is_no_finding_and_a_difference_that_is_decided_there_is_one(plan):
+    def of(column, survivors):
+        return {
+            (j.claim.test, *j.claim.row): (j.single, j.decision, j.outcome)
+            for j in judge_by_hand(plan, column, survivors)
+            if j.paired
+        }
+
+    deit, relu = ("T2", "DeiT-S"), ("T2", "ResNet-50 ReLU")
+    gelu, adamw = ("T2", "ResNet-50 GELU"), ("T2", "ResNet-50 with AdamW")
+    floor = "both at 0 of 100, the floor: a weaker attack or easier images would help, not more "
+    saturated = ("saturated", "saturated", floor + "images")
+    judged = of("autoattack", {deit: 0, gelu: 0, relu: 0})
+    assert judged == {("level", *deit): saturated, ("ahead", *gelu): saturated}
+    judged = of("autoattack", {deit: 5, gelu: 6, relu: 6})  # 6 of 100 is no floor
+    assert [single for single, _, _ in judged.values()] == [OPEN, OPEN]
+    assert of("pgd-100", {adamw: 2, relu: 4})["no gain", *adamw][:2] == ("saturated", "saturated")
+    # A difference in spite of the floor: 0 of 100 and 100 of 100 are not at one end.
+    assert of("pgd-100", {adamw: 0, relu: 100})["no gain", *adamw][1] == REPRODUCED
+    ceiling = of("clean", {("T2", CNN_RECIPE): 98, deit: 97})["behind", "T2", CNN_RECIPE]
+    assert ceiling[0] == "saturated"
+    assert ceiling[2].startswith("at 97 and 98 of 100, the ceiling: a stronger attack or harder")
+
+
+def test_an_error_is_at_its_ceiling_where_models_err_on_all_but_a_few(plan):
+    few = {("T6", "cosine, SGD"): 97, ("T6", "step, SGD"): 98}
+    (judged,) = (j for j in judge_by_hand(plan, ERROR, few) if j.paired)
+    assert (judged.decision, "the ceiling" in judged.outcome) == ("saturated", True)
+
+
+def test_a_table_marks_a_column_in_which_all_rows_are_saturated(plan):
+    tables = tables_of(STUDY, plan, {})
+    (t3,) = (table for table in tables if table.name == "T3")
+
+    def marks(survivors):
+        batch = Batch(torch.zeros(50, 3, 1, 1), torch.zeros(50).long(), tuple(map(str, range(50))))
+        ledgers = {
+            row.recipe.digest(): verdicts(batch, "tpa", (torch.arange(50) >= count).long())
+            for row, count in zip(t3.rows, survivors, strict=False)
+        }
+        stored = Verdicts(None, {})
+        stored.ledger = lambda digest, _: ledgers.get(digest)
+        return [mark for mark in stored.saturations(t3) if mark]
+
+    assert marks([0, 2]) == ["saturated: all rows within five points of the floor"]
+    assert marks([0, 3]) == marks([0]) == []
+
+
+def test_holms_correction_is_over_all_claims_that_a_difference_decides(plan):
+    row, other = ("T2", "ResNet-50 GELU"), ("T2", "ResNet-50 ReLU")
+    judged = judge_by_hand(plan, "autoattack", {row: 58, other: 50})
+    (found,) = (j for j in judged if j.paired)
+    # 8 of 100 gained, none lost: of the latter at most m = 1 - (p / 2)^(1 / 100) at 1 - p, of the
+    # former at least 0.08 - (0.08^2 - m^2)^0.5, of which 8 and more have a chance of p / 2.
+    most = 1 - (found.p / 2) ** 0.01
+    least = 0.08 - (0.08**2 - most**2) ** 0.5
+    assert binom.sf(7, 100, least) == pytest.approx(found.p / 2, rel=1e-3)
+    assert 0.005 < found.p < 0.0078  # the exact McNemar's is 2 / 2^8
+    # Of T2 five, of T3 one, of T4 two, of T6 and T11 two each.
+    assert found.corrected == pytest.approx(12 * found.p)
+    assert (found.single, found.decision) == (REPRODUCED, OPEN)
+    (found,) = (j for j in judge_by_hand(plan, "autoattack", {row: 65, other: 50}) if j.paired)
+    assert (found.single, found.decision) == (REPRODUCED, REPRODUCED)
+
+
+def test_p_is_of_the_test_that_the_interval_makes(plan):
+    """By each test: its interval at 1 - p ends where the claim's support does."""
+    places = [("T2", "DeiT-S"), ("T2", "ResNet-50 GELU"), ("T2", "ResNet-50 ReLU")]
+    judged = judge_by_hand(plan, "autoattack", dict(zip(places, (53, 60, 50), strict=True)))
+    level, ahead = (j for j in judged if j.paired)
+    low, high = level.paired.at(1 - level.p)
+    assert level.paired.difference == pytest.approx(-0.07)
+    assert high == pytest.approx(-0.05, abs=1e-5) and low < -0.05
+    assert ahead.paired.at(1 - ahead.p)[0] == pytest.approx(0, abs=1e-5)
+    assert {level.single, level.decision} == {OPEN}

@@ -91,6 +91,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "states": states.most_common(),
         "tables": filled,
         "comparisons": {table.name: verdicts.comparisons(table) for table in tables},
+        "saturations": {table.name: verdicts.saturations(table) for table in tables},
         "judgements": judgements,
         "answer": answer(study, judgements),
         "effects": effects,

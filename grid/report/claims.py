@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Literal, get_args
 
+from statsmodels.stats.multitest import multipletests
+
 from evaluators.base import Column
-from evaluators.intervals import Paired
+from evaluators.intervals import Paired, mean_of
+from evaluators.ledger import CONFIDENCE
 from grid.power import MARGIN
-from grid.report.tables import over_seeds
+from grid.report.tables import saturation
 from grid.report.verdicts import Verdicts
 from grid.study import Study
 from grid.table import Claim, Row, Table, Test, trainings_compared
@@ -27,6 +29,7 @@ Decision = Literal[
     "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
+OPEN: Decision = "too little data to say"
 REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
 SUPPORTS: Mapping[Test, tuple[float, float]] = {
     "ahead": (0.0, math.inf),
@@ -43,10 +46,10 @@ class Judgement:
 
     `paired` and `published`, which is in points, are the side that the claim favours minus the
     other, so that more supports the claim, whatever the column measures; "none survive" favours 0
-    over the row. `single` is the decision by the claim's own 95 % interval, `decision` the one
-    after correction for the study's other claims by `p`, the p of the same test. `trainings` says
-    over how many the interval is. `outcome`: how the trainings ended where no difference is known,
-    or why the column is saturated. `row_sign`: 1 where more says that the claim's row is the better
+    over the row. `single` is the decision by the claim's own 95 % interval, whose p is `p`;
+    `decision` is by `corrected`, the p after Holm's correction. `trainings` says over how many the
+    interval is. `outcome`: how the trainings ended where no difference is known, or why it is
+    saturated. `row_sign`: 1 where more says that the claim's row is the better
     model, -1 where the worse; of a headline the row is the study's subject.
     """
 
@@ -58,6 +61,7 @@ class Judgement:
     outcome: str = ""
     single: Decision = "not judged yet"
     p: float | None = None
+    corrected: float | None = None
     trainings: str = ""
     row_sign: Literal[1, -1] = 1
 
@@ -70,7 +74,7 @@ class Judgement:
 def judge_claims(
     claims: Iterable[Claim], tables: Sequence[Table], verdicts: Verdicts
 ) -> list[Judgement]:
-    """Judge every claim whose rows are in the tables."""
+    """Judge every claim whose rows are in the tables, and correct for their number."""
     rows = {(table.name, row.label): row for table in tables for row in table.rows}
     columns = {(table.name, c.name): c for table in tables for c in table.shown}
     figures = {(t.name, *cell): value for t in tables for cell, (value, _) in t.published.items()}
@@ -87,8 +91,44 @@ def judge_claims(
             judgements.append(_judge(claim, compared, column, verdicts, published))
         else:
             lacking = "these data have no such score"
-            judgements.append(Judgement(claim, "cannot be judged", claim.column, outcome=lacking))
-    return judgements
+            none: Decision = "cannot be judged"
+            judgements.append(Judgement(claim, none, claim.column, outcome=lacking, single=none))
+    return _corrected(judgements)
+
+
+def _corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Return judgements decided at a family-wise error of 5 %, by Holm's correction (1979).
+
+    The family is every claim that a difference decides, judged already or not.
+    """
+    ps = [1.0 if j.p is None else j.p for j in judgements if j.claim.test != "collapses"]
+    by_holm = iter(multipletests(ps, method="holm")[1] if ps else ())
+    return [j if j.claim.test == "collapses" else _decided(j, next(by_holm)) for j in judgements]
+
+
+def _decided(judgement: Judgement, corrected: float) -> Judgement:
+    """Decide by a corrected p; what a floor or ceiling leaves undecided is "saturated".
+
+    Being level there is no finding; a difference that is decided in spite of it is one.
+    """
+    if judgement.p is None:
+        return judgement
+    single = judgement.single
+    decision = single if corrected <= 1 - CONFIDENCE else OPEN
+    if judgement.outcome:
+        void = (OPEN, "reproduced") if judgement.supports[0] < 0 else (OPEN,)
+        single, decision = ("saturated" if d in void else d for d in (single, decision))
+    return replace(judgement, single=single, decision=decision, corrected=float(corrected))
+
+
+def _why_saturated(paired: Paired, column: Column) -> str:
+    """Say where both sides are within five points of the floor or ceiling; '' where not."""
+    if not paired.sides or not (end := saturation(paired.sides, column)):
+        return ""
+    counts = list(dict.fromkeys(f"{share * paired.n:.3g}" for share in paired.sides))
+    at = f"both at {counts[0]}" if len(counts) == 1 else f"at {' and '.join(counts)}"
+    other = "a weaker attack or easier" if end == "floor" else "a stronger attack or harder"
+    return f"{at} of {paired.n}, the {end}: {other} images would help, not more images"
 
 
 def _judge(
@@ -117,10 +157,16 @@ def _judge(
     )
     if (paired := _difference(compared, column, verdicts)) is None:
         decision, outcome = _undecided(compared, verdicts)
-        return replace(judgement, decision=decision, outcome=outcome)
+        return replace(judgement, decision=decision, single=decision, outcome=outcome)
     paired = paired.reversed() if flipped else paired
-    decision = decide(paired, judgement.supports)
-    return replace(judgement, decision=decision, single=decision, paired=paired)
+    bounds = filter(math.isfinite, judgement.supports)
+    return replace(
+        judgement,
+        single=decide(paired, judgement.supports),
+        p=max(map(paired.p_of, bounds)),  # of a zone both bounds have to be left out
+        paired=paired,
+        outcome=_why_saturated(paired, column),
+    )
 
 
 def _trainings(seeds: int) -> str:
@@ -133,12 +179,12 @@ def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
     outcomes = [runs[digest].outcome for digest in digests if digest in runs]
     if STOPPED in outcomes:
         stopped = _undecided([(row,)], verdicts)[1]
-        return Judgement(claim, "too little data to say", test, outcome=stopped)
+        return Judgement(claim, OPEN, test, outcome=stopped, single=OPEN)
     ended = [outcome for outcome in outcomes if outcome in ("finished", "collapsed")]
     if len(ended) < len(digests):
         return Judgement(claim, "not judged yet", test)
     count = ended.count("collapsed")
-    decision: Decision = "too little data to say"
+    decision = OPEN
     if count in (0, len(digests)):
         decision = "reproduced" if count else "not reproduced"
     outcome, trainings = f"{count} of {len(digests)} collapsed", _trainings(len(digests))
@@ -148,28 +194,20 @@ def _judge_collapse(claim: Claim, row: Row, verdicts: Verdicts) -> Judgement:
 def _difference(
     compared: Sequence[tuple[Row, ...]], column: Column, verdicts: Verdicts
 ) -> Paired | None:
-    """Return the mean difference of pairs of rows, as over seeds, or one row's own score.
+    """Return the mean difference of pairs of rows, or one row's own score minus 0.
 
     None where not all of it is judged.
     """
-    if len(compared[0]) == 1:
-        digests, runs = compared[0][0].digests, verdicts.runs
-        metrics = [runs[digest].metrics for digest in digests if digest in runs]
-        judged = [entry for entry in metrics if column.score in entry]
-        if len(judged) < len(digests):
-            return None
-        value, low, high = (figure / 100 for figure in over_seeds(judged, column.score))
-        return Paired(value, low, high, int(judged[0][f"{column.score}/n"]), None)
-    every = [verdicts.compare(ours, theirs, column) for ours, theirs in compared]
+    every = [
+        verdicts.compare(rows[0], rows[1], column)
+        if len(rows) > 1
+        else verdicts.alone(rows[0], column)
+        for rows in compared
+    ]
     pairs = [paired for paired in every if paired]
     if len(pairs) < len(every):
         return None
-    if len(pairs) == 1:
-        return pairs[0]
-    ends = [{"": p.difference, "/low": p.low, "/high": p.high} for p in pairs]
-    difference, low, high = (figure / 100 for figure in over_seeds(ends, ""))
-    noise = (fmean(p.discordance for p in pairs), fmean(p.spread for p in pairs))
-    return Paired(difference, low, high, min(p.n for p in pairs), None, *noise)
+    return pairs[0] if len(pairs) == 1 else mean_of(pairs)
 
 
 def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple[Decision, str]:
@@ -190,7 +228,7 @@ def _undecided(compared: Sequence[tuple[Row, ...]], verdicts: Verdicts) -> tuple
         for label, run in ended
     )
     outcomes = {run.outcome for _, run in ended}
-    decision: Decision = "too little data to say" if STOPPED in outcomes else "not judged yet"
+    decision = OPEN if STOPPED in outcomes else "not judged yet"
     return "cannot be judged" if "collapsed" in outcomes else decision, ", ".join(texts)
 
 
@@ -209,7 +247,7 @@ def decide(paired: Paired, supports: tuple[float, float]) -> Decision:
     if least < paired.low and paired.high < most:
         return "reproduced"
     beyond = paired.high < least or most < paired.low
-    return "not reproduced" if beyond else "too little data to say"
+    return "not reproduced" if beyond else OPEN
 
 
 def _published(claim: Claim, figures: Mapping[tuple[str, str, str], float]) -> float | None:

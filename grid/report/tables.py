@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scipy.stats import t as student
-
 from evaluators import EVALUATORS, column_named, columns_of
 from evaluators.base import Column
-from evaluators.intervals import with_trainings
+from evaluators.intervals import over_several
 from grid.plan import Plan, named
+from grid.power import MARGIN
 from grid.study import Study
 from grid.table import SCALE, Row, Table
 from trainables.recipe import Recipe
@@ -176,20 +175,25 @@ def _state(run: TrialRun | None, column: Column) -> str:
     return run.state if run.outcome == "training" else "not judged yet"
 
 
+def saturation(shares: Iterable[float], column: Column) -> str:
+    """Return "floor" or "ceiling" where all shares are within five points of the one, else ''.
+
+    There a column cannot tell models apart by more than that, however many images it has. The
+    floor of an error is 1.
+    """
+    right = [1 - share if column.error else share for share in shares]
+    ends = {"floor": max(right) <= MARGIN, "ceiling": min(right) >= 1 - MARGIN}
+    return next((end for end, reached in ends.items() if reached), "")
+
+
 def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
     """Return value, low and high in percent: of one seed as judged.
 
     Of several: their mean interval over images, widened by Student's t over the trainings.
     """
-    value, low, high = (
-        100 * statistics.fmean(entry[score + end] for entry in metrics)
-        for end in ("", "/low", "/high")
-    )
-    if len(metrics) == 1:
-        return value, low, high
-    spread = 100 * statistics.stdev(entry[score] for entry in metrics) / len(metrics) ** 0.5
-    reach = float(student.ppf(0.975, len(metrics) - 1)) * spread
-    return value, *with_trainings(value, (low, high), reach)
+    values = [100 * entry[score] for entry in metrics]
+    ends = [(100 * entry[f"{score}/low"], 100 * entry[f"{score}/high"]) for entry in metrics]
+    return statistics.fmean(values), *over_several(values, ends)
 
 
 def trainings_text(seeds: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from PIL import Image, ImageChops
 from evaluators import EVALUATORS
 from evaluators.base import Column
 from evaluators.health import is_checked, red_flags
-from evaluators.intervals import Paired, compare, image_scores
+from evaluators.intervals import Paired, compare, image_scores, minus_none
 from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
 from grid.plan import Plan, Trial
+from grid.report.tables import saturation
 from grid.table import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
@@ -93,6 +95,24 @@ class Verdicts:
         """Return a row minus another in a column; None where either is not judged."""
         ours, theirs = (self._scores(r, column) for r in (row, reference))
         return compare(ours, theirs) if ours and theirs else None
+
+    def alone(self, row: Row, column: Column) -> Paired | None:
+        """Return a row's own score minus 0; None where it is not judged."""
+        ours = self._scores(row, column)
+        return minus_none(ours) if ours else None
+
+    def saturations(self, table: Table) -> list[str]:
+        """Say of each column where all rows that are judged, two at least, are saturated alike."""
+        ends = []
+        for column in table.shown:
+            shares = [
+                fmean(fmean(seed.values()) for seed in scores)
+                for row in table.rows
+                if (scores := self._scores(row, column))
+            ]
+            end = saturation(shares, column) if len(shares) > 1 else ""
+            ends.append(end and f"saturated: all rows within five points of the {end}")
+        return ends
 
     def _scores(self, row: Row, column: Column) -> list[dict[str, float]]:
         """Return the image scores of every seed; nothing where one lacks."""
