@@ -33,9 +33,7 @@ def test_connors_example_by_hand():
 
 @pytest.mark.parametrize("discordance", [0.15, 0.25])
 @pytest.mark.parametrize("claims", [1, 22])
-def test_the_promised_power_is_that_of_the_interval_within_three_points(
-    discordance, claims, monkeypatch
-):
+def test_the_promised_power_is_that_of_the_interval_within_three_points(discordance, claims):
     """4,000 studies of models that differ by 10 points, decided as the report decides."""
     noise, alpha = Noise(discordance), ALPHA / claims
     images = images_for(0.1, (), noise, alpha, 0.8)
@@ -43,8 +41,10 @@ def test_the_promised_power_is_that_of_the_interval_within_three_points(
     rng = np.random.default_rng(0)
     counts = rng.multinomial(images, shares, size=4000)
     kinds, times = np.unique(counts, axis=0, return_counts=True)
-    monkeypatch.setattr("evaluators.intervals.CONFIDENCE", 1 - alpha)
-    told = [of_gained_and_lost(gained, lost, images)[0] > 0 for gained, lost, _ in kinds.tolist()]
+    told = [
+        of_gained_and_lost(gained, lost, images, confidence=1 - alpha)[0] > 0
+        for gained, lost, _ in kinds.tolist()
+    ]
     assert np.average(told, weights=times) == pytest.approx(0.8, abs=0.03)
 
 
