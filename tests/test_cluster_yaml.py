@@ -15,6 +15,8 @@ from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 
+from grid.options import RunOptions
+
 ROOT = Path(__file__).parents[1]
 FILES = ("cluster.yaml", "cluster-local.yaml")
 
@@ -45,6 +47,22 @@ def test_the_workers_are_spot_instances_and_no_trial_runs_on_the_head():
     assert kinds["head"]["resources"] == {"CPU": 0}
 
 
+def test_the_rayjob_runs_a_command_that_the_command_line_takes_on_the_pinned_ray():
+    *_, job = yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text())
+    cluster = job["spec"]["rayClusterSpec"]
+    command, mode, *options = shlex.split(job["spec"]["entrypoint"])
+    assert (command, mode) == ("robustness-grid", "run")
+    assert RunOptions.read(options).workers == 4
+    requirements = (ROOT / "requirements-cluster.txt").read_text()
+    pinned = re.search(r"^ray==(\S+)", requirements, re.MULTILINE)
+    assert pinned
+    assert cluster["rayVersion"] == pinned[1]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for container in (group["template"]["spec"]["containers"][0] for group in groups):
+        (results,) = (mount for mount in container["volumeMounts"] if mount["name"] == "results")
+        assert {"name": "GRID_RESULTS", "value": results["mountPath"]} in container["env"]
+
+
 def commands_of(path):
     """Return every `ray` command in a page's code blocks, split as a shell splits it."""
     blocks = re.findall(r"```bash\n(.*?)```", path.read_text().replace("\\\n", " "), re.DOTALL)
@@ -53,7 +71,8 @@ def commands_of(path):
 
 
 def test_the_documented_commands_are_commands_of_ray_with_options_it_knows():
-    documented = commands_of(ROOT / "docs" / "cluster.md")
+    pages = (ROOT / "docs" / "cluster.md", ROOT / "docs" / "slurm.md")
+    documented = [command for page in pages for command in commands_of(page)]
     assert {words[0] for words in documented} >= {"up", "exec", "rsync-down", "job", "down"}
     for words in documented:
         with cli.make_context("ray", list(words)) as context:
