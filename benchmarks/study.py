@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.measure import Figure, require, seconds
+from grid.design import with_design
 from grid.options import RunOptions
 from grid.plan import Trial, build_plan
 from grid.study import load_study
@@ -42,12 +43,10 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 def beside_scripts(arguments: Sequence[str], *, repeats: int) -> Figure:
     """Time both sides in turns on what the command's arguments ask for."""
     options = RunOptions.read(arguments)
-    plan = build_plan(
-        load_study(options.study),
-        DIGITS,
-        tables=options.tables,
-        evaluators=options.evaluators,
-    )
+    study = load_study(options.study)
+    plan = build_plan(study, DIGITS, tables=options.tables, evaluators=options.evaluators)
+    held_out = DIGITS.data_set.held_out_images
+    plan, _ = with_design(options.model_copy(update={"plan": True}), study, plan, DIGITS, held_out)
     cells = sum(len(trial.evaluators) for trial in plan)
     walls = [one_turn(list(plan), arguments) for _ in range(repeats)]
     ours, theirs = (statistics.median(side) for side in zip(*walls, strict=True))
@@ -84,6 +83,7 @@ def run_scripts(trials: Sequence[Trial], folder: Path) -> None:
         [
             *("-m", "evaluators", "--weights", str(weights_of(trial.digest, folder))),
             *("--evaluators", name, "--ledger", str(folder / trial.digest / name)),
+            *(["--attack-images", str(trial.images[name])] if name in trial.images else []),
         ]
         for trial in trials
         for name in trial.evaluators
