@@ -48,10 +48,9 @@ def with_design(
         raise ValueError(
             f"--detect says what a study's claims are to tell, and study {study.name!r} has {has}"
         )
-    difference = options.detect or scale.detect
-    if not difference or not claims:
+    if not scale.detect or not claims:
         return plan, None
-    path, goal = options.results / FILE, Goal.of_claims(difference, options.power, len(claims))
+    path, goal = options.results / FILE, Goal.of_claims(scale.detect, options.power, len(claims))
     known: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
     asked = repr((goal, sorted(sorted(cells) for cells in claims.values())))
     key, design = hashlib.sha256(asked.encode()).hexdigest()[:12], None

@@ -164,10 +164,10 @@ class Design:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a study is to tell: a difference beyond a claim's line, in shares, with a power.
+    """What a study is to tell: a difference, in shares, with a power.
 
-    The line is 0, or the end of the five points within which models are level. alpha: of one claim
-    of the study's, as Holm's correction has it of the first.
+    It is told from 0, and 0 from it where a claim is that models are level. alpha: of one claim of
+    the study's, as Holm's correction has it of the first.
     """
 
     difference: float
@@ -195,22 +195,24 @@ class Goal:
         """
         if claim.test == "none survive":
             return self._of_floor(claim, trainings, noise, available)
-        sides, aim = tuple(trainings), (self.difference, self.power)
-        needed = images_for(aim[0], sides, noise, self.alpha, aim[1])
+        sides = tuple(trainings)
+        # Level models have to be told from both ends.
+        power = (1 + self.power) / 2 if claim.test == "level" else self.power
+        rest = (noise, self.alpha, power)
+        needed = images_for(self.difference, sides, *rest)
         several = sum(count > 1 for count in sides)
         more = None
         if several and (needed is None or needed > available):
-            more = trainings_for(aim[0], available, several, noise, self.alpha, aim[1])
+            more = trainings_for(self.difference, available, several, *rest)
         images = available
         if every:
             pass
         elif needed and needed <= available:
             images = needed
         elif several:
-            least = detectable(available, sides, noise, self.alpha, aim[1])
-            nearly = images_for(NEARLY * least, sides, noise, self.alpha, aim[1])
+            nearly = images_for(NEARLY * detectable(available, sides, *rest), sides, *rest)
             images = min(available, nearly or available)
-        tells = detectable(images, sides, noise, self.alpha, aim[1])
+        tells = detectable(images, sides, *rest)
         return Design(claim, noise, sides, images, needed, tells, more)
 
     def _of_floor(

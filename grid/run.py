@@ -86,6 +86,7 @@ def _run(options: RunOptions) -> int:
 
         sizes = fit(options, source, sized, planned)
     source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
+    scale = replace(scale, detect=options.detect or scale.detect)
     plan = planned(scale)
     plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
     for name, value in ENVIRONMENT.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ STUDY = load_study("bai2021")
 
 def design_of(results, *words, tables=("T1", "T2"), scale=DIGITS, **chosen):
     options = RunOptions.read(["--results", str(results), "--tables", *tables, *words])
+    scale = replace(scale, detect=options.detect or scale.detect)
     plan = build_plan(STUDY, scale, tables=tables, **chosen)
     return with_design(options, STUDY, plan, scale, scale.data_set.held_out_images)
 

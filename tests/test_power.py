@@ -120,6 +120,14 @@ def test_a_claim_gets_the_images_that_it_needs_and_no_more_than_there_are():
     assert few.detectable > 0.1
 
 
+def test_level_models_are_told_from_both_ends():
+    level = Claim(says="l", test="level", row="T/a", of="T/b", column="clean")
+    goal = Goal.of_claims(0.1, 0.8, 1)
+    assert goal.design(level, (1, 1), Noise(), 597).images == images_for(
+        0.1, (), Noise(), ALPHA, 0.9
+    )
+
+
 def test_where_no_images_decide_it_a_claim_says_how_many_trainings_do():
     design = Goal.of_claims(0.1, 0.8, 22).design(AHEAD, (3, 3), Noise(0.25, 0.02), 597)
     assert design.needed is None
