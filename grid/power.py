@@ -13,6 +13,7 @@ import numpy as np
 
 from grid.table import Claim
 
+POWER = 0.8  # of the difference that is said to be detectable
 ALPHA = 0.05  # of all claims of a study together
 MOST_IMAGES = 10**6
 MOST_TRAININGS = 30

@@ -58,6 +58,46 @@ def test_a_claim_is_decided_by_its_interval(kind, low, high, decision):
     assert decide(Paired(low, low, high, 9, None), SUPPORTS[kind]) == decision
 
 
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "decision"),
+    [
+        ("ahead", 0.01, 0.09, REPRODUCED),  # a lead, if a small one
+        ("ahead", -0.05, 0.09, FAILED),  # none of ten points
+        ("ahead", -0.05, 0.11, OPEN),
+        ("level", -0.09, 0.09, REPRODUCED),
+        ("level", -0.11, 0.09, OPEN),
+        ("no gain", -0.09, 0.5, REPRODUCED),
+        ("none survive", -0.09, 0.0, OPEN),  # the floor is five points, whatever is to be told
+    ],
+)
+def test_a_run_that_is_to_tell_ten_points_takes_less_for_level(kind, low, high, decision):
+    alone = kind == "none survive"
+    claim = Claim(says="", test=kind, row="T/a", column="clean", **({} if alone else {"of": "T/b"}))
+    judgement = Judgement(claim, OPEN, "", least=0.10)
+    assert decide(Paired(low, low, high, 9, None), judgement.supports, 0.10) == decision
+
+
+def test_a_lead_that_is_surely_small_is_refuted_but_not_where_all_models_fail(plan):
+    places = [("T3", "DeiT-S"), ("T3", "ResNet-50")]
+    (apart, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (50, 50), strict=True)), least=0.10)
+    assert (apart.single, apart.decision) == (FAILED, FAILED)
+    assert apart.test.endswith("; below 10 points it counts as none")
+    (open_, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (50, 50), strict=True)))
+    assert open_.single == OPEN
+    (floor, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (0, 0), strict=True)), least=0.10)
+    assert (floor.single, floor.decision) == ("saturated", "saturated")
+    assert "both at 0 of 100" in floor.outcome
+
+
+def test_what_is_detectable_is_what_the_interval_at_the_corrected_level_tells(plan):
+    survivors = {("T3", "DeiT-S"): 60, ("T3", "ResNet-50"): 40}
+    (judged, *_) = judge_by_hand(plan, "tpa", survivors)
+    # 20 of 100 images discordant, all gained: the standard error is sqrt(0.2 * 0.8) / 10 = 0.04;
+    # of 17 claims the quantiles are 2.98 and 0.84.
+    assert judged.detectable == pytest.approx((2.98 + 0.84) * 0.04, rel=0.15)
+    assert judged.decision == REPRODUCED
+
+
 def test_every_claim_holds_in_the_papers_own_figures():
     plan = build_plan(STUDY, IMAGENET)
     judged = [j for j in judge(plan, {}) if j.published is not None]
@@ -84,7 +124,7 @@ def plan():
     return build_plan(STUDY, DIGITS, tables=TABLES, seeds=1)
 
 
-def judge_by_hand(plan, column, survivors):
+def judge_by_hand(plan, column, survivors, **settings):
     """Judge the claims about a column where so many of a row's 100 images survive, the first."""
     tables = tables_of(STUDY, plan, {})
     score = next(c for table in tables for c in table.shown if c.name == column)
@@ -100,7 +140,7 @@ def judge_by_hand(plan, column, survivors):
     }
     stored = Verdicts(None, {})
     stored.ledger = lambda *cell: ledgers.get(cell)
-    judged = judge_claims(STUDY.claims, tables, stored)
+    judged = judge_claims(STUDY.claims, tables, stored, **settings)
     return [judgement for judgement in judged if judgement.claim.column == column]
 
 

@@ -73,7 +73,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     tables = tables_of(study, plan, runs)
     seeds = sorted({row.seeds for table in tables for row in table.rows})
     filled = [fill_table(table, runs) for table in tables]
-    judgements = judge_claims(study.claims, tables, verdicts)
+    judgements = judge_claims(study.claims, tables, verdicts, least=scale.detect)
     effects = grid_effects(study, plan, runs)
     pairs = list(zip(tables, filled, strict=True))
     plots = draw(plan, pairs, verdicts, scale=scale, judgements=judgements, effects=effects)

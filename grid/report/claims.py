@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from evaluators.base import Column
 from evaluators.intervals import Paired, mean_of
 from evaluators.ledger import CONFIDENCE
-from grid.power import MARGIN
+from grid.power import MARGIN, POWER
 from grid.report.tables import saturation
 from grid.report.verdicts import Verdicts
 from grid.study import Study
@@ -29,6 +29,7 @@ Decision = Literal[
     "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
+LEADS = ("ahead", "behind")
 OPEN: Decision = "too little data to say"
 REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
 SUPPORTS: Mapping[Test, tuple[float, float]] = {
@@ -50,7 +51,10 @@ class Judgement:
     `decision` is by `corrected`, the p after Holm's correction. `trainings` says over how many the
     interval is. `outcome`: how the trainings ended where no difference is known, or why it is
     saturated. `row_sign`: 1 where more says that the claim's row is the better
-    model, -1 where the worse; of a headline the row is the study's subject.
+    model, -1 where the worse; of a headline the row is the study's subject. `least`: the difference
+    that the run is to tell, 0 where none is stated: models that are nearer than that, or than five
+    points, are level, and a lead that is surely below it is none. `detectable`: the difference that
+    the judged images and trainings tell with power 0.8 beside the study's other claims.
     """
 
     claim: Claim
@@ -64,17 +68,36 @@ class Judgement:
     corrected: float | None = None
     trainings: str = ""
     row_sign: Literal[1, -1] = 1
+    least: float = 0.0
+    detectable: float | None = None
 
     @property
     def supports(self) -> tuple[float, float]:
         """Return between which differences the claim holds, in shares; an end may be infinite."""
-        return SUPPORTS.get(self.claim.test, (-math.inf, math.inf))
+        low, high = SUPPORTS.get(self.claim.test, (-math.inf, math.inf))
+        if self.claim.test not in ("level", "no gain"):
+            return low, high
+        return min(low, -self.least), max(high, self.least)
+
+    def decided(self, confidence: float) -> Decision:
+        """Decide by the interval at a confidence; what only a floor or ceiling makes alike is void.
+
+        `outcome` says where models are at one.
+        """
+        assert self.paired and self.paired.at
+        low, high = self.paired.at(confidence)
+        decision = decide(replace(self.paired, low=low, high=high), self.supports, self.least)
+        alike = "reproduced" if self.supports[0] < 0 else "not reproduced" if high >= 0 else OPEN
+        return "saturated" if self.outcome and decision in (OPEN, alike) else decision
 
 
 def judge_claims(
-    claims: Iterable[Claim], tables: Sequence[Table], verdicts: Verdicts
+    claims: Iterable[Claim], tables: Sequence[Table], verdicts: Verdicts, *, least: float = 0.0
 ) -> list[Judgement]:
-    """Judge every claim whose rows are in the tables, and correct for their number."""
+    """Judge every claim whose rows are in the tables, and correct for their number.
+
+    least: the difference that the run is to tell.
+    """
     rows = {(table.name, row.label): row for table in tables for row in table.rows}
     columns = {(table.name, c.name): c for table in tables for c in table.shown}
     figures = {(t.name, *cell): value for t in tables for cell, (value, _) in t.published.items()}
@@ -88,7 +111,7 @@ def judge_claims(
             judgements.append(_judge_collapse(claim, compared[0][0], verdicts))
         elif column := columns.get((claim.row[0], claim.column)):
             published = None if column.stands_in else _published(claim, figures)
-            judgements.append(_judge(claim, compared, column, verdicts, published))
+            judgements.append(_judge(claim, compared, column, verdicts, published, least))
         else:
             lacking = "these data have no such score"
             none: Decision = "cannot be judged"
@@ -103,22 +126,29 @@ def _corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
     """
     ps = [1.0 if j.p is None else j.p for j in judgements if j.claim.test != "collapses"]
     by_holm = iter(multipletests(ps, method="holm")[1] if ps else ())
-    return [j if j.claim.test == "collapses" else _decided(j, next(by_holm)) for j in judgements]
+    return [
+        j if j.claim.test == "collapses" else _decided(j, float(next(by_holm)), len(ps))
+        for j in judgements
+    ]
 
 
-def _decided(judgement: Judgement, corrected: float) -> Judgement:
-    """Decide by a corrected p; what a floor or ceiling leaves undecided is "saturated".
-
-    Being level there is no finding; a difference that is decided in spite of it is one.
-    """
+def _decided(judgement: Judgement, corrected: float, claims: int) -> Judgement:
+    """Decide at the confidence at which the correction tests the claim, one of so many."""
     if judgement.p is None:
         return judgement
-    single = judgement.single
-    decision = single if corrected <= 1 - CONFIDENCE else OPEN
-    if judgement.outcome:
-        void = (OPEN, "reproduced") if judgement.supports[0] < 0 else (OPEN,)
-        single, decision = ("saturated" if d in void else d for d in (single, decision))
-    return replace(judgement, single=single, decision=decision, corrected=float(corrected))
+    assert judgement.paired and judgement.paired.at
+    error = 1 - CONFIDENCE
+    # A normal quantile of the power is half the width of the interval that leaves so much out.
+    widths = [
+        high - low for low, high in map(judgement.paired.at, (1 - error / claims, 2 * POWER - 1))
+    ]
+    return replace(
+        judgement,
+        single=judgement.decided(CONFIDENCE),
+        decision=judgement.decided(1 - error * judgement.p / corrected),
+        corrected=corrected,
+        detectable=sum(widths) / 2,
+    )
 
 
 def _why_saturated(paired: Paired, column: Column) -> str:
@@ -137,6 +167,7 @@ def _judge(
     column: Column,
     verdicts: Verdicts,
     published: float | None,
+    least: float,
 ) -> Judgement:
     """Judge a claim by a difference; `published` is the row's side minus the other.
 
@@ -150,23 +181,26 @@ def _judge(
     judgement = Judgement(
         claim,
         "not judged yet",
-        _test(column, compared, flipped=flipped),
+        _test(column, compared, flipped=flipped) + _counting(claim, least),
         published=towards,
         trainings=_trainings(seeds) if trained else "",
         row_sign=-1 if flipped != column.error else 1,
+        least=least,
     )
     if (paired := _difference(compared, column, verdicts)) is None:
         decision, outcome = _undecided(compared, verdicts)
         return replace(judgement, decision=decision, single=decision, outcome=outcome)
     paired = paired.reversed() if flipped else paired
     bounds = filter(math.isfinite, judgement.supports)
-    return replace(
-        judgement,
-        single=decide(paired, judgement.supports),
-        p=max(map(paired.p_of, bounds)),  # of a zone both bounds have to be left out
-        paired=paired,
-        outcome=_why_saturated(paired, column),
-    )
+    p = max(map(paired.p_of, bounds))  # of a zone both bounds have to be left out
+    if claim.test in LEADS and paired.difference < least:
+        p = min(p, paired.p_of(least))
+    return replace(judgement, p=p, paired=paired, outcome=_why_saturated(paired, column))
+
+
+def _counting(claim: Claim, least: float) -> str:
+    """Say from which difference on a lead counts, where that is stated."""
+    return f"; below {100 * least:g} points it counts as none" * (claim.test in LEADS and least > 0)
 
 
 def _trainings(seeds: int) -> str:
@@ -241,12 +275,15 @@ def _test(column: Column, compared: Sequence[tuple[Row, ...]], *, flipped: bool)
     return f"{mean}{rows} under {column.title}{how}, 95 % interval"
 
 
-def decide(paired: Paired, supports: tuple[float, float]) -> Decision:
-    """Decide a claim by the interval of its difference and the differences that support it."""
-    least, most = supports
-    if least < paired.low and paired.high < most:
+def decide(paired: Paired, supports: tuple[float, float], least: float = 0.0) -> Decision:
+    """Decide a claim by the interval of its difference and the differences that support it.
+
+    A lead is refuted, too, where the interval leaves out `least`, from which on it counts.
+    """
+    low, high = supports
+    if low < paired.low and paired.high < high:
         return "reproduced"
-    beyond = paired.high < least or most < paired.low
+    beyond = paired.high < (low or least) or high < paired.low
     return "not reproduced" if beyond else OPEN
 
 
