@@ -53,7 +53,10 @@ class Placement:
         slots = math.floor(node.get("CPU", 0) / self.cpus)
         if not self.gpus:
             return slots
-        return min(slots, math.floor(node.get("GPU", 0) / self.gpus + ROUNDING))
+        free, size = node.get("GPU", 0.0) + ROUNDING, self.gpus - ROUNDING
+        # A share lies on one GPU: what several leave over adds up to none.
+        whole, rest = divmod(free, 1) if self.gpus < 1 else (0, free)
+        return min(slots, int(whole * (1 // size) + rest // size))
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPUs and {self.gpus:g} GPUs"

@@ -24,7 +24,9 @@ from trainables.watchdog import HUNG_SECONDS
 MODES = ("plan", "check", "status", "report")
 SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
-STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - where `ray start` writes it
+# Where `ray start` writes it.
+TEMPORARY = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "/tmp")  # noqa: S108
+STARTED_HERE = Path(TEMPORARY, "ray", "ray_current_cluster")
 CONNECT_SECONDS = 2
 POWER = 0.8
 

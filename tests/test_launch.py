@@ -66,6 +66,14 @@ def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_su
         check_room([Placement(workers=193)], joined=True)
 
 
+@pytest.mark.parametrize(
+    ("share", "free", "lanes"),
+    [(1.0, 4.0, 4), (2.0, 5.0, 2), (0.75, 4.0, 4), (0.3, 4.0, 12), (0.5, 3.5, 7), (0.75, 3.5, 3)],
+)
+def test_a_share_of_a_gpu_lies_on_one_gpu(share, free, lanes):
+    assert Placement(gpus=share).lanes([{"CPU": 64.0, "GPU": free}]) == lanes
+
+
 def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("grid.record.EVENTS_AT_ONCE", 1)

@@ -82,6 +82,17 @@ def test_a_training_that_goes_on_with_fewer_workers_ends_as_with_one(recipes, tm
             torch.testing.assert_close(weights[key], value, rtol=0, atol=TOLERANCE, msg=name)
 
 
+@pytest.mark.slow
+def test_two_workers_train_in_bf16_about_what_one_does(recipes, tmp_path):
+    chosen = [
+        recipes[n].replace(precision="bf16") for n in ("resnet", "resnet with ghosts, attacked")
+    ]
+    (first, _) = in_a_team(tmp_path, 2, [partial(trained, recipe) for recipe in chosen])
+    for recipe, (_, metrics_of_two) in zip(chosen, first, strict=True):
+        for alone, of_two in zip(trained(recipe)[1], metrics_of_two, strict=True):
+            assert of_two["train/loss"] == pytest.approx(alone["train/loss"], rel=0.05)
+
+
 def test_shared_norms_are_those_of_the_whole_batch(tmp_path):
     whole = through_norms()
     for rank, (found,) in enumerate(in_a_team(tmp_path, 2, [through_norms])):

@@ -95,7 +95,8 @@ class GhostBatchNorm2d(nn.Module):
         else:
             mean, var = self.running_mean[0, : self.features], self.running_var[0, : self.features]
             normalised = F.batch_norm(images_BCHW, mean, var, eps=self.eps)
-        return normalised * self.weight + self.bias.view(-1, 1, 1)
+        scaled = normalised * self.weight + self.bias.view(-1, 1, 1)
+        return scaled.to(images_BCHW.dtype)  # the affine's float32 would double what is kept
 
     def _ghost_by_ghost(self, images_BCHW: Tensor) -> Tensor:
         count, _, height, width = images_BCHW.shape

@@ -146,15 +146,17 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         count = input.numel() // input.shape[1] * self._size
-        mean_C = _sum(input.sum((0, 2, 3))) / count
-        centred = input - mean_C.view(-1, 1, 1)
+        images = input.to(self.weight.dtype)  # statistics of bf16 images are float32, as torch's
+        mean_C = _sum(images.sum((0, 2, 3))) / count
+        centred = images - mean_C.view(-1, 1, 1)
         variance_C = _sum(centred.square().sum((0, 2, 3))) / count
         self.running_mean.lerp_(mean_C.detach(), self.momentum)
         unbiased_C = variance_C.detach() * (count / (count - 1))
         self.running_var.lerp_(unbiased_C, self.momentum)
         self.num_batches_tracked.add_(1)
         gain_C = self.weight * (variance_C + self.eps).rsqrt()
-        return centred * gain_C.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        scaled = centred * gain_C.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return scaled.to(input.dtype)
 
 
 def _sum(value: Tensor) -> Tensor:
