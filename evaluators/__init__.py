@@ -27,9 +27,13 @@ EVALUATORS: dict[str, str] = {
     "pgd": "evaluators.pgd:PGD",
     "pgd-as-published": "evaluators.pgd:PublishedPGD",
     "tpa": "evaluators.texture_patch:TexturePatchAttack",
+    "autoattack-small-bounded": "evaluators.autoattack_bounded:SmallBoundedAutoAttack",
+    "autoattack-bounded": "evaluators.autoattack_bounded:BoundedAutoAttack",
     "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "autoattack": "evaluators.autoattack:AutoAttack",
 }
+# What answers for an evaluator at scales whose AutoAttack is bounded.
+BOUNDED = {name: f"{name}-bounded" for name in ("autoattack", "autoattack-small")}
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
@@ -70,6 +74,12 @@ def evaluator_of(score: str) -> str:
     if not owners:
         raise ValueError(unknown("score", score, EVALUATORS))
     return max(owners, key=len)
+
+
+def answering(evaluator: str, scale: Scale) -> str:
+    """Return the evaluator that answers for another at a scale: itself, or its bounded form."""
+    bounded = BOUNDED if scale.autoattack == "bounded" else {}
+    return bounded.get(evaluator, evaluator)
 
 
 def columns_of(evaluator: str) -> dict[str, Column]:

@@ -67,7 +67,7 @@ class AutoAttack(Evaluator):
     def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
         super().__init__(scale)
         self.radii = radii_by_name(self.name, sorted(radii or [getattr(scale, self.radius)]))
-        self.subset_size = min(scale.autoattack_subset, scale.attack_subset)
+        self.subset_size = scale.autoattack_subset
         self.targets, self.stages = _standard(scale.num_classes)
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -94,6 +94,17 @@ class AutoAttack(Evaluator):
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         """Run every stage over the survivors of the one before, from the smallest radius on."""
+        return self.attack(classifier, batch)
+
+    def attack(
+        self,
+        classifier: Classifier,
+        batch: Batch,
+        *,
+        attacks: Sequence[str] = STAGES,
+        most_targets: int = STANDARD_TARGETS,
+    ) -> pa.Table:
+        """Return the verdicts of some of the stages, against so many of the likeliest targets."""
         rows, smaller = [], None
         # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier):
@@ -102,9 +113,10 @@ class AutoAttack(Evaluator):
                 targets, stages = self.targets, self.stages
                 if (head := victims.ranking_BK.shape[1]) > self.scale.num_classes:
                     targets, stages = _standard(head)
-                for stage in stages:
+                for stage in (stage for stage in stages if stage in attacks):
                     victims.begin(stage, smaller)
-                    for run in victims.runs(targets if stage.endswith("-t") else 1):
+                    targeted = stage.endswith("-t")
+                    for run in victims.runs(min(targets, most_targets) if targeted else 1):
                         with suppress(_AllBrokenError):
                             _ATTACKS[stage](victims, run, self.scale.square_queries)
                 answers, broken_by, queries = victims.predicted_B, victims.stages, victims.queries

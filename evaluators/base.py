@@ -96,6 +96,12 @@ class Column:
         """Return the column's honest name."""
         return self.heading or self.label
 
+    def answered_by(self, other: Column) -> Column:
+        """Return the column filled from another's score, under the title of that one."""
+        return replace(
+            self, counterpart_score=other.score, heading=other.title, evaluator=other.evaluator
+        )
+
     def at(self, scale: str, scores: Collection[str] = ()) -> Column | None:
         """Return the column as a scale shows it; None where its score does not exist there.
 

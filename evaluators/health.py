@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from evaluators.base import Batch, Evaluator, verdicts
-from evaluators.ledger import LEDGER, by_question, share
+from evaluators.ledger import LEDGER, SPARED, by_question, share
 from trainables.data.base import Data
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
@@ -113,7 +113,7 @@ def _signs_of_masked_gradients(rows: Mapping[str, pa.Table]) -> Iterator[str]:
         )
     for question, table in rows.items():
         stages = table["stage"].to_pylist()
-        attacked_images = len(stages) - stages.count("clean")
+        attacked_images = len(stages) - stages.count("clean") - stages.count(SPARED)
         if _more_than_chance(count := stages.count("square"), attacked_images):
             yield (
                 f"{question}: Square, a black box, breaks {count} of {attacked_images} images "

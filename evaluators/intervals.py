@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from scipy.optimize import brentq
 from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
 
-from evaluators.ledger import CONFIDENCE, Score
+from evaluators.ledger import CONFIDENCE, OF_SLICE, SPARED, Score, by_question
 from trainables.data.registry import KINDS
 
 Interval = tuple[float, float]
@@ -70,7 +71,49 @@ def _mirrored(at: Callable[[float], Interval], confidence: float) -> Interval:
     return 0.0 - high, 0.0 - low
 
 
-def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:
+@dataclass(frozen=True)
+class Rest:
+    """The images that the last attacks of a bounded evaluator spared: `spared` of n.
+
+    A random slice speaks for them, of which these attacks broke `broken` of `attacked`.
+    """
+
+    spared: int = 0
+    attacked: int = 0
+    broken: int = 0
+    n: int = 1
+
+    def hidden(self, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+        """Return the share of the n images that these attacks would still break.
+
+        Its low end, estimate and high end; the ends are one-sided (Clopper and Pearson 1934).
+        """
+        spared = self.spared / self.n
+        if not self.attacked:
+            return 0.0, 0.0, spared
+        broken, left = self.broken, self.attacked - self.broken
+        share = broken / self.attacked
+        low = float(beta.ppf(1 - confidence, broken, left + 1)) if broken else 0.0
+        high = float(beta.ppf(confidence, broken + 1, left)) if left else 1.0
+        return spared * min(low, share), spared * share, spared * max(high, share)
+
+    def __str__(self) -> str:
+        most = 100 * self.hidden()[2] * self.n / self.spared
+        return (
+            f"{self.broken} of {self.attacked} survivors in the slice broken by the last attacks: "
+            f"at most {most:.1f} points of the {self.spared} that they spared"
+        )
+
+
+class ImageScores(dict[str, float]):
+    """What each image adds to a score, by its id; images of the `rest` count as survivors."""
+
+    def __init__(self, values: Iterable[tuple[str, float]] = (), *, rest: Rest | None = None):
+        super().__init__(values)
+        self.rest = rest or Rest()
+
+
+def image_scores(ledger: pa.Table, score: str) -> ImageScores | None:
     """Return what each image adds to a score; None for a score that is no mean over images.
 
     The ledger may hold the questions of other scores, too.
@@ -84,7 +127,38 @@ def image_scores(ledger: pa.Table, score: str) -> dict[str, float] | None:
     else:
         rows = ledger.filter(pc.equal(ledger["question"], score))
         ids, values = rows["image_id"], rows["survived"].cast(pa.float64())
-    return dict(zip(ids.to_pylist(), values.to_pylist(), strict=True)) or None
+    pairs = zip(ids.to_pylist(), values.to_pylist(), strict=True)
+    return ImageScores(pairs, rest=rest_of(ledger, score)) or None
+
+
+def rest_of(ledger: pa.Table, question: str) -> Rest:
+    """Return how many images of a question were spared its last attacks, and what speaks for them.
+
+    Nothing is spared but by a bounded evaluator.
+    """
+    counts = Counter(ledger.filter(pc.equal(ledger["question"], question))["stage"].to_pylist())
+    if not counts[SPARED]:
+        return Rest()
+    broken = sum(counts[stage] for stage in OF_SLICE)
+    return Rest(counts[SPARED], counts[None] + broken, broken, counts.total())
+
+
+def notes_on_rest(ledger: pa.Table) -> list[str]:
+    """Say of each question with spared images how many of them may not survive, at most."""
+    rests = {question: rest_of(rows, question) for question, rows in by_question(ledger).items()}
+    return [f"{question}: {rest}" for question, rest in rests.items() if rest.spared]
+
+
+def with_rest(score: Score, rest: Rest) -> Score:
+    """Take from a share of survivors what the last attacks would break of those they spared."""
+    low, estimate, high = rest.hidden()
+    value = score.value - estimate
+    return replace(
+        score,
+        value=float(value),
+        low=max(0.0, float(value - math.hypot(score.value - score.low, high - estimate))),
+        high=min(1.0, float(value + math.hypot(score.high - score.value, estimate - low))),
+    )
 
 
 def compare(
@@ -93,7 +167,8 @@ def compare(
     """Compare two models' image scores, a mapping per seed, on the images that all share.
 
     Returns ours minus reference; None where they share none. Over several seeds it is the mean
-    over all pairs of a training of ours and one of theirs. Source of p: McNemar (1947).
+    over all pairs of a training of ours and one of theirs. What the last attacks of a bounded
+    evaluator spared widens the interval, and leaves no p. Source of p: McNemar (1947).
     """
     shared = sorted(set.intersection(*(set(seed) for seed in (*ours, *reference))))
     if not shared:
@@ -119,7 +194,39 @@ def compare(
     squares_N = (ours_SN**2).mean(axis=0) + (reference_SN**2).mean(axis=0)
     discordance = float((squares_N - 2 * ours_N * reference_N).mean())
     noise = (discordance, _spread(*trainings))
-    return Paired(difference, *at(CONFIDENCE), len(shared), p, *noise, sides, at)
+    paired = Paired(difference, *at(CONFIDENCE), len(shared), p, *noise, sides, at)
+    return _less_hidden(paired, ours, reference)
+
+
+def _less_hidden(paired: Paired, *sides: Sequence[Mapping[str, float]]) -> Paired:
+    """Take from each side what the last attacks would break of the images that they spared."""
+    rests = [[getattr(seed, "rest", Rest()) for seed in side] for side in sides]
+    if not any(rest.spared for side in rests for rest in side):
+        return paired
+    moved = [fmean(rest.hidden(CONFIDENCE)[1] for rest in side) for side in rests]
+    at = partial(_with_hidden, paired, rests)
+    difference = paired.difference - moved[0] + sum(moved[1:])
+    means = paired.sides and (paired.sides[0] - moved[0], paired.sides[1] - moved[1])
+    low, high = at(CONFIDENCE)
+    return replace(paired, difference=difference, low=low, high=high, p=None, sides=means, at=at)
+
+
+def _with_hidden(paired: Paired, rests: Sequence[Sequence[Rest]], confidence: float) -> Interval:
+    """Return the interval of a difference less what is hidden on each side, which is independent.
+
+    Source: MOVER (Zou and Donner 2008).
+    """
+    assert paired.at is not None
+    low, high = paired.at(confidence)
+    value, below, above = paired.difference, [paired.difference - low], [high - paired.difference]
+    for side, sign in zip(rests, (1, -1), strict=False):
+        hidden = [rest.hidden(confidence) for rest in side]
+        least, middle, most = (fmean(parts) for parts in zip(*hidden, strict=True))
+        value -= sign * middle
+        reaches = (most - middle, middle - least)[::sign]
+        below.append(reaches[0])
+        above.append(reaches[1])
+    return value - math.hypot(*below), value + math.hypot(*above)
 
 
 def minus_none(ours: Sequence[Mapping[str, float]]) -> Paired:
@@ -136,7 +243,7 @@ def minus_none(ours: Sequence[Mapping[str, float]]) -> Paired:
         else partial(of_mean, ours_SN.mean(axis=0), least=0, most=1)
     )
     at = partial(_over_both, value, over_images, (ours_SN.mean(axis=1),))
-    return Paired(value, *at(CONFIDENCE), len(shared), None, at=at)
+    return _less_hidden(Paired(value, *at(CONFIDENCE), len(shared), None, at=at), ours)
 
 
 def mean_of(pairs: Sequence[Paired]) -> Paired:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from evaluators import PGD_STEPS, class_named, evaluator_named
 from evaluators.base import Evaluator, cell_digest, judged_shard
 from evaluators.health import red_flags
+from evaluators.intervals import notes_on_rest
 from evaluators.ledger import LEDGER
 from evaluators.scores import Scores
 from evaluators.shards import ShardStore
@@ -105,13 +106,14 @@ class Cells:
             scores += named
             seconds |= {score.name: taken for score in named}
             ledgers.append(ledger)
+        whole = pa.concat_tables(ledgers)
         return Scores(
             scores=tuple(scores),
             seconds=seconds,
-            ledger=pa.concat_tables(ledgers),
+            ledger=whole,
             identities={e.name: e.identity(self.data) for e in self.stores},
             flags=tuple(red_flags(ledgers)),
-            notes=(*notes, *self._remarks()),
+            notes=(*notes, *self._remarks(), *notes_on_rest(whole)),
             name=name,
             data=self.data.data_set.title,
         )

@@ -30,6 +30,11 @@ LEDGER = pa.schema(
     ]
 )
 CONFIDENCE = 0.95
+# Remarks in `stage` of an evaluator that runs its last attacks on a random slice of the images
+# alone: on an image outside it that survived the first ones, and what breaks one inside it.
+SPARED = "not attacked further"
+OTHER_TARGETS = "apgd-t, other targets"
+OF_SLICE = (OTHER_TARGETS, "fab-t", "square")
 SECONDS = b"seconds"
 JUDGED_BY = b"judged_by"
 SCORES = b"scores"

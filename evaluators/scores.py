@@ -166,10 +166,11 @@ def compare(scores: Scores, other: Scores) -> Comparison:
     return Comparison(scores, other, paired, tuple(notes))
 
 
-def _by_content(ledger: pa.Table, score: str) -> dict[str, float]:
+def _by_content(ledger: pa.Table, score: str) -> intervals.ImageScores:
     """Return what each image adds to a score, by its id without its place."""
-    values = intervals.image_scores(ledger, score) or {}
-    return {PLACE.sub(r"\1", image_id): value for image_id, value in values.items()}
+    values = intervals.image_scores(ledger, score) or intervals.ImageScores()
+    renamed = ((PLACE.sub(r"\1", image_id), value) for image_id, value in values.items())
+    return intervals.ImageScores(renamed, rest=values.rest)
 
 
 def _is_count(score: Score) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from evaluators import column_named, evaluator_named, evaluator_of
+from evaluators import answering, column_named, evaluator_named, evaluator_of
 from grid.options import RunOptions
 from grid.plan import Plan, format_seconds
 from grid.power import STEP, Design, Goal, Noise
@@ -42,7 +42,7 @@ def with_design(
     --plan, and where no difference is asked for. held_out: so many images there are. ValueError
     where a difference is asked for, and the plan has no claim that images decide.
     """
-    claims = _cells_by_claim(study, plan)
+    claims = _cells_by_claim(study, plan, scale)
     if options.detect and not claims:
         has = "none that these trials and evaluators decide" if study.claims else "none"
         raise ValueError(
@@ -68,13 +68,13 @@ def with_design(
     return replace(plan, trials=trials), design
 
 
-def _cells_by_claim(study: Study, plan: Plan) -> dict[Claim, frozenset[Cell]]:
+def _cells_by_claim(study: Study, plan: Plan, scale: Scale) -> dict[Claim, frozenset[Cell]]:
     """Return the cells that decide each claim, of those that a plan judges."""
     rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
     judged = {(trial.digest, name) for trial in plan for name in trial.evaluators}
     claims = {}
     for claim in (c for c in study.claims if c.column and c.places <= rows.keys()):
-        evaluator = evaluator_of(claim.column)
+        evaluator = answering(evaluator_of(claim.column), scale)
         several = [rows[place] for place in claim.places]
         seeds = trainings_compared(several)
         cells = {(digest, evaluator) for row in several for digest in row.digests[:seeds]}
@@ -89,10 +89,10 @@ def _designed(
     """Design every claim by what was measured of its models, or is assumed."""
     rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
     measured, designs = _measured(options, study, plan, scale), []
-    for claim, cells in _cells_by_claim(study, plan).items():
+    for claim, cells in _cells_by_claim(study, plan, scale).items():
         noise = ASSUMED_OF_ERRORS if column_named(claim.column).error else Noise()
         noise = noise.updated(measured.get(claim.says))
-        evaluator = evaluator_named(evaluator_of(claim.column), scale)
+        evaluator = evaluator_named(answering(evaluator_of(claim.column), scale), scale)
         draws = evaluator.subset_size is not None
         available = held_out if draws else evaluator.asked_about(held_out)
         design = goal.design(claim, _trainings(claim, rows), noise, available, every=not draws)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluators import evaluator_named, evaluator_of
+from evaluators import BOUNDED, evaluator_named, evaluator_of
 from grid.axes import axis_value, format_settings
 from grid.options import RunOptions
 from grid.plan import Plan, format_seconds
@@ -171,6 +171,7 @@ def _tables(study: Study, plan: Plan, work: Work, hours: float) -> Iterator[str]
     for table in plan.tables:
         serving = {t.digest for t in plan if table.name in {s.split()[0] for s in t.serves}}
         columns = {"", *study.for_all, *map(evaluator_of, table.columns)}
+        columns |= {BOUNDED.get(name, name) for name in columns}
         spent = sum(work.get((digest, name), 0.0) for digest in serving for name in columns)
         text = f"{_short(spent * hours):>8} h" if hours else ""
         yield f"  {table.name:<4}{len(serving):>4} trials{text}  {table.question}"

@@ -144,6 +144,11 @@ class RunOptions(PlaceOptions, DataOptions):
     power: float = option(
         POWER, "with --detect: the chance to tell it", "P", gt=0, lt=1, advanced=True
     )
+    exact: bool = option(
+        False,
+        "run all of AutoAttack on every image, where the scale bounds what its last attacks, run "
+        "on a random slice of the images, would break",
+    )
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(
         False, "look at data, disk, memory and device, and on a cluster at every node"

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
-from evaluators import EVALUATORS, evaluator_of
+from evaluators import EVALUATORS, answering, evaluator_of
 from grid.axes import axis_value, check_settings, format_settings, with_settings
 from grid.space import BASE, Labels
 from grid.study import Study
@@ -135,7 +136,7 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool, reduced_epochs: int
     sized = scale_named(name).preprocessed(scale.data_set.departure)
     epochs = sizes.epochs or (reduced_epochs if sized.depth_divisor > 1 else 0)
     factor = Fraction(epochs, STUDYS_EPOCHS) or scale.epochs_factor
-    return replace(sized, epochs_factor=factor)
+    return replace(sized, epochs_factor=factor, autoattack=scale.autoattack)
 
 
 def enumerate_trials(
@@ -185,7 +186,9 @@ def build_plan(
     """
     seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
-    for_all = tuple(evaluators) if evaluators and study.base else study.for_all
+    judge_of = partial(answering, scale=scale)
+    evaluators = tuple(map(judge_of, evaluators))
+    for_all = evaluators if evaluators and study.base else tuple(map(judge_of, study.for_all))
     chosen = _choose_tables(study, tables)
     trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
     requests = [
@@ -198,7 +201,7 @@ def build_plan(
             label=row.label,
         )
         for table, before in zip(trained, chosen, strict=True)
-        for judges in [(*for_all, *map(evaluator_of, table.columns))]
+        for judges in [(*for_all, *map(judge_of, map(evaluator_of, table.columns)))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
     combinations, refused = _grid(study, scale, seeds or 1, check)
@@ -266,7 +269,7 @@ def _shared(
             tuple(name for name in judges[d] if name in chosen),
             scale.cost(recipe),
             study.checkpoints_of(recipe, scale),
-            tuple(name for name in study.for_all if name in chosen),
+            tuple(n for name in study.for_all if (n := answering(name, scale)) in chosen),
             stops_from=rule.first(recipe, scale) if rule and d not in needed else 0,
         )
         for d, recipe in recipes.items()

@@ -74,6 +74,7 @@ def _run(options: RunOptions) -> int:
     source = options.source(cache=options.results / DECODED_FOLDER)
     scale = scale_of(options.scale, source, image_size=options.image_size)
     scale = scale.preprocessed(options.preprocessing())
+    scale = replace(scale, autoattack="exact") if options.exact else scale
     settings = {**study.settings, **options.settings()}
     if chosen := scale.data_set.departure.chosen():
         settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)

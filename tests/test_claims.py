@@ -208,9 +208,9 @@ def test_cutmix_is_judged_over_the_four_pairs_with_and_without_it(
 )
 def test_one_model_is_judged_by_the_interval_that_its_table_shows(survivors, n, decision):
     plan = build_plan(STUDY, DIGITS, tables=["T1"], evaluators=["autoattack"], seeds=2)
-    own = share("autoattack", survivors, n)
+    own = share("autoattack-bounded", survivors, n)
     batch = Batch(torch.zeros(n, 3, 1, 1), torch.zeros(n).long(), tuple(map(str, range(n))))
-    ledger = verdicts(batch, "autoattack", (torch.arange(n) >= survivors).long())
+    ledger = verdicts(batch, "autoattack-bounded", (torch.arange(n) >= survivors).long())
     stored = Verdicts(None, {})
     stored.ledger = lambda *cell: ledger
     (resnet, _) = judge_claims(STUDY.claims, tables_of(STUDY, plan, {}), stored)

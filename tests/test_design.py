@@ -38,10 +38,10 @@ def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(
     gelu = by_claim["GELU in place of ReLU makes an adversarially trained CNN more robust"]
     no_gain = by_claim["AdamW does not help an adversarially trained CNN"]
     level = by_claim["Under adversarial training with GELU a CNN is as robust as a transformer"]
-    assert images_of(plan, "T2", "ResNet-50 GELU") == {"autoattack": level.images}
+    assert images_of(plan, "T2", "ResNet-50 GELU") == {"autoattack-bounded": level.images}
     # ReLU is in claims about both of its attacks.
     assert images_of(plan, "T2", "ResNet-50 ReLU") == {
-        "autoattack": gelu.images,
+        "autoattack-bounded": gelu.images,
         "pgd": no_gain.images,
     }
     # At 0.05 / 7: (2.690 * 0.5 + 0.842 * sqrt(0.25 - 0.01))^2 / 0.1^2 = 308.8.
@@ -49,7 +49,7 @@ def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(
     # Level from both ends: 1.282 in place of 0.842, 389.2.
     assert level.images == 390
     # None of 138 survive: 2.690^2 * 0.95 / 0.05 = 137.5.
-    assert images_of(plan, "T1", "DeiT-S") == {"autoattack": 138}
+    assert images_of(plan, "T1", "DeiT-S") == {"autoattack-bounded": 138}
     assert images_of(plan, "T2", "DeiT-S without curriculum") == {}
 
 

@@ -156,7 +156,7 @@ def test_a_grids_report_says_which_choice_matters(grid, browser, viewport):
     assert page.inner_text("#answer .answer").startswith("Of the axes of this grid ")
     assert page.query_selector("#answer figure#scatter svg")
     figures = page.eval_on_selector_all("figure[id]", "f => f.map(e => e.id)")
-    scores = ("clean", "pgd-100", "autoattack", "tpa", "corruptions")
+    scores = ("clean", "pgd-100", "autoattack-bounded", "tpa", "corruptions")
     drawn = {f"{name}-a-grid" for name in ("steps", "patches", "corruptions", "training")}
     assert set(figures) == {"scatter", *(f"effects-{score}" for score in scores)} | drawn
     assert page.query_selector("#effects").inner_text().count("explains") >= 5 * 3
@@ -251,7 +251,7 @@ def test_the_mlflow_ui_compares_runs_and_opens_one_with_ledgers_and_model(study,
     names = {trial.name for trial in build_plan(load_study("bai2021"), DIGITS, tables=TABLES)}
     page.get_by_text(re.compile("^(" + "|".join(map(re.escape, names)) + ")$")).first.wait_for()
     headers = page.eval_on_selector_all("[role=columnheader]", "h => h.map(e => e.innerText)")
-    assert {"clean", "pgd-100", "autoattack", "natural"} <= set(headers)
+    assert {"clean", "pgd-100", "autoattack-bounded", "natural"} <= set(headers)
     # MLflow itself asks for a user that a server without accounts does not know.
     assert [text for text in said if "404" not in text] == []
     run = next(run for run in runs if run.outcome == "finished")

@@ -117,9 +117,9 @@ def test_a_study_without_tables_gets_one_of_all_its_trials_and_evaluators(tmp_pa
     (table,) = tables_of(study, plan, {})
     assert (table.name, len(table.rows)) == ("mine", 2)
     assert [column.title for column in table.shown] == [
-        *("Clean", "AutoAttack (digits)"),
+        *("Clean", "AutoAttack, bounded (digits)"),
         *("Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
-        *("Clean, same images", "after APGD-CE", "after APGD-T", "after FAB-T"),
+        *("Clean, same images", "after APGD-CE", "after APGD-T, 2 targets"),
     ]
 
 
@@ -259,7 +259,7 @@ def test_attacks_that_are_not_judged_yet_are_no_clean_bill(recorded, tmp_path):
     markdown = (tmp_path / "tables.md").read_text()
     waiting = [trial for trial in more if trial.digest not in {done.digest for done in plan}]
     for trial in waiting:
-        assert f"- not judged yet: {trial.name}: health, pgd, autoattack\n" in markdown
+        assert f"- not judged yet: {trial.name}: health, pgd, autoattack-bounded\n" in markdown
     standing = "2 models whose attacks were judged have a red flag; 7 not judged yet."
     assert (len(waiting), standing in markdown, standing in page) == (7, True, True)
 
@@ -268,9 +268,9 @@ def test_models_are_flagged_cleared_waited_for_or_have_nothing_to_attack(recorde
     tracker, plan = recorded
     first, second = plan.trials
     runs = tracker.trials()
-    del runs[first.digest].cells["autoattack"], runs[first.digest].cells["health"]
+    del runs[first.digest].cells["autoattack-bounded"], runs[first.digest].cells["health"]
     health = Verdicts(tracker, runs).health(plan)
-    assert health.waiting == {first.name: ["health", "autoattack"]}
+    assert health.waiting == {first.name: ["health", "autoattack-bounded"]}
     assert health.flags.keys() == {first.name, second.name}
     assert health.unchecked == ()
     without = dataclasses.replace(first, evaluators=("clean", "pgd"))

@@ -101,7 +101,9 @@ class Scale:
     probe_images: int = 500
     ghost_batch: int = 64
     patch: PatchBudget = PatchBudget()
+    autoattack: Literal["exact", "bounded"] = "exact"
     autoattack_subset: int = 5000
+    autoattack_bound: float = 0.02  # a share of the images
     square_queries: int = 5000
     headline_seeds: int = 3  # trainings of each row that a headline claim compares
     cost_unit: Literal["macs", "seconds"] = "macs"
@@ -311,7 +313,9 @@ DIGITS = Scale(
         ("timm", "adamw"): 2e-3,
     },
     attack_subset=64,
-    autoattack_subset=30,
+    autoattack="bounded",
+    autoattack_subset=150,
+    autoattack_bound=0.05,
     square_queries=500,
     probe_images=50,
     ghost_batch=32,
@@ -371,7 +375,8 @@ def _reduced(scale: Scale, data_set: DataSet) -> Scale:
     What follows from the images is the scale's own: radii, stem and patches, how many are attacked.
     """
     names = ("epsilon", "small_epsilon", "stem", "stem_stride", "patch_size", "attack_subset")
-    of_images = {name: getattr(scale, name) for name in (*names, "autoattack_subset", "detect")}
+    attacks = ("autoattack", "autoattack_subset", "autoattack_bound", "detect")
+    of_images = {name: getattr(scale, name) for name in (*names, *attacks)}
     return replace(DIGITS, data_set=data_set, epochs_factor=Fraction(1), **of_images)
 
 

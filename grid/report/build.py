@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader
 
+from evaluators import BOUNDED
 from evaluators.intervals import Paired
 from evaluators.ledger import LEDGER
 from grid.plan import Plan
@@ -114,11 +115,16 @@ def attacks_text(plan: Plan, scale: Scale) -> str:
     radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
     protocols = sorted({t.recipe.protocol for t in plan if t.recipe.adversary})
     trained = f" Adversarial training by the {' and '.join(protocols)} protocol."
+    bounded = any(name in BOUNDED.values() for trial in plan for name in trial.evaluators)
+    slices = (
+        " AutoAttack is bounded: APGD-CE, and APGD-T against the likeliest classes, attack all its "
+        "images, and the rest of it a random slice; intervals add what the rest may break outside."
+    )
     return (
         f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}), on pixels in "
         "[0, 1], in float32; PGD from a random start, a quarter of the radius a step; texture "
         f"patches: up to {patch.patches}, each of {patch.area:.1%} of the image."
-        f"{trained if protocols else ''}"
+        f"{slices if bounded else ''}{trained if protocols else ''}"
     )
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluators import column_named, columns_of, headline_of
+from evaluators import answering, column_named, columns_of, headline_of
 from grid.plan import Plan
 from grid.report.claims import Judgement
 from grid.report.effects import Effects
@@ -360,7 +360,10 @@ def _curves(table: FilledTable, scale: Scale) -> Iterator[Plot | None]:
     x_label = "PGD steps, number (logarithmic)"
     yield _columns_plot(table, steps, f"steps-{table.name}", caption, x_label)
     radii = {"autoattack-small": scale.small_epsilon, "autoattack": scale.epsilon}
-    columns = {column_named(name).at(scale.name): 255 * float(e) for name, e in radii.items()}
+    columns = {
+        column_named(answering(name, scale)).at(scale.name): 255 * float(e)
+        for name, e in radii.items()
+    }
     epsilons = {column_named("autoattack/clean").label: 0.0}
     epsilons |= {column.title: radius for column, radius in columns.items() if column}
     caption = (

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from evaluators import EVALUATORS, column_named, columns_of
+from evaluators import BOUNDED, EVALUATORS, column_named, columns_of, evaluator_of
 from evaluators.base import Column
 from evaluators.intervals import over_several
 from grid.plan import Plan, named
@@ -108,12 +108,13 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
-    return tuple(_shown(table, scale, scores) for table in tables)
+    judges = {name for trial in plan for name in trial.evaluators}
+    return tuple(_shown(table, scale, scores, judges) for table in tables)
 
 
-def _shown(table: Table, scale: str, scores: Collection[str]) -> Table:
+def _shown(table: Table, scale: str, scores: Collection[str], judges: Collection[str]) -> Table:
     names = sorted(table.columns, key=_is_secondary)
-    columns = [column_named(name).at(scale, scores) for name in names]
+    columns = [shown_column(name, scale, scores, judges) for name in names]
     standing_in = {column.name for column in columns if column and column.stands_in}
     published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
     shown = tuple(filter(None, columns))
@@ -122,7 +123,21 @@ def _shown(table: Table, scale: str, scores: Collection[str]) -> Table:
 
 def _is_secondary(name: str) -> int:
     """Order columns: clean accuracy, AutoAttack, the standard of attacks, then the others."""
-    return {"clean": 0, "autoattack": 1, "autoattack-small": 2}.get(name, 3)
+    order = {"clean": 0, "autoattack": 1, "autoattack-small": 2}
+    return order.get(name.removesuffix("-bounded"), 3)
+
+
+def shown_column(
+    name: str, scale: str, scores: Collection[str] = (), judges: Collection[str] = ()
+) -> Column | None:
+    """Return a column as a scale shows it, filled by what answers for its evaluator, or None."""
+    column = column_named(name).at(scale, scores)
+    bounded = BOUNDED.get(evaluator_of(name), "")
+    if column is None or bounded not in judges:
+        return column
+    answering = columns_of(bounded).get(name.replace(column.evaluator, bounded))
+    other = answering and answering.at(scale, scores)
+    return other and column.answered_by(other)
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
@@ -15,10 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageChops
 
-from evaluators import EVALUATORS
+from evaluators import BOUNDED, EVALUATORS
 from evaluators.base import Column
 from evaluators.health import is_checked, red_flags
-from evaluators.intervals import Paired, compare, image_scores, minus_none
+from evaluators.intervals import (
+    ImageScores,
+    Paired,
+    compare,
+    image_scores,
+    minus_none,
+    notes_on_rest,
+)
 from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
 from grid.plan import Plan, Trial
 from grid.report.tables import saturation
@@ -26,7 +33,7 @@ from grid.table import Row, Table
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
-ATTACKS = ("health", "pgd", "autoattack-small", "autoattack")
+ATTACKS = ("health", "pgd", *BOUNDED.values(), "autoattack-small", "autoattack")
 CACHED_LEDGERS = 256
 MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
 MODELS = 4  # whose images the gallery shows
@@ -40,12 +47,14 @@ class Health:
 
     flags: why not, of every model with a judged attack; empty where it is sound. unchecked: models
     on which nothing looks for misleading gradients. waiting: the attacks of a model that are not
-    judged yet, so that it is neither flagged nor cleared by them.
+    judged yet, so that it is neither flagged nor cleared by them. bounds: what may not survive of
+    the images that the last attacks spared.
     """
 
     flags: Mapping[str, list[str]]
     unchecked: tuple[str, ...]
     waiting: Mapping[str, list[str]]
+    bounds: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def standing(self) -> str:
@@ -114,7 +123,7 @@ class Verdicts:
             ends.append(end and f"saturated: all rows within five points of the {end}")
         return ends
 
-    def _scores(self, row: Row, column: Column) -> list[dict[str, float]]:
+    def _scores(self, row: Row, column: Column) -> list[ImageScores]:
         """Return the image scores of every seed; nothing where one lacks."""
         ledgers = [self.ledger(digest, column.evaluator) for digest in row.digests]
         scores = [image_scores(ledger, column.score) for ledger in ledgers if ledger is not None]
@@ -139,20 +148,22 @@ class Verdicts:
 
         A trial that collapsed or was stopped early has no model to attack.
         """
-        flags, unchecked, waiting = {}, [], {}
+        flags, unchecked, waiting, bounds = {}, [], {}, {}
         for trial in trials:
             attacks = [name for name in ATTACKS if name in trial.evaluators]
             ledgers = {name: self.ledger(trial.digest, name) for name in ATTACKS}
             known = [ledger for ledger in ledgers.values() if ledger is not None]
             if known:
                 flags[trial.name] = red_flags(known)
+                bounds[trial.name] = [n for ledger in known for n in notes_on_rest(ledger)]
             if known and "health" not in attacks and not is_checked(known):
                 unchecked.append(trial.name)
             lacking = [name for name in attacks if ledgers[name] is None]
             run = self.runs.get(trial.digest)
             if lacking and not (run and run.outcome in ("collapsed", STOPPED)):
                 waiting[trial.name] = lacking
-        return Health(flags, tuple(unchecked), waiting)
+        bounds = {model: notes for model, notes in bounds.items() if notes}
+        return Health(flags, tuple(unchecked), waiting, bounds)
 
 
 @dataclass(frozen=True)
