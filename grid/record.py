@@ -22,6 +22,7 @@ from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
+from trainables.options import as_typed
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
 from trainables.store.storage import WEIGHTS, read_file, weights_path
@@ -153,7 +154,9 @@ class Recorder(threading.Thread):
         judging = {name for _, name, _ in self._questions}
         names = [name for name in EVALUATORS if name in judging]
         scores = list(filter(None, map(headline_of, names)))
-        self.parent = self.tracker.open_study(self._study, described, scores, self._class_names)
+        self.parent = self.tracker.open_study(
+            self._study, described, scores, self._class_names, as_typed()
+        )
         for digest, run in self._runs.items():
             self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
 

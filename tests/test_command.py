@@ -15,6 +15,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.driver import ROOT, SECONDS, ended, study_of_one, wait_for_checkpoint
+from trainables.options import as_typed
 
 COMMAND = [sys.executable, "-m", "grid.command"]
 # Of a shell in which nothing is activated; PYTHONPATH stands for an installation.
@@ -129,3 +130,11 @@ def test_printed_commands_work_as_they_stand_from_where_the_user_is(tmp_path):
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=SECONDS)
     assert {path.name for path in tmp_path.iterdir()} == {"one.toml", "my results"}
+
+
+def test_a_command_is_shown_as_it_was_typed_without_its_password(monkeypatch):
+    server = ["--mlflow", "http://me:secret@host:5000"]
+    monkeypatch.setattr(sys, "argv", ["grid/run.py", *server])
+    assert as_typed() == "python grid/run.py --mlflow http://host:5000"
+    monkeypatch.setattr(sys, "argv", ["/home/me/.venv/bin/robustness-grid", "run", *server])
+    assert as_typed() == "robustness-grid run --mlflow http://host:5000"

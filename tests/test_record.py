@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -136,3 +139,19 @@ def test_a_trial_serves_the_tables_of_every_command_in_their_order(tracker, resu
     assert found_again(results, trial).studies == {"bai2021": "T1 T2 T10"}
     start(tracker, trial.digest, study="own", tables="T3")
     assert found_again(results, trial).studies == {"bai2021": "T1 T2 T10", "own": "T3"}
+
+
+def test_the_ui_says_of_which_command_and_commit_a_run_is_and_notes_a_studys_summary(
+    tracker, trial, tmp_path
+):
+    client = MlflowClient(tracker.uri)
+    tags = client.get_run(trial.run_id).data.tags
+    assert tags["mlflow.source.type"] == "LOCAL"
+    assert tags["mlflow.source.name"] == Path(sys.argv[0]).name
+    study = tracker.open_study("noted", "", command="python grid/run.py --minutes 5")
+    tracker.open_study("noted", "", command="python grid/run.py")
+    assert (tracker.command("noted"), tracker.command("another")) == ("python grid/run.py", "")
+    (tmp_path / "summary.md").write_text("who is ahead" + " and by how much" * 400)
+    tracker.close_study(study, tmp_path, complete=True)
+    note = client.get_experiment(tracker.experiment_id).tags["mlflow.note.content"]
+    assert (note[:12], len(note)) == ("who is ahead", 5000)

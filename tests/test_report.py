@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from datetime import datetime
 
 import pandas as pd
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from evaluators import column_named
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
-from grid.report.build import write_ledgers, write_report
-from grid.report.tables import fill_table, images_text, tables_of
+from grid.report.build import summary_text, write_ledgers, write_report
+from grid.report.tables import describe_work, fill_table, images_text, tables_of
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import load_study
 from tests.made_up import record
@@ -292,3 +293,35 @@ def test_the_gallery_names_classes_as_people_do(recorded):
         ]
         assert {name for _, name in examples} | {shot.answer for shot in shots} <= names | {""}
         assert {"clean", "pgd-100"} <= {shot.title for shot in shots}
+
+
+def test_a_summary_has_the_answer_and_as_many_trials_as_mlflow_takes(recorded, tmp_path):
+    tracker, plan = recorded
+    write_report(tracker, STUDY, plan, DIGITS, tmp_path)
+    title, _, answer, _, head, _, *rows = (tmp_path / "summary.md").read_text().splitlines()
+    link = "#/experiments/1/runs?viewStateShareKey=bai2021&workflowType=machine_learning"
+    assert title == f"**[Compare the trials]({link}) of study bai2021**"
+    assert " claims of the study: " in answer
+    assert head == "| % | clean | pgd-100 | autoattack-small | autoattack |"
+    runs = tracker.trials()
+    assert len(rows) == len(plan.trials)
+    for trial, row in zip(sorted(plan, key=lambda t: t.name), rows, strict=True):
+        assert row.startswith(f"| {trial.name} | {100 * runs[trial.digest].metrics['clean']:.1f} |")
+    many = [
+        dataclasses.replace(trial, name=f"{trial.name} {n}") for n in range(99) for trial in plan
+    ]
+    text = summary_text(dataclasses.replace(plan, trials=tuple(many)), runs, answer, title)
+    assert 4900 < len(text) <= 5000
+    assert text.count("\n| ") > 20
+
+
+def test_the_footer_says_when_how_long_and_by_which_command():
+    runs = [trial_run(digest) for digest in "ab"]
+    runs[0].start_time, runs[0].end_time = 1_000_000_000_000, 1_000_000_060_000
+    runs[1].start_time, runs[1].end_time = 1_000_003_600_000, 0  # not over
+    said = describe_work(runs, 7200, "python grid/run.py", datetime(2026, 11, 29, 20, 40))
+    assert said == (
+        "Report of 2026-11-29 20:40 UTC. 2 trials, 2001-09-09 01:46 to 2001-09-09 02:46 UTC: "
+        "2.0 h of training and judging. Command: python grid/run.py."
+    )
+    assert describe_work([], 0, "", datetime(2026, 1, 2)) == "Report of 2026-01-02 00:00 UTC."

@@ -136,6 +136,13 @@ def again(*more: str) -> str:
     return shlex.join([sys.executable, *sys.orig_argv[1:], *more])
 
 
+def as_typed() -> str:
+    """Return the shell's words of this command as a page shows them, without any password."""
+    script = Path(sys.argv[0])
+    start = ["python", sys.argv[0]] if script.suffix == ".py" else [script.name]
+    return re.sub(r"//[^/@\s]+@", "//", shlex.join([*start, *sys.argv[1:]]))
+
+
 def installed(*words: str) -> str:
     """Return the shell's words that run the installed command, whatever is on the PATH."""
     script = Path(sys.executable).with_name(PROJECT)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader
 
-from evaluators import BOUNDED
+from evaluators import BOUNDED, EVALUATORS, headline_of
 from evaluators.intervals import Paired
 from evaluators.ledger import LEDGER
 from grid.plan import Plan
@@ -25,6 +26,7 @@ from grid.report.tables import (
     FilledTable,
     describe_origins,
     describe_provenance,
+    describe_work,
     fill_table,
     images_text,
     tables_of,
@@ -35,7 +37,7 @@ from grid.study import Study
 from grid.table import SCALE
 from trainables.scale import Scale
 from trainables.store.storage import write_atomically
-from trainables.store.tracking import Tracker
+from trainables.store.tracking import LONGEST_TAG, SUMMARY, Tracker, TrialRun
 
 JUDGED = [name for name in LEDGER.names if name != "image"]
 _OWNER = pa.dictionary(pa.int32(), pa.string())
@@ -54,6 +56,12 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
     write_atomically(page, environment.get_template("page.html.j2").render(report).encode())
     text = environment.get_template("tables.md.j2").render(report)
     write_atomically(folder / "tables.md", text.encode())
+    link = "#" + tracker.page(study=study.name).partition("#")[2]
+    said = report["answer"] if report["judgements"] else report["leading"]
+    summary = summary_text(
+        plan, report["runs"], said, f"**[Compare the trials]({link}) of study {study.name}**"
+    )
+    write_atomically(folder / SUMMARY, summary.encode())
     tables = report["tables"]
     write_atomically(folder / "tables.csv", _cells(tables).to_csv(index=False).encode())
     for table in tables:
@@ -81,6 +89,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)
     by_name = {plot.name: plot for plot in plots}
     return {
+        "runs": runs,
         "study": study,
         "plan": plan,
         "scale": scale,
@@ -104,6 +113,12 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "gallery": gallery(plan, verdicts, tracker.classes(study.name)),
         "stand_ins": scale.data_set.generated and any(trial.recipe.epochs for trial in plan),
         "origins": describe_origins(plan, runs),
+        "work": describe_work(
+            planned,
+            sum(map(tracker.seconds, planned)),
+            tracker.command(study.name),
+            datetime.now(UTC),
+        ),
         "provenance": describe_provenance(planned),
         "mlflow": tracker.page,
     }
@@ -126,6 +141,26 @@ def attacks_text(plan: Plan, scale: Scale) -> str:
         f"patches: up to {patch.patches}, each of {patch.area:.1%} of the image."
         f"{slices if bounded else ''}{trained if protocols else ''}"
     )
+
+
+def summary_text(plan: Plan, runs: Mapping[str, TrialRun], answer: str, title: str) -> str:
+    """Return Markdown: an answer, and each judged trial's scores, as many as MLflow's note holds.
+
+    title: the one line that MLflow shows of a note before it is opened.
+    """
+    judging = {name for trial in plan for name in trial.evaluators}
+    scores = [s for s in map(headline_of, (n for n in EVALUATORS if n in judging)) if s]
+    lines = [title, "", answer, "", f"| % | {' | '.join(scores)} |"]
+    lines.append("| --- |" + " ---: |" * len(scores))
+    room = LONGEST_TAG - len("\n".join(lines))
+    for trial in sorted(plan, key=lambda trial: trial.name):
+        metrics = runs[trial.digest].metrics if trial.digest in runs else {}
+        values = [f"{100 * metrics[s]:.1f}" if s in metrics else "" for s in scores]
+        line = f"| {' | '.join([trial.name.replace('|', '/'), *values])} |"
+        room -= len(line) + 1
+        if any(values) and room > 0:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def difference_text(paired: Paired | None) -> str:

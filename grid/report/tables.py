@@ -6,11 +6,12 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from evaluators import BOUNDED, EVALUATORS, column_named, columns_of, evaluator_of
 from evaluators.base import Column
 from evaluators.intervals import over_several
-from grid.plan import Plan, named
+from grid.plan import Plan, format_seconds, named
 from grid.power import MARGIN
 from grid.study import Study
 from grid.table import SCALE, Row, Table
@@ -18,6 +19,7 @@ from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
 
+DATE = "%Y-%m-%d %H:%M"
 PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 
 
@@ -251,6 +253,24 @@ def describe_origins(plan: Plan, runs: Mapping[str, TrialRun]) -> list[str]:
         parts.append(str(recipe.preprocessing))
         lines.append(f"{trial.name}: {'; '.join(filter(None, parts))}")
     return lines
+
+
+def describe_work(runs: Sequence[TrialRun], seconds: float, command: str, now: datetime) -> str:
+    """Say when and by which command the runs were made, how long they took, and the page's date.
+
+    seconds: of training and judging. now: in UTC.
+    """
+    began = [run.start_time for run in runs]
+    ends = [max(run.start_time, run.end_time) for run in runs]
+    first, last = (
+        f"{datetime.fromtimestamp(end(times, default=0) / 1000, UTC):{DATE}}"
+        for end, times in ((min, began), (max, ends))
+    )
+    parts = [f"Report of {now:{DATE}} UTC."]
+    if runs:
+        parts.append(f"{len(runs)} trials, {first} to {last} UTC: ")
+        parts[-1] += f"{format_seconds(seconds)} of training and judging."
+    return " ".join([*parts, f"Command: {command}." if command else ""]).rstrip()
 
 
 def describe_provenance(runs: Sequence[TrialRun]) -> str:

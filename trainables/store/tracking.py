@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from trainables.store.results import DATABASE, PROJECT, database_uri, version_of
+from trainables.store.results import DATABASE, PROJECT, database_uri, provenance, version_of
 from trainables.store.retries import patiently
 from trainables.store.storage import ASIDE, RECIPE, WEIGHTS, DamagedError
 
@@ -60,9 +61,14 @@ SECONDS_SO_FAR = "train/so_far/seconds"
 # What MLflow's clients on other nodes need of the driver's environment.
 SETTINGS = ("MLFLOW_TRACKING_", "MLFLOW_HTTP_")
 # Not documented by MLflow, checked with 3.17: the tag under which the UI stores a view that a link
-# opens, and the kind of an experiment that opens on runs.
+# opens, the kind of an experiment that opens on runs, and the kind of runs that are not folded
+# below their parent.
 VIEW_TAG = "mlflow.sharedViewState."
 KIND = {"mlflow.experimentKind": "custom_model_development"}
+UNFOLDED = {"mlflow.runType": "evaluation"}
+NOTE_TAG = "mlflow.note.content"  # the UI shows an experiment's above its runs
+SUMMARY = "summary.md"  # of a report: the note
+COMMAND_TAG = "command"
 ALONG = "checkpoint/"  # begins the name of a metric of weights along the way
 CLASSES_FILE = "classes.json"
 LEDGERS = "ledgers"  # the folder of a run's artifacts
@@ -174,17 +180,23 @@ class Tracker:
         return self._client.get_experiment_by_name(name)
 
     def open_study(
-        self, name: str, description: str, scores: Sequence[str] = (), classes: Sequence[str] = ()
+        self,
+        name: str,
+        description: str,
+        scores: Sequence[str] = (),
+        classes: Sequence[str] = (),
+        command: str = "",
     ) -> str:
         """Return the id of a study's parent run, marked as running.
 
         `scores` are the columns of the view in which the UI compares the study's trials,
-        `classes` the names of the data's classes, by label.
+        `classes` the names of the data's classes, by label, `command` what runs the study.
         """
-        tags = {"kind": "study", "study": name, "mlflow.note.content": description}
+        tags = {"kind": "study", "study": name, NOTE_TAG: description}
         run = self._create(_study_query(name), f"study: {name}", tags)
         run_id = str(run.info.run_id)
         self._call(self._client.update_run, run_id, status="RUNNING")
+        self._call(self._client.set_tag, run_id, COMMAND_TAG, command[:LONGEST_TAG])
         view = {
             "searchFilter": f"tags.kind = 'trial' and tags.`{STUDY_TAG}{name}` LIKE '%'",
             "selectedColumns": [
@@ -211,14 +223,22 @@ class Tracker:
         content = self.artifact(runs[0].info.artifact_uri, CLASSES_FILE) if runs else None
         return list(json.loads(content)) if content else []
 
+    def command(self, study: str) -> str:
+        """Return the command that last ran a study; '' where that is not known."""
+        runs = self._search(_study_query(study))
+        return str(runs[0].data.tags.get(COMMAND_TAG, "")) if runs else ""
+
     def give_up(self) -> None:
         """Wait for no server any more."""
         self._stop.set()
 
     def close_study(self, run_id: str, report: Path, *, complete: bool) -> None:
-        """Store the folder of a report with the parent run and end it."""
+        """Store the folder of a report with the parent run, its summary as a note, and end it."""
         artifact_uri = self._call(self._client.get_run, run_id).info.artifact_uri
         self._log_folder(artifact_uri, report, "report")
+        if (summary := report / SUMMARY).exists():
+            note = summary.read_text()[:LONGEST_TAG]
+            self._call(self._client.set_experiment_tag, self.experiment_id, NOTE_TAG, note)
         self._call(self._client.set_terminated, run_id, "FINISHED" if complete else "FAILED")
 
     def page(self, *, run_id: str = "", study: str = "") -> str:
@@ -256,6 +276,7 @@ class Tracker:
             "recipe": recipe_json,
             "outcome": "training",
             "mlflow.parentRunId": parent,
+            **UNFOLDED,
         }
         # A database looks through the tag's values of all runs: only trials have this one.
         opened = self._create(f"tags.digest = '{digest}'", name, tags)
@@ -457,7 +478,9 @@ class Tracker:
             return (
                 page[0]
                 if page
-                else self._client.create_run(self.experiment_id, run_name=run_name, tags=dict(tags))
+                else self._client.create_run(
+                    self.experiment_id, run_name=run_name, tags={**_source(), **tags}
+                )
             )
 
         return self._call(found_or_created)
@@ -513,6 +536,13 @@ def create_database(results: Path) -> None:
     MlflowClient(database_uri(aside)).search_experiments(max_results=1)
     (aside / DATABASE).replace(results / DATABASE)
     aside.rmdir()
+
+
+def _source() -> dict[str, str]:
+    """Return the tags by which the UI says which command and commit a run is of."""
+    commit = provenance("cpu").get("commit", "").partition("+")[0]
+    tags = {"source.name": Path(sys.argv[0]).name, "source.type": "LOCAL"}
+    return {f"mlflow.{k}": v for k, v in {**tags, "source.git.commit": commit}.items() if v}
 
 
 def _study_query(name: str) -> str:
