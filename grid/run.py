@@ -87,7 +87,7 @@ def _run(options: RunOptions) -> int:
 
         sizes = fit(options, source, sized, planned)
     source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
-    scale = replace(scale, detect=options.detect or scale.detect)
+    scale = replace(scale, detect=options.detect or study.detect_at(scale))
     plan = planned(scale)
     plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
     for name, value in ENVIRONMENT.items():

@@ -192,6 +192,7 @@ class Study(Frozen):
     claims: tuple[Claim, ...] = ()
     reduced: bool = False
     reduced_epochs: int = Field(0, ge=0)
+    detect_points: float | None = Field(None, gt=0, lt=100)
     checkpoints: Annotated[int | tuple[Count, ...], BeforeValidator(_every)] = ()
     relatives: dict[Annotated[str, AfterValidator(check_model)], Relative] = Field({})
     subject: str = ""
@@ -227,6 +228,10 @@ class Study(Frozen):
             {a: conditions_of(f"only_with.{a}", e, choices) for a, e in self.only_with.items()},
             self.sample,
         )
+
+    def detect_at(self, scale: Scale) -> float:
+        """Return the difference that claims are to tell at a scale, as a share; 0: not stated."""
+        return (self.detect_points or 100 * scale.detect) / 100 if scale.detect else 0.0
 
     def checkpoints_of(self, recipe: Recipe, scale: Scale) -> tuple[int, ...]:
         """Return the epochs, before the last, after which a recipe is judged at a scale."""

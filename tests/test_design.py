@@ -61,6 +61,17 @@ def test_at_full_size_nothing_is_designed_unless_a_difference_is_asked_for(tmp_p
     assert images_of(plan, "T2", "ResNet-50 ReLU")["pgd"] > 5000
 
 
+def test_a_study_may_state_the_difference_where_the_scale_has_one(tmp_path, capsys):
+    assert (STUDY.detect_at(DIGITS), STUDY.detect_at(IMAGENET)) == (pytest.approx(0.1), 0)
+    coarse = STUDY.model_copy(update={"detect_points": 20.0})
+    assert (coarse.detect_at(DIGITS), coarse.detect_at(IMAGENET)) == (pytest.approx(0.2), 0)
+    words = ["--plan", "--study", "singh2023-revisiting-at", "--results", str(tmp_path)]
+    assert main(words) == 0
+    assert "To tell 20 points" in capsys.readouterr().out
+    assert main([*words, "--detect", "15points"]) == 0
+    assert "To tell 15 points" in capsys.readouterr().out
+
+
 def test_the_same_command_again_asks_the_same_and_another_never_less(tmp_path):
     first, _ = design_of(tmp_path)
     known = json.loads((tmp_path / FILE).read_text())
