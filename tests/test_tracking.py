@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -197,6 +198,9 @@ def test_mlflow_loads_the_trained_classifier_and_refuses_damaged_weights(tracker
     sha256 = save_weights(path, classifier, recipe.model_dump_json())
     run = start_trial(tracker, recipe_json=recipe.model_dump_json())
     tracker.store_weights(run, path.read_bytes(), sha256, image_size=32, classes=10)
+    tags = tracker._client.get_run(run.run_id).data.tags
+    (shown,) = json.loads(tags["mlflow.log-model.history"])
+    assert (shown["run_id"], list(shown["flavors"])) == (run.run_id, ["python_function"])
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = classifier(images)

@@ -61,11 +61,12 @@ SECONDS_SO_FAR = "train/so_far/seconds"
 # What MLflow's clients on other nodes need of the driver's environment.
 SETTINGS = ("MLFLOW_TRACKING_", "MLFLOW_HTTP_")
 # Not documented by MLflow, checked with 3.17: the tag under which the UI stores a view that a link
-# opens, the kind of an experiment that opens on runs, and the kind of runs that are not folded
-# below their parent.
+# opens, the kind of an experiment that opens on runs, the kind of runs that are not folded below
+# their parent, and the models that a run's page names.
 VIEW_TAG = "mlflow.sharedViewState."
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 UNFOLDED = {"mlflow.runType": "evaluation"}
+MODELS_TAG = "mlflow.log-model.history"
 NOTE_TAG = "mlflow.note.content"  # the UI shows an experiment's above its runs
 SUMMARY = "summary.md"  # of a report: the note
 COMMAND_TAG = "command"
@@ -342,7 +343,8 @@ class Tracker:
         """Store a trial's weights file and its recipe: a model that MLflow can load."""
         with _model_of(run, content, image_size=image_size, classes=classes) as model:
             self._log_folder(run.artifact_uri, model)
-        self._tag(run, {WEIGHTS_TAG: sha256})
+        shown = {"run_id": run.run_id, "artifact_path": "", "flavors": {"python_function": {}}}
+        self._tag(run, {WEIGHTS_TAG: sha256, MODELS_TAG: json.dumps([shown])})
         run.weights_sha256 = sha256
 
     def log_checkpoint(
