@@ -28,12 +28,12 @@ from trainables.scale import DIGITS
 from trainables.store.tracking import Tracker
 
 SIZES = {"clean": 597, "health": 50, "autoattack": 30, "autoattack-small": 30, "tpa": 50,
-         "autoattack-bounded": 30, "autoattack-small-bounded": 30, "natural": 100,
+         "autoattack-bounded": 30, "autoattack-small-bounded": 30, "natural": 597,
          "corruptions": 100, "stylized": 597, "pgd": 64}  # fmt: skip
 QUESTIONS = {
     "health": ("pgd-huge", "gradient"),
     "pgd": tuple(f"pgd-{steps}" for steps in PGD_STEPS),
-    "tpa": ("tpa/clean", "tpa", "tpa-random"),
+    "tpa": ("tpa/clean", "tpa", "tpa/patches-1", "tpa-random"),
     "corruptions": tuple(f"{kind}-{level}" for kind in KINDS for level in SEVERITIES),
 }
 

@@ -127,11 +127,32 @@ def test_the_counterpart_is_a_sixth_that_the_reference_finds_hardest():
     wrong = {i for i, r in zip(data.held_out.ids, right, strict=True) if not r}
     assert wrong
     assert wrong <= set(chosen.ids)
-    evaluator = Natural(DIGITS)
+    evaluator = Natural(replace(DIGITS, natural_tilt=0.0))
     identity = {"data": "natural-adversarial (digits)", "images": chosen.ids_hash()}
     assert evaluator.identity(data) == identity
     ledger = judge_images(evaluator, classifier(*[1.0] + [0.0] * 9), data, device=CPU)
     assert set(ledger["question"].to_pylist()) == {"natural"}
+
+
+def test_at_digits_every_image_is_turned_as_the_reference_finds_it_hardest():
+    data = load_data(DIGITS)
+    chosen, held_out = Natural(DIGITS).images(data), data.held_out
+    assert chosen.ids == held_out.ids
+    train, *views = (
+        images[:, 0].flatten(1).float().numpy() / 255
+        for images in (data.train.images, held_out.images, chosen.images)
+    )
+    machine = SVC().fit(train, data.train.labels)
+    as_is, turned = (machine.predict(v) == held_out.labels.numpy() for v in views)
+    assert turned.sum() < as_is.sum()
+    assert not (turned & ~as_is).any()
+    # By 90 degrees no pixel is interpolated: each image is one of three, exactly.
+    upright = hardest(data, tilt=90.0)
+    sides = [held_out.images.rot90(k, (2, 3)) for k in (0, 1, 3)]
+    same_SN = torch.stack([(side == upright.images).flatten(1).all(dim=1) for side in sides])
+    assert same_SN.any(dim=0).all()
+    assert same_SN.any(dim=1).all()
+    assert Natural(DIGITS).identity(data)["turned"] == "by -20, 0 or 20 degrees"
 
 
 def test_many_classes_have_a_reference_that_is_linear_in_them_and_named(monkeypatch):

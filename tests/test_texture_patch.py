@@ -9,10 +9,12 @@ import torch
 from texture_builder import write_class
 from torch import nn
 
+from evaluators import column_named
 from evaluators.base import Batch, judge_images, verdicts
 from evaluators.texture_patch import (
     ACTIONS,
     LSTMPolicy,
+    Outcome,
     PatchSearch,
     Task,
     TexturePatchAttack,
@@ -282,14 +284,20 @@ def nearest_mean(images_BCHW):
 def test_ledger_holds_both_searches_beside_clean(data):
     evaluator, (classifier, backbone) = TexturePatchAttack(SMALL), classifier_of(nearest_mean)
     ledger = judge_images(evaluator, classifier, data, device=CPU)
-    assert pc.unique(ledger["question"]).to_pylist() == ["tpa/clean", "tpa", "tpa-random"]
-    assert ledger.num_rows == 18
+    names = ["tpa/clean", "tpa", "tpa/patches-1", "tpa-random"]
+    assert pc.unique(ledger["question"]).to_pylist() == names
+    assert ledger.num_rows == 24
     # Six clean answers, and one that shows how wide the head is.
     assert backbone.images == 6 + 1 + pc.sum(ledger["queries"]).as_py()
     for row in ledger.to_pylist()[6:]:
         assert row["survived"] == (row["stage"] is None)
-        assert (row["queries"] == 0) == (row["stage"] == "clean")
+        assert row["queries"] is None or (row["queries"] == 0) == (row["stage"] == "clean")
         assert row["survived"] == (row["label"] == row["predicted"])
+    stages, first = (
+        ledger.filter(pc.equal(ledger["question"], name))["stage"].to_pylist()
+        for name in names[1:3]
+    )
+    assert first == [None if stage == "patch-2" else stage for stage in stages]
     parts = judge_images(evaluator, classifier, data, device=CPU, batch_size=2)
     # Not the example's picture: of two samples alike but for rounding, either may stay.
     assert parts.drop_columns(["image"]).equals(ledger.drop_columns(["image"]))
@@ -306,6 +314,25 @@ def test_summary_states_survival_by_patches_and_mean_queries():
     scores = {score.name: score for score in TexturePatchAttack(SMALL).summarize(ledger)}
     assert (scores["tpa/patches-1"].value, scores["tpa"].value) == (2 / 5, 1 / 5)
     assert (scores["tpa/queries"].value, scores["tpa/queries"].n) == (25, 4)
+
+
+def test_a_search_ends_after_its_first_patch_with_the_images_that_it_broke_by_then():
+    # Broken by none, by one, by two patches; four leave the last one standing. All have label 0.
+    predicted, patches = torch.tensor([5, 6, 7, 0]), torch.tensor([0, 1, 2, 4])
+    labels = torch.zeros_like(predicted)
+    outcome = Outcome(torch.zeros(4, 3, 4, 4), predicted, torch.zeros_like(patches), patches)
+    assert outcome.stages(labels) == ["clean", "patch-1", "patch-2", None]
+    first = outcome.after_first(labels)
+    assert first.stages(labels) == ["clean", "patch-1", None, None]
+    assert first.predicted.tolist() == [5, 6, 0, 0]
+
+
+def test_digits_claims_are_about_one_patch_and_imagenets_about_all():
+    shown = [column_named("tpa").at(scale) for scale in ("imagenet", "digits")]
+    assert [column.title for column in shown] == ["TPA", "TPA, 1 patch (digits)"]
+    assert [column.score for column in shown] == ["tpa", "tpa/patches-1"]
+    beside = column_named("tpa/patches-1").at("digits")
+    assert (beside.title, beside.score) == ("TPA, 4 patches (digits)", "tpa")
 
 
 def test_each_image_meets_the_textures_of_another_class(data):
