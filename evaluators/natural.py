@@ -12,8 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import rotate
 
 from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
@@ -105,6 +103,9 @@ def hardest(source: Data, *, tilt: float = 0.0) -> Split:
 
 def _turned(split: Split, tilt: float) -> list[Split]:
     """Return the images as they are, and turned by `tilt` degrees to either side."""
+    from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+    from torchvision.transforms.v2.functional import rotate  # type: ignore[import-untyped]
+
     images_NCHW = split.images[:]
     return [split] + [
         replace(split, images=rotate(images_NCHW, angle, InterpolationMode.BILINEAR))
@@ -114,9 +115,9 @@ def _turned(split: Split, tilt: float) -> list[Split]:
 
 @lru_cache(maxsize=4)
 def _hardest_turns(source: Data, tilt: float) -> np.ndarray:
-    return np.stack(
-        [_all_margins(source, split) for split in _turned(source.held_out, tilt)]
-    ).argmin(axis=0)
+    views = _turned(source.held_out, tilt)
+    margins_TN: np.ndarray = np.stack([_all_margins(source, split) for split in views])
+    return np.asarray(margins_TN.argmin(axis=0))
 
 
 @lru_cache(maxsize=4)

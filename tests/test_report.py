@@ -119,7 +119,8 @@ def test_a_study_without_tables_gets_one_of_all_its_trials_and_evaluators(tmp_pa
     assert (table.name, len(table.rows)) == ("mine", 2)
     assert [column.title for column in table.shown] == [
         *("Clean", "AutoAttack, bounded (digits)"),
-        *("Corruptions error (digits)", "TPA", "TPA, 1 patch", "Random patches"),
+        *("Corruptions error (digits)", "TPA, 1 patch (digits)", "TPA, 4 patches (digits)"),
+        "Random patches",
         *("Clean, same images", "after APGD-CE", "after APGD-T, 2 targets"),
     ]
 
