@@ -83,6 +83,7 @@ def test_reduced_models_are_those_of_digits_and_the_images_radii_stay(folder):
     scale = with_sizes(whole, Sizes(epochs=7), reduced=True)
     assert scale.name == f"{whole.name}-reduced"
     assert (scale.epsilon, scale.patch_size) == (Fraction(4, 255), whole.patch_size)
+    assert (scale.training_epsilon, scale.natural_tilt) == (None, 0)
     for base in load_study("quick").bases.values():
         if base.model in ("resnet50", "deit_small"):
             recipe = scale.shrink(base)
