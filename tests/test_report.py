@@ -239,6 +239,11 @@ def test_every_form_of_the_report_has_the_same_figures_and_counts(recorded, tmp_
     run = tracker._client.get_run(tracker.trials()[trial.digest].run_id)
     assert trial.name == row["model"] == run.info.run_name == model
     value = f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+    scores = pd.read_json(tmp_path / "scores.json", orient="split")
+    score = scores[(scores["model"] == model) & (scores["score"] == "clean")].iloc[0]
+    percents = [100 * score[part] for part in ("value", "low", "high")]
+    assert percents == pytest.approx([row["value"], row["low"], row["high"]])
+    assert (score["n"], score["digest"]) == (597, row["digest"])
     assert f"| {model} | {value} | 76.8 |" in markdown
     assert f">{model}</span>" in page
     assert f"<small>{model}</small>" in page  # of the gallery

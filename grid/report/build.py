@@ -62,6 +62,8 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
         plan, report["runs"], said, f"**[Compare the trials]({link}) of study {study.name}**"
     )
     write_atomically(folder / SUMMARY, summary.encode())
+    scores = _scores(plan, report["runs"]).to_json(orient="split", index=False)
+    write_atomically(folder / "scores.json", scores.encode())
     tables = report["tables"]
     write_atomically(folder / "tables.csv", _cells(tables).to_csv(index=False).encode())
     for table in tables:
@@ -170,6 +172,20 @@ def difference_text(paired: Paired | None) -> str:
     points = [100 * value for value in (paired.difference, paired.low, paired.high)]
     text = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}]"
     return text if paired.p is None else f"{text} p {paired.p:.2g}"
+
+
+def _scores(plan: Plan, runs: Mapping[str, TrialRun]) -> pd.DataFrame:
+    """Return a line per score of every trial, shown in a table or not, with interval and n."""
+    ends = {"value": "", "low": "/low", "high": "/high", "n": "/n"}
+    return pd.DataFrame(
+        {"model": trial.name, "digest": trial.digest, "score": name}
+        | {part: metrics[name + end] for part, end in ends.items()}
+        for trial in plan
+        if trial.digest in runs
+        for metrics in [runs[trial.digest].metrics]
+        for name in metrics
+        if f"{name}/n" in metrics
+    )
 
 
 def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
