@@ -381,8 +381,8 @@ def _reduced(scale: Scale, data_set: DataSet) -> Scale:
     """
     names = ("epsilon", "small_epsilon", "stem", "stem_stride", "patch_size", "attack_subset")
     attacks = ("autoattack", "autoattack_subset", "autoattack_bound", "detect")
-    attacks += ("training_epsilon", "natural_tilt")
-    of_images = {name: getattr(scale, name) for name in (*names, *attacks)}
+    trained = ("training_epsilon", "natural_tilt")
+    of_images = {name: getattr(scale, name) for name in (*names, *attacks, *trained)}
     return replace(DIGITS, data_set=data_set, epochs_factor=Fraction(1), **of_images)
 
 
