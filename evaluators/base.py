@@ -11,7 +11,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -22,12 +22,10 @@ from evaluators.ledger import LEDGER, Score, in_order, survival_scores, to_parqu
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import stored_split
 from trainables.data.registry import FOLDER, data_set_named
+from trainables.layers import Classifier
+from trainables.scale import Scale
 from trainables.store.results import provenance
 from trainables.train.exactness import exact
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
-    from trainables.scale import Scale
 
 EXAMPLES = 4
 PRESENT = "-present"  # ends the name of a question that is answered among the classes present
@@ -56,13 +54,8 @@ class Batch:
         """Yield the batch in parts of at most `images` images, in order."""
         for first in range(0, len(self.ids), images):
             part = slice(first, first + images)
-            yield replace(
-                self,
-                images=self.images[part],
-                labels=self.labels[part],
-                ids=self.ids[part],
-                stage=self.stage and self.stage[part],
-            )
+            cut: dict[str, Any] = {n: getattr(self, n)[part] for n in ("images", "labels", "ids")}
+            yield replace(self, **cut, stage=self.stage and self.stage[part])
 
 
 @dataclass(frozen=True)
@@ -334,11 +327,7 @@ def verdicts(
 
 
 def answers(
-    batch: Batch,
-    question: str,
-    logits_BK: Tensor,
-    *,
-    judged_BCHW: Tensor | None = None,
+    batch: Batch, question: str, logits_BK: Tensor, *, judged_BCHW: Tensor | None = None
 ) -> pa.Table:
     """Return the rows of a question, answered among all classes.
 

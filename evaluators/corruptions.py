@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.corruption_kinds import corrupt
@@ -20,9 +20,7 @@ from evaluators.ledger import Score
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import CorruptedSet
 from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
+from trainables.layers import Classifier
 
 SHARD_IMAGES = 5000  # of each stored set
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
@@ -34,21 +32,11 @@ SHOWN = ("gaussian_noise-3", "defocus_blur-3", "fog-3")  # of which the ledger k
 # augmix, imagenet.py ("Raw AlexNet errors taken from github.com/hendrycks/robustness"); equal to
 # those in bethgelab/game-of-noise, evaluation_utils.py.
 ALEXNET_ERRORS = {
-    "gaussian_noise": 0.886428,
-    "shot_noise": 0.894468,
-    "impulse_noise": 0.922640,
-    "defocus_blur": 0.819880,
-    "glass_blur": 0.826268,
-    "motion_blur": 0.785948,
-    "zoom_blur": 0.798360,
-    "snow": 0.866816,
-    "frost": 0.826572,
-    "fog": 0.819324,
-    "brightness": 0.564592,
-    "contrast": 0.853204,
-    "elastic_transform": 0.646056,
-    "pixelate": 0.717840,
-    "jpeg_compression": 0.606500,
+    **{"gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640},
+    **{"defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948},
+    **{"zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324},
+    **{"brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056},
+    **{"pixelate": 0.717840, "jpeg_compression": 0.606500},
 }
 
 
@@ -93,7 +81,9 @@ class Corruptions(Evaluator):
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         stored = _stored(source)
         remark = "" if stored or source.data_set.generated else GENERATED
-        for question, split in stored.splits() if stored else _generated(source):
+        fits = _chosen(source).images.nbytes * len(KINDS) * len(SEVERITIES) <= KEPT_BYTES
+        generate = _kept if fits else _generate
+        for question, split in stored.splits() if stored else generate(source):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 stage = (remark,) * len(batch.ids) if remark else None
                 yield replace(batch, question=question, stage=stage)
@@ -125,12 +115,6 @@ def _chosen(source: Data) -> Split:
     return source.held_out.subset(source.corrupted or GENERATED_IMAGES, seed=0)
 
 
-def _generated(source: Data) -> Iterable[tuple[str, Split]]:
-    images = _chosen(source).images
-    fits = images.nbytes * len(KINDS) * len(SEVERITIES) <= KEPT_BYTES
-    return _kept(source) if fits else _generate(source)
-
-
 @lru_cache(maxsize=2)
 def _kept(source: Data) -> tuple[tuple[str, Split], ...]:
     return tuple(_generate(source))
@@ -139,11 +123,9 @@ def _kept(source: Data) -> tuple[tuple[str, Split], ...]:
 def _generate(source: Data) -> Iterator[tuple[str, Split]]:
     split = _chosen(source)
     images_BCHW = to_unit(split.images[:])
-    for kind in KINDS:
-        for severity in SEVERITIES:
-            corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity)
-            pixels: Tensor = corrupted.mul_(255).round_().byte()
-            yield f"{kind}-{severity}", replace(split, images=pixels)
+    for kind, severity in product(KINDS, SEVERITIES):
+        corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity)
+        yield f"{kind}-{severity}", replace(split, images=corrupted.mul_(255).round_().byte())
 
 
 def _aggregates(kinds: Sequence[str], *, with_mce: bool) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,12 +16,10 @@ from torch.nn import functional as F
 from evaluators.base import Batch, Evaluator, verdicts
 from evaluators.ledger import LEDGER, SPARED, by_question, share
 from trainables.data.base import Data
+from trainables.layers import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, pgd_iterates, random_start
 from trainables.train.exactness import image_numbers
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
 
 HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 HUGE_STEPS = 20
@@ -97,7 +95,8 @@ def _longer_attacks_that_are_weaker(rows: Mapping[str, pa.Table]) -> Iterator[st
             shared = shorter.keys() & longer.keys()
             gained = sum(longer[i] and not shorter[i] for i in shared)
             lost = sum(shorter[i] and not longer[i] for i in shared)
-            if gained > lost and _exceeds_half(gained, gained + lost):
+            test = binomtest(gained, max(1, gained + lost), alternative="greater")
+            if gained > lost and test.pvalue < SIGNIFICANCE:
                 yield (
                     f"PGD-{many}{radius} is weaker than PGD-{few}{radius}: {gained} images survive "
                     f"only the longer attack, {lost} only the shorter one, of {len(shared)}"
@@ -130,10 +129,6 @@ def _signs_of_masked_gradients(rows: Mapping[str, pa.Table]) -> Iterator[str]:
 def _survived(rows: Mapping[str, pa.Table], question: str) -> dict[str, bool]:
     table = rows.get(question, LEDGER.empty_table())
     return dict(zip(table["image_id"].to_pylist(), table["survived"].to_pylist(), strict=True))
-
-
-def _exceeds_half(count: int, n: int) -> bool:
-    return bool(binomtest(count, n, alternative="greater").pvalue < SIGNIFICANCE)
 
 
 def _more_than_chance(count: int, n: int) -> bool:

@@ -68,15 +68,10 @@ class JudgeOptions(DataOptions):
         None, "where the ledgers go (default: results/ledgers/FILE-DIGEST-SCALE)", "DIR"
     )
     epsilon: Annotated[tuple[Radius, ...], Split] = option(
-        (),
-        "radii of pgd, autoattack and plug-ins' attacks in the max-norm, of pixels in [0, 1], e.g. "
-        "4/255 0.5/255 (default: the scale's)",
-        "RADIUS",
+        (), "max-norm radii of attacks but tpa, e.g. 4/255 0.5/255 (default: the scale's)", "RADIUS"
     )
     attack_images: Count | None = option(
-        None,
-        "images that pgd, autoattack and tpa attack, drawn by a fixed seed (default: the scale's)",
-        "N",
+        None, "images that attacks take, drawn by a fixed seed (default: the scale's)", "N"
     )
     patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
     patch_area: Area | None = option(

@@ -53,11 +53,12 @@ def read(data: Any, image_size: int | None) -> tuple[Scale, Data]:
         features = getattr(data, "features", None) or {}
         names = getattr(features.get(_key(features, LABEL_KEYS)), "names", ()) if features else ()
         return _rows(data, image_size, names)
+    names = getattr(getattr(data, "dataset", data), "classes", ())
     if isinstance(data, DataLoader | IterableDataset):
-        return _rows(data, image_size, getattr(getattr(data, "dataset", data), "classes", ()))
+        return _rows(data, image_size, names)
     if isinstance(data, Dataset):
         rows = (data[place] for place in range(len(data)))  # type: ignore[arg-type]
-        return _rows(rows, image_size, getattr(data, "classes", ()))
+        return _rows(rows, image_size, names)
     raise ValueError(f"data of {type(data).__name__} are not known; one of {FORMS}")
 
 
@@ -120,14 +121,11 @@ def _own(split: Split, names: tuple[str, ...] = ()) -> tuple[Scale, Data]:
         held_out_images=len(split),
         counterparts=(),
     )
-    scale = replace(scale_for(data_set), epsilon=_radius(data_set.image_size))
+    is_small = data_set.image_size <= SMALL_SIDE  # then the radius is CIFAR-10's
+    epsilon = Fraction(8, 255) if is_small else PUBLISHED_EPSILON
     nothing = split.at(np.arange(0))
-    return scale, Data(data_set=data_set, train=nothing, held_out=split, class_names=names)
-
-
-def _radius(side: int) -> Fraction:
-    """Return the radius of data without a scale of their own: CIFAR-10's, or the study's."""
-    return Fraction(8, 255) if side <= SMALL_SIDE else PUBLISHED_EPSILON
+    data = Data(data_set=data_set, train=nothing, held_out=split, class_names=names)
+    return replace(scale_for(data_set), epsilon=epsilon), data
 
 
 def _row(item: Any) -> tuple[Any, Any]:
@@ -194,12 +192,9 @@ def _pixels(images: Any) -> Tensor:
     if not math.isfinite(low + high):
         raise ValueError("some pixels are NaN or infinite")
     if low < -ROUNDING or high > 1 + ROUNDING:
-        cause = (
-            "normalised already? Give images without it, and the normalisation as mean= and std=: "
-            "radii are in pixels"
-            if low < -ROUNDING
-            else "from 0 to 255? Divide them by 255"
-        )
+        cause = "from 0 to 255? Divide them by 255"
+        if low < -ROUNDING:
+            cause = "normalised already? Give images without it, and it as mean= and std="
         raise ValueError(f"pixels are from {low:.3g} to {high:.3g}, not in [0, 1]: {cause}")
     pixels = pixels.clamp(0, 1)
     whole = pixels.mul(255).round_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -14,13 +14,11 @@ from evaluators import PGD_STEPS
 from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.memory import images_at_once
 from trainables.data.base import Data
+from trainables.layers import Classifier
 from trainables.recipe import Protocol
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, folded, half_precision, pgd_iterates, random_start
 from trainables.train.exactness import image_numbers, uniform
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
 
 FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,11 @@ from evaluators.ledger import Score, survival_scores
 from evaluators.pgd import radii_by_name
 from trainables.data.base import WHOLE, Data, Shard, to_unit
 from trainables.data.registry import SEVERITIES
+from trainables.layers import Classifier
 from trainables.plugins import described, load, origin
 from trainables.scale import Scale
 from trainables.train.adversary import attacked
 from trainables.train.exactness import seed_of
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
 
 PASSES = 40  # forward passes of an image that a plan counts: those of PGD-20
 

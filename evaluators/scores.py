@@ -23,26 +23,28 @@ Rows = Sequence[Sequence[str]]
 PLACE = re.compile(r"^\d+-([0-9a-f]{12}\.\d+)$")  # and content, in the id of an image in memory
 
 
-def _text(title: str, rows: Rows, remarks: Sequence[str]) -> str:
-    """Return a table as lines: a title, rows under a header, and remarks."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return "\n".join([title, *lines, *remarks])
+class _Table:
+    """A title, rows under a header, and remarks: as lines, or as HTML for a notebook."""
 
+    def _shown(self) -> tuple[str, Rows, Sequence[str]]:
+        raise NotImplementedError
 
-def _page(title: str, rows: Rows, remarks: Sequence[str]) -> str:
-    """Return a table as HTML, for a notebook."""
-    table = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    before, *after = (f"<p>{html.escape(text)}</p>" for text in (title, *remarks))
-    return "".join([before, f"<table>{table}</table>", *after])
+    def __str__(self) -> str:
+        title, rows, remarks = self._shown()
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows)
+        return "\n".join([title, *lines, *remarks])
+
+    def _repr_html_(self) -> str:
+        title, rows, remarks = self._shown()
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        before, *after = (f"<p>{html.escape(text)}</p>" for text in (title, *remarks))
+        return "".join([before, f"<table>{table}</table>", *after])
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(_Table):
     """One model's scores, each with its evaluator's seconds, and every verdict behind them.
 
     `ledger`: a row per image and question (evaluators/ledger.py). `identities`: of each evaluator,
@@ -90,12 +92,6 @@ class Scores:
         drawn: Figure = figure
         return drawn
 
-    def __str__(self) -> str:
-        return _text(*self._shown())
-
-    def _repr_html_(self) -> str:
-        return _page(*self._shown())
-
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
         for s in self.scores:
@@ -108,7 +104,7 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(_Table):
     """Paired differences of two models' scores, first minus second, on the images both judged."""
 
     first: Scores
@@ -121,12 +117,6 @@ class Comparison:
         if score not in self.paired:
             raise ValueError(unknown("compared score", score, self.paired))
         return self.paired[score]
-
-    def __str__(self) -> str:
-        return _text(*self._shown())
-
-    def _repr_html_(self) -> str:
-        return _page(*self._shown())
 
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         header = ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")

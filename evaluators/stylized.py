@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,8 @@ from evaluators.base import Batch, Clean, Column, split_batches, verdicts
 from evaluators.ledger import Score, by_question, share
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.registry import SIXTEEN_CLASSES, STORED_SETS
+from trainables.layers import Classifier
 from trainables.train.exactness import seed_of
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
 
 TEXTURE = "texture:"
 SIXTEEN = "cue-conflict-16"

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -28,7 +29,15 @@ from pydantic.fields import FieldInfo
 
 from trainables.data.listing import GIBIBYTE, DataSource
 from trainables.data.registry import FOLDER, STORED_SETS
-from trainables.recipe import Interpolation, Preprocessing, nearest, per_channel, problem, unknown
+from trainables.recipe import (
+    Interpolation,
+    Preprocessing,
+    Side,
+    nearest,
+    per_channel,
+    problem,
+    unknown,
+)
 from trainables.scale import Scale
 from trainables.store.results import PROJECT
 
@@ -55,6 +64,9 @@ def option(
     """
     shown: dict[str, Any] = {"metavar": metavar or None, "also": also, "advanced": advanced}
     return Field(default, description=description, json_schema_extra=shown, **bounds)
+
+
+rare = partial(option, advanced=True)
 
 
 class Options(BaseModel):
@@ -116,14 +128,12 @@ def _add(group: argparse._ActionsContainer, field: FieldInfo, *, advanced: bool)
         settings = {"action": "store_true"}
     elif get_origin(field.annotation) is tuple:
         settings |= {"nargs": "*", "action": "extend"}
+    is_shown = advanced or not extra["advanced"]
     group.add_argument(
-        f"--{field.alias}",
-        *([extra["also"]] if extra["also"] else []),
+        *filter(None, (f"--{field.alias}", extra["also"])),
         dest=field.alias,
         required=field.is_required(),
-        help=f"{field.description}{shown}"
-        if advanced or not extra["advanced"]
-        else argparse.SUPPRESS,
+        help=f"{field.description}{shown}" if is_shown else argparse.SUPPRESS,
         **settings,
     )
 
@@ -209,78 +219,45 @@ class DataOptions(Options):
         "DIR",
     )
     labels: Path | None = option(
-        None,
-        "CSV of NAME,LABEL: of images, or of classes as the data name them (WordNet ids, class "
-        "names or indices)",
-        "FILE",
+        None, "CSV of NAME,LABEL: of images, or of classes (WordNet ids, names or indices)", "FILE"
     )
-    image_size: int | None = option(
+    image_size: Side | None = option(
         None,
         "side in pixels that a model sees (default: the model's own, or the data's)",
         "N",
         also="--input-size",
-        ge=4,
-        le=2048,
     )
-    resize: Literal["crop", "squash"] | None = option(
-        None,
-        "crop: shrink the shorter side, cut out the middle; squash: shrink both sides "
-        "(default: crop)",
-        "HOW",
-        advanced=True,
+    resize: Literal["crop", "squash"] | None = rare(
+        None, "crop: cut the middle out; squash: shrink both sides (default: crop)", "HOW"
     )
-    crop: float | None = option(
-        None,
-        "with --resize crop: the share of the shorter side that is cut out (default: 224/256)",
-        "SHARE",
-        gt=0,
-        le=1,
-        advanced=True,
+    crop: Annotated[float, Field(gt=0, le=1)] | None = rare(
+        None, "of --resize crop: the share of the shorter side (default: 224/256)", "SHARE"
     )
-    interpolation: Interpolation | None = option(
-        None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME", advanced=True
+    interpolation: Interpolation | None = rare(
+        None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME"
     )
-    mean: Annotated[Numbers, Split] = option(
+    mean: Annotated[Numbers, Split] = rare(
         (),
-        "normalisation's mean, one number or one a channel, pixels in [0, 1] (default: the "
-        "model's, or the data's)",
+        "normalisation's mean, one or one a channel, in [0, 1] (default: the data's)",
         "MEAN",
-        advanced=True,
     )
-    std: Annotated[Numbers, Split] = option(
-        (), "the normalisation's deviation, as --mean", "DEVIATION", advanced=True
+    std: Annotated[Numbers, Split] = rare(
+        (), "the normalisation's deviation, as --mean", "DEVIATION"
     )
-    hold_out: float = option(
-        0.0,
-        "judge by this share of each class's train images where there is no val/ or test/; 1: by "
-        "all of them, with nothing to train on",
-        "SHARE",
-        ge=0,
-        le=1,
-        advanced=True,
+    hold_out: Annotated[float, Field(ge=0, le=1)] = rare(
+        0.0, "share of the train images to judge by where there is no val/; 1: all", "SHARE"
     )
-    stored: Folders = option(
+    stored: Folders = rare(
         (),
         f"where further sets lie (default: NAME/ below the data): {', '.join(STORED_SETS)}",
         "NAME=DIR",
-        advanced=True,
     )
     download: bool = option(False, "fetch CIFAR-10's archive where it is not there")
-    data_workers: int = option(
-        0,
-        "processes that decode and augment for each trial; 0: the trial's own",
-        "N",
-        ge=0,
-        advanced=True,
+    data_workers: Annotated[int, Field(ge=0)] = rare(
+        0, "processes that decode and augment for each trial; 0: the trial's own", "N"
     )
-    data_memory: float = option(
-        2.0,
-        "what decoded images may take, once per machine; those of an exact size, like CIFAR-10's, "
-        "are in memory in any case",
-        "GIB",
-        ge=0,
-        lt=2**20,
-        advanced=True,
+    data_memory: Annotated[float, Field(ge=0, lt=2**20)] = rare(
+        2.0, "what decoded images may take, once per machine, beside those of an exact size", "GIB"
     )
 
     @field_validator("mean", "std")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,36 +73,44 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"], config.get("stops_from", 0))
     running.checkpoints = tuple(config.get("checkpoints", ()))
-    needed = {other.digest(): _trained(running, other, storage) for other in recipe.prerequisites}
+    needed: dict[str, Weights] = {}
     for other in recipe.prerequisites:
-        if needed[other.digest()] is None:
+        path = weights_path(storage, other.digest())
+        weights = team.shared(stored_weights(path, other.digest()) if team.rank == 0 else None)
+        if weights is None:
             running.outcome, running.reason = "blocked", f"blocked by {other.describe()}"
             return running
+        needed[other.digest()] = weights
     newest = None
     if team.rank == 0:
         newest = load_newest_checkpoint(folder, digest, say=running.notes.append)
     start = team.shared(newest)
-    _begin(running, is_new=start is None)
-    if start is None and recipe.warm_start:
-        _warm_start(running, needed[recipe.warm_start.digest()])
+    classifier = running.classifier = _begun(running, is_new=start is None)
+    if start is None and (origin := recipe.warm_start):
+        reset = {"reset_head": recipe.reset_head, "new_head": True}  # of other classes
+        weights = needed[origin.digest()]
+        running.notes += fit_weights(weights, classifier, origin.describe(), **reset)
     if not recipe.epochs:
         running.outcome, running.trained = "finished", provenance(running.device)
         return running
-    assert running.classifier is not None
+    teacher = None
+    if recipe.teacher:
+        teacher = build_classifier(recipe.teacher)
+        fit_weights(needed[recipe.teacher.digest()], teacher, recipe.teacher.describe())
     if start:
         running.seconds, running.trained = start["seconds"], start["trained"]
         running.unsent = [_timed(running, metrics) for metrics in start["history"]]
         running.epoch = len(start["history"])
         running.outcome, running.reason = start["outcome"], start["reason"]
-        running.classifier.load_state_dict(start["model"])
+        classifier.load_state_dict(start["model"])
         running.mean = start.get("mean") if recipe.ema_evaluated else None
         running.along = weights_along(folder, running.checkpoints, running.epoch)
     running.reports = train(
         recipe,
-        running.classifier,
+        classifier,
         load_data(scale_of_recipe(recipe), config["source"]),
         device=torch.device(config["device"]),
-        teacher=_teacher(recipe, needed),
+        teacher=teacher,
         start=start,
         compiled=config["compile"],
         team=team,
@@ -110,45 +118,18 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     return running
 
 
-def _begin(running: RunningTrial, *, is_new: bool) -> None:
+def _begun(running: RunningTrial, *, is_new: bool) -> Classifier:
     """Build a trial's classifier; a new one has its first weights, read by the first worker."""
     recipe, team = running.recipe, running.team
-    if not (is_new and recipe.init):
-        running.classifier = build_classifier(recipe)
-    elif team.rank == 0:
-        running.classifier, notes = first_classifier(recipe)
+    if team.rank == 0 and is_new and recipe.init:
+        classifier, notes = first_classifier(recipe)
         running.notes += notes
-        team.shared(running.classifier.state_dict() if team.size > 1 else None)
-    else:
-        running.classifier = build_classifier(recipe)
-        running.classifier.load_state_dict(team.shared(None))
-
-
-def _trained(running: RunningTrial, recipe: Recipe, storage: str) -> Weights | None:
-    """Return the trained weights of a trial that this one needs; None without them."""
-    path, team = weights_path(storage, recipe.digest()), running.team
-    weights = stored_weights(path, recipe.digest()) if team.rank == 0 else None
-    return cast("Weights | None", team.shared(weights))
-
-
-def _warm_start(running: RunningTrial, weights: Weights | None) -> None:
-    """Load another trial's last weights as the first ones; a head of other classes stays new."""
-    assert weights is not None
-    assert running.classifier is not None
-    assert running.recipe.warm_start is not None
-    origin, reset = running.recipe.warm_start.describe(), running.recipe.reset_head
-    notes = fit_weights(weights, running.classifier, origin, reset_head=reset, new_head=True)
-    running.notes += notes
-
-
-def _teacher(recipe: Recipe, needed: Mapping[str, Weights | None]) -> Classifier | None:
-    """Return a student's teacher with its trained weights; None without one."""
-    if recipe.teacher is None:
-        return None
-    weights, teacher = needed[recipe.teacher.digest()], build_classifier(recipe.teacher)
-    assert weights is not None
-    fit_weights(weights, teacher, recipe.teacher.describe())
-    return teacher
+        team.shared(classifier.state_dict() if team.size > 1 else None)
+        return classifier
+    classifier = build_classifier(recipe)
+    if is_new and recipe.init:
+        classifier.load_state_dict(team.shared(None))
+    return classifier
 
 
 def next_result(running: RunningTrial) -> dict[str, Any]:

@@ -28,35 +28,23 @@ SEVERAL_SETS = re.compile(r"(?P<norm>.+)\.bn(?P<set>\d+)\.proxy_bn\.")
 
 
 def load_weights(
-    where: str | Path,
-    module: nn.Module,
-    *,
-    sha256: str = "",
-    new_head: bool = False,
-    reset_head: bool = False,
+    where: str | Path, module: nn.Module, *, sha256: str = "", **heads: bool
 ) -> tuple[str, ...]:
     """Load weights of any origin into a module; return notes on what was mapped.
 
-    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. Otherwise as
-    `fit_weights`.
+    where: timm:NAME.TAG, or what `local_file` takes. sha256: the file's. heads: as `fit_weights`.
     """
     where = str(where)
     if where.startswith(TIMM_PREFIX):
-        tensors = _timm_weights(where, module)
+        built_with = getattr(getattr(module, "backbone", module), "built_with", {})
+        options = {**built_with, "num_classes": num_classes_of(where)}  # timm fits them to these
+        with _fetching(where):
+            name = where.removeprefix(TIMM_PREFIX)
+            tensors = timm.create_model(name, pretrained=True, **options).state_dict()
     else:
         path = local_file(where, sha256)
         tensors = read_tensors(read_content(path, sha256), path)
-    return fit_weights(tensors, module, where, new_head=new_head, reset_head=reset_head)
-
-
-def _timm_weights(model: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return timm's pretrained weights, brought by timm to the image size of a module."""
-    built_with = getattr(getattr(module, "backbone", module), "built_with", {})
-    options = {**built_with, "num_classes": num_classes_of(model)}
-    with _fetching(model):
-        pretrained = timm.create_model(model.removeprefix(TIMM_PREFIX), pretrained=True, **options)
-    tensors: dict[str, Tensor] = pretrained.state_dict()
-    return tensors
+    return fit_weights(tensors, module, where, **heads)
 
 
 def local_file(where: str, sha256: str = "") -> Path:

@@ -340,13 +340,7 @@ class TrainBatches:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        split: Split,
-        *,
-        workers: int,
-        pin: bool = False,
-        team: Team = ALONE,
+        self, recipe: Recipe, split: Split, *, workers: int, pin: bool = False, team: Team = ALONE
     ) -> None:
         self._recipe, self._count = recipe, len(split)
         self._rows = team.rows(recipe.forward_batch, paired=recipe.mixes)

@@ -58,8 +58,11 @@ def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) ->
         images = _packed_images(root, places)
     elif labels and not _folders_in(place):
         images = {"": _images_in(root, place)}
+    elif names := _folders_in(place):
+        images = {name: _images_in(root, place / name) for name in names}
     else:
-        images = _class_folders(root, place)
+        expected = "expected <class>/<image>, or --labels FILE that labels its images"
+        raise ValueError(f"{place} holds no class folders; {expected}")
     if not any(images.values()):
         expected = f"expected <class>/<image>, whose name ends in {', '.join(SUFFIXES)}"
         raise ValueError(f"{place} holds no image; {expected}")
@@ -133,16 +136,6 @@ def open_image(path: Path) -> IO[bytes]:
             return BytesIO(shard.read(count))
     value = _open_table(file)[0][first].as_py()
     return BytesIO(value["bytes"] if isinstance(value, dict) else value)
-
-
-def _class_folders(root: Path, split: Path) -> Paths:
-    """Return the images of a split's class folders; ValueError where there is no folder."""
-    if names := _folders_in(split):
-        return {name: _images_in(root, split / name) for name in names}
-    raise ValueError(
-        f"{split} holds no class folders; expected <class>/<image>, or --labels FILE that labels "
-        "its images"
-    )
 
 
 def _folders_in(folder: Path) -> list[str]:

@@ -22,13 +22,7 @@ from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, ResizedImages
-from trainables.data.listing import (
-    EMBEDDED,
-    DataSource,
-    ImageList,
-    list_splits,
-    list_stored,
-)
+from trainables.data.listing import EMBEDDED, DataSource, ImageList, list_splits, list_stored
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
 from trainables.scale import Scale
 

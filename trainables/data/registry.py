@@ -155,14 +155,8 @@ class DataSet:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(
-            size=self.image_size,
-            crop=self.crop,
-            squash=self.squash,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-        )
+        names = ("crop", "squash", "interpolation", "mean", "std")
+        return Preprocessing(size=self.image_size, **{name: getattr(self, name) for name in names})
 
     def preprocessed(self, preprocessing: Preprocessing) -> DataSet:
         """Return the data set as a model with a preprocessing of its own sees it."""

@@ -7,13 +7,14 @@ import io
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from trainables.layers import Classifier
 from trainables.recipe import Recipe
 from trainables.store.storage import (
     ASIDE,
@@ -25,16 +26,7 @@ from trainables.store.storage import (
     read_file,
     write_file,
 )
-from trainables.store.tensors import (
-    RECIPE_ENTRY,
-    metadata_of,
-    read_safetensors,
-    sealed,
-    unpickled,
-)
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
+from trainables.store.tensors import RECIPE_ENTRY, metadata_of, read_safetensors, sealed, unpickled
 
 CHECKPOINTS = 2  # of a trial, the newest
 DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to

@@ -143,7 +143,11 @@ def _connected(path: Path) -> sqlite3.Connection:
 @cache
 def provenance(device: str) -> dict[str, str]:
     """Return the versions and the hardware of this process, by name; `device` as torch names it."""
-    versions = {name: version_of(name) for name in (PROJECT, *LIBRARIES)}
+    versions, gpu = {name: version_of(name) for name in (PROJECT, *LIBRARIES)}, ""
+    if device.startswith("cuda"):
+        import torch
+
+        gpu = torch.cuda.get_device_name(device)
     known = {
         PROJECT: versions.pop(PROJECT),
         "commit": _commit(),
@@ -151,7 +155,7 @@ def provenance(device: str) -> dict[str, str]:
         **versions,
         **plug_in_versions(),
         "cpu": _cpu(),
-        "gpu": _gpu(device),
+        "gpu": gpu,
         "device": device.partition(":")[0],
     }
     return {name: value for name, value in known.items() if value}
@@ -191,11 +195,3 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _gpu(device: str) -> str:
-    if not device.startswith("cuda"):
-        return ""
-    import torch
-
-    return str(torch.cuda.get_device_name(device))

@@ -45,10 +45,7 @@ def wait_after(failures: int) -> float:
 
 
 def patiently(
-    call: Callable[[], Answer],
-    *,
-    say: Callable[[str], None],
-    stop: threading.Event | None = None,
+    call: Callable[[], Answer], *, say: Callable[[str], None], stop: threading.Event | None = None
 ) -> Answer:
     """Call until the server answers and its disk has room, or until `stop` is set.
 

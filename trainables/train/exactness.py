@@ -99,13 +99,19 @@ def uniform(images_B: Tensor, shape: Sequence[int], *, key: Sequence[int | str])
     images_B: int64 numbers that name the images; key: what else the draw is for. An image's numbers
     are the same bits on every device and beside whichever other images they are drawn.
     """
-    count = math.prod(shape)
+    digest, count = hashlib.sha256(repr(tuple(key)).encode()).digest(), math.prod(shape)
+    words = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
     drawn = torch.empty(len(images_B), count, device=images_B.device)
     at_once = AT_ONCE.get(images_B.device.type, AT_ONCE_ELSEWHERE)
     rows = max(1, at_once // max(1, count))
+    blocks = torch.arange(math.ceil(count / 4), device=images_B.device)
     for first in range(0, len(images_B), rows):
         part = slice(first, first + rows)
-        drawn[part] = _uniform(images_B[part], count, _key_of(key))
+        low, high = (images_B[part] & WORD)[:, None], ((images_B[part] >> 32) & WORD)[:, None]
+        counter = (blocks, low, high, torch.zeros_like(low))
+        numbers = philox([word.expand(len(low), len(blocks)) for word in counter], words)
+        whole = torch.stack(numbers, dim=-1).flatten(1)[:, :count]
+        drawn[part] = (whole >> (32 - MANTISSA)).float().mul_(2.0**-MANTISSA)
     return drawn.view(len(images_B), *shape)
 
 
@@ -118,17 +124,3 @@ def image_numbers(ids: Sequence[str]) -> Tensor:
 def seed_of(key: str) -> int:
     """Return the seed of a generator that follows from a text."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-
-
-def _uniform(images_B: Tensor, count: int, key: tuple[int, int]) -> Tensor:
-    blocks = torch.arange(math.ceil(count / 4), device=images_B.device)
-    low, high = (images_B & WORD)[:, None], ((images_B >> 32) & WORD)[:, None]
-    counter = (blocks.expand(len(images_B), -1), low, high, torch.zeros_like(low))
-    words = philox([word.expand(-1, len(blocks)) for word in counter], key)
-    numbers = torch.stack(words, dim=-1).flatten(1)[:, :count]
-    return (numbers >> (32 - MANTISSA)).float().mul_(2.0**-MANTISSA)
-
-
-def _key_of(parts: Sequence[int | str]) -> tuple[int, int]:
-    digest = hashlib.sha256(repr(tuple(parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")

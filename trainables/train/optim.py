@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -23,8 +24,11 @@ def learning_rate(recipe: Recipe, epochs_done: float) -> float:
     The cosine is not shifted by the warm-up. Source: STUDY section 3. Whatever the study does not
     vary about a schedule is timm's.
     """
-    if not _is_studys(recipe):
-        return _timm_rate(recipe, epochs_done)
+    beyond = recipe.scheduler_args or recipe.warmup_prefix or recipe.cooldown_epochs
+    if beyond or recipe.scheduler not in STUDY_SCHEDULERS:
+        optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=recipe.learning_rate)
+        build_schedule(recipe, optimizer).step(epochs_done)  # which may be a fraction
+        return float(optimizer.param_groups[0]["lr"])
     if epochs_done < recipe.warmup_epochs:
         done = epochs_done / recipe.warmup_epochs
         return recipe.warmup_rate + (recipe.learning_rate - recipe.warmup_rate) * done
@@ -34,19 +38,6 @@ def learning_rate(recipe: Recipe, epochs_done: float) -> float:
         return recipe.floor_rate + 0.5 * swing * (1 + math.cos(math.pi * progress))
     passed = sum(epochs_done >= milestone * recipe.epochs for milestone in STEP_MILESTONES)
     return recipe.learning_rate * 0.1**passed
-
-
-def _is_studys(recipe: Recipe) -> bool:
-    beyond = recipe.scheduler_args or recipe.warmup_prefix or recipe.cooldown_epochs
-    return recipe.scheduler in STUDY_SCHEDULERS and not beyond
-
-
-def _timm_rate(recipe: Recipe, epochs_done: float) -> float:
-    """Return the rate of timm's schedule, whose epochs may be fractions, on a rate alone."""
-    optimizer = SGD([nn.Parameter(torch.zeros(()))], lr=recipe.learning_rate)
-    schedule = build_schedule(recipe, optimizer)
-    schedule.step(epochs_done)
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer) -> Scheduler:
@@ -82,16 +73,13 @@ def rate_at(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split trainable parameters: no decay on 1-D ones, biases, position embedding, class token."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    learned = (pair for pair in module.named_parameters() if pair[1].requires_grad)
-    for name, parameter in learned:
-        exempt = parameter.ndim <= 1 or name.endswith(NO_DECAY)
-        (free if exempt else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+    decayed, free = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim <= 1 or name.endswith(NO_DECAY)
+            (free if exempt else decayed).append(parameter)
+    groups = ((decayed, weight_decay), (free, 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups]
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
@@ -107,15 +95,8 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     try:
         if name not in STUDY_OPTIMIZERS or recipe.layer_decay:
             arguments = {"momentum": 0.9, **recipe.optimizer_args}
-            optimizer: Optimizer = create_optimizer_v2(
-                network,
-                name,
-                lr=rate,
-                weight_decay=decay,
-                layer_decay=recipe.layer_decay,
-                **arguments,
-            )
-            return optimizer
+            rates = {"lr": rate, "weight_decay": decay, "layer_decay": recipe.layer_decay}
+            return cast(Optimizer, create_optimizer_v2(network, name, **rates, **arguments))
         groups = parameter_groups(module, decay)
         if name == "sgd":
             # torch's fused SGD leaves its momentum unset where the first scaled step is skipped.
