@@ -38,7 +38,10 @@ def judge_checkpoint(options: JudgeOptions) -> bool:
     probed = data.held_out.images[:PROBED]
     _, remarks = probe(classifier.to(device).eval(), probed)
     name = Path((options.weights or options.model or "").rpartition(":")[2]).name
-    digest = fingerprint(classifier, probed, _code(options.model or ""))
+    place = options.model or ""
+    code = Path(place if place.endswith(".pt2") else place.rpartition(":")[0])  # of a user
+    is_code = code.suffix in (".py", ".pt2")
+    digest = fingerprint(classifier, probed, code.read_bytes() if is_code else b"")
     folder = options.ledger or Path("results/ledgers", f"{name}-{digest}-{scale.name}")
     judged = repr((digest, scale, source.root, sorted(source.folders.items())))
     evaluators = evaluators_named(options.evaluators, scale, options.epsilon)
@@ -96,12 +99,6 @@ def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier,
         classifier.backbone = OwnModel(classifier.backbone, 1)
     said = [f"Model: {model}; weights: {weights or 'as the model brings them'}"]
     return classifier, scale, said + [f"Weights: {note}" for note in notes]
-
-
-def _code(model: str) -> bytes:
-    """Return the file of a user's code, or the exported program, that a model's name names."""
-    file = Path(model if model.endswith(".pt2") else model.rpartition(":")[0])
-    return file.read_bytes() if file.suffix in (".py", ".pt2") else b""
 
 
 def _weights(options: JudgeOptions) -> str:

@@ -153,10 +153,8 @@ def evaluators_named(
             settings["steps"] = steps
         evaluators.append(evaluator_named(name, scale, **settings))
     if radii and not any(evaluator.takes_radii for evaluator in evaluators):
-        raise ValueError(
-            f"epsilon is a radius of pgd, autoattack and plug-ins' attacks: {', '.join(names)} "
-            "takes none"
-        )
+        takers = "pgd, autoattack and plug-ins' attacks"
+        raise ValueError(f"epsilon is a radius of {takers}: {', '.join(names)} takes none")
     return evaluators
 
 

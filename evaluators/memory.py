@@ -22,7 +22,12 @@ def images_at_once(model: nn.Module, images_BCHW: Tensor, *, most: int) -> int:
     what autograd holds for it is counted.
     """
     image_bytes = images_BCHW[0].numel() * images_BCHW.element_size()
-    budget = _budget(images_BCHW.device)
+    budget = CPU_BYTES
+    if (device := images_BCHW.device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has reserved and does not use is free for it as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = int(GPU_SHARE * (free + unused))
     if most * image_bytes * HELD_AT_MOST <= budget:
         return most
     activations, largest = _held_activations(model, images_BCHW[:1])
@@ -45,12 +50,3 @@ def _held_activations(model: nn.Module, image_1CHW: Tensor) -> tuple[int, int]:
         graph = model(image_1CHW.detach().clone().requires_grad_(True))
     del graph
     return sum(held.values()), max(held.values(), default=0)
-
-
-def _budget(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CPU_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch has reserved and does not use is free for it as well.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(GPU_SHARE * (free + unused))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -80,14 +81,12 @@ class JudgeOptions(DataOptions):
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's arguments: Python's values where they read as such, or text."""
-        return dict(map(_argument, self.model_arg))
-
-
-def _argument(word: str) -> tuple[str, Any]:
-    name, equals, text = word.partition("=")
-    if not (equals and name.isidentifier()):
-        raise ValueError(f"--model-arg: {word!r} is not NAME=VALUE, like num_classes=10")
-    try:
-        return name, ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
-        return name, text
+        values: dict[str, Any] = {}
+        for name, equals, text in (word.partition("=") for word in self.model_arg):
+            if not (equals and name.isidentifier()):
+                word = f"{name}{equals}{text}"
+                raise ValueError(f"--model-arg: {word!r} is not NAME=VALUE, like num_classes=10")
+            values[name] = text
+            with suppress(SyntaxError, ValueError):
+                values[name] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        return values

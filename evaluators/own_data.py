@@ -72,10 +72,8 @@ def for_head(scale: Scale, data: Data, outputs: int) -> tuple[Scale, Data]:
     labels, classes = data.held_out.labels, len(data.class_names)
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
-        raise ValueError(
-            f"label {int(labels[outside][0])} is out of range: there are {classes} classes, so "
-            f"labels are from 0 to {classes - 1}"
-        )
+        allowed = f"there are {classes} classes, so labels are from 0 to {classes - 1}"
+        raise ValueError(f"label {int(labels[outside][0])} is out of range: {allowed}")
     return attacking(scale, len(labels)), replace(data, corrupted=len(labels))
 
 
@@ -164,10 +162,8 @@ def _together(batches: list[Tensor]) -> Tensor:
         batches = [images.expand(-1, 3, -1, -1) for images in batches]
     if len(shapes := {tuple(images.shape[1:]) for images in batches}) > 1:
         first, second, *_ = sorted(shapes)
-        raise ValueError(
-            f"images are of different sizes, {first} and {second}: image_size=224 brings images of "
-            "files to one size; resize tensors before"
-        )
+        remedy = "image_size=224 brings images of files to one size; resize tensors before"
+        raise ValueError(f"images are of different sizes, {first} and {second}: {remedy}")
     if len({images.dtype for images in batches}) > 1:
         batches = [to_unit(images) for images in batches]
     return torch.cat(batches)

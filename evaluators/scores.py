@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -89,8 +89,7 @@ class Scores(_Table):
         axes.set(xlabel="% with 95 % interval", title=self.name, xlim=(-2, 102))
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        drawn: Figure = figure
-        return drawn
+        return cast("Figure", figure)
 
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]

@@ -70,7 +70,7 @@ def test_torchvisions_archive_is_read(tmp_path, monkeypatch):
     expected = TORCHVISION(tmp_path, train=False).data[7]
     assert np.array_equal(data.held_out.images[7].permute(1, 2, 0).numpy(), expected)
     assert data.class_names == CLASSES
-    with pytest.raises(ValueError, match="brings labels and held-out images: leave out"):
+    with pytest.raises(ValueError, match="archive has its own: leave out --labels"):
         load_data(CIFAR10, DataSource(root=tmp_path, hold_out=0.2))
 
 

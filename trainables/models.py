@@ -130,10 +130,9 @@ def register(model: Model) -> None:
     """Add a model; ValueError where its name, or its family's size, is taken."""
     taken = {name for name, m in MODELS.items() if (m.family, m.size) == (model.family, model.size)}
     if taken or model.name in MODELS:
-        raise ValueError(
-            f"model {model.name!r} ({model.family}, {model.size}) cannot be added: "
-            f"{next(iter(taken), model.name)!r} is there already"
-        )
+        there = f"{next(iter(taken), model.name)!r} is there already"
+        said = f"model {model.name!r} ({model.family}, {model.size})"
+        raise ValueError(f"{said} cannot be added: {there}")
     MODELS[model.name] = model
 
 

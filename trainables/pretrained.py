@@ -70,8 +70,7 @@ def timm_config(model: str) -> dict[str, Any] | None:
     if not timm.is_model(name) or ("." in name and not timm.models.is_model_pretrained(name)):
         near = nearest(name, [*timm.list_models(), *timm.list_pretrained()])
         raise ValueError(f"timm has no model {name!r}{near}")
-    config: dict[str, Any] = timm.models.get_pretrained_cfg(name).to_dict()
-    return config
+    return dict(timm.models.get_pretrained_cfg(name).to_dict())
 
 
 def located(where: str, sha256: str, folder: Path) -> tuple[str, str]:

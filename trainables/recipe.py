@@ -154,10 +154,9 @@ def check_optimizer(name: str) -> str:
         from timm.optim import list_optimizers
 
         if name not in (known := list_optimizers()):
-            raise ValueError(
-                f"unknown optimizer {name!r}; {', '.join(STUDY_OPTIMIZERS)}, or one of timm's "
-                f"{len(known)}{nearest(name, [*STUDY_OPTIMIZERS, *known])}"
-            )
+            near = nearest(name, [*STUDY_OPTIMIZERS, *known])
+            allowed = f"{', '.join(STUDY_OPTIMIZERS)}, or one of timm's {len(known)}{near}"
+            raise ValueError(f"unknown optimizer {name!r}; {allowed}")
     return name
 
 

@@ -44,14 +44,11 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     try it again.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
-        self._begin(config)
-
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin(new_config)
+        self.setup(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any]) -> None:
         # Tune does not retry what fails here: the work is done in the first step.
         self._trial_config = trial_config(config)
         self._running: RunningTrial | None = None

@@ -90,10 +90,8 @@ def _relabelled(images: Paths, file: Path) -> Paths:
         label = next((rows[key] for key in names if key in rows), None)
         (missing if label is None else labelled[label]).append(path)
     if not labelled:
-        raise ValueError(
-            f"{file} labels none of {len(missing)} images: its first name is "
-            f"{next(iter(rows))!r}, and the first image is {missing[0]!r}"
-        )
+        firsts = f"its first name is {next(iter(rows))!r}, and the first image is {missing[0]!r}"
+        raise ValueError(f"{file} labels none of {len(missing)} images: {firsts}")
     if missing:
         _warn_once(f"{file} does not label {len(missing)} images: they are left out")
     return _in_order(labelled)

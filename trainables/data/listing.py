@@ -308,10 +308,8 @@ def scale_of(name: str | None, source: DataSource, *, image_size: int | None = N
         raise ValueError(f"scale {name!r} is embedded: --data goes with another --scale")
     for stored, _ in source.stored:
         if stored not in data_set.counterparts:
-            raise ValueError(
-                f"--stored {stored}=DIR is not read at scale {name!r}: its stored sets are "
-                f"{', '.join(data_set.counterparts) or 'none'}"
-            )
+            sets = f"its stored sets are {', '.join(data_set.counterparts) or 'none'}"
+            raise ValueError(f"--stored {stored}=DIR is not read at scale {name!r}: {sets}")
     return scale.preprocessed(Preprocessing(size=image_size))
 
 

@@ -147,10 +147,7 @@ def _archived(archive: Any, data_set: DataSet, source: DataSource) -> Loaded:
     from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
 
     if source.labels or source.hold_out:
-        raise ValueError(
-            "torchvision's archive brings labels and held-out images: leave out --labels and "
-            "--hold-out"
-        )
+        raise ValueError("torchvision's archive has its own: leave out --labels and --hold-out")
     root = source.root
     assert root is not None
     assert isinstance(data_set.classes, tuple)
@@ -163,10 +160,8 @@ def _archived(archive: Any, data_set: DataSet, source: DataSource) -> Loaded:
             ids = tuple(f"{data_set.name}/{part}/{place:05d}" for place in range(len(images)))
             splits.append(Split(images=images, labels=torch.tensor(stored.targets), ids=ids))
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        raise ValueError(
-            f"{packed} or {root / archive.base_folder} is not {data_set.short_title} as published: "
-            f"{error}; fetch it again"
-        ) from None
+        where, title = f"{packed} or {root / archive.base_folder}", data_set.short_title
+        raise ValueError(f"{where} is not {title} as published: {error}; fetch it again") from None
     return splits[0], splits[1], data_set.classes
 
 

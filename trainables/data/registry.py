@@ -243,10 +243,8 @@ def is_buildable(size: int) -> bool:
 def check_size(size: int) -> None:
     """Raise ValueError where the study's models cannot be built for images of a size."""
     if not is_buildable(size):
-        raise ValueError(
-            f"an image size of {size} is not a multiple of {SIZE_STEP} from {SMALLEST_SIZE} to "
-            f"{LARGEST_SIZE}"
-        )
+        allowed = f"a multiple of {SIZE_STEP} from {SMALLEST_SIZE} to {LARGEST_SIZE}"
+        raise ValueError(f"an image size of {size} is not {allowed}")
 
 
 def register(data_set: DataSet) -> None:

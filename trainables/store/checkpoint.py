@@ -146,8 +146,7 @@ class PackagedClassifier:
 
     @torch.inference_mode()
     def predict(self, images_BCHW: np.ndarray, params: object = None) -> np.ndarray:
-        logits: np.ndarray = self.classifier(torch.from_numpy(images_BCHW)).numpy()
-        return logits
+        return np.asarray(self.classifier(torch.from_numpy(images_BCHW)))
 
 
 def _load_pyfunc(folder: str) -> PackagedClassifier:

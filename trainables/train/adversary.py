@@ -257,7 +257,13 @@ class FoldedClassifier(nn.Module):
     def refresh(self) -> None:
         """Merge the present weights and running statistics."""
         for convolution, norm, merged in self.merged:
-            gain, shift = _affine(norm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            mean, var = norm.running_mean, norm.running_var
+            if isinstance(norm, GhostBatchNorm2d):
+                mean, var = mean[0, : norm.features], var[0, : norm.features]
+            gain = norm.weight.flatten() * (var + norm.eps).rsqrt()
+            shift = norm.bias.flatten() - mean * gain
             weight, bias = convolution.weight, convolution.bias
             merged.weight.copy_(weight * gain.view(-1, 1, 1, 1))
             merged.bias.copy_(shift if bias is None else shift + gain * bias)  # type: ignore[union-attr]
@@ -289,17 +295,6 @@ class FoldedClassifier(nn.Module):
         node.replace_all_uses_with(before)
         node.graph.erase_node(node)
         return convolution, norm, merged
-
-
-def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Return the gain_C and shift_C that a norm in eval mode comes to."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, var = norm.running_mean, norm.running_var
-    if isinstance(norm, GhostBatchNorm2d):
-        mean, var = mean[0, : norm.features], var[0, : norm.features]
-    gain = norm.weight.flatten() * (var + norm.eps).rsqrt()
-    return gain, norm.bias.flatten() - mean * gain
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ from typing import Any, Literal, cast
 import torch
 from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from trainables.data.augment import TrainBatches, mix, seed_of
 from trainables.data.base import Data, Split, to_unit
@@ -57,22 +56,45 @@ class EpochReport:
     judged: Classifier
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Training:
-    recipe: Recipe
-    classifier: Classifier
-    teacher: Classifier | None
-    optimizer: Optimizer
-    data: Data
-    batches: TrainBatches
-    device: torch.device
-    scaler: GradScaler
-    forward: Callable[[Tensor], Tensor]
-    twin: FoldedClassifier | None
-    team: Team
-    network: nn.Module  # the classifier, or DDP around it
-    mean: ModelEmaV3 | None  # of the weights
-    draws: bool  # whether the network draws at random
+    """What a training needs; it has the state of an earlier report, if any."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        classifier: Classifier,
+        data: Data,
+        device: torch.device,
+        teacher: Classifier | None,
+        start: dict[str, Any] | None,
+        compiled: bool,
+        team: Team,
+    ) -> None:
+        exact(device)
+        classifier.to(device)
+        self.recipe, self.classifier, self.data = recipe, classifier, data
+        self.device, self.teacher, self.team = device, teacher, team
+        self.network = gathered(classifier, team)  # the classifier, or DDP around it
+        self.optimizer = build_optimizer(recipe, classifier)
+        self.mean = ModelEmaV3(classifier, recipe.ema_decay) if recipe.ema_decay else None
+        self.scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
+        if start is not None:
+            classifier.load_state_dict(start["model"])
+            self.optimizer.load_state_dict(start["optimizer"])
+            if self.mean is not None:
+                self.mean.module.load_state_dict(start["mean"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(start["scaler"])
+        if teacher is not None:
+            teacher.to(device).eval().requires_grad_(False)
+        self.twin: FoldedClassifier | None = None
+        if recipe.adversary and recipe.norm != "ghost":  # ghosts differ, so none is folded
+            self.twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
+        workers, pin = data.workers, device.type == "cuda"
+        self.batches = TrainBatches(recipe, data.train, workers=workers, pin=pin, team=team)
+        self.draws = draws(classifier.backbone)  # whether the network draws at random
+        self.forward: Callable[[Tensor], Tensor]
+        self.forward = torch.compile(self.network) if compiled else self.network
 
     @property
     def judged(self) -> Classifier:
@@ -102,7 +124,7 @@ def train(
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
-    training = _begun(recipe, classifier, data, device, teacher, start, compiled, team)
+    training = _Training(recipe, classifier, data, device, teacher, start, compiled, team)
     history: list[dict[str, float]] = list(start["history"]) if start else []
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(training, epoch))
@@ -110,54 +132,6 @@ def train(
         yield report
         if report.outcome == "collapsed":
             return
-
-
-def _begun(
-    recipe: Recipe,
-    classifier: Classifier,
-    data: Data,
-    device: torch.device,
-    teacher: Classifier | None,
-    start: dict[str, Any] | None,
-    compiled: bool,
-    team: Team,
-) -> _Training:
-    """Build what a training needs; it has the state of an earlier report, if any."""
-    exact(device)
-    classifier.to(device)
-    network = gathered(classifier, team)
-    optimizer = build_optimizer(recipe, classifier)
-    mean = ModelEmaV3(classifier, recipe.ema_decay) if recipe.ema_decay else None
-    if start is not None:
-        classifier.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
-        if mean is not None:
-            mean.module.load_state_dict(start["mean"])
-    if teacher is not None:
-        teacher.to(device).eval().requires_grad_(False)
-    scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
-    if start is not None and scaler.is_enabled():
-        scaler.load_state_dict(start["scaler"])
-    twin = None
-    if recipe.adversary and recipe.norm != "ghost":  # ghosts differ, so none is folded
-        twin = folded(classifier.eval(), to_unit(data.train.images[:1].to(device)))
-    workers, pin = data.workers, device.type == "cuda"
-    return _Training(
-        recipe=recipe,
-        classifier=classifier,
-        teacher=teacher,
-        optimizer=optimizer,
-        data=data,
-        batches=TrainBatches(recipe, data.train, workers=workers, pin=pin, team=team),
-        device=device,
-        scaler=scaler,
-        twin=twin,
-        team=team,
-        network=network,
-        mean=mean,
-        draws=draws(classifier.backbone),
-        forward=torch.compile(network) if compiled else network,
-    )
 
 
 def _epoch(training: _Training, epoch: int) -> dict[str, float]:
@@ -225,22 +199,16 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         if last:
-            _step(training)
+            if recipe.clip_grad:
+                training.scaler.unscale_(optimizer)
+                parameters = list(training.classifier.parameters())
+                dispatch_clip_grad(parameters, recipe.clip_grad, recipe.clip_mode)
+            training.scaler.step(optimizer)
+            training.scaler.update()
+            if training.mean:
+                training.mean.update(training.classifier)
     mean = float(training.team.total(total)) / training.team.size
     return {"train/loss": mean / (steps * recipe.accumulation), "train/rate": rate}
-
-
-def _step(training: _Training) -> None:
-    """Clip the gradients, step the optimizer and move the mean of the weights, as due."""
-    recipe, optimizer = training.recipe, training.optimizer
-    if recipe.clip_grad:
-        training.scaler.unscale_(optimizer)
-        parameters = list(training.classifier.parameters())
-        dispatch_clip_grad(parameters, recipe.clip_grad, recipe.clip_mode)
-    training.scaler.step(optimizer)
-    training.scaler.update()
-    if training.mean:
-        training.mean.update(training.classifier)
 
 
 def _batch_loss(

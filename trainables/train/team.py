@@ -71,10 +71,8 @@ def check_team(recipe: Recipe, size: int) -> None:
         name = f"{parts} ghost batches of {recipe.ghost_batch}"
     if parts % size:
         allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-        raise ValueError(
-            f"{recipe.describe()}: its {name} cannot be shared by {size} workers; "
-            f"their number must be one of {allowed}"
-        )
+        said = f"{recipe.describe()}: its {name} cannot be shared by {size} workers"
+        raise ValueError(f"{said}; their number must be one of {allowed}")
 
 
 def gathered(classifier: Classifier, team: Team) -> nn.Module:
