@@ -20,8 +20,8 @@ from trainables.pretrained import preprocessing_of
 from trainables.recipe import Recipe
 from trainables.scale import Scale, scale_of_recipe
 from trainables.store.checkpoint import recipe_of
-from trainables.store.tensors import read_content, read_tensors
-from trainables.weights import fit_weights, load_weights, local_file
+from trainables.store.tensors import read_content
+from trainables.weights import load_weights, local_file
 
 if TYPE_CHECKING:
     from evaluators.options import JudgeOptions
@@ -76,12 +76,8 @@ def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier,
 
     Return it, the data's scale as it sees them, and lines that say what it is made of. ValueError.
     """
-    model, weights, notes = options.model, _weights(options), tuple[str, ...]()
-    in_file = bool(weights) and not weights.startswith(TIMM_PREFIX)
-    if in_file:
-        path = local_file(weights, options.sha256)
-        content = read_content(path, options.sha256)
-    if model or not in_file:
+    model, weights = options.model, _weights(options)
+    if model or not weights or weights.startswith(TIMM_PREFIX):
         model = model or weights
         scale = scale_of(options.scale, source, image_size=options.image_size)
         scale = scale.preprocessed(preprocessing_of(model) | options.preprocessing())
@@ -89,12 +85,10 @@ def load_subject(options: JudgeOptions, source: DataSource) -> tuple[Classifier,
             model, scale, activation=options.activation, arguments=options.arguments()
         )
     else:
-        recipe = _recipe(options, content, source)
+        path = local_file(weights, options.sha256)
+        recipe = _recipe(options, read_content(path, options.sha256), source)
         model, scale, classifier = recipe.model, scale_of_recipe(recipe), build_classifier(recipe)
-    if in_file:
-        notes = fit_weights(read_tensors(content, path), classifier, weights)
-    elif weights:
-        notes = load_weights(weights, classifier)
+    notes = load_weights(weights, classifier, sha256=options.sha256) if weights else ()
     if model_named(model).family == OWN:
         classifier.backbone = OwnModel(classifier.backbone, 1)
     said = [f"Model: {model}; weights: {weights or 'as the model brings them'}"]

@@ -362,12 +362,8 @@ FROST_ANGLES = 8
 # Mean (R, G, B) and spread of each of the package imagecorruptions' photographs, over pieces of
 # 224 px drawn as it draws them. The second and third show the same.
 FROST_MEANS = (
-    (0.306, 0.582, 0.645),
-    (0.775, 0.792, 0.828),
-    (0.775, 0.792, 0.828),
-    (0.565, 0.623, 0.673),
-    (0.396, 0.441, 0.487),
-    (0.273, 0.352, 0.382),
+    *((0.306, 0.582, 0.645), (0.775, 0.792, 0.828), (0.775, 0.792, 0.828)),
+    *((0.565, 0.623, 0.673), (0.396, 0.441, 0.487), (0.273, 0.352, 0.382)),
 )
 FROST_SPREADS = (0.071, 0.082, 0.082, 0.106, 0.144, 0.150)
 

@@ -53,13 +53,9 @@ class Health(Evaluator):
         numbers_B = image_numbers(batch.ids)
         start = random_start(batch.images, numbers_B, epsilon=HUGE_EPSILON, key=(self.name,))
         with attacked(classifier):
+            pair, stops = (batch.images, batch.labels), (HUGE_STEPS,)
             ((_, images_BCHW),) = pgd_iterates(
-                classifier,
-                batch.images,
-                batch.labels,
-                epsilon=HUGE_EPSILON,
-                stops=(HUGE_STEPS,),
-                start_BCHW=start,
+                classifier, *pair, epsilon=HUGE_EPSILON, stops=stops, start_BCHW=start
             )
             with torch.no_grad():
                 predicted = classifier(images_BCHW).argmax(dim=1)

@@ -25,14 +25,7 @@ from ray.tune.search import Searcher
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
 from grid.check import Finding
-from grid.cluster import (
-    Placement,
-    check_nodes,
-    check_room,
-    connect,
-    nodes_there,
-    wait_for_nodes,
-)
+from grid.cluster import Placement, check_nodes, check_room, connect, nodes_there, wait_for_nodes
 from grid.options import RunOptions
 from grid.plan import Plan
 from grid.record import Recorder
@@ -48,13 +41,7 @@ from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import STOPPED, Tracker
 from trainables.train.team import check_team
-from trainables.trial import (
-    CONTROLLER,
-    RecipeTrial,
-    teams_placed,
-    train_together,
-    trial_config,
-)
+from trainables.trial import CONTROLLER, RecipeTrial, teams_placed, train_together, trial_config
 
 SHARDS_FOLDER = "shards"
 TUNE_FOLDER = "tune"
@@ -339,9 +326,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        configs: Mapping[str, dict[str, Any]],
-        teams_placed: Callable[[], int] | None = None,
+        self, configs: Mapping[str, dict[str, Any]], teams_placed: Callable[[], int] | None = None
     ) -> None:
         super().__init__()
         self._configs, self._teams_placed = configs, teams_placed

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from grid.axes import AXES, SETTABLE
 from grid.plan import Sizes
 from grid.space import BASE
 from grid.study import DEFAULT, QUICK, STUDIES
-from trainables.options import Address, Count, DataOptions, Names, Options, Words, option
+from trainables.options import Address, Count, DataOptions, Names, Options, Words, option, rare
 from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
@@ -24,6 +24,7 @@ from trainables.watchdog import HUNG_SECONDS
 MODES = ("plan", "check", "status", "report")
 SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
+NotNegative = Annotated[float, Field(ge=0)]
 # Where `ray start` writes it.
 TEMPORARY = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "/tmp")  # noqa: S108
 STARTED_HERE = Path(TEMPORARY, "ray", "ray_current_cluster")
@@ -48,15 +49,11 @@ class PlaceOptions(Options):
 
     results: Path = option(
         Path("results"),
-        "folder of everything that a run makes; nodes of a cluster share it (GRID_RESULTS sets "
-        "the default)",
+        "folder of all that a run makes, or GRID_RESULTS; a cluster's nodes share it",
         "DIR",
     )
     mlflow: Address | None = option(
-        None,
-        "MLflow server (MLFLOW_TRACKING_URI sets the default; without one, a database in the "
-        "results)",
-        "URI",
+        None, "MLflow server, or MLFLOW_TRACKING_URI (default: a database in the results)", "URI"
     )
 
     @model_validator(mode="before")
@@ -93,9 +90,7 @@ class RunOptions(PlaceOptions, DataOptions):
     }
 
     study: str = option(
-        DEFAULT,
-        f"{', '.join(STUDIES)}, or a .toml file (a quick look's default: {QUICK})",
-        "NAME|FILE",
+        DEFAULT, f"{', '.join(STUDIES)}, or a .toml file (a quick look: {QUICK})", "NAME|FILE"
     )
     tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
     evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
@@ -155,61 +150,36 @@ class RunOptions(PlaceOptions, DataOptions):
     )
     status: bool = option(False, "print how far the study is")
     report: bool = option(False, "write the report again")
-    all: bool = option(False, "with --plan: print every trial as well", advanced=True)
-    seconds_per_unit: float | None = option(
+    all: bool = rare(False, "with --plan: print every trial as well")
+    seconds_per_unit: NotNegative | None = rare(
         None,
-        "with --plan: seconds of one worker for a unit of work, at digits a second of one core, "
-        "elsewhere an epoch of 10^9 multiply-accumulates an image (default: as finished trials "
-        "took)",
+        "with --plan: a worker's seconds for a unit of work, at digits a core's second, elsewhere "
+        "an epoch of 10^9 multiply-accumulates an image (default: as finished trials took)",
         "X",
-        ge=0,
-        advanced=True,
     )
-    trials_at_once: Count | None = option(
-        None,
-        "with --plan: how many trials run side by side (default: as many as this machine has cores "
-        "for)",
-        "N",
-        advanced=True,
+    trials_at_once: Count | None = rare(
+        None, "with --plan: trials side by side (default: as this machine has cores for)", "N"
     )
-    dollars_per_gpu_hour: float | None = option(
-        None, "with --plan: price of a GPU-hour", "D", ge=0, advanced=True
+    dollars_per_gpu_hour: NotNegative | None = rare(None, "with --plan: price of a GPU-hour", "D")
+    wait: Count = rare(
+        600, "with --check: seconds to wait for the nodes that the cluster file promises", "SECONDS"
     )
-    wait: Count = option(
-        600,
-        "with --check: seconds to wait for the nodes that the cluster file promises",
-        "SECONDS",
-        advanced=True,
-    )
-    storage: Address | None = option(
-        None,
-        "folder, s3:// or gs:// where trials put checkpoints and weights (default: the results)",
-        "PLACE",
-        advanced=True,
+    storage: Address | None = rare(
+        None, "folder, s3:// or gs:// of trials' checkpoints (default: the results)", "PLACE"
     )
     address: str | None = option(
         None,
-        "Ray cluster HOST:PORT, or `local` (default: RAY_ADDRESS, the cluster that `ray start` "
-        "joined here, or this machine)",
+        "Ray cluster HOST:PORT, or local (default: RAY_ADDRESS, that of `ray start`, or none)",
         "ADDRESS",
     )
     workers: Count = option(1, "worker processes per trial", "N")
-    cpus_per_worker: Count = option(1, "CPU cores per worker", "C", advanced=True)
-    gpus_per_worker: float = option(
-        0.0,
-        "GPUs per worker; 0.75 on a machine with one GPU, of which evaluators hold the rest",
-        "G",
-        ge=0,
+    cpus_per_worker: Count = rare(1, "CPU cores per worker", "C")
+    gpus_per_worker: NotNegative = option(
+        0.0, "GPUs per worker; 0.75 of a machine's only one, whose rest evaluators hold", "G"
     )
-    compile: bool = option(
-        False, "train through torch.compile: faster on a GPU, with other bits", advanced=True
-    )
-    hung_after: float = option(
-        HUNG_SECONDS,
-        "restart a worker or evaluator that makes no step for so many seconds",
-        "SECONDS",
-        gt=0,
-        advanced=True,
+    compile: bool = rare(False, "train through torch.compile: faster on a GPU, with other bits")
+    hung_after: Annotated[float, Field(gt=0)] = rare(
+        HUNG_SECONDS, "restart a worker or evaluator that makes no step for so long", "SECONDS"
     )
 
     @model_validator(mode="before")

@@ -237,9 +237,7 @@ class DataOptions(Options):
         None, f"{', '.join(get_args(Interpolation))} (default: bilinear)", "NAME"
     )
     mean: Annotated[Numbers, Split] = rare(
-        (),
-        "normalisation's mean, one or one a channel, in [0, 1] (default: the data's)",
-        "MEAN",
+        (), "normalisation's mean, one or one a channel, in [0, 1] (default: the data's)", "MEAN"
     )
     std: Annotated[Numbers, Split] = rare(
         (), "the normalisation's deviation, as --mean", "DEVIATION"

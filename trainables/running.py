@@ -15,14 +15,7 @@ from trainables.layers import Classifier
 from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
-from trainables.store.checkpoint import (
-    load_newest_checkpoint,
-    save_checkpoint,
-    save_weights,
-    stored_weights,
-    weights_along,
-    weights_of_epoch,
-)
+from trainables.store import checkpoint
 from trainables.store.results import joined, provenance
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.train.loop import EpochReport, train
@@ -76,14 +69,16 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     needed: dict[str, Weights] = {}
     for other in recipe.prerequisites:
         path = weights_path(storage, other.digest())
-        weights = team.shared(stored_weights(path, other.digest()) if team.rank == 0 else None)
+        weights = team.shared(
+            checkpoint.stored_weights(path, other.digest()) if team.rank == 0 else None
+        )
         if weights is None:
             running.outcome, running.reason = "blocked", f"blocked by {other.describe()}"
             return running
         needed[other.digest()] = weights
     newest = None
     if team.rank == 0:
-        newest = load_newest_checkpoint(folder, digest, say=running.notes.append)
+        newest = checkpoint.load_newest_checkpoint(folder, digest, say=running.notes.append)
     start = team.shared(newest)
     classifier = running.classifier = _begun(running, is_new=start is None)
     if start is None and (origin := recipe.warm_start):
@@ -104,7 +99,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         running.outcome, running.reason = start["outcome"], start["reason"]
         classifier.load_state_dict(start["model"])
         running.mean = start.get("mean") if recipe.ema_evaluated else None
-        running.along = weights_along(folder, running.checkpoints, running.epoch)
+        running.along = checkpoint.weights_along(folder, running.checkpoints, running.epoch)
     running.reports = train(
         recipe,
         classifier,
@@ -196,8 +191,8 @@ def _save(running: RunningTrial) -> dict[str, str]:
 
 def _write(running: RunningTrial) -> dict[str, str]:
     if report := running.unlogged:
-        path = below(running.folder, weights_of_epoch(report.epoch))
-        save_weights(path, report.judged, running.recipe.model_dump_json())
+        path = below(running.folder, checkpoint.weights_of_epoch(report.epoch))
+        checkpoint.save_weights(path, report.judged, running.recipe.model_dump_json())
         running.along[report.epoch], running.unlogged = path, None
     if report := running.unsaved:
         state = report.state | {
@@ -207,7 +202,7 @@ def _write(running: RunningTrial) -> dict[str, str]:
             "seconds": running.seconds,
             "trained": running.trained,
         }
-        save_checkpoint(running.folder, report.epoch, state)
+        checkpoint.save_checkpoint(running.folder, report.epoch, state)
         running.unsaved = None
     if running.outcome != "finished":
         return {}
@@ -215,5 +210,5 @@ def _write(running: RunningTrial) -> dict[str, str]:
     if running.mean:
         running.classifier.load_state_dict(running.mean)
     path = below(running.folder, WEIGHTS)
-    sha256 = save_weights(path, running.classifier, running.recipe.model_dump_json())
+    sha256 = checkpoint.save_weights(path, running.classifier, running.recipe.model_dump_json())
     return {"weights": path, "sha256": sha256}

@@ -73,10 +73,7 @@ class StoredSet:
 
 _STORED = (
     StoredSet(
-        "imagenet-a",
-        "ImageNet-A",
-        "natural",
-        images=7_500,
+        *("imagenet-a", "ImageNet-A", "natural", 7_500),
         classes="imagenet_a_synsets.txt",
         complete=False,
         native=False,
@@ -84,20 +81,14 @@ _STORED = (
     StoredSet("imagenet-c", "ImageNet-C", "corruptions", images=50_000),  # below <kind>/<severity>
     StoredSet("imagenet-stylized", "Stylized-ImageNet", "stylized", images=50_000, folder="val"),
     StoredSet(  # the folder stimuli/style-transfer-preprocessed-512 of rgeirhos/texture-vs-shape
-        "cue-conflict",
-        "the cue-conflict stimuli of texture-vs-shape",
-        "cue-conflict",
-        images=1_280,
+        *("cue-conflict", "the cue-conflict stimuli of texture-vs-shape", "cue-conflict", 1_280),
         classes=tuple(SIXTEEN_CLASSES),
         size=224,
     ),
     StoredSet("textures", "a texture dictionary", "tpa"),  # in the layout of PatchAttack
     StoredSet("cifar10-c", "CIFAR-10-C", "corruptions", images=10_000, arrays=("labels.npy",)),
     StoredSet(
-        "cifar10.1",
-        "CIFAR-10.1",
-        "natural",
-        images=2_000,
+        *("cifar10.1", "CIFAR-10.1", "natural", 2_000),
         arrays=("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"),
     ),
 )

@@ -17,16 +17,8 @@ LONGEST_WAIT_SECONDS = 15.0  # for a server or a disk
 # A program that is wrong, or cannot do what its options say, fails at every try. RuntimeError is
 # not among them: torch raises it for a device that failed and for a worker that is gone, too.
 OWN_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(NotImplementedError, TypeError, ValueError, pickle.UnpicklingError),
 )
 # MLflow's server is away, its database is locked, or another client wrote the same row.
 AWAY = re.compile(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 UNREPEATABLE = ".*does not have a deterministic implementation.*"
+FUSED = ("flash", "mem_efficient", "cudnn")  # kinds of fused attention
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -39,9 +40,8 @@ def exact(device: torch.device) -> None:
     warnings.filterwarnings("ignore", message=UNREPEATABLE)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # With `warn_only` the gradients of fused attention are still summed in any order.
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    for kind in FUSED:
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
 
 
 @contextmanager
@@ -53,27 +53,17 @@ def settings_restored(device: torch.device) -> Iterator[None]:
     cudnn, matmul, cuda = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cuda
     tf32, repeatable = matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fused = [
-        (cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),  # type: ignore[no-untyped-call]
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled()),  # type: ignore[no-untyped-call]
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled()),  # type: ignore[no-untyped-call]
-    ]
-    with (
-        warnings.catch_warnings(),
-        cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=cudnn.allow_tf32,
-        ),
-    ):
+    fused = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in FUSED}
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    flags = {name: getattr(cudnn, name) for name in names}
+    with warnings.catch_warnings(), cudnn.flags(**flags):
         try:
             yield
         finally:
             matmul.allow_tf32 = tf32
             torch.use_deterministic_algorithms(repeatable, warn_only=warn_only)
-            for enable, was in fused:
-                enable(was)
+            for kind, was in fused.items():
+                getattr(cuda, f"enable_{kind}_sdp")(was)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
