@@ -50,9 +50,7 @@ class JudgeOptions(DataOptions):
         "(default: as the weights file's header says)",
         "NAME",
     )
-    model_arg: Words = option(
-        (), "keyword arguments of what builds the model, like drop_rate=0.1", "NAME=VALUE"
-    )
+    model_arg: Words = option((), "arguments of the model, like drop_rate=0.1", "NAME=VALUE")
     pretrained: bool = option(False, "timm's own weights of --model timm:NAME[.TAG]")
     sha256: str = option("", "that the file of the weights must have", "HEX", advanced=True)
     activation: Activation | None = option(
@@ -75,9 +73,7 @@ class JudgeOptions(DataOptions):
         None, "images that attacks take, drawn by a fixed seed (default: the scale's)", "N"
     )
     patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
-    patch_area: Area | None = option(
-        None, "share of the image that one patch covers (default: the scale's)", "SHARE"
-    )
+    patch_area: Area | None = option(None, "a patch's share (default: the scale's)", "SHARE")
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's arguments: Python's values where they read as such, or text."""

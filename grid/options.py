@@ -95,16 +95,10 @@ class RunOptions(PlaceOptions, DataOptions):
     tables: Names = option((), "only these tables, e.g. T5 T7", "TABLE")
     evaluators: Names = option((), "only these evaluators, e.g. clean pgd", "NAME")
     only: Words = option(
-        (),
-        "only trials with these values, or labels of a grid's, e.g. family=resnet "
-        "activation=relu,gelu base=deit_small",
-        "AXIS=VALUE",
+        (), "only trials of these values or labels, e.g. family=resnet epochs=5,10", "AXIS=VALUE"
     )
     set: Words = option(
-        (),
-        "fields of every trial's recipe, e.g. precision=bf16 micro_batch=256; these are other "
-        "trials than without",
-        "FIELD=VALUE",
+        (), "fields of every recipe, which make other trials, e.g. precision=bf16", "FIELD=VALUE"
     )
     seeds: Count | None = option(
         None,
@@ -122,12 +116,8 @@ class RunOptions(PlaceOptions, DataOptions):
         "M",
         ge=1,
     )
-    epochs: Count | None = option(
-        None, "train so many epochs where the study trains 100, others in proportion", "N"
-    )
-    train_images: Count | None = option(
-        None, "train by so many of the images, by class as in all of them", "N", advanced=True
-    )
+    epochs: Count | None = option(None, "in place of the study's 100, others in proportion", "N")
+    train_images: Count | None = rare(None, "train by so many images, by class as in all", "N")
     eval_images: Count | None = option(None, "judge by so many of the held-out images", "N")
     detect: Annotated[float, BeforeValidator(_points)] | None = option(
         None,
@@ -136,18 +126,14 @@ class RunOptions(PlaceOptions, DataOptions):
         "the scale's numbers of images)",
         "POINTS",
     )
-    power: float = option(
-        POWER, "with --detect: the chance to tell it", "P", gt=0, lt=1, advanced=True
-    )
+    power: Annotated[float, Field(gt=0, lt=1)] = rare(POWER, "of --detect: the chance", "P")
     exact: bool = option(
         False,
         "run all of AutoAttack on every image, where the scale bounds what its last attacks, run "
         "on a random slice of the images, would break",
     )
     plan: bool = option(False, "print trials, hours, disk and cost")
-    check: bool = option(
-        False, "look at data, disk, memory and device, and on a cluster at every node"
-    )
+    check: bool = option(False, "look at data, disk, memory, device and a cluster's nodes")
     status: bool = option(False, "print how far the study is")
     report: bool = option(False, "write the report again")
     all: bool = rare(False, "with --plan: print every trial as well")

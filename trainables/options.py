@@ -222,10 +222,7 @@ class DataOptions(Options):
         None, "CSV of NAME,LABEL: of images, or of classes (WordNet ids, names or indices)", "FILE"
     )
     image_size: Side | None = option(
-        None,
-        "side in pixels that a model sees (default: the model's own, or the data's)",
-        "N",
-        also="--input-size",
+        None, "side in px (default: the model's own, or the data's)", "N", also="--input-size"
     )
     resize: Literal["crop", "squash"] | None = rare(
         None, "crop: cut the middle out; squash: shrink both sides (default: crop)", "HOW"
