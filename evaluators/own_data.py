@@ -31,7 +31,7 @@ FORMS = "(images, labels), a Dataset, a DataLoader, a folder or a split of a Hug
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x")
 LABEL_KEYS = ("label", "labels", "fine_label", "target", "y")
 NOT_FILES = "image_size is for files; resize these images before"
-SMALL_SIDE = 64
+SMALL_SIDE = 64  # whose radius is CIFAR-10's, not the study's
 ROUNDING = 1e-6  # of float32, beyond [0, 1]
 
 
@@ -119,8 +119,7 @@ def _own(split: Split, names: tuple[str, ...] = ()) -> tuple[Scale, Data]:
         held_out_images=len(split),
         counterparts=(),
     )
-    is_small = data_set.image_size <= SMALL_SIDE  # then the radius is CIFAR-10's
-    epsilon = Fraction(8, 255) if is_small else PUBLISHED_EPSILON
+    epsilon = Fraction(8, 255) if data_set.image_size <= SMALL_SIDE else PUBLISHED_EPSILON
     nothing = split.at(np.arange(0))
     data = Data(data_set=data_set, train=nothing, held_out=split, class_names=names)
     return replace(scale_for(data_set), epsilon=epsilon), data

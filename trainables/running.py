@@ -69,9 +69,8 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     needed: dict[str, Weights] = {}
     for other in recipe.prerequisites:
         path = weights_path(storage, other.digest())
-        weights = team.shared(
-            checkpoint.stored_weights(path, other.digest()) if team.rank == 0 else None
-        )
+        stored = checkpoint.stored_weights(path, other.digest()) if team.rank == 0 else None
+        weights = team.shared(stored)
         if weights is None:
             running.outcome, running.reason = "blocked", f"blocked by {other.describe()}"
             return running

@@ -54,8 +54,7 @@ def settings_restored(device: torch.device) -> Iterator[None]:
     tf32, repeatable = matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fused = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in FUSED}
-    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
-    flags = {name: getattr(cudnn, name) for name in names}
+    flags = {n: getattr(cudnn, n) for n in ("enabled", "benchmark", "deterministic", "allow_tf32")}
     with warnings.catch_warnings(), cudnn.flags(**flags):
         try:
             yield
