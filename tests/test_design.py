@@ -67,7 +67,7 @@ def test_a_study_may_state_the_difference_where_the_scale_has_one(tmp_path, caps
     assert (coarse.detect_at(DIGITS), coarse.detect_at(IMAGENET)) == (pytest.approx(0.2), 0)
     words = ["--plan", "--study", "singh2023-revisiting-at", "--results", str(tmp_path)]
     assert main(words) == 0
-    assert "To tell 20 points" in capsys.readouterr().out
+    assert "To tell 30 points" in capsys.readouterr().out
     assert main([*words, "--detect", "15points"]) == 0
     assert "To tell 15 points" in capsys.readouterr().out
 
