@@ -272,7 +272,7 @@ def _test(column: Column, compared: Sequence[tuple[Row, ...]], *, flipped: bool)
     rows = " and ".join(map(" minus ".join, ordered))
     how = ", paired" if len(compared[0]) > 1 else ""
     mean = f"mean of {len(compared)} pairs, " if len(compared) > 1 else ""
-    return f"{mean}{rows} under {column.title}{how}, 95 % interval"
+    return f"{mean}{rows} under {column.title}{how}"
 
 
 def decide(paired: Paired, supports: tuple[float, float], least: float = 0.0) -> Decision:
