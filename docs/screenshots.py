@@ -31,7 +31,7 @@ def main(results: Path, scale: str = "digits") -> None:
     try:
         tracker = Tracker(server.uri, experiment=f"robustness-{scale}", artifacts=None)
         with browser() as chromium:
-            page = chromium.new_page(viewport={"width": 1280, "height": 760})
+            page = chromium.new_page(viewport={"width": 1400, "height": 900})
             page.goto((results / "report" / "index.html").resolve().as_uri())
             _take(page, "report.png")
             page = chromium.new_page(viewport={"width": 1900, "height": 760})

@@ -27,7 +27,7 @@ from grid.report.effects import Effects
 from grid.report.tables import FilledRow, FilledTable
 from grid.report.verdicts import Verdicts
 from grid.table import Row, Table
-from trainables.models import MODELS, OWN, TIMM
+from trainables.models import MODELS
 from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import ALONG, TrialRun
@@ -50,14 +50,9 @@ BLUE, ORANGE, GREEN, *_ = COLOURS
 ON_DARK = COLOURS | {DIM: "#9aa3ae", SHADE: "#1c4034"}
 DECISION_COLOURS = {"reproduced": GREEN, "not reproduced": ORANGE}
 STYLE = {
-    "svg.hashsalt": "report",
     "svg.fonttype": "none",
     "font.size": TEXT,
     "axes.titlesize": TEXT,
-    "axes.labelsize": TEXT,
-    "xtick.labelsize": TEXT,
-    "ytick.labelsize": TEXT,
-    "legend.fontsize": TEXT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -66,7 +61,6 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
-FAMILIES = [*dict.fromkeys(model.family for model in MODELS.values()), TIMM, OWN]
 MARKERS = "osD^vPX*<>" * 9
 LEADER = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 2}
 MOST_LINES = 12  # more models than these no eye tells apart
@@ -188,7 +182,9 @@ def _is_about_training(table: Table, runs: Mapping[str, TrialRun]) -> bool:
 
 
 def _colour(recipe: Recipe) -> str:
-    return list(COLOURS)[FAMILIES.index(recipe.family) % len(COLOURS)]
+    families = [*dict.fromkeys(model.family for model in MODELS.values())]
+    place = families.index(recipe.family) if recipe.family in families else -1  # timm's, a user's
+    return list(COLOURS)[place % len(COLOURS)]
 
 
 def _looks(rows: Iterable[Row | FilledRow]) -> dict[str, tuple[str, str]]:
@@ -203,7 +199,7 @@ def _lines(panels: Mapping[str, Sequence[Series]], x_label: str, **settings: Any
     """
 
     def paint(narrow: bool) -> Figure:
-        wrap, least = (17, 2.0) if narrow else (30, 2.2)
+        wrap, least = (20, 2.0) if narrow else (30, 2.2)
         texts = {s.label: fill(s.label, wrap) for lines in panels.values() for s in lines}
         height = max(least, LINE * 1.1 * sum(text.count("\n") + 1 for text in texts.values()))
         size = (NARROW if narrow else WIDE, height * len(panels) + 0.6)
@@ -212,6 +208,9 @@ def _lines(panels: Mapping[str, Sequence[Series]], x_label: str, **settings: Any
         for axes, (y_label, lines) in zip(every, panels.items(), strict=True):
             for line in lines:
                 _draw_line(axes, line)
+            if "%" in y_label:
+                bottom, top = axes.get_ylim()
+                axes.set_ylim(max(bottom, -3), min(top, 103))
             axes.set_title(y_label, loc="left")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(**settings)
@@ -242,9 +241,11 @@ def _label_ends(
     """Write each line's label beside its end, apart from the others; height: inches of the axes."""
     bottom, top = axes.get_ylim()
     ends = sorted((line for line in lines if len(line.ys)), key=lambda line: line.ys[-1])
-    room = [LINE * (texts[line.label].count("\n") + 1) / height for line in ends]
-    wanted = [(line.ys[-1] - bottom) / (top - bottom) for line in ends]
-    for line, place in zip(ends, _apart(wanted, room), strict=True):
+    rooms = np.array([LINE * (texts[line.label].count("\n") + 1) / height for line in ends])
+    wanted = np.array([(line.ys[-1] - bottom) / (top - bottom) for line in ends])
+    touching = np.cumsum(rooms) - rooms / 2  # the places of labels that stand on one another
+    above = np.maximum.accumulate(wanted - touching).clip(0, max(0, 1 - rooms.sum()))
+    for line, place in zip(ends, touching + above, strict=True):
         axes.annotate(
             texts[line.label],
             (line.xs[-1], line.ys[-1]),
@@ -255,21 +256,6 @@ def _label_ends(
             annotation_clip=False,
             arrowprops=LEADER | {"color": line.colour},
         )
-
-
-def _apart(wanted: Sequence[float], room: Sequence[float]) -> list[float]:
-    """Return places near the wanted ones, which ascend, where no room touches the next or leaves
-    0 to 1.
-    """
-    places, edge = [], 0.0
-    for place, size in zip(wanted, room, strict=True):
-        places.append(max(place, edge + size / 2))
-        edge = places[-1] + size / 2
-    edge = 1.0
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], edge - room[i] / 2)
-        edge = places[i] - room[i] / 2
-    return places
 
 
 def _dots(dots: Sequence[Dot], x_label: str, *, zero: bool = True, legend: bool = False) -> Paint:
