@@ -191,13 +191,15 @@ def test_a_table_is_sorted_filtered_copied_and_explained(study, browser):
     assert numbers == sorted(numbers, reverse=True)
     assert heads.nth(1).get_attribute("aria-sort") == "descending"
     page.locator("#T2 .tools input").first.fill("with adamw")
-    assert firsts.locator("visible=true").all_inner_texts() == ["ResNet-50 with AdamW"]
+    assert firsts.locator("visible=true").count() == 1
     copies = {}
     for kind in ("Markdown", "CSV", "LaTeX"):
         page.locator("#T2 .tools").first.get_by_text(f"Copy {kind}").click()
         copies[kind] = page.evaluate("navigator.clipboard.readText()").splitlines()
     value, interval = table.locator("tbody tr:visible td").first.inner_text().split(maxsplit=1)
-    name = "ResNet-50 with AdamW 1 training, run"
+    label = firsts.locator("visible=true").inner_text()
+    assert re.fullmatch("ResNet-50 with AdamW [0-9a-f]{6}", label)
+    name = f"{label} 1 training, run"
     assert copies["Markdown"][2].startswith(f"| {name} | {value} | {interval} |")
     assert copies["CSV"][1].startswith(f'"{name}",{value},"{interval}",')
     assert copies["LaTeX"][4].startswith(f"{name} & {value} & {interval} &")
@@ -239,7 +241,9 @@ def test_every_link_of_the_report_leads_somewhere_from_another_folder_too(study,
     links = set(page.eval_on_selector_all("a", "a => a.map(e => e.getAttribute('href'))"))
     inside = {link for link in links if link.startswith("#")}
     assert all(page.query_selector(f"[id='{link[1:]}']") for link in inside)
-    runs = {tracker.page(run_id=run.run_id) for run in tracker.trials().values()}
+    plan = build_plan(load_study("bai2021"), DIGITS, tables=TABLES)
+    firsts = {row.recipe.digest() for table in plan.tables for row in table.rows}
+    runs = {tracker.page(run_id=tracker.trials()[digest].run_id) for digest in firsts}
     assert links - inside == runs | {tracker.page(study="bai2021")}
     page.close()
 

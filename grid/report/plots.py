@@ -415,7 +415,7 @@ def corruptions_plot(table: Table, verdicts: Verdicts) -> Plot | None:
             image = axes.imshow(
                 100 * (1 - survived), cmap="cividis", vmin=0, vmax=100, aspect="auto"
             )
-            axes.set_title(fill(label, 17 if narrow else 19))
+            axes.set_title(fill(label, 14 if narrow else 18))
             axes.set_xticks(range(len(survived.columns)), survived.columns)
             axes.set_yticks(range(len(survived)), survived.index.str.replace("_", " "))
             axes.label_outer()
