@@ -556,5 +556,5 @@ def effects_plot(effects: Effects) -> Plot:
         f"Main effects on {effects.score} with 95 % intervals; grey: the interval holds 0, or the "
         "pairs are too alike for one."
     )
-    paint = _dots(dots, f"{effects.score}: difference, points")
+    paint = _dots(dots, "difference, points")
     return _plot(f"effects-{effects.score}", caption, paint, "effects")
