@@ -1,5 +1,6 @@
 """AutoAttack, bounded: what it runs on which images, and what its interval covers."""
 
+import re
 from dataclasses import replace
 
 import pyarrow as pa
@@ -12,6 +13,10 @@ from evaluators.autoattack_bounded import BoundedAutoAttack
 from evaluators.base import Batch, judge_images, verdicts
 from evaluators.intervals import compare, image_scores, notes_on_rest, rest_of
 from evaluators.ledger import SPARED
+from grid.plan import build_plan
+from grid.report.tables import tables_of
+from grid.run import main
+from grid.study import load_study
 from tests.tiny import trained_classifier
 from trainables.data.base import Shard
 from trainables.scale import DIGITS, IMAGENET
@@ -128,3 +133,26 @@ def test_at_imagenet_it_costs_less_than_a_quarter_and_only_digits_takes_it_for_a
     assert answering("autoattack", IMAGENET) == "autoattack"
     assert answering("autoattack", replace(DIGITS, autoattack="exact")) == "autoattack"
     assert answering("pgd", DIGITS) == "pgd"
+
+
+@pytest.mark.parametrize(
+    ("words", "judge", "titles"),
+    [
+        ([], NAME, ["AutoAttack, bounded (digits)", "after APGD-T, 2 targets"]),
+        (["--exact"], "autoattack", ["AutoAttack (digits)", "after APGD-T", "after FAB-T"]),
+    ],
+)
+def test_the_digits_study_takes_the_bounded_evaluator_unless_exact_is_asked_for(
+    words, judge, titles, capsys
+):
+    assert main(["--plan", "--all", "--tables", "T2", *words]) == 0
+    judges = re.findall(r"autoattack[a-z-]*", capsys.readouterr().out)
+    assert set(judges) == {judge}
+    scale = replace(DIGITS, autoattack="exact") if words else DIGITS
+    study = load_study("bai2021")
+    plan = build_plan(study, scale, tables=["T2"])
+    (table,) = tables_of(study, plan, {})
+    columns = {c.title: c for c in table.shown if c.name.startswith("autoattack")}
+    assert [t for t in columns if t not in ("Clean, same images", "after APGD-CE")] == titles
+    assert (columns[titles[0]].name, columns[titles[0]].score) == ("autoattack", judge)
+    assert table.published["DeiT-S", columns[titles[0]].name][0] == 35.5
