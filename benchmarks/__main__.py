@@ -19,7 +19,10 @@ from pathlib import Path
 from benchmarks.measure import Figure, device_name
 from trainables.store.results import provenance
 
-BENCHMARKS = ("training", "loader", "pgd", "autoattack", "corruptions", "api", "overhead", "study")
+BENCHMARKS = (
+    *("training", "loader", "pgd", "autoattack", "bounded", "corruptions", "api", "overhead"),
+    "study",
+)
 KEPT = Path(__file__).with_name("results.json")
 PACKAGES = ("torch", "timm", "ray", "mlflow")
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks import bounded
 from evaluators import answering, evaluator_named
 from evaluators.autoattack import AutoAttack
 from evaluators.autoattack_bounded import BoundedAutoAttack
@@ -44,9 +45,9 @@ def scores_of(stages):
 def test_the_last_attacks_run_on_the_slice_alone_and_there_verdicts_are_autoattacks(digits):
     classifier = trained_classifier()
     evaluator = BoundedAutoAttack(THRIFTY, radii=[8 / 255])
-    bounded = judge_images(evaluator, classifier, digits, device=CPU)
+    ours_all = judge_images(evaluator, classifier, digits, device=CPU)
     exact = judge_images(AutoAttack(THRIFTY, radii=[8 / 255]), classifier, digits, device=CPU)
-    pairs = list(zip(bounded.to_pylist(), exact.to_pylist(), strict=True))
+    pairs = list(zip(ours_all.to_pylist(), exact.to_pylist(), strict=True))
     spared = [(ours, theirs) for ours, theirs in pairs if ours["stage"] == SPARED]
     inside = [ours for ours, _ in pairs if ours["queries"] is not None]
     assert len(spared) > 5 and len(inside) > 2
@@ -58,7 +59,7 @@ def test_the_last_attacks_run_on_the_slice_alone_and_there_verdicts_are_autoatta
     parts = [Shard(0, 7), Shard(7, 30), Shard(30, IMAGES)]
     split = [judge_images(evaluator, classifier, digits, device=CPU, shard=s) for s in parts]
     by_image = [("image_id", "ascending")]
-    assert pa.concat_tables(split).sort_by(by_image).equals(bounded.sort_by(by_image))
+    assert pa.concat_tables(split).sort_by(by_image).equals(ours_all.sort_by(by_image))
 
 
 def test_none_broken_of_40_leaves_at_most_7_points_of_the_survivors():
@@ -126,8 +127,8 @@ def test_a_tighter_bound_is_another_question(digits):
 
 
 def test_at_imagenet_it_costs_less_than_a_quarter_and_only_digits_takes_it_for_autoattack():
-    bounded, exact = (evaluator_named(name, IMAGENET) for name in (NAME, "autoattack"))
-    ratio = bounded.cost(50_000, withstanding=0.35) / exact.cost(50_000, withstanding=0.35)
+    cheap, exact = (evaluator_named(name, IMAGENET) for name in (NAME, "autoattack"))
+    ratio = cheap.cost(50_000, withstanding=0.35) / exact.cost(50_000, withstanding=0.35)
     assert 0.05 < ratio < 0.25
     assert answering("autoattack", DIGITS) == NAME
     assert answering("autoattack", IMAGENET) == "autoattack"
@@ -156,3 +157,14 @@ def test_the_digits_study_takes_the_bounded_evaluator_unless_exact_is_asked_for(
     assert [t for t in columns if t not in ("Clean, same images", "after APGD-CE")] == titles
     assert (columns[titles[0]].name, columns[titles[0]].score) == ("autoattack", judge)
     assert table.published["DeiT-S", columns[titles[0]].name][0] == 35.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_interval_holds_what_all_of_autoattack_leaves(adversarial):
+    scale = replace(DIGITS, autoattack_subset=60, autoattack_bound=0.1)
+    for seed in range(2):
+        sides = bounded.beside_exact(bounded.SHAPES[0], adversarial, seed, scale)
+        assert 0.25 <= sides.exact.value <= 0.9
+        assert sides.bounded.low <= sides.exact.value <= sides.bounded.high
+        assert sides.passes < 0.5
