@@ -1,8 +1,8 @@
 """AutoAttack, bounded, beside all of AutoAttack: coverage, gradient passes and time.
 
-Thirty small networks of the digits, five shapes, trained plainly and against PGD-3, by three seeds;
-each is attacked at the radius that leaves networks of its kind between a quarter and three quarters
-of the images. The interval must hold the share that all of AutoAttack leaves of the same images.
+Thirty small networks of the digits: five shapes, trained plainly and against PGD-3, by three seeds.
+Each is attacked at a radius that it withstands in part. The interval must hold the share that all
+of AutoAttack leaves of the same images.
 """
 
 from __future__ import annotations
