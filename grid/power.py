@@ -19,7 +19,7 @@ MOST_IMAGES = 10**6
 MOST_TRAININGS = 30
 STEP = 1 / 1000  # in which the detectable difference is searched
 MARGIN = 0.05  # two models within five points are level
-NEARLY = 1.1  # times the least difference that all images would tell
+NEARLY = 1.2  # times the least difference that all images would tell
 PRIOR_IMAGES = 20  # that what is assumed beforehand weighs, beside what was measured
 QUANTILES = (np.arange(40) + 0.5) / 40
 
