@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,13 +73,17 @@ class References:
 
     def __init__(self, scale: Scale, data: Data, seeds: Iterable[int]) -> None:
         self.scale, self.data, self.seeds = scale, data, tuple(seeds)
-        self._trained = cache(self._train)
+        self._by_digest: dict[str, Classifier] = {}
 
-    def _train(self, recipe: Recipe) -> Classifier:
+    def _trained(self, recipe: Recipe) -> Classifier:
+        digest = recipe.digest()
+        if digest in self._by_digest:
+            return self._by_digest[digest]
         classifier = build_classifier(recipe)
         for _ in train(recipe, classifier, self.data, device=DEVICE):
             pass
-        return classifier.eval()
+        self._by_digest[digest] = classifier.eval()
+        return self._by_digest[digest]
 
     def survivals(self, base: str, evaluator: Evaluator) -> dict[str, Score]:
         """Return the share of each question that survives, over the seeds together; print it.
