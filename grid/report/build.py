@@ -131,7 +131,11 @@ def attacks_text(plan: Plan, scale: Scale) -> str:
     patch = scale.patch
     radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
     protocols = sorted({t.recipe.protocol for t in plan if t.recipe.adversary})
-    trained = f" Adversarial training by the {' and '.join(protocols)} protocol."
+    trained_at = f"{255 * float(scale.training_epsilon or scale.epsilon):g}/255"
+    trained = (
+        f" Adversarial training by the {' and '.join(protocols)} protocol, the study's radius of "
+        f"4/255 as {trained_at}."
+    )
     bounded = any(name in BOUNDED.values() for trial in plan for name in trial.evaluators)
     slices = (
         " AutoAttack is bounded: APGD-CE, and APGD-T against the likeliest classes, attack all its "
