@@ -116,10 +116,10 @@ def judge_claims(
             lacking = "these data have no such score"
             none: Decision = "cannot be judged"
             judgements.append(Judgement(claim, none, claim.column, outcome=lacking, single=none))
-    return _corrected(judgements)
+    return corrected(judgements)
 
 
-def _corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
+def corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Return judgements decided at a family-wise error of 5 %, by Holm's correction (1979).
 
     The family is every claim that a difference decides, judged already or not.
@@ -191,11 +191,17 @@ def _judge(
         decision, outcome = _undecided(compared, verdicts)
         return replace(judgement, decision=decision, single=decision, outcome=outcome)
     paired = paired.reversed() if flipped else paired
+    judgement = with_difference(judgement, paired)
+    return replace(judgement, outcome=_why_saturated(paired, column))
+
+
+def with_difference(judgement: Judgement, paired: Paired) -> Judgement:
+    """Return a judgement with its difference and the p of that, before any correction."""
     bounds = filter(math.isfinite, judgement.supports)
     p = max(map(paired.p_of, bounds))  # of a zone both bounds have to be left out
-    if claim.test in LEADS and paired.difference < least:
-        p = min(p, paired.p_of(least))
-    return replace(judgement, p=p, paired=paired, outcome=_why_saturated(paired, column))
+    if judgement.claim.test in LEADS and paired.difference < judgement.least:
+        p = min(p, paired.p_of(judgement.least))
+    return replace(judgement, p=p, paired=paired)
 
 
 def _counting(claim: Claim, least: float) -> str:
