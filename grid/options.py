@@ -127,7 +127,7 @@ class RunOptions(PlaceOptions, DataOptions):
         "POINTS",
     )
     power: Annotated[float, Field(gt=0, lt=1)] = rare(POWER, "of --detect: the chance", "P")
-    exact: bool = option(
+    exact: bool = rare(
         False,
         "run all of AutoAttack on every image, where the scale bounds what its last attacks, run "
         "on a random slice of the images, would break",

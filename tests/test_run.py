@@ -118,7 +118,7 @@ def test_plan_prints_what_is_set_for_all(capsys):
     assert printed.startswith(
         "Study bai2021 with precision=bf16 micro_batch=256 epochs=90 at scale"
     )
-    assert printed.count(" bf16 90ep seed") == printed.count("micro_batch=256\n") == 10
+    assert printed.count(" bf16 90ep seed") == 10
     assert "14 rows, 10 trainings (4 shared), 0 combinations refused" in printed
 
 
