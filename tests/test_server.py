@@ -181,4 +181,5 @@ def test_an_absent_server_is_refused_before_any_compute(tmp_path, capsys):
         main(["--mlflow", uri, "--results", str(tmp_path / "results")])
     message = capsys.readouterr().err
     assert f"MLflow at {uri} cannot be used" in message
-    assert [line.partition(":")[0] for line in message.splitlines()] == ["note", "python grid/run.py"]
+    speakers = [line.partition(":")[0] for line in message.splitlines()]
+    assert speakers == ["note", "python grid/run.py"]
