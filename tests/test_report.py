@@ -13,7 +13,7 @@ from evaluators import column_named
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
 from grid.report.build import summary_text, write_ledgers, write_report
-from grid.report.tables import describe_work, fill_table, images_text, tables_of
+from grid.report.tables import describe_work, fill_table, images_text, over_seeds, tables_of
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import load_study
 from tests.made_up import record
@@ -331,3 +331,14 @@ def test_the_footer_says_when_how_long_and_by_which_command():
         "2.0 h of training and judging. Command: python grid/run.py."
     )
     assert describe_work([], 0, "", datetime(2026, 1, 2)) == "Report of 2026-01-02 00:00 UTC."
+
+
+def test_an_interval_over_trainings_stays_within_what_a_share_can_be():
+    def metrics(score, *values):
+        return [{score: v, f"{score}/low": v, f"{score}/high": v} for v in values]
+
+    # Student's t of two degrees: 4.30 of a standard error of 4 / sqrt(3) around 4.
+    of_pgd = over_seeds(metrics("pgd-5", 0.0, 0.04, 0.08), "pgd-5")
+    assert of_pgd == pytest.approx((4, 0, 13.94), abs=0.01)
+    assert over_seeds(metrics("clean", 0.92, 0.96, 1.0), "clean")[2] == 100
+    assert over_seeds(metrics("corruptions/mCE", 0.92, 0.96, 1.0), "corruptions/mCE")[2] > 105

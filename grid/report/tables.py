@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
 
 DATE = "%Y-%m-%d %H:%M"
+RELATIVE = "/mCE"  # an error in relation to AlexNet's
 PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
 
 
@@ -206,11 +208,14 @@ def saturation(shares: Iterable[float], column: Column) -> str:
 def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[float, float, float]:
     """Return value, low and high in percent: of one seed as judged.
 
-    Of several: their mean interval over images, widened by Student's t over the trainings.
+    Of several: their mean interval over images, widened by Student's t over the trainings, within
+    what a share can be; only an error relative to AlexNet's can be more than 100.
     """
     values = [100 * entry[score] for entry in metrics]
     ends = [(100 * entry[f"{score}/low"], 100 * entry[f"{score}/high"]) for entry in metrics]
-    return statistics.fmean(values), *over_several(values, ends)
+    low, high = over_several(values, ends)
+    most = math.inf if score.endswith(RELATIVE) else 100.0
+    return statistics.fmean(values), max(low, 0.0), min(high, most)
 
 
 def trainings_text(seeds: Sequence[int]) -> str:
