@@ -262,9 +262,8 @@ def test_the_answer_says_who_is_ahead_whatever_the_sign_of_the_difference():
         paired = Paired(difference, low, high, 9, None)
         return answer(STUDY, [Judgement(claim, OPEN, "t", paired, row_sign=sign)])
 
-    assert "Here the transformer is ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(
-        1, 0.1, 0.05, 0.15
-    )
+    ahead = "the transformer is ahead h (+10.0 points [+5.0, +15.0], n = 9)"
+    assert f"Here, each comparison by itself, {ahead}" in said(1, 0.1, 0.05, 0.15)
     assert "ahead h (+10.0 points [+5.0, +15.0], n = 9)" in said(-1, -0.1, -0.15, -0.05)
     assert "behind h (-10.0 points" in said(-1, 0.1, 0.05, 0.15)
     assert "not to be told apart h (+0.0 points [-5.0" in said(-1, 0.0, -0.05, 0.05)

@@ -144,7 +144,7 @@ def test_the_report_is_whole_and_nothing_overlaps(study, browser, viewport):
     assert [page.evaluate(fault) for fault in FAULTS] == [[]] * len(FAULTS)
     pictures = page.eval_on_selector_all("#gallery img", "i => i.map(e => e.naturalWidth)")
     assert set(pictures) == {16}
-    assert "Of 24 claims of the study: " in page.inner_text("#answer .answer")
+    assert "Of 24 claims of the study, decided together: " in page.inner_text("#answer .answer")
     page.close()
 
 

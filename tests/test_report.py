@@ -307,7 +307,7 @@ def test_a_summary_has_the_answer_and_as_many_trials_as_mlflow_takes(recorded, t
     title, _, answer, _, head, _, *rows = (tmp_path / "summary.md").read_text().splitlines()
     link = "#/experiments/1/runs?viewStateShareKey=bai2021&workflowType=machine_learning"
     assert title == f"**[Compare the trials]({link}) of study bai2021**"
-    assert " claims of the study: " in answer
+    assert " claims of the study, decided together: " in answer
     assert head == "| % | clean | pgd-100 | autoattack-small-bounded | autoattack-bounded |"
     runs = tracker.trials()
     assert len(rows) == len(plan.trials)

@@ -318,7 +318,8 @@ def answer(study: Study, judgements: Sequence[Judgement]) -> str:
             interval = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], n = {p.n}"
             standings[standing].append(f"{judgement.claim.headline} ({interval})")
     parts = [f"{standing} {' and '.join(texts)}" for standing, texts in standings.items() if texts]
-    here = f"Here {study.subject} is {'; '.join(parts)}. " if parts else ""
+    by_itself = f"Here, each comparison by itself, {study.subject} is"
+    here = f"{by_itself} {'; '.join(parts)}. " if parts else ""
     counts = Counter(judgement.decision for judgement in judgements)
     decisions = ", ".join(f"{counts[d]} {d}" for d in DECISIONS if counts[d])
-    return f"{here}Of {len(judgements)} claims of the study: {decisions}."
+    return f"{here}Of {len(judgements)} claims of the study, decided together: {decisions}."
