@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import PositiveInt, TypeAdapter
 
 from evaluators import answering, column_named, evaluator_named, evaluator_of
 from grid.options import RunOptions
@@ -19,6 +22,7 @@ from trainables.scale import Scale
 from trainables.store.results import DATABASE
 from trainables.store.storage import write_atomically
 
+DESIGNS = TypeAdapter(dict[str, dict[str, PositiveInt]])
 FILE = "design.json"  # in the results: images by cell, of every design that was run
 Cell = tuple[str, str]  # a trial's digest, and an evaluator
 ASSUMED_OF_ERRORS = Noise(discordance=0.02, binary=False)  # of means over many answers an image
@@ -51,9 +55,9 @@ def with_design(
     if not scale.detect or not claims:
         return plan, None
     path, goal = options.results / FILE, Goal.of_claims(scale.detect, options.power, len(claims))
-    known: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
-    asked = repr((goal, sorted(sorted(cells) for cells in claims.values())))
-    key, design = hashlib.sha256(asked.encode()).hexdigest()[:12], None
+    known = _designs_of(path)
+    question = repr((goal, sorted(sorted(cells) for cells in claims.values())))
+    key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     if options.plan or key not in known:
         design = _designed(options, study, plan, scale, goal, held_out)
     if design and key not in known:
@@ -66,6 +70,18 @@ def with_design(
         images[digest][evaluator] = max(counts.get(cell, 0) for counts in known.values())
     trials = tuple(replace(trial, images=images[trial.digest]) for trial in plan)
     return replace(plan, trials=trials), design
+
+
+def _designs_of(path: Path) -> dict[str, dict[str, int]]:
+    """Return the designs that results remember, by key; ValueError where their file is damaged."""
+    try:
+        return DESIGNS.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(
+            f"{path} is damaged: remove it, and cells are designed anew and judged again"
+        ) from None
 
 
 def _cells_by_claim(study: Study, plan: Plan, scale: Scale) -> dict[Claim, frozenset[Cell]]:
@@ -122,9 +138,9 @@ def described(
         f"{len(design.designs)} claims at level {goal.alpha:.2g} (0.05 over all, as Holm corrects)"
     )
     if briefly:
-        told = sum(claim.detectable <= goal.difference + STEP / 2 for claim, _ in design.designs)
+        count = sum(claim.detectable <= goal.difference + STEP / 2 for claim, _ in design.designs)
         detect = f"--detect {100 * goal.difference:g}points"
-        yield f"{heading}: {told} can; {detect} says what others need"
+        yield f"{heading}: {count} can; {detect} says what others need"
         return
     yield f"{heading}:"
     for claim, cells in design.designs:

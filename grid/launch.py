@@ -415,8 +415,8 @@ class EarlyStopping(FIFOScheduler):  # type: ignore[misc]
             if metric not in entry or epoch in figures:
                 continue
             figures[epoch] = entry[metric]
-            seen, first = {"epoch": epoch, metric: entry[metric]}, self._first_tries[digest]
-            if rule.on_trial_result(tune_controller, first, seen) == self.STOP:
+            figure, first = {"epoch": epoch, metric: entry[metric]}, self._first_tries[digest]
+            if rule.on_trial_result(tune_controller, first, figure) == self.STOP:
                 # A trial whose files lack room is in training after its last epoch, too.
                 last = self._trials[digest]["recipe"]["epochs"]
                 going_on = result["outcome"] == "training" and epoch < last

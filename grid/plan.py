@@ -155,8 +155,8 @@ def enumerate_trials(
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
-        own = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
-        spanned.append(Request(recipe, study.name, model=stated.model, labels=own))
+        on_axes = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
+        spanned.append(Request(recipe, study.name, model=stated.model, labels=on_axes))
         if space.sample and len(spanned) == space.sample.size:
             break
     return spanned, refused

@@ -330,8 +330,8 @@ def _with_inherited(entries: dict[str, Any], above: Study, library: Library) -> 
     for table in above.tables:
         left = tuple(r for r in table.rows if f"{table.name}/{r.label}" not in dropped)
         if table.name not in dropped:
-            own = {key: getattr(table, key) for key in ("name", "question", "columns")}
-            tables[table.name] = {**own, "rows": left}
+            fields = {key: getattr(table, key) for key in ("name", "question", "columns")}
+            tables[table.name] = {**fields, "rows": left}
     stated = _TABLES.validate_python(entries.get("tables", ()))
     check_once("table", [str(entry.get("name")) for entry in stated])
     for number, entry in enumerate(stated):
@@ -392,8 +392,8 @@ def _with_published(study: Study, above: Study) -> Study:
         with suppress(ValueError):
             check_claim(claim, tables)
             if claim.says not in restated:
-                own = {} if claim.places <= same else {"published": None}
-                claims.append(claim.model_copy(update=own))
+                changes = {} if claim.places <= same else {"published": None}
+                claims.append(claim.model_copy(update=changes))
     inherited = {"tables": tuple(tables.values()), "claims": (*claims, *study.claims)}
     return study.model_copy(update=inherited)
 

@@ -123,6 +123,13 @@ def test_what_cannot_be_designed_ends_the_command_before_any_compute(
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", '{"key": {"cell": 0}}', "[]"])
+def test_a_damaged_memory_of_designs_is_named(content, tmp_path):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=rf"{FILE} is damaged: remove it"):
+        design_of(tmp_path)
+
+
 def test_claims_that_need_more_images_than_there_are_say_what_these_tell(tmp_path, capsys):
     words = ["--plan", "--tables", "T5", "T8", "--seeds", "1", "--results", str(tmp_path)]
     assert main([*words, "--detect", "5points"]) == 0

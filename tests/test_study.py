@@ -67,7 +67,7 @@ def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
     )
     # The published difference: 77.1 - 76.9.
     assert '<span class="published">+0.2 published</span>' in page
-    assert re.search(r"Here GELU is .* on clean images \([+-]", page)
+    assert re.search(r"Here, each comparison by itself, GELU is .* on clean images \([+-]", page)
     assert "Of 1 claims of the study, decided together: 1 " in page
     assert "Transformer" not in page
     values = (tmp_path / "report" / "tables.md").read_text()
