@@ -48,7 +48,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 
         def api(classifier=classifier) -> list[bool]:  # type: ignore[no-untyped-def]
             data = replace(digits, held_out=split)
-            scores = evaluate(classifier, data, "pgd", epsilon="16/255", progress=False)
+            scores = evaluate(classifier, data, "pgd", epsilon="27/255", progress=False)
             return [bool(s) for s in scores.ledger["survived"].to_pylist()]
 
         require(direct() == api(), "verdicts differ")

@@ -32,7 +32,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     batch = Batch(images, labels, held_out.ids)
     for recipe in (base_named("resnet50"), base_named("deit_small")):
         classifier = trained(DIGITS.shrink(recipe), epochs=1 if quick else 4)
-        attack = Attack(classifier, batch, DIGITS, epsilon=16 / 255, step_size=4 / 255)
+        attack = Attack(classifier, batch, DIGITS, epsilon=27 / 255, step_size=27 / 4 / 255)
         yield beside_torchattacks(recipe.model, attack, repeats=1 if quick else 7)
     if DEVICE.type == "cuda":
         for recipe in (base_named("resnet50"), base_named("deit_small")):

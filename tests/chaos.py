@@ -53,10 +53,10 @@ ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3, 4"
 )
-# A ledger's file, and so its sha256, also says how long its verdicts took.
+# How long verdicts took stands in the tag and in the ledger's file, and so in its sha256.
 TAGS = (
     "select d.value, t.key, case when t.key like 'cell.%' and t.value != '' "
-    "then json_remove(t.value, '$.sha256') else t.value end "
+    "then json_remove(t.value, '$.sha256', '$.seconds') else t.value end "
     "from tags d join tags t using (run_uuid) "
     "where d.key = 'digest' and t.key != 'mlflow.parentRunId' order by 1, 2"
 )

@@ -291,14 +291,14 @@ def test_the_command_judges_them_is_killed_and_goes_on(folder, tmp_path):
     trained = '{ label = "Trained", base = "resnet50", model = "resnet18", epochs = 20 }'
     wide = WIDE.replace(" }", ", preprocessing = { size = 32 } }")
     path, results = study_of(folder, wide, trained, of="Trained"), tmp_path / "results"
-    driver = start(path, results)
+    driver = start(path, results, "--seeds", "1")
     database = results / "mlflow.db"
     wait_until(driver, lambda: database.exists() and any(r.cells for r in trials(results).values()))
     driver.kill()
     driver.wait()
     driver.stdout.close()
     before = {digest: run.start_time for digest, run in trials(results).items()}
-    assert "Trained" in ended(start(path, results))
+    assert "Trained" in ended(start(path, results, "--seeds", "1"))
     runs = trials(results)
     assert before.items() <= {digest: run.start_time for digest, run in runs.items()}.items()
     assert len(runs) == 3
@@ -315,5 +315,5 @@ def test_the_command_judges_them_is_killed_and_goes_on(folder, tmp_path):
     assert "1 trainings and 2 models as they are" in page
     assert f"sha256 {recipe.init_sha256}; not trained here" in page
     assert 'The smaller one is level: <span class="decision' in page
-    said = ended(start(path, results))
+    said = ended(start(path, results, "--seeds", "1"))
     assert "3 trials: 3 done, 0 to train; 0 cells to judge" in said

@@ -187,7 +187,7 @@ def test_a_stopped_trial_goes_on_once_more_is_asked_and_ends_with_the_same_bits(
     assert runs.keys() == {"finished", "stopped early"}
     stopped = runs["stopped early"]
     assert "held_out/accuracy was" in stopped.reason
-    assert f"({stopped.digest}): {stopped.reason}" in said
+    assert f" {stopped.digest[:6]}: {stopped.reason}" in said
     assert (stopped.logged_epochs, stopped.cells) == (4, {})
     assert list((results / "trials" / stopped.digest).glob("epoch-00004-*.pt"))
     assert not (results / "trials" / stopped.digest / "weights.safetensors").exists()
