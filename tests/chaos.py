@@ -53,10 +53,13 @@ ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3, 4"
 )
-# How long verdicts took stands in the tag and in the ledger's file, and so in its sha256.
+# How long verdicts took stands in the tag and in the ledger's file, and so in its sha256; a model's
+# tag names its run.
 TAGS = (
     "select d.value, t.key, case when t.key like 'cell.%' and t.value != '' "
-    "then json_remove(t.value, '$.sha256', '$.seconds') else t.value end "
+    "then json_remove(t.value, '$.sha256', '$.seconds') "
+    "when t.key = 'mlflow.log-model.history' then json_remove(t.value, '$[0].run_id') "
+    "else t.value end "
     "from tags d join tags t using (run_uuid) "
     "where d.key = 'digest' and t.key != 'mlflow.parentRunId' order by 1, 2"
 )
