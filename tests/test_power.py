@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.power import drawn_study
 from evaluators.intervals import compare, of_gained_and_lost
 from grid.power import (
     ALPHA,
@@ -48,28 +49,12 @@ def test_the_promised_power_is_that_of_the_interval_within_three_points(discorda
     assert np.average(told, weights=times) == pytest.approx(0.8, abs=0.03)
 
 
-def study(rng, difference, images, trainings, noise):
-    """Draw the image scores of two sides whose trainings differ by their accuracy alone.
-
-    On a share of images both sides are right or wrong by one draw, on the others by two.
-    """
-    apart = 0.5 + difference**2 / 2  # of two draws that many answers are discordant
-    joint = rng.random(images) < (apart - noise.discordance) / (apart - difference)
-    common, sides = rng.random(images), []
-    for mean in (0.5 + difference / 2, 0.5 - difference / 2):
-        own = np.where(joint, common, rng.random(images))
-        accuracies = mean + noise.spread * rng.standard_normal(trainings)
-        answers = [(own < accuracy).astype(float).tolist() for accuracy in accuracies]
-        sides.append([dict(enumerate(of_training)) for of_training in answers])
-    return sides
-
-
 @pytest.mark.filterwarnings("ignore:Precision loss")  # of a side whose trainings are alike
 @pytest.mark.parametrize(("spread", "difference"), [(0.01, 0.1), (0.03, 0.15)])
 def test_the_promised_power_takes_in_the_spread_of_three_trainings(spread, difference):
     noise, rng = Noise(0.25, spread), np.random.default_rng(0)
     promised = power_of(difference, 300, (3, 3), noise, ALPHA)
-    told = [compare(*study(rng, difference, 300, 3, noise)).low > 0 for _ in range(1000)]
+    told = [compare(*drawn_study(rng, difference, 300, 3, noise)).low > 0 for _ in range(1000)]
     assert 0.85 < promised < 0.95
     assert np.mean(told) == pytest.approx(promised, abs=0.03)
 
