@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "stand_ins": scale.data_set.generated and any(trial.recipe.epochs for trial in plan),
         "origins": describe_origins(plan, runs),
         "work": describe_work(
-            planned,
-            sum(map(tracker.seconds, planned)),
-            tracker.command(study.name),
-            datetime.now(UTC),
+            planned, sum(map(tracker.seconds, planned)), tracker.command(study.name)
         ),
         "provenance": describe_provenance(planned),
         "mlflow": tracker.page,

@@ -260,22 +260,19 @@ def describe_origins(plan: Plan, runs: Mapping[str, TrialRun]) -> list[str]:
     return lines
 
 
-def describe_work(runs: Sequence[TrialRun], seconds: float, command: str, now: datetime) -> str:
-    """Say when and by which command the runs were made, how long they took, and the page's date.
-
-    seconds: of training and judging. now: in UTC.
-    """
+def describe_work(runs: Sequence[TrialRun], seconds: float, command: str) -> str:
+    """Say when and by which command the runs were made, and the seconds of training and judging."""
     began = [run.start_time for run in runs]
     ends = [max(run.start_time, run.end_time) for run in runs]
     first, last = (
         f"{datetime.fromtimestamp(end(times, default=0) / 1000, UTC):{DATE}}"
         for end, times in ((min, began), (max, ends))
     )
-    parts = [f"Report of {now:{DATE}} UTC."]
+    parts = [f"Command: {command}."] if command else []
     if runs:
-        parts.append(f"{len(runs)} trials, {first} to {last} UTC: ")
-        parts[-1] += f"{format_seconds(seconds)} of training and judging."
-    return " ".join([*parts, f"Command: {command}." if command else ""]).rstrip()
+        work = f"{format_seconds(seconds)} of training and judging"
+        parts.insert(0, f"{len(runs)} trials, {first} to {last} UTC: {work}.")
+    return " ".join(parts)
 
 
 def describe_provenance(runs: Sequence[TrialRun]) -> str:
