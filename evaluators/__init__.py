@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -92,6 +93,11 @@ def headline_of(evaluator: str) -> str:
     """Return the score that stands for an evaluator: the one of its name, or the last; or ''."""
     columns = columns_of(evaluator)
     return evaluator if evaluator in columns else next(reversed(columns), "")
+
+
+def headlines(evaluators: Collection[str]) -> list[str]:
+    """Return the headline scores of these evaluators, in the registry's order."""
+    return [s for name in EVALUATORS if name in evaluators and (s := headline_of(name))]
 
 
 def column_named(score: str) -> Column:

@@ -116,6 +116,11 @@ class Plan:
         as_they_are = f" and {untrained} models as they are" if untrained else ""
         return f"{len(self.trials) - untrained} trainings{as_they_are}"
 
+    @property
+    def evaluators(self) -> set[str]:
+        """The evaluators that judge one trial or more."""
+        return {name for trial in self for name in trial.evaluators}
+
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
 

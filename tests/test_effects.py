@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import f, t, ttest_rel
+from scipy.stats import f, t
 
 from grid.plan import build_plan
-from grid.report.effects import contrasts, fitted_contrasts, grid_effects, variance_shares
+from grid.report.effects import contrasts, grid_effects, variance_shares
 from grid.study import load_study
 from tests.test_report import trial_run
 from trainables.scale import DIGITS
@@ -50,15 +50,6 @@ def test_a_balanced_two_way_analysis_is_the_textbooks():
         assert row.p == pytest.approx(f.sf(squares[row.axis] / residual, 1, 12))
 
 
-def test_a_contrast_is_a_paired_t_test():
-    frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.3 * (b == "v"), noise=0.02)
-    row = next(row for row in contrasts(frame, ["a", "b"]).itertuples() if row.axis == "a")
-    sides = [frame[frame["a"] == v].sort_values(["b", "seed"])["score"] for v in ("y", "x")]
-    expected = ttest_rel(*sides).confidence_interval(0.95)
-    assert (row.value, row.reference, row.pairs) == ("y", "x", 8)
-    assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
-
-
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}])
 def test_a_grids_effects_are_read_from_its_runs(tmp_path, settings):
     study, plan = planned(
@@ -75,10 +66,9 @@ def test_a_grids_effects_are_read_from_its_runs(tmp_path, settings):
     assert (effects.score, effects.trials) == ("tpa", 8)
     assert tuple(effects.shares.loc[0, ["axis", "share"]]) == ("activation", pytest.approx(1))
     gelu = next(row for row in effects.contrasts.itertuples() if row.axis == "activation")
-    assert (gelu.value, gelu.reference, gelu.pairs) == ("gelu", "relu", 4)
-    assert gelu.difference == pytest.approx(0.1)
-    # Four pairs that differ alike have no spread, and so no interval.
-    assert np.isnan([gelu.low, gelu.high]).all()
+    assert (gelu.value, gelu.reference) == ("gelu", "relu")
+    # Without noise the interval is the difference.
+    assert (gelu.difference, gelu.low, gelu.high) == pytest.approx((0.1, 0.1, 0.1))
     some = dict(list(runs.items())[:7])
     assert grid_effects(study, plan, some) == []
 
@@ -120,12 +110,12 @@ def test_a_grids_effects_leave_its_teachers_out_and_name_them_by_their_base(tmp_
     (effects,) = grid_effects(study, plan, runs)
     assert len(plan.trials) == 24 + 4
     assert effects.trials == 24
-    compared = effects.contrasts[["axis", "value", "reference", "pairs"]]
+    compared = effects.contrasts[["axis", "value", "reference"]]
     assert set(compared.itertuples(index=False, name=None)) == {
-        ("teacher", "resnet50", "none", 8),
-        ("teacher", "resnet50_aligned", "none", 8),
-        ("activation", "gelu", "relu", 12),
-        ("curriculum", "study", "none", 12),
+        ("teacher", "resnet50", "none"),
+        ("teacher", "resnet50_aligned", "none"),
+        ("activation", "gelu", "relu"),
+        ("curriculum", "study", "none"),
     }
 
 
@@ -153,16 +143,11 @@ def test_a_samples_effects_are_those_of_a_linear_model_of_its_axes(tmp_path):
     for which, difference in true.items():
         assert rows[which].difference == pytest.approx(difference, abs=0.005)
         assert rows[which].low < difference < rows[which].high
-    assert {row.pairs for row in rows.values()} == {0}
 
 
-def test_a_fitted_contrast_of_a_balanced_design_is_the_mean_difference():
+def test_a_contrast_of_a_balanced_design_is_the_mean_difference():
     frame = frame_of(lambda a, b: 0.1 * (a == "y") + 0.3 * (b == "v"), noise=0.02)
-    (row,) = (
-        row
-        for row in fitted_contrasts(frame, {"a": ["x", "y"], "b": ["u", "v"]}).itertuples()
-        if row.axis == "a"
-    )
+    (row,) = (row for row in contrasts(frame, ["a", "b"]).itertuples() if row.axis == "a")
     means = frame.groupby("a")["score"].mean()
     assert (row.value, row.reference) == ("y", "x")
     assert row.difference == pytest.approx(means["y"] - means["x"])
@@ -171,3 +156,15 @@ def test_a_fitted_contrast_of_a_balanced_design_is_the_mean_difference():
     residual -= frame.groupby("b")["score"].transform("mean") - frame["score"].mean()
     half = t.ppf(0.975, 13) * np.sqrt((residual**2).sum() / 13 * (1 / 8 + 1 / 8))
     assert (row.high - row.low) / 2 == pytest.approx(half)
+
+
+def test_only_the_contrasts_that_the_trials_can_tell_apart_are_there():
+    # b varies with a alone, so that neither has a difference of its own; c's is 0.1.
+    rows = [
+        {"a": a, "b": b, "c": c, "score": 0.1 * (c == "q") + 0.001 * n}
+        for (a, b), c, n in product(("xu", "yv"), "pq", range(3))
+    ]
+    (row,) = contrasts(pd.DataFrame(rows), ["a", "b", "c"]).itertuples()
+    assert (row.axis, row.value, row.reference) == ("c", "q", "p")
+    assert row.difference == pytest.approx(0.1)
+    assert contrasts(pd.DataFrame(rows[:1] + rows[6:7]), ["a"]).empty

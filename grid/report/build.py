@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader
 
-from evaluators import BOUNDED, EVALUATORS, headline_of
+from evaluators import BOUNDED, headlines
 from evaluators.intervals import Paired
 from evaluators.ledger import LEDGER
 from grid.plan import Plan
@@ -50,7 +50,6 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
         loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
     )
     environment.filters["difference"] = difference_text
-    environment.tests["nan"] = pd.isna
     page = folder / "index.html"
     write_atomically(page, environment.get_template("page.html.j2").render(report).encode())
     text = environment.get_template("tables.md.j2").render(report)
@@ -132,7 +131,7 @@ def attacks_text(plan: Plan, scale: Scale) -> str:
         f" Adversarial training by the {' and '.join(protocols)} protocol, the study's radius of "
         f"4/255 as {trained_at}."
     )
-    bounded = any(name in BOUNDED.values() for trial in plan for name in trial.evaluators)
+    bounded = plan.evaluators & set(BOUNDED.values())
     slices = (
         " AutoAttack is bounded: APGD-CE, and APGD-T against the likeliest classes, attack all its "
         "images, and the rest of it a random slice; intervals add what the rest may break outside."
@@ -150,8 +149,7 @@ def summary_text(plan: Plan, runs: Mapping[str, TrialRun], answer: str, title: s
 
     title: the one line that MLflow shows of a note before it is opened.
     """
-    judging = {name for trial in plan for name in trial.evaluators}
-    scores = [s for s in map(headline_of, (n for n in EVALUATORS if n in judging)) if s]
+    scores = headlines(plan.evaluators)
     lines = [title, "", answer, "", f"| % | {' | '.join(scores)} |"]
     lines.append("| --- |" + " ---: |" * len(scores))
     room = LONGEST_TAG - len("\n".join(lines))
@@ -218,7 +216,7 @@ def write_ledgers(tracker: Tracker, plan: Plan, folder: Path) -> None:
     """
     verdicts = Verdicts(tracker, tracker.trials())
     folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted({name for trial in plan for name in trial.evaluators}):
+    for name in sorted(plan.evaluators):
         path, aside = folder / f"{name}.parquet", folder / f"{name}.part"
         with pq.ParquetWriter(aside, VERDICTS, compression="zstd") as file:
             for trial in plan:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_1samp
 from statsmodels.formula.api import ols
+from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.anova import anova_lm
+from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
-from evaluators import EVALUATORS, headline_of
+from evaluators import EVALUATORS, headlines
 from evaluators.ledger import CONFIDENCE
 from grid.plan import Plan
 from grid.study import Study
 from trainables.store.tracking import TrialRun
 
 FEWEST_TRIALS = 8
-ROUNDING = 1e-9  # of differences of shares, each a multiple of one image
-CONTRAST = ["axis", "value", "reference", "difference", "low", "high", "pairs"]
+CONTRAST = ["axis", "value", "reference", "difference", "low", "high"]
 SPARE_TRIALS = 4  # interactions are fitted where the trials outnumber the terms by this many
 
 
@@ -41,33 +41,28 @@ class Effects:
 
 def grid_effects(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[Effects]:
     """Return the effects on each evaluator's headline score where eight trials or more have it."""
-    seeds = {trial.digest: str(trial.recipe.seed) for trial in plan}
     scores = {score for digest in plan.grid if digest in runs for score in runs[digest].metrics}
     judged = [name for name in EVALUATORS if any(score.startswith(name) for score in scores)]
     effects = []
-    for score in filter(None, map(headline_of, judged)):
+    for score in headlines(judged):
         frame = pd.DataFrame(
-            {**labels, "seed": seeds[digest], "score": runs[digest].metrics[score]}
+            {**labels, "score": runs[digest].metrics[score]}
             for digest, labels in plan.grid.items()
             if digest in runs and score in runs[digest].metrics
         )
-        axes = frame.columns.drop(["seed", "score"], errors="ignore")
-        varied = [axis for axis in axes if frame[axis].nunique() > 1]
-        if len(frame) >= FEWEST_TRIALS and varied and np.ptp(frame["score"]) > 0:
-            shares = variance_shares(frame, varied)
-            differences = (
-                fitted_contrasts(frame, {axis: _in_order(frame[axis], study) for axis in varied})
-                if study.sample
-                else contrasts(frame, varied)
-            )
-            effects.append(Effects(score, len(frame), shares, differences))
+        axes = [axis for axis in frame if axis != "score" and frame[axis].nunique() > 1]
+        if len(frame) >= FEWEST_TRIALS and axes and np.ptp(frame["score"]) > 0:
+            ordered = frame.assign(**{axis: _in_order(frame[axis], study) for axis in axes})
+            differences = contrasts(ordered, axes)
+            effects.append(Effects(score, len(frame), variance_shares(ordered, axes), differences))
     return effects
 
 
-def _in_order(labels: pd.Series, study: Study) -> list[str]:
+def _in_order(labels: pd.Series, study: Study) -> pd.Categorical:
     """Return an axis's labels in the order of the study, behind what is the base's own."""
     order = list(study.axes.get(str(labels.name), study.base))
-    return sorted(labels.unique(), key=lambda label: order.index(label) if label in order else -1)
+    own = [label for label in labels.unique() if label not in order]
+    return pd.Categorical(labels, own + [label for label in order if label in set(labels)])
 
 
 def leading(by_score: Sequence[Effects]) -> str:
@@ -87,18 +82,15 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     Pairwise interactions are part of it where the trials are enough, and such, to tell them apart.
     Empty where no trial is left to judge the axes by, or where axes only vary together.
     """
-    mains = [_term(axis) for axis in axes]
     full = [
         pair
         for pair in combinations(axes, 2)
-        if pd.crosstab(*(frame[a] for a in pair)).all(axis=None)
+        if pd.crosstab(*(frame[axis] for axis in pair)).all(axis=None)
     ]
     levels = {axis: frame[axis].nunique() - 1 for axis in axes}
     needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in full)
-    pairs = (
-        [f"{_term(a)}:{_term(b)}" for a, b in full] if len(frame) >= needed + SPARE_TRIALS else []
-    )
-    designs = (ols("score ~ " + " + ".join(terms), data=frame) for terms in (mains + pairs, mains))
+    pairs = full if len(frame) >= needed + SPARE_TRIALS else []
+    designs = (_design(frame, axes, pairs), _design(frame, axes))
     model = next(filter(_is_estimable, designs), None)
     if model is None:
         return pd.DataFrame(columns=["axis", "share", "p"])
@@ -115,47 +107,35 @@ def _term(axis: str) -> str:
     return f'C(Q("{axis}"))'
 
 
-def _is_estimable(model: Any) -> bool:
+def _design(frame: pd.DataFrame, axes: Sequence[str], pairs: Sequence[tuple[str, str]] = ()) -> OLS:
+    terms = [*map(_term, axes), *(f"{_term(a)}:{_term(b)}" for a, b in pairs)]
+    return ols(f"score ~ {' + '.join(terms)}", data=frame)
+
+
+def _is_estimable(model: OLS) -> bool:
     rows, columns = model.exog.shape
     return bool(rows > columns == np.linalg.matrix_rank(model.exog))
 
 
 def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
-    """Return each value of each axis minus its first one, over pairs of trials alike in all else.
+    """Return what each value of each axis adds to its first one, by a linear model of the axes.
 
-    Columns: axis, value, reference, pairs, their mean difference, and low and high of its 95 %
-    interval by Student's t; nan where all pairs differ alike.
+    Columns: axis, value, reference, difference, and low and high of its 95 % interval. Differences
+    that the trials cannot tell from another axis's are left out.
     """
-    rows = []
-    for axis in axes:
-        others = [column for column in (*axes, "seed") if column != axis]
-        scores = frame.pivot_table("score", index=others, columns=axis, sort=False)
-        reference, *values = frame[axis].unique()
-        for value in values:
-            differences = (scores[value] - scores[reference]).dropna()
-            if len(differences) < 2:
-                continue
-            low = high = float("nan")
-            if np.ptp(differences) >= ROUNDING:
-                low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
-            rows.append((axis, value, reference, differences.mean(), low, high, len(differences)))
-    return pd.DataFrame(rows, columns=CONTRAST)
-
-
-def fitted_contrasts(frame: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Return `contrasts` of a linear model of the axes, as a sample has hardly a pair; pairs are 0.
-
-    labels: of each axis, the reference first. Empty where the trials are too few for the model.
-    """
-    levels = {axis: pd.Categorical(frame[axis], order) for axis, order in labels.items()}
-    design = ols("score ~ " + " + ".join(map(_term, labels)), data=frame.assign(**levels))
-    if not _is_estimable(design):
+    design = _design(frame, axes)
+    rank = np.linalg.matrix_rank(design.exog)
+    if len(frame) <= rank:
         return pd.DataFrame(columns=CONTRAST)
-    model = design.fit()
-    intervals = model.conf_int(1 - CONFIDENCE)
-    rows = []
-    for axis, (reference, *values) in labels.items():
+    with catch_warnings():
+        simplefilter("ignore", SingularMatrixWarning)
+        model = design.fit()
+    unit = pd.DataFrame(np.eye(len(design.exog_names)), design.exog_names)
+    ends, rows = model.conf_int(1 - CONFIDENCE), []
+    for axis in axes:
+        reference, *values = frame[axis].astype("category").cat.categories
         for value in values:
             term = f"{_term(axis)}[T.{value}]"
-            rows.append((axis, value, reference, model.params[term], *intervals.loc[term], 0))
+            if np.linalg.matrix_rank(np.vstack([design.exog, unit.loc[term]])) == rank:
+                rows.append((axis, value, reference, model.params[term], *ends.loc[term]))
     return pd.DataFrame(rows, columns=CONTRAST)

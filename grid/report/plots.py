@@ -552,9 +552,6 @@ def effects_plot(effects: Effects) -> Plot:
         colour = BLUE if c.low > 0 or c.high < 0 else DIM
         ends = (100 * c.difference, 100 * c.low, 100 * c.high)
         dots.append(Dot(f"{c.axis}: {c.value} - {c.reference}", colour, *ends))
-    caption = (
-        f"Main effects on {effects.score} with 95 % intervals; grey: the interval holds 0, or the "
-        "pairs are too alike for one."
-    )
+    caption = f"Main effects on {effects.score} with 95 % intervals; grey: the interval holds 0."
     paint = _dots(dots, "difference, points")
     return _plot(f"effects-{effects.score}", caption, paint, "effects")

@@ -112,8 +112,7 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     tables = plan.tables or (_table_of_all(study, plan),)
-    judges = {name for trial in plan for name in trial.evaluators}
-    return tuple(_shown(table, scale, scores, judges) for table in tables)
+    return tuple(_shown(table, scale, scores, plan.evaluators) for table in tables)
 
 
 def _shown(table: Table, scale: str, scores: Collection[str], judges: Collection[str]) -> Table:
@@ -145,8 +144,8 @@ def shown_column(
 
 
 def _table_of_all(study: Study, plan: Plan) -> Table:
-    names = {name for trial in plan for name in trial.evaluators}
-    columns = tuple(c for name in EVALUATORS if name in names for c in columns_of(name))
+    names = [name for name in EVALUATORS if name in plan.evaluators]
+    columns = tuple(column for name in names for column in columns_of(name))
     first = [trial for trial in plan if trial.recipe.seed == 0] or list(plan)
     rows = tuple(Row(trial.name, trial.recipe, plan.seeds) for trial in first)
     question = "Every trial of the study"
