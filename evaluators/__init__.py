@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from trainables.data.registry import STORED_SETS
 from trainables.plugins import register_all
 from trainables.recipe import unknown
 from trainables.scale import Scale
@@ -35,9 +37,41 @@ EVALUATORS: dict[str, str] = {
 }
 # What answers for an evaluator at scales whose AutoAttack is bounded.
 BOUNDED = {name: f"{name}-bounded" for name in ("autoattack", "autoattack-small")}
+ERRORS = "corruptions"  # over the fifteen kinds; a plug-in's is over one, of its name
+GENERATED_IMAGES = 100  # x 15 kinds x 5 severities of corruptions: 7,500 verdicts
+HARDEST_SHARE = 1 / 6  # of held-out images that are not turned
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
+
+
+class Asked(NamedTuple):
+    """The images that a score can be of, whether some of them are drawn, and whether it errs."""
+
+    images: int
+    draws: bool
+    error: bool
+
+
+def hard_images(scale: Scale, held_out: int) -> int:
+    """Return how many images `natural` is about."""
+    if scale.data_set.generated:
+        return held_out if scale.natural_tilt else math.ceil(held_out * HARDEST_SHARE)
+    return STORED_SETS[scale.data_set.counterpart("natural")].images
+
+
+def corrupted_images(scale: Scale, held_out: int) -> int:
+    """Return how many images `corruptions` is about."""
+    return min(GENERATED_IMAGES, held_out) if scale.data_set.generated else held_out
+
+
+# What a plan says of evaluators before it imports them: who draws images, and of how many others
+# are asked.
+DRAWING = {name for name in EVALUATORS if name.startswith(("pgd", "tpa", "autoattack"))}
+UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
+    **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
+    **{"natural": hard_images, ERRORS: corrupted_images},
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -81,6 +115,19 @@ def answering(evaluator: str, scale: Scale) -> str:
     """Return the evaluator that answers for another at a scale: itself, or its bounded form."""
     bounded = BOUNDED if scale.autoattack == "bounded" else {}
     return bounded.get(evaluator, evaluator)
+
+
+def asked(score: str, scale: Scale, held_out: int) -> Asked:
+    """Return what a score at a scale is asked of; its evaluator is imported only where need be."""
+    name = answering(evaluator_of(score), scale)
+    if name in DRAWING:
+        return Asked(held_out, draws=True, error=False)
+    if name in UNDRAWN:
+        return Asked(UNDRAWN[name](scale, held_out), draws=False, error=name == ERRORS)
+    evaluator, error = evaluator_named(name, scale), column_named(score).error
+    if evaluator.subset_size is not None:
+        return Asked(held_out, draws=True, error=error)
+    return Asked(evaluator.asked_about(held_out), draws=False, error=error)
 
 
 def columns_of(evaluator: str) -> dict[str, Column]:

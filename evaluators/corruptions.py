@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from evaluators import GENERATED_IMAGES, corrupted_images
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
 from evaluators.corruption_kinds import corrupt
 from evaluators.intervals import mean_score
@@ -23,7 +24,6 @@ from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVE
 from trainables.layers import Classifier
 
 SHARD_IMAGES = 5000  # of each stored set
-GENERATED_IMAGES = 100  # x 15 kinds x 5 severities: 7,500 verdicts
 GENERATION = 2  # raise it when generated images change: it is part of a cell's identity
 GENERATED = "generated"  # the ledger's remark where a published set was not there
 KEPT_BYTES = 2**28
@@ -73,7 +73,7 @@ class Corruptions(Evaluator):
         return len(_stored(source) or _chosen(source))
 
     def asked_about(self, held_out: int) -> int:
-        return min(GENERATED_IMAGES, held_out) if self.scale.data_set.generated else held_out
+        return corrupted_images(self.scale, held_out)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
         return self.asked_about(held_out) * len(KINDS) * len(SEVERITIES)

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 from scipy.optimize import brentq
 from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
 
+from evaluators import ERRORS
 from evaluators.ledger import CONFIDENCE, OF_SLICE, SPARED, Score, by_question
 from trainables.data.registry import KINDS
 
 Interval = tuple[float, float]
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
-ERRORS = "corruptions"  # an error over the fifteen kinds; a plug-in's is over one, of its name
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
+from evaluators import HARDEST_SHARE, hard_images
 from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.data.registry import STORED_SETS
 from trainables.watchdog import beat
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
 
-HARDEST_SHARE = 1 / 6
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
 FOLDS = 5
@@ -57,9 +56,7 @@ class Natural(Evaluator):
         return self.stored(source) or hardest(source, tilt=self.scale.natural_tilt)
 
     def asked_about(self, held_out: int) -> int:
-        if self.scale.data_set.generated:
-            return held_out if self.scale.natural_tilt else math.ceil(held_out * HARDEST_SHARE)
-        return STORED_SETS[self.scale.data_set.counterpart("natural")].images
+        return hard_images(self.scale, held_out)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         split, located = self.images(source), source.counterpart("natural")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from pydantic import PositiveInt, TypeAdapter
 
-from evaluators import answering, column_named, evaluator_named, evaluator_of
+from evaluators import answering, asked, column_named, evaluator_of
 from grid.options import RunOptions
 from grid.plan import Plan, format_seconds
 from grid.power import STEP, Design, Goal, Noise
 from grid.study import Study
-from grid.table import Claim, Row, trainings_compared
+from grid.table import Claim, trainings_compared
 from trainables.scale import Scale
 from trainables.store.results import DATABASE
 from trainables.store.storage import write_atomically
@@ -35,6 +35,30 @@ class Designed:
     goal: Goal
     designs: tuple[tuple[Design, frozenset[Cell]], ...]
 
+    def described(self, seconds: Mapping[Cell, float], *, briefly: bool = False) -> Iterator[str]:
+        """Say of every claim what it gets, what that tells, what it needs and what judging takes.
+
+        seconds: of each cell; none: not known. briefly: in one line for all.
+        """
+        goal, count = self.goal, len(self.designs)
+        heading = (
+            f"To tell {100 * goal.difference:g} points with power {goal.power:g}, each of "
+            f"{count} claims at level {goal.alpha:.2g} (0.05 over all, as Holm corrects)"
+        )
+        if briefly:
+            count = sum(claim.detectable <= goal.difference + STEP / 2 for claim, _ in self.designs)
+            detect = f"--detect {100 * goal.difference:g}points"
+            yield f"{heading}: {count} can; {detect} says what others need"
+            return
+        yield f"{heading}:"
+        for claim, cells in self.designs:
+            spent = sum(seconds.get(cell, 0.0) for cell in cells)
+            takes = f", {format_seconds(spent)} to judge" if spent >= 1 else ""
+            yield (
+                f"{claim.images:>7} images tell {100 * claim.detectable:4.1f} points, "
+                f"needs {_needs(claim)}{takes}: {claim.claim.says}"
+            )
+
 
 def with_design(
     options: RunOptions, study: Study, plan: Plan, scale: Scale, held_out: int
@@ -46,7 +70,7 @@ def with_design(
     --plan, and where no difference is asked for. held_out: so many images there are. ValueError
     where a difference is asked for, and the plan has no claim that images decide.
     """
-    claims = _cells_by_claim(study, plan, scale)
+    claims = _decided(study, plan, scale)
     if options.detect and not claims:
         has = "none that these trials and evaluators decide" if study.claims else "none"
         raise ValueError(
@@ -56,12 +80,20 @@ def with_design(
         return plan, None
     path, goal = options.results / FILE, Goal.of_claims(scale.detect, options.power, len(claims))
     known = _designs_of(path)
-    question = repr((goal, sorted(sorted(cells) for cells in claims.values())))
+    question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     if options.plan or key not in known:
-        design = _designed(options, study, plan, scale, goal, held_out)
-    if design and key not in known:
-        known[key] = _images_by_cell(design)
+        measured, designs = _measured(options, study, plan, scale), []
+        for claim, cells, trainings in claims:
+            available, draws, error = asked(claim.column, scale, held_out)
+            noise = (ASSUMED_OF_ERRORS if error else Noise()).updated(measured.get(claim.says))
+            of_claim = goal.design(claim, trainings, noise, available, every=not draws)
+            designs.append((of_claim, cells))
+        design = Designed(goal, tuple(designs))
+        least: dict[str, int] = defaultdict(int)
+        for of_claim, cells in designs:
+            least |= {name: max(of_claim.images, least[name]) for name in map(" ".join, cells)}
+        known.setdefault(key, least)
         if not options.plan:
             write_atomically(path, json.dumps(known, indent=1).encode())
     images: dict[str, dict[str, int]] = defaultdict(dict)
@@ -84,72 +116,25 @@ def _designs_of(path: Path) -> dict[str, dict[str, int]]:
         ) from None
 
 
-def _cells_by_claim(study: Study, plan: Plan, scale: Scale) -> dict[Claim, frozenset[Cell]]:
-    """Return the cells that decide each claim, of those that a plan judges."""
+def _decided(
+    study: Study, plan: Plan, scale: Scale
+) -> list[tuple[Claim, frozenset[Cell], tuple[int, ...]]]:
+    """Return the claims that a plan's cells decide, each with these and the trainings of a side.
+
+    Several pairs count as trainings of one side.
+    """
     rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
     judged = {(trial.digest, name) for trial in plan for name in trial.evaluators}
-    claims = {}
+    decided = []
     for claim in (c for c in study.claims if c.column and c.places <= rows.keys()):
         evaluator = answering(evaluator_of(claim.column), scale)
-        several = [rows[place] for place in claim.places]
+        several = [rows[place] for pair in claim.pairs for place in pair if any(place)]
         seeds = trainings_compared(several)
-        cells = {(digest, evaluator) for row in several for digest in row.digests[:seeds]}
+        cells = frozenset((digest, evaluator) for r in several for digest in r.digests[:seeds])
+        sides = tuple(seeds if row.recipe.epochs else 1 for row in several)
         if cells <= judged:
-            claims[claim] = frozenset(cells)
-    return claims
-
-
-def _designed(
-    options: RunOptions, study: Study, plan: Plan, scale: Scale, goal: Goal, held_out: int
-) -> Designed:
-    """Design every claim by what was measured of its models, or is assumed."""
-    rows = {(table.name, row.label): row for table in plan.tables for row in table.rows}
-    measured, designs = _measured(options, study, plan, scale), []
-    for claim, cells in _cells_by_claim(study, plan, scale).items():
-        noise = ASSUMED_OF_ERRORS if column_named(claim.column).error else Noise()
-        noise = noise.updated(measured.get(claim.says))
-        evaluator = evaluator_named(answering(evaluator_of(claim.column), scale), scale)
-        draws = evaluator.subset_size is not None
-        available = held_out if draws else evaluator.asked_about(held_out)
-        design = goal.design(claim, _trainings(claim, rows), noise, available, every=not draws)
-        designs.append((design, cells))
-    return Designed(goal, tuple(designs))
-
-
-def _images_by_cell(design: Designed) -> dict[str, int]:
-    """Return the most images that a claim about a cell gets, by 'digest evaluator'."""
-    images: dict[str, int] = {}
-    for claim, cells in design.designs:
-        for cell in map(" ".join, cells):
-            images[cell] = max(claim.images, images.get(cell, 0))
-    return images
-
-
-def described(
-    design: Designed, seconds: Mapping[Cell, float], *, briefly: bool = False
-) -> Iterator[str]:
-    """Say of every claim what it gets, what that tells, what it needs and what judging it takes.
-
-    seconds: of each cell; none: not known. briefly: in one line for all.
-    """
-    goal = design.goal
-    heading = (
-        f"To tell {100 * goal.difference:g} points with power {goal.power:g}, each of "
-        f"{len(design.designs)} claims at level {goal.alpha:.2g} (0.05 over all, as Holm corrects)"
-    )
-    if briefly:
-        count = sum(claim.detectable <= goal.difference + STEP / 2 for claim, _ in design.designs)
-        detect = f"--detect {100 * goal.difference:g}points"
-        yield f"{heading}: {count} can; {detect} says what others need"
-        return
-    yield f"{heading}:"
-    for claim, cells in design.designs:
-        spent = sum(seconds.get(cell, 0.0) for cell in cells)
-        takes = f", {format_seconds(spent)} to judge" if spent >= 1 else ""
-        yield (
-            f"{claim.images:>7} images tell {100 * claim.detectable:4.1f} points, "
-            f"needs {_needs(claim)}{takes}: {claim.claim.says}"
-        )
+            decided.append((claim, cells, (len(claim.pairs),) if claim.also else sides))
+    return decided
 
 
 def _needs(design: Design) -> str:
@@ -165,15 +150,6 @@ def _needs(design: Design) -> str:
     if design.needed_trainings:
         return f"{design.needed_trainings} trainings a side, not {several} ({spread})"
     return f"{design.needed or 'more'} by {several} trainings a side ({spread})"
-
-
-def _trainings(claim: Claim, rows: Mapping[tuple[str, str], Row]) -> list[int]:
-    """Return how often each side is trained; several pairs count as trainings of one side."""
-    if claim.also:
-        return [len(claim.pairs)]
-    sides = [rows[place] for place in claim.pairs[0] if any(place)]
-    seeds = trainings_compared(sides)
-    return [seeds if row.recipe.epochs else 1 for row in sides]
 
 
 def _measured(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> dict[str, Noise]:

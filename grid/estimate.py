@@ -98,10 +98,8 @@ def print_plan(
     hours = (rate or 0.0) / HOUR * (max(1.0, gpus) if gpus else options.cpus_per_worker)
     lines += _tables(study, plan, work, hours)
     if design:
-        from grid.design import described
-
         seconds = {cell: units * (rate or 0.0) for cell, units in work.items()}
-        lines += described(design, seconds, briefly=not (options.detect or options.all))
+        lines += design.described(seconds, briefly=not (options.detect or options.all))
     lines += _refused(plan, most=len(plan.refused) if options.all else MOST_REASONS)
     lines += [*_without_effect(study, plan), *plan.notes]
     lines.append(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import chdtri, ndtr, stdtrit  # scipy.stats takes a second to import
 
 from grid.table import Claim
 
@@ -50,7 +52,7 @@ class Noise:
 
 
 def power_of(
-    difference: float, images: int, trainings: Collection[int], noise: Noise, alpha: float
+    difference: float, images: int, trainings: Sequence[int], noise: Noise, alpha: float
 ) -> float:
     """Return the chance that a paired test tells a difference from 0.
 
@@ -58,57 +60,51 @@ def power_of(
     of each side that is trained more than once, how many; the interval then takes in Welch's over
     trainings, and the chance is the mean over their sample variances. alpha: of two sides.
     """
-    from statsmodels.stats.power import normal_power_het
-
     least = difference if noise.binary else difference**2  # of models that differ so
     square = max(noise.discordance, least)
-    null, z = math.sqrt(square), _normal_quantile(alpha)
-    over_images = square - difference**2
-    variance, reach = _over_trainings(trainings, noise.spread, alpha)
-    widened = np.hypot(null, math.sqrt(images) / z * reach)
-    alternative = math.sqrt(max(over_images + images * variance, STEP**2))
-    chances = normal_power_het(
-        difference, images, alpha, std_null=widened, std_alternative=alternative
-    )
-    return float(np.mean(chances))
+    variance, reach = _over_trainings(tuple(trainings), noise.spread, alpha)
+    told_from = np.hypot(_normal_quantile(alpha) * math.sqrt(square / images), reach)
+    deviation = math.sqrt(max(square - difference**2 + images * variance, STEP**2) / images)
+    away = ndtr((np.array([[difference], [-difference]]) - told_from) / deviation)
+    return float(np.mean(away.sum(axis=0)))
 
 
 def images_for(
-    difference: float, trainings: Collection[int], noise: Noise, alpha: float, power: float
+    difference: float, trainings: Sequence[int], noise: Noise, alpha: float, power: float
 ) -> int | None:
     """Return the fewest images that tell a difference with a power; None where none do.
 
     Over trainings that vary, no number of images tells a small difference.
     """
-
-    def chance(images: int) -> float:
-        return power_of(difference, images, trainings, noise, alpha)
-
-    needed = bisect_left(range(1, MOST_IMAGES + 1), power, key=chance) + 1
-    return needed if needed <= MOST_IMAGES else None
+    return _first(
+        range(1, MOST_IMAGES + 1), power, lambda n: power_of(difference, n, trainings, noise, alpha)
+    )
 
 
 def trainings_for(
     difference: float, images: int, sides: int, noise: Noise, alpha: float, power: float
 ) -> int | None:
     """Return the fewest trainings of each of some sides that tell a difference by some images."""
-
-    def chance(trainings: int) -> float:
-        return power_of(difference, images, [trainings] * sides, noise, alpha)
-
-    needed = bisect_left(range(2, MOST_TRAININGS + 1), power, key=chance) + 2
-    return needed if needed <= MOST_TRAININGS else None
+    return _first(
+        range(2, MOST_TRAININGS + 1),
+        power,
+        lambda n: power_of(difference, images, (n,) * sides, noise, alpha),
+    )
 
 
 def detectable(
-    images: int, trainings: Collection[int], noise: Noise, alpha: float, power: float
+    images: int, trainings: Sequence[int], noise: Noise, alpha: float, power: float
 ) -> float:
     """Return the least difference that some images and trainings tell with a power; at most 1."""
+    steps = range(1, round(1 / STEP))
+    chance = partial(power_of, images=images, trainings=trainings, noise=noise, alpha=alpha)
+    return STEP * (_first(steps, power, lambda step: chance(step * STEP)) or len(steps) + 1)
 
-    def chance(step: int) -> float:
-        return power_of(step * STEP, images, trainings, noise, alpha)
 
-    return STEP * (bisect_left(range(1, round(1 / STEP)), power, key=chance) + 1)
+def _first(values: range, least: float, of: Callable[[int], float]) -> int | None:
+    """Return the first value of which a growing function is not below the least; None: none is."""
+    place = bisect_left(values, least, key=of)
+    return values[place] if place < len(values) else None
 
 
 def unbroken_share(images: int, alpha: float) -> float:
@@ -120,23 +116,22 @@ def unbroken_share(images: int, alpha: float) -> float:
     return square / (images + square)
 
 
+@cache
 def _over_trainings(
-    trainings: Collection[int], spread: float, alpha: float
+    trainings: tuple[int, ...], spread: float, alpha: float
 ) -> tuple[float, np.ndarray]:
     """Return the variance over trainings of a difference, and how far Welch's interval reaches.
 
     The reach (Welch 1947) follows from the sample variance of each side, of which it has the
     equally likely ones.
     """
-    from scipy.stats import chi2, t
-
     several = [count for count in trainings if count > 1]
     if not several or not spread:
         return 0.0, np.zeros(1)
-    sampled = [spread**2 / n * chi2.ppf(QUANTILES, n - 1) / (n - 1) for n in several]
+    sampled = [spread**2 / n * chdtri(n - 1, QUANTILES) / (n - 1) for n in several]
     parts = np.array(list(product(*sampled)))
     freedom = parts.sum(axis=1) ** 2 / (parts**2 / (np.array(several) - 1)).sum(axis=1)
-    reach = t.isf(alpha / 2, freedom) * np.sqrt(parts.sum(axis=1))
+    reach = -stdtrit(freedom, alpha / 2) * np.sqrt(parts.sum(axis=1))
     return sum(spread**2 / n for n in several), reach
 
 
@@ -196,33 +191,25 @@ class Goal:
         """
         if claim.test == "none survive":
             return self._of_floor(claim, trainings, noise, available)
-        sides = tuple(trainings)
+        sides, several = tuple(trainings), sum(count > 1 for count in trainings)
         # Level models have to be told from both ends.
         power = (1 + self.power) / 2 if claim.test == "level" else self.power
         rest = (noise, self.alpha, power)
-        needed = images_for(self.difference, sides, *rest)
-        several = sum(count > 1 for count in sides)
-        more = None
-        if several and (needed is None or needed > available):
-            more = trainings_for(self.difference, available, several, *rest)
-        images = available
-        if every:
-            pass
-        elif needed and needed <= available:
-            images = needed
+        needed, more, images = images_for(self.difference, sides, *rest), None, available
+        if needed and needed <= available:
+            images = available if every else needed
         elif several:
-            nearly = images_for(NEARLY * detectable(available, sides, *rest), sides, *rest)
-            images = min(available, nearly or available)
+            more = trainings_for(self.difference, available, several, *rest)
+            nearly = NEARLY * detectable(available, sides, *rest)
+            images = available if every else min(images_for(nearly, sides, *rest) or images, images)
         tells = detectable(images, sides, *rest)
         return Design(claim, noise, sides, images, needed, tells, more)
 
     def _of_floor(
         self, claim: Claim, trainings: Sequence[int], noise: Noise, available: int
     ) -> Design:
-        def below(images: int) -> bool:
-            return unbroken_share(images, self.alpha) < MARGIN
-
-        needed = bisect_left(range(1, MOST_IMAGES), True, key=below) + 1
+        square = _normal_quantile(self.alpha) ** 2
+        needed = math.floor(square / MARGIN - square) + 1
         images = min(needed, available)
         tells = unbroken_share(images, self.alpha)
         return Design(claim, noise, tuple(trainings), images, needed, tells)

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from evaluators import EVALUATORS, asked, column_named, evaluator_named, headline_of
 from grid.design import FILE, with_design
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
-from trainables.scale import DIGITS, IMAGENET
+from trainables.scale import CIFAR10, DIGITS, IMAGENET
 
 STUDY = load_study("bai2021")
 
@@ -51,6 +52,16 @@ def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(
     # None of 138 survive: 2.690^2 * 0.95 / 0.05 = 137.5.
     assert images_of(plan, "T1", "DeiT-S") == {"autoattack-bounded": 138}
     assert images_of(plan, "T2", "DeiT-S without curriculum") == {}
+
+
+@pytest.mark.parametrize("name", [*filter(headline_of, EVALUATORS)])
+@pytest.mark.parametrize("scale", [DIGITS, replace(DIGITS, natural_tilt=0.0), IMAGENET, CIFAR10])
+def test_what_a_plan_says_of_an_evaluator_is_what_its_class_does(name, scale):
+    evaluator, score = evaluator_named(name, scale), headline_of(name)
+    draws = evaluator.subset_size is not None
+    images = 597 if draws else evaluator.asked_about(597)
+    told = asked(score, replace(scale, autoattack="exact"), 597)
+    assert told == (images, draws, column_named(score).error)
 
 
 def test_at_full_size_nothing_is_designed_unless_a_difference_is_asked_for(tmp_path):

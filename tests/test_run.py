@@ -202,13 +202,22 @@ def test_words_of_set_may_hold_commas_and_quotes():
     assert options.values_by_axis() == {"family": ("resnet", "deit"), "epochs": ("10",)}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--plan", "--study", "full"]])
-def test_help_and_plan_import_nothing_heavy(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "light"),
+    [
+        (["--help"], set()),
+        (["--plan", "--study", "full"], set()),
+        (["--plan", "--results", "none"], {"numpy", "scipy", "pyarrow"}),  # with its claims' design
+        (["--tables", "none", "--results", "none"], set()),
+    ],
+)
+def test_help_and_plan_and_wrong_words_import_nothing_heavy(arguments, light):
+    heavy = {"torch", "ray", "mlflow", "numpy", "scipy", "scipy.stats", "pandas", "pyarrow"} - light
     code = (
         "import sys; from grid.run import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'scipy'} & set(sys.modules)\n"
+        f"heavy = {heavy!r} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     ended = subprocess.run(
