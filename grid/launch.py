@@ -35,7 +35,7 @@ from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.options import again
-from trainables.ray_internals import keep_credentials_here
+from trainables.ray_internals import keep_credentials_here, nodes_gone
 from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
@@ -263,10 +263,10 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     alone = all(trial_config(config)["workers"] == 1 for config in configs.values())
     if alone:
-        trainable, order = tune.with_resources(RecipeTrial, _resources), PlanOrder(configs)
+        trainable = tune.with_resources(RecipeTrial, _resources)
     else:
         trainable = tune.with_resources(train_together, CONTROLLER)
-        order = PlanOrder(configs, teams_placed)
+    order = PlanOrder(configs, None if alone else teams_placed, nodes_gone)
     rule = launch.study.early_stop
     stopping = EarlyStopping(rule, configs) if rule else None
     tune.Tuner(
@@ -320,21 +320,25 @@ class PlanOrder(Searcher):  # type: ignore[misc]
 
     Tune has them wait for room, and asks for more while few wait. teams_placed: says how many
     teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
-    whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row; a new
-    epoch makes good its earlier failures. configs, by digest and in the plan's order: what Tune
-    hands to each trial.
+    whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row, and
+    without limit where a node went meanwhile (nodes_gone: their ids); to get any further makes good
+    its earlier failures. configs, by digest and in the plan's order: what Tune hands to each trial.
     """
 
     def __init__(
-        self, configs: Mapping[str, dict[str, Any]], teams_placed: Callable[[], int] | None = None
+        self,
+        configs: Mapping[str, dict[str, Any]],
+        teams_placed: Callable[[], int] | None = None,
+        nodes_gone: Callable[[], set[str]] = set,
     ) -> None:
         super().__init__()
-        self._configs, self._teams_placed = configs, teams_placed
+        self._configs, self._teams_placed, self._nodes_gone = configs, teams_placed, nodes_gone
         self._needs = {d: trial_config(config)["needs"] for d, config in configs.items()}
         self._waiting = list(configs)
         self._under_way: dict[str, str] = {}  # digests, by Tune's id of a try
         self._failures: Counter[str] = Counter()
-        self._furthest: Counter[str] = Counter()
+        self._furthest: dict[str, tuple[int, int]] = {}
+        self._gone_before: dict[str, set[str]] = {}  # nodes, as a try began
         self._not_before: dict[str, float] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -347,23 +351,27 @@ class PlanOrder(Searcher):  # type: ignore[misc]
             return None
         self._waiting.remove(digest)
         self._under_way[trial_id] = digest
+        self._gone_before[trial_id] = self._nodes_gone()
         return self._configs[digest]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         digest = self._under_way[trial_id]
-        if result.get("epoch", 0) > self._furthest[digest]:
-            self._furthest[digest] = result["epoch"]
+        reached = result.get("epoch", 0), result.get("forward", 0)
+        if reached > self._furthest.get(digest, (0, 0)):
+            self._furthest[digest] = reached
             self._failures[digest] = 0
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         digest = self._under_way.pop(trial_id)
+        gone_before = self._gone_before.pop(trial_id)
         if not error:
             return
-        self._failures[digest] += 1
-        if self._failures[digest] <= MAX_FAILURES:
-            self._not_before[digest] = time.monotonic() + wait_after(self._failures[digest])
+        if self._nodes_gone() <= gone_before:
+            self._failures[digest] += 1
+        if (failures := self._failures[digest]) <= MAX_FAILURES:
+            self._not_before[digest] = time.monotonic() + wait_after(max(1, failures))
             self._waiting.insert(0, digest)
 
     def will_retry(self, digest: str) -> bool:

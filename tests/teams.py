@@ -55,25 +55,35 @@ def begun(
     team: Team = ALONE,
     *,
     start: Any = None,
-    end: int = 1,
+    end: float = 1,
     dtype: torch.dtype = torch.float,
 ) -> Any:
-    """Return the state of a training after `end` epochs, which `start` may have begun."""
+    """Return the state of a training after `end` epochs, which `start` may have begun.
+
+    end: 1.5 is after the first step of the second epoch.
+    """
     data = few_digits()
     classifier = build_classifier(recipe).to(dtype)
     teacher = build_classifier(recipe.teacher).to(dtype) if recipe.teacher else None
     device = torch.device("cpu")
     reports = train(
-        recipe, classifier, data, device=device, teacher=teacher, start=start, team=team
+        recipe,
+        classifier,
+        data,
+        device=device,
+        teacher=teacher,
+        start=start,
+        team=team,
+        due=lambda: end % 1 > 0,
     )
-    return next(report.state for report in reports if report.epoch == end)
+    return next(r.state for r in reports if r.epoch + bool(r.forward) / 2 == end)
 
 
 def trained(
     recipe: Recipe,
     team: Team = ALONE,
     *,
-    stop: int | None = None,
+    stop: float | None = None,
     dtype: torch.dtype = torch.float,
 ) -> tuple[Any, Any]:
     """Return weights and metrics; with `stop`, of a training cut short there and resumed."""

@@ -106,20 +106,22 @@ def test_resumed_training_equals_uninterrupted_training(small, few_digits, tmp_p
     if variant == "distilled":
         recipe = recipe.replace(distillation=Distillation(teacher=small("deit", epochs=1)))
     whole = build_classifier(recipe)
-    reports = []
-    for report in train(recipe, whole, few_digits, device=CPU, teacher=teacher_of(recipe)):
-        reports.append((report.metrics, report.outcome))
+    reports, places = [], []
+    arguments = {"device": CPU, "teacher": teacher_of(recipe)}
+    for report in train(recipe, whole, few_digits, **arguments, due=lambda: True):
+        if not report.forward:
+            reports.append((report.metrics, report.outcome))
         if report.epoch == 1:
-            save_checkpoint(tmp_path, 1, report.state)
+            places.append(tmp_path / str(report.forward))
+            save_checkpoint(places[-1], 1, report.state, forward=report.forward)
     assert [metrics["epoch"] for metrics, _ in reports] == [1, 2, 3]
-    resumed = build_classifier(recipe.replace(seed=99)) if recipe.teacher is None else whole
-    start = load_newest_checkpoint(tmp_path)
     expected = weights(whole)
-    again = list(
-        train(recipe, resumed, few_digits, device=CPU, teacher=teacher_of(recipe), start=start)
-    )
-    assert [(r.metrics, r.outcome) for r in again] == reports[1:]
-    assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
+    for place in places[:2]:  # after the first epoch, and after a step of the second one
+        resumed = build_classifier(recipe.replace(seed=99)) if recipe.teacher is None else whole
+        start = load_newest_checkpoint(place)
+        again = list(train(recipe, resumed, few_digits, **arguments, start=start))
+        assert [(r.metrics, r.outcome) for r in again] == reports[1:]
+        assert all(torch.equal(value, expected[n]) for n, value in resumed.state_dict().items())
 
 
 def test_the_mean_of_the_weights_is_timms_after_every_step(small, few_digits):

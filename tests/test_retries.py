@@ -23,13 +23,26 @@ def at_once(monkeypatch):
 
 def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(at_once):
     order = PlanOrder(configs_of({"a": None}))
-    epochs = [1, 2, 3, *[3] * MAX_FAILURES]
-    for number, epoch in enumerate(epochs):
+    epochs = [(1, 0), (2, 0), (2, 7), (2, 9), (3, 0), *[(3, 0)] * MAX_FAILURES]
+    for number, (epoch, forward) in enumerate(epochs):
         assert order.suggest(str(number))
-        order.on_trial_result(str(number), {"epoch": epoch})
+        order.on_trial_result(str(number), {"epoch": epoch, "forward": forward})
         order.on_trial_complete(str(number), error=True)
         assert order.will_retry("a") == (number < len(epochs) - 1)
     assert order.suggest("none") == PlanOrder.FINISHED
+
+
+def test_deaths_by_a_node_that_went_do_not_count(at_once):
+    gone = set()
+    order = PlanOrder(configs_of({"a": None}), None, lambda: set(gone))
+    for number in range(3 * MAX_FAILURES):
+        assert order.suggest(str(number))
+        gone.add(number)
+        order.on_trial_complete(str(number), error=True)
+    for number in range(MAX_FAILURES + 1):
+        assert order.suggest(str(number))
+        order.on_trial_complete(str(number), error=True)
+    assert not order.will_retry("a")
 
 
 def test_trials_come_in_the_plans_order_a_student_after_its_teacher(monkeypatch):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
 from trainables.recipe import Distillation
 from trainables.running import SECONDS
-from trainables.store.checkpoint import stored_weights
+from trainables.store.checkpoint import save_checkpoint, stored_weights
+from trainables.store.retries import NodeLeavesError
 from trainables.store.storage import weights_path
 from trainables.trial import RecipeTrial
 
@@ -105,6 +109,51 @@ def test_a_trial_cut_short_goes_on_in_another_actor_and_ends_the_same(start, sma
     assert [first, second] == sent  # the seconds that they took, too
     assert all(epoch[SECONDS] > 0 for epoch in (first, second, third))
     assert results[-1]["sha256"] == whole
+
+
+def test_a_trial_killed_within_an_epoch_goes_on_there_and_ends_the_same(
+    start, small, tmp_path, monkeypatch
+):
+    recipe = small("deit", epochs=2, batch_size=16)  # of 12 steps
+    whole = run(start(recipe))
+    folder = tmp_path / "trials" / recipe.digest()
+    shutil.rmtree(folder)
+    monkeypatch.setattr("trainables.running.MIDWAY_SECONDS", 0.0)
+
+    def save_and_die(*arguments, forward):
+        name = save_checkpoint(*arguments, forward=forward)
+        if name.startswith("epoch-00001.0000007-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainables.store.checkpoint.save_checkpoint", save_and_die)
+        killed = multiprocessing.get_context("fork").Process(target=run, args=[start(recipe)])
+        killed.start()
+        killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    monkeypatch.setattr("trainables.running.MIDWAY_SECONDS", 1e9)
+    (last,) = run(start(recipe))
+    assert last["sha256"] == whole[-1]["sha256"]
+    before = [result["epochs"][0] for result in whole]
+    assert [e["train/loss"] for e in last["epochs"]] == [e["train/loss"] for e in before]
+
+
+def test_a_trial_saves_what_it_did_and_leaves_a_node_that_is_taken_away(
+    start, small, tmp_path, monkeypatch
+):
+    recipe = small(epochs=1)
+    whole = run(start(recipe))[-1]["sha256"]
+    shutil.rmtree(tmp_path / "trials" / recipe.digest())
+    with monkeypatch.context() as patch:
+        patch.setattr("trainables.running.LOOK_SECONDS", 0.0)
+        patch.setattr("trainables.trial.node_leaves", lambda: True)
+        actors = [start(recipe) for _ in range(2)]
+        for step, actor in enumerate(actors, start=1):
+            with pytest.raises(NodeLeavesError):
+                actor.step()
+            newest = max((tmp_path / "trials" / recipe.digest()).iterdir())
+            assert newest.name.startswith(f"epoch-00000.000000{step}-")
+    assert run(start(recipe))[-1]["sha256"] == whole
 
 
 def test_a_trial_is_saved_after_every_epoch_from_which_it_may_be_stopped(

@@ -21,6 +21,21 @@ def keep_credentials_here() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
+def node_leaves() -> bool:
+    """Tell whether this node is being drained: a spot instance that is about to be taken away."""
+    return ray.is_initialized() and ray.get_runtime_context().get_node_id() in _draining()
+
+
+def nodes_gone() -> set[str]:
+    """Return the ids of the nodes that have died or are about to be taken away."""
+    return {*_draining(), *(node["NodeID"] for node in ray.nodes() if not node["Alive"])}
+
+
+def _draining() -> dict[str, int]:
+    deadlines: dict[str, int] = state.get_draining_nodes()
+    return deadlines
+
+
 def lacked_room(error: Exception) -> bool:
     """Say whether a team failed because the cluster had no room for its workers."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store import checkpoint
 from trainables.store.results import joined, provenance
+from trainables.store.retries import NodeLeavesError
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.train.loop import EpochReport, train
 from trainables.train.team import ALONE, Team
@@ -24,6 +25,8 @@ from trainables.weights import fit_weights
 
 Weights = dict[str, Tensor]
 CHECKPOINT_SECONDS = 5.0
+MIDWAY_SECONDS = 300.0  # between two checkpoints within an epoch
+LOOK_SECONDS = 5.0  # between two looks whether the node is about to be taken away
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 
@@ -43,7 +46,8 @@ class RunningTrial:
     mean: dict[str, torch.Tensor] | None = None  # of the weights, where it is what is judged
     reports: Iterator[EpochReport] | None = None
     epoch: int = 0
-    seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took
+    forward: int = 0  # forward batches done of the epoch after it
+    seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took, so far
     trained: dict[str, str] = field(default_factory=dict)  # the provenance of its epochs
     unsent: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -53,12 +57,25 @@ class RunningTrial:
     unlogged: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
     paused: bool = False
+    node_leaves: Callable[[], bool] = lambda: False  # asked every LOOK_SECONDS
+    looked_at: float = field(default_factory=time.monotonic)
+    leaves: bool = False
+
+    def is_due(self) -> bool:
+        """Tell whether to save within an epoch: after a while, or before the node is gone."""
+        now = time.monotonic()
+        if now - self.looked_at >= LOOK_SECONDS:
+            self.looked_at, self.leaves = now, self.node_leaves()
+        return self.leaves or now - self.saved_at >= MIDWAY_SECONDS
 
 
-def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
+def open_trial(
+    config: dict[str, Any], team: Team = ALONE, node_leaves: Callable[[], bool] = lambda: False
+) -> RunningTrial:
     """Build a trial anew, as far as its newest whole checkpoint has it.
 
     Of a team only the first worker reads and writes the storage. config: as of `RecipeTrial`.
+    node_leaves: tells whether this node is about to be taken away.
     """
     torch.set_num_threads(config["threads"])
     recipe, storage = Recipe.model_validate(config["recipe"]), config["storage"]
@@ -66,6 +83,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"], config.get("stops_from", 0))
     running.checkpoints = tuple(config.get("checkpoints", ()))
+    running.node_leaves = node_leaves
     needed: dict[str, Weights] = {}
     for other in recipe.prerequisites:
         path = weights_path(storage, other.digest())
@@ -108,6 +126,7 @@ def open_trial(config: dict[str, Any], team: Team = ALONE) -> RunningTrial:
         start=start,
         compiled=config["compile"],
         team=team,
+        due=running.is_due,
     )
     return running
 
@@ -127,19 +146,24 @@ def _begun(running: RunningTrial, *, is_new: bool) -> Classifier:
 
 
 def next_result(running: RunningTrial) -> dict[str, Any]:
-    """Train a trial's next epoch, unless it is over, and return a report for the recorder.
+    """Train a trial to its next report, unless it is over, and return that for the recorder.
 
-    A trial whose files had no room on the disk tries to write them again instead.
+    A trial whose files had no room on the disk tries to write them again instead. NodeLeavesError
+    once it has saved what it did on a node that is about to be taken away.
     """
     if running.paused:
         time.sleep(FULL_SECONDS)
     elif running.outcome == "training":
         _advance(running)
     stored = _save(running)
+    going_on = running.outcome == "training" and not running.paused
+    if going_on and running.team.any(running.leaves):
+        raise NodeLeavesError("its node is about to be taken away; what it did is saved")
     outcome = "training" if running.paused else running.outcome
     result = {
         "digest": running.recipe.digest(),
         "epoch": running.epoch,
+        "forward": running.forward,
         "epochs": running.unsent,
         "notes": running.notes,
         "trained": running.trained,
@@ -156,15 +180,18 @@ def _advance(running: RunningTrial) -> None:
     began = time.monotonic()
     report = next(running.reports)
     now = time.monotonic()
-    running.epoch = report.epoch
-    running.seconds[report.epoch] = now - began
+    running.epoch, running.forward = report.epoch, report.forward
+    of_epoch = report.epoch + bool(report.forward)
+    running.seconds[of_epoch] = running.seconds.get(of_epoch, 0.0) + now - began
     running.trained = joined(running.trained, provenance(running.device))
-    running.unsent.append(_timed(running, report.metrics))
     running.outcome, running.reason = report.outcome, report.reason
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
-    may_stop = 0 < running.stops_from <= report.epoch
-    if report.outcome != "training" or may_stop or now - running.saved_at >= CHECKPOINT_SECONDS:
+    due = report.forward or 0 < running.stops_from <= report.epoch
+    if due or report.outcome != "training" or now - running.saved_at >= CHECKPOINT_SECONDS:
         running.saved_at, running.unsaved = now, report
+    if report.forward:
+        return
+    running.unsent.append(_timed(running, report.metrics))
     if report.epoch in running.checkpoints:
         running.unlogged = report
 
@@ -201,7 +228,7 @@ def _write(running: RunningTrial) -> dict[str, str]:
             "seconds": running.seconds,
             "trained": running.trained,
         }
-        checkpoint.save_checkpoint(running.folder, report.epoch, state)
+        checkpoint.save_checkpoint(running.folder, report.epoch, state, forward=report.forward)
         running.unsaved = None
     if running.outcome != "finished":
         return {}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.util import placement_group_table
 
-from trainables.ray_internals import lacked_room, release_orphans
-from trainables.store.retries import OWN_FAULTS
+from trainables.ray_internals import lacked_room, node_leaves, release_orphans
+from trainables.store.retries import OWN_FAULTS, NodeLeavesError
 from trainables.store.storage import below
 from trainables.watchdog import counting_steps
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # It takes none of what workers need, so that no trial can wait for another's workers.
 CONTROLLER = {"node:__internal_head__": 0.001}
 TRAIN_FOLDER = "train"
-# A team waits for its workers, and again: a node that died may take its successor minutes to come
-# up. Without its workers for an hour a trial has failed, unless others hold the room.
-START_SECONDS, FAILED_SECONDS = 300, 3600
+# A team waits for its workers, and again without limit: spot nodes may be away for hours. Every
+# hour it begins anew, which gives back what dead teams hold.
+START_SECONDS, ANEW_SECONDS = 300, 3600
 TRAIN_SETTINGS = {
     # Ray Train takes one report per look at its workers: by default every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -58,7 +58,7 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
             from trainables.running import next_result, open_trial
 
             if self._running is None:
-                self._running = open_trial(self._trial_config)
+                self._running = open_trial(self._trial_config, node_leaves=node_leaves)
             with counting_steps(self._trial_config["hung_after"]):
                 return next_result(self._running)
         except OWN_FAULTS as error:
@@ -87,8 +87,8 @@ def train_together(config: dict[str, Any]) -> None:
     """Train one recipe with its config's number of workers; report each epoch to Tune.
 
     A death, of a worker, a node or Train's controller, is raised: Tune tries the trial again, from
-    its own checkpoint. The program's own fault is reported. A team that has no room waits for as
-    long as other teams train. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
+    its own checkpoint. The program's own fault is reported. A team that left a node, or has no
+    room, begins anew. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
     worker).
     """
     trial = trial_config(config)
@@ -106,7 +106,8 @@ def train_together(config: dict[str, Any]) -> None:
                 trace = "".join(traceback.format_exception(error))
                 tune.report(failed_result(trial["digest"], faults[0], trace))
                 return
-            if not (lacked_room(error) and teams_placed()):
+            left = any(isinstance(cause, NodeLeavesError) for cause in workers)
+            if not (left or lacked_room(error)):
                 raise
 
 
@@ -139,7 +140,7 @@ def _train(trial: dict[str, Any]) -> None:
             storage_path=below(trial["storage"], TRAIN_FOLDER),
             callbacks=[TuneReportCallback()],
             failure_config=train.FailureConfig(
-                controller_failure_limit=FAILED_SECONDS // START_SECONDS
+                controller_failure_limit=ANEW_SECONDS // START_SECONDS
             ),
         ),
     ).fit()
@@ -156,7 +157,7 @@ def _work(trial: dict[str, Any]) -> None:
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     device = get_device() if trial["gpus"] else "cpu"
-    running = open_trial(trial | {"device": str(device)}, team)
+    running = open_trial(trial | {"device": str(device)}, team, node_leaves)
     over = False
     while not over:
         with counting_steps(trial["hung_after"]):

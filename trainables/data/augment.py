@@ -362,15 +362,15 @@ class TrainBatches:
                 pin_memory=pin,
             )
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each forward batch of an epoch: its views, uint8 (B, 3, H, W), and their numbers.
 
-        A worker of a team gets the rows that it has to see.
+        A worker of a team gets the rows that it has to see. first: the batch to begin with.
         """
         recipe = self._recipe
         order = epoch_order(self._count, seed=recipe.seed, epoch=epoch, repeats=recipe.repeats)
         parts = torch.split(order[: self.steps * recipe.batch_size], recipe.forward_batch)
-        self._batches[:] = [[epoch, *part[self._rows].tolist()] for part in parts]
+        self._batches[:] = [[epoch, *part[self._rows].tolist()] for part in parts[first:]]
         alone = map(self._dataset.__getitems__, self._batches)
         images = alone if self._loader is None else self._loader
         for shown, (_, *views) in zip(images, self._batches, strict=True):

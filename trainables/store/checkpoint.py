@@ -34,15 +34,18 @@ DIGEST = "digest"  # in a checkpoint: of the trial that it belongs to
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(where: str | Path, epoch: int, state: dict[str, Any]) -> str:
+def save_checkpoint(
+    where: str | Path, epoch: int, state: dict[str, Any], *, forward: int = 0
+) -> str:
     """Save the state after `epoch` epochs and drop all but the newest two checkpoints.
 
-    `where` is a path or URI; returns the checkpoint's name in it.
+    `where` is a path or URI; forward: batches done of the next epoch. Returns the name.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    name = f"epoch-{epoch:05d}-{_short_hash(content)}.pt"
+    within = f".{forward:07d}" if forward else ""  # "." sorts behind "-"
+    name = f"epoch-{epoch:05d}{within}-{_short_hash(content)}.pt"
     folder = Folder(where)
     folder.write(name, content)
     for old in _newest_first(folder)[CHECKPOINTS:]:

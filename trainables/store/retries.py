@@ -31,6 +31,10 @@ NO_ROOM = re.compile(r"no room|disk is full|No space left|quota exceeded", re.IG
 Answer = TypeVar("Answer")
 
 
+class NodeLeavesError(RuntimeError):
+    """A trial has saved what it did and leaves its node, which is about to be taken away."""
+
+
 def wait_after(failures: int) -> float:
     """Return the seconds to wait after so many failures in a row."""
     return FIRST_WAIT_SECONDS * float(FACTOR ** (failures - 1))

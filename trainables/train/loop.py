@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal, cast
 
 import torch
@@ -41,14 +42,15 @@ LEAST_PATIENCE = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReport:
-    """What one epoch did.
+    """What one epoch did, or the first `forward` forward batches of the epoch after it.
 
-    `metrics` are this epoch's figures; `state` is all that the next epoch needs, `judged` the
+    `metrics` are this epoch's figures; `state` is all that training goes on from, `judged` the
     classifier whose weights are judged: their tensors are the live ones, valid until the next
     report is asked for.
     """
 
     epoch: int
+    forward: int
     metrics: dict[str, float]
     outcome: Outcome
     reason: str
@@ -78,6 +80,8 @@ class _Training:
         self.optimizer = build_optimizer(recipe, classifier)
         self.mean = ModelEmaV3(classifier, recipe.ema_decay) if recipe.ema_decay else None
         self.scaler = GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.forward, self.rate = 0, 0.0  # of the epoch under way: forward batches done; last rate
+        self.loss = torch.zeros((), device=device)  # the sum over those, of this worker's part
         if start is not None:
             classifier.load_state_dict(start["model"])
             self.optimizer.load_state_dict(start["optimizer"])
@@ -85,6 +89,9 @@ class _Training:
                 self.mean.module.load_state_dict(start["mean"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(start["scaler"])
+            if losses := start.get("losses"):
+                self.forward = start["forward"]
+                self.loss += losses[team.rank] if len(losses) == team.size else fmean(losses)
         if teacher is not None:
             teacher.to(device).eval().requires_grad_(False)
         self.twin: FoldedClassifier | None = None
@@ -93,8 +100,8 @@ class _Training:
         workers, pin = data.workers, device.type == "cuda"
         self.batches = TrainBatches(recipe, data.train, workers=workers, pin=pin, team=team)
         self.draws = draws(classifier.backbone)  # whether the network draws at random
-        self.forward: Callable[[Tensor], Tensor]
-        self.forward = torch.compile(self.network) if compiled else self.network
+        self.logits: Callable[[Tensor], Tensor]
+        self.logits = torch.compile(self.network) if compiled else self.network
 
     @property
     def judged(self) -> Classifier:
@@ -113,8 +120,9 @@ def train(
     start: dict[str, Any] | None = None,
     compiled: bool = False,
     team: Team = ALONE,
+    due: Callable[[], bool] = lambda: False,
 ) -> Iterator[EpochReport]:
-    """Train a classifier by its recipe and report after every epoch.
+    """Train a classifier by its recipe; report after every epoch, and within one where `due`.
 
     `start` is the `state` of an earlier report: training goes on behind it with the same bits as
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
@@ -127,18 +135,23 @@ def train(
     training = _Training(recipe, classifier, data, device, teacher, start, compiled, team)
     history: list[dict[str, float]] = list(start["history"]) if start else []
     for epoch in range(len(history), recipe.epochs):
-        history.append(_epoch(training, epoch))
+        for forward in _train_epoch(training, epoch):
+            if forward < training.batches.steps * recipe.accumulation and team.any(due()):
+                yield _report(training, history)
+        history.append(_measured(training, epoch))
         report = _report(training, history)
         yield report
         if report.outcome == "collapsed":
             return
 
 
-def _epoch(training: _Training, epoch: int) -> dict[str, float]:
-    """Train one epoch and measure what is due after it."""
+def _measured(training: _Training, epoch: int) -> dict[str, float]:
+    """Close an epoch: return its mean loss and its last rate, and measure what is due after it."""
     recipe, classifier, data = training.recipe, training.classifier, training.data
     scale, device, team = scale_named(recipe.scale), training.device, training.team
-    metrics = {"epoch": float(epoch + 1), **_train_epoch(training, epoch)}
+    loss = float(team.total(training.loss)) / team.size / training.forward
+    metrics = {"epoch": epoch + 1.0, "train/loss": loss, "train/rate": training.rate}
+    training.forward, training.loss = 0, torch.zeros_like(training.loss)
     if row := recipe.curriculum_row(epoch):
         fields = row.model_dump(exclude={"epoch"})
         metrics |= {f"curriculum/{name}": float(value) for name, value in fields.items()}
@@ -152,14 +165,17 @@ def _epoch(training: _Training, epoch: int) -> dict[str, float]:
 
 
 def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport:
-    recipe, scaler = training.recipe, training.scaler
+    recipe, scaler, team = training.recipe, training.scaler, training.team
+    losses = torch.zeros(team.size, device=training.device)
+    losses[team.rank] = training.loss
     n = min(scale_named(recipe.scale).probe_images, len(training.data.train))
     classes = len(training.data.class_names)
-    reason = collapse_reason(recipe, history, num_classes=classes, n=n)
+    reason = collapse_reason(recipe, history, num_classes=classes, n=n) if history else ""
     outcome: Outcome = "finished" if len(history) == recipe.epochs else "training"
     return EpochReport(
         epoch=len(history),
-        metrics=history[-1],
+        forward=training.forward,
+        metrics=history[-1] if history else {},
         outcome="collapsed" if reason else outcome,
         reason=reason,
         judged=training.judged,
@@ -167,26 +183,25 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
             "history": list(history),
+            "forward": training.forward,
+            "losses": team.total(losses).tolist() if training.forward else [],
             **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
             **({"mean": training.mean.module.state_dict()} if training.mean else {}),
         },
     )
 
 
-def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
-    """Train one epoch; return its mean loss and its last rate."""
+def _train_epoch(training: _Training, epoch: int) -> Iterator[int]:
+    """Train what is left of an epoch; yield the forward batches done after every step."""
     recipe, optimizer = training.recipe, training.optimizer
-    steps = training.batches.steps
     training.classifier.train()
-    total = torch.zeros((), device=training.device)
-    rate = 0.0
-    for forward, (images, views) in enumerate(training.batches.epoch(epoch)):
+    for images, views in training.batches.epoch(epoch, training.forward):
         beat()
-        step, micro = divmod(forward, recipe.accumulation)
+        step, micro = divmod(training.forward, recipe.accumulation)
         if micro == 0:
-            rate = rate_at(recipe, epoch, step, steps)
+            training.rate = rate_at(recipe, epoch, step, training.batches.steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1)
+                group["lr"] = training.rate * group.get("lr_scale", 1)
             optimizer.zero_grad()
         use_set(training.classifier, micro)
         network, last = training.network, micro + 1 == recipe.accumulation
@@ -194,10 +209,11 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
         is_apart = isinstance(network, DistributedDataParallel) and not last
         gathering = cast(DistributedDataParallel, network).no_sync() if is_apart else nullcontext()
         with _named_memory(training, len(views)), gathering:
-            loss = _batch_loss(training, images, views, epoch, forward)
+            loss = _batch_loss(training, images, views, epoch, training.forward)
             scaled = training.scaler.scale(loss / recipe.accumulation)
             scaled.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        training.loss += loss.detach()
+        training.forward += 1
         if last:
             if recipe.clip_grad:
                 training.scaler.unscale_(optimizer)
@@ -207,8 +223,7 @@ def _train_epoch(training: _Training, epoch: int) -> dict[str, float]:
             training.scaler.update()
             if training.mean:
                 training.mean.update(training.classifier)
-    mean = float(training.team.total(total)) / training.team.size
-    return {"train/loss": mean / (steps * recipe.accumulation), "train/rate": rate}
+            yield training.forward
 
 
 def _batch_loss(
@@ -241,8 +256,8 @@ def _batch_loss(
     half = PRECISIONS[recipe.precision]
     drawn = _drawn(training, epoch, forward)
     with torch.autocast(training.device.type, half, enabled=half is not torch.float32), drawn:
-        clean_BK = training.forward(clean).float() if recipe.adversarial_loss != "ce" else None
-        logits_BK = training.forward(inputs).float()
+        clean_BK = training.logits(clean).float() if recipe.adversarial_loss != "ce" else None
+        logits_BK = training.logits(inputs).float()
         if recipe.distillation and training.teacher is not None:
             with torch.no_grad():
                 taught_BK = training.teacher(inputs).float()
@@ -264,7 +279,7 @@ def _drawn(training: _Training, epoch: int, forward: int) -> AbstractContextMana
         return nullcontext()
     recipe, device, team = training.recipe, training.device, training.team
     key = (recipe.seed, epoch, 8, forward)
-    if training.forward is not training.network:
+    if training.logits is not training.network:
         return seeded(device, seed_of(*key, team.rank))
     generator = torch.Generator(device).manual_seed(seed_of(*key))
     return BatchDraws(generator, recipe.forward_batch, team.own)

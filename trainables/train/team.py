@@ -51,6 +51,13 @@ class Team:
         distributed.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Tell whether a flag is set at any worker."""
+        flags = [flag] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(flags, flag)
+        return True in flags
+
     def shared(self, value: Any) -> Any:
         """Return the first worker's value."""
         if self.size == 1:
