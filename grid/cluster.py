@@ -43,6 +43,7 @@ class Placement:
     cpus: int = 1
     gpus: float = 0.0
     compile: bool = False
+    numerics: str = ""  # exact or fast; "": fast on GPUs, else exact
     hung_after: float = HUNG_SECONDS
 
     def lanes(self, nodes: Iterable[Mapping[str, float]]) -> int:

@@ -85,6 +85,7 @@ class Launch:
             cpus=self.options.cpus_per_worker,
             gpus=self.options.gpus_per_worker,
             compile=self.options.compile,
+            numerics=self.options.numerics or "",
             hung_after=self.options.hung_after,
         )
 
@@ -304,6 +305,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "hung_after": placement.hung_after,
         "device": "cuda" if placement.gpus else "cpu",
         "compile": placement.compile,
+        "numerics": placement.numerics or ("fast" if placement.gpus else "exact"),
         "checkpoints": trial.checkpoints,
         "stops_from": trial.stops_from,
     }

@@ -8,7 +8,7 @@ import socket
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -163,6 +163,12 @@ class RunOptions(PlaceOptions, DataOptions):
     gpus_per_worker: NotNegative = option(
         0.0, "GPUs per worker; 0.75 of a machine's only one, whose rest evaluators hold", "G"
     )
+    numerics: Literal["exact", "fast"] | None = rare(
+        None,
+        "exact: a resumed training has the same bits; fast: TF32, fused attention, the fastest "
+        "kernels (default: fast on GPUs, else exact)",
+        "HOW",
+    )
     compile: bool = rare(False, "train through torch.compile: faster on a GPU, with other bits")
     hung_after: Annotated[float, Field(gt=0)] = rare(
         HUNG_SECONDS, "restart a worker or evaluator that makes no step for so long", "SECONDS"
@@ -184,6 +190,8 @@ class RunOptions(PlaceOptions, DataOptions):
         ):
             if name in self.model_fields_set and not getattr(self, mode):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
+        if self.numerics == "fast" and not self.gpus_per_worker:
+            raise ValueError("--numerics fast is of GPUs: give --gpus-per-worker, or leave it out")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from trainables.networks import build_classifier
-from trainables.train.exactness import exact, settings_restored
+from trainables.train.exactness import exact, fast, settings_restored
 from trainables.train.loop import train
 
 CUDA, CUDNN = torch.backends.cuda, torch.backends.cudnn
+FAST = ((True, True, False, True), (False, False), (True,) * 3)
 ROUNDED = ((True, True, False, True), (False, False), (True,) * 3, None)
 EXACT = ((False, False, True, False), (True, True), (False,) * 3, ":4096:8")
 
@@ -57,6 +59,32 @@ def test_a_gpu_computes_in_whole_float32_and_repeatably_and_a_cpu_is_left_alone(
     exact(torch.device("cuda", 0))
     assert flags() == EXACT
     warnings.warn("cumsum does not have a deterministic implementation, but ...", stacklevel=1)
+
+
+def test_fast_undoes_on_a_gpu_what_exact_does_and_leaves_a_cpu_alone():
+    exact(torch.device("cuda"))
+    fast(torch.device("cpu"))
+    assert flags() == EXACT
+    fast(torch.device("cuda"))
+    assert flags()[:3] == FAST
+
+
+def test_a_fast_training_that_was_cut_short_ends_like_one_that_was_not(small, few_digits):
+    # On a GPU sums come in any order: here each gradient is a last bit off, by an unseeded draw.
+    def last_losses(start=None):
+        classifier = build_classifier(recipe)
+        for parameter in classifier.parameters():
+            parameter.register_hook(lambda g: g * (1 + 1e-6 * (torch.rand_like(g) - 0.5)))
+        reports = train(
+            recipe, classifier, few_digits, device=torch.device("cpu"), is_fast=True, start=start
+        )
+        return [(copy.deepcopy(r.state), r.metrics["train/loss"]) for r in reports]
+
+    recipe = small("deit", epochs=4)
+    whole = last_losses()
+    assert (last_losses()[-1][1], last_losses(whole[1][0])[-1][1]) == pytest.approx(
+        (whole[-1][1],) * 2, rel=1e-3
+    )
 
 
 def test_what_is_set_for_a_gpu_is_put_back():

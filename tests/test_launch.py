@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import ray
 
 from grid.cluster import Placement, check_room
-from grid.launch import Launch, _start_pool
+from grid.launch import Launch, _config, _start_pool
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.status import ProgressLine
@@ -16,6 +17,7 @@ from grid.study import load_study
 from tests.driver import study_of_one
 from tests.made_up import record
 from trainables.scale import DIGITS
+from trainables.trial import trial_config
 
 CLUSTER = """
 head_node_type: head
@@ -37,6 +39,16 @@ def launch(tmp_path):
         scale=DIGITS,
         options=RunOptions(results=tmp_path / "results", workers=2),
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stated", "numerics"),
+    [(0.0, None, "exact"), (1.0, None, "fast"), (1.0, "exact", "exact")],
+)
+def test_trainings_are_fast_on_gpus_unless_they_are_to_be_exact(launch, gpus, stated, numerics):
+    options = launch.options.model_copy(update={"gpus_per_worker": gpus, "numerics": stated})
+    (trial,) = launch.plan.trials
+    assert trial_config(_config(replace(launch, options=options), trial))["numerics"] == numerics
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def refusal(capsys, *arguments):
         (["--cpus-per-worker", "two"], "--cpus-per-worker: Input should be a valid integer"),
         (["--gpus-per-worker", "nan"], "--gpus-per-worker: Input should be a finite number"),
         (["--wait", "8"], "--wait goes with --check"),
+        (["--numerics", "fast"], "--numerics fast is of GPUs: give --gpus-per-worker"),
         (["--plan", "--status", "--report"], "--plan and --status and --report exclude each other"),
         (["--set", "=1"], "--set: unknown field ''; one of optimizer, augmentation"),
         (["--set", "model=resnet18"], "--set: unknown field 'model'; one of optimizer"),

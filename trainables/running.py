@@ -57,6 +57,7 @@ class RunningTrial:
     unlogged: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
     paused: bool = False
+    is_fast: bool = False
     node_leaves: Callable[[], bool] = lambda: False  # asked every LOOK_SECONDS
     looked_at: float = field(default_factory=time.monotonic)
     leaves: bool = False
@@ -82,6 +83,7 @@ def open_trial(
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
     running = RunningTrial(recipe, folder, team, config["device"], config.get("stops_from", 0))
+    running.is_fast = config.get("numerics") == "fast"
     running.checkpoints = tuple(config.get("checkpoints", ()))
     running.node_leaves = node_leaves
     needed: dict[str, Weights] = {}
@@ -103,7 +105,7 @@ def open_trial(
         weights = needed[origin.digest()]
         running.notes += fit_weights(weights, classifier, origin.describe(), **reset)
     if not recipe.epochs:
-        running.outcome, running.trained = "finished", provenance(running.device)
+        running.outcome, running.trained = "finished", _computed(running)
         return running
     teacher = None
     if recipe.teacher:
@@ -125,6 +127,7 @@ def open_trial(
         teacher=teacher,
         start=start,
         compiled=config["compile"],
+        is_fast=running.is_fast,
         team=team,
         due=running.is_due,
     )
@@ -183,7 +186,7 @@ def _advance(running: RunningTrial) -> None:
     running.epoch, running.forward = report.epoch, report.forward
     of_epoch = report.epoch + bool(report.forward)
     running.seconds[of_epoch] = running.seconds.get(of_epoch, 0.0) + now - began
-    running.trained = joined(running.trained, provenance(running.device))
+    running.trained = joined(running.trained, _computed(running))
     running.outcome, running.reason = report.outcome, report.reason
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
     due = report.forward or 0 < running.stops_from <= report.epoch
@@ -194,6 +197,11 @@ def _advance(running: RunningTrial) -> None:
     running.unsent.append(_timed(running, report.metrics))
     if report.epoch in running.checkpoints:
         running.unlogged = report
+
+
+def _computed(running: RunningTrial) -> dict[str, str]:
+    """Return what computes here, and how where its bits do not repeat."""
+    return provenance(running.device) | ({"numerics": "fast"} if running.is_fast else {})
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:

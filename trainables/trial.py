@@ -38,10 +38,10 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
     Tune's own checkpointing is off: a trial that is started again, by whatever run, finds its
     newest whole checkpoint by its digest. An actor serves many trials one after another, and
     builds everything anew for each. config["trial"], as JSON: recipe, storage, threads, device,
-    compile, hung_after (seconds without a step, after which the process ends).
-    config["source"]: a DataSource. torch and timm are imported by the first step, so that the
-    driver need not have them. What is the program's own fault fails the trial, and Tune does not
-    try it again.
+    compile, numerics ("exact" or "fast"), hung_after (seconds without a step, after which the
+    process ends). config["source"]: a DataSource. torch and timm are imported by the first step, so
+    that the driver need not have them. What is the program's own fault fails the trial, and Tune
+    does not try it again.
     """
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

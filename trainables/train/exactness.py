@@ -1,4 +1,4 @@
-"""The same bits on any device: whole float32, repeatable kernels, random numbers by image."""
+"""How a process computes: exact, whose bits repeat, or fast; and random numbers by image."""
 
 from __future__ import annotations
 
@@ -29,24 +29,36 @@ def exact(device: torch.device) -> None:
     Call it before the first computation: cuBLAS reads its workspace's size once. Operations without
     a repeatable kernel still run, without torch's warning.
     """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        warnings.filterwarnings("ignore", message=UNREPEATABLE)
+        _compute(repeatably=True)
+
+
+def fast(device: torch.device) -> None:
+    """Let a GPU compute in TF32 by whichever kernels are fastest; no-op on a CPU.
+
+    TF32 rounds to 10 bits, and sums are in any order. New memory is not filled.
+    """
+    if device.type == "cuda":
+        _compute(repeatably=False)
+
+
+def _compute(*, repeatably: bool) -> None:
     # By default convolutions round to 10 bits and matrix products do not: CNNs would lose more.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    warnings.filterwarnings("ignore", message=UNREPEATABLE)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = not repeatably
+    torch.backends.cuda.matmul.allow_tf32 = not repeatably
+    torch.backends.cudnn.deterministic = repeatably
+    torch.backends.cudnn.benchmark = not repeatably
+    torch.use_deterministic_algorithms(repeatably, warn_only=repeatably)
     # With `warn_only` the gradients of fused attention are still summed in any order.
     for kind in FUSED:
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(not repeatably)
 
 
 @contextmanager
 def settings_restored(device: torch.device) -> Iterator[None]:
-    """Put back on leaving what `exact` sets in this process."""
+    """Put back on leaving what `exact` and `fast` set in this process."""
     if device.type != "cuda":
         yield
         return

@@ -25,7 +25,7 @@ from trainables.scale import scale_named
 from trainables.train import adversary
 from trainables.train.adversary import FoldedClassifier, attacked, folded, pgd_iterates
 from trainables.train.draws import BatchDraws, draws, seeded
-from trainables.train.exactness import exact
+from trainables.train.exactness import exact, fast
 from trainables.train.optim import build_optimizer, rate_at
 from trainables.train.team import ALONE, Team, gathered
 from trainables.watchdog import beat
@@ -70,9 +70,10 @@ class _Training:
         teacher: Classifier | None,
         start: dict[str, Any] | None,
         compiled: bool,
+        is_fast: bool,
         team: Team,
     ) -> None:
-        exact(device)
+        (fast if is_fast else exact)(device)
         classifier.to(device)
         self.recipe, self.classifier, self.data = recipe, classifier, data
         self.device, self.teacher, self.team = device, teacher, team
@@ -119,6 +120,7 @@ def train(
     teacher: Classifier | None = None,
     start: dict[str, Any] | None = None,
     compiled: bool = False,
+    is_fast: bool = False,
     team: Team = ALONE,
     due: Callable[[], bool] = lambda: False,
 ) -> Iterator[EpochReport]:
@@ -127,12 +129,13 @@ def train(
     `start` is the `state` of an earlier report: training goes on behind it with the same bits as
     if it had never stopped, because every random draw follows from (seed, epoch, image) alone.
     A collapse ends the training: an outcome, not an error. A recipe with a teacher needs it here.
-    `compiled`: the weight steps go through torch.compile, and are no longer the same bits.
+    `compiled`: the weight steps go through torch.compile, and are no longer the same bits. Nor are
+    they where `is_fast`, by which a GPU computes as `fast` says.
     Every worker of a team calls this with the same arguments and gets the same metrics.
     """
     if (teacher is None) != (recipe.teacher is None):
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
-    training = _Training(recipe, classifier, data, device, teacher, start, compiled, team)
+    training = _Training(recipe, classifier, data, device, teacher, start, compiled, is_fast, team)
     history: list[dict[str, float]] = list(start["history"]) if start else []
     for epoch in range(len(history), recipe.epochs):
         for forward in _train_epoch(training, epoch):
