@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from grid.report.tables import FilledCell, FilledTable
 
@@ -12,7 +12,7 @@ SPECIAL = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
 LINE = 84  # characters of \footnotesize in the 345 points of article's text
-GAP = 1.5  # characters between two columns
+GAP = 2  # characters between two columns
 PAGE = 48  # lines of a float
 LABEL = 26  # characters in a line of a label that has words to break between
 FLOAT = r"""\begin{table}[tp]
@@ -24,8 +24,16 @@ FLOAT = r"""\begin{table}[tp]
 # A word longer than a line shrinks its panel to the text's width.
 PANEL = r"""\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{\begin{tabular}{%s}
 \toprule
+%s \\
 %s
+%s \\
+\midrule
+%s \\
+\midrule
+%s \\
+\bottomrule
 \end{tabular}}"""
+Column = list[list[str]]  # its parts in the head, in each row and in the number of images
 
 
 def as_latex(table: FilledTable, scale: str) -> str:
@@ -33,100 +41,63 @@ def as_latex(table: FilledTable, scale: str) -> str:
 
     It needs the packages booktabs and graphicx. scale: the title of the models' scale.
     """
-    panels = [_panel(table, places) for places in _fitting(table)]
-    lines = sum(-(-len(row.label) // _label_width(table)) for row in table.rows)
+    labels = [row.label for row in table.rows]
+    words = [word for label in labels for word in label.split()]
+    width = min(max(map(len, labels), default=0), max([LABEL, *map(len, words)]))
+    panels = [_panel(labels, columns, width) for columns in _fitting(table, LINE - width)]
+    lines = sum(-(-len(label) // width) for label in labels)
     count = max(1, PAGE // (lines + 6))
     title = f"{table.name}: {table.question}, on {scale}".translate(SPECIAL)
     first = rf"{title}. Percent with its 95\% interval; paper: the published figure."
-    label = rf"\label{{tab:{table.name}}}"
     floats = [r"% \usepackage{booktabs,graphicx}" + "\n"]
     for place in range(0, len(panels), count):
-        caption = (f"{title}, continued.", "") if place else (first, label)
-        body = "\n\n\\medskip\n".join(panels[place : place + count])
-        floats.append(FLOAT % (*caption, body))
+        caption = (f"{title}, continued.", "") if place else (first, rf"\label{{tab:{table.name}}}")
+        floats.append(FLOAT % (*caption, "\n\n\\medskip\n".join(panels[place : place + count])))
     return "\n".join(floats)
 
 
-def _cells(table: FilledTable, place: int) -> list[FilledCell]:
-    return [row.cells[place] for row in table.rows]
+def _fitting(table: FilledTable, room: float) -> Iterator[dict[str, Column]]:
+    """Yield the columns by title, as many at once as have room for their characters."""
+    columns: dict[str, Column] = {}
+    for place, title in enumerate(table.columns):
+        column = _column(table, place)
+        if columns and sum(map(_width, [*columns.values(), column])) > room:
+            yield columns
+            columns = {}
+        columns[title] = column
+    yield columns
 
 
-def _heads(table: FilledTable, place: int) -> list[str]:
-    """Return the heads of a column's parts; "paper" is there where it has a figure."""
-    has_paper = any(cell.published is not None for cell in _cells(table, place))
-    return ["value", "interval", *(["paper"] if has_paper else [])]
+def _column(table: FilledTable, place: int) -> Column:
+    cells = [row.cells[place] for row in table.rows]
+    lines = [["value", "interval", "paper"], *map(_parts, cells), [table.judged_on[place], "", ""]]
+    has_paper = any(cell.published is not None for cell in cells)
+    return lines if has_paper else [line[:2] for line in lines]
 
 
-def _width(table: FilledTable, place: int) -> int:
-    """Return the characters that a column takes."""
-    heads = _heads(table, place)
-    widest = max((len(cell.text()) for cell in _cells(table, place) if cell.n), default=8)
-    return round(widest + (len(heads) > 2) * len("paper") + GAP * len(heads))
+def _parts(cell: FilledCell) -> list[str]:
+    state = "--" if cell.kind == "not" else cell.kind
+    return [*(cell.text().split(" ", 1) if cell.n else ("", state)), cell.published_text()]
 
 
-def _label_width(table: FilledTable) -> int:
-    """Return the characters of the widest line of the rows' labels."""
-    labels = [row.label for row in table.rows] or [""]
-    words = [word for label in labels for word in label.split()]
-    return min(max(map(len, labels)), max([LABEL, *map(len, words)]))
+def _width(column: Column) -> int:
+    return sum(max(map(len, part)) + GAP for part in zip(*column, strict=True))
 
 
-def _fitting(table: FilledTable) -> Iterator[list[int]]:
-    """Yield the places of columns that fit a line beside the rows' labels."""
-    room = LINE - _label_width(table)
-    places: list[int] = []
-    for place in range(len(table.columns)):
-        if places and sum(_width(table, p) for p in [*places, place]) > room:
-            yield places
-            places = []
-        places.append(place)
-    yield places
-
-
-def _panel(table: FilledTable, places: Sequence[int]) -> str:
-    parts = [_heads(table, place) for place in places]
-    titles, rules, first = [], [], 2
-    for place, heads in zip(places, parts, strict=True):
-        lines = textwrap.wrap(table.columns[place], max(12, _width(table, place)))
-        title = r"\\".join(line.translate(SPECIAL) for line in lines)
-        titles.append(rf"\multicolumn{{{len(heads)}}}{{c}}{{\shortstack{{{title}}}}}")
-        rules.append(rf"\cmidrule(lr){{{first}-{first + len(heads) - 1}}}")
-        first += len(heads)
-    rows = [
-        _row(row.label, (_parts(row.cells[p], len(h)) for p, h in zip(places, parts, strict=True)))
-        for row in table.rows
-    ]
-    numbers = (
-        [table.judged_on[p], *[""] * (len(h) - 1)] for p, h in zip(places, parts, strict=True)
+def _panel(labels: list[str], columns: Mapping[str, Column], width: int) -> str:
+    titles, rules, first = [""], "", 2
+    for title, column in columns.items():
+        wrapped = textwrap.wrap(title, max(12, _width(column)))
+        stack, parts = r"\\".join(line.translate(SPECIAL) for line in wrapped), len(column[0])
+        titles.append(rf"\multicolumn{{{parts}}}{{c}}{{\shortstack{{{stack}}}}}")
+        rules += rf"\cmidrule(lr){{{first}-{first + parts - 1}}}"
+        first += parts
+    breaks = max(map(len, labels), default=0) > width
+    spec = f"p{{{width / 2:g}em}}" if breaks else "l"
+    spec += "".join("rlr"[: len(column[0])] for column in columns.values())
+    firsts = ["", *(r"\raggedright " * breaks + label.translate(SPECIAL) for label in labels)]
+    head, *rows, images = (
+        " & ".join([label, *(text for part in parts for text in part)])
+        for label, *parts in zip([*firsts, "images"], *columns.values(), strict=True)
     )
-    lines = [
-        _row("", ([title] for title in titles)),
-        "".join(rules),
-        _row("", parts),
-        r"\midrule",
-        *rows,
-        r"\midrule",
-        _row("images", numbers),
-        r"\bottomrule",
-    ]
-    breaks = max((len(row.label) for row in table.rows), default=0) > _label_width(table)
-    label = f"p{{{_label_width(table) / 2:g}em}}" if breaks else "l"
-    return PANEL % (label + "".join("rlr"[: len(heads)] for heads in parts), "\n".join(lines))
-
-
-def _parts(cell: FilledCell, count: int) -> list[str]:
-    """Return a cell's value, interval and, of three parts, its published figure."""
-    paper = [cell.published_text()] * (count - 2)
-    if not cell.n:
-        state = "--" if cell.kind == "not" else cell.kind.translate(SPECIAL)
-        return [rf"\multicolumn{{2}}{{l}}{{{state}}}", *paper]
-    value, interval = cell.text().split(" ", 1)
-    return [value, interval, *paper]
-
-
-def _row(label: str, parts: Iterable[Sequence[str]]) -> str:
-    ragged = r"\raggedright " if len(label) > LABEL else ""
-    return (
-        " & ".join([ragged + label.translate(SPECIAL), *(p for part in parts for p in part)])
-        + r" \\"
-    )
+    return PANEL % (spec, " & ".join(titles), rules, head, " \\\\\n".join(rows), images)
