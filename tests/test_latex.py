@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from evaluators.base import Column
 from grid.plan import build_plan
 from grid.report.latex import as_latex
 from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_table, tables_of
@@ -27,8 +28,9 @@ needs_latex = pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflat
 
 
 def of_rows(columns, **cells):
-    rows = [FilledRow(label, resnet50(), "", tuple(entry)) for label, entry in cells.items()]
-    return FilledTable("T_1", "Who is 5 % better & why?", columns, tuple(rows))
+    rows = [FilledRow(label, resnet50(), 1, tuple(entry)) for label, entry in cells.items()]
+    shown = tuple(Column(title, title) for title in columns)
+    return FilledTable("T_1", "Who is 5 % better & why?", shown, tuple(rows))
 
 
 def log_of(folder, *tables, preamble=""):

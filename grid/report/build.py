@@ -84,8 +84,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     filled = [fill_table(table, runs) for table in tables]
     judgements = judge_claims(study.claims, tables, verdicts, least=scale.detect)
     effects = grid_effects(study, plan, runs)
-    pairs = list(zip(tables, filled, strict=True))
-    plots = draw(plan, pairs, verdicts, scale=scale, judgements=judgements, effects=effects)
+    plots = draw(plan, filled, verdicts, scale=scale, judgements=judgements, effects=effects)
     states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)
     by_name = {plot.name: plot for plot in plots}
     return {
@@ -194,17 +193,17 @@ def _cells(tables: Sequence[FilledTable]) -> pd.DataFrame:
             "scale": row.recipe.scale,
             "model": row.name,
             "digest": digest,
-            "run_id": row.run_id,
+            "run_id": row.run.run_id if row.run else "",
             "score": column,
             **asdict(cell),
             "n": cell.n or None,
             "difference": cell.difference,
-            "trained_images": row.images.get("train") if row.recipe.epochs else 0,
-            "held_out_images": row.images.get("held_out"),
+            "trained_images": images.get("train") if row.recipe.epochs else 0,
+            "held_out_images": images.get("held_out"),
         }
         for table in tables
         for row in table.rows
-        for digest in [row.recipe.digest()]
+        for digest, images in [(row.recipe.digest(), row.run.images if row.run else {})]
         for column, cell in zip(table.columns, row.cells, strict=True)
     )
 

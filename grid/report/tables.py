@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from evaluators import BOUNDED, EVALUATORS, column_named, columns_of, evaluator_of
@@ -16,7 +16,6 @@ from grid.plan import Plan, format_seconds, named
 from grid.power import MARGIN
 from grid.study import Study
 from grid.table import SCALE, Row, Table
-from trainables.recipe import Recipe
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
 
@@ -58,19 +57,11 @@ class FilledCell:
 
 
 @dataclass(frozen=True)
-class FilledRow:
-    """One model of a table with its cells; `run_id` is its first MLflow run, if there is one.
+class FilledRow(Row):
+    """One model of a table with its cells; `run` is its first training's, if there is one."""
 
-    images: how many it was trained on ("train") and how many were held out, where that was noted.
-    seeds: of how many trainings it is.
-    """
-
-    label: str
-    recipe: Recipe
-    run_id: str
-    cells: tuple[FilledCell, ...]
-    images: Mapping[str, int] = field(default_factory=dict)
-    seeds: int = 1
+    cells: tuple[FilledCell, ...] = ()
+    run: TrialRun | None = None
 
     @property
     def name(self) -> str:
@@ -80,12 +71,17 @@ class FilledRow:
 
 @dataclass(frozen=True)
 class FilledTable:
-    """One table of the study, filled as far as the runs go."""
+    """One table of the study, filled as far as the runs go; shown: its columns as in `Table`."""
 
     name: str
     question: str
-    columns: tuple[str, ...]
+    shown: tuple[Column, ...]
     rows: tuple[FilledRow, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns' titles."""
+        return [column.title for column in self.shown]
 
     @property
     def sources(self) -> list[str]:
@@ -97,7 +93,7 @@ class FilledTable:
     def judged_on(self) -> list[str]:
         """Write on how many images each column's models were judged: '64', '30 to 64' or ''."""
         texts = []
-        for place in range(len(self.columns)):
+        for place in range(len(self.shown)):
             counts = sorted({row.cells[place].n for row in self.rows} - {0})
             texts.append(" to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:])))
         return texts
@@ -158,11 +154,10 @@ def fill_table(table: Table, runs: Mapping[str, TrialRun]) -> FilledTable:
     for row in table.rows:
         trained = [runs.get(digest) for digest in row.digests]
         cells = tuple(_cell(table, row, column, trained) for column in table.shown)
-        first = next(filter(None, trained), None)
-        run_id, images = (first.run_id, first.images) if first else ("", {})
-        rows.append(FilledRow(row.label, row.recipe, run_id, cells, images, len(trained)))
-    titles = tuple(column.title for column in table.shown)
-    return FilledTable(table.name, table.question, titles, tuple(rows))
+        rows.append(
+            FilledRow(row.label, row.recipe, len(trained), cells, next(filter(None, trained), None))
+        )
+    return FilledTable(table.name, table.question, table.shown, tuple(rows))
 
 
 def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
