@@ -309,7 +309,7 @@ class Recorder(threading.Thread):
         return {"image_size": shown.image_size, "classes": classes}
 
     def _on_done(self, run: TrialRun, result: Mapping[str, Any]) -> None:
-        self._flush()
+        self.tracker.log_epochs(run, self._unlogged.pop(run.digest, ()), later=True)
         outcome, reason = result["outcome"], result["reason"]
         if outcome == "finished":
             before = run.weights_sha256

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,18 +99,19 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` on a free port, its database and artifacts in a folder."""
+    """`mlflow server` on a free port: artifacts in a folder, database there unless it is named."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, database: str = "") -> None:
+        self.folder, self._database = folder, database
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        migrate(self.folder / "mlflow.db")
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        if not self._database:
+            migrate(self.folder / "mlflow.db")
+        store = ["--backend-store-uri", self._database or f"{SQLITE}{self.folder}/mlflow.db"]
         store += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -136,6 +138,32 @@ class MlflowServer:
             return requests.get(f"{self.uri}/health", timeout=2).text == "OK"
         except requests.RequestException:
             return False
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """Yield the URI of an empty database of a PostgreSQL server, which refuses to run as root."""
+    pytest.importorskip("psycopg", reason="needs pip install '.[cluster]'")
+    places = [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
+    initdb = shutil.which("initdb", path=os.pathsep.join(places))
+    if initdb is None:
+        pytest.skip("needs PostgreSQL")
+    bin_, port = Path(initdb).resolve().parent, free_port()
+    user = "postgres" if os.getuid() == 0 else None
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+        run = functools.partial(
+            subprocess.run, check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder
+        )
+        run([initdb, "-D", f"{folder}/data", "-A", "trust", "-U", "grid"])
+        control = [bin_ / "pg_ctl", "-D", f"{folder}/data", "-w"]
+        options = f"-h 127.0.0.1 -p {port} -k {folder}"
+        run([*control, "-l", f"{folder}/log", "-o", options, "start"])
+        try:
+            yield f"postgresql+psycopg://grid@127.0.0.1:{port}/postgres"
+        finally:
+            run([*control, "-m", "immediate", "stop"])
 
 
 @contextmanager

@@ -237,9 +237,9 @@ def test_a_report_says_what_trained_the_trials_and_not_what_draws_it(tmp_path):
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     tracker = record(tmp_path, study, plan)
     first, *others = tracker.trials().values()
-    tracker.tag_trained(first, {"torch": "1.13.7"})
-    for other in others:
-        tracker.tag_trained(other, {"torch": "1.12.0"})
+    for run in (first, *others):
+        tracker.tag_trained(run, {"torch": "1.13.7" if run is first else "1.12.0"})
+        tracker.end_trial(run, outcome=run.outcome, reason=run.reason)
     page = write_report(tracker, study, plan, DIGITS, tmp_path / "report")
     for written in (page, page.parent / "tables.md"):
         assert "Trained with torch 1.12.0 and 1.13.7: 2 and 1 trials." in written.read_text()

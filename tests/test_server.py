@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import psutil
 import pytest
 import requests
 import yaml
+from mlflow import MlflowClient
 
 from grid.run import main
 from tests.driver import ROOT, ended, start, study_of_one, wait_for_checkpoint, wait_until
-from tests.servers import MlflowServer, free_port
-from trainables.store.tracking import Tracker, check_address, client_settings
+from tests.servers import MlflowServer, free_port, postgresql
+from trainables.store.tracking import SCHEMA, Tracker, check_address, client_settings
 
 WRITERS, EPOCHS = 8, 30
 CREDENTIALS = """[mlflow]
@@ -57,18 +59,22 @@ def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
         assert database.execute(STEPS).fetchall() == [(step,) for step in range(1, 11)]
 
 
-def write(uri, number):
-    tracker = Tracker(uri, experiment="crowd", artifacts=None)
-    run = tracker.start_trial(
-        digest=f"digest-{number}",
-        name=f"trial {number}",
+def start_trial(tracker, digest):
+    return tracker.start_trial(
+        digest=digest,
+        name=f"trial {digest}",
         parent="",
         study="crowd",
-        tables="",
+        tables="T1",
         recipe_json="{}",
         params={f"parameter-{index}": index for index in range(20)},
         dataset={"name": "d", "digest": "0", "source_type": "code", "source": "d"},
     )
+
+
+def write(uri, number):
+    tracker = Tracker(uri, experiment="crowd", artifacts=None)
+    run = start_trial(tracker, f"digest-{number}")
     for epoch in range(1, EPOCHS + 1):
         tracker.log_epochs(run, [{"epoch": float(epoch), "loss": number + epoch / 100}])
     tracker.record_cell(
@@ -100,6 +106,55 @@ def test_eight_processes_that_log_at_once_lose_nothing(server):
         assert tracker.ledger(run, "clean") == b"%d" % number
         losses = [(epoch, number + epoch / 100) for epoch in range(1, EPOCHS + 1)]
         assert tracker.history(run, "loss") == losses
+
+
+@pytest.mark.slow
+def test_eight_commands_on_the_same_hundred_trials_make_one_run_of_each_on_postgresql(tmp_path):
+    with postgresql() as database:
+        server = MlflowServer(tmp_path, database)
+        server.start()
+        try:
+            with ThreadPoolExecutor(WRITERS) as pool:
+                written = list(pool.map(start_hundred, [server.uri] * WRITERS))
+            runs = Tracker(server.uri, experiment="crowd", artifacts=None)._search("")
+        finally:
+            server.kill()
+    assert len(runs) == 100
+    expected = {run.data.tags["digest"]: run.info.run_id for run in runs}
+    assert written == [expected] * WRITERS
+
+
+def start_hundred(uri):
+    tracker = Tracker(uri, experiment="crowd", artifacts=None)
+    return {f"{n:012x}": start_trial(tracker, f"{n:012x}").run_id for n in range(100)}
+
+
+def test_a_trial_with_a_cell_takes_eight_calls_of_the_server(server, tmp_path, monkeypatch):
+    tags = {"robustness-grid.schema": str(SCHEMA)}
+    client, place = MlflowClient(server.uri), tmp_path.as_uri()
+    client.create_experiment("few", artifact_location=place, tags=tags)
+    tracker = Tracker(server.uri, experiment="few", artifacts=None)
+    tracker.open_study("s", "")  # the first to claim makes the place for claims
+    send, paths = requests.Session.request, []
+
+    def count(session, method, url, **named):
+        paths.append(url.removeprefix(server.uri).partition("?")[0])
+        return send(session, method, url, **named)
+
+    monkeypatch.setattr(requests.Session, "request", count)
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # as the command does
+    run = start_trial(tracker, "0" * 12)
+    tracker.tag_trained(run, {"torch": "2"})
+    tracker.log_epochs(run, [{"epoch": float(e), "loss": 1.0} for e in range(1, 101)], later=True)
+    tracker.store_weights(run, b"weights", "0", image_size=32, classes=10)
+    tracker.end_trial(run, outcome="finished", reason="")
+    answer = {"cell": "q", "identity": "{}", "ledger": b"l", "metrics": {"clean": 1.0}}
+    tracker.record_cell(run, evaluator="clean", **answer)
+    monkeypatch.undo()
+    assert len(paths) == 8, paths
+    stored = tracker.trials()["0" * 12]
+    assert (stored.outcome, stored.logged_epochs, stored.weights_sha256) == ("finished", 100, "0")
+    assert (stored.trained, stored.studies) == ({"torch": "2"}, {"crowd": "T1"})
 
 
 def test_a_request_is_sent_once_and_called_again_by_patience_alone(server):

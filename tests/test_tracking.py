@@ -78,6 +78,38 @@ def test_two_commands_that_begin_together_share_one_experiment(tmp_path, monkeyp
     assert first.experiment_id == second.experiment_id
 
 
+def server_tracker(folder):
+    return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=None)
+
+
+def test_commands_that_look_for_a_trial_before_any_creates_it_share_one_run(tmp_path, monkeypatch):
+    trackers, all_looked = [server_tracker(tmp_path) for _ in range(3)], threading.Barrier(3)
+    look, looked = MlflowClient.search_runs, threading.local()
+
+    def look_together(*arguments, **named):
+        page = look(*arguments, **named)
+        if not getattr(looked, "once", False):
+            looked.once = True
+            all_looked.wait(timeout=60)
+        return page
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(MlflowClient, "search_runs", look_together)
+        runs = list(pool.map(start_trial, trackers))
+    assert len({run.run_id for run in runs}) == 1
+    assert [run.info.run_id for run in trackers[0]._search("")] == [runs[0].run_id]
+
+
+def test_a_trial_whose_run_a_user_deletes_gets_one_new_run(tmp_path):
+    one, other = server_tracker(tmp_path), server_tracker(tmp_path)
+    deleted = start_trial(one).run_id
+    one._client.delete_run(deleted)
+    again = start_trial(one).run_id
+    assert again != deleted
+    one._client.delete_run(again)
+    assert start_trial(other).run_id == start_trial(one).run_id not in (deleted, again)
+
+
 @pytest.mark.parametrize("place", ["database", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_run_holds_more_than_mlflow_takes_at_once(place, tracker, tmp_path):
     server = MlflowServer(tmp_path / "server")
@@ -198,6 +230,7 @@ def test_mlflow_loads_the_trained_classifier_and_refuses_damaged_weights(tracker
     sha256 = save_weights(path, classifier, recipe.model_dump_json())
     run = start_trial(tracker, recipe_json=recipe.model_dump_json())
     tracker.store_weights(run, path.read_bytes(), sha256, image_size=32, classes=10)
+    tracker.end_trial(run, outcome="finished", reason="")
     tags = tracker._client.get_run(run.run_id).data.tags
     (shown,) = json.loads(tags["mlflow.log-model.history"])
     assert (shown["run_id"], list(shown["flavors"])) == (run.run_id, ["python_function"])

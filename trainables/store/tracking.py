@@ -10,10 +10,11 @@ import shutil
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -47,6 +48,7 @@ STOPPED = "stopped early"  # the outcome of a trial that a scheduler ended
 CELL_TAG = "cell."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
+CLAIMS_TAG = f"{PROJECT}.claims"  # of an experiment: the id of its run
 CHECKPOINT_TAG = "checkpoint."  # and the epoch: the id of its logged model
 WEIGHTS_TAG = "weights_sha256"
 TRAINED_TAG = "trained"
@@ -111,6 +113,8 @@ class TrialRun:
     live: bool | None = True
     images: dict[str, int] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
+    unsent_metrics: list[Metric] = field(default_factory=list)
+    unsent_tags: list[RunTag] = field(default_factory=list)
 
     def is_forgotten(self, evaluator: str) -> bool:
         """Say whether an evaluator's answer was there and counts no more."""
@@ -133,7 +137,8 @@ class TrialRun:
 class Tracker:
     """The one writer: a parent run per study, a child run per trial, looked up by digest.
 
-    uri: an MLflow tracking URI. artifacts: their folder, or None to leave it to the server.
+    uri: an MLflow tracking URI. artifacts: their folder, which no other command uses, or None to
+    leave it to the server.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
     on a server that is away is waited for, and `say` gets the reason. `live`: whether a run is
     writing there now, None where nobody knows.
@@ -148,6 +153,7 @@ class Tracker:
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.uri, self._say, self._stop = uri, say, threading.Event()
+        self._experiment, self._is_alone = experiment, artifacts is not None
         self.live: bool | None = True
         try:
             self._client = MlflowClient(uri)
@@ -194,7 +200,7 @@ class Tracker:
         `classes` the names of the data's classes, by label, `command` what runs the study.
         """
         tags = {"kind": "study", "study": name, NOTE_TAG: description}
-        run = self._create(_study_query(name), f"study: {name}", tags)
+        run = self._opened(f"study {name}", _study_query(name), f"study: {name}", tags)
         run_id = str(run.info.run_id)
         self._call(self._client.update_run, run_id, status="RUNNING")
         self._call(self._client.set_tag, run_id, COMMAND_TAG, command[:LONGEST_TAG])
@@ -277,13 +283,15 @@ class Tracker:
             "recipe": recipe_json,
             "outcome": "training",
             "mlflow.parentRunId": parent,
+            STUDY_TAG + study: _served(tables),
             **UNFOLDED,
         }
         # A database looks through the tag's values of all runs: only trials have this one.
-        opened = self._create(f"tags.digest = '{digest}'", name, tags)
+        opened = self._opened(digest, f"tags.digest = '{digest}'", name, tags)
         run = _trial_run(opened)
         if not opened.data.params:
-            self._log(run, params=[Param(k, str(v)) for k, v in params.items()])
+            entries = [Param(k, str(v)) for k, v in params.items()]
+            self._call(self._client.log_batch, run.run_id, params=entries)
         # Does nothing where it is there.
         context = InputTag("mlflow.data.context", "training" if trained else "evaluation")
         source = DatasetInput(Dataset(**dataset), [context])
@@ -296,8 +304,7 @@ class Tracker:
 
     def enrol(self, run: TrialRun, study: str, tables: str) -> None:
         """Note that a trial serves these tables of a study, beside those that it serves already."""
-        served = {*run.studies.get(study, "").split(), *tables.split()}
-        noted = " ".join(sorted(served, key=lambda table: (len(table), table)))  # T1 T3 T10
+        noted = _served(f"{run.studies.get(study, '')} {tables}")
         if noted != run.studies.get(study):
             self._tag(run, {STUDY_TAG + study: noted})
             run.studies[study] = noted
@@ -308,11 +315,13 @@ class Tracker:
         self._tag(run, {"outcome": "training", "reason": ""})
         run.outcome, run.reason = "training", ""
 
-    def log_epochs(self, run: TrialRun, epochs: Iterable[Mapping[str, float]]) -> None:
+    def log_epochs(
+        self, run: TrialRun, epochs: Iterable[Mapping[str, float]], *, later: bool = False
+    ) -> None:
         """Log each epoch's metrics at step = epoch; epochs already there are passed over.
 
-        MLflow takes 1,000 at a time: an epoch's own number is its last, so that one which was cut
-        in two by a kill is logged again.
+        later: with what is logged next. MLflow takes 1,000 at a time: an epoch's own number is its
+        last, so that one which was cut in two by a kill is logged again.
         """
         new = [dict(entry) for entry in epochs if entry["epoch"] > run.logged_epochs]
         if not new:
@@ -327,24 +336,27 @@ class Tracker:
             for entry in new
             for key, value in entry.items()
         ]
-        self._log(run, metrics=metrics)
+        self._log(run, metrics=metrics, later=later)
         for entry in new:
             run.metrics |= entry
 
     def tag_trained(self, run: TrialRun, trained: Mapping[str, str]) -> None:
-        """Note the provenance of a trial's weights, where that is news."""
+        """Note the provenance of a trial's weights, where that is news, with what comes next."""
         if trained and trained != run.trained:
-            self._tag(run, {TRAINED_TAG: json.dumps(dict(trained))})
+            self._tag(run, {TRAINED_TAG: json.dumps(dict(trained))}, later=True)
             run.trained = dict(trained)
 
     def store_weights(
         self, run: TrialRun, content: bytes, sha256: str, *, image_size: int, classes: int
     ) -> None:
-        """Store a trial's weights file and its recipe: a model that MLflow can load."""
+        """Store a trial's weights file and its recipe: a model that MLflow can load.
+
+        The end of the trial notes their sha256.
+        """
         with _model_of(run, content, image_size=image_size, classes=classes) as model:
             self._log_folder(run.artifact_uri, model)
         shown = {"run_id": run.run_id, "artifact_path": "", "flavors": {"python_function": {}}}
-        self._tag(run, {WEIGHTS_TAG: sha256, MODELS_TAG: json.dumps([shown])})
+        self._tag(run, {WEIGHTS_TAG: sha256, MODELS_TAG: json.dumps([shown])}, later=True)
         run.weights_sha256 = sha256
 
     def log_checkpoint(
@@ -469,29 +481,75 @@ class Tracker:
         """Call the client; what is called again must do no harm the second time."""
         return patiently(lambda: method(*args, **named), say=self._say, stop=self._stop)
 
-    def _create(self, query: str, run_name: str, tags: Mapping[str, str]) -> Run:
-        """Return the run that matches `query`, else a new one.
+    def _opened(self, key: str, query: str, run_name: str, tags: Mapping[str, str]) -> Run:
+        """Return the one run of a key: the one that matches `query`, else a new one.
 
         It may be another command's, or of an earlier call whose answer was lost.
         """
 
-        def found_or_created() -> Run:
+        def opened() -> Run:
             page = self._client.search_runs([self.experiment_id], query, max_results=1)
-            return (
+            run = (
                 page[0]
                 if page
                 else self._client.create_run(
                     self.experiment_id, run_name=run_name, tags={**_source(), **tags}
                 )
             )
+            return run if self._is_alone else self._claimed(key, run)
 
-        return self._call(found_or_created)
+        return self._call(opened)
 
-    def _tag(self, run: TrialRun, tags: Mapping[str, str]) -> None:
-        self._log(run, tags=[RunTag(k, v[:LONGEST_TAG]) for k, v in tags.items()])
+    def _claimed(self, key: str, run: Run) -> Run:
+        """Claim a key for a run; return the run that has it, and delete this one if another has."""
+        try:
+            self._client.log_param(self._claims, key, run.info.run_id)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            first = self._client.get_run(self._client.get_run(self._claims).data.params[key])
+            if first.info.lifecycle_stage == "deleted":  # by a user: its id is the next one's key
+                return self._claimed(first.info.run_id, run)
+            self._client.delete_run(run.info.run_id)
+            return first
+        return run
 
-    def _log(self, run: TrialRun, **entries: Sequence[Any]) -> None:
-        self._call(self._client.log_batch, run.run_id, **entries)
+    @cached_property
+    def _claims(self) -> str:
+        """The id of the run whose parameters name the run of each key: MLflow changes none.
+
+        An experiment's name is unique: this one gets it when its run is there.
+        """
+        name = f"{self._experiment} claims"
+        if (there := self._client.get_experiment_by_name(name)) is None:
+            new = self._client.create_experiment(f"{name} {uuid.uuid4().hex}")
+            run = self._client.create_run(new, run_name="the run of each key")
+            self._client.set_experiment_tag(new, CLAIMS_TAG, run.info.run_id)
+            try:
+                self._client.rename_experiment(new, name)
+            except MlflowException:
+                self._client.delete_experiment(new)
+            there = self._client.get_experiment_by_name(name)
+        return str(there.tags[CLAIMS_TAG])
+
+    def _tag(self, run: TrialRun, tags: Mapping[str, str], *, later: bool = False) -> None:
+        self._log(run, tags=[RunTag(k, v[:LONGEST_TAG]) for k, v in tags.items()], later=later)
+
+    def _log(
+        self,
+        run: TrialRun,
+        *,
+        metrics: Sequence[Metric] = (),
+        tags: Sequence[RunTag] = (),
+        later: bool = False,
+    ) -> None:
+        """Log entries to a run in one call with those before that were for later."""
+        run.unsent_metrics += metrics
+        run.unsent_tags += tags
+        if not later:
+            unsent = {"metrics": run.unsent_metrics, "tags": run.unsent_tags}
+            self._call(self._client.log_batch, run.run_id, **unsent)
+            run.unsent_metrics, run.unsent_tags = [], []
 
     def _store(self, artifact_uri: str, files: Mapping[str, bytes], place: str = "") -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -549,6 +607,11 @@ def _source() -> dict[str, str]:
 
 def _study_query(name: str) -> str:
     return f"tags.kind = 'study' AND tags.study = '{name}'"
+
+
+def _served(tables: str) -> str:
+    """Return the names of tables in their order, each once: 'T1 T3 T10'."""
+    return " ".join(sorted({*tables.split()}, key=lambda table: (len(table), table)))
 
 
 def _trial_run(run: Run) -> TrialRun:
@@ -644,5 +707,8 @@ def check_address(uri: str) -> None:
 
 def _refusal(uri: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    login = ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    return f"MLflow at {uri} cannot be used: {reason}{login if 'error code 401' in reason else ''}"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("psycopg"):
+        reason += ": pip install 'robustness-grid[cluster]'"
+    if "error code 401" in reason:
+        reason += ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    return f"MLflow at {uri} cannot be used: {reason}"
