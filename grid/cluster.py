@@ -26,6 +26,7 @@ from trainables.watchdog import HUNG_SECONDS
 
 OBJECT_STORE_BYTES = 256 * 2**20
 CLUSTER_FILE = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves it on the head
+ACCELERATOR = "accelerator_type:"  # of a resource's name
 ROUNDING = 1e-6
 STARTS_TRIED = 3  # Ray gives up after 30 seconds, which a busy machine may need
 CHECK_SECONDS = 300
@@ -58,6 +59,10 @@ class Placement:
         # A share lies on one GPU: what several leave over adds up to none.
         whole, rest = divmod(free, 1) if self.gpus < 1 else (0, free)
         return min(slots, int(whole * (1 // size) + rest // size))
+
+    @property
+    def is_fast(self) -> bool:
+        return self.numerics == "fast" or (not self.numerics and self.gpus > 0)
 
     def __str__(self) -> str:
         each = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
@@ -98,6 +103,16 @@ def nodes_there(held: Mapping[str, float] | None = None) -> list[dict[str, float
             resources["GPU"] = resources.get("GPU", 0.0) - (held or {}).get(node["NodeID"], 0.0)
             nodes.append(resources)
     return nodes
+
+
+def gpu_nodes() -> dict[str, str]:
+    """Return the id of a node that is there of each kind of GPU, by kind."""
+    kinds = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("GPU"):
+            named = (name for name in node["Resources"] if name.startswith(ACCELERATOR))
+            kinds[next(named, "GPU").removeprefix(ACCELERATOR)] = node["NodeID"]
+    return kinds
 
 
 def check_room(

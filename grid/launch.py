@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,24 @@ from urllib.request import url2pathname
 
 import ray
 from ray import tune
+from ray.exceptions import GetTimeoutError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
 from grid.check import Finding
-from grid.cluster import Placement, check_nodes, check_room, connect, nodes_there, wait_for_nodes
+from grid.cluster import (
+    Placement,
+    check_nodes,
+    check_room,
+    connect,
+    gpu_nodes,
+    nodes_there,
+    wait_for_nodes,
+)
 from grid.options import RunOptions
 from grid.plan import Plan
 from grid.record import Recorder
@@ -36,6 +46,7 @@ from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.load import load_data
 from trainables.options import again
 from trainables.ray_internals import keep_credentials_here, nodes_gone
+from trainables.recipe import OF_STEP, Recipe
 from trainables.scale import Scale
 from trainables.store.results import DATABASE, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
@@ -46,6 +57,7 @@ from trainables.trial import CONTROLLER, RecipeTrial, teams_placed, train_togeth
 SHARDS_FOLDER = "shards"
 TUNE_FOLDER = "tune"
 EVALUATOR_GPUS = 0.25
+DRY_SECONDS = 1800
 # The figures by which trials are stopped early.
 ACCURACY, PROBE = "held_out/accuracy", "probe/pgd-10"
 
@@ -152,6 +164,8 @@ def run_study(launch: Launch) -> Finished:
             problems = launch.check_nodes(recorder.tracker).items()
             if ill := "; ".join(f"node {node}: {problem}" for node, problem in problems if problem):
                 raise ValueError(ill)
+            if said := "; ".join(_misfits(launch, (t.recipe for t in recorder.trials_to_train()))):
+                raise ValueError(said)
             recorder.mend(launch.storage_root)
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
             recorder.open_study()
@@ -193,6 +207,32 @@ def _check_plan(launch: Launch, data: Data) -> None:
                 data.columns_of_head(check_model(recipe))
             except ValueError as error:
                 raise ValueError(f"{recipe.describe()}: {error}") from None
+
+
+def _misfits(launch: Launch, recipes: Iterable[Recipe]) -> list[str]:
+    """Return which trainings do not fit their GPUs, by dry steps on a node of each kind."""
+    steps: defaultdict[Placement, dict[str, Recipe]] = defaultdict(dict)
+    for recipe in recipes:
+        placement = launch.placement_of(recipe.family)
+        if placement.gpus and recipe.epochs:
+            key = recipe.with_seed(0).model_dump_json(include=OF_STEP)
+            steps[placement][key] = recipe
+    answers = {}
+    for placement, by_key in steps.items():
+        asked = [*by_key.values()], placement.workers, placement.gpus
+        for kind, node in gpu_nodes().items():
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            held = {"num_gpus": min(1, placement.gpus), "num_cpus": 0}
+            # It imports timm, which a driver spares.
+            dry = import_module("trainables.train.memory").misfits
+            dry = ray.remote(**held, scheduling_strategy=there)(dry)
+            answers[dry.remote(*asked, is_fast=placement.is_fast)] = kind
+    try:
+        said = ray.get([*answers], timeout=DRY_SECONDS)
+        of_kinds = zip(answers.values(), said, strict=True)
+        return [f"{kind}: {misfit}" for kind, misfits in of_kinds for misfit in misfits]
+    except GetTimeoutError:
+        return [f"no GPU came free in {DRY_SECONDS / 60:.0f} min to try the trainings' memory on"]
 
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
@@ -305,7 +345,7 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "hung_after": placement.hung_after,
         "device": "cuda" if placement.gpus else "cpu",
         "compile": placement.compile,
-        "numerics": placement.numerics or ("fast" if placement.gpus else "exact"),
+        "numerics": "fast" if placement.is_fast else "exact",
         "checkpoints": trial.checkpoints,
         "stops_from": trial.stops_from,
     }
@@ -541,6 +581,9 @@ def check_cluster(launch: Launch) -> list[Finding]:
             check_room(launch.placements, joined=bool(launch.address))
         except ValueError as error:
             findings.append(("room", "error", str(error)))
+        findings += [
+            ("memory", "error", said) for said in _misfits(launch, (t.recipe for t in launch.plan))
+        ]
         tracker = open_tracker(launch.options.results, launch.options.mlflow, launch.scale)
         sound = f"writes {launch.storage_root} and sees the data"
         for node, problem in launch.check_nodes(tracker).items():

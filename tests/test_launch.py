@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from grid.cluster import Placement, check_room
-from grid.launch import Launch, _config, _start_pool
+from grid.launch import Launch, _config, _misfits, _start_pool
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.status import ProgressLine
@@ -60,6 +60,20 @@ def two_cpus():
 
 def test_a_team_that_fills_the_machine_has_an_evaluator_beside_it(two_cpus, launch):
     assert _start_pool(launch, "sqlite:///none")._size == 1
+
+
+def test_a_step_is_tried_on_a_gpu_before_anything_is_trained(two_cpus, launch, monkeypatch):
+    recipes = [launch.plan.trials[0].recipe.with_seed(seed) for seed in (1, 2)]
+    assert _misfits(launch, recipes) == []  # on CPUs nothing is tried
+    options = launch.options.model_copy(update={"gpus_per_worker": 0.5})
+    launch = replace(launch, options=options)
+    assert _misfits(launch, recipes) == []  # made-up GPUs have any memory
+
+    def too_large(recipes, workers, share, is_fast):
+        return [f"{len(recipes)} recipes, {workers} workers, {share} GPUs, {is_fast}"]
+
+    monkeypatch.setattr("trainables.train.memory.misfits", too_large)
+    assert _misfits(launch, recipes) == ["GPU: 1 recipes, 2 workers, 0.5 GPUs, True"]
 
 
 def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_such(

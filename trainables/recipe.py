@@ -52,6 +52,11 @@ OF_CHECKPOINT = (
     *("scale", "model", "activation", "epochs", "pixel_range"),
     *("init", "init_sha256", "preprocessing"),
 )
+# The fields that change the memory of a training step.
+OF_STEP = {
+    *("scale", "model", "model_args", "norm", "optimizer", "ema_decay", "precision", "batch_size"),
+    *("micro_batch", "train_sizes", "preprocessing", "adversary", "distillation"),
+}
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:
