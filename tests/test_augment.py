@@ -343,7 +343,7 @@ def test_two_workers_and_none_give_the_same_batches(recipe, data, monkeypatch, i
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"repeats": 3, **EXTRAS}])
 def test_a_team_sees_the_batches_of_one(recipe, data, in_memory, fields):
-    split, recipe = data.train, recipe.replace(augmentations="randaug").replace(**fields)
+    split, recipe = data.train, recipe.replace(**fields)
     if in_memory:
         split = replace(split, images=split.images[:])
     whole = list(TrainBatches(recipe, split, workers=0).epoch(1))

@@ -9,7 +9,7 @@ import torch
 
 from tests.teams import begun, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
-from trainables.train.team import Team, check_team
+from trainables.train.team import check_team
 
 # Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
 # amplify that ten thousand times in two epochs: in double precision it stays far below any other
@@ -120,12 +120,18 @@ def test_a_team_of_three_that_is_cut_short_ends_with_the_same_bits(small, tmp_pa
             assert all(torch.equal(resumed[0][name], value) for name, value in whole[0].items())
 
 
-def test_a_worker_takes_every_nth_image_and_sees_its_mirror_image():
-    team = Team(1, 4)
-    assert team.rows(8, paired=False).tolist() == [1, 5]
-    rows = team.rows(8, paired=True)
-    assert rows.tolist() == [1, 2, 5, 6]
-    assert team.own_of(rows, torch.tensor([10, 20, 50, 60])).tolist() == [10, 50]
+def test_each_image_is_loaded_by_one_worker_and_sent_to_that_of_its_mirror_image(tmp_path):
+    """Of a batch of 6 images, 0 is mixed with 5, 1 with 4, and 2 with 3."""
+    answers = in_a_team(tmp_path, 3, [mirrored])
+    own, seen, own_again = zip(*(answer[0] for answer in answers), strict=True)
+    assert own == own_again == ([0, 3], [1, 4], [2, 5])
+    assert seen == ([0, 2, 3, 5], [1, 4], [0, 2, 3, 5])
+
+
+def mirrored(team):
+    own = torch.arange(6)[team.own]
+    seen = team.with_mirror(own)
+    return own.tolist(), seen.tolist(), team.own_of(seen, mirrored=True).tolist()
 
 
 def test_batches_that_do_not_divide_are_refused_with_what_does(small):

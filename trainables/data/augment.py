@@ -343,7 +343,7 @@ class TrainBatches:
         self, recipe: Recipe, split: Split, *, workers: int, pin: bool = False, team: Team = ALONE
     ) -> None:
         self._recipe, self._count = recipe, len(split)
-        self._rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
+        self._own = team.own
         self._dataset = _Augmented(recipe, split.images)
         self._batches: list[list[int]] = []  # of the epoch that is served
         self.steps = len(split) // recipe.batch_size
@@ -365,12 +365,12 @@ class TrainBatches:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each forward batch of an epoch: its views, uint8 (B, 3, H, W), and their numbers.
 
-        A worker of a team gets the rows that it has to see. first: the batch to begin with.
+        A worker of a team gets its own part. first: the batch to begin with.
         """
         recipe = self._recipe
         order = epoch_order(self._count, seed=recipe.seed, epoch=epoch, repeats=recipe.repeats)
         parts = torch.split(order[: self.steps * recipe.batch_size], recipe.forward_batch)
-        self._batches[:] = [[epoch, *part[self._rows].tolist()] for part in parts[first:]]
+        self._batches[:] = [[epoch, *part[self._own].tolist()] for part in parts[first:]]
         alone = map(self._dataset.__getitems__, self._batches)
         images = alone if self._loader is None else self._loader
         for shown, (_, *views) in zip(images, self._batches, strict=True):

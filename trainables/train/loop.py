@@ -234,25 +234,28 @@ def _batch_loss(
 ) -> Tensor:
     """Return the loss of one forward batch: mixed, attacked and taught as the recipe says.
 
-    images: those of the batch that this worker has to see; views: their numbers (data/augment.py).
-    A team's member returns its part's loss.
+    images: this worker's part of the batch; views: their numbers (data/augment.py). A team's member
+    returns its part's loss.
     """
     recipe, classifier, team = training.recipe, training.classifier, training.team
-    rows = team.rows(recipe.forward_batch, paired=recipe.mixes)
+    images = images.to(training.device, non_blocking=True)
     labels = training.data.train.labels
+    labels = labels[views % len(labels)].to(training.device)
+    if recipe.mixes:
+        images, labels = team.with_mirror(images), team.with_mirror(labels)
     inputs, targets = mix(
         recipe,
-        to_unit(images.to(training.device, non_blocking=True)),
-        labels[views % len(labels)].to(training.device),
+        to_unit(images),
+        labels,
         num_classes=len(training.data.class_names),
         epoch=epoch,
         step=forward,
     )
-    inputs, targets = team.own_of(rows, inputs), team.own_of(rows, targets)
+    inputs, targets = (team.own_of(v, mirrored=recipe.mixes) for v in (inputs, targets))
     clean = inputs
     if recipe.adversary:
         step, micro = divmod(forward, recipe.accumulation)
-        batch = inputs, targets, team.own_of(rows, views)
+        batch = inputs, targets, views
         inputs = adversary.training_attack(
             recipe, classifier, *batch, epoch=epoch, step=step, micro=micro, twin=training.twin
         )

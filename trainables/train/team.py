@@ -28,20 +28,33 @@ class Team:
         """This worker's part of a batch."""
         return slice(self.rank, None, self.size)
 
-    def rows(self, count: int, *, paired: bool) -> Tensor:
-        """Return which images of a batch this worker has to see, in order.
+    @property
+    def mirror(self) -> int:
+        """The worker that has the mirror images, in every batch, of this worker's images."""
+        return self.size - 1 - self.rank
 
-        paired: images are mixed with their mirror image in the batch, which it then needs too.
+    def with_mirror(self, values: Tensor) -> Tensor:
+        """Return this worker's part of a batch with its mirror images, in the batch's order.
+
+        An image is mixed with its mirror image. Their worker has loaded them, and sends them here.
         """
-        rows = torch.arange(count)[self.own]
-        return cast(Tensor, torch.unique(torch.cat((rows, count - 1 - rows)))) if paired else rows
+        if self.mirror == self.rank:
+            return values
+        theirs = torch.empty_like(values := values.contiguous())
+        sent = distributed.P2POp(distributed.isend, values, self.mirror)
+        received = distributed.P2POp(distributed.irecv, theirs, self.mirror)
+        for work in distributed.batch_isend_irecv([sent, received]):
+            work.wait()
+        both = (values, theirs) if self.rank < self.mirror else (theirs, values)
+        return torch.stack(both, dim=1).flatten(0, 1)
 
-    def own_of(self, rows: Tensor, values: Tensor) -> Tensor:
-        """Return what is this worker's own of the values of some rows of a batch."""
+    def own_of(self, values: Tensor, *, mirrored: bool) -> Tensor:
+        """Return this worker's own of the values of its images, or of these `with_mirror`."""
         if self.size == 1:
             return values
-        part = values[rows % self.size == self.rank]
-        return part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
+        if mirrored and self.mirror != self.rank:
+            values = values[int(self.rank > self.mirror) :: 2]
+        return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of the workers' values; no gradient flows through it."""
