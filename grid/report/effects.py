@@ -61,8 +61,8 @@ def grid_effects(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list
 def _in_order(labels: pd.Series, study: Study) -> pd.Categorical:
     """Return an axis's labels in the order of the study, behind what is the base's own."""
     order = list(study.axes.get(str(labels.name), study.base))
-    own = [label for label in labels.unique() if label not in order]
-    return pd.Categorical(labels, own + [label for label in order if label in set(labels)])
+    bases = [label for label in labels.unique() if label not in order]
+    return pd.Categorical(labels, bases + [label for label in order if label in set(labels)])
 
 
 def leading(by_score: Sequence[Effects]) -> str:

@@ -457,23 +457,26 @@ def _epochs_plot(
 
 def scatter_plot(plan: Plan, runs: Mapping[str, TrialRun]) -> Plot | None:
     """Draw clean against PGD-100 accuracy over every trial, marked by family and training."""
-    groups: dict[tuple[str, bool, str], list[tuple[float, float]]] = {}
-    for trial in plan:
-        metrics, recipe = runs[trial.digest].metrics if trial.digest in runs else {}, trial.recipe
-        if "clean" in metrics and "pgd-100" in metrics:
-            points = groups.setdefault((recipe.family, bool(recipe.adversary), _colour(recipe)), [])
-            points.append((100 * metrics["clean"], 100 * metrics["pgd-100"]))
+    scores = ("clean", "pgd-100")
+    rows = [
+        (t.recipe.family, bool(t.recipe.adversary), _colour(t.recipe), *(m[s] for s in scores))
+        for t in plan
+        if t.digest in runs and {*scores} <= (m := runs[t.digest].metrics).keys()
+    ]
+    frame = pd.DataFrame(rows, columns=["family", "adversarial", "colour", *scores])
     caption = "Clean against robust accuracy, every trial of the study."
-    return _plot("scatter", caption, _scatter, groups=groups) if groups else None
+    return _plot("scatter", caption, _scatter, dots=frame) if rows else None
 
 
-def _scatter(
-    narrow: bool, groups: Mapping[tuple[str, bool, str], Sequence[tuple[float, float]]]
-) -> Figure:
+def _scatter(narrow: bool, dots: pd.DataFrame) -> Figure:
     figure, (axes,) = _figure(narrow, 3.4 if narrow else 3.6)
-    for (family, adversarial, colour), points in groups.items():
-        label = f"{family}, {'adversarial' if adversarial else 'clean'} training"
-        xys, marker = zip(*points, strict=True), "os"[adversarial]
+    kinds = dots.groupby(["family", "adversarial", "colour"], sort=False)
+    for (family, adversarial, colour), group in kinds:
+        marker, training = "s" if adversarial else "o", "adversarial" if adversarial else "clean"
+        xys, label = (
+            (100 * group["clean"], 100 * group["pgd-100"]),
+            f"{family}, {training} training",
+        )
         axes.plot(*xys, marker, color=colour, markersize=5, alpha=0.7, label=label)
     axes.set_title("PGD-100 accuracy, %", loc="left")
     axes.set_xlabel("clean accuracy, %")
@@ -483,18 +486,14 @@ def _scatter(
 
 def shape_bias_plot(tables: Iterable[FilledTable]) -> Plot | None:
     """Draw each model's shape bias: shape's share of the answers that are shape's or texture's."""
-    parts = {"value": "stylized/shape-bias"}
-    parts |= {end: f"{parts['value']}/{end}" for end in ("low", "high")}
+    score, ends = "stylized/shape-bias", {"value": "", "low": "/low", "high": "/high"}
     frame = pd.DataFrame(
-        {
-            "digest": row.recipe.digest(),
-            "label": f"{table.name}: {row.label}",
-            "colour": _colour(row.recipe),
-            **{part: 100 * row.run.metrics[name] for part, name in parts.items()},
-        }
+        {"digest": row.recipe.digest(), "label": f"{table.name}: {row.label}"}
+        | {"colour": _colour(row.recipe)}
+        | {end: 100 * row.run.metrics[score + name] for end, name in ends.items()}
         for table in tables
         for row in table.rows
-        if row.run and parts["value"] in row.run.metrics
+        if row.run and score in row.run.metrics
     )
     if frame.empty:
         return None

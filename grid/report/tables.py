@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import pandas as pd
 
 from evaluators import BOUNDED, EVALUATORS, column_named, columns_of, evaluator_of
 from evaluators.base import Column
@@ -113,17 +114,17 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[T
 
 def _shown(table: Table, scale: str, scores: Collection[str], judges: Collection[str]) -> Table:
     names = sorted(table.columns, key=_is_secondary)
-    columns = [shown_column(name, scale, scores, judges) for name in names]
-    standing_in = {column.name for column in columns if column and column.stands_in}
-    published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
+    columns = (shown_column(name, scale, scores, judges) for name in names)
     shown = tuple(filter(None, columns))
+    standing_in = {column.name for column in shown if column.stands_in}
+    published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
     return table.model_copy(update={"shown": shown, "published": published})
 
 
 def _is_secondary(name: str) -> int:
     """Order columns: clean accuracy, AutoAttack, the standard of attacks, then the others."""
-    order = {"clean": 0, "autoattack": 1, "autoattack-small": 2}
-    return order.get(name.removesuffix("-bounded"), 3)
+    order = ("clean", "autoattack", "autoattack-small", name.removesuffix("-bounded"))
+    return order.index(order[-1])
 
 
 def shown_column(
@@ -256,45 +257,30 @@ def describe_origins(plan: Plan, runs: Mapping[str, TrialRun]) -> list[str]:
 
 def describe_work(runs: Sequence[TrialRun], seconds: float, command: str) -> str:
     """Say when and by which command the runs were made, and the seconds of training and judging."""
-    began = [run.start_time for run in runs]
-    ends = [max(run.start_time, run.end_time) for run in runs]
-    first, last = (
-        f"{datetime.fromtimestamp(end(times, default=0) / 1000, UTC):{DATE}}"
-        for end, times in ((min, began), (max, ends))
-    )
-    parts = [f"Command: {command}."] if command else []
-    if runs:
-        work = f"{format_seconds(seconds)} of training and judging"
-        parts.insert(0, f"{len(runs)} trials, {first} to {last} UTC: {work}.")
-    return " ".join(parts)
+    times = [time for run in runs for time in (run.start_time, run.end_time) if time] or [0]
+    first, last = (f"{datetime.fromtimestamp(end(times) / 1000, UTC):{DATE}}" for end in (min, max))
+    work = f"{format_seconds(seconds)} of training and judging"
+    trials = f"{len(runs)} trials, {first} to {last} UTC: {work}." if runs else ""
+    return " ".join(filter(None, [trials, command and f"Command: {command}."]))
 
 
 def describe_provenance(runs: Sequence[TrialRun]) -> str:
     """Say which versions and hardware trained and judged the runs, and where they are mixed."""
     trained = [run.trained for run in runs if run.logged_epochs]
     judged = [run.judged.get(evaluator, {}) for run in runs for evaluator in run.cells]
-    sentences = [
-        *_provenance("Trained", trained, "trials"),
-        *_provenance("Judged", judged, "cells"),
-    ]
-    if judged and all(entry in trained for entry in judged) and all(e in judged for e in trained):
-        sentences = [*_provenance("Trained", trained, "trials"), "Judged with the same."]
-    return " ".join(sentences)
+    alike = judged and all(e in trained for e in judged) and all(e in judged for e in trained)
+    by = ["Judged with the same."] if alike else _provenance("Judged", judged, "cells")
+    return " ".join([*_provenance("Trained", trained, "trials"), *by])
 
 
 def _provenance(verb: str, entries: Sequence[Mapping[str, str]], unit: str) -> Iterator[str]:
     """Name what all have in common, then every mix with its numbers."""
-    alike, mixed = [], []
-    for name in dict.fromkeys(name for entry in entries for name in entry):
-        counts = sorted(Counter(entry.get(name, "unknown") for entry in entries).items())
-        label = PROVENANCE_LABELS.get(name, name)
-        if len(counts) == 1:
-            alike.append(f"{label} {counts[0][0]}")
-        else:
-            values, numbers = (" and ".join(map(str, part)) for part in zip(*counts, strict=True))
-            mixed.append(f"{verb} with {label} {values}: {numbers} {unit}.")
-    if entries and not alike and not mixed:
-        alike = ["unknown versions"]
-    if alike:
-        yield f"{verb} with {', '.join(alike)}."
-    yield from mixed
+    frame = pd.DataFrame(entries).fillna("unknown").rename(columns=PROVENANCE_LABELS)
+    counts = {label: column.value_counts().sort_index() for label, column in frame.items()}
+    alike = [f"{label} {count.index[0]}" for label, count in counts.items() if len(count) == 1]
+    if entries and (alike or not counts):
+        yield f"{verb} with {', '.join(alike) or 'unknown versions'}."
+    for label, count in counts.items():
+        if len(count) > 1:
+            values, numbers = (" and ".join(map(str, part)) for part in (count.index, count))
+            yield f"{verb} with {label} {values}: {numbers} {unit}."

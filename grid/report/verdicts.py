@@ -210,13 +210,14 @@ def _readable(classes: Sequence[str]) -> list[str]:
 
 def _unlike(plan: Plan, verdicts: Verdicts) -> list[Trial]:
     """Choose of each family, trained cleanly or adversarially, the trial with most ledgers."""
-    best: dict[tuple[bool, str], tuple[int, Trial]] = {}
-    for trial in plan:
-        judged = sum(verdicts.is_judged(trial.digest, name) for name in trial.evaluators)
-        kind = (trial.recipe.adversary is not None, trial.recipe.family)
-        if judged > best.get(kind, (0, trial))[0]:
-            best[kind] = (judged, trial)
-    return [best[kind][1] for kind in sorted(best)][:MODELS]
+
+    def judged(trial: Trial) -> int:
+        return sum(verdicts.is_judged(trial.digest, name) for name in trial.evaluators)
+
+    # Of equal ones the plan's first is the last.
+    trials = sorted(reversed(plan.trials), key=judged)
+    best = {(t.recipe.adversary is not None, t.recipe.family): t for t in trials if judged(t)}
+    return [best[kind] for kind in sorted(best)][:MODELS]
 
 
 def _examples(trial: Trial, verdicts: Verdicts) -> dict[str, dict[str, dict[str, Any]]]:
