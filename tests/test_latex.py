@@ -53,7 +53,7 @@ def test_value_interval_and_published_figure_are_columns_of_their_own():
     assert r"\cmidrule(lr){2-4}\cmidrule(lr){5-6}" in lines
     assert r"A & 96.1 & [94.2, 97.4] & 76.9 & 0.0 & [0.0, 7.1] \\" in lines
     assert r"B & 96.1 & [94.2, 97.4] & 76.9 &  & collapsed \\" in lines
-    assert r"images & 597 &  &  & 50 &  \\" in lines
+    assert r"images &  & 597 &  &  & 50 \\" in lines
     assert r"\caption{T\_1: Who is 5 \% better \& why?, on digits. " in text
     assert r"\shortstack{PGD\_5}" in text
 

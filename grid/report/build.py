@@ -29,7 +29,6 @@ from grid.report.tables import (
     fill_table,
     images_text,
     tables_of,
-    trainings_text,
 )
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import Study
@@ -50,26 +49,22 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
         loader=PackageLoader("grid.report", "."), autoescape=True, trim_blocks=True
     )
     environment.filters["difference"] = difference_text
-    page = folder / "index.html"
-    write_atomically(page, environment.get_template("page.html.j2").render(report).encode())
-    text = environment.get_template("tables.md.j2").render(report)
-    write_atomically(folder / "tables.md", text.encode())
     link = "#" + tracker.page(study=study.name).partition("#")[2]
+    title = f"**[Compare the trials]({link}) of study {study.name}**"
     said = report["answer"] if report["judgements"] else report["leading"]
-    summary = summary_text(
-        plan, report["runs"], said, f"**[Compare the trials]({link}) of study {study.name}**"
-    )
-    write_atomically(folder / SUMMARY, summary.encode())
-    scores = _scores(plan, report["runs"]).to_json(orient="split", index=False)
-    write_atomically(folder / "scores.json", scores.encode())
-    tables = report["tables"]
-    write_atomically(folder / "tables.csv", _cells(tables).to_csv(index=False).encode())
-    for table in tables:
-        content = as_latex(table, scale.title).encode()
-        write_atomically(folder / "latex" / f"{table.name}.tex", content)
-    for plot in report["plots"]:
-        write_atomically(folder / "plots" / f"{plot.name}.svg", plot.svg.encode())
-    return page
+    tables, runs = report["tables"], report["runs"]
+    files = {
+        "index.html": environment.get_template("page.html.j2").render(report),
+        "tables.md": environment.get_template("tables.md.j2").render(report),
+        SUMMARY: summary_text(plan, runs, said, title),
+        "scores.json": _scores(plan, runs).to_json(orient="split", index=False),
+        "tables.csv": _cells(tables).to_csv(index=False),
+        **{f"latex/{table.name}.tex": as_latex(table, scale.title) for table in tables},
+        **{f"plots/{plot.name}.svg": plot.svg for plot in report["plots"]},
+    }
+    for name, text in files.items():
+        write_atomically(folder / name, text.encode())
+    return folder / "index.html"
 
 
 def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[str, Any]:
@@ -95,8 +90,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "title": study.title or f"Study {study.name}",
         "images": images_text(trained, scale),
         "seeds": seeds,
-        "trainings": trainings_text(seeds),
-        "attacks": attacks_text(plan, scale),
+        "bounded": bool(plan.evaluators & {*BOUNDED.values()}),
         "states": states.most_common(),
         "tables": filled,
         "comparisons": {table.name: verdicts.comparisons(table) for table in tables},
@@ -118,29 +112,6 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "provenance": describe_provenance(planned),
         "mlflow": tracker.page,
     }
-
-
-def attacks_text(plan: Plan, scale: Scale) -> str:
-    """Say what the attacks may do at a scale, and how models are trained against them."""
-    patch = scale.patch
-    radius, small = (f"{255 * float(e):g}/255" for e in (scale.epsilon, scale.small_epsilon))
-    protocols = sorted({t.recipe.protocol for t in plan if t.recipe.adversary})
-    trained_at = f"{255 * float(scale.training_epsilon or scale.epsilon):g}/255"
-    trained = (
-        f" Adversarial training by the {' and '.join(protocols)} protocol, the study's radius of "
-        f"4/255 as {trained_at}."
-    )
-    bounded = plan.evaluators & set(BOUNDED.values())
-    slices = (
-        " AutoAttack is bounded: APGD-CE, and APGD-T against the likeliest classes, attack all its "
-        "images, and the rest of it a random slice; intervals add what the rest may break outside."
-    )
-    return (
-        f"Attacks in the L-infinity ball of radius {radius} (small radius: {small}), on pixels in "
-        "[0, 1], in float32; PGD from a random start, a quarter of the radius a step; texture "
-        f"patches: up to {patch.patches}, each of {patch.area:.1%} of the image."
-        f"{slices if bounded else ''}{trained if protocols else ''}"
-    )
 
 
 def summary_text(plan: Plan, runs: Mapping[str, TrialRun], answer: str, title: str) -> str:

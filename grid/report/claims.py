@@ -238,14 +238,8 @@ def _difference(
 
     None where not all of it is judged.
     """
-    every = [
-        verdicts.compare(rows[0], rows[1], column)
-        if len(rows) > 1
-        else verdicts.alone(rows[0], column)
-        for rows in compared
-    ]
-    pairs = [paired for paired in every if paired]
-    if len(pairs) < len(every):
+    pairs = [paired for rows in compared if (paired := verdicts.difference(rows, column))]
+    if len(pairs) < len(compared):
         return None
     return pairs[0] if len(pairs) == 1 else mean_of(pairs)
 

@@ -70,7 +70,7 @@ def _fitting(table: FilledTable, room: float) -> Iterator[dict[str, Column]]:
 
 def _column(table: FilledTable, place: int) -> Column:
     cells = [row.cells[place] for row in table.rows]
-    lines = [["value", "interval", "paper"], *map(_parts, cells), [table.judged_on[place], "", ""]]
+    lines = [["value", "interval", "paper"], *map(_parts, cells), ["", table.judged_on[place], ""]]
     has_paper = any(cell.published is not None for cell in cells)
     return lines if has_paper else [line[:2] for line in lines]
 

@@ -213,18 +213,6 @@ def over_seeds(metrics: Sequence[Mapping[str, float]], score: str) -> tuple[floa
     return statistics.fmean(values), max(low, 0.0), min(high, most)
 
 
-def trainings_text(seeds: Sequence[int]) -> str:
-    """Say in a sentence how often rows were trained, and so what their intervals are over.
-
-    seeds: of the rows, each number once, the smallest first.
-    """
-    if seeds == [1]:
-        return "One training per recipe: intervals are over images, not over trainings."
-    times = " or ".join(map(str, seeds))
-    wide = "where there are several, Student's t over trainings widens the interval over images"
-    return f"Trainings per row: {times}; {wide}."
-
-
 def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
     """Say in a sentence how many images models were trained on and how many were held out."""
     data_set, name = scale.data_set, scale.title.partition(",")[0]

@@ -100,15 +100,12 @@ class Verdicts:
             self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
             return None
 
-    def compare(self, row: Row, reference: Row, column: Column) -> Paired | None:
-        """Return a row minus another in a column; None where either is not judged."""
-        ours, theirs = (self._scores(r, column) for r in (row, reference))
-        return compare(ours, theirs) if ours and theirs else None
-
-    def alone(self, row: Row, column: Column) -> Paired | None:
-        """Return a row's own score minus 0; None where it is not judged."""
-        ours = self._scores(row, column)
-        return minus_none(ours) if ours else None
+    def difference(self, rows: Sequence[Row], column: Column) -> Paired | None:
+        """Return a row minus a second in a column, or minus 0; None where one is not judged."""
+        ours, *theirs = (self._scores(row, column) for row in rows)
+        if not (ours and all(theirs)):
+            return None
+        return compare(ours, *theirs) if theirs else minus_none(ours)
 
     def saturations(self, table: Table) -> list[str]:
         """Say of each column where all rows that are judged, two at least, are saturated alike."""
@@ -138,7 +135,7 @@ class Verdicts:
         """
         reference, *others = table.rows if len(table.rows) <= MOST_ROWS else table.rows[:1]
         compared = {
-            row.label: [self.compare(row, reference, column) for column in table.shown]
+            row.label: [self.difference((row, reference), column) for column in table.shown]
             for row in others
         }
         return {label: cells for label, cells in compared.items() if any(cells)}
@@ -214,9 +211,9 @@ def _unlike(plan: Plan, verdicts: Verdicts) -> list[Trial]:
     def judged(trial: Trial) -> int:
         return sum(verdicts.is_judged(trial.digest, name) for name in trial.evaluators)
 
-    # Of equal ones the plan's first is the last.
-    trials = sorted(reversed(plan.trials), key=judged)
-    best = {(t.recipe.adversary is not None, t.recipe.family): t for t in trials if judged(t)}
+    best: dict[tuple[bool, str], Trial] = {}
+    for trial in filter(judged, sorted(plan, key=judged, reverse=True)):
+        best.setdefault((trial.recipe.adversary is not None, trial.recipe.family), trial)
     return [best[kind] for kind in sorted(best)][:MODELS]
 
 
