@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.options import LOCAL
 from trainables.ray_internals import listen_on_loopback
+from trainables.store.results import PROJECT, code_version
 from trainables.store.storage import Folder
 from trainables.store.tracking import check_address, client_settings
 from trainables.watchdog import HUNG_SECONDS
@@ -188,7 +189,8 @@ def check_nodes(
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 probe = ray.remote(num_cpus=0, scheduling_strategy=there)(_probe)
                 name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-                answers[name] = probe.remote(storage, names, mlflow, mark, client_settings())
+                needs = (storage, names, mlflow, mark, client_settings())
+                answers[name] = probe.remote(code_version(), *needs)
         return {name: _answer(reference) for name, reference in answers.items()}
 
 
@@ -200,6 +202,7 @@ def _answer(reference: Any) -> str:
 
 
 def _probe(
+    version: str,
     storage: Sequence[str],
     names: Mapping[Path, list[str]],
     mlflow: str,
@@ -207,6 +210,8 @@ def _probe(
     settings: Mapping[str, str],
 ) -> str:
     """Try what a run needs, on the node that this runs on; return the problem."""
+    if (here := code_version()) != version:
+        return f"runs {PROJECT} {here}, where the driver runs {version}: install the same on both"
     try:
         for place in storage:
             folder, written = Folder(place), f"{mark}-{uuid.uuid4().hex}"

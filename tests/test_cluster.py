@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests import driver
 from tests.driver import ended, study_of_one, trials, wait_for_checkpoint, wait_until
 from tests.servers import free_port, s3_bucket
 from trainables.scale import DIGITS
+from trainables.store.results import code_version
 from trainables.store.storage import Folder, below
 
 pytestmark = pytest.mark.cluster
@@ -224,40 +226,52 @@ def started_head(log, port, *options):
             head.wait()
 
 
-@pytest.fixture
-def blind(cluster, tmp_path):
-    """A node that sees an empty folder where the others see `data`, and may not write `kept`."""
-    hidden, kept = tmp_path / "data", tmp_path / "kept"
-    for folder in (hidden / "train", kept):
-        folder.mkdir(parents=True)
+@contextmanager
+def node_with_mounts(cluster, mounts, log):
+    """Join a cluster, and a node to it that has mounts of its own."""
     joined = f"{RAY} start --address={cluster.address} --num-cpus=1 --block --disable-usage-stats"
-    mounts = f"mount -t tmpfs tmpfs {hidden} && mount --bind -o ro {kept} {kept}"
     # Ray gives a node 30 s to start, which a busy machine may exceed.
     lines = f"{mounts} && for _ in 1 2 3; do {joined}; done"
     spaces = "unshare --mount --fork --kill-child"
     allowed = subprocess.run([*spaces.split(), "true"], check=False, capture_output=True)
     if allowed.returncode:
         pytest.skip("needs leave to make mount namespaces")
-    with (tmp_path / "node.log").open("w") as log:
+    with log.open("w") as said:
         node = subprocess.Popen(
-            [*spaces.split(), "bash", "-c", lines], stdout=log, stderr=log, start_new_session=True
+            [*spaces.split(), "bash", "-c", lines], stdout=said, stderr=said, start_new_session=True
         )
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         wait_until(node, lambda: sum(n["Alive"] for n in ray.nodes()) == 2)
-        yield tmp_path
+        yield
     finally:
         ray.shutdown()
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
 
-def test_a_node_that_lacks_the_data_or_leave_to_write_is_named(blind):
-    assert list(check_nodes([str(blind)]).values()) == [""]
-    (found,) = check_nodes([], [blind / "data"]).values()
-    assert found.startswith(f"sees 0 entries at {blind}/data, where the driver's node sees 1")
-    (found,) = check_nodes([str(blind / "kept")]).values()
-    assert found.startswith(f"cannot write to {blind}/kept: [Errno 30] Read-only")
+def test_a_node_that_lacks_the_data_or_leave_to_write_is_named(cluster, tmp_path):
+    hidden, kept = tmp_path / "data", tmp_path / "kept"
+    for folder in (hidden / "train", kept):
+        folder.mkdir(parents=True)
+    mounts = f"mount -t tmpfs tmpfs {hidden} && mount --bind -o ro {kept} {kept}"
+    with node_with_mounts(cluster, mounts, tmp_path / "node.log"):
+        assert list(check_nodes([str(tmp_path)]).values()) == [""]
+        (found,) = check_nodes([], [hidden]).values()
+        assert found.startswith(f"sees 0 entries at {hidden}, where the driver's node sees 1")
+        (found,) = check_nodes([str(kept)]).values()
+        assert found.startswith(f"cannot write to {kept}: [Errno 30] Read-only")
+
+
+def test_a_node_with_another_version_of_the_project_is_named_with_both(cluster, tmp_path):
+    edited, here = tmp_path / "status.py", driver.ROOT / "grid" / "status.py"
+    edited.write_text(f"{here.read_text()}\n")
+    mounts = f"mount --bind {edited} {here}"
+    with node_with_mounts(cluster, mounts, tmp_path / "node.log"):
+        (found,) = check_nodes([]).values()
+    ours, theirs = code_version(), re.findall(r"\d\S+ \(code \w{12}\)", found)
+    assert theirs[1:] == [ours] != theirs[:1]
+    assert found.endswith(f"where the driver runs {ours}: install the same on both")
 
 
 @pytest.fixture(scope="module")

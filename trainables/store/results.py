@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import platform
 import sqlite3
 import subprocess
@@ -23,6 +24,7 @@ ARTIFACTS = "artifacts"
 PROJECT = "robustness-grid"
 LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("evaluators", "grid", "trainables")
 THEN = " then "
 # The columns in which MLflow (checked with 3.17) stores absolute addresses of artifacts.
 ADDRESSES = {
@@ -176,6 +178,15 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+@cache
+def code_version() -> str:
+    """Return the project's version with a digest of its code: '0.3.0 (code 1f2e3d4c5b6a)'."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{version_of(PROJECT)} (code {digest.hexdigest()[:12]})"
 
 
 def _commit() -> str:
