@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import os
 import time
 from collections import Counter, defaultdict
@@ -150,7 +149,6 @@ class EvaluatorPool:
         self._restarting: dict[Any, Any] = {}
         self._stores: dict[Cell, ShardStore] = {}  # of cells that are not settled
         self._failures: Counter[tuple[Cell, int]] = Counter()  # by a shard's first image
-        self._turns: list[Cell] = []  # of cells with shards that wait, the cheapest first
         self._resting: list[tuple[float, Cell, Shard]] = []  # failed shards, and until when
         self._whole: list[Cell] = []
         # Of each evaluator: the images judged, and the seconds of all of them.
@@ -190,9 +188,7 @@ class EvaluatorPool:
         folder = self._folder / "-".join(place)
         side = self._scale.preprocessed(cell.geometry).image_size
         self._stores[cell] = store = ShardStore(folder, total, side=side, least=least)
-        if store.waiting:
-            self._await_turn(cell)
-        else:
+        if not store.waiting:
             self._whole.append(cell)
         self._hand_out()
 
@@ -206,7 +202,6 @@ class EvaluatorPool:
         for entry in [entry for entry in self._resting if entry[0] <= now]:
             self._resting.remove(entry)
             self._stores[entry[1]].waiting.append(entry[2])
-            self._await_turn(entry[1])
         self._hand_out()
         if now - self._looked_at > LOOK_SECONDS:
             self._looked_at = now
@@ -286,7 +281,6 @@ class EvaluatorPool:
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         if isinstance(cause, OWN_FAULTS) or self._failures[cell, shard.first] > MAX_FAILURES:
             del self._stores[cell]
-            self._turns = [other for other in self._turns if other != cell]
             self._resting = [entry for entry in self._resting if entry[1] != cell]
             return cell, b"", reason
         reason = "its process died" if isinstance(cause, RayError) else reason
@@ -295,17 +289,11 @@ class EvaluatorPool:
         self._resting.append((time.monotonic() + wait, cell, shard))
         return None
 
-    def _await_turn(self, cell: Cell) -> None:
-        if cell not in self._turns:
-            bisect.insort(self._turns, cell, key=lambda cell: EXPENSE[cell.evaluator])
-
     def _hand_out(self) -> None:
-        while self._idle and self._turns:
-            cell = self._turns[0]
-            shard = self._stores[cell].take()
-            if not self._stores[cell].waiting:
-                self._turns.pop(0)
-            actor = self._idle.pop()
+        """Have idle actors judge the shards that wait, those of the cheapest evaluators first."""
+        while self._idle and (waiting := [c for c, store in self._stores.items() if store.waiting]):
+            cell = min(waiting, key=lambda cell: EXPENSE[cell.evaluator])
+            shard, actor = self._stores[cell].take(), self._idle.pop()
             self._under_way[actor.judge.remote(cell, shard)] = (cell, shard, actor)
 
 

@@ -97,13 +97,11 @@ def with_axes(recipe: Recipe, values: Mapping[str, Any], library: Library | None
             raise ValueError(f"{axis}: the recipe has no {name}")
         fields[name] = {**dict(whole), part: value}
     start = {} if fields.get("warm_start") == CLEAN else fields.get("warm_start")
-    if not isinstance(start, dict):
-        changed = draft.replace(**fields)
-    else:
-        changed = draft.replace(**fields | {"warm_start": None})
+    if isinstance(start, dict):
+        draft = draft.replace(**fields | {"warm_start": None})
         with at_key("warm_start"):
-            clean = with_axes(changed.replace(adversary=None), start, library)
-        changed = changed.replace(warm_start=clean)
+            fields = {"warm_start": with_axes(draft.replace(adversary=None), start, library)}
+    changed = draft.replace(**fields)
     if changed.training != values.get("training", changed.training):
         raise ValueError(f"training {values['training']!r} and an adversary exclude each other")
     return changed
@@ -191,23 +189,16 @@ def with_settings(
     What is set wins over what an axis brings along. A teacher has its own model, training and
     seed. ValueError where the trial or a teacher cannot be so.
     """
+    settable = {a: value for a, value in settings.items() if a.partition(".")[0] in SETTABLE}
+
+    def for_all(other: Recipe) -> Recipe:
+        if not other.epochs:
+            return other
+        with at_key(f"teacher {other.describe()}"):
+            return with_settings(other, settable, library=library)
+
     changed = with_axes(recipe, {**(axes or {}), **settings}, library)
-    return changed.with_prerequisites(
-        lambda recipe: _with_settings_for_all(recipe, settings, library)
-    )
-
-
-def _with_settings_for_all(
-    recipe: Recipe, settings: Mapping[str, Any], library: Library | None
-) -> Recipe:
-    """Return a teacher, or what another trial starts from, with what is set for every trial."""
-    if not recipe.epochs:
-        return recipe
-    try:
-        settable = {a: value for a, value in settings.items() if a.partition(".")[0] in SETTABLE}
-        return with_settings(recipe, settable, library=library)
-    except ValueError as error:
-        raise ValueError(f"teacher {recipe.describe()}: {problem(error)}") from None
+    return changed.with_prerequisites(for_all)
 
 
 def check_settings(settings: Mapping[str, Any], axes: Mapping[str, Iterable[Any]]) -> None:
@@ -336,10 +327,9 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
     """Return the value a recipe has on an axis, as a user would write it."""
     if axis in ("augmentation", "augmentations"):
         return format_augmentations(recipe.augmentations)
-    if axis in ("teacher", "distillation"):
-        return _base_of(recipe.teacher, library) if recipe.teacher else "none"
-    if axis == "warm_start":
-        return _base_of(recipe.warm_start, library) if recipe.warm_start else "none"
+    if axis in ("teacher", "distillation", "warm_start"):
+        other = recipe.warm_start if axis == "warm_start" else recipe.teacher
+        return _base_of(other, library) if other else "none"
     if axis == "curriculum":
         return _curriculum_name(recipe.curriculum, library)
     name, _, part = axis.partition(".")

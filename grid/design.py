@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ def with_design(
         known.setdefault(key, least)
         if not options.plan:
             write_atomically(path, json.dumps(known, indent=1).encode())
-    images: dict[str, dict[str, int]] = defaultdict(dict)
+    images: dict[str, Counter[str]] = defaultdict(Counter)
     for cell in known[key]:
         digest, _, evaluator = cell.partition(" ")
         images[digest][evaluator] = max(counts.get(cell, 0) for counts in known.values())

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,16 +43,14 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
 
     An image's forward pass is a third of what it costs to train by it.
     """
-    cells = {(name, trial.images.get(name, 0)) for trial in plan for name in trial.evaluators}
-    evaluators = {cell: evaluator_named(cell[0], scale, images=cell[1]) for cell in cells}
+    named = cache(lambda name, images: evaluator_named(name, scale, images=images))
     work: Work = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
         epoch = scale.epoch_cost(trial.recipe)
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
-            evaluator = evaluators[name, trial.images.get(name, 0)]
-            passes = evaluator.cost(held_out, withstanding=share)
+            passes = named(name, trial.images[name]).cost(held_out, withstanding=share)
             work[trial.digest, name] = passes * epoch / scale.data_set.train_images / 3
     return work
 
@@ -60,18 +59,14 @@ def disk_bytes(plan: Plan) -> int:
     """Return about what a plan's checkpoints take, and its weights, which MLflow has too."""
     total = 0
     for recipe, along in ((trial.recipe, trial.checkpoints) for trial in plan):
+        parameters = model_named(recipe.model).cost.parameters
+        weights = 4 * parameters // scale_named(recipe.scale).parameter_divisor
+        if not recipe.epochs and (file := Path(recipe.init)).is_file():
+            weights = file.stat().st_size
         moments = MOMENTS.get(recipe.optimizer, MOST_MOMENTS) + (recipe.ema_decay > 0)
         checkpoints = CHECKPOINTS * (1 + moments) if recipe.epochs else 0
-        total += _weights_bytes(recipe) * (checkpoints + 2 + 2 * len(along))
+        total += weights * (checkpoints + 2 + 2 * len(along))
     return total
-
-
-def _weights_bytes(recipe: Recipe) -> int:
-    """Return about what a recipe's weights take: of a file their own size."""
-    if not recipe.epochs and (file := Path(recipe.init)).is_file():
-        return file.stat().st_size
-    parameters = model_named(recipe.model).cost.parameters
-    return 4 * parameters // scale_named(recipe.scale).parameter_divisor
 
 
 def held_out_images(scale: Scale, source: DataSource) -> int:
@@ -167,7 +162,7 @@ def _hours(
 def _tables(study: Study, plan: Plan, work: Work, hours: float) -> Iterator[str]:
     """Say how many trials each table needs, and their hours; a shared trial counts in each."""
     for table in plan.tables:
-        serving = {t.digest for t in plan if table.name in {s.split()[0] for s in t.serves}}
+        serving = {trial.digest for trial in plan if table.name in trial.tables}
         columns = {"", *study.for_all, *map(evaluator_of, table.columns)}
         columns |= {BOUNDED.get(name, name) for name in columns}
         spent = sum(work.get((digest, name), 0.0) for digest in serving for name in columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -10,12 +10,12 @@ from functools import partial
 from typing import NamedTuple
 
 from evaluators import EVALUATORS, answering, evaluator_of
-from grid.axes import axis_value, check_settings, format_settings, with_settings
+from grid.axes import at_key, axis_value, check_settings, format_settings, with_settings
 from grid.space import BASE, Labels
 from grid.study import Study
 from grid.table import Row, Table
 from trainables.data.registry import REDUCED
-from trainables.recipe import Preprocessing, Recipe, problem, unknown
+from trainables.recipe import Preprocessing, Recipe, check_known, problem
 from trainables.scale import Scale, scale_named
 
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
@@ -86,7 +86,17 @@ class Trial:
     checkpoints: tuple[int, ...] = ()  # the epochs whose weights are judged, too
     along: tuple[str, ...] = ()  # by which evaluators
     stops_from: int = 0
-    images: Mapping[str, int] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=Counter)
+
+    @property
+    def geometry(self) -> Preprocessing:
+        """How images are brought to the model's size, where that is not the scale's way."""
+        return self.recipe.preprocessing.geometry()
+
+    @property
+    def tables(self) -> dict[str, None]:
+        """The names of the tables that it serves, in order."""
+        return dict.fromkeys(place.split()[0] for place in self.serves)
 
 
 @dataclass(frozen=True)
@@ -145,26 +155,48 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool, reduced_epochs: int
 
 
 def enumerate_trials(
-    study: Study, scale: Scale, check: Check | None = None
+    study: Study, scale: Scale, check: Check | None = None, *, seeds: int = 1
 ) -> tuple[list[Request], list[Refused]]:
-    """Return what a study's grid spans, of a sample no more than its size, and what was refused."""
+    """Return what a study's grid spans, of a sample no more than its size, and what was refused.
+
+    ValueError where with its seeds it is too large.
+    """
     space, spanned, refused = study.space, [], []
+    size = min(space.size, space.sample.size if space.sample else space.size)
+    if size * seeds > MOST_RECIPES:
+        raise ValueError(
+            f"{size:,} combinations with {seeds:,} seeds each are more than the "
+            f"{MOST_RECIPES:,} recipes that a study can have; a sample of them may be fewer"
+        )
     for labels in space.combinations():
         values = {axis: space.axes[axis][label] for axis, label in labels.items() if axis != BASE}
         try:
             base = space.bases[labels[BASE]]
             stated = with_settings(base, study.settings, values, study.library)
-            recipe = _shrunk(study.cut_down(stated, scale), scale)
+            recipe = _as_at(scale, study.cut_down(stated, scale))
             if check:
                 check(recipe)
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
         on_axes = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
-        spanned.append(Request(recipe, study.name, model=stated.model, labels=on_axes))
-        if space.sample and len(spanned) == space.sample.size:
+        spanned.append(Request(recipe, study.name, model=stated.model, labels=on_axes, seeds=seeds))
+        if len(spanned) == size:
             break
     return spanned, refused
+
+
+def _nothing_left(study: Study, refused: Sequence[Refused]) -> ValueError:
+    why = "`exclude` leaves none"
+    if refused:
+        first = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
+        why = f"all {len(refused)} are refused; the first, {first}: {refused[0][1]}"
+    return ValueError(f"study {study.name!r} has no trial left, {why}")
+
+
+def _as_at(scale: Scale, recipe: Recipe) -> Recipe:
+    with at_key(f"{recipe.describe()} at scale {scale.name}"):
+        return scale.shrink(recipe)
 
 
 def _shown(labels: Mapping[str, str], study: Study) -> Labels:
@@ -209,8 +241,10 @@ def build_plan(
         for judges in [(*for_all, *map(judge_of, map(evaluator_of, table.columns)))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
-    combinations, refused = _grid(study, scale, seeds or 1, check)
-    requests += [request._replace(evaluators=for_all, seeds=seeds or 1) for request in combinations]
+    combinations, refused = enumerate_trials(study, scale, check, seeds=seeds or 1)
+    if study.base and not combinations:
+        raise _nothing_left(study, refused)
+    requests += [request._replace(evaluators=for_all) for request in combinations]
     requests = [
         request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
         for request in _keep_only(requests, only or {}, study)
@@ -243,41 +277,28 @@ def _needed(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Req
 
 
 def _shared(
-    requests: Iterable[Request], study: Study, scale: Scale, evaluators: Collection[str]
+    requests: Sequence[Request], study: Study, scale: Scale, evaluators: Collection[str]
 ) -> list[Trial]:
     """Return one trial for equal recipes, judged by the evaluators of all of them."""
-    recipes: dict[str, Recipe] = {}
-    serves: dict[str, dict[str, None]] = defaultdict(dict)
-    judges: dict[str, dict[str, None]] = defaultdict(dict)
-    labels: dict[str, Mapping[str, str]] = defaultdict(dict)
-    models: dict[str, dict[str, None]] = defaultdict(dict)
-    row_labels: dict[str, str] = {}
+    sharing: dict[str, list[Request]] = defaultdict(list)
     for request in requests:
-        digest = request.recipe.digest()
-        recipes.setdefault(digest, request.recipe)
-        serves[digest][request.purpose] = None
-        judges[digest] |= dict.fromkeys(request.evaluators)
-        labels[digest] = request.labels or labels[digest]
-        if request.model not in ("", request.recipe.model):
-            models[digest][request.model] = None
-        seed = f", seed {request.recipe.seed}" if request.recipe.seed else ""
-        row_labels.setdefault(digest, request.label and request.label + seed)
-    chosen = _choose_evaluators({name for names in judges.values() for name in names}, evaluators)
+        sharing[request.recipe.digest()].append(request)
+    chosen = _choose_evaluators({name for r in requests for name in r.evaluators}, evaluators)
     rule = study.early_stop
-    needed = {other.digest() for r in recipes.values() for other in r.prerequisites if rule}
+    needed = {other.digest() for r in requests for other in r.recipe.prerequisites if rule}
     return [
         Trial(
-            recipe,
-            d,
-            named(row_labels[d] or _name(recipe, study, labels[d], models[d]), d),
-            tuple(serves[d]),
-            tuple(name for name in judges[d] if name in chosen),
+            recipe := alike[0].recipe,
+            digest,
+            named(_label(alike, study), digest),
+            tuple(dict.fromkeys(request.purpose for request in alike)),
+            tuple(dict.fromkeys(n for r in alike for n in r.evaluators if n in chosen)),
             scale.cost(recipe),
             study.checkpoints_of(recipe, scale),
             tuple(n for name in study.for_all if (n := answering(name, scale)) in chosen),
-            stops_from=rule.first(recipe, scale) if rule and d not in needed else 0,
+            stops_from=rule.first(recipe, scale) if rule and digest not in needed else 0,
         )
-        for d, recipe in recipes.items()
+        for digest, alike in sharing.items()
     ]
 
 
@@ -285,10 +306,8 @@ def _choose_tables(study: Study, names: Collection[str]) -> list[Table]:
     known = {table.name: table for table in study.tables}
     if names and not known:
         raise ValueError(f"study {study.name!r} has no tables to choose from")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"study {study.name!r}: {unknown('table', name, known)}")
-    return [known[name] for name in dict.fromkeys(names or known)]
+    with at_key(f"study {study.name!r}"):
+        return [known[check_known("table", name, known)] for name in dict.fromkeys(names or known)]
 
 
 def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Table, ...]:
@@ -313,7 +332,7 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
                     f"{cause} makes one trial of {other[1]} and {origin[1]}, which the "
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
-            rows.append(replace(row, recipe=_shrunk(recipe, scale)))
+            rows.append(replace(row, recipe=_as_at(scale, recipe)))
         stand_ins = _stand_ins(study, table, scale)
         update = {"question": table.question + suffix + stand_ins, "rows": tuple(rows)}
         trained.append(table.model_copy(update=update))
@@ -349,11 +368,8 @@ def _with_settings(row: Row, study: Study, scale: Scale) -> Recipe:
         return recipe.replace(preprocessing=for_all | recipe.preprocessing)
     if not study.settings:
         return recipe
-    try:
+    with at_key(f"--set {format_settings(study.settings)}: {recipe.describe()}"):
         return with_settings(recipe, study.settings, library=study.library)
-    except ValueError as error:
-        settings, name = format_settings(study.settings), recipe.describe()
-        raise ValueError(f"--set {settings}: {name}: {problem(error)}") from None
 
 
 def _stand_ins(study: Study, table: Table, scale: Scale) -> str:
@@ -367,36 +383,6 @@ def _stand_ins(study: Study, table: Table, scale: Scale) -> str:
     return f" (cut down: {', '.join(pairs)})" if pairs else ""
 
 
-def _shrunk(recipe: Recipe, scale: Scale) -> Recipe:
-    try:
-        return scale.shrink(recipe)
-    except ValueError as error:
-        raise ValueError(f"{recipe.describe()} at scale {scale.name}: {problem(error)}") from None
-
-
-def _grid(
-    study: Study, scale: Scale, seeds: int, check: Check | None
-) -> tuple[list[Request], list[Refused]]:
-    """Return what the study's axes span, and what was refused; ValueError where nothing is left."""
-    if not study.base:
-        return [], []
-    space = study.space
-    spanned = min(space.size, space.sample.size) if space.sample else space.size
-    if spanned * seeds > MOST_RECIPES:
-        raise ValueError(
-            f"{spanned:,} combinations with {seeds:,} seeds each are more than the "
-            f"{MOST_RECIPES:,} recipes that a study can have; a sample of them may be fewer"
-        )
-    combinations, refused = enumerate_trials(study, scale, check)
-    if not combinations:
-        why = "`exclude` leaves none"
-        if refused:
-            named = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
-            why = f"all {len(refused)} are refused; the first, {named}: {refused[0][1]}"
-        raise ValueError(f"study {study.name!r} has no trial left, {why}")
-    return combinations, refused
-
-
 def _keep_only(
     requests: list[Request], only: Mapping[str, tuple[str, ...]], study: Study
 ) -> list[Request]:
@@ -404,9 +390,13 @@ def _keep_only(
 
     A recipe's own value at the scale may be the label of another: epochs 10 of 100, and 1 of 10.
     """
+    library = study.library
     for axis, stated in only.items():
         labelled = {request.labels.get(axis) for request in requests}
-        values = [_value(request, axis, study) for request in requests]
+        values = [
+            r.labels.get(BASE, "none") if axis == BASE else axis_value(r.recipe, axis, library)
+            for r in requests
+        ]
         present = {*labelled, *values} - {None}
         if wrong := [word for word in stated if word not in present]:
             raise ValueError(
@@ -422,17 +412,9 @@ def _keep_only(
     return requests
 
 
-def _value(request: Request, axis: str, study: Study) -> str:
-    if axis == BASE:
-        return request.labels.get(BASE, "none")
-    return axis_value(request.recipe, axis, study.library)
-
-
 def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
     for name in names:
-        if name not in EVALUATORS:
-            raise ValueError(unknown("evaluator", name, EVALUATORS))
-        if name not in known:
+        if check_known("evaluator", name, EVALUATORS) not in known:
             others = ", ".join(sorted(known))
             raise ValueError(f"no trial here asks evaluator {name!r}; they ask {others}")
     return set(names) or known
@@ -444,9 +426,15 @@ def named(label: str, digest: str) -> str:
     return label if label.endswith(f" {short}") else f"{label} {short}"
 
 
-def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Collection[str]) -> str:
-    """Describe a recipe, the study's axes that its description lacks, and what it stands for."""
-    described = recipe.describe()
+def _label(alike: Sequence[Request], study: Study) -> str:
+    """Return the label of a recipe's row, or describe it.
+
+    The description has the study's axes that it lacks by itself, and the models it stands for.
+    """
+    recipe = alike[0].recipe
+    if alike[0].label:
+        return alike[0].label + (f", seed {recipe.seed}" if recipe.seed else "")
+    described, labels = recipe.describe(), next((r.labels for r in alike[::-1] if r.labels), {})
     stated = {
         axis: label
         for axis, label in labels.items()
@@ -455,6 +443,7 @@ def _name(recipe: Recipe, study: Study, labels: Mapping[str, str], models: Colle
     axes = [axis for axis in {**study.axes, **study.settings} if axis not in DESCRIBED]
     values = {axis: axis_value(recipe, axis, study.library) for axis in axes} | stated
     others = (words for a, v in values.items() if f" {(words := f'{a}={v}')} " not in described)
+    models = dict.fromkeys(r.model for r in alike if r.model not in ("", recipe.model))
     return " ".join([described, *others, *([f"for {' or '.join(models)}"] if models else [])])
 
 

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from evaluators import EVALUATORS, evaluator_named, headline_of
@@ -73,12 +72,11 @@ class Recorder(threading.Thread):
         self._runs = {d: r for d, r in tracker.trials().items() if d in self._trials}
         # Once: an evaluator may have to list a stored set's images to identify them.
         self._questions: dict[tuple[Preprocessing, str, int], Question] = {}
-        cells = {(_geometry(t), name, t.images.get(name, 0)) for t in plan for name in t.evaluators}
-        for geometry, name, images in cells:
-            shown = scale.preprocessed(geometry)
+        for key in {(t.geometry, name, t.images[name]) for t in plan for name in t.evaluators}:
+            shown = scale.preprocessed(key[0])
             shown_data = data if shown == scale else load_data(shown, source)
-            question = _question_of(name, shown, shown_data, images)
-            self._questions[geometry, name, images] = question
+            evaluator = evaluator_named(key[1], shown, images=key[2])
+            self._questions[key] = Question(evaluator, shown_data)
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._flushed_at = 0.0
@@ -144,7 +142,7 @@ class Recorder(threading.Thread):
 
     def _question(self, digest: str, evaluator: str) -> Question:
         trial = self._trials[digest]
-        return self._questions[_geometry(trial), evaluator, trial.images.get(evaluator, 0)]
+        return self._questions[trial.geometry, evaluator, trial.images[evaluator]]
 
     def open_study(self) -> None:
         """Open the study's run in MLflow, and note on its trials' runs that they serve it."""
@@ -158,7 +156,7 @@ class Recorder(threading.Thread):
             self._study, described, scores, self._class_names, as_typed()
         )
         for digest, run in self._runs.items():
-            self.tracker.enrol(run, self._study, _tables(self._trials[digest]))
+            self.tracker.enrol(run, self._study, " ".join(self._trials[digest].tables))
 
     def mend(self, storage: str) -> None:
         """Continue trials whose weights are damaged, if an evaluator or a student still needs them.
@@ -223,7 +221,7 @@ class Recorder(threading.Thread):
 
     def retried(self, digest: str, reason: str) -> None:
         """Note that a trial failed and will be tried again."""
-        self._line.say(f"{self._described(digest)} is tried again: {reason.partition('. ')[0]}")
+        self._line.say(f"{self._trials[digest].name} is tried again: {reason.partition('. ')[0]}")
 
     def failed(self, digest: str, reason: str, trace: str = "") -> None:
         """Note that a trial failed for good in this run."""
@@ -235,22 +233,20 @@ class Recorder(threading.Thread):
                 last = (0,) if run.outcome == "finished" else ()
                 for epoch in (*run.checkpoints, *last):
                     self._submit_missing_cells(run, epoch)
-            while not self._is_over():
+            while not self._abandon.is_set():
                 self._handle_events(EVENTS_AT_ONCE)
                 wait = POLL_SECONDS if self._events.empty() else 0.0
                 for cell, ledger, error in self._pool.poll(wait):
                     self._record(cell, ledger, error)
                 if len(self._pool) == 0:
+                    if self._training_over.is_set() and self._events.empty():
+                        break
                     time.sleep(wait)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
             self._handle_events(self._events.qsize())
             self._flush()
         except BaseException as error:
             self.error = error
-
-    def _is_over(self) -> bool:
-        idle = self._events.empty() and len(self._pool) == 0
-        return self._abandon.is_set() or (self._training_over.is_set() and idle)
 
     def _handle_events(self, most: int) -> None:
         for _ in range(min(most, self._events.qsize())):
@@ -266,7 +262,7 @@ class Recorder(threading.Thread):
             name=trial.name,
             parent=self.parent,
             study=self._study,
-            tables=_tables(trial),
+            tables=" ".join(trial.tables),
             recipe_json=trial.recipe.model_dump_json(),
             params=_params(trial),
             dataset=self._dataset,
@@ -276,7 +272,7 @@ class Recorder(threading.Thread):
     def _on_reported(self, digest: str, result: Mapping[str, Any]) -> None:
         trial, run = self._trials[digest], self._runs[digest]
         for note in result.get("notes", ()):
-            self._line.say(f"{self._described(digest)}: {note}")
+            self._line.say(f"{self._trials[digest].name}: {note}")
         self.tracker.tag_trained(run, result.get("trained", {}))
         unlogged = self._unlogged.setdefault(digest, [])
         unlogged.extend(result["epochs"])
@@ -319,7 +315,7 @@ class Recorder(threading.Thread):
             if before not in ("", result["sha256"]):
                 self._forget_cells(run)
         else:
-            self._line.say(f"{outcome}: {self._described(run.digest)}: {reason}")
+            self._line.say(f"{outcome}: {self._trials[run.digest].name}: {reason}")
         self.tracker.end_trial(run, outcome=outcome, reason=reason)
         self.progress.trials_done += 1
         self.progress.cells -= self._ahead(self._trials[run.digest])
@@ -336,7 +332,7 @@ class Recorder(threading.Thread):
 
     def _on_failed(self, digest: str, failure: Mapping[str, Any]) -> None:
         reason = failure["reason"]
-        self.failures.append(f"{self._described(digest)}: {reason}")
+        self.failures.append(f"{self._trials[digest].name}: {reason}")
         if digest not in self._runs:
             self._on_started(digest)
         self.progress.running.pop(digest, None)
@@ -356,9 +352,9 @@ class Recorder(threading.Thread):
         for evaluator, question in missing.items():
             cell = Cell(
                 *(run.digest, place, evaluator, question.digest),
-                geometry=_geometry(trial),
+                geometry=trial.geometry,
                 epoch=epoch,
-                images=trial.images.get(evaluator, 0),
+                images=trial.images[evaluator],
             )
             self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
@@ -366,8 +362,7 @@ class Recorder(threading.Thread):
         """Write a cell's ledger and scores, or why there are none."""
         run = self._runs[cell.trial]
         if error:
-            described = self._described(cell.trial)
-            self.failures.append(f"{cell.evaluator} of {described}: {error}")
+            self.failures.append(f"{cell.evaluator} of {self._trials[cell.trial].name}: {error}")
             self.tracker.fail_cell(run, cell.name, error)
             return
         ledger, seconds = from_parquet(content)
@@ -395,33 +390,13 @@ class Recorder(threading.Thread):
             del self._unlogged[digest]
         self._flushed_at = time.monotonic()
 
-    def _described(self, digest: str) -> str:
-        return self._trials[digest].name
 
-
-@dataclass(frozen=True)
 class Question:
-    """An evaluator's question of models that see the images alike; `identity` is JSON."""
+    """An evaluator's question about data as some models see them; `identity` is JSON."""
 
-    evaluator: Evaluator
-    digest: str
-    identity: str
-    images: int
-
-
-def _geometry(trial: Trial) -> Preprocessing:
-    return trial.recipe.preprocessing.geometry()
-
-
-def _question_of(name: str, scale: Scale, data: Data, images: int) -> Question:
-    """Return an evaluator's question about data as the models of a scale see them."""
-    evaluator = evaluator_named(name, scale, images=images)
-    identity = json.dumps(evaluator.identity(data))
-    return Question(evaluator, cell_digest(evaluator, data), identity, evaluator.total(data))
-
-
-def _tables(trial: Trial) -> str:
-    return " ".join({serves.split()[0] for serves in trial.serves})
+    def __init__(self, evaluator: Evaluator, data: Data) -> None:
+        self.evaluator, self.digest = evaluator, cell_digest(evaluator, data)
+        self.identity, self.images = json.dumps(evaluator.identity(data)), evaluator.total(data)
 
 
 def _params(trial: Trial) -> dict[str, Any]:

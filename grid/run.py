@@ -94,9 +94,9 @@ def _run(options: RunOptions) -> int:
         os.environ.setdefault(name, value)
     if options.report or options.status:
         return _read_results(options, study, plan, scale)
-    judged_by = held_out_images(scale, source)
+    designed = partial(_designed, options, study, plan, scale, held_out_images(scale, source))
     if options.plan:
-        plan, design = _designed(options, study, plan, scale, judged_by)
+        plan, design = designed()
         print_plan(options, study, plan, scale, source, design)
     print(options.images_line(scale))
     if options.plan:
@@ -105,7 +105,7 @@ def _run(options: RunOptions) -> int:
     address = cluster_address(options.address)
     if not options.check:
         with sole_run(options.results):
-            plan, _ = _designed(options, study, plan, scale, judged_by)
+            plan, _ = designed()
     from grid.check import check, show
     from grid.launch import Launch, check_cluster, run_study
 
