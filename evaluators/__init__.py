@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
+    **{s.name: f"evaluators.shifts:{s.name}" for s in STORED_SETS.values() if s.alone},
     "stylized": "evaluators.stylized:Stylized",
     "cue-conflict": "evaluators.stylized:CueConflict",
     "health": "evaluators.health:Health",

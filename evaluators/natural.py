@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
 from evaluators import HARDEST_SHARE, hard_images
-from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
-from trainables.data.base import WHOLE, Data, Shard, Split
+from evaluators.base import Column
+from evaluators.shifts import Shift
+from trainables.data.base import Data, Split
 from trainables.watchdog import beat
-
-if TYPE_CHECKING:
-    from trainables.layers import Classifier
 
 REFERENCE_IMAGES = 5000
 REFERENCE_SIDE = 32
@@ -28,7 +25,7 @@ AT_ONCE = 500  # images that are read and judged by the reference
 MANY_CLASSES = 50  # beyond it a support vector machine's pairs of classes are too many
 
 
-class Natural(Evaluator):
+class Natural(Shift):
     """Top-1 accuracy on natural images that are hard by themselves.
 
     ImageNet-A: `natural` answers among its 200 classes (the study's figure), `natural-1000` among
@@ -57,24 +54,6 @@ class Natural(Evaluator):
 
     def asked_about(self, held_out: int) -> int:
         return hard_images(self.scale, held_out)
-
-    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        split, located = self.images(source), source.counterpart("natural")
-        # A set of some of the classes is answered among these, as the study did.
-        some = located is not None and not located[0].complete
-        present = tuple(sorted(set(split.labels.tolist()))) if some else None
-        for batch in split_batches(split, batch_size=batch_size, shard=shard):
-            yield replace(batch, candidates=present, question="natural-1000" if some else "")
-
-    @torch.inference_mode()
-    def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        logits_BK = classifier(batch.images)
-        if not batch.question:
-            return answers(batch, "natural", logits_BK)
-        assert batch.candidates
-        restricted, free = likeliest(logits_BK, batch.candidates), logits_BK.argmax(dim=1)
-        rows = [verdicts(batch, "natural", restricted), verdicts(batch, batch.question, free)]
-        return pa.concat_tables(rows)
 
 
 def hardest(source: Data, *, tilt: float = 0.0) -> Split:

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 from typing import NamedTuple
 
 from evaluators import EVALUATORS, answering, evaluator_of
@@ -14,6 +13,7 @@ from grid.axes import at_key, axis_value, check_settings, format_settings, with_
 from grid.space import BASE, Labels
 from grid.study import Study
 from grid.table import Row, Table
+from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.registry import REDUCED
 from trainables.recipe import Preprocessing, Recipe, check_known, problem
 from trainables.scale import Scale, scale_named
@@ -213,6 +213,7 @@ def build_plan(
     seeds: int | None = None,
     evaluators: Collection[str] = (),
     check: Check | None = None,
+    source: DataSource = EMBEDDED,
 ) -> Plan:
     """Turn a study into trials at a scale; ValueError teaches which request is wrong.
 
@@ -220,13 +221,21 @@ def build_plan(
     keeps recipes whose axes have one of the given values; `evaluators` are the only ones to judge:
     of a grid any, of tables those of their columns. No `tables` or `evaluators`: all. No `seeds`:
     the study's replicates; where it states none, the scale's for rows of headline claims, and one.
+    Evaluators whose images the source lacks, and nothing stands in for, are left out.
     """
     seeds = seeds or study.replicates
     check_settings(study.settings, study.axes)
-    judge_of = partial(answering, scale=scale)
-    evaluators = tuple(map(judge_of, evaluators))
-    for_all = evaluators if evaluators and study.base else tuple(map(judge_of, study.for_all))
+    missing = source.missing(scale.data_set)
+    for name in missing & {*evaluators}:
+        raise ValueError(f"the images of {name} are not there: --stored {name}=DIR reads them")
+
+    def judging(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(answering(name, scale) for name in names if name not in missing)
+
+    evaluators = judging(evaluators)
+    for_all = evaluators if evaluators and study.base else judging(study.for_all)
     chosen = _choose_tables(study, tables)
+    asked = {*study.for_all, *(evaluator_of(name) for table in chosen for name in table.columns)}
     trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
     requests = [
         Request(
@@ -238,7 +247,7 @@ def build_plan(
             label=row.label,
         )
         for table, before in zip(trained, chosen, strict=True)
-        for judges in [(*for_all, *map(judge_of, map(evaluator_of, table.columns)))]
+        for judges in [(*for_all, *judging(map(evaluator_of, table.columns)))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
     combinations, refused = enumerate_trials(study, scale, check, seeds=seeds or 1)
@@ -261,7 +270,7 @@ def build_plan(
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds or 1,
-        notes=tuple(_notes(study, scale, trials, trained, len(combinations))),
+        notes=tuple(_notes(study, scale, trials, trained, len(combinations), asked & missing)),
         longest_chain=max(chains.values(), default=0.0),
         grid=grid,
     )
@@ -463,9 +472,19 @@ def _longest_chains(trials: Iterable[Trial], scale: Scale) -> dict[str, float]:
 
 
 def _notes(
-    study: Study, scale: Scale, trials: Collection[Trial], tables: Iterable[Table], spanned: int
+    study: Study,
+    scale: Scale,
+    trials: Collection[Trial],
+    tables: Iterable[Table],
+    spanned: int,
+    missing: Collection[str],
 ) -> Iterator[str]:
-    """Say what is sampled, repeated, stopped or adapted: warm-ups, models that take no settings."""
+    """Say what is sampled, repeated, stopped, not judged or adapted: warm-ups, models as they are.
+
+    missing: the evaluators whose images are not there.
+    """
+    if missing:
+        yield f"their images are not there, so nothing is judged by {', '.join(sorted(missing))}"
     if scale.depth_divisor > 1 and study.reduced_epochs == scale.epochs_factor * STUDYS_EPOCHS:
         yield f"the study's file has {study.reduced_epochs} epochs here for 100 at full size"
     seeds = {row.seeds for table in tables for row in table.rows if row.recipe.epochs}

@@ -135,6 +135,7 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
         seeds=options.seeds,
         evaluators=options.evaluators,
         check=can_be_built,
+        source=options.source(),
     )
     teams = {
         t.recipe.family for t in plan if study.workers_of(t.recipe.family, options.workers) > 1

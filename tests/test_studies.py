@@ -409,31 +409,33 @@ def test_a_row_of_the_paper_is_the_papers_but_for_what_it_changes(rows, study, p
     assert rows[study][place] == load_study("bai2021").bases[base].replace(**changes)
 
 
+SETS = ("imagenet-v2", "imagenet-r", "imagenet-sketch")
 OWN = ("clean", "natural", "corruptions", "stylized-cropped")
 DEIT, RESNET = (76.8, 12.2, 48.0, 13.0), (76.9, 3.2, 57.9, 8.3)
-# By row the crop, and timm's accuracy on ImageNet and on ImageNet-A: results/results-imagenet.csv
-# and -imagenet-a.csv of huggingface/pytorch-image-models at 224 px.
+# By row the crop, and timm's accuracy on ImageNet, -A, -V2, -R and -Sketch: results/results-
+# imagenet.csv, -imagenet-a.csv, -imagenetv2-matched-frequency.csv, -imagenet-r.csv and -sketch.csv
+# of huggingface/pytorch-image-models @aa4b585 at 224 px.
 CONTEST = {
-    "resnet50.tv_in1k": (0.875, 76.156, None),
-    "resnet50.tv2_in1k": (0.965, 80.846, 14.387),
-    "resnet50.a1_in1k": (0.95, 80.382, 9.973),
-    "resnet50.a2_in1k": (0.95, 79.828, 7.507),
-    "resnet50.a3_in1k": (0.95, 78.052, 6.333),
-    "resnet50.c1_in1k": (0.95, 79.766, 9.64),
-    "convnext_tiny.fb_in1k": (0.875, 82.066, 24.107),
-    "convnext_small.fb_in1k": (0.875, 83.144, 31.373),
-    "convnext_base.fb_in1k": (0.875, 83.838, 36.693),
-    "convnext_base.fb_in22k_ft_in1k": (0.875, 85.814, 54.773),
-    "deit_small.fb_in1k": (0.9, 79.856, 18.72),
-    "deit_base.fb_in1k": (0.9, 81.98, 27.173),
-    "deit3_small.fb_in1k": (0.9, 81.382, 26.013),
-    "deit3_base.fb_in1k": (0.9, 83.8, 38.92),
-    "deit3_base.fb_in22k_ft_in1k": (1.0, 85.728, 57.147),
-    "vit_small.augreg_in1k": (0.9, 78.842, 13.08),
-    "vit_base.augreg_in1k": (0.9, 79.154, 14.907),
-    "vit_base.augreg_in21k_ft_in1k": (0.9, 84.534, 43.133),
-    "swin_tiny.ms_in1k": (0.9, 81.388, 21.12),
-    "swin_base.ms_in1k": (0.9, 83.604, 35.773),
+    "resnet50.tv_in1k": (0.875, 76.156, None, 63.19, 36.157, 24.064),
+    "resnet50.tv2_in1k": (0.965, 80.846, 14.387, 69.51, 42.84, 29.869),
+    "resnet50.a1_in1k": (0.95, 80.382, 9.973, 68.47, 40.417, 29.641),
+    "resnet50.a2_in1k": (0.95, 79.828, 7.507, 67.81, 38.603, 27.393),
+    "resnet50.a3_in1k": (0.95, 78.052, 6.333, 65.67, 36.05, 25.068),
+    "resnet50.c1_in1k": (0.95, 79.766, 9.64, 68.64, 41.553, 30.832),
+    "convnext_tiny.fb_in1k": (0.875, 82.066, 24.107, 70.93, 47.133, 33.825),
+    "convnext_small.fb_in1k": (0.875, 83.144, 31.373, 72.3, 49.54, 37.063),
+    "convnext_base.fb_in1k": (0.875, 83.838, 36.693, 73.78, 51.25, 38.236),
+    "convnext_base.fb_in22k_ft_in1k": (0.875, 85.814, 54.773, 76.16, 61.783, 48.804),
+    "deit_small.fb_in1k": (0.9, 79.856, 18.72, 68.53, 42.27, 29.435),
+    "deit_base.fb_in1k": (0.9, 81.98, 27.173, 70.97, 44.913, 32.39),
+    "deit3_small.fb_in1k": (0.9, 81.382, 26.013, 70.77, 45.96, 34.685),
+    "deit3_base.fb_in1k": (0.9, 83.8, 38.92, 73.42, 53.433, 40.378),
+    "deit3_base.fb_in22k_ft_in1k": (1.0, 85.728, 57.147, 76.53, 61.917, 47.37),
+    "vit_small.augreg_in1k": (0.9, 78.842, 13.08, 66.59, 37.123, 25.953),
+    "vit_base.augreg_in1k": (0.9, 79.154, 14.907, 66.34, 38.14, 27.973),
+    "vit_base.augreg_in21k_ft_in1k": (0.9, 84.534, 43.133, 74.1, 56.86, 43.261),
+    "swin_tiny.ms_in1k": (0.9, 81.388, 21.12, 69.45, 41.397, 29.35),
+    "swin_base.ms_in1k": (0.9, 83.604, 35.773, 72.4, 46.503, 32.644),
 }
 FIGURES = {
     "bai2021-leftouts": {  # README of ytongbai/ViTs-vs-CNNs
@@ -447,13 +449,13 @@ FIGURES = {
     },
     "wang2023-robust-cnn": {  # README of UCSC-VLAA/RobustCNN
         "W1": (
-            ("clean", "stylized", "corruptions"),
+            ("clean", "stylized", "corruptions", "imagenet-r", "imagenet-sketch"),
             {
-                "DeiT-S": (79.8, 16.2, 42.8),
-                "Robust-ResNet-DW-S": (79.4, 18.6, 42.3),
-                "Robust-ResNet-Inverted-DW-S": (79.0, 19.5, 42.1),
-                "Robust-ResNet-Up-Inverted-DW-S": (79.2, 20.2, 40.9),
-                "Robust-ResNet-Down-Inverted-DW-S": (79.9, 19.3, 41.6),
+                "DeiT-S": (79.8, 16.2, 42.8, 41.9, 29.1),
+                "Robust-ResNet-DW-S": (79.4, 18.6, 42.3, 45.9, 33.0),
+                "Robust-ResNet-Inverted-DW-S": (79.0, 19.5, 42.1, 45.9, 32.8),
+                "Robust-ResNet-Up-Inverted-DW-S": (79.2, 20.2, 40.9, 48.7, 35.2),
+                "Robust-ResNet-Down-Inverted-DW-S": (79.9, 19.3, 41.6, 46.0, 32.8),
             },
         )
     },
@@ -517,7 +519,7 @@ FIGURES = {
             {
                 "ResNet-50, the study's own recipe": RESNET,
                 **{
-                    row: (*CONTEST[f"resnet50.{tag}_in1k"][1:], None, None)
+                    row: (*CONTEST[f"resnet50.{tag}_in1k"][1:3], None, None)
                     for row, tag in (
                         ("A1, 600 epochs", "a1"),
                         ("A2, 300 epochs", "a2"),
@@ -528,7 +530,7 @@ FIGURES = {
         )
     },
     "pretrained-contest": {
-        "C1": (("clean", "natural"), {row: known[1:] for row, known in CONTEST.items()})
+        "C1": (("clean", "natural", *SETS), {row: known[1:] for row, known in CONTEST.items()})
     },
 }
 

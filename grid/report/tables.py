@@ -17,6 +17,7 @@ from grid.plan import Plan, format_seconds, named
 from grid.power import MARGIN
 from grid.study import Study
 from grid.table import SCALE, Row, Table
+from trainables.data.registry import STORED_SETS
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
 
@@ -186,7 +187,9 @@ def _state(run: TrialRun | None, column: Column) -> str:
         return f"{run.outcome}: {run.reason}"
     if run.outcome == "blocked":
         return run.reason
-    return run.state if run.outcome == "training" else "not judged yet"
+    stored = STORED_SETS.get(column.evaluator)
+    waiting = f"needs {stored.title}" if stored and stored.alone else "not judged yet"
+    return run.state if run.outcome == "training" else waiting
 
 
 def saturation(shares: Iterable[float], column: Column) -> str:

@@ -63,6 +63,11 @@ class DataSource:
         below = {name: self.root / name for name in STORED_SETS} if self.root else {}
         return {name: path for name, path in below.items() if path.is_dir()} | dict(self.stored)
 
+    def missing(self, data_set: DataSet) -> set[str]:
+        """Return the sets that are not there and that nothing stands in for."""
+        there = {*data_set.counterparts} & {*(self.folders if self.root else STORED_SETS)}
+        return {name for name, stored in STORED_SETS.items() if stored.alone} - there
+
 
 EMBEDDED = DataSource()
 EMBEDDED_SCALE = "digits"
@@ -166,7 +171,10 @@ def list_stored(
     what is not as published of a set whose data are. Of data with some of their classes alone, so
     are the images.
     """
-    images = read_part(folder, (folder,))
+    images, known = read_part(folder, (folder,)), class_list(stored.classes)
+    if stored.complete and known:
+        places = {str(place): name for place, name in enumerate(known)}
+        images = {places.get(name, name): paths for name, paths in images.items()}
     if stored.complete and (missing := sorted(set(names) - set(images))):
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
     if not data_set.generated:

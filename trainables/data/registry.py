@@ -56,7 +56,7 @@ class StoredSet:
     folders lie below its root. `classes`: timm's list of its classes, none: the data's own; names
     are classes of its own, and its labels number them. `complete`: every class has a folder.
     `native`: stored at the data's size, or at `size`. `arrays`: the .npy files of its images and
-    labels; of a set with kinds, the labels alone.
+    labels; of a set with kinds, the labels alone. `alone`: nothing stands in for it.
     """
 
     name: str
@@ -69,6 +69,7 @@ class StoredSet:
     native: bool = True
     size: int = 0
     arrays: tuple[str, ...] = ()
+    alone: bool = False
 
 
 _STORED = (
@@ -77,6 +78,25 @@ _STORED = (
         classes="imagenet_a_synsets.txt",
         complete=False,
         native=False,
+    ),
+    StoredSet(
+        *("imagenet-r", "ImageNet-R", "imagenet-r", 30_000),
+        classes="imagenet_r_synsets.txt",
+        complete=False,
+        native=False,
+        alone=True,
+    ),
+    StoredSet(
+        *("imagenet-sketch", "ImageNet-Sketch", "imagenet-sketch", 50_889),
+        classes="imagenet_synsets.txt",
+        native=False,
+        alone=True,
+    ),
+    StoredSet(  # matched-frequency, whose folders are named by the places of their classes
+        *("imagenet-v2", "ImageNet-V2", "imagenet-v2", 10_000),
+        classes="imagenet_synsets.txt",
+        native=False,
+        alone=True,
     ),
     StoredSet("imagenet-c", "ImageNet-C", "corruptions", images=50_000),  # below <kind>/<severity>
     StoredSet("imagenet-stylized", "Stylized-ImageNet", "stylized", images=50_000, folder="val"),
@@ -127,9 +147,7 @@ class DataSet:
     archive: str = ""
     exact_size: bool = False
     flip: bool = True
-    counterparts: tuple[str, ...] = (
-        *("imagenet-a", "imagenet-c", "imagenet-stylized", "cue-conflict", "textures"),
-    )
+    counterparts: tuple[str, ...] = tuple(stored.name for stored in _STORED if not stored.arrays)
     generated: bool = True
     origin: DataSet | None = None
     chosen_train: int = 0
