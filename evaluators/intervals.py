@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.optimize import brentq
-from scipy.stats import beta, binomtest, ttest_1samp, ttest_ind
+from scipy.special import betaincinv, stdtrit
+from scipy.stats import binomtest
 
 from evaluators import ERRORS
 from evaluators.ledger import CONFIDENCE, OF_SLICE, SPARED, Score, by_question
@@ -93,8 +95,8 @@ class Rest:
             return 0.0, 0.0, spared
         broken, left = self.broken, self.attacked - self.broken
         share = broken / self.attacked
-        low = float(beta.ppf(1 - confidence, broken, left + 1)) if broken else 0.0
-        high = float(beta.ppf(confidence, broken + 1, left)) if left else 1.0
+        low = float(betaincinv(broken, left + 1, 1 - confidence)) if broken else 0.0
+        high = float(betaincinv(broken + 1, left, confidence)) if left else 1.0
         return spared * min(low, share), spared * share, spared * max(high, share)
 
     def __str__(self) -> str:
@@ -182,7 +184,8 @@ def compare(
     if np.isin(np.concatenate([ours_SN, reference_SN]), (0, 1)).all():
         gained = float((ours_N * (1 - reference_N)).sum())
         lost = float(((1 - ours_N) * reference_N).sum())
-        over_images = partial(of_gained_and_lost, gained, lost, len(shared))
+        counts = _effective_counts(ours_SN, reference_SN, gained, lost)
+        over_images = partial(of_gained_and_lost, *counts)
         if len(ours) == len(reference) == 1:
             discordant = int(gained + lost)
             p = float(binomtest(int(gained), discordant).pvalue) if discordant else 1.0
@@ -196,6 +199,22 @@ def compare(
     noise = (discordance, _spread(*trainings))
     paired = Paired(difference, *at(CONFIDENCE), len(shared), p, *noise, sides, at)
     return _less_hidden(paired, ours, reference)
+
+
+def _effective_counts(
+    ours_SN: np.ndarray, reference_SN: np.ndarray, gained: float, lost: float
+) -> tuple[float, float, float]:
+    """Return images gained, lost and all of them, as many as vary like means over trainings.
+
+    The mean of several answers about an image varies less than one answer does: the counts are
+    divided by the design effect, the ratio of both variances (Korn and Graubard 1998).
+    """
+    differences_N = ours_SN.mean(axis=0) - reference_SN.mean(axis=0)
+    n, square = len(differences_N), float(differences_N.mean()) ** 2
+    of_one, of_mean = (gained + lost) / n - square, float((differences_N**2).mean()) - square
+    most = max(len(ours_SN), len(reference_SN))
+    more = min(most, of_one / of_mean) if of_mean > ROUNDING else 1.0
+    return more * gained, more * lost, more * n
 
 
 def _less_hidden(paired: Paired, *sides: Sequence[Mapping[str, float]]) -> Paired:
@@ -238,7 +257,7 @@ def minus_none(ours: Sequence[Mapping[str, float]]) -> Paired:
     ours_SN = np.array([[seed[image] for image in shared] for seed in ours])
     value = float(ours_SN.mean())
     over_images = (
-        partial(_wilson, ours_SN.sum(axis=1), len(shared))
+        partial(_wilson, [binomtest(int(k), len(shared)) for k in ours_SN.sum(axis=1)])
         if np.isin(ours_SN, (0, 1)).all()
         else partial(of_mean, ours_SN.mean(axis=0), least=0, most=1)
     )
@@ -290,9 +309,9 @@ def _over_both(
     return with_trainings(value, over_images(confidence=confidence), reach)
 
 
-def _wilson(counts_S: np.ndarray, n: int, *, confidence: float) -> Interval:
+def _wilson(shares_S: Sequence[Any], *, confidence: float) -> Interval:
     """Return the mean over seeds of Wilson's interval (1927) of a share."""
-    ends = [binomtest(int(k), n).proportion_ci(confidence, method="wilson") for k in counts_S]
+    ends = [share.proportion_ci(confidence, method="wilson") for share in shares_S]
     return fmean(e.low for e in ends), fmean(e.high for e in ends)
 
 
@@ -307,8 +326,9 @@ def of_mean(
     if np.ptp(values_N) < ROUNDING:
         common, unseen = float(values_N[0]), _clopper_pearson(0, len(values_N), confidence)[1]
         return common - unseen * (common - least), common + unseen * (most - common)
-    interval = ttest_1samp(values_N, 0).confidence_interval(confidence)
-    return max(float(interval.low), least), min(float(interval.high), most)
+    error = float(values_N.std(ddof=1)) / math.sqrt(len(values_N))
+    value, reach = float(values_N.mean()), error * stdtrit(len(values_N) - 1, (1 + confidence) / 2)
+    return max(float(value - reach), least), min(float(value + reach), most)
 
 
 def mean_score(name: str, values_N: np.ndarray, *, most: float) -> Score:
@@ -318,7 +338,7 @@ def mean_score(name: str, values_N: np.ndarray, *, most: float) -> Score:
 
 
 def of_gained_and_lost(
-    gained: float, lost: float, n: int, *, confidence: float = CONFIDENCE
+    gained: float, lost: float, n: float, *, confidence: float = CONFIDENCE
 ) -> Interval:
     """Return the interval of a difference of paired answers, each right or wrong, to n images.
 
@@ -339,11 +359,11 @@ def of_gained_and_lost(
     )
 
 
-def _clopper_pearson(count: float, n: int, confidence: float) -> Interval:
+def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
     """Return the exact interval of a share; over seeds the count is a mean, not a whole number."""
     tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count > 0 else 0.0
-    return low, float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+    low = float(betaincinv(count, n - count + 1, tail)) if count > 0 else 0.0
+    return low, float(betaincinv(count + 1, n - count, 1 - tail)) if count < n else 1.0
 
 
 def with_trainings(value: float, over_images: Interval, reach: float) -> Interval:
@@ -368,8 +388,8 @@ def _reach_over_trainings(trainings: Sequence[np.ndarray], confidence: float) ->
     Student's of the other.
     """
     several = [values_S for values_S in trainings if len(values_S) > 1]
-    if not any(map(np.ptp, several)):
+    variances = np.array([values_S.var(ddof=1) / len(values_S) for values_S in several])
+    if not (total := variances.sum()):
         return 0.0
-    test = ttest_ind(*several, equal_var=False) if len(several) > 1 else ttest_1samp(several[0], 0)
-    interval = test.confidence_interval(confidence)
-    return float(interval.high - interval.low) / 2
+    freedom = total**2 / sum(variances**2 / [len(values_S) - 1 for values_S in several])
+    return float(stdtrit(freedom, (1 + confidence) / 2) * math.sqrt(total))

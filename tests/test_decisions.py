@@ -12,11 +12,10 @@ from grid.study import load_study
 from grid.table import Claim
 from trainables.scale import DIGITS
 
-SINGLE, SEVERAL, *_ = KINDS
+SINGLE, SEVERAL, *_, TEN_POINTS, _ = KINDS
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")  # of a side whose trainings are alike
-@pytest.mark.parametrize(("kind", "studies"), [(SINGLE, 60), (SEVERAL, 20)])
+@pytest.mark.parametrize(("kind", "studies"), [(SINGLE, 60), (SEVERAL, 20), (TEN_POINTS, 200)])
 def test_at_most_one_study_in_twenty_decides_a_claim_wrongly(kind, studies):
     error, uncorrected = family_wise_error(kind, studies, seed=1)
     assert error <= 0.05

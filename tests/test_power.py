@@ -49,7 +49,6 @@ def test_the_promised_power_is_that_of_the_interval_within_three_points(discorda
     assert np.average(told, weights=times) == pytest.approx(0.8, abs=0.03)
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")  # of a side whose trainings are alike
 @pytest.mark.parametrize(("spread", "difference"), [(0.01, 0.1), (0.03, 0.15)])
 def test_the_promised_power_takes_in_the_spread_of_three_trainings(spread, difference):
     noise, rng = Noise(0.25, spread), np.random.default_rng(0)

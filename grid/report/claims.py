@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from statsmodels.stats.multitest import multipletests
-
 from evaluators.base import Column
 from evaluators.intervals import Paired, mean_of
 from evaluators.ledger import CONFIDENCE
@@ -29,7 +27,7 @@ Decision = Literal[
     "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
-LEADS = ("ahead", "behind")
+LEADS: tuple[Test, ...] = ("ahead", "behind")
 OPEN: Decision = "too little data to say"
 REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
 SUPPORTS: Mapping[Test, tuple[float, float]] = {
@@ -79,6 +77,11 @@ class Judgement:
             return low, high
         return min(low, -self.least), max(high, self.least)
 
+    @property
+    def has_two_nulls(self) -> bool:
+        """Whether a lead is told from none, and from the least that counts."""
+        return self.claim.test in LEADS and self.least > 0
+
     def decided(self, confidence: float) -> Decision:
         """Decide by the interval at a confidence; what only a floor or ceiling makes alike is void.
 
@@ -122,14 +125,23 @@ def judge_claims(
 def corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
     """Return judgements decided at a family-wise error of 5 %, by Holm's correction (1979).
 
-    The family is every claim that a difference decides, judged already or not.
+    The family is every claim that a difference may decide, judged already or not. A lead that
+    counts from `least` on has two null hypotheses, none and so much, of which one at most is true:
+    each is tested on its one side, and the claim stays in the family with the other one when the
+    first is rejected (Shaffer 1986).
     """
-    ps = [1.0 if j.p is None else j.p for j in judgements if j.claim.test != "collapses"]
-    by_holm = iter(multipletests(ps, method="holm")[1] if ps else ())
-    return [
-        j if j.claim.test == "collapses" else _decided(j, float(next(by_holm)), len(ps))
-        for j in judgements
-    ]
+    ps = {
+        place: 1.0 if j.p is None else j.p
+        for place, j in enumerate(judgements)
+        if j.claim.test != "collapses" and j.decision != "cannot be judged"
+    }
+    one_sided = {place: p / (1 + judgements[place].has_two_nulls) for place, p in ps.items()}
+    decided, left, reached = list(judgements), len(ps), 0.0
+    for place, p in sorted(one_sided.items(), key=lambda item: item[1]):
+        reached = max(reached, min(1.0, left * p), ps[place])
+        decided[place] = _decided(judgements[place], reached, len(ps))
+        left -= not judgements[place].has_two_nulls
+    return decided
 
 
 def _decided(judgement: Judgement, corrected: float, claims: int) -> Judgement:
@@ -138,10 +150,9 @@ def _decided(judgement: Judgement, corrected: float, claims: int) -> Judgement:
         return judgement
     assert judgement.paired and judgement.paired.at
     error = 1 - CONFIDENCE
+    first = 1 - error * (2 if judgement.has_two_nulls else 1) / claims
     # A normal quantile of the power is half the width of the interval that leaves so much out.
-    widths = [
-        high - low for low, high in map(judgement.paired.at, (1 - error / claims, 2 * POWER - 1))
-    ]
+    widths = [high - low for low, high in map(judgement.paired.at, (first, 2 * POWER - 1))]
     return replace(
         judgement,
         single=judgement.decided(CONFIDENCE),
@@ -199,7 +210,7 @@ def with_difference(judgement: Judgement, paired: Paired) -> Judgement:
     """Return a judgement with its difference and the p of that, before any correction."""
     bounds = filter(math.isfinite, judgement.supports)
     p = max(map(paired.p_of, bounds))  # of a zone both bounds have to be left out
-    if judgement.claim.test in LEADS and paired.difference < judgement.least:
+    if judgement.has_two_nulls and paired.difference < judgement.least:
         p = min(p, paired.p_of(judgement.least))
     return replace(judgement, p=p, paired=paired)
 
