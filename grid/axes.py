@@ -280,16 +280,6 @@ def _adversarial(recipe: Recipe) -> Recipe:
     )
 
 
-def _with_teacher(recipe: Recipe, teacher: Recipe | None) -> Recipe:
-    return _changed(recipe, distillation=Distillation(teacher=teacher) if teacher else None)
-
-
-def _with_preprocessing(recipe: Recipe, chosen: Any) -> Recipe:
-    """Change the fields that are chosen; the recipe's own others stay."""
-    merged = recipe.preprocessing | Preprocessing.model_validate(chosen)
-    return _changed(recipe, preprocessing=merged)
-
-
 _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "model": _with_model,
     "family": _with_family,
@@ -300,8 +290,12 @@ _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "curriculum": lambda recipe, rows: _changed(
         recipe, curriculum=rows, curriculum_epochs=recipe.epochs
     ),
-    "teacher": _with_teacher,
-    "preprocessing": _with_preprocessing,
+    "teacher": lambda recipe, teacher: _changed(
+        recipe, distillation=Distillation(teacher=teacher) if teacher else None
+    ),
+    "preprocessing": lambda recipe, chosen: _changed(
+        recipe, preprocessing=recipe.preprocessing | Preprocessing.model_validate(chosen)
+    ),
 }
 _NAMED = ("model", "family", "size", "optimizer", "training", "teacher", "warm_start")
 # Fields with parts, which an axis may name behind a dot.
@@ -328,8 +322,7 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
     if axis in ("augmentation", "augmentations"):
         return format_augmentations(recipe.augmentations)
     if axis in ("teacher", "distillation", "warm_start"):
-        other = recipe.warm_start if axis == "warm_start" else recipe.teacher
-        return _base_of(other, library) if other else "none"
+        return _base_of(recipe.warm_start if axis == "warm_start" else recipe.teacher, library)
     if axis == "curriculum":
         return _curriculum_name(recipe.curriculum, library)
     name, _, part = axis.partition(".")
@@ -339,8 +332,10 @@ def axis_value(recipe: Recipe, axis: str, library: Library) -> str:
     return str(value)
 
 
-def _base_of(teacher: Recipe, library: Library) -> str:
+def _base_of(teacher: Recipe | None, library: Library) -> str:
     """Return the base that a recipe was shrunk from, by what no scale changes."""
+    if not teacher:
+        return "none"
     unscaled = attrgetter(
         "model", "activation", "optimizer", "scheduler", "augmentations", "pixel_range"
     )

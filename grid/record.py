@@ -285,16 +285,12 @@ class Recorder(threading.Thread):
         epoch = f"epoch {result['epoch']}/{trial.recipe.epochs}"
         self.progress.running[digest] = f"{trial.name} {epoch}{shown}"
         for epoch, path in result.get("checkpoints", {}).items():
-            if epoch not in run.checkpoints:
-                self._on_checkpoint(run, epoch, path)
+            # Judged while the trial trains on.
+            if epoch not in run.checkpoints and (content := read_file(path)):
+                self.tracker.log_checkpoint(run, epoch, content, **self._sizes(run))
+                self._submit_missing_cells(run, epoch)
         if result["outcome"] != "training":
             self._on_done(run, result)
-
-    def _on_checkpoint(self, run: TrialRun, epoch: int, path: str) -> None:
-        """Log a trial's weights after an epoch, and have them judged while it trains on."""
-        if content := read_file(path):
-            self.tracker.log_checkpoint(run, epoch, content, **self._sizes(run))
-            self._submit_missing_cells(run, epoch)
 
     def _sizes(self, run: TrialRun) -> dict[str, int]:
         """Return what MLflow notes of a model's input and output."""

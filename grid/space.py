@@ -64,7 +64,8 @@ class Space:
         sample = self.sample if self.sample and self.size > self.sample.size else None
         for labels in self._drawn(sample) if sample else self._spanned():
             meant = self._with_their_conditions(labels)
-            if (key := tuple(meant.items())) not in yielded and not self._is_excluded(meant):
+            excluded = any(self._meets(meant, entry) for entry in self.exclude)
+            if (key := tuple(meant.items())) not in yielded and not excluded:
                 yield meant
             yielded.add(key)
 
@@ -108,9 +109,6 @@ class Space:
             if axis in labels and not self._meets(labels, conditions):
                 return self._with_their_conditions({a: v for a, v in labels.items() if a != axis})
         return labels
-
-    def _is_excluded(self, labels: Labels) -> bool:
-        return any(self._meets(labels, entry) for entry in self.exclude)
 
     def _meets(self, labels: Labels, conditions: Mapping[str, tuple[str, ...]]) -> bool:
         return all(self.own(labels, axis) in values for axis, values in conditions.items())

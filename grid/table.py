@@ -39,11 +39,6 @@ def _check_cell(labels: Sequence[str], columns: Sequence[str], label: str, colum
         check_known("column", column, columns)
 
 
-def _scored(column: str) -> str:
-    evaluator_of(column)
-    return column
-
-
 def _place(value: Any) -> Any:
     table, slash, label = value.partition("/") if isinstance(value, str) else ("", "", "")
     if not slash:
@@ -52,7 +47,7 @@ def _place(value: Any) -> Any:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Columns = tuple[Annotated[str, AfterValidator(_scored)], ...]
+Columns = tuple[Annotated[str, AfterValidator(lambda name: evaluator_of(name) and name)], ...]
 Place = Annotated[tuple[str, str], BeforeValidator(_place)]  # a table and the label of a row of it
 
 
