@@ -25,8 +25,10 @@ from trainables.weights import fit_weights
 
 Weights = dict[str, Tensor]
 CHECKPOINT_SECONDS = 5.0
-MIDWAY_SECONDS = 300.0  # between two checkpoints within an epoch
-LOOK_SECONDS = 5.0  # between two looks whether the node is about to be taken away
+# Between two checkpoints within an epoch: where one takes 5 s and a node of several is lost every
+# 2.5 hours, the root of 2 * 5 * 9000 loses least (Young 1974).
+MIDWAY_SECONDS = 300.0
+LOOK_SECONDS = 5.0  # after one, in which it is not asked whether the node goes
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
 SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 
@@ -38,6 +40,7 @@ class RunningTrial:
     recipe: Recipe
     folder: str
     team: Team
+    node_leaves: Callable[[], bool]
     device: str = "cpu"
     stops_from: int = 0  # after this epoch each is saved, for the trial may be stopped; 0: never
     outcome: str = "training"
@@ -48,7 +51,8 @@ class RunningTrial:
     epoch: int = 0
     forward: int = 0  # forward batches done of the epoch after it
     seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took, so far
-    trained: dict[str, str] = field(default_factory=dict)  # the provenance of its epochs
+    computed: dict[str, str] = field(default_factory=dict)  # what computes here, and how
+    trained: dict[str, str] = field(default_factory=dict)  # the same of all its epochs
     unsent: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unsaved: EpochReport | None = None
@@ -57,17 +61,11 @@ class RunningTrial:
     unlogged: EpochReport | None = None
     saved_at: float = field(default_factory=time.monotonic)
     paused: bool = False
-    is_fast: bool = False
-    node_leaves: Callable[[], bool] = lambda: False  # asked every LOOK_SECONDS
-    looked_at: float = field(default_factory=time.monotonic)
-    leaves: bool = False
 
     def is_due(self) -> bool:
         """Tell whether to save within an epoch: after a while, or before the node is gone."""
-        now = time.monotonic()
-        if now - self.looked_at >= LOOK_SECONDS:
-            self.looked_at, self.leaves = now, self.node_leaves()
-        return self.leaves or now - self.saved_at >= MIDWAY_SECONDS
+        unsaved = time.monotonic() - self.saved_at
+        return unsaved >= MIDWAY_SECONDS or (unsaved >= LOOK_SECONDS and self.node_leaves())
 
 
 def open_trial(
@@ -82,10 +80,11 @@ def open_trial(
     recipe, storage = Recipe.model_validate(config["recipe"]), config["storage"]
     digest = recipe.digest()
     folder = below(storage, "trials", digest)
-    running = RunningTrial(recipe, folder, team, config["device"], config.get("stops_from", 0))
-    running.is_fast = config.get("numerics") == "fast"
+    running = RunningTrial(recipe, folder, team, node_leaves, config["device"])
+    running.stops_from = config.get("stops_from", 0)
+    is_fast = config.get("numerics") == "fast"
+    running.computed = provenance(running.device) | ({"numerics": "fast"} if is_fast else {})
     running.checkpoints = tuple(config.get("checkpoints", ()))
-    running.node_leaves = node_leaves
     needed: dict[str, Weights] = {}
     for other in recipe.prerequisites:
         path = weights_path(storage, other.digest())
@@ -105,7 +104,7 @@ def open_trial(
         weights = needed[origin.digest()]
         running.notes += fit_weights(weights, classifier, origin.describe(), **reset)
     if not recipe.epochs:
-        running.outcome, running.trained = "finished", _computed(running)
+        running.outcome, running.trained = "finished", running.computed
         return running
     teacher = None
     if recipe.teacher:
@@ -127,7 +126,7 @@ def open_trial(
         teacher=teacher,
         start=start,
         compiled=config["compile"],
-        is_fast=running.is_fast,
+        is_fast=is_fast,
         team=team,
         due=running.is_due,
     )
@@ -160,8 +159,8 @@ def next_result(running: RunningTrial) -> dict[str, Any]:
         _advance(running)
     stored = _save(running)
     going_on = running.outcome == "training" and not running.paused
-    if going_on and running.team.any(running.leaves):
-        raise NodeLeavesError("its node is about to be taken away; what it did is saved")
+    if going_on and running.team.any(running.node_leaves()):
+        raise NodeLeavesError("its node is about to be taken away")
     outcome = "training" if running.paused else running.outcome
     result = {
         "digest": running.recipe.digest(),
@@ -186,7 +185,7 @@ def _advance(running: RunningTrial) -> None:
     running.epoch, running.forward = report.epoch, report.forward
     of_epoch = report.epoch + bool(report.forward)
     running.seconds[of_epoch] = running.seconds.get(of_epoch, 0.0) + now - began
-    running.trained = joined(running.trained, _computed(running))
+    running.trained = joined(running.trained, running.computed)
     running.outcome, running.reason = report.outcome, report.reason
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
     due = report.forward or 0 < running.stops_from <= report.epoch
@@ -197,11 +196,6 @@ def _advance(running: RunningTrial) -> None:
     running.unsent.append(_timed(running, report.metrics))
     if report.epoch in running.checkpoints:
         running.unlogged = report
-
-
-def _computed(running: RunningTrial) -> dict[str, str]:
-    """Return what computes here, and how where its bits do not repeat."""
-    return provenance(running.device) | ({"numerics": "fast"} if running.is_fast else {})
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
