@@ -36,6 +36,7 @@ def lost(between: float, noticed: float, rng: random.Random) -> float:
 
 
 def mean_lost(between: float, noticed: float, *, studies: int = STUDIES) -> float:
+    """Return the mean share that is lost, of so many trainings."""
     rng = random.Random(0)
     return fmean(lost(between, noticed, rng) for _ in range(studies))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import stat
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import click
@@ -61,6 +66,31 @@ def test_the_rayjob_runs_a_command_that_the_command_line_takes_on_the_pinned_ray
     for container in (group["template"]["spec"]["containers"][0] for group in groups):
         (results,) = (mount for mount in container["volumeMounts"] if mount["name"] == "results")
         assert {"name": "GRID_RESULTS", "value": results["mountPath"]} in container["env"]
+
+
+@pytest.mark.parametrize(("answer", "ended"), [(200, -signal.SIGTERM), (404, 0)])
+def test_a_node_is_drained_by_a_signal_once_aws_takes_it_away(answer, ended):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            self.respond(200, b"token" if self.path == "/api/token" else b"")
+
+        def do_GET(self):
+            known = self.headers["X-aws-ec2-metadata-token"] == "token"
+            spot = known and self.path == "/meta-data/spot/instance-action"
+            self.respond(answer if spot else 404, b"{}")
+
+        def respond(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {"METADATA": f"http://127.0.0.1:{server.server_port}"}
+        command = ["sh", ROOT / "deploy" / "spot.sh", "sleep", "60" if answer == 200 else "1"]
+        done = subprocess.run(command, check=False, env=os.environ | place, timeout=50)
+        server.shutdown()
+    assert done.returncode == (128 - ended if ended else 0)
 
 
 def commands_of(path):
