@@ -81,6 +81,8 @@ def test_a_lead_that_is_surely_small_is_refuted_but_not_where_all_models_fail(pl
     places = [("T3", "DeiT-S"), ("T3", "ResNet-50")]
     (apart, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (50, 50), strict=True)), least=0.10)
     assert (apart.single, apart.decision) == (FAILED, FAILED)
+    # 12 claims in all, of which each lead is tested on one side of its two hypotheses.
+    assert apart.corrected == pytest.approx(12 * apart.p / 2)
     assert apart.test.endswith("; below 10 points it counts as none")
     (open_, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (50, 50), strict=True)))
     assert open_.single == OPEN
@@ -329,7 +331,7 @@ def test_a_table_marks_a_column_in_which_all_rows_are_saturated(plan):
         stored.ledger = lambda digest, _: ledgers.get(digest)
         return [mark for mark in stored.saturations(t3) if mark]
 
-    assert marks([0, 2]) == ["saturated: all rows within five points of the floor"]
+    assert marks([0, 2]) == ["saturated, at the floor"]
     assert marks([0, 3]) == marks([0]) == []
 
 

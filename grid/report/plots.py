@@ -297,7 +297,8 @@ def claims_plot(name: str, judgements: Iterable[Judgement]) -> Plot | None:
         return None
     caption = (
         "Each claim's difference with its 95 % interval: the side that the claim favours minus the "
-        "other, so that right supports the claim."
+        "other, so that right supports the claim. The words judge all claims together, which asks "
+        "more of each than its own interval."
     )
     dots = pd.DataFrame(map(_dot_of, shown)).astype({"published": float})
     return _plot(name, caption, _dots, dots=dots, x_label="difference, points")

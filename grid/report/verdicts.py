@@ -117,7 +117,7 @@ class Verdicts:
                 if (scores := self._scores(row, column))
             ]
             end = saturation(shares, column) if len(shares) > 1 else ""
-            ends.append(end and f"saturated: all rows within five points of the {end}")
+            ends.append(end and f"saturated, at the {end}")
         return ends
 
     def _scores(self, row: Row, column: Column) -> list[ImageScores]:
