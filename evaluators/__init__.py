@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from trainables.data.registry import STORED_SETS
 from trainables.plugins import register_all
@@ -44,14 +44,6 @@ HARDEST_SHARE = 1 / 6  # of held-out images that are not turned
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
-
-
-class Asked(NamedTuple):
-    """The images that a score can be of, whether some of them are drawn, and whether it errs."""
-
-    images: int
-    draws: bool
-    error: bool
 
 
 def hard_images(scale: Scale, held_out: int) -> int:
@@ -118,17 +110,19 @@ def answering(evaluator: str, scale: Scale) -> str:
     return bounded.get(evaluator, evaluator)
 
 
-def asked(score: str, scale: Scale, held_out: int) -> Asked:
-    """Return what a score at a scale is asked of; its evaluator is imported only where need be."""
+def asked(score: str, scale: Scale, held_out: int) -> tuple[int, bool, bool]:
+    """Return how many images a score can be of, whether it draws some, and whether it is an error.
+
+    The evaluator is imported only where other packages bring it.
+    """
     name = answering(evaluator_of(score), scale)
     if name in DRAWING:
-        return Asked(held_out, draws=True, error=False)
+        return held_out, True, False
     if name in UNDRAWN:
-        return Asked(UNDRAWN[name](scale, held_out), draws=False, error=name == ERRORS)
-    evaluator, error = evaluator_named(name, scale), column_named(score).error
-    if evaluator.subset_size is not None:
-        return Asked(held_out, draws=True, error=error)
-    return Asked(evaluator.asked_about(held_out), draws=False, error=error)
+        return UNDRAWN[name](scale, held_out), False, name == ERRORS
+    evaluator = evaluator_named(name, scale)
+    draws = evaluator.subset_size is not None
+    return held_out if draws else evaluator.asked_about(held_out), draws, column_named(score).error
 
 
 def columns_of(evaluator: str) -> dict[str, Column]:
