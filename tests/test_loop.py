@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from scipy.stats import binom
 from timm.utils import ModelEmaV3
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from tests.paper import CURRICULA
@@ -483,3 +485,23 @@ def test_a_batch_larger_than_the_data_is_refused(small, few_digits):
     recipe = small(batch_size=256)
     with pytest.raises(ValueError, match="batch_size 256 exceeds the 192"):
         next(train(recipe, build_classifier(recipe), few_digits, device=CPU))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_compiled_once_for_all_sets_of_ghosts(small, few_digits, monkeypatch):
+    """Twelve forward batches a step: one compilation each would exceed torch's limit of eight."""
+    recipe = small(
+        epochs=1, warmup_epochs=0.0, batch_size=96, micro_batch=8, norm="ghost", ghost_batch=4
+    )
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    losses, sets = [], []
+    for compiled in (False, True):
+        network = build_classifier(recipe)
+        (report,) = train(recipe, network, few_digits, device=CPU, compiled=compiled)
+        losses.append(report.metrics["train/loss"])
+        sets.append(network.backbone.bn1.running_mean)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
+    assert len(sets[1]) == 12
+    assert 1 <= counter.frame_count <= 2

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -102,13 +102,19 @@ class _Training:
         self.batches = TrainBatches(recipe, data.train, workers=workers, pin=pin, team=team)
         self.draws = draws(classifier.backbone)  # whether the network draws at random
         self.logits: Callable[[Tensor], Tensor]
-        self.logits = torch.compile(self.network) if compiled else self.network
+        self.logits = _compiled(self.network) if compiled else self.network
 
     @property
     def judged(self) -> Classifier:
         """The classifier whose weights are stored and judged."""
         is_mean = self.mean is not None and self.recipe.ema_evaluated
         return cast(Classifier, self.mean.module) if self.mean and is_mean else self.classifier
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    """Compile a network, once for all sets of a ghost normalisation's statistics."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    return cast(nn.Module, torch.compile(network))
 
 
 def train(
