@@ -192,7 +192,7 @@ def _check_plan(launch: Launch, data: Data) -> None:
         workers = launch.placement_of(trial.recipe.family).workers if trial.recipe.epochs else 1
         if workers > 1:
             check_team(trial.recipe, workers)
-    for name in {name for trial in plan for name in trial.evaluators}:
+    for name in plan.evaluators:
         evaluator_named(name, launch.scale)
     unsure = {
         (t.recipe.model, str(t.recipe.model_args), t.recipe.init, t.recipe.preprocessing): t.recipe

@@ -96,7 +96,7 @@ def _measured(
     many trials run side by side.
     """
     longest = max(plan, key=lambda trial: (trial.cost, scale.epoch_cost(trial.recipe)))
-    names = tuple({name for trial in plan for name in trial.evaluators})
+    names = tuple(plan.evaluators)
     trial, recipe = replace(longest, evaluators=names), longest.recipe
     work = work_of(replace(plan, trials=(trial,)), scale, few.eval_images)
     shown = scale.preprocessed(recipe.preprocessing.geometry())

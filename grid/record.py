@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from evaluators import EVALUATORS, evaluator_named, headline_of
+from evaluators import evaluator_named, headlines
 from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, to_parquet
 from grid.assess import AT, Cell, EvaluatorPool, cell_name
@@ -150,8 +150,7 @@ class Recorder(threading.Thread):
         described = f"{len(self._trials)} trials of study {self._study} ({tables}) at scale "
         described += self._scale.title
         judging = {name for _, name, _ in self._questions}
-        names = [name for name in EVALUATORS if name in judging]
-        scores = list(filter(None, map(headline_of, names)))
+        scores = headlines(judging)
         self.parent = self.tracker.open_study(
             self._study, described, scores, self._class_names, as_typed()
         )

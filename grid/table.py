@@ -103,8 +103,7 @@ class PublishedFigures(Frozen):
 class Table(Frozen):
     """Cells laid out beside the published figures, which a file lists by row.
 
-    `columns` are names of scores. `shown`: the columns as they are for a study's data; the report
-    sets it, no file.
+    `columns` are names of scores.
     """
 
     name: Name
@@ -112,7 +111,6 @@ class Table(Frozen):
     columns: Columns
     rows: tuple[Annotated[Row, BeforeValidator(_row)], ...]
     published: dict[tuple[str, str], Figure] = Field({})
-    shown: tuple[Any, ...] = Field((), max_length=0)
 
     @field_validator("rows")
     @classmethod

@@ -11,7 +11,7 @@ import pytest
 from evaluators.base import Column
 from grid.plan import build_plan
 from grid.report.latex import as_latex
-from grid.report.tables import FilledCell, FilledRow, FilledTable, fill_table, tables_of
+from grid.report.tables import FilledCell, FilledRow, FilledTable, tables_of
 from tests.paper import STUDY, resnet50
 from trainables.scale import DIGITS, IMAGENET
 
@@ -71,7 +71,7 @@ def test_columns_beyond_a_lines_width_go_into_the_next_panel():
 def test_every_table_of_the_study_compiles_within_the_texts_width(scale, tmp_path):
     tables = tables_of(STUDY, build_plan(STUDY, scale), {})
     texts = []
-    for table in (fill_table(table, {}) for table in tables):
+    for table in tables:
         rows = [
             replace(row, cells=tuple(replace(WIDEST, published=c.published) for c in row.cells))
             for row in table.rows

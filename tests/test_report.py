@@ -12,7 +12,7 @@ from evaluators import column_named
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
 from grid.report.build import summary_text, write_ledgers, write_report
-from grid.report.tables import describe_work, fill_table, images_text, over_seeds, tables_of
+from grid.report.tables import describe_work, images_text, over_seeds, tables_of
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import load_study
 from tests.made_up import record
@@ -48,7 +48,7 @@ def judged(digest, value):
 def fill(runs, *, table="T6", seeds=1):
     plan = build_plan(STUDY, DIGITS, tables=[table], seeds=seeds)
     by_digest = {run.digest: run for run in runs(plan)}
-    return fill_table(tables_of(STUDY, plan, by_digest)[0], by_digest)
+    return tables_of(STUDY, plan, by_digest)[0]
 
 
 def row_digests(plan, seed=0):
@@ -176,7 +176,7 @@ def test_a_table_says_how_many_images_were_trained_on_and_judged():
         first.digest: trial_run(first.digest, images=images, **metrics),
         second.digest: trial_run(second.digest, **(metrics | {"pgd-10/n": 300.0})),
     }
-    table = fill_table(tables_of(STUDY, plan, runs)[0], runs)
+    table = tables_of(STUDY, plan, runs)[0]
     assert table.judged_on[:5] == ["1,000", "", "", "500", "300 to 500"]
     assert images_text(runs.values(), CIFAR10) == (
         "Images trained on: 5,000 of CIFAR-10's 50,000 (held out: 10,000)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grid.plan import build_plan
-from grid.report.tables import fill_table, tables_of
+from grid.report.tables import tables_of
 from grid.status import describe_status, open_existing, open_tracker
 from grid.study import load_study
 from trainables.scale import DIGITS
@@ -63,7 +63,7 @@ def test_a_trial_without_a_run_that_trains_it_says_where_it_stopped(tmp_path):
 
     def state(mlflow=None):
         found = open_existing(tmp_path, mlflow, DIGITS).trials()
-        table = fill_table(tables_of(load_study("bai2021"), plan, found)[0], found)
+        table = tables_of(load_study("bai2021"), plan, found)[0]
         row = next(row for row in table.rows if row.recipe.digest() == run.digest)
         return found[run.digest].state, row.cells[0].state
 

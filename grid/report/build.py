@@ -23,10 +23,8 @@ from grid.report.latex import as_latex
 from grid.report.plots import draw
 from grid.report.tables import (
     FilledTable,
-    describe_origins,
     describe_provenance,
     describe_work,
-    fill_table,
     images_text,
     tables_of,
 )
@@ -76,11 +74,10 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     trained = [runs[t.digest] for t in plan if t.digest in runs and t.recipe.epochs]
     tables = tables_of(study, plan, runs)
     seeds = sorted({row.seeds for table in tables for row in table.rows})
-    filled = [fill_table(table, runs) for table in tables]
     judgements = judge_claims(study.claims, tables, verdicts, least=scale.detect)
     effects = grid_effects(study, plan, runs)
-    plots = draw(plan, filled, verdicts, scale=scale, judgements=judgements, effects=effects)
-    states = Counter(cell.kind for table in filled for row in table.rows for cell in row.cells)
+    plots = draw(plan, tables, verdicts, scale=scale, judgements=judgements, effects=effects)
+    states = Counter(cell.kind for table in tables for row in table.rows for cell in row.cells)
     by_name = {plot.name: plot for plot in plots}
     return {
         "runs": runs,
@@ -92,7 +89,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "seeds": seeds,
         "bounded": bool(plan.evaluators & {*BOUNDED.values()}),
         "states": states.most_common(),
-        "tables": filled,
+        "tables": tables,
         "comparisons": {table.name: verdicts.comparisons(table) for table in tables},
         "saturations": {table.name: verdicts.saturations(table) for table in tables},
         "judgements": judgements,
@@ -105,7 +102,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "health": verdicts.health(plan),
         "gallery": gallery(plan, verdicts, tracker.classes(study.name)),
         "stand_ins": scale.data_set.generated and any(trial.recipe.epochs for trial in plan),
-        "origins": describe_origins(plan, runs),
+        "origins": [trial for trial in plan if trial.recipe.init],
         "work": describe_work(
             planned, sum(map(tracker.seconds, planned)), tracker.command(study.name)
         ),

@@ -12,10 +12,10 @@ from evaluators.base import Column
 from evaluators.intervals import Paired, mean_of
 from evaluators.ledger import CONFIDENCE
 from grid.power import MARGIN, POWER
-from grid.report.tables import saturation
+from grid.report.tables import FilledTable, saturation
 from grid.report.verdicts import Verdicts
 from grid.study import Study
-from grid.table import Claim, Row, Table, Test, trainings_compared
+from grid.table import Claim, Row, Test, trainings_compared
 from trainables.store.tracking import STOPPED
 
 Decision = Literal[
@@ -95,7 +95,11 @@ class Judgement:
 
 
 def judge_claims(
-    claims: Iterable[Claim], tables: Sequence[Table], verdicts: Verdicts, *, least: float = 0.0
+    claims: Iterable[Claim],
+    tables: Sequence[FilledTable],
+    verdicts: Verdicts,
+    *,
+    least: float = 0.0,
 ) -> list[Judgement]:
     """Judge every claim whose rows are in the tables, and correct for their number.
 

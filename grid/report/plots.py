@@ -305,21 +305,19 @@ def claims_plot(name: str, judgements: Iterable[Judgement]) -> Plot | None:
 
 
 def _dot_of(judgement: Judgement) -> dict[str, Any]:
-    p, zone, notes = judgement.paired, (np.nan, np.nan), [str(judgement.decision)]
+    ends, zone, notes = [np.nan] * 3, (np.nan, np.nan), [str(judgement.decision)]
     if judgement.outcome:
         notes.insert(0, fill(judgement.outcome, 22))
-    if p:
-        notes.insert(0, f"{100 * p.difference:+.1f} [{100 * p.low:+.1f}, {100 * p.high:+.1f}]")
+    if p := judgement.paired:
+        ends = [100 * p.difference, 100 * p.low, 100 * p.high]
+        notes.insert(0, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends))
     if judgement.claim.test != "collapses":
         zone = judgement.supports
     return {
         "label": judgement.claim.says,
         "colour": DECISION_COLOURS.get(judgement.decision, DIM),
-        "value": 100 * p.difference if p else np.nan,
-        "low": 100 * p.low if p else np.nan,
-        "high": 100 * p.high if p else np.nan,
-        "zone_low": 100 * zone[0],
-        "zone_high": 100 * zone[1],
+        **dict(zip(("value", "low", "high"), ends, strict=True)),
+        **{f"zone_{end}": 100 * at for end, at in zip(("low", "high"), zone, strict=True)},
         "published": judgement.published,
         "note": "\n".join(notes),
     }

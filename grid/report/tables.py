@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pandas as pd
@@ -16,11 +16,12 @@ from evaluators.intervals import over_several
 from grid.plan import Plan, format_seconds, named
 from grid.power import MARGIN
 from grid.study import Study
-from grid.table import SCALE, Row, Table
+from grid.table import SCALE, Figure, Row, Table
 from trainables.data.registry import STORED_SETS
 from trainables.scale import Scale
 from trainables.store.tracking import STOPPED, TrialRun
 
+Published = Mapping[tuple[str, str], Figure]  # by row and column
 DATE = "%Y-%m-%d %H:%M"
 RELATIVE = "/mCE"  # an error in relation to AlexNet's
 PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
@@ -73,12 +74,13 @@ class FilledRow(Row):
 
 @dataclass(frozen=True)
 class FilledTable:
-    """One table of the study, filled as far as the runs go; shown: its columns as in `Table`."""
+    """One table of the study, filled as far as the runs go; shown: its columns for these data."""
 
     name: str
     question: str
     shown: tuple[Column, ...]
     rows: tuple[FilledRow, ...]
+    published: Published = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -101,25 +103,24 @@ class FilledTable:
         return texts
 
 
-def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> tuple[Table, ...]:
-    """Return a plan's tables with the columns `shown` that exist for its data.
+def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[FilledTable]:
+    """Return a plan's tables with the columns that exist for its data, as far as the runs go.
 
     A study without tables gets one of all its trials. Beside a column that stands in for a
     published set there is no published figure.
     """
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
-    tables = plan.tables or (_table_of_all(study, plan),)
-    return tuple(_shown(table, scale, scores, plan.evaluators) for table in tables)
-
-
-def _shown(table: Table, scale: str, scores: Collection[str], judges: Collection[str]) -> Table:
-    names = sorted(table.columns, key=_is_secondary)
-    columns = (shown_column(name, scale, scores, judges) for name in names)
-    shown = tuple(filter(None, columns))
-    standing_in = {column.name for column in shown if column.stands_in}
-    published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
-    return table.model_copy(update={"shown": shown, "published": published})
+    tables = []
+    for table in plan.tables or (_table_of_all(study, plan),):
+        names = sorted(table.columns, key=_is_secondary)
+        columns = (shown_column(name, scale, scores, plan.evaluators) for name in names)
+        shown = tuple(filter(None, columns))
+        standing_in = {column.name for column in shown if column.stands_in}
+        published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
+        rows = tuple(_filled(row, shown, published, runs) for row in table.rows)
+        tables.append(FilledTable(table.name, table.question, shown, rows, published))
+    return tables
 
 
 def _is_secondary(name: str) -> int:
@@ -150,22 +151,21 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
     return Table(name=study.name, question=question, rows=rows, columns=columns)
 
 
-def fill_table(table: Table, runs: Mapping[str, TrialRun]) -> FilledTable:
-    """Fill a table as far as the runs go."""
-    rows = []
-    for row in table.rows:
-        trained = [runs.get(digest) for digest in row.digests]
-        cells = tuple(_cell(table, row, column, trained) for column in table.shown)
-        rows.append(
-            FilledRow(row.label, row.recipe, len(trained), cells, next(filter(None, trained), None))
-        )
-    return FilledTable(table.name, table.question, table.shown, tuple(rows))
+def _filled(
+    row: Row, shown: Iterable[Column], published: Published, runs: Mapping[str, TrialRun]
+) -> FilledRow:
+    trained = [runs.get(digest) for digest in row.digests]
+    cells = (_cell(row, c, trained, *published.get((row.label, c.name), (None, ""))) for c in shown)
+    run = next(filter(None, trained), None)
+    return FilledRow(row.label, row.recipe, row.seeds, tuple(cells), run)
 
 
-def _cell(table: Table, row: Row, column: Column, runs: Sequence[TrialRun | None]) -> FilledCell:
-    published, source = table.published.get((row.label, column.name), (None, ""))
+def _cell(
+    row: Row, column: Column, runs: Sequence[TrialRun | None], published: float | None, source: str
+) -> FilledCell:
     for run in runs:
-        if run is None or column.score not in run.metrics or run.is_forgotten(column.evaluator):
+        known = run and f"{column.score}/n" in run.metrics
+        if run is None or not known or run.is_forgotten(column.evaluator):
             return FilledCell(_state(run, column), published=published, source=source)
     metrics = [run.metrics for run in runs if run]
     value, low, high = over_seeds(metrics, column.score)
@@ -230,20 +230,6 @@ def images_text(runs: Iterable[TrialRun], scale: Scale) -> str:
         for train, held_out in counts
     )
     return f"Images trained on: {'; '.join(parts)}." if counts else ""
-
-
-def describe_origins(plan: Plan, runs: Mapping[str, TrialRun]) -> list[str]:
-    """Say of every model whose first weights come from elsewhere from where, and how it sees."""
-    lines = []
-    for trial in (trial for trial in plan if trial.recipe.init):
-        recipe, run = trial.recipe, runs.get(trial.digest)
-        use = f"trained {recipe.epochs} epochs further" if recipe.epochs else "not trained here"
-        parts = [recipe.init, recipe.init_sha256 and f"sha256 {recipe.init_sha256}", use]
-        if run and run.weights_sha256 and not recipe.epochs:
-            parts.append(f"kept as a file of sha256 {run.weights_sha256}")
-        parts.append(str(recipe.preprocessing))
-        lines.append(f"{trial.name}: {'; '.join(filter(None, parts))}")
-    return lines
 
 
 def describe_work(runs: Sequence[TrialRun], seconds: float, command: str) -> str:

@@ -28,8 +28,8 @@ from evaluators.intervals import (
 )
 from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
 from grid.plan import Plan, Trial
-from grid.report.tables import saturation
-from grid.table import Row, Table
+from grid.report.tables import FilledTable, saturation
+from grid.table import Row
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
@@ -107,7 +107,7 @@ class Verdicts:
             return None
         return compare(ours, *theirs) if theirs else minus_none(ours)
 
-    def saturations(self, table: Table) -> list[str]:
+    def saturations(self, table: FilledTable) -> list[str]:
         """Say of each column where all rows that are judged, two at least, are saturated alike."""
         ends = []
         for column in table.shown:
@@ -127,7 +127,7 @@ class Verdicts:
         known = [score for score in scores if score is not None]
         return known if len(known) == len(ledgers) else []
 
-    def comparisons(self, table: Table) -> dict[str, list[Paired | None]]:
+    def comparisons(self, table: FilledTable) -> dict[str, list[Paired | None]]:
         """Compare each row with the first, on the images on which both were judged.
 
         By label, a difference per column. Rows that share no judged column with the first are left
