@@ -210,6 +210,7 @@ class Tracker:
                 "params.`family`",
                 f"tags.`{STUDY_TAG}{name}`",
                 "tags.`outcome`",
+                "attributes.`Models`",
                 *(f"metrics.`{score}`" for score in scores),
             ],
             # By start the UI would fold the trials below their study.
@@ -355,7 +356,7 @@ class Tracker:
         """
         with _model_of(run, content, image_size=image_size, classes=classes) as model:
             self._log_folder(run.artifact_uri, model)
-        shown = {"run_id": run.run_id, "artifact_path": "", "flavors": {"python_function": {}}}
+        shown = {"run_id": run.run_id, "artifact_path": ".", "flavors": {"python_function": {}}}
         self._tag(run, {WEIGHTS_TAG: sha256, MODELS_TAG: json.dumps([shown])}, later=True)
         run.weights_sha256 = sha256
 
