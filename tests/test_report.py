@@ -12,6 +12,7 @@ from evaluators import column_named
 from evaluators.ledger import from_parquet
 from grid.plan import build_plan
 from grid.report.build import summary_text, write_ledgers, write_report
+from grid.report.plots import draw
 from grid.report.tables import describe_work, images_text, over_seeds, tables_of
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import load_study
@@ -318,6 +319,21 @@ def test_a_summary_has_the_answer_and_as_many_trials_as_mlflow_takes(recorded, t
     text = summary_text(dataclasses.replace(plan, trials=tuple(many)), runs, answer, title)
     assert 4900 < len(text) <= 5000
     assert text.count("\n| ") > 20
+
+
+def test_figures_of_very_many_models_show_the_first_and_say_so(recorded):
+    tracker, plan = recorded
+    verdicts = Verdicts(tracker, tracker.trials())
+    verdicts.read_scores(plan)
+    (table,) = tables_of(STUDY, plan, verdicts.runs)
+    rows = [
+        dataclasses.replace(row, label=f"{row.label} {n}") for n in range(7) for row in table.rows
+    ]
+    many = dataclasses.replace(table, rows=tuple(rows))
+    plots = draw(plan, [many], verdicts, scale=DIGITS, judgements=[], effects=[])
+    steps = next(plot for plot in plots if plot.name == "steps-T1")
+    assert steps.caption.endswith(" The first 12 of 14 models.")
+    assert ("ResNet-50 5" in steps.svg, "ResNet-50 6" in steps.svg) == (True, False)
 
 
 def test_the_footer_says_when_how_long_and_by_which_command():

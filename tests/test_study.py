@@ -543,4 +543,4 @@ def test_a_grid_that_is_trained_and_not_judged_has_a_table_without_columns(tmp_p
     file.write_text('name = "unjudged"\nbase = "resnet50"\nevaluators = []\n')
     study = load_study(str(file))
     (table,) = tables_of(study, build_plan(study, DIGITS), {})
-    assert (table.columns, len(table.rows)) == ((), 1)
+    assert (table.columns, len(table.rows)) == ([], 1)

@@ -149,16 +149,29 @@ def draw(
             shape_bias_plot(tables),
             *map(effects_plot, effects),
         ]
-        for table in (replace(table, rows=table.rows[:MOST_LINES]) for table in tables):
-            plots += [
-                *columns_plots(table, scale),
-                checkpoints_plot(table, along, verdicts.tracker),
-                patches_plot(table, verdicts),
-                corruptions_plot(table, verdicts),
-            ]
-            if len(tables) == 1 or _is_about_training(table):
-                plots.append(training_plot(table, verdicts.tracker))
+        for table in tables:
+            plots += _plots_of(table, scale, verdicts, along, alone=len(tables) == 1)
     return [plot for plot in plots if plot]
+
+
+def _plots_of(
+    whole: FilledTable, scale: Scale, verdicts: Verdicts, along: Sequence[str], *, alone: bool
+) -> Iterator[Plot]:
+    """Draw a table's figures, of its first models where there are very many.
+
+    along: the scores of weights along the way. alone: it is the report's only table.
+    """
+    table = replace(whole, rows=whole.rows[:MOST_LINES])
+    more = f" The first {MOST_LINES} of {len(whole.rows)} models." * (len(whole.rows) > MOST_LINES)
+    plots = [
+        *columns_plots(table, scale),
+        checkpoints_plot(table, along, verdicts.tracker),
+        patches_plot(table, verdicts),
+        corruptions_plot(table, verdicts),
+    ]
+    if alone or _is_about_training(table):
+        plots.append(training_plot(table, verdicts.tracker))
+    yield from (replace(plot, caption=plot.caption + more) for plot in plots if plot)
 
 
 def _is_about_training(table: FilledTable) -> bool:

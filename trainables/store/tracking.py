@@ -64,7 +64,8 @@ SECONDS_SO_FAR = "train/so_far/seconds"
 SETTINGS = ("MLFLOW_TRACKING_", "MLFLOW_HTTP_")
 # Not documented by MLflow, checked with 3.17: the tag under which the UI stores a view that a link
 # opens, the kind of an experiment that opens on runs, the kind of runs that are not folded below
-# their parent, and the models that a run's page names.
+# their parent, and the models that a run's page and the table of runs name, at a path that is not
+# empty.
 VIEW_TAG = "mlflow.sharedViewState."
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 UNFOLDED = {"mlflow.runType": "evaluation"}
