@@ -186,12 +186,11 @@ def enumerate_trials(
     return spanned, refused
 
 
-def _nothing_left(study: Study, refused: Sequence[Refused]) -> ValueError:
-    why = "`exclude` leaves none"
-    if refused:
-        first = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
-        why = f"all {len(refused)} are refused; the first, {first}: {refused[0][1]}"
-    return ValueError(f"study {study.name!r} has no trial left, {why}")
+def _why_none(study: Study, refused: Sequence[Refused]) -> str:
+    if not refused:
+        return "`exclude` leaves none"
+    first = " ".join(filter(None, (format_settings(study.settings), refused[0][0])))
+    return f"all {len(refused)} are refused; the first, {first}: {refused[0][1]}"
 
 
 def _as_at(scale: Scale, recipe: Recipe) -> Recipe:
@@ -238,31 +237,21 @@ def build_plan(
     asked = {*study.for_all, *(evaluator_of(name) for table in chosen for name in table.columns)}
     trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
     requests = [
-        Request(
-            row.recipe,
-            f"{table.name} {row.label}",
-            judges,
-            stated.recipe.model,
-            seeds=row.seeds,
-            label=row.label,
-        )
+        _of_row(table, row, stated, (*for_all, *judging(map(evaluator_of, table.columns))))
         for table, before in zip(trained, chosen, strict=True)
-        for judges in [(*for_all, *judging(map(evaluator_of, table.columns)))]
         for row, stated in zip(table.rows, before.rows, strict=True)
     ]
     combinations, refused = enumerate_trials(study, scale, check, seeds=seeds or 1)
     if study.base and not combinations:
-        raise _nothing_left(study, refused)
+        raise ValueError(f"study {study.name!r} has no trial left, {_why_none(study, refused)}")
     requests += [request._replace(evaluators=for_all) for request in combinations]
     requests = [
         request._replace(recipe=request.recipe.with_seed(seed)) if seed else request
         for request in _keep_only(requests, only or {}, study)
         for seed in range(request.seeds if request.recipe.epochs else 1)
     ]
-    grid = {r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))}
     rows = {request.recipe.digest(): request.recipe for request in requests}
-    needed = _needed(rows.values(), for_all)
-    trials = _shared([*requests, *needed], study, scale, evaluators)
+    trials = _shared([*requests, *_needed(rows.values(), for_all)], study, scale, evaluators)
     chains = _longest_chains(trials, scale)
     return Plan(
         tuple(sorted(trials, key=lambda t: (t.recipe.epochs > 0, -chains[t.digest], t.digest))),
@@ -272,8 +261,13 @@ def build_plan(
         seeds=seeds or 1,
         notes=tuple(_notes(study, scale, trials, trained, len(combinations), asked & missing)),
         longest_chain=max(chains.values(), default=0.0),
-        grid=grid,
+        grid={r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))},
     )
+
+
+def _of_row(table: Table, row: Row, stated: Row, judges: tuple[str, ...]) -> Request:
+    place, model = f"{table.name} {row.label}", stated.recipe.model
+    return Request(row.recipe, place, judges, model, seeds=row.seeds, label=row.label)
 
 
 def _needed(recipes: Iterable[Recipe], for_all: tuple[str, ...]) -> Iterator[Request]:

@@ -98,10 +98,6 @@ def _by_label(values: Any) -> Any:
     return {str(value): value for value in values} if isinstance(values, tuple) else values
 
 
-def _sample(value: Any) -> Any:
-    return {"size": value} if isinstance(value, int) else value
-
-
 class PlacementOfFamily(Frozen):
     """How the trials of one family are placed; the command's options stand for the rest."""
 
@@ -184,7 +180,9 @@ class Study(Frozen):
     mode: Mode = "product"
     exclude: tuple[dict[str, Any], ...] = ()
     only_with: dict[str, dict[str, Any]] = Field({})
-    sample: Annotated[Sample | None, BeforeValidator(_sample)] = None
+    sample: Annotated[
+        Sample | None, BeforeValidator(lambda v: {"size": v} if isinstance(v, int) else v)
+    ] = None
     replicates: int | None = Field(None, ge=1)
     evaluators: tuple[Annotated[str, one_of("evaluator", EVALUATORS)], ...] | None = None
     placement: dict[Annotated[str, AfterValidator(check_family)], PlacementOfFamily] = Field({})
