@@ -90,6 +90,15 @@ def test_trainings_that_disagree_widen_the_interval_to_welchs():
     assert with_trainings(50.0, (47.0, 55.0), 4.0) == pytest.approx((45.0, 50 + 41**0.5))
 
 
+def test_three_trainings_that_answer_independently_count_as_three_times_the_images():
+    # All eight patterns of three answers, ten images each: an answer varies by 1/4, a mean by 1/12.
+    seeds = [answers([i for i in range(80) if i >> training & 1], 80) for training in range(3)]
+    paired = compare(seeds, [answers((), 80)])
+    assert (paired.low, paired.high) == pytest.approx(of_gained_and_lost(120, 0, 240))
+    alike = compare([seeds[0]] * 3, [answers((), 80)])
+    assert (alike.low, alike.high) == pytest.approx(of_gained_and_lost(40, 0, 80))
+
+
 def test_a_mean_has_students_interval_and_room_for_unseen_images_where_all_are_alike():
     values = np.random.default_rng(0).uniform(size=60)
     expected = DescrStatsW(values).tconfint_mean()
