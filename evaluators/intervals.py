@@ -211,9 +211,9 @@ def _effective_counts(
     """
     differences_N = ours_SN.mean(axis=0) - reference_SN.mean(axis=0)
     n, square = len(differences_N), float(differences_N.mean()) ** 2
-    of_one, of_mean = (gained + lost) / n - square, float((differences_N**2).mean()) - square
+    of_answer, of_means = (gained + lost) / n - square, float((differences_N**2).mean()) - square
     most = max(len(ours_SN), len(reference_SN))
-    more = min(most, of_one / of_mean) if of_mean > ROUNDING else 1.0
+    more = min(most, of_answer / of_means) if of_means > ROUNDING else 1.0
     return more * gained, more * lost, more * n
 
 
