@@ -106,14 +106,13 @@ def nodes_there(held: Mapping[str, float] | None = None) -> list[dict[str, float
     return nodes
 
 
-def gpu_nodes() -> dict[str, str]:
-    """Return the id of a node that is there of each kind of GPU, by kind."""
+def gpu_nodes() -> list[str]:
+    """Return the id of a node that is there for each kind of GPU."""
     kinds = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("GPU"):
-            named = (name for name in node["Resources"] if name.startswith(ACCELERATOR))
-            kinds[next(named, "GPU").removeprefix(ACCELERATOR)] = node["NodeID"]
-    return kinds
+            kinds[str([name for name in node["Resources"] if ACCELERATOR in name])] = node["NodeID"]
+    return [*kinds.values()]
 
 
 def check_room(

@@ -217,20 +217,18 @@ def _misfits(launch: Launch, recipes: Iterable[Recipe]) -> list[str]:
         if placement.gpus and recipe.epochs:
             key = recipe.with_seed(0).model_dump_json(include=OF_STEP)
             steps[placement][key] = recipe
-    answers = {}
+    said = []
     for placement, by_key in steps.items():
-        asked = [*by_key.values()], placement.workers, placement.gpus
-        for kind, node in gpu_nodes().items():
+        # It imports timm, which a driver spares.
+        dry = import_module("trainables.train.memory").misfits
+        for node in gpu_nodes():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             held = {"num_gpus": min(1, placement.gpus), "num_cpus": 0}
-            # It imports timm, which a driver spares.
-            dry = import_module("trainables.train.memory").misfits
-            dry = ray.remote(**held, scheduling_strategy=there)(dry)
-            answers[dry.remote(*asked, is_fast=placement.is_fast)] = kind
+            asked = [*by_key.values()], placement.workers, placement.gpus
+            dry_steps = ray.remote(**held, scheduling_strategy=there)(dry)
+            said.append(dry_steps.remote(*asked, is_fast=placement.is_fast))
     try:
-        said = ray.get([*answers], timeout=DRY_SECONDS)
-        of_kinds = zip(answers.values(), said, strict=True)
-        return [f"{kind}: {misfit}" for kind, misfits in of_kinds for misfit in misfits]
+        return [text for texts in ray.get(said, timeout=DRY_SECONDS) for text in texts]
     except GetTimeoutError:
         return [f"no GPU came free in {DRY_SECONDS / 60:.0f} min to try the trainings' memory on"]
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,15 +108,23 @@ def cluster():
         yield nodes
 
 
+@pytest.mark.parametrize("notice", [False, pytest.param(True, marks=LONG)])
 def test_a_trial_over_two_nodes_survives_the_death_of_one(
-    start, undisturbed, study, tmp_path, cluster
+    notice, start, undisturbed, study, tmp_path, cluster
 ):
     results = tmp_path / "results"
     cluster.add_node(num_cpus=1)
     doomed = cluster.add_node(num_cpus=1)
     command = start(study, results, "--address", cluster.address)
     wait_for_checkpoint(results, command)
-    cluster.remove_node(doomed, allow_graceful=False)
+    if notice:
+        client, preempted = ray._raylet.GcsClient(address=cluster.address), 2
+        in_two_minutes = (time.time_ns() // 10**6) + 120_000
+        assert client.drain_node(doomed.node_id, preempted, "spot", in_two_minutes)[0]
+        # Its worker saves and leaves: idle, it ends long before.
+        wait_until(command, lambda: "raylet" not in dict(doomed.live_processes()))
+    else:
+        cluster.remove_node(doomed, allow_graceful=False)
     cluster.add_node(num_cpus=1)
     assert "Trained 1 and judged 1 cells" in ended(command)
     assert weights(results) == weights(undisturbed)

@@ -73,7 +73,7 @@ def test_a_step_is_tried_on_a_gpu_before_anything_is_trained(two_cpus, launch, m
         return [f"{len(recipes)} recipes, {workers} workers, {share} GPUs, {is_fast}"]
 
     monkeypatch.setattr("trainables.train.memory.misfits", too_large)
-    assert _misfits(launch, recipes) == ["GPU: 1 recipes, 2 workers, 0.5 GPUs, True"]
+    assert _misfits(launch, recipes) == ["1 recipes, 2 workers, 0.5 GPUs, True"]
 
 
 def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_such(

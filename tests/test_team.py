@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.teams import begun, ended, in_a_team, through_norms, trained
+from tests.teams import begun, compiled, ended, in_a_team, through_norms, trained
 from trainables.recipe import Adversary, Distillation
 from trainables.train.team import check_team
 
@@ -92,6 +92,15 @@ def test_two_workers_train_in_bf16_about_what_one_does(recipes, tmp_path):
     for recipe, (_, metrics_of_two) in zip(chosen, first, strict=True):
         for alone, of_two in zip(trained(recipe)[1], metrics_of_two, strict=True):
             assert of_two["train/loss"] == pytest.approx(alone["train/loss"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_workers_train_compiled_and_in_bf16_about_what_one_does_without(recipes, tmp_path):
+    chosen = [recipes[n].replace(precision="bf16") for n in ("deit sgd", "resnet attacked")]
+    (first, _) = in_a_team(tmp_path, 2, [partial(compiled, recipe) for recipe in chosen])
+    for recipe, loss in zip(chosen, first, strict=True):
+        assert loss == pytest.approx(trained(recipe)[1][-1]["train/loss"], rel=0.05)
 
 
 def test_shared_norms_are_those_of_the_whole_batch(tmp_path):

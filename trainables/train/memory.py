@@ -89,14 +89,15 @@ def step_bytes(recipe: Recipe, images: int, device: torch.device, *, is_fast: bo
 
 
 def misfits(recipes: Sequence[Recipe], workers: int, share: float, *, is_fast: bool) -> list[str]:
-    """Return why recipes cannot be trained by workers with a share of this process's GPU each."""
+    """Say which recipes cannot be trained by workers with a share each of a GPU like this one."""
     if not torch.cuda.is_available():  # a node whose GPUs are made up
         return []
     device = torch.device("cuda")
-    limit = int(min(share, 1) * torch.cuda.get_device_properties(device).total_memory)
-    needs = (reckoned(recipe, device, is_fast=is_fast) for recipe in recipes)
-    said = (misfit(r, workers, need, limit) for r, need in zip(recipes, needs, strict=True))
-    return list(filter(None, said))
+    gpu = torch.cuda.get_device_properties(device)
+    limit = int(min(share, 1) * gpu.total_memory)
+    needs = ((recipe, reckoned(recipe, device, is_fast=is_fast)) for recipe in recipes)
+    said = (misfit(recipe, workers, need, limit) for recipe, need in needs)
+    return [f"on {gpu.name}, {text}" for text in said if text]
 
 
 def reckoned(recipe: Recipe, device: torch.device, *, is_fast: bool = False) -> tuple[int, int]:
