@@ -21,7 +21,7 @@ from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
 
-MODES = ("plan", "check", "status", "report")
+MODES = ("plan", "check", "status", "report", "pull")
 SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
 NotNegative = Annotated[float, Field(ge=0)]
@@ -49,7 +49,7 @@ class PlaceOptions(Options):
 
     results: Path = option(
         Path("results"),
-        "folder of all that a run makes, or GRID_RESULTS; a cluster's nodes share it",
+        "folder of all that a run makes, or GRID_RESULTS; nodes share it, or --storage",
         "DIR",
     )
     mlflow: Address | None = option(
@@ -59,9 +59,13 @@ class PlaceOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _of_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
-        named = {"results": "GRID_RESULTS", "mlflow": "MLFLOW_TRACKING_URI"}
-        here = {field: os.environ[name] for field, name in named.items() if os.environ.get(name)}
-        return here | values
+        named = {
+            "results": "GRID_RESULTS",
+            "mlflow": "MLFLOW_TRACKING_URI",
+            "storage": "GRID_STORAGE",
+        }
+        there = {field: os.environ.get(name) for field, name in named.items()}
+        return {f: text for f, text in there.items() if text and f in cls.model_fields} | values
 
 
 class UiOptions(PlaceOptions):
@@ -136,6 +140,9 @@ class RunOptions(PlaceOptions, DataOptions):
     check: bool = option(False, "look at data, disk, memory, device and a cluster's nodes")
     status: bool = option(False, "print how far the study is")
     report: bool = option(False, "write the report again")
+    pull: Address | None = option(
+        None, "bring a cluster's study from its --storage into the results", "PLACE"
+    )
     all: bool = rare(False, "with --plan: print every trial as well")
     seconds_per_unit: NotNegative | None = rare(
         None,
@@ -151,7 +158,9 @@ class RunOptions(PlaceOptions, DataOptions):
         600, "with --check: seconds to wait for the nodes that the cluster file promises", "SECONDS"
     )
     storage: Address | None = rare(
-        None, "folder, s3:// or gs:// of trials' checkpoints (default: the results)", "PLACE"
+        None,
+        "folder, s3:// or gs:// of trials' checkpoints, or GRID_STORAGE (default: the results)",
+        "PLACE",
     )
     address: str | None = option(
         None,

@@ -70,6 +70,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = RunOptions.prog) ->
 
 
 def _run(options: RunOptions) -> int:
+    if options.pull:
+        from trainables.store.snapshot import pull  # pyarrow, which --help spares
+
+        pull(options.pull, options.results)
+        print(f"{options.results} has the study of {options.pull}: --report, or continue it")
+        return 0
     study = load_study(options.study)
     source = options.source(cache=options.results / DECODED_FOLDER)
     scale = scale_of(options.scale, source, image_size=options.image_size)

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from grid.cluster import check_nodes, wait_for_nodes
@@ -28,6 +29,7 @@ from tests.servers import free_port, s3_bucket
 from trainables.scale import DIGITS
 from trainables.store.results import code_version
 from trainables.store.storage import Folder, below
+from trainables.store.tracking import SCHEMA
 
 pytestmark = pytest.mark.cluster
 LONG = pytest.mark.long
@@ -281,6 +283,22 @@ def test_a_node_with_another_version_of_the_project_is_named_with_both(cluster, 
     ours, theirs = code_version(), re.findall(r"\d\S+ \(code \w{12}\)", found)
     assert theirs[1:] == [ours] != theirs[:1]
     assert found.endswith(f"where the driver runs {ours}: install the same on both")
+
+
+def test_a_node_needs_the_storage_and_the_artifacts_but_not_the_results(
+    start, study, cluster, tmp_path
+):
+    results, database = tmp_path / "results", f"sqlite:///{tmp_path}/mlflow.db"
+    results.mkdir()
+    MlflowClient(database).create_experiment(
+        "robustness-digits",
+        artifact_location=(tmp_path / "artifacts").as_uri(),
+        tags={"robustness-grid.schema": str(SCHEMA)},
+    )
+    places = ("--storage", str(tmp_path / "kept"), "--mlflow", database)
+    with node_with_mounts(cluster, f"mount -t tmpfs tmpfs {results}", tmp_path / "node.log"):
+        command = start(study, results, *places, "--address", cluster.address, "--workers", "1")
+        assert "Trained 1 and judged 1 cells" in ended(command)
 
 
 @pytest.fixture(scope="module")

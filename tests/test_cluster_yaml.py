@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import signal
 import stat
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,6 +20,9 @@ import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.scripts.scripts import cli
 
 from grid.options import RunOptions
@@ -46,10 +51,35 @@ def test_a_cluster_file_is_valid_by_rays_schema_and_listens_on_the_loopback(name
     assert "RAY_AUTH_MODE=token" in (ROOT / name).read_text()
 
 
-def test_the_workers_are_spot_instances_and_no_trial_runs_on_the_head():
+def test_workers_are_spot_instances_else_the_same_on_demand_and_no_trial_runs_on_the_head():
     kinds = read("cluster.yaml")["available_node_types"]
-    assert kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    spot, other = kinds["gpu-spot"], kinds["gpu-on-demand"]
+    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
+    assert spot["node_config"] == other["node_config"]
     assert kinds["head"]["resources"] == {"CPU": 0}
+
+
+def test_spot_instances_come_first_then_on_demand_ones_and_none_while_there_is_no_work():
+    config = read("cluster.yaml")
+    for kind in ("gpu-spot", "gpu-on-demand"):
+        config["available_node_types"][kind]["resources"] = {"CPU": 48, "GPU": 4}
+    kinds = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
+    node = ResourceRequestUtil.make({"CPU": 48, "GPU": 4})
+
+    def started(nodes, **availabilities):
+        request = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=kinds,
+            max_num_nodes=5,
+            resource_requests=ResourceRequestUtil.group_by_count([node] * nodes),
+            recoverable_resource_availabilities=availabilities,
+        )
+        launches = ResourceDemandScheduler(None).schedule(request).to_launch
+        return {launch.instance_type: launch.count for launch in launches}
+
+    assert started(0) == {}
+    assert started(2) == {"gpu-spot": 2}
+    assert started(2, **{"gpu-spot": 0.0}) == {"gpu-on-demand": 2}
 
 
 def test_the_rayjob_runs_a_command_that_the_command_line_takes_on_the_pinned_ray():
@@ -126,6 +156,12 @@ class Commands:
         return note
 
 
+def bootstrapped_groups(config):
+    """Return the security groups of all nodes of a cluster file as Ray fills it in."""
+    kinds = config["available_node_types"].values()
+    return sorted({group for kind in kinds for group in kind["node_config"]["SecurityGroupIds"]})
+
+
 @pytest.mark.slow
 def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path, monkeypatch):
     pytest.importorskip("moto", reason="needs moto: pip install 'moto[ec2,iam]'")
@@ -141,7 +177,12 @@ def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path,
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)
     done = Commands()
+    monkeypatch.setattr(
+        sys, "argv", ["aws.py", "grid", "--region", "us-west-2", "--ssh-from", "192.0.2.7/32"]
+    )
     with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        for _ in range(2):
+            runpy.run_path(str(ROOT / "deploy" / "aws.py"), run_name="__main__")
         ec2 = boto3.client("ec2", "us-west-2")
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         config = read("cluster.yaml")
@@ -159,11 +200,20 @@ def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path,
             _runner=done,
         )
         (reservation,) = ec2.describe_instances()["Reservations"]
+        groups = ec2.describe_security_groups(GroupIds=bootstrapped_groups(bootstrapped))
     (instance,) = reservation["Instances"]
+    assert instance["IamInstanceProfile"]["Arn"].endswith("/robustness-grid-head")
+    ways = [way for group in groups["SecurityGroups"] for way in group["IpPermissions"]]
+    assert [r["CidrIp"] for way in ways for r in way["IpRanges"]] == ["192.0.2.7/32"]
     assert instance["InstanceType"] == "m6i.2xlarge"
     assert {"Key": "ray-node-type", "Value": "head"} in instance["Tags"]
     (key,) = (tmp_path / ".ssh").glob("*.pem")
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     said = "\n".join(done.run)
-    for piece in ("uv pip install", "nfs-kernel-server", "mlflow server", "ray start --head"):
+    for piece in (
+        "uv pip install",
+        "trainables.store.snapshot",
+        "mlflow server",
+        "ray start --head",
+    ):
         assert piece in said

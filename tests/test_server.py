@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -181,12 +182,16 @@ def guarded(tmp_path):
     """Return the address of the server that cluster.yaml starts where there are credentials."""
     home, port = tmp_path / "home", str(free_port())
     (home / "grid" / "bin").mkdir(parents=True)
-    (home / "grid" / "bin" / "mlflow").symlink_to(Path(sys.executable).parent / "mlflow")
+    for name in ("mlflow", "python"):
+        script = home / "grid" / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {Path(sys.executable).parent / name} "$@"\n')
+        script.chmod(0o755)
     (home / ".mlflow").mkdir()
     (home / ".mlflow" / "credentials").write_text(CREDENTIALS)
+    (home / ".bashrc").write_text(f"export GRID_STORAGE=file://{tmp_path}/bucket\n")
     commands = yaml.safe_load((ROOT / "cluster.yaml").read_text())["head_start_ray_commands"]
     (command,) = [c for c in commands if "mlflow server" in c]
-    command = command.replace("5000", port).replace("/shared/artifacts", f"{home}/artifacts")
+    command = command.replace("5000", port)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
     subprocess.run(["bash", "-c", command], check=True, env=environment | {"HOME": str(home)})
     try:
@@ -197,8 +202,26 @@ def guarded(tmp_path):
         # Not before it answers: a process has no command line while it becomes another program.
         started = psutil.process_iter(["cmdline"])
         for process in [p for p in started if str(home) in str(p.info["cmdline"])]:
-            for one in [*process.children(recursive=True), process]:
-                one.kill()
+            for one in [process, *process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+@pytest.mark.slow
+def test_the_server_of_a_cluster_is_started_again_and_leaves_its_database(guarded, tmp_path):
+    def processes(words):
+        started = psutil.process_iter(["cmdline"])
+        lines = {process: " ".join(process.info["cmdline"] or ()) for process in started}
+        return [p for p, line in lines.items() if str(tmp_path) in line and words in line]
+
+    (*_, server) = processes("mlflow server --app-name")
+    for one in [*server.children(recursive=True), server]:
+        one.kill()
+    wait_until(None, lambda: not _answers(guarded))
+    wait_until(None, lambda: _answers(guarded))
+    for supervisor in processes("trainables.store.snapshot"):
+        supervisor.terminate()
+    wait_until(None, (tmp_path / "bucket" / "mlflow.db").exists)
 
 
 def _answers(uri):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import platform
+import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,10 +33,7 @@ ADDRESSES = {
     "runs": "artifact_uri",
     "logged_models": "artifact_location",
 }
-MOVED_ROOTS = (
-    "SELECT DISTINCT artifact_location FROM experiments "
-    "WHERE artifact_location LIKE ? AND artifact_location != ?"
-)
+OWN_ROOT = re.compile(rf"file:.*/{ARTIFACTS}(?=/|$)")
 
 
 @contextmanager
@@ -125,13 +123,21 @@ def _reroot(results: Path) -> None:
     at its old place. To change them once, here, serves this project, `mlflow ui` and
     `mlflow.pyfunc.load_model` alike.
     """
-    if not (results / DATABASE).exists():
-        return
+    database = results / DATABASE
+    if database.exists():
+        with closing(_connected(database)) as opened:
+            places = opened.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        roots = {match[0] for (place,) in places if (match := OWN_ROOT.match(place))}
+        reroot(database, sorted(roots), results)
+
+
+def reroot(database: Path, roots: Iterable[str], results: Path) -> None:
+    """Let a database's addresses below other roots name the artifacts of a results folder."""
     new = (results.resolve() / ARTIFACTS).as_uri()
-    with closing(_connected(results / DATABASE)) as database, database:
-        for (old,) in database.execute(MOVED_ROOTS, (f"file:%/{ARTIFACTS}", new)).fetchall():
+    with closing(_connected(database)) as opened, opened:
+        for old in (root for root in roots if root != new):
             for table, column in ADDRESSES.items():
-                database.execute(
+                opened.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608
                     f"WHERE substr({column}, 1, ?) IN (?, ?)",
                     (new, len(old) + 1, len(old) + 1, old, f"{old}/"),

@@ -43,7 +43,7 @@ class Folder:
     """
 
     def __init__(self, where: str | Path) -> None:
-        self._files, self._path = _reached(where)
+        self._files, self._path = reached(where)
 
     def names(self) -> list[str]:
         entries = self._files.get_file_info(FileSelector(self._path, allow_not_found=True))
@@ -67,17 +67,17 @@ class Folder:
 def read_file(where: str) -> bytes | None:
     """Return the content of a file at a path or URI, None where there is none."""
     try:
-        return _read(*_reached(where))
+        return _read(*reached(where))
     except FileNotFoundError:
         return None
 
 
 def write_file(where: str, content: bytes) -> None:
     """Write a file at a path or URI, whole or not at all."""
-    _write(*_reached(where), content)
+    _write(*reached(where), content)
 
 
-def _reached(where: str | Path) -> tuple[FileSystem, str]:
+def reached(where: str | Path) -> tuple[FileSystem, str]:
     """Return the file system of a path or URI, and the path in it."""
     if "://" not in str(where):
         return LocalFileSystem(), str(Path(where).absolute())
