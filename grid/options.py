@@ -140,7 +140,7 @@ class RunOptions(PlaceOptions, DataOptions):
     check: bool = option(False, "look at data, disk, memory, device and a cluster's nodes")
     status: bool = option(False, "print how far the study is")
     report: bool = option(False, "write the report again")
-    pull: Address | None = option(
+    pull: Address | None = rare(
         None, "bring a cluster's study from its --storage into the results", "PLACE"
     )
     all: bool = rare(False, "with --plan: print every trial as well")
