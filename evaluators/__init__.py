@@ -110,7 +110,7 @@ def answering(evaluator: str, scale: Scale) -> str:
     return bounded.get(evaluator, evaluator)
 
 
-def asked(score: str, scale: Scale, held_out: int) -> tuple[int, bool, bool]:
+def images_of_score(score: str, scale: Scale, held_out: int) -> tuple[int, bool, bool]:
     """Return how many images a score can be of, whether it draws some, and whether it is an error.
 
     The evaluator is imported only where other packages bring it.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt, TypeAdapter
 
-from evaluators import answering, asked, column_named, evaluator_of
+from evaluators import answering, column_named, evaluator_of, images_of_score
 from grid.options import RunOptions
 from grid.plan import Plan, format_seconds
 from grid.power import STEP, Design, Goal, Noise
@@ -85,7 +85,7 @@ def with_design(
     if options.plan or key not in known:
         measured, designs = _measured(options, study, plan, scale), []
         for claim, cells, trainings in claims:
-            available, draws, error = asked(claim.column, scale, held_out)
+            available, draws, error = images_of_score(claim.column, scale, held_out)
             noise = (ASSUMED_OF_ERRORS if error else Noise()).updated(measured.get(claim.says))
             of_claim = goal.design(claim, trainings, noise, available, every=not draws)
             designs.append((of_claim, cells))

@@ -234,7 +234,7 @@ def build_plan(
     evaluators = judging(evaluators)
     for_all = evaluators if evaluators and study.base else judging(study.for_all)
     chosen = _choose_tables(study, tables)
-    asked = {*study.for_all, *(evaluator_of(name) for table in chosen for name in table.columns)}
+    in_study = {*study.for_all, *(evaluator_of(name) for table in chosen for name in table.columns)}
     trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
     requests = [
         _of_row(table, row, stated, (*for_all, *judging(map(evaluator_of, table.columns))))
@@ -259,7 +259,7 @@ def build_plan(
         requests=len(requests) + len(trials) - len(rows),
         tables=trained,
         seeds=seeds or 1,
-        notes=tuple(_notes(study, scale, trials, trained, len(combinations), asked & missing)),
+        notes=tuple(_notes(study, scale, trials, trained, len(combinations), in_study & missing)),
         longest_chain=max(chains.values(), default=0.0),
         grid={r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))},
     )

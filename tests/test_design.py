@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluators import EVALUATORS, asked, column_named, evaluator_named, headline_of
+from evaluators import EVALUATORS, column_named, evaluator_named, headline_of, images_of_score
 from grid.design import FILE, with_design
 from grid.options import RunOptions
 from grid.plan import build_plan
@@ -60,8 +60,8 @@ def test_what_a_plan_says_of_an_evaluator_is_what_its_class_does(name, scale):
     evaluator, score = evaluator_named(name, scale), headline_of(name)
     draws = evaluator.subset_size is not None
     images = 597 if draws else evaluator.asked_about(597)
-    told = asked(score, replace(scale, autoattack="exact"), 597)
-    assert told == (images, draws, column_named(score).error)
+    facts = images_of_score(score, replace(scale, autoattack="exact"), 597)
+    assert facts == (images, draws, column_named(score).error)
 
 
 def test_at_full_size_nothing_is_designed_unless_a_difference_is_asked_for(tmp_path):
