@@ -19,6 +19,7 @@ import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.options import LOCAL
+from trainables.data.listing import DataSource
 from trainables.ray_internals import listen_on_loopback
 from trainables.store.results import PROJECT, code_version
 from trainables.store.storage import Folder
@@ -163,6 +164,21 @@ def _missing_nodes() -> str:
     if len(alive) < promised:
         return f"{len(alive)} of {promised} nodes are there: `ray status` on the head shows why"
     return ""
+
+
+def stage_everywhere(source: DataSource) -> None:
+    """Have every other node bring the data to its own disk; ValueError names one that cannot."""
+    here, staging = ray.get_runtime_context().get_node_id(), {}
+    for node in ray.nodes() if source.origin else ():
+        if node["Alive"] and node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            stage = ray.remote(num_cpus=0, scheduling_strategy=there)(DataSource.stage)
+            staging[stage.remote(source)] = node["NodeManagerAddress"]
+    for reference, address in staging.items():
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            raise ValueError(f"node {address}: {getattr(error, 'cause', error)}") from None
 
 
 def check_nodes(

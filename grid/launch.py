@@ -34,6 +34,7 @@ from grid.cluster import (
     connect,
     gpu_nodes,
     nodes_there,
+    stage_everywhere,
     wait_for_nodes,
 )
 from grid.options import RunOptions
@@ -123,7 +124,11 @@ class Launch:
         return place if "://" in place else str(Path(place).resolve())
 
     def check_nodes(self, tracker: Tracker) -> dict[str, str]:
-        """Return the problem of every other node of the cluster, '' where there is none."""
+        """Return the problem of every other node of the cluster, '' where there is none.
+
+        Nodes have brought the data to their disks first.
+        """
+        stage_everywhere(self.source)
         artifacts = tracker.artifacts
         if artifacts.startswith("file:///"):
             artifacts = url2pathname(artifacts.removeprefix("file://"))

@@ -78,6 +78,8 @@ def _run(options: RunOptions) -> int:
         return 0
     study = load_study(options.study)
     source = options.source(cache=options.results / DECODED_FOLDER)
+    if not (options.plan or options.report or options.status):
+        source.stage()
     scale = scale_of(options.scale, source, image_size=options.image_size)
     scale = scale.preprocessed(options.preprocessing())
     scale = replace(scale, autoattack="exact") if options.exact else scale

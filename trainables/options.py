@@ -218,6 +218,12 @@ class DataOptions(Options):
         "WebDataset, Parquet or Arrow tables of Hugging Face",
         "DIR",
     )
+    stage_from: Address = rare(
+        "",
+        "fill --data from here, on the own disk of each node, before it reads: a folder that all "
+        "nodes reach, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER",
+        "URI",
+    )
     labels: Path | None = option(
         None, "CSV of NAME,LABEL: of images, or of classes (WordNet ids, names or indices)", "FILE"
     )
@@ -261,7 +267,9 @@ class DataOptions(Options):
         return per_channel(str(info.field_name), numbers) if numbers else ()
 
     @model_validator(mode="after")
-    def _crops_or_squashes(self) -> Self:
+    def _hangs_together(self) -> Self:
+        if self.stage_from and not self.data:
+            raise ValueError("--stage-from fills a folder: give --data DIR, on a node's own disk")
         if self.crop is not None and self.resize == "squash":
             raise ValueError("--crop is a share that --resize crop cuts out: leave one out")
         return self
@@ -294,6 +302,7 @@ class DataOptions(Options):
         """Return the data source that is named."""
         return DataSource(
             root=self.data.absolute() if self.data else None,
+            origin=self.stage_from,
             stored=self.stored,
             hold_out=self.hold_out,
             memory_bytes=int(self.data_memory * GIBIBYTE),

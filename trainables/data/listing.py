@@ -40,6 +40,7 @@ WORDNET_ID = re.compile(r"n\d{8}")
 class DataSource:
     """Where the data of a scale lies and how it is read; it travels to every process.
 
+    `origin`: a folder or URI from which each node fills `root`, on its own disk, before it reads.
     `stored`: the stored out-of-distribution sets by name. `hold_out`: the share of each class's
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
@@ -48,6 +49,7 @@ class DataSource:
     """
 
     root: Path | None = None
+    origin: str = ""
     stored: tuple[tuple[str, Path], ...] = ()
     hold_out: float = 0.0
     memory_bytes: int = 2 * GIBIBYTE
@@ -56,6 +58,13 @@ class DataSource:
     download: bool = False
     labels: Path | None = None
     eval_images: int = 0
+
+    def stage(self) -> None:
+        """Bring the data to this node, where they are to be brought; ValueError."""
+        if self.origin and self.root:
+            from trainables.data.staging import stage
+
+            stage(self.origin, self.root)
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -140,6 +149,7 @@ def _whole_splits(source: DataSource, data_set: DataSet | None) -> tuple[ImageLi
     """
     root = source.root
     assert root is not None
+    source.stage()
     if not root.is_dir():
         raise ValueError(f"data folder {root} is not there; --data wants train/ and val/ in it")
     train_at, judged_at = split_places(root)

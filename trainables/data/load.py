@@ -40,6 +40,7 @@ def load_data(scale: Scale, source: DataSource = EMBEDDED) -> Data:
 
 @cache
 def _loaded(data_set: DataSet, source: DataSource) -> Data:
+    source.stage()
     origin = partial(_loaded, data_set.origin, source) if data_set.origin else None
     if origin and data_set.in_memory:
         data = origin()

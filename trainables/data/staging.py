@@ -1,0 +1,76 @@
+"""Data that are brought to a node's own disk, once, from a place that all nodes reach."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from pyarrow.fs import FileInfo, FileSelector, FileSystem
+
+from trainables.store.storage import ASIDE, reached, write_atomically
+from trainables.watchdog import beat
+
+COPIES = 16  # at once
+SAY_SECONDS = 10.0
+GIGABYTE = 10**9
+
+
+def stage(origin: str, root: Path) -> None:
+    """Copy what an origin, a folder or URI, has and `root` lacks; a node's processes take turns.
+
+    A file counts as there by its size. ValueError where the origin cannot be read or the disk has
+    no room for it.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    done = root.with_name(f"{ASIDE}{root.name}.staged")
+    with root.with_name(f"{ASIDE}{root.name}.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if done.exists() and done.read_text() == origin:
+            return
+        files, path = reached(origin)
+        try:
+            entries = files.get_file_info(FileSelector(path, recursive=True))
+        except OSError as error:
+            raise ValueError(f"--stage-from {origin} cannot be read: {error}") from None
+        listed = {root / Path(e.path).relative_to(path): e for e in entries if e.is_file}
+        if not listed:
+            raise ValueError(f"--stage-from {origin} has no files")
+        _copy(files, {to: e for to, e in listed.items() if _size(to) != e.size}, origin, root)
+        write_atomically(done, origin.encode())
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _copy(files: FileSystem, missing: dict[Path, FileInfo], origin: str, root: Path) -> None:
+    whole, free = sum(e.size for e in missing.values()), shutil.disk_usage(root.parent).free
+    if whole > free:
+        figures = f"{whole / GIGABYTE:.1f} GB, and {root.parent} has room for {free / GIGABYTE:.1f}"
+        raise ValueError(f"--stage-from {origin} brings {figures}")
+    copied, began = 0, time.monotonic()
+    said = began
+    with ThreadPoolExecutor(COPIES) as threads:
+        for size in threads.map(partial(_copy_file, files), missing, missing.values()):
+            beat()
+            copied, now = copied + size, time.monotonic()
+            if now - said >= SAY_SECONDS or copied == whole:
+                rate = copied / max(now - began, 1e-3) / 1e6
+                share = f"{copied / GIGABYTE:.1f} of {whole / GIGABYTE:.1f} GB"
+                print(f"{root}: {share} of {origin}, {rate:.0f} MB/s", file=sys.stderr, flush=True)
+                said = now
+
+
+def _copy_file(files: FileSystem, to: Path, entry: FileInfo) -> int:
+    """Copy a file, whole or not at all, and return its size."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = to.with_name(f"{ASIDE}{to.name}.staging")
+    with files.open_input_stream(entry.path) as source, aside.open("wb") as target:
+        shutil.copyfileobj(source, target, 2**20)
+    aside.replace(to)
+    return int(entry.size)
