@@ -18,7 +18,7 @@ from grid.options import RunOptions, cluster_address
 from grid.plan import Plan, build_plan, format_seconds, with_sizes
 from grid.study import Study, load_study
 from trainables.buildable import check_buildable
-from trainables.data.listing import scale_of
+from trainables.data.listing import DataSource, scale_of
 from trainables.options import again, installed, stop_on_signals
 from trainables.recipe import Preprocessing, problem
 from trainables.scale import Scale
@@ -76,28 +76,9 @@ def _run(options: RunOptions) -> int:
         pull(options.pull, options.results)
         print(f"{options.results} has the study of {options.pull}: --report, or continue it")
         return 0
-    study = load_study(options.study)
-    source = options.source(cache=options.results / DECODED_FOLDER)
     if not (options.plan or options.report or options.status):
-        source.stage()
-    scale = scale_of(options.scale, source, image_size=options.image_size)
-    scale = scale.preprocessed(options.preprocessing())
-    scale = replace(scale, autoattack="exact") if options.exact else scale
-    settings = {**study.settings, **options.settings()}
-    if chosen := scale.data_set.departure.chosen():
-        settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
-    study = study.model_copy(update={"settings": settings})
-    planned = partial(_planned, options, study)
-    sized = partial(with_sizes, scale, reduced=study.reduced, reduced_epochs=study.reduced_epochs)
-    sizes = replace(options.sizes, why=options.sizes.described(scale))
-    if options.minutes:
-        from grid.quick import fit
-
-        sizes = fit(options, source, sized, planned)
-    source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
-    scale = replace(scale, detect=options.detect or study.detect_at(scale))
-    plan = planned(scale)
-    plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
+        options.source().stage()
+    study, plan, scale, source = _planned_for(options)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if options.report or options.status:
@@ -130,6 +111,31 @@ def _run(options: RunOptions) -> int:
     if address is not None:
         show(check_cluster(launch), table=True)
     return 0
+
+
+def _planned_for(options: RunOptions) -> tuple[Study, Plan, Scale, DataSource]:
+    """Return the study that options name, and its plan, scale and data as they ask for them."""
+    study = load_study(options.study)
+    source = options.source(cache=options.results / DECODED_FOLDER)
+    scale = scale_of(options.scale, source, image_size=options.image_size)
+    scale = scale.preprocessed(options.preprocessing())
+    scale = replace(scale, autoattack="exact") if options.exact else scale
+    settings = {**study.settings, **options.settings()}
+    if chosen := scale.data_set.departure.chosen():
+        settings["preprocessing"] = Preprocessing(**settings.get("preprocessing", {}) | chosen)
+    study = study.model_copy(update={"settings": settings})
+    planned = partial(_planned, options, study)
+    sized = partial(with_sizes, scale, reduced=study.reduced, reduced_epochs=study.reduced_epochs)
+    sizes = replace(options.sizes, why=options.sizes.described(scale))
+    if options.minutes:
+        from grid.quick import fit
+
+        sizes = fit(options, source, sized, planned)
+    source, scale = replace(source, eval_images=sizes.eval_images), sized(sizes)
+    scale = replace(scale, detect=options.detect or study.detect_at(scale))
+    plan = planned(scale)
+    plan = replace(plan, notes=(*filter(None, [sizes.why]), *plan.notes))
+    return study, plan, scale, source
 
 
 def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
