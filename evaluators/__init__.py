@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
     from evaluators.base import Column, Evaluator
 
+ALONE = [name for name, stored in STORED_SETS.items() if stored.alone]
 # Where each evaluator is, the cheapest first, then plug-ins; it is imported when it is asked for,
 # so that `--help` stays quick.
 EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
     "natural": "evaluators.natural:Natural",
-    **{s.name: f"evaluators.shifts:{s.name}" for s in STORED_SETS.values() if s.alone},
+    **{name: f"evaluators.shifts:{name}" for name in ALONE},
     "stylized": "evaluators.stylized:Stylized",
     "cue-conflict": "evaluators.stylized:CueConflict",
     "health": "evaluators.health:Health",
@@ -46,11 +48,13 @@ PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
 
 
-def hard_images(scale: Scale, held_out: int) -> int:
-    """Return how many images `natural` is about."""
-    if scale.data_set.generated:
-        return held_out if scale.natural_tilt else math.ceil(held_out * HARDEST_SHARE)
-    return STORED_SETS[scale.data_set.counterpart("natural")].images
+def set_images(name: str, scale: Scale, held_out: int) -> int:
+    """Return how many images a stored set has as published, or are made in its place."""
+    stored = STORED_SETS.get(scale.data_set.counterpart(name))
+    if stored and not scale.data_set.generated:
+        return stored.images
+    is_part = name == "natural" and not scale.natural_tilt
+    return math.ceil(held_out * HARDEST_SHARE) if is_part else held_out
 
 
 def corrupted_images(scale: Scale, held_out: int) -> int:
@@ -63,7 +67,8 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 DRAWING = {name for name in EVALUATORS if name.startswith(("pgd", "tpa", "autoattack"))}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
-    **{"natural": hard_images, ERRORS: corrupted_images},
+    **{name: partial(set_images, name) for name in ("natural", *ALONE)},
+    ERRORS: corrupted_images,
 }
 
 

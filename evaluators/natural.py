@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluators import HARDEST_SHARE, hard_images
+from evaluators import HARDEST_SHARE
 from evaluators.base import Column
 from evaluators.shifts import Shift
 from trainables.data.base import Data, Split
@@ -52,9 +52,6 @@ class Natural(Shift):
     def images(self, source: Data) -> Split:
         return self.stored(source) or hardest(source, tilt=self.scale.natural_tilt)
 
-    def asked_about(self, held_out: int) -> int:
-        return hard_images(self.scale, held_out)
-
 
 def hardest(source: Data, *, tilt: float = 0.0) -> Split:
     """Return the sixth of the held-out images with the least margin of their true class.
@@ -69,38 +66,33 @@ def hardest(source: Data, *, tilt: float = 0.0) -> Split:
     the held-out ones is judged by a reference of the others. Pixels are the data's own, whatever
     preprocessing a model has: every model is shown the same images.
     """
-    origin = source.origin() if source.origin else source
+    margins_TN = _margins_of_views(source.origin() if source.origin else source, tilt)
     if not tilt:
-        return source.held_out.at(_hardest_places(origin))
-    images_TNCHW = torch.stack([s.images[:] for s in _turned(source.held_out, tilt)])
-    turns_N = torch.from_numpy(_hardest_turns(origin, tilt))
+        hard = math.ceil(len(source.held_out) * HARDEST_SHARE)
+        return source.held_out.at(np.sort(np.argsort(margins_TN[0], kind="stable")[:hard]))
+    images_TNCHW = torch.stack([s.images[:] for s in _views(source.held_out, tilt)])
+    turns_N = torch.from_numpy(margins_TN.argmin(axis=0))
     return replace(source.held_out, images=images_TNCHW[turns_N, torch.arange(len(turns_N))])
 
 
-def _turned(split: Split, tilt: float) -> list[Split]:
-    """Return the images as they are, and turned by `tilt` degrees to either side."""
+def _views(split: Split, tilt: float) -> list[Split]:
+    """Return the images as they are, and turned by `tilt` degrees, if any, to either side."""
+    if not tilt:
+        return [split]
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
     from torchvision.transforms.v2.functional import rotate  # type: ignore[import-untyped]
 
     images_NCHW = split.images[:]
-    return [split] + [
-        replace(split, images=rotate(images_NCHW, angle, InterpolationMode.BILINEAR))
-        for angle in (tilt, -tilt)
-    ]
+    turned = (rotate(images_NCHW, angle, InterpolationMode.BILINEAR) for angle in (tilt, -tilt))
+    return [split, *(replace(split, images=images) for images in turned)]
 
 
 @lru_cache(maxsize=4)
-def _hardest_turns(source: Data, tilt: float) -> np.ndarray:
-    views = _turned(source.held_out, tilt)
-    margins_TN: np.ndarray = np.stack([_all_margins(source, split) for split in views])
-    return np.asarray(margins_TN.argmin(axis=0))
-
-
-@lru_cache(maxsize=4)
-def _hardest_places(source: Data) -> np.ndarray:
-    margins_N = _all_margins(source, source.held_out)
-    hard = math.ceil(len(margins_N) * HARDEST_SHARE)
-    return np.sort(np.argsort(margins_N, kind="stable")[:hard])
+def _margins_of_views(source: Data, tilt: float) -> np.ndarray:
+    margins_TN: np.ndarray = np.stack(
+        [_all_margins(source, split) for split in _views(source.held_out, tilt)]
+    )
+    return margins_TN
 
 
 def _all_margins(source: Data, judged: Split) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
+from evaluators import set_images
 from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.data.registry import STORED_SETS
@@ -34,7 +35,7 @@ class Shift(Evaluator):
         return self.identity_of_set(source, self.name)
 
     def asked_about(self, held_out: int) -> int:
-        return STORED_SETS[self.name].images
+        return set_images(self.name, self.scale, held_out)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         split, located = self.images(source), source.counterpart(self.name)

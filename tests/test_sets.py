@@ -7,17 +7,19 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from torch import nn
 
 from evaluators import column_named, evaluator_named
 from evaluators.base import judge_images
 from grid.check import check
 from grid.plan import build_plan
-from grid.report.tables import fill_table, tables_of
+from grid.report.tables import tables_of
 from grid.study import load_study
 from tests.test_shifts import CPU, classifier
 from trainables.data.base import Data, Split
 from trainables.data.listing import DataSource, class_list
 from trainables.data.registry import STORED_SETS
+from trainables.layers import Classifier
 from trainables.scale import DIGITS, IMAGENET
 from trainables.store.tracking import TrialRun
 
@@ -63,6 +65,29 @@ def test_renditions_are_judged_among_their_200_classes_and_among_all(tmp_path):
     assert scores == {"imagenet-r": (2 / 400, 400), "imagenet-r-1000": (0.0, 400)}
     assert evaluator.identity(data)["data"] == "ImageNet-R"
     assert column_named("imagenet-r-1000").title == "ImageNet-R, among all 1,000"
+
+
+def test_renditions_are_scored_as_their_authors_score_them(tmp_path):
+    """eval.py of hendrycks/imagenet-r: the logits under a mask, and folders numbered by name."""
+    renditions = sorted(class_list("imagenet_r_synsets.txt"))
+    root = write_set(tmp_path / "r", renditions)
+    draw = torch.Generator().manual_seed(0)
+    colours_N3 = torch.randint(0, 256, (200, 3), generator=draw)
+    for name, colour in zip(renditions, colours_N3.tolist(), strict=True):
+        (root / name / "0.png").unlink()
+        Image.new("RGB", (16, 16), tuple(colour)).save(root / name / "0.png")
+    linear = nn.Linear(3, 1000, bias=False)
+    linear.weight.data = torch.randn(1000, 3, generator=draw)
+    model = Classifier(nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), linear), (0,) * 3, (1,) * 3)
+    mask = torch.tensor([name in renditions for name in CLASSES])
+    with torch.no_grad():
+        answers_N = linear(colours_N3 / 255)[:, mask].argmax(dim=1)
+    evaluator, data = evaluator_named("imagenet-r", IMAGENET), imagenet(imagenet_r=root)
+    ledger = judge_images(evaluator, model, data, device=CPU)
+    rows = {r["image_id"]: r for r in ledger.to_pylist() if r["question"] == "imagenet-r"}
+    ours = [rows[f"{name}/0"]["predicted"] for name in renditions]
+    assert ours == [CLASSES.index(renditions[answer]) for answer in answers_N]
+    assert len(set(ours)) > 4
 
 
 def test_folders_of_imagenet_v2_are_the_numbers_of_their_classes(tmp_path):
@@ -122,8 +147,7 @@ def test_a_scale_without_a_set_judges_nothing_by_it_and_says_so():
     assert note.endswith("judged by imagenet-r, imagenet-sketch, imagenet-v2")
     trial = next(t for t in plan if "resnet50.tv_in1k" in t.name and not t.recipe.seed)
     run = TrialRun("id", trial.digest, "finished", "", "", 0, 0, "")
-    (table,) = tables_of(CONTEST, plan, {run.digest: run})
-    filled = fill_table(table, {run.digest: run})
+    (filled,) = tables_of(CONTEST, plan, {run.digest: run})
     place = filled.columns.index("ImageNet-R")
     cell = next(row for row in filled.rows if row.label == "resnet50.tv_in1k").cells[place]
     assert (cell.text(), cell.published, cell.kind) == ("needs ImageNet-R", 36.157, "needs")

@@ -194,12 +194,11 @@ class CorruptedSet:
 
     def __init__(self, stored: StoredSet, root: Path, data: Data) -> None:
         self.stored, self.root, self.data = stored, root, data
-        name = "{}.npy" if stored.arrays else "{}"
-        extra = (kind for kind in EXTRA_KINDS if (root / name.format(kind)).exists())
+        end = ".npy" if stored.arrays else ""
+        extra = (kind for kind in EXTRA_KINDS if (root / f"{kind}{end}").exists())
         self.kinds = (*KINDS, *extra)
-        parts = [f"{kind}/{severity}" for kind, severity in product(self.kinds, SEVERITIES)]
-        if stored.arrays:
-            parts = [f"{kind}.npy" for kind in self.kinds]
+        ends = [end] if stored.arrays else [f"/{severity}" for severity in SEVERITIES]
+        parts = [f"{kind}{end}" for kind, end in product(self.kinds, ends)]
         if missing := [part for part in parts if not (root / part).exists()]:
             raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
         if stored.arrays:
