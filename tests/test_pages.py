@@ -255,9 +255,7 @@ def test_the_mlflow_ui_compares_runs_and_opens_one_with_ledgers_and_model(study,
     names = {trial.name for trial in build_plan(load_study("bai2021"), DIGITS, tables=TABLES)}
     page.get_by_text(re.compile("^(" + "|".join(map(re.escape, names)) + ")$")).first.wait_for()
     headers = page.eval_on_selector_all("[role=columnheader]", "h => h.map(e => e.innerText)")
-    assert {"Models", "clean", "pgd-100", "autoattack-bounded", "natural"} <= set(headers)
-    models = page.eval_on_selector_all("[col-id*=Models] a", "m => m.map(e => e.innerText)")
-    assert set(models) == {"pyfunc"}
+    assert {"clean", "pgd-100", "autoattack-bounded", "natural"} <= set(headers)
     # MLflow itself asks for a user that a server without accounts does not know.
     assert [text for text in said if "404" not in text] == []
     run = next(run for run in runs if run.outcome == "finished")

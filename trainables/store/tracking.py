@@ -211,7 +211,6 @@ class Tracker:
                 "params.`family`",
                 f"tags.`{STUDY_TAG}{name}`",
                 "tags.`outcome`",
-                "attributes.`Models`",
                 *(f"metrics.`{score}`" for score in scores),
             ],
             # By start the UI would fold the trials below their study.
