@@ -111,13 +111,7 @@ def open_trial(
         teacher = build_classifier(recipe.teacher)
         fit_weights(needed[recipe.teacher.digest()], teacher, recipe.teacher.describe())
     if start:
-        running.seconds, running.trained = start["seconds"], start["trained"]
-        running.unsent = [_timed(running, metrics) for metrics in start["history"]]
-        running.epoch = len(start["history"])
-        running.outcome, running.reason = start["outcome"], start["reason"]
-        classifier.load_state_dict(start["model"])
-        running.mean = start.get("mean") if recipe.ema_evaluated else None
-        running.along = checkpoint.weights_along(folder, running.checkpoints, running.epoch)
+        _take_up(running, classifier, start)
     running.reports = train(
         recipe,
         classifier,
@@ -131,6 +125,17 @@ def open_trial(
         due=running.is_due,
     )
     return running
+
+
+def _take_up(running: RunningTrial, classifier: Classifier, start: dict[str, Any]) -> None:
+    """Give a trial and its classifier what its checkpoint has."""
+    running.seconds, running.trained = start["seconds"], start["trained"]
+    running.unsent = [_timed(running, metrics) for metrics in start["history"]]
+    running.epoch = len(start["history"])
+    running.outcome, running.reason = start["outcome"], start["reason"]
+    classifier.load_state_dict(start["model"])
+    running.mean = start.get("mean") if running.recipe.ema_evaluated else None
+    running.along = checkpoint.weights_along(running.folder, running.checkpoints, running.epoch)
 
 
 def _begun(running: RunningTrial, *, is_new: bool) -> Classifier:
