@@ -19,7 +19,7 @@ from grid.study import base_named
 from trainables.data.load import load_data
 from trainables.networks import build_classifier
 from trainables.recipe import Adversary, Preprocessing
-from trainables.scale import DIGITS
+from trainables.scale import DIGITS, scale_of_recipe
 from trainables.train.exactness import exact
 from trainables.train.loop import train
 from trainables.train.team import Team
@@ -60,7 +60,7 @@ def _work(rank: int, folder: str, size: int, batch: int) -> None:
     training = train(
         recipe,
         build_classifier(recipe),
-        load_data(DIGITS),
+        load_data(scale_of_recipe(recipe)),
         device=torch.device("cpu"),
         team=Team(rank, size),
     )

@@ -229,9 +229,9 @@ def _misfits(launch: Launch, recipes: Iterable[Recipe]) -> list[str]:
         for node in gpu_nodes():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             held = {"num_gpus": min(1, placement.gpus), "num_cpus": 0}
-            asked = [*by_key.values()], placement.workers, placement.gpus
+            arguments = [*by_key.values()], placement.workers, placement.gpus
             dry_steps = ray.remote(**held, scheduling_strategy=there)(dry)
-            said.append(dry_steps.remote(*asked, is_fast=placement.is_fast))
+            said.append(dry_steps.remote(*arguments, is_fast=placement.is_fast))
     try:
         return [text for texts in ray.get(said, timeout=DRY_SECONDS) for text in texts]
     except GetTimeoutError:
