@@ -237,11 +237,11 @@ class Recorder(threading.Thread):
                 wait = POLL_SECONDS if self._events.empty() else 0.0
                 for cell, ledger, error in self._pool.poll(wait):
                     self._record(cell, ledger, error)
+                self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
                 if len(self._pool) == 0:
                     if self._training_over.is_set() and self._events.empty():
                         break
                     time.sleep(wait)
-                self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
             self._handle_events(self._events.qsize())
             self._flush()
         except BaseException as error:
