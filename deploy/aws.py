@@ -48,6 +48,7 @@ def make_profile(name: str, policy: str, managed: tuple[str, ...] = ()) -> str:
         client.create_role(RoleName=name, AssumeRolePolicyDocument=trust)
     with suppress(client.exceptions.EntityAlreadyExistsException):
         client.create_instance_profile(InstanceProfileName=name)
+    with suppress(client.exceptions.LimitExceededException):  # it has its role
         client.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
     client.put_role_policy(RoleName=name, PolicyName=NAME, PolicyDocument=policy)
     for arn in managed:

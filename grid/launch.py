@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.request import url2pathname
 
 import ray
 from ray import tune
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
@@ -169,7 +170,8 @@ def run_study(launch: Launch) -> Finished:
             problems = launch.check_nodes(recorder.tracker).items()
             if ill := "; ".join(f"node {node}: {problem}" for node, problem in problems if problem):
                 raise ValueError(ill)
-            if said := "; ".join(_misfits(launch, (t.recipe for t in recorder.trials_to_train()))):
+            missing = (trial.recipe for trial in recorder.trials_to_train())
+            if said := "; ".join(_misfits(launch, missing, line.say)):
                 raise ValueError(said)
             recorder.mend(launch.storage_root)
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
@@ -214,7 +216,9 @@ def _check_plan(launch: Launch, data: Data) -> None:
                 raise ValueError(f"{recipe.describe()}: {error}") from None
 
 
-def _misfits(launch: Launch, recipes: Iterable[Recipe]) -> list[str]:
+def _misfits(
+    launch: Launch, recipes: Iterable[Recipe], say: Callable[[str], None] = print
+) -> list[str]:
     """Return which trainings do not fit their GPUs, by dry steps on a node of each kind."""
     steps: defaultdict[Placement, dict[str, Recipe]] = defaultdict(dict)
     for recipe in recipes:
@@ -232,10 +236,16 @@ def _misfits(launch: Launch, recipes: Iterable[Recipe]) -> list[str]:
             arguments = [*by_key.values()], placement.workers, placement.gpus
             dry_steps = ray.remote(**held, scheduling_strategy=there)(dry)
             said.append(dry_steps.remote(*arguments, is_fast=placement.is_fast))
-    try:
-        return [text for texts in ray.get(said, timeout=DRY_SECONDS) for text in texts]
-    except GetTimeoutError:
-        return [f"no GPU came free in {DRY_SECONDS / 60:.0f} min to try the trainings' memory on"]
+    ready, late = ray.wait(said, num_returns=len(said), timeout=DRY_SECONDS) if said else ([], [])
+    for reference in late:
+        ray.cancel(reference)
+    if late:
+        say(f"no GPU came free in {DRY_SECONDS / 60:.0f} min to try the trainings' memory on")
+    texts = []
+    for reference in ready:
+        with suppress(RayError):  # a node that has left says nothing
+            texts += ray.get(reference)
+    return texts
 
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
@@ -366,7 +376,8 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     Tune has them wait for room, and asks for more while few wait. teams_placed: says how many
     teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
     whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row, and
-    without limit where a node went meanwhile (nodes_gone: their ids); to get any further makes good
+    without limit where a node went meanwhile (nodes_gone: the ids of the dead ones, and of those
+    that leave where asked for); to get any further makes good
     its earlier failures. configs, by digest and in the plan's order: what Tune hands to each trial.
     """
 
@@ -374,7 +385,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         self,
         configs: Mapping[str, dict[str, Any]],
         teams_placed: Callable[[], int] | None = None,
-        nodes_gone: Callable[[], set[str]] = set,
+        nodes_gone: Callable[[bool], set[str]] = lambda _: set(),
     ) -> None:
         super().__init__()
         self._configs, self._teams_placed, self._nodes_gone = configs, teams_placed, nodes_gone
@@ -383,7 +394,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         self._under_way: dict[str, str] = {}  # digests, by Tune's id of a try
         self._failures: Counter[str] = Counter()
         self._furthest: dict[str, tuple[int, int]] = {}
-        self._gone_before: dict[str, set[str]] = {}  # nodes, as a try began
+        self._gone_before: dict[str, set[str]] = {}  # nodes that were dead as a try began
         self._not_before: dict[str, float] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -396,7 +407,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
             return None
         self._waiting.remove(digest)
         self._under_way[trial_id] = digest
-        self._gone_before[trial_id] = self._nodes_gone()
+        self._gone_before[trial_id] = self._nodes_gone(False)
         return self._configs[digest]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -413,7 +424,7 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         gone_before = self._gone_before.pop(trial_id)
         if not error:
             return
-        if self._nodes_gone() <= gone_before:
+        if self._nodes_gone(True) <= gone_before:
             self._failures[digest] += 1
         if (failures := self._failures[digest]) <= MAX_FAILURES:
             self._not_before[digest] = time.monotonic() + wait_after(max(1, failures))
@@ -584,13 +595,13 @@ def check_cluster(launch: Launch) -> list[Finding]:
             check_room(launch.placements, joined=bool(launch.address))
         except ValueError as error:
             findings.append(("room", "error", str(error)))
-        findings += [
-            ("memory", "error", said) for said in _misfits(launch, (t.recipe for t in launch.plan))
-        ]
         tracker = open_tracker(launch.options.results, launch.options.mlflow, launch.scale)
         sound = f"writes {launch.storage_root} and sees the data"
         for node, problem in launch.check_nodes(tracker).items():
             findings.append((f"node {node}", "error" if problem else "ok", problem or sound))
+        if all(level == "ok" for _, level, _ in findings):
+            texts = _misfits(launch, (trial.recipe for trial in launch.plan))
+            findings += [("memory", "error", text) for text in texts]
     finally:
         ray.shutdown()
     return findings

@@ -79,6 +79,7 @@ class Recorder(threading.Thread):
             self._questions[key] = Question(evaluator, shown_data)
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
+        self._epochs_done: Counter[str] = Counter()
         self._flushed_at = 0.0
         self._training_over = threading.Event()
         self._abandon = threading.Event()
@@ -275,9 +276,12 @@ class Recorder(threading.Thread):
         self.tracker.tag_trained(run, result.get("trained", {}))
         unlogged = self._unlogged.setdefault(digest, [])
         unlogged.extend(result["epochs"])
-        self.progress.epochs_done += len(result["epochs"])
+        # A trial that is tried again reports all of its epochs again.
+        fresh = max(0, result["epoch"] - self._epochs_done[digest])
+        self._epochs_done[digest] += fresh
+        self.progress.epochs_done += fresh
         if trial.recipe.epochs:
-            self.progress.cost_done += trial.cost * len(result["epochs"]) / trial.recipe.epochs
+            self.progress.cost_done += trial.cost * fresh / trial.recipe.epochs
         latest = {k: v for entry in (run.metrics, *unlogged) for k, v in entry.items()}
         accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""

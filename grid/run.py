@@ -76,7 +76,7 @@ def _run(options: RunOptions) -> int:
         pull(options.pull, options.results)
         print(f"{options.results} has the study of {options.pull}: --report, or continue it")
         return 0
-    if not (options.plan or options.report or options.status):
+    if not _only_looks(options):
         options.source().stage()
     study, plan, scale, source = _planned_for(options)
     for name, value in ENVIRONMENT.items():
@@ -113,10 +113,17 @@ def _run(options: RunOptions) -> int:
     return 0
 
 
+def _only_looks(options: RunOptions) -> bool:
+    """Tell whether nothing is to be trained or judged, so that no data need be brought here."""
+    return options.plan or options.report or options.status
+
+
 def _planned_for(options: RunOptions) -> tuple[Study, Plan, Scale, DataSource]:
     """Return the study that options name, and its plan, scale and data as they ask for them."""
     study = load_study(options.study)
     source = options.source(cache=options.results / DECODED_FOLDER)
+    if _only_looks(options):
+        source = replace(source, origin="")
     scale = scale_of(options.scale, source, image_size=options.image_size)
     scale = scale.preprocessed(options.preprocessing())
     scale = replace(scale, autoattack="exact") if options.exact else scale

@@ -83,7 +83,7 @@ def test_a_lead_that_is_surely_small_is_refuted_but_not_where_all_models_fail(pl
     assert (apart.single, apart.decision) == (FAILED, FAILED)
     # 12 claims in all, of which each lead is tested on one side of its two hypotheses.
     assert apart.corrected == pytest.approx(12 * apart.p / 2)
-    assert apart.test.endswith("; below 10 points it counts as none")
+    assert apart.test.endswith("; not told from none, a lead surely below 10 points counts as none")
     (open_, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (50, 50), strict=True)))
     assert open_.single == OPEN
     (floor, *_) = judge_by_hand(plan, "tpa", dict(zip(places, (0, 0), strict=True)), least=0.10)

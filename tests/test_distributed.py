@@ -75,7 +75,7 @@ def test_a_node_that_is_drained_leaves(two_cpus):
     preempted, in_two_minutes = 2, (time.time_ns() // 10**6) + 120_000
     assert client.drain_node(node, preempted, "spot", in_two_minutes)[0]
     assert node_leaves()
-    assert nodes_gone() == {node}
+    assert (nodes_gone(True), nodes_gone(False)) == ({node}, set())
 
 
 class Controller:

@@ -34,7 +34,7 @@ def test_deaths_are_forgiven_as_long_as_a_trial_gets_further(at_once):
 
 def test_deaths_by_a_node_that_went_do_not_count(at_once):
     gone = set()
-    order = PlanOrder(configs_of({"a": None}), None, lambda: set(gone))
+    order = PlanOrder(configs_of({"a": None}), None, lambda leaving: set(gone))
     for number in range(3 * MAX_FAILURES):
         assert order.suggest(str(number))
         gone.add(number)

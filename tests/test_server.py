@@ -17,6 +17,7 @@ import pytest
 import requests
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from grid.run import main
 from tests.driver import ROOT, ended, start, study_of_one, wait_for_checkpoint, wait_until
@@ -156,6 +157,18 @@ def test_a_trial_with_a_cell_takes_eight_calls_of_the_server(server, tmp_path, m
     stored = tracker.trials()["0" * 12]
     assert (stored.outcome, stored.logged_epochs, stored.weights_sha256) == ("finished", 100, "0")
     assert (stored.trained, stored.studies) == ({"torch": "2"}, {"crowd": "T1"})
+
+
+def test_a_run_outlives_the_deletion_of_the_place_for_claims(server):
+    client = MlflowClient(server.uri)
+    tracker = Tracker(server.uri, experiment="swept", artifacts=None)
+    run = start_trial(tracker, "0" * 12)
+    client.delete_experiment(client.get_experiment_by_name("swept claims").experiment_id)
+    with pytest.raises(MlflowException):
+        start_trial(tracker, "1" * 12)
+    again = Tracker(server.uri, experiment="swept", artifacts=None)  # the next command restores it
+    assert start_trial(again, "0" * 12).run_id == run.run_id
+    assert start_trial(again, "1" * 12).run_id in {r.run_id for r in again.trials().values()}
 
 
 def test_a_request_is_sent_once_and_called_again_by_patience_alone(server):

@@ -27,7 +27,7 @@ def origin(tmp_path):
 
 
 def files_of(folder):
-    paths = (path for path in folder.rglob("*") if path.is_file())
+    paths = (path for path in folder.rglob("[!.]*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -45,11 +45,17 @@ def test_what_lacks_is_copied_and_what_is_there_is_left_alone(origin, tmp_path):
     other = shutil.copytree(origin, tmp_path / "other")
     stage(str(other), root)
     assert (root / "val/a/3.png").exists()
+    shutil.rmtree(root)  # as a node's own disk is, when its machine is exchanged
+    stage(str(other), root)
+    assert files_of(root) == CONTENT
 
 
 def test_places_that_cannot_serve_are_refused(origin, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--stage-from .*absent cannot be read"):
         stage(str(tmp_path / "absent"), tmp_path / "data")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--stage-from cannot fill .*file/data"):
+        stage(str(origin), tmp_path / "file" / "data")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no files"):
         stage(str(tmp_path / "empty"), tmp_path / "data")

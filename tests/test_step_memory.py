@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from trainables.networks import build_classifier
-from trainables.recipe import Adversary
+from trainables.recipe import OF_STEP, Adversary
+from trainables.train import memory
 from trainables.train.memory import _Living, misfit, reckoned, step_bytes
 
 CPU = torch.device("cpu")
@@ -38,6 +39,23 @@ def test_a_few_images_tell_what_many_take(small, base, changes):
     assert 0.95 < (fixed + 64 * each) / step_bytes(recipe, 64, CPU) < 1.25
     parameters = 4 * sum(p.numel() for p in build_classifier(recipe).parameters())
     assert fixed > 3 * parameters  # weights, gradients, moments
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation": "gelu"}, {"drop_path": 0.1}, {"norm": "ghost", "ghost_batch": 16}]
+)
+def test_what_changes_the_memory_of_a_step_is_tried_by_itself(small, changes):
+    recipes = small(), small(**changes)
+    keys = {recipe.model_dump_json(include=OF_STEP) for recipe in recipes}
+    assert len(keys) == 2
+    assert step_bytes(recipes[0], 8, CPU) != step_bytes(recipes[1], 8, CPU)
+
+
+def test_small_steps_whose_memory_rounds_to_the_same_are_reckoned_with(small, monkeypatch):
+    monkeypatch.setattr(memory, "step_bytes", lambda *_, **__: 20 * 2**20)
+    needs = reckoned(small(), CPU)
+    assert needs == (20 * 2**20 - 16, 1)
+    assert misfit(small(), 1, needs, GIB) == ""
 
 
 def test_a_recipe_that_does_not_fit_is_told_which_micro_batch_does(small):

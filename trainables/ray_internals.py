@@ -29,9 +29,10 @@ def node_leaves() -> bool:
     return ray.is_initialized() and ray.get_runtime_context().get_node_id() in _draining()
 
 
-def nodes_gone() -> set[str]:
-    """Return the ids of the nodes that have died or are about to be taken away."""
-    return {*_draining(), *(node["NodeID"] for node in ray.nodes() if not node["Alive"])}
+def nodes_gone(leaving: bool) -> set[str]:
+    """Return the ids of the nodes that have died, or also of those about to be taken away."""
+    dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    return dead.union(_draining() if leaving else ())
 
 
 def _draining() -> dict[str, int]:

@@ -55,7 +55,8 @@ OF_CHECKPOINT = (
 # The fields that change the memory of a training step.
 OF_STEP = {
     *("scale", "model", "model_args", "norm", "optimizer", "ema_decay", "precision", "batch_size"),
-    *("micro_batch", "train_sizes", "preprocessing", "adversary", "distillation"),
+    *("micro_batch", "train_sizes", "preprocessing", "adversary", "distillation", "activation"),
+    *("dropout", "drop_path", "optimizer_args", "layer_decay", "ghost_batch"),
 }
 
 

@@ -220,8 +220,9 @@ def with_difference(judgement: Judgement, paired: Paired) -> Judgement:
 
 
 def _counting(claim: Claim, least: float) -> str:
-    """Say from which difference on a lead counts, where that is stated."""
-    return f"; below {100 * least:g} points it counts as none" * (claim.test in LEADS and least > 0)
+    """Say which lead counts as none, where the least difference to be told is stated."""
+    said = f"; not told from none, a lead surely below {100 * least:g} points counts as none"
+    return said * (claim.test in LEADS and least > 0)
 
 
 def _trainings(seeds: int) -> str:

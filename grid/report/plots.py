@@ -505,7 +505,7 @@ def shape_bias_plot(tables: Iterable[FilledTable]) -> Plot | None:
         | {end: 100 * row.run.metrics[score + name] for end, name in ends.items()}
         for table in tables
         for row in table.rows
-        if row.run and score in row.run.metrics
+        if row.run and score + ends["low"] in row.run.metrics  # unless its ledger is damaged
     )
     if frame.empty:
         return None

@@ -74,7 +74,8 @@ class DataSource:
 
     def missing(self, data_set: DataSet) -> set[str]:
         """Return the sets that are not there and that nothing stands in for."""
-        there = {*data_set.counterparts} & {*(self.folders if self.root else STORED_SETS)}
+        is_there = self.root and self.root.is_dir()  # else it is not known
+        there = {*data_set.counterparts} & {*(self.folders if is_there else STORED_SETS)}
         return {name for name, stored in STORED_SETS.items() if stored.alone} - there
 
 

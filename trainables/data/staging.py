@@ -26,9 +26,13 @@ def stage(origin: str, root: Path) -> None:
     A file counts as there by its size. ValueError where the origin cannot be read or the disk has
     no room for it.
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    done = root.with_name(f"{ASIDE}{root.name}.staged")
-    with root.with_name(f"{ASIDE}{root.name}.lock").open("w") as turn:
+    done = root / f"{ASIDE}staged"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        turn = (root / f"{ASIDE}lock").open("w")
+    except OSError as error:
+        raise ValueError(f"--stage-from cannot fill {root}: {error}") from None
+    with turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         if done.exists() and done.read_text() == origin:
             return
@@ -49,9 +53,9 @@ def _size(file: Path) -> int | None:
 
 
 def _copy(files: FileSystem, missing: dict[Path, FileInfo], origin: str, root: Path) -> None:
-    whole, free = sum(e.size for e in missing.values()), shutil.disk_usage(root.parent).free
+    whole, free = sum(e.size for e in missing.values()), shutil.disk_usage(root).free
     if whole > free:
-        figures = f"{whole / GIGABYTE:.1f} GB, and {root.parent} has room for {free / GIGABYTE:.1f}"
+        figures = f"{whole / GIGABYTE:.1f} GB, and {root} has room for {free / GIGABYTE:.1f}"
         raise ValueError(f"--stage-from {origin} brings {figures}")
     copied, began = 0, time.monotonic()
     said = began

@@ -60,7 +60,7 @@ def _try_snapshot(database: Path, place: str) -> None:
     try:
         if database.exists():  # else the server's own is elsewhere
             snapshot(database, place)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         print(f"no copy of {database} in {place}: {error}", flush=True)
 
 
@@ -82,10 +82,15 @@ def pull(place: str, results: Path) -> None:
             if files.get_file_info(path).type != FileType.NotFound:
                 (results / name).mkdir(exist_ok=True)
                 copy_files(path, str(results / name), files, LocalFileSystem())
-        aside = results / f"{ASIDE}{DATABASE}"
-        write_atomically(aside, content)
-        reroot(aside, [f"{place.partition('?')[0].rstrip('/')}/{ARTIFACTS}"], results)
-        aside.replace(results / DATABASE)
+        aside = results / f"{ASIDE}{DATABASE}.pulled"
+        try:
+            write_atomically(aside, content)
+            reroot(aside, [f"{place.partition('?')[0].rstrip('/')}/{ARTIFACTS}"], results)
+            aside.replace(results / DATABASE)
+        except sqlite3.Error as error:
+            raise ValueError(f"{below(place, DATABASE)} is damaged: {error}") from None
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -508,12 +508,24 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            first = self._client.get_run(self._client.get_run(self._claims).data.params[key])
-            if first.info.lifecycle_stage == "deleted":  # by a user: its id is the next one's key
-                return self._claimed(first.info.run_id, run)
+            claimed = self._client.get_run(self._claims).data.params.get(key)
+            if claimed in (None, run.info.run_id):  # it is refused for another reason
+                raise
+            if (first := self._living(claimed)) is None:  # its id is the next one's key
+                return self._claimed(claimed, run)
             self._client.delete_run(run.info.run_id)
             return first
         return run
+
+    def _living(self, run_id: str) -> Run | None:
+        """Return a run, None where a user has deleted it."""
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
 
     @cached_property
     def _claims(self) -> str:
@@ -529,8 +541,13 @@ class Tracker:
             try:
                 self._client.rename_experiment(new, name)
             except MlflowException:
-                self._client.delete_experiment(new)
+                if (there := self._client.get_experiment_by_name(name)) is None:
+                    raise
+                if there.experiment_id != new:
+                    self._client.delete_experiment(new)
             there = self._client.get_experiment_by_name(name)
+        if there.lifecycle_stage == "deleted":  # by a user
+            self._client.restore_experiment(there.experiment_id)
         return str(there.tags[CLAIMS_TAG])
 
     def _tag(self, run: TrialRun, tags: Mapping[str, str], *, later: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from trainables.layers import Classifier, GhostBatchNorm2d, by_own_ghost
 from trainables.recipe import Adversary, Ball, Recipe
-from trainables.train.exactness import uniform
+from trainables.train.exactness import exact, settings_restored, uniform
 from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 from trainables.watchdog import beat
 
@@ -309,7 +309,9 @@ def folded(classifier: Classifier, images_BCHW: Tensor) -> FoldedClassifier | No
         twin = FoldedClassifier(classifier)
     except Exception:  # a user's forward pass may do what cannot be traced in any way
         return None
-    expected = classifier(images_BCHW)
-    difference = (twin(images_BCHW) - expected).abs().max()
+    with settings_restored(images_BCHW.device):
+        exact(images_BCHW.device)  # TF32 would differ by more
+        expected = classifier(images_BCHW)
+        difference = (twin(images_BCHW) - expected).abs().max()
     same = difference <= TOLERANCE * expected.abs().max().clamp(min=1)
     return twin if same and twin.merged else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from trainables.scale import scale_of_recipe
 from trainables.train.loop import train
 from trainables.train.team import check_team
 
-FEW = (8, 16)  # images of the two dry steps
+FEW, FEWER = (8, 16), (2, 4)  # images of the two dry steps, and where these do not fit
 MARGIN = 1.15  # for what libraries hold, and for gaps between tensors
 GIBIBYTE = 2**30
 
@@ -59,11 +60,12 @@ class _Living(TorchDispatchMode):
 def step_bytes(recipe: Recipe, images: int, device: torch.device, *, is_fast: bool = False) -> int:
     """Return the most memory that a recipe's steps take with forward batches of so many images.
 
-    It makes two steps of two forward batches each: weights, gradients and moments are all there.
+    It makes two steps of two forward batches each: weights, gradients and moments are all there. On
+    a GPU it makes them twice, as the first try out kernels, which takes memory for once.
     """
     sizes = recipe.train_sizes and (max(recipe.train_sizes),)
     few = {"batch_size": 2 * images, "micro_batch": images, "ghost_batch": images}
-    recipe = recipe.replace(**few, train_sizes=sizes)
+    recipe = recipe.replace(**few, train_sizes=sizes, epochs=max(2, recipe.epochs))
     data_set = scale_of_recipe(recipe).data_set
     sides = (3, data_set.image_size, data_set.image_size)
 
@@ -74,10 +76,13 @@ def step_bytes(recipe: Recipe, images: int, device: torch.device, *, is_fast: bo
 
     names = tuple(map(str, range(data_set.num_classes)))
     data = Data(data_set=data_set, train=black(4 * images), held_out=black(1), class_names=names)
+    gc.collect()  # what an earlier dry step left in cycles
     classifier = build_classifier(recipe)
     teacher = build_classifier(recipe.teacher) if recipe.teacher else None
     reports = train(recipe, classifier, data, device=device, teacher=teacher, is_fast=is_fast)
     if device.type == "cuda":
+        next(reports)
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         next(reports)
@@ -95,16 +100,28 @@ def misfits(recipes: Sequence[Recipe], workers: int, share: float, *, is_fast: b
     device = torch.device("cuda")
     gpu = torch.cuda.get_device_properties(device)
     limit = int(min(share, 1) * gpu.total_memory)
-    needs = ((recipe, reckoned(recipe, device, is_fast=is_fast)) for recipe in recipes)
-    said = (misfit(recipe, workers, need, limit) for recipe, need in needs)
-    return [f"on {gpu.name}, {text}" for text in said if text]
+
+    def tried(recipe: Recipe) -> str:
+        for few in (FEW, FEWER):
+            with suppress(torch.OutOfMemoryError):
+                needs = reckoned(recipe, device, few=few, is_fast=is_fast)
+                return misfit(recipe, workers, needs, limit)
+        return f"{recipe.describe()}: not even {FEWER[1]} images fit"
+
+    return [f"on {gpu.name}, {text}" for recipe in recipes if (text := tried(recipe))]
 
 
-def reckoned(recipe: Recipe, device: torch.device, *, is_fast: bool = False) -> tuple[int, int]:
+def reckoned(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    few: tuple[int, int] = FEW,
+    is_fast: bool = False,
+) -> tuple[int, int]:
     """Return the bytes that a recipe's steps take whatever their batch, and those of an image."""
-    fewer, more = (step_bytes(recipe, images, device, is_fast=is_fast) for images in FEW)
-    each = (more - fewer) // (FEW[1] - FEW[0])
-    return fewer - FEW[0] * each, each
+    fewer, more = (step_bytes(recipe, images, device, is_fast=is_fast) for images in few)
+    each = max(1, (more - fewer) // (few[1] - few[0]))  # small ones may round to the same
+    return more - few[1] * each, each
 
 
 def misfit(recipe: Recipe, workers: int, needs: tuple[int, int], limit: int) -> str:
