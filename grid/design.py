@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pydantic import PositiveInt, TypeAdapter
 
@@ -19,11 +18,10 @@ from grid.power import STEP, Design, Goal, Noise
 from grid.study import Study
 from grid.table import Claim, trainings_compared
 from trainables.scale import Scale
-from trainables.store.results import DATABASE
-from trainables.store.storage import write_atomically
+from trainables.store.results import DATABASE, DESIGNED
+from trainables.store.storage import below, read_file, write_file
 
 DESIGNS = TypeAdapter(dict[str, dict[str, PositiveInt]])
-FILE = "design.json"  # in the results: images by cell, of every design that was run
 Cell = tuple[str, str]  # a trial's digest, and an evaluator
 ASSUMED_OF_ERRORS = Noise(discordance=0.02, binary=False)  # of means over many answers an image
 
@@ -78,8 +76,9 @@ def with_design(
         )
     if not scale.detect or not claims:
         return plan, None
-    path, goal = options.results / FILE, Goal.of_claims(scale.detect, options.power, len(claims))
-    known = _designs_of(path)
+    place = below(options.storage or str(options.results), DESIGNED)
+    goal = Goal.of_claims(scale.detect, options.power, len(claims))
+    known = _designs_of(place)
     question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     if options.plan or key not in known:
@@ -95,7 +94,7 @@ def with_design(
             least |= {name: max(of_claim.images, least[name]) for name in map(" ".join, cells)}
         known.setdefault(key, least)
         if not options.plan:
-            write_atomically(path, json.dumps(known, indent=1).encode())
+            write_file(place, json.dumps(known, indent=1).encode())
     images: dict[str, Counter[str]] = defaultdict(Counter)
     for cell in known[key]:
         digest, _, evaluator = cell.partition(" ")
@@ -104,15 +103,14 @@ def with_design(
     return replace(plan, trials=trials), design
 
 
-def _designs_of(path: Path) -> dict[str, dict[str, int]]:
+def _designs_of(place: str) -> dict[str, dict[str, int]]:
     """Return the designs that results remember, by key; ValueError where their file is damaged."""
+    content = read_file(place)
     try:
-        return DESIGNS.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        return DESIGNS.validate_json(content) if content is not None else {}
     except ValueError:
         raise ValueError(
-            f"{path} is damaged: remove it, and cells are designed anew and judged again"
+            f"{place} is damaged: remove it, and cells are designed anew and judged again"
         ) from None
 
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from evaluators import EVALUATORS, column_named, evaluator_named, headline_of, images_of_score
-from grid.design import FILE, with_design
+from grid.design import with_design
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
 from trainables.scale import CIFAR10, DIGITS, IMAGENET
+from trainables.store.results import DESIGNED
 
 STUDY = load_study("bai2021")
 
@@ -30,6 +31,15 @@ def images_of(plan, table, label):
     trials = [trial for trial in plan if trial.digest in row.digests]
     assert len({str(dict(trial.images)) for trial in trials}) == 1  # every seed the same
     return dict(trials[0].images)
+
+
+def test_a_design_lies_in_the_storage_which_outlives_a_head(tmp_path):
+    storage = str(tmp_path / "storage")
+    plan, design = design_of(tmp_path / "head", "--storage", storage)
+    again, unmade = design_of(tmp_path / "next", "--storage", storage)
+    assert design
+    assert unmade is None
+    assert [trial.images for trial in again] == [trial.images for trial in plan]
 
 
 def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(tmp_path):
@@ -85,11 +95,11 @@ def test_a_study_may_state_the_difference_where_the_scale_has_one(tmp_path, caps
 
 def test_the_same_command_again_asks_the_same_and_another_never_less(tmp_path):
     first, _ = design_of(tmp_path)
-    known = json.loads((tmp_path / FILE).read_text())
+    known = json.loads((tmp_path / DESIGNED).read_text())
     ((key, counts),) = known.items()
     # As if the results had told another number when the design was made.
     cell = next(cell for cell in counts if cell.endswith("pgd"))
-    (tmp_path / FILE).write_text(json.dumps({key: counts | {cell: 500}}))
+    (tmp_path / DESIGNED).write_text(json.dumps({key: counts | {cell: 500}}))
     again, design = design_of(tmp_path)
     digest = cell.split()[0]
     pgd = {t.digest: t.images.get("pgd") for t in again}
@@ -136,8 +146,8 @@ def test_what_cannot_be_designed_ends_the_command_before_any_compute(
 
 @pytest.mark.parametrize("content", ["{", '{"key": {"cell": 0}}', "[]"])
 def test_a_damaged_memory_of_designs_is_named(content, tmp_path):
-    (tmp_path / FILE).write_text(content)
-    with pytest.raises(ValueError, match=rf"{FILE} is damaged: remove it"):
+    (tmp_path / DESIGNED).write_text(content)
+    with pytest.raises(ValueError, match=rf"{DESIGNED} is damaged: remove it"):
         design_of(tmp_path)
 
 

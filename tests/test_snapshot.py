@@ -14,7 +14,7 @@ from grid.run import main
 from tests.driver import ROOT, ended, start, study_of_one, trials, wait_until
 from tests.servers import s3_bucket
 from trainables.store.snapshot import snapshot
-from trainables.store.storage import below, read_file
+from trainables.store.storage import below, read_file, write_file
 from trainables.store.tracking import SCHEMA
 
 # A server that notes each of its starts in its database, which it keeps open, and ends.
@@ -91,10 +91,12 @@ def test_a_study_on_object_storage_is_brought_home_and_continued(bucket, tmp_pat
     assert "Trained 1 and judged 1 cells" in ended(start(study, tmp_path / "head", *cluster))
     snapshot(database, place)
     assert read_file(below(place, "mlflow.db"))
+    write_file(below(place, "design.json"), b"{}")
     pulling = ["--pull", place, "--results", str(home)]
     assert main(pulling) == 0
     (run,) = trials(home).values()
     assert run.artifact_uri.startswith(home.as_uri())
+    assert (home / "design.json").read_bytes() == b"{}"
     further = start(study, home, "--address", "local", "--evaluators", "clean", "pgd")
     assert "Trained 0 and judged 1 cells" in ended(further)
     with pytest.raises(SystemExit, match="2"):

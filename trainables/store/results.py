@@ -22,6 +22,7 @@ LOCK = ".lock"
 LOOK_SECONDS = 1.0  # `is_in_use` holds the lock for a moment
 DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
+DESIGNED = "design.json"  # images by cell, of every design that was run
 PROJECT = "robustness-grid"
 LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pyarrow.fs import FileType, LocalFileSystem, copy_files
 
-from trainables.store.results import ARTIFACTS, DATABASE, reroot, sole_run
+from trainables.store.results import ARTIFACTS, DATABASE, DESIGNED, reroot, sole_run
 from trainables.store.storage import ASIDE, below, reached, read_file, write_atomically, write_file
 
 SNAPSHOT_SECONDS = 300.0
@@ -82,6 +82,8 @@ def pull(place: str, results: Path) -> None:
             if files.get_file_info(path).type != FileType.NotFound:
                 (results / name).mkdir(exist_ok=True)
                 copy_files(path, str(results / name), files, LocalFileSystem())
+        if (design := read_file(below(place, DESIGNED))) is not None:
+            write_atomically(results / DESIGNED, design)
         aside = results / f"{ASIDE}{DATABASE}.pulled"
         try:
             write_atomically(aside, content)
