@@ -36,6 +36,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 PROBE = "probe/pgd-10"
 PROBE_STEPS = 10
 FINITE_MARGIN = 1.0001  # in MART's logarithm, as in its authors' code
+STEPS_BETWEEN = 10  # two questions of a long epoch's team whether to save: each waits for the GPU
 PATIENCE_SHARE = 0.1  # of the epochs at chance: a collapse
 LEAST_PATIENCE = 3
 
@@ -143,9 +144,12 @@ def train(
         raise ValueError("a teacher is needed by a recipe that names one, and by no other")
     training = _Training(recipe, classifier, data, device, teacher, start, compiled, is_fast, team)
     history: list[dict[str, float]] = list(start["history"]) if start else []
+    steps = training.batches.steps
+    every = max(1, min(steps // 100, STEPS_BETWEEN))
     for epoch in range(len(history), recipe.epochs):
         for forward in _train_epoch(training, epoch):
-            if forward < training.batches.steps * recipe.accumulation and team.any(due()):
+            step = forward // recipe.accumulation
+            if step < steps and step % every == 0 and team.any(due()):
                 yield _report(training, history)
         history.append(_measured(training, epoch))
         report = _report(training, history)
