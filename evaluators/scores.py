@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -23,11 +24,11 @@ Rows = Sequence[Sequence[str]]
 PLACE = re.compile(r"^\d+-([0-9a-f]{12}\.\d+)$")  # and content, in the id of an image in memory
 
 
-class _Table:
+class _Table(ABC):
     """A title, rows under a header, and remarks: as lines, or as HTML for a notebook."""
 
-    def _shown(self) -> tuple[str, Rows, Sequence[str]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _shown(self) -> tuple[str, Rows, Sequence[str]]: ...
 
     def __str__(self) -> str:
         title, rows, remarks = self._shown()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -234,7 +234,9 @@ def test_the_server_of_a_cluster_is_started_again_and_leaves_its_database(guarde
     wait_until(None, lambda: _answers(guarded))
     for supervisor in processes("trainables.store.snapshot"):
         supervisor.terminate()
-    wait_until(None, (tmp_path / "bucket" / "mlflow.db").exists)
+    wait_until(None, (copy := tmp_path / "bucket" / "mlflow.db").exists)
+    with closing(sqlite3.connect(copy)) as database:
+        assert database.execute("select count(*) from experiments").fetchone() == (1,)
 
 
 def _answers(uri):
