@@ -658,7 +658,7 @@ def test_matrices_and_kernels_are_decayed_and_nothing_else_is(small, model, opti
     assert set(decay.values()) == {0.0, 0.02}
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", ["bai2021", *STUDIES])
 def test_a_files_comment_states_the_whole_cost(study):
     text = (FOLDER / f"{study}.toml").read_text()
     ((trainings, epochs),) = re.findall(r"# Whole cost.*: (\d+) trainings, ([\d,]+) epochs", text)
