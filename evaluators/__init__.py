@@ -62,8 +62,8 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
     return min(GENERATED_IMAGES, held_out) if scale.data_set.generated else held_out
 
 
-# What a plan says of evaluators before it imports them: who draws images, and of how many others
-# are asked.
+# What a plan needs of evaluators before it imports them: which draw images, and how many images
+# the others judge.
 DRAWING = {name for name in EVALUATORS if name.startswith(("pgd", "tpa", "autoattack"))}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),

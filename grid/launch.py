@@ -376,8 +376,8 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     Tune has them wait for room, and asks for more while few wait. teams_placed: says how many
     teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
     whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row, and
-    without limit where a node went meanwhile (nodes_gone: the ids of the dead ones, and of those
-    that leave where asked for); to get any further makes good
+    without limit where a node went meanwhile (nodes_gone: returns the ids of dead nodes, with True
+    also of those that are about to leave); to get any further makes good
     its earlier failures. configs, by digest and in the plan's order: what Tune hands to each trial.
     """
 

@@ -36,7 +36,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 PROBE = "probe/pgd-10"
 PROBE_STEPS = 10
 FINITE_MARGIN = 1.0001  # in MART's logarithm, as in its authors' code
-STEPS_BETWEEN = 10  # two questions of a long epoch's team whether to save: each waits for the GPU
+STEPS_BETWEEN = 10  # in long epochs, before workers ask each other again whether to save
 PATIENCE_SHARE = 0.1  # of the epochs at chance: a collapse
 LEAST_PATIENCE = 3
 
