@@ -377,8 +377,8 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     teams have their workers, which are not Tune's: only one team at a time waits for them. A trial
     whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row, and
     without limit where a node went meanwhile (nodes_gone: returns the ids of dead nodes, with True
-    also of those that are about to leave); to get any further makes good
-    its earlier failures. configs, by digest and in the plan's order: what Tune hands to each trial.
+    also of those that are about to leave); to get any further makes good its earlier failures.
+    configs, by digest and in the plan's order: what Tune hands to each trial.
     """
 
     def __init__(
