@@ -1,7 +1,4 @@
-"""The installed command: `robustness-grid COMMAND [options]`; each command reads its own options.
-
-It imports what a command needs once it knows which one, so that its help is quick.
-"""
+"""The installed command: `robustness-grid COMMAND [options]`; each reads its own options."""
 
 from __future__ import annotations
 
@@ -9,6 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from evaluators.__main__ import main as evaluate
+from grid.options import UiOptions
+from grid.run import ENVIRONMENT, leave
+from grid.run import main as run
+from trainables.options import stop_on_signals
+from trainables.recipe import unknown
+from trainables.store.results import DATABASE, PROJECT, database_uri, settle, version_of
 
 COMMANDS = {
     "evaluate": "judge one model: clean accuracy, attacks, shifts",
@@ -26,15 +31,10 @@ def main() -> None:
     """Run the command that the first word names, and end the process with its status."""
     command, *words = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
-        from grid.run import leave
-        from trainables.options import stop_on_signals
-
         stop_on_signals()
         leave(dispatch(command, words))
     parser = _parser()
     if not command.startswith("-"):
-        from trainables.recipe import unknown
-
         parser.error(unknown("command", command, COMMANDS))
     parser.parse_args([command, *words])
 
@@ -43,22 +43,14 @@ def dispatch(command: str, words: Sequence[str]) -> int:
     """Run a command with its options; return its exit status. SystemExit on wrong options."""
     prog = f"robustness-grid {command}"
     if command == "evaluate":
-        from evaluators.__main__ import main as evaluate
-
         return evaluate(words, prog)
     if command == "ui":
         return _show_results(words, prog)
-    from grid.run import main as run
-
     return run(words if command == "run" else [f"--{command}", *words], prog)
 
 
 def _show_results(words: Sequence[str], prog: str) -> int:
     """Become MLflow's server on the results' database; return only where there is none to start."""
-    from grid.options import UiOptions
-    from grid.run import ENVIRONMENT
-    from trainables.store.results import DATABASE, database_uri, settle
-
     options = UiOptions.read(words, prog)
     if options.mlflow and options.mlflow.startswith("http"):
         print(f"MLflow's pages are at {options.mlflow}")
@@ -79,8 +71,6 @@ def _show_results(words: Sequence[str], prog: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from trainables.store.results import PROJECT, version_of
-
     lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog=PROJECT,

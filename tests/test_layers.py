@@ -19,6 +19,7 @@ MAY_IMPORT = {
         "grid/cluster.py",
         "grid/launch.py",
         "grid/assess.py",
+        "trainables/distributed.py",
         "trainables/trial.py",
         "trainables/ray_internals.py",
     },

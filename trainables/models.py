@@ -160,7 +160,7 @@ def model_named(name: str, **arguments: Any) -> Model:
         return Model(name, "-", build, largest, TIMM, "timm")
     if not USER_CODE.fullmatch(name):
         raise ValueError(f"unknown model {name!r}; one of {', '.join((*MODELS, *FORMS))}")
-    build = _network("from_user_code", name, room="pretrained", **arguments)
+    build = _network("from_user_code", name, room="user_code", **arguments)
     return Model(name, "-", build, largest, OWN, "timm")
 
 

@@ -12,7 +12,6 @@ from ray.util import placement_group_table
 
 from trainables.ray_internals import lacked_room, node_leaves, release_orphans
 from trainables.store.retries import OWN_FAULTS, NodeLeavesError
-from trainables.store.storage import below
 from trainables.watchdog import counting_steps
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 # Where the controller of a trial runs: on the node of the driver, which is not a spot instance.
 # It takes none of what workers need, so that no trial can wait for another's workers.
 CONTROLLER = {"node:__internal_head__": 0.001}
-TRAIN_FOLDER = "train"
 # A team waits for its workers, and again without limit: spot nodes may be away for hours. Every
 # hour it begins anew, which gives back what dead teams hold.
 START_SECONDS, ANEW_SECONDS = 300, 3600
@@ -94,10 +92,12 @@ def train_together(config: dict[str, Any]) -> None:
     trial = trial_config(config)
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    from trainables.distributed import train_team
+
     while True:
         release_orphans()
         try:
-            _train(trial)
+            train_team(trial, starts=ANEW_SECONDS // START_SECONDS)
             return
         except Exception as error:
             workers = getattr(error, "worker_failures", {}).values()
@@ -116,52 +116,3 @@ def teams_placed() -> int:
     groups = placement_group_table().values()
     held = [group["bundles"].values() for group in groups if group["state"] == "CREATED"]
     return sum(any("CPU" in bundle for bundle in bundles) for bundles in held)
-
-
-def _train(trial: dict[str, Any]) -> None:
-    """Train with a team until the trial is over; ControllerError where the team cannot start."""
-    from ray import train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    gpus = {"GPU": trial["gpus"]} if trial["gpus"] else {}
-    TorchTrainer(
-        _work,
-        train_loop_config=trial,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=trial["workers"],
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": trial["threads"]} | gpus,
-            placement_strategy="PACK",
-        ),
-        run_config=train.RunConfig(
-            name=trial["digest"],
-            storage_path=below(trial["storage"], TRAIN_FOLDER),
-            callbacks=[TuneReportCallback()],
-            failure_config=train.FailureConfig(
-                controller_failure_limit=ANEW_SECONDS // START_SECONDS
-            ),
-        ),
-    ).fit()
-
-
-def _work(trial: dict[str, Any]) -> None:
-    """Train as one worker of the team; every worker reports, Tune takes the first one's report."""
-    from ray import train
-    from ray.train.torch import get_device
-
-    from trainables.running import next_result, open_trial
-    from trainables.train.team import Team
-
-    context = train.get_context()
-    team = Team(context.get_world_rank(), context.get_world_size())
-    device = get_device() if trial["gpus"] else "cpu"
-    running = open_trial(trial | {"device": str(device)}, team, node_leaves)
-    over = False
-    while not over:
-        with counting_steps(trial["hung_after"]):
-            result = next_result(running)
-        # Tune must not take the trial for over while its workers are being put away.
-        over = result.pop("done")
-        train.report(result)

@@ -1,0 +1,53 @@
+"""A trial's team: Ray Train starts the workers, and each trains as one process alone would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from trainables.ray_internals import node_leaves
+from trainables.store.storage import below
+from trainables.train.team import Team
+from trainables.watchdog import counting_steps
+
+
+def train_team(trial: dict[str, Any], *, starts: int) -> None:
+    """Train until the trial is over; ControllerError where its team cannot start so many times."""
+    gpus = {"GPU": trial["gpus"]} if trial["gpus"] else {}
+    TorchTrainer(
+        _work,
+        train_loop_config=trial,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=trial["workers"],
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": trial["threads"]} | gpus,
+            placement_strategy="PACK",
+        ),
+        run_config=train.RunConfig(
+            name=trial["digest"],
+            storage_path=below(trial["storage"], "train"),
+            callbacks=[TuneReportCallback()],
+            failure_config=train.FailureConfig(controller_failure_limit=starts),
+        ),
+    ).fit()
+
+
+def _work(trial: dict[str, Any]) -> None:
+    """Train as one worker of the team; every worker reports, Tune takes the first one's report."""
+    from trainables.running import next_result, open_trial  # timm, which the head need not have
+
+    context = train.get_context()
+    team = Team(context.get_world_rank(), context.get_world_size())
+    device = get_device() if trial["gpus"] else "cpu"
+    running = open_trial(trial | {"device": str(device)}, team, node_leaves)
+    over = False
+    while not over:
+        with counting_steps(trial["hung_after"]):
+            result = next_result(running)
+        # Tune must not take the trial for over while its workers are being put away.
+        over = result.pop("done")
+        train.report(result)
