@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 from evaluators.intervals import compare
+from evaluators.proportions import of_gained_and_lost
 from grid.power import ALPHA, Noise, images_for, power_of
 
 DIFFERENCES = (0.05, 0.10)
@@ -68,6 +69,12 @@ def share_told(
     alpha: float,
 ) -> float:
     """Return the share of drawn studies whose interval at level alpha lies above 0."""
+    if trainings == 1:
+        halves = (noise.discordance + difference) / 2, (noise.discordance - difference) / 2
+        drawn = rng.multinomial(images, (*halves, 1 - noise.discordance), size=studies)
+        counts, times = np.unique(drawn, axis=0, return_counts=True)
+        leads = [of_gained_and_lost(*c, images, confidence=1 - alpha)[0] > 0 for c in counts[:, :2]]
+        return float(np.average(leads, weights=times))
     told = 0
     for _ in range(studies):
         paired = compare(*drawn_study(rng, difference, images, trainings, noise))

@@ -19,9 +19,9 @@ from scipy.stats import binomtest
 
 from evaluators import ERRORS
 from evaluators.ledger import CONFIDENCE, OF_SLICE, SPARED, Score, by_question
+from evaluators.proportions import Interval, clopper_pearson, of_gained_and_lost
 from trainables.data.registry import KINDS
 
-Interval = tuple[float, float]
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
 
 
@@ -324,7 +324,7 @@ def of_mean(
     allow may lie at either end. Source: Student (1908).
     """
     if np.ptp(values_N) < ROUNDING:
-        common, unseen = float(values_N[0]), _clopper_pearson(0, len(values_N), confidence)[1]
+        common, unseen = float(values_N[0]), clopper_pearson(0, len(values_N), confidence)[1]
         return common - unseen * (common - least), common + unseen * (most - common)
     error = float(values_N.std(ddof=1)) / math.sqrt(len(values_N))
     value, reach = float(values_N.mean()), error * stdtrit(len(values_N) - 1, (1 + confidence) / 2)
@@ -335,35 +335,6 @@ def mean_score(name: str, values_N: np.ndarray, *, most: float) -> Score:
     """Return the mean over images of values from 0 to `most`, with Student's interval."""
     low, high = of_mean(values_N, least=0, most=most)
     return Score(name, float(values_N.mean()), low, high, len(values_N))
-
-
-def of_gained_and_lost(
-    gained: float, lost: float, n: float, *, confidence: float = CONFIDENCE
-) -> Interval:
-    """Return the interval of a difference of paired answers, each right or wrong, to n images.
-
-    MOVER (Zou and Donner 2008) out of Clopper and Pearson's intervals of the images gained and
-    lost, two counts of a multinomial. Newcombe's method 10 (1998) is alike, out of Wilson's.
-    """
-    gain, loss = gained / n, lost / n
-    correlation = -math.sqrt(gain * loss / ((1 - gain) * (1 - loss))) if gain * loss else 0.0
-    least_gain, most_gain = _clopper_pearson(gained, n, confidence)
-    least_loss, most_loss = _clopper_pearson(lost, n, confidence)
-
-    def reach(a: float, b: float) -> float:
-        return math.sqrt(a * a + b * b - 2 * correlation * a * b)
-
-    return (
-        gain - loss - reach(gain - least_gain, most_loss - loss),
-        gain - loss + reach(most_gain - gain, loss - least_loss),
-    )
-
-
-def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
-    """Return the exact interval of a share; over seeds the count is a mean, not a whole number."""
-    tail = (1 - confidence) / 2
-    low = float(betaincinv(count, n - count + 1, tail)) if count > 0 else 0.0
-    return low, float(betaincinv(count + 1, n - count, 1 - tail)) if count < n else 1.0
 
 
 def with_trainings(value: float, over_images: Interval, reach: float) -> Interval:

@@ -13,7 +13,8 @@ from statistics import NormalDist
 import numpy as np
 from scipy.special import chdtri, ndtr, stdtrit  # scipy.stats takes a second to import
 
-from grid.table import Claim
+from evaluators.proportions import of_gained_and_lost
+from grid.table import LEADS, Claim
 
 POWER = 0.8  # of the difference that is said to be detectable
 ALPHA = 0.05  # of all claims of a study together
@@ -54,19 +55,39 @@ class Noise:
 def power_of(
     difference: float, images: int, trainings: Sequence[int], noise: Noise, alpha: float
 ) -> float:
-    """Return the chance that a paired test tells a difference from 0.
+    """Return the chance that a paired test tells a difference from 0, on its side.
 
-    For answers that are right or wrong it is the power of McNemar's test: Connor (1987). trainings:
-    of each side that is trained more than once, how many; the interval then takes in Welch's over
-    trainings, and the chance is the mean over their sample variances. alpha: of two sides.
+    The test is the interval that decides a claim: MOVER's where answers are right or wrong, whose
+    width varies with the discordant ones, else Student's. trainings: of each side that is trained
+    more than once, how many; the interval then takes in Welch's over trainings, and the chance is
+    the mean over their sample variances. alpha: of two sides.
     """
-    least = difference if noise.binary else difference**2  # of models that differ so
-    square = max(noise.discordance, least)
+    # Trainings that vary by their accuracy alone disagree on so many images; means vary less.
+    alike = sum(1 - 1 / count for count in trainings) * noise.spread / math.sqrt(math.pi)
+    square = noise.discordance - alike if noise.binary else noise.discordance
+    square = max(square, difference if noise.binary else difference**2)  # of models that differ so
+    of_one = max(square - difference**2, STEP**2)
+    # The width that is drawn varies, too: by `drawn` over the images, and as the difference does.
+    if noise.binary:
+        width, drawn = _width_over_images(square, images, alpha), (1 - square) / square
+    else:
+        width, drawn = -stdtrit(max(images - 1, 1), alpha / 2) * math.sqrt(of_one / images), 2.0
     variance, reach = _over_trainings(tuple(trainings), noise.spread, alpha)
-    told_from = np.hypot(_normal_quantile(alpha) * math.sqrt(square / images), reach)
-    deviation = math.sqrt(max(square - difference**2 + images * variance, STEP**2) / images)
-    away = ndtr((np.array([[difference], [-difference]]) - told_from) / deviation)
-    return float(np.mean(away.sum(axis=0)))
+    told_from = np.hypot(width, reach)
+    slope = width**2 / (2 * told_from)
+    shared = 2 * difference * noise.binary
+    deviation = np.sqrt((of_one + drawn * slope * (slope - shared)) / images + variance)
+    return float(np.mean(ndtr((difference - told_from) / deviation)))
+
+
+def _width_over_images(square: float, images: int, alpha: float) -> float:
+    """Return how far the interval reaches below a difference that it just tells from 0."""
+    width = _normal_quantile(alpha) * math.sqrt(square / images)
+    for _ in range(2):
+        least = min(width, square)
+        halves = (square + least) / 2 * images, (square - least) / 2 * images
+        width = least - of_gained_and_lost(*halves, images, confidence=1 - alpha)[0]
+    return width
 
 
 def images_for(
@@ -192,9 +213,11 @@ class Goal:
         if claim.test == "none survive":
             return self._of_floor(claim, trainings, noise, available)
         sides, several = tuple(trainings), sum(count > 1 for count in trainings)
+        # A lead is told from none, or from the difference, each time on one side.
+        alpha = min(1.0, self.alpha * (2 if claim.test in LEADS else 1))
         # Level models have to be told from both ends.
         power = (1 + self.power) / 2 if claim.test == "level" else self.power
-        rest = (noise, self.alpha, power)
+        rest = (noise, alpha, power)
         needed, more, images = images_for(self.difference, sides, *rest), None, available
         if needed and needed <= available:
             images = available if every else needed

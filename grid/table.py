@@ -23,6 +23,7 @@ from trainables.recipe import Frozen, Recipe, check_known
 SCALE = "imagenet"  # of every base: a study states the values of full-size images
 ALONE = ("none survive", "collapses")  # tests of one row
 Test = Literal["ahead", "behind", "level", "no gain", "none survive", "collapses"]
+LEADS: tuple[Test, ...] = ("ahead", "behind")
 Figure = tuple[float, str]  # a published figure in percent, and its source
 
 

@@ -55,10 +55,12 @@ def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(
         "autoattack-bounded": gelu.images,
         "pgd": no_gain.images,
     }
-    # At 0.05 / 7: (2.690 * 0.5 + 0.842 * sqrt(0.25 - 0.01))^2 / 0.1^2 = 308.8.
-    assert no_gain.images == no_gain.needed == gelu.images == 309
+    # At 0.05 / 7; Connor's formula has 308.8: (2.690 * 0.5 + 0.842 * sqrt(0.25 - 0.01))^2 / 0.1^2.
+    assert no_gain.images == no_gain.needed == 315
+    # A lead is tested on one side: 2.450 in place of 2.690, 268.3.
+    assert gelu.images == 275
     # Level from both ends: 1.282 in place of 0.842, 389.2.
-    assert level.images == 390
+    assert level.images == 392
     # None of 138 survive: 2.690^2 * 0.95 / 0.05 = 137.5.
     assert images_of(plan, "T1", "DeiT-S") == {"autoattack-bounded": 138}
     assert images_of(plan, "T2", "DeiT-S without curriculum") == {}
@@ -118,8 +120,8 @@ def test_a_plan_is_printed_with_every_claims_design_and_remembers_nothing(tmp_pa
     (heading,) = [line for line in lines if line.startswith("To tell 20 points with power 0.9")]
     assert "each of 5 claims at level 0.01 " in heading
     (line,) = [line for line in lines if ": AdamW does not help" in line]
-    # (2.576 * 0.5 + 1.282 * sqrt(0.25 - 0.04))^2 / 0.2^2 = 87.9.
-    assert "88 images tell 20.0 points, needs 88 in this one training" in line
+    # Connor's formula has 87.9: (2.576 * 0.5 + 1.282 * sqrt(0.25 - 0.04))^2 / 0.2^2.
+    assert "82 images tell 20.0 points, needs 82 in this one training" in line
     assert not results.exists()
 
 
@@ -156,7 +158,7 @@ def test_claims_that_need_more_images_than_there_are_say_what_these_tell(tmp_pat
     assert main([*words, "--detect", "5points"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if "A smaller transformer leads a smaller CNN" in line]
-    # Of four claims, at 0.0125: (2.498 * 0.5 + 0.842 * sqrt(0.25 - 0.0025))^2 / 0.05^2 = 1112.4.
-    assert "needs 1113 in this one training" in line
+    # Four claims, each on one side at 0.0125: Connor's formula has 947, with 2.241 and 0.842.
+    assert "needs 971 in this one training" in line
     assert line.strip().startswith("597 images tell ")
     assert float(line.split("tell ")[1].split()[0]) > 5

@@ -14,7 +14,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from evaluators.base import Batch, verdicts
 from evaluators.corruptions import Corruptions
-from evaluators.intervals import compare, image_scores, of_gained_and_lost, of_mean, with_trainings
+from evaluators.intervals import compare, image_scores, of_mean, with_trainings
+from evaluators.proportions import of_gained_and_lost
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES
 from trainables.scale import DIGITS
 

@@ -15,7 +15,7 @@ from grid.power import MARGIN, POWER
 from grid.report.tables import FilledTable, saturation
 from grid.report.verdicts import Verdicts
 from grid.study import Study
-from grid.table import Claim, Row, Test, trainings_compared
+from grid.table import LEADS, Claim, Row, Test, trainings_compared
 from trainables.store.tracking import STOPPED
 
 Decision = Literal[
@@ -27,7 +27,6 @@ Decision = Literal[
     "not judged yet",
 ]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
-LEADS: tuple[Test, ...] = ("ahead", "behind")
 OPEN: Decision = "too little data to say"
 REVERSED = ("behind", "no gain", "none survive")  # tests that favour the other side of the row's
 SUPPORTS: Mapping[Test, tuple[float, float]] = {
@@ -46,10 +45,10 @@ class Judgement:
     `paired` and `published`, which is in points, are the side that the claim favours minus the
     other, so that more supports the claim, whatever the column measures; "none survive" favours 0
     over the row. `single` is the decision by the claim's own 95 % interval, whose p is `p`;
-    `decision` is by `corrected`, the p after Holm's correction. `trainings` says over how many the
-    interval is. `outcome`: how the trainings ended where no difference is known, or why it is
-    saturated. `row_sign`: 1 where more says that the claim's row is the better
-    model, -1 where the worse; of a headline the row is the study's subject. `least`: the difference
+    `decision` is by `corrected`, the p corrected for the number of claims. `trainings` says over
+    how many the interval is. `outcome`: how the trainings ended where no difference is known, or
+    why it is saturated. `row_sign`: 1 where more says that the claim's row is the better model, -1
+    where the worse; of a headline the row is the study's subject. `least`: the difference
     that the run is to tell, 0 where none is stated: models that are nearer than that, or than five
     points, are level, and a lead that is surely below it is none. `detectable`: the difference that
     the judged images and trainings tell with power 0.8 beside the study's other claims.
@@ -127,7 +126,7 @@ def judge_claims(
 
 
 def corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """Return judgements decided at a family-wise error of 5 %, by Holm's correction (1979).
+    """Return judgements decided at a family-wise error of 5 %, corrected as by Holm (1979).
 
     The family is every claim that a difference may decide, judged already or not. A lead that
     counts from `least` on has two null hypotheses, none and so much, of which one at most is true:
