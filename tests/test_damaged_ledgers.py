@@ -9,9 +9,11 @@ from urllib.request import url2pathname
 
 import pytest
 
+from evaluators.ledger import from_parquet, scores_of, to_parquet
 from grid.plan import build_plan
 from grid.record import Recorder
 from grid.report.build import write_report
+from grid.report.verdicts import Verdicts
 from grid.status import ProgressLine, open_tracker
 from grid.study import load_study
 from tests.made_up import MadeUpPool, record
@@ -75,6 +77,27 @@ def test_a_damaged_ledger_is_named_by_the_report_and_judged_by_the_next_run(
     write_report(tracker, study, plan, DIGITS, tmp_path)
     assert STATE not in (tmp_path / "tables.md").read_text()
     assert run_again(tracker, study, plan) == 0
+
+
+def test_a_cell_that_is_judged_again_beside_a_report_is_not_forgotten(recorded, monkeypatch):
+    results, tracker, _, plan = recorded
+    digest = plan.trials[2].digest
+    reader = open_tracker(results, None, DIGITS)
+    verdicts = Verdicts(reader, reader.trials())
+    content, download = tracker.ledger(verdicts.runs[digest], "clean"), reader.artifact
+    again = to_parquet(from_parquet(content)[0], seconds=7.0, scores=scores_of(content))
+
+    def judged_meanwhile(*arguments):
+        monkeypatch.setattr(reader, "artifact", download)
+        run = tracker.trials()[digest]
+        cell = {"cell": run.cells["clean"], "identity": "{}", "ledger": again, "metrics": {}}
+        tracker.record_cell(run, evaluator="clean", seconds=7.0, **cell)
+        return download(*arguments)
+
+    monkeypatch.setattr(reader, "artifact", judged_meanwhile)
+    assert verdicts.ledger(digest, "clean").equals(from_parquet(content)[0])
+    for run in (tracker.trials()[digest], verdicts.runs[digest]):
+        assert (run.failed_cells, run.seconds["clean"]) == ({}, 7.0)
 
 
 def test_swapped_and_missing_ledgers_are_judged_again(recorded, tmp_path):

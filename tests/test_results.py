@@ -28,6 +28,7 @@ from trainables.running import next_result, open_trial
 from trainables.scale import CIFAR10, DIGITS
 from trainables.store.results import (
     LOCK,
+    SCHEMA_TAG,
     database_uri,
     is_in_use,
     joined,
@@ -35,7 +36,7 @@ from trainables.store.results import (
     settle,
     sole_run,
 )
-from trainables.store.tracking import SCHEMA_TAG, TrialRun
+from trainables.store.tracking import TrialRun
 
 STRANGE = "of=a & b#c é"
 

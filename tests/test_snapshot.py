@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from grid.run import main
 from tests.driver import ROOT, ended, start, study_of_one, trials, wait_until
 from tests.servers import s3_bucket
-from trainables.store.snapshot import snapshot
+from trainables.store.results import SCHEMA_TAG
+from trainables.store.snapshot import pull, snapshot
 from trainables.store.storage import below, read_file, write_file
 from trainables.store.tracking import SCHEMA
 
@@ -102,6 +103,24 @@ def test_a_study_on_object_storage_is_brought_home_and_continued(bucket, tmp_pat
     with pytest.raises(SystemExit, match="2"):
         main(pulling)
     assert f"{home} holds results already" in capsys.readouterr().err
+
+
+def test_a_study_that_was_moved_to_another_bucket_comes_home(bucket, tmp_path):
+    database, home = tmp_path / "mlflow.db", tmp_path / "home"
+    client = MlflowClient(f"sqlite:///{database}")
+    place = "s3://elsewhere/artifacts/study/artifacts"
+    ours = client.create_experiment("ours", f"{place}/1", tags={SCHEMA_TAG: str(SCHEMA)})
+    run = client.create_run(ours).info.run_id
+    other = client.create_experiment("another's", "s3://elsewhere/other/artifacts/2")
+    bucket = bucket.replace("s3://grid", "s3://grid/moved/")
+    snapshot(database, bucket)
+    write_file(below(bucket, "artifacts", "1", run, "artifacts", "a.txt"), b"a")
+    pull(bucket, home)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    here = (home / "artifacts" / "1").as_uri()
+    assert client.get_run(run).info.artifact_uri == f"{here}/{run}/artifacts"
+    assert (home / "artifacts" / "1" / run / "artifacts" / "a.txt").read_bytes() == b"a"
+    assert client.get_experiment(other).artifact_location == "s3://elsewhere/other/artifacts/2"
 
 
 def test_a_place_without_a_study_is_refused(tmp_path, capsys):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ CACHED_LEDGERS = 256
 MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
 MODELS = 4  # whose images the gallery shows
 MIDDLE = 128  # grey
+T = TypeVar("T")
 SMALL_CHANGE = 32  # of 255: a change of an image that is shown magnified
 
 
@@ -78,12 +79,9 @@ class Verdicts:
         """
         for run in (self.runs[t.digest] for t in trials if t.digest in self.runs):
             for evaluator in list(run.cells):
-                try:
-                    scores = scores_as_metrics(scores_of(self.tracker.ledger(run, evaluator)))
-                except ValueError:
-                    self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
-                else:
-                    run.metrics |= scores if evaluator in EVALUATORS else {}  # not along the way
+                scores = self._read(run, evaluator, scores_of)
+                if scores is not None and evaluator in EVALUATORS:  # not along the way
+                    run.metrics |= scores_as_metrics(scores)
 
     def is_judged(self, digest: str, evaluator: str) -> bool:
         """Say whether a cell has a ledger."""
@@ -93,12 +91,20 @@ class Verdicts:
         """Return a cell's ledger; None where it is not judged."""
         if not self.is_judged(digest, evaluator):
             return None
-        run = self.runs[digest]
-        try:
-            return from_parquet(self.tracker.ledger(run, evaluator))[0]
-        except ValueError:
-            self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
-            return None
+        read = self._read(self.runs[digest], evaluator, from_parquet)
+        return read and read[0]
+
+    def _read(self, run: TrialRun, evaluator: str, read: Callable[[bytes], T]) -> T | None:
+        """Return what a cell's ledger holds; None, and the cell is forgotten, where it is damaged.
+
+        A ledger that another command has written meanwhile is read in its place.
+        """
+        while evaluator in run.cells:
+            try:
+                return read(self.tracker.ledger(run, evaluator))
+            except ValueError:
+                self.tracker.forget_cell(run, evaluator, DAMAGED_LEDGER)
+        return None
 
     def difference(self, rows: Sequence[Row], column: Column) -> Paired | None:
         """Return a row minus a second in a column, or minus 0; None where one is not judged."""

@@ -9,7 +9,7 @@ import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +24,7 @@ DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
 DESIGNED = "design.json"  # images by cell, of every design that was run
 PROJECT = "robustness-grid"
+SCHEMA_TAG = f"{PROJECT}.schema"  # of its experiments
 LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "pyautoattack")
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("evaluators", "grid", "trainables")
@@ -34,7 +35,7 @@ ADDRESSES = {
     "runs": "artifact_uri",
     "logged_models": "artifact_location",
 }
-OWN_ROOT = re.compile(rf"file:.*/{ARTIFACTS}(?=/|$)")
+ROOT_OF_ARTIFACTS = rf".*/{ARTIFACTS}(?=/|$)"
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def sole_run(results: Path) -> Iterator[None]:
                 f"another run is using {results}; wait for it, or give --results another folder"
             )
         check_database(results)
-        _reroot(results)
+        reroot(results / DATABASE, results, "file:")
         yield
 
 
@@ -117,26 +118,24 @@ def settle(results: Path) -> None:
             pass
 
 
-def _reroot(results: Path) -> None:
-    """Point MLflow's database at the artifacts where the folder is now.
+def reroot(database: Path, results: Path, scheme: str = "") -> None:
+    """Let a database's addresses of artifacts, where they begin with `scheme`, name `results`'.
 
-    It stores absolute addresses; so a folder that was moved or copied would be read, and written,
-    at its old place. To change them once, here, serves this project, `mlflow ui` and
-    `mlflow.pyfunc.load_model` alike.
+    MLflow stores absolute addresses; so a study that was moved, copied or brought from a bucket
+    would be read, and written, at its old place. To change them once, here, serves this project,
+    `mlflow ui` and `mlflow.pyfunc.load_model` alike.
     """
-    database = results / DATABASE
-    if database.exists():
-        with closing(_connected(database)) as opened:
-            places = opened.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        roots = {match[0] for (place,) in places if (match := OWN_ROOT.match(place))}
-        reroot(database, sorted(roots), results)
-
-
-def reroot(database: Path, roots: Iterable[str], results: Path) -> None:
-    """Let a database's addresses below other roots name the artifacts of a results folder."""
+    if not database.exists():
+        return
     new = (results.resolve() / ARTIFACTS).as_uri()
     with closing(_connected(database)) as opened, opened:
-        for old in (root for root in roots if root != new):
+        places = opened.execute(
+            "SELECT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id) "
+            "WHERE key = ?",
+            (SCHEMA_TAG,),
+        ).fetchall()
+        matches = (re.match(scheme + ROOT_OF_ARTIFACTS, place) for (place,) in places)
+        for old in {match[0] for match in matches if match} - {new}:
             for table, column in ADDRESSES.items():
                 opened.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608

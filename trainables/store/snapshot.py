@@ -87,7 +87,7 @@ def pull(place: str, results: Path) -> None:
         aside = results / f"{ASIDE}{DATABASE}.pulled"
         try:
             write_atomically(aside, content)
-            reroot(aside, [f"{place.partition('?')[0].rstrip('/')}/{ARTIFACTS}"], results)
+            reroot(aside, results)
             aside.replace(results / DATABASE)
         except sqlite3.Error as error:
             raise ValueError(f"{below(place, DATABASE)} is damaged: {error}") from None

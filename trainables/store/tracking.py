@@ -38,7 +38,14 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from trainables.store.results import DATABASE, PROJECT, database_uri, provenance, version_of
+from trainables.store.results import (
+    DATABASE,
+    PROJECT,
+    SCHEMA_TAG,
+    database_uri,
+    provenance,
+    version_of,
+)
 from trainables.store.retries import patiently
 from trainables.store.storage import ASIDE, RECIPE, WEIGHTS, DamagedError
 
@@ -55,7 +62,6 @@ TRAINED_TAG = "trained"
 # Why a cell's answer, whose scores may be there yet, counts no more.
 DAMAGED_LEDGER = "damaged ledger: judged again by the next run"
 OTHER_WEIGHTS = "other weights: judged again by the next run"
-SCHEMA_TAG = f"{PROJECT}.schema"
 SCHEMA = 5  # of runs, tags and artifacts as written here
 PAGE = 250  # runs read at once, which bounds the memory they take
 LONGEST_TAG = 5000
@@ -442,7 +448,15 @@ class Tracker:
         run.failed_cells[evaluator] = reason
 
     def forget_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
-        """Note that a cell's answer is lost, and why; the next run judges it again."""
+        """Note that a cell's answer is lost, and why; the next run judges it again.
+
+        One that another command has stored meanwhile takes its place instead.
+        """
+        stored = _trial_run(self._call(self._client.get_run, run.run_id))
+        if stored.ledgers.get(evaluator) != run.ledgers.get(evaluator):
+            run.cells, run.ledgers, run.seconds = stored.cells, stored.ledgers, stored.seconds
+            run.failed_cells, run.judged = stored.failed_cells, stored.judged
+            return
         self._tag(run, {FAILED_TAG + evaluator: reason, CELL_TAG + evaluator: ""})
         run.failed_cells[evaluator] = reason
         run.cells.pop(evaluator, None)
