@@ -24,6 +24,7 @@ from trainables.data.load import load_data
 from trainables.options import as_typed
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
+from trainables.store.retries import patiently
 from trainables.store.storage import WEIGHTS, read_file, weights_path
 from trainables.store.tracking import OTHER_WEIGHTS, STOPPED, Tracker, TrialRun
 
@@ -173,7 +174,7 @@ class Recorder(threading.Thread):
             if self._missing(digest):
                 copies.append(self.tracker.artifact(run.artifact_uri, WEIGHTS))
             if digest in needed:
-                copies.append(read_file(weights_path(storage, digest)))
+                copies.append(self._read(weights_path(storage, digest)))
             if any(hashlib.sha256(c or b"").hexdigest() != run.weights_sha256 for c in copies):
                 self._line.say(
                     f"the weights of trial {digest} are damaged or missing: they are made again"
@@ -289,11 +290,14 @@ class Recorder(threading.Thread):
         self.progress.running[digest] = f"{trial.name} {epoch}{shown}"
         for epoch, path in result.get("checkpoints", {}).items():
             # Judged while the trial trains on.
-            if epoch not in run.checkpoints and (content := read_file(path)):
+            if epoch not in run.checkpoints and (content := self._read(path)):
                 self.tracker.log_checkpoint(run, epoch, content, **self._sizes(run))
                 self._submit_missing_cells(run, epoch)
         if result["outcome"] != "training":
             self._on_done(run, result)
+
+    def _read(self, place: str) -> bytes | None:
+        return patiently(lambda: read_file(place), say=self._line.say, stop=self._abandon)
 
     def _sizes(self, run: TrialRun) -> dict[str, int]:
         """Return what MLflow notes of a model's input and output."""
@@ -308,7 +312,7 @@ class Recorder(threading.Thread):
         outcome, reason = result["outcome"], result["reason"]
         if outcome == "finished":
             before = run.weights_sha256
-            content = read_file(result["weights"])
+            content = self._read(result["weights"])
             assert content is not None, f"{result['weights']} is gone"
             self.tracker.store_weights(run, content, result["sha256"], **self._sizes(run))
             if before not in ("", result["sha256"]):

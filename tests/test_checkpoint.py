@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import uuid
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.driver import ROOT
 from tests.servers import s3_bucket
 from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
@@ -22,6 +25,7 @@ from trainables.store.checkpoint import (
     save_weights,
     stored_weights,
 )
+from trainables.store.retries import OWN_FAULTS
 from trainables.store.storage import Folder, below, write_atomically
 from trainables.weights import load_weights
 
@@ -51,6 +55,24 @@ def test_names_go_before_a_uris_query():
 def test_storage_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="storage 'ftps://there' cannot be used"):
         Folder("ftps://there")
+
+
+@pytest.mark.slow
+def test_a_bucket_whose_region_nobody_can_say_now_is_tried_again_and_not_refused():
+    code = (
+        "from trainables.store.storage import Folder\n"
+        "try: Folder('s3://bucket/place')\n"
+        "except ConnectionError as error: print(error)"
+    )
+    alone = ["unshare", "--map-root-user", "--net", sys.executable, "-c", code]
+    environment = os.environ | {"AWS_EC2_METADATA_DISABLED": "true"}
+    said = subprocess.run(
+        alone, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if "unshare failed" in said.stderr:
+        pytest.skip("needs leave to make network namespaces")
+    assert said.stdout.startswith("storage 's3://bucket/place' does not answer"), said.stderr
+    assert not issubclass(ConnectionError, OWN_FAULTS)
 
 
 def test_the_newest_checkpoint_is_loaded_and_two_are_stored(where):

@@ -271,6 +271,7 @@ def answering(*answers):
         ),
         (MlflowException("(sqlite3.OperationalError) database is locked"), "MLflow is away"),
         (MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed"), "MLflow is away"),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), "the storage is away"),
         (requests.HTTPError("503 Server Error: Service Unavailable"), "MLflow is away"),
     ],
 )

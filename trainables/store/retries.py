@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import requests
 
+from trainables.store.storage import STORE_AWAY
+
 MAX_FAILURES = 3  # in a row, without getting any further
 FIRST_WAIT_SECONDS = 2.0
 FACTOR = 4.0
@@ -71,5 +73,7 @@ def _passing_cause(error: Exception) -> str:
     for line in str(error).splitlines():  # a database goes on with its query
         if NO_ROOM.search(line):
             return line if line.startswith("no room") else f"no room ({line})"
+    if STORE_AWAY.search(str(error)):
+        return "the storage is away or busy"
     away = isinstance(error, CUT_OFF) or AWAY.search(str(error))
     return "MLflow is away or busy" if away else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,11 @@ from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 WEIGHTS = "weights.safetensors"  # of a finished trial
 RECIPE = "recipe.json"  # beside the weights in MLflow
 ASIDE = "."  # begins the name of a file that is being written
+# Of what pyarrow raises for a store, S3 or Google's, that may answer in a while.
+STORE_AWAY = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|INTERNAL_FAILURE|REQUEST_TIMEOUT|SERVICE_UNAVAILABLE|SLOW_DOWN"
+    r"|THROTTLING)|Status\(UNAVAILABLE"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -78,12 +84,18 @@ def write_file(where: str, content: bytes) -> None:
 
 
 def reached(where: str | Path) -> tuple[FileSystem, str]:
-    """Return the file system of a path or URI, and the path in it."""
+    """Return the file system of a path or URI, and the path in it.
+
+    ValueError where the URI cannot be used; ConnectionError where nobody answers now, which may
+    say which region a bucket is in.
+    """
     if "://" not in str(where):
         return LocalFileSystem(), str(Path(where).absolute())
     try:
         files, path = FileSystem.from_uri(where)
     except (OSError, ValueError) as error:
+        if STORE_AWAY.search(str(error)):
+            raise ConnectionError(f"storage {where!r} does not answer: {error}") from None
         raise ValueError(f"storage {where!r} cannot be used: {error}") from None
     return files, path
 
