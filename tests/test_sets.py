@@ -155,6 +155,14 @@ def test_a_scale_without_a_set_judges_nothing_by_it_and_says_so():
         build_plan(CONTEST, DIGITS, evaluators=["imagenet-v2"])
 
 
+def test_a_cell_that_waits_is_not_said_to_need_its_images():
+    plan = build_plan(CONTEST, IMAGENET)
+    run = TrialRun("id", plan.trials[0].digest, "finished", "", "", 0, 0, "")
+    (filled,) = tables_of(CONTEST, plan, {run.digest: run})
+    place = filled.columns.index("ImageNet-R")
+    assert {row.cells[place].text() for row in filled.rows} == {"not judged yet", "not run yet"}
+
+
 def test_a_set_that_data_lack_is_left_out_and_one_that_is_there_is_judged(tmp_path):
     write_set(tmp_path / "elsewhere", ["0"])
     source = DataSource(root=tmp_path, stored=(("imagenet-v2", tmp_path / "elsewhere"),))
