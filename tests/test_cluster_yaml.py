@@ -51,6 +51,18 @@ def test_a_cluster_file_is_valid_by_rays_schema_and_listens_on_the_loopback(name
     assert "RAY_AUTH_MODE=token" in (ROOT / name).read_text()
 
 
+def test_a_cluster_file_that_names_another_bucket_takes_the_place_of_the_first(tmp_path):
+    (setting,) = [c for c in read("cluster.yaml")["setup_commands"] if "GRID_STORAGE" in c]
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'\n")
+    home = os.environ | {"HOME": str(tmp_path)}
+    for bucket in ("first", "second"):
+        subprocess.run(["bash", "-c", setting.replace("BUCKET", bucket)], check=True, env=home)
+    lines = (tmp_path / ".bashrc").read_text().splitlines()
+    assert lines[0] == "alias ll='ls -l'"
+    assert len(lines) == 5
+    assert "export GRID_RESULTS=~/results GRID_STORAGE=s3://second/study" in lines
+
+
 def test_workers_are_spot_instances_else_the_same_on_demand_and_no_trial_runs_on_the_head():
     kinds = read("cluster.yaml")["available_node_types"]
     spot, other = kinds["gpu-spot"], kinds["gpu-on-demand"]
