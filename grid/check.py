@@ -22,7 +22,7 @@ from grid.estimate import disk_bytes
 from grid.plan import Plan
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, in_threads, size_or_problem
-from trainables.data.layouts import bytes_and_stamp
+from trainables.data.layouts import bytes_and_stamp, image_id
 from trainables.data.listing import (
     ANY_CLASSES,
     GIBIBYTE,
@@ -190,7 +190,7 @@ class _DataCheck:
         digest = hashlib.sha256(f"{self.scale.name} {place}".encode())
         for path in paths:
             size, stamp = bytes_and_stamp(path)
-            self.sizes[f"{place}/{path.relative_to(images.root)}"] = size
+            self.sizes[f"{place}/{image_id(str(path.relative_to(images.root)))}"] = size
             digest.update(stamp)
         key = digest.hexdigest()
         if key not in self.sound:

@@ -21,7 +21,7 @@ from trainables.recipe import unknown
 from trainables.scale import scale_names
 from trainables.watchdog import HUNG_SECONDS
 
-MODES = ("plan", "check", "status", "report", "pull")
+MODES = ("plan", "check", "status", "report", "pull", "pack")
 SIZES = ("minutes", "epochs", "train-images", "eval-images")  # of a quick look
 LOCAL = "local"
 NotNegative = Annotated[float, Field(ge=0)]
@@ -143,6 +143,9 @@ class RunOptions(PlaceOptions, DataOptions):
     pull: Address | None = rare(
         None, "bring a cluster's study from its --storage into the results", "PLACE"
     )
+    pack: Address | None = rare(
+        None, "pack the class folders of --data into shards in a folder, s3:// or gs://", "PLACE"
+    )
     all: bool = rare(False, "with --plan: print every trial as well")
     seconds_per_unit: NotNegative | None = rare(
         None,
@@ -196,6 +199,7 @@ class RunOptions(PlaceOptions, DataOptions):
         for name, mode in (
             *((name, "plan") for name in ("all", "seconds_per_unit", "trials_at_once")),
             *(("dollars_per_gpu_hour", "plan"), ("wait", "check"), ("power", "detect")),
+            ("pack", "data"),
         ):
             if name in self.model_fields_set and not getattr(self, mode):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")

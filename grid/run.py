@@ -76,6 +76,11 @@ def _run(options: RunOptions) -> int:
         pull(options.pull, options.results)
         print(f"{options.results} has the study of {options.pull}: --report, or continue it")
         return 0
+    if options.pack and options.data:
+        from trainables.data.packing import pack  # pyarrow
+
+        print(f"{options.pack} has {pack(options.data.absolute(), options.pack)}: --data reads it")
+        return 0
     if not _only_looks(options):
         options.source().stage()
     study, plan, scale, source = _planned_for(options)

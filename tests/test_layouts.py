@@ -17,6 +17,7 @@ from grid.check import check
 from grid.plan import Plan
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data
+from trainables.data.packing import pack
 from trainables.scale import CIFAR10, IMAGENET
 
 SIDE = 32
@@ -100,8 +101,14 @@ def as_tables(root, *, saved):
         table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
 
 
+def as_packed(root):
+    as_folders(root.with_name("folders"))
+    pack(root.with_name("folders"), str(root), shard_bytes=1)
+
+
 LAYOUTS = {
     "folders": as_folders,
+    "packed folders": as_packed,
     "a folder a split": as_flat,
     "shards": as_shards,
     "shards of folders": lambda root: as_shards(root, folders=True),
@@ -158,7 +165,9 @@ def test_relabelled_images_are_in_the_order_of_their_files(tmp_path, layout, cla
     assert [path.split("/")[-2] for path in train.paths[3:]] == classes.split()
 
 
-@pytest.mark.parametrize("layout", ["folders", "shards of folders", "saved tables"])
+@pytest.mark.parametrize(
+    "layout", ["folders", "packed folders", "shards of folders", "saved tables"]
+)
 def test_a_map_of_classes_relabels_them_and_is_part_of_the_name(tmp_path, layout):
     source = source_of(tmp_path / "data", layout)
     rows = ["dog,n02084071", "cat,n02121620", "emu,n02121620"]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
-from pyarrow.fs import FileSystem
 
 from grid.options import RunOptions
-from tests.servers import s3_bucket
-from trainables.data.listing import DataSource, list_splits
 from trainables.data.staging import stage
 
 CONTENT = {"train/a/1.png": b"one", "train/b/2.png": b"two two", "val/a/3.png": b""}
@@ -69,17 +65,3 @@ def test_the_option_needs_a_folder_to_fill(capsys):
     with pytest.raises(SystemExit):
         RunOptions.read(["--stage-from", "s3://bucket/data"])
     assert "give --data DIR, on a node's own disk" in capsys.readouterr().err
-
-
-def test_images_are_listed_once_they_have_come_from_an_object_store(origin, tmp_path):
-    with s3_bucket() as uri:
-        store, path = FileSystem.from_uri(uri)
-        for name, content in CONTENT.items():
-            store.create_dir(f"{path}/sets/{Path(name).parent}")
-            with store.open_output_stream(f"{path}/sets/{name}") as file:
-                file.write(content)
-        source = DataSource(root=tmp_path / "data", origin=uri.replace("/grid?", "/grid/sets?"))
-        train, held_out = list_splits(source, None)
-    assert train.class_names == ("a", "b")
-    assert (train.paths, held_out.paths) == (("train/a/1.png", "train/b/2.png"), ("val/a/3.png",))
-    assert files_of(tmp_path / "data") == CONTENT

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from io import BytesIO
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 # bytes of a mean row.
 Paths = dict[str, list[str]]
 
+# What takes the place of class folders (packing.py): shards, and a Parquet file with a row for each
+# image: its path, shard, first byte and size; its metadata state the classes and the shards' sizes.
+_SHARDS = "packed-"
+SHARD, INDEX = _SHARDS + "{:06d}.tar", _SHARDS + "index.parquet"
+CLASSES, SHARDS = "classes", "shards"
+
 # Pillow knows more formats, and hands one of them (EPS) to an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -35,6 +42,7 @@ TAR, PARQUET, ARROW = PACKED = ".tar", ".parquet", ".arrow"
 TRAIN, HELD_OUT = "train", ("val", "validation", "valid", "test")  # the first that there is
 _SPLIT = re.compile(rf"({'|'.join((TRAIN, *HELD_OUT))})(?![a-z])")
 _INSIDE = re.compile(rf"(.*(?:{'|'.join(PACKED)}))/.*@(\d+)\+(\d+)", re.DOTALL)
+_PACKED = re.compile(r"((?:.*/)?)packed-\d{6}\.tar/(.*)@\d+\+\d+", re.DOTALL)
 _ASIDE = "cache-"  # Arrow files that `datasets` makes of others
 
 
@@ -45,7 +53,7 @@ def split_places(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """
     names = [name for name in (TRAIN, *HELD_OUT) if (root / name).is_dir()]
     places: dict[str, tuple[Path, ...]] = {name: (root / name,) for name in names}
-    if not any(_folders_in(root / name) for name in names):
+    if not any(_folders_in(root / name) or _is_packed(root / name) for name in names):
         places = _packed_files(root) or places
     held_out = next((places[name] for name in HELD_OUT if name in places), ())
     return places.get(TRAIN, ()), held_out
@@ -55,11 +63,13 @@ def read_part(root: Path, places: Sequence[Path], labels: Path | None = None) ->
     """Return the images of a split, maybe with a file's labels; ValueError says what it lacks."""
     place = places[0]
     if place.is_file():
-        images = _packed_images(root, places)
+        images = _images_of_files(root, places)
+    elif _is_packed(place):
+        images = _indexed(root, place)
     elif labels and not _folders_in(place):
         images = {"": _images_in(root, place)}
-    elif names := _folders_in(place):
-        images = {name: _images_in(root, place / name) for name in names}
+    elif images := images_by_class(root, place):
+        pass
     else:
         expected = "expected <class>/<image>, or --labels FILE that labels its images"
         raise ValueError(f"{place} holds no class folders; {expected}")
@@ -84,7 +94,8 @@ def _relabelled(images: Paths, file: Path) -> Paths:
     # Those of shards and tables as they lie there, whatever their old classes.
     entries = [(path, name) for name, paths in images.items() for path in paths]
     for path, old in sorted(entries, key=_place):
-        image = path.rpartition("@")[0] if _inside(path) else path
+        image = image_id(path)
+        image = image.rpartition("@")[0] if _inside(image) else image
         name = PurePosixPath(image).name
         names = image, image.partition("/")[2], name, name.rpartition(".")[0], old
         label = next((rows[key] for key in names if key in rows), None)
@@ -108,9 +119,15 @@ def _inside(path: Path | str) -> re.Match[str] | None:
     return _INSIDE.fullmatch(text) if "@" in text else None
 
 
+def image_id(path: str) -> str:
+    """Return the path by which an image is known: of one that was packed, as it was before."""
+    packed = _PACKED.fullmatch(path)
+    return packed[1] + packed[2] if packed else path
+
+
 def _place(image: tuple[str, str]) -> tuple[str, int]:
     """Return the file and the place in it of an image (path, class): none of one in its own."""
-    inside = _inside(image[0])
+    inside = _inside(image_id(image[0]))
     return (inside[1], int(inside[2])) if inside else ("", 0)
 
 
@@ -143,6 +160,11 @@ def _folders_in(folder: Path) -> list[str]:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from None
 
 
+def images_by_class(root: Path, folder: Path) -> Paths:
+    """Return the images of class folders by name, as paths below the root."""
+    return {name: _images_in(root, folder / name) for name in _folders_in(folder)}
+
+
 def _images_in(root: Path, folder: Path) -> list[str]:
     """Return the images of a folder by name, as paths below the root."""
     below = folder.relative_to(root).as_posix()
@@ -159,6 +181,38 @@ def _in_order(images: Mapping[str, list[str]]) -> Paths:
     }
 
 
+def _is_packed(folder: Path) -> bool:
+    return any(folder.glob(f"{_SHARDS}*"))
+
+
+def _indexed(root: Path, folder: Path) -> Paths:
+    """Return the images that an index lists; ValueError where its shards are not whole."""
+    import pyarrow.parquet as pq
+
+    if apart := next(chain(*images_by_class(root, folder).values()), ""):
+        raise ValueError(f"{folder} holds shards and class folders ({apart}): keep one form")
+    below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+    try:
+        table = pq.read_table(folder / INDEX)
+        stated = {
+            name: json.loads(table.schema.metadata[name.encode()]) for name in (CLASSES, SHARDS)
+        }
+        columns = [table[name].to_pylist() for name in ("image", "shard", "first", "size")]
+    except Exception as error:  # pyarrow's, of bytes that are no Parquet, are of all kinds
+        raise ValueError(f"{folder / INDEX} cannot be read: {error}; stage or pack again") from None
+    for shard, size in stated[SHARDS].items():
+        there = (folder / shard).stat().st_size if (folder / shard).is_file() else 0
+        if there != size:
+            says = f"{folder / shard} has {there:,} bytes of {size:,}"
+            raise ValueError(
+                f"{says}, and holds {columns[1].count(shard):,} images: stage or pack it again"
+            )
+    images: Paths = {name: [] for name in stated[CLASSES]}
+    for image, shard, first, size in zip(*columns, strict=True):
+        images[image.partition("/")[0]].append(f"{below}{shard}/{image}@{first}+{size}")
+    return images
+
+
 # Shards of WebDataset, and tables of Hugging Face: Parquet, or the Arrow files of `save_to_disk`.
 
 
@@ -167,7 +221,7 @@ def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     packed = defaultdict[str, list[Path]](list)
     for below in ("", *(name for name in _folders_in(root) if name not in STORED_SETS)):
         files = (e.name for e in os.scandir(root / below) if e.name.endswith(PACKED))
-        for name in sorted(name for name in files if not name.startswith(_ASIDE)):
+        for name in sorted(name for name in files if not name.startswith((_ASIDE, _SHARDS))):
             if (split := _SPLIT.match(name) or _SPLIT.match(below)) or not below:
                 packed[split[1] if split else TRAIN].append(root / below / name)
     for name, paths in packed.items():
@@ -177,7 +231,7 @@ def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     return {name: tuple(paths) for name, paths in packed.items()}
 
 
-def _packed_images(root: Path, files: Sequence[Path]) -> Paths:
+def _images_of_files(root: Path, files: Sequence[Path]) -> Paths:
     """Return the images of shards or tables; ValueError names one that cannot be read."""
     images: Paths = {}
     names: Sequence[str] = ()

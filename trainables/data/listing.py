@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from trainables.data.layouts import FORMATS, Paths, open_image, read_part, split_places
+from trainables.data.layouts import FORMATS, Paths, image_id, open_image, read_part, split_places
 from trainables.data.registry import (
     FOLDER,
     SIZE_STEP,
@@ -286,7 +286,7 @@ def _labelled(
     paths, ids, places = list[str](), list[str](), list[int]()
     for name in sorted(filter(classes.__contains__, images), key=lambda n: labels[classes[n]]):
         paths += images[name]
-        ids += [f"{path}={name}" for path in images[name]] if relabelled else images[name]
+        ids += [image_id(path) + (f"={name}" if relabelled else "") for path in images[name]]
         places += [labels[classes[name]]] * len(images[name])
     return ImageList(root, names, tuple(paths), tuple(places), tuple(ids))
 

@@ -181,7 +181,7 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     is_native = stored.native if native is None else native
     side = (stored.size or data.data_set.stored_size) if is_native else 0
     files = image_files(listed, data.data_set, data.workers, native=side)
-    ids = tuple(path.rpartition(".")[0] for path in listed.paths)
+    ids = tuple(image_id.rpartition(".")[0] for image_id in listed.ids)
     return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
 
 
