@@ -161,17 +161,17 @@ def enumerate_trials(
 
     ValueError where with its seeds it is too large.
     """
-    space, spanned, refused = study.space, [], []
-    size = min(space.size, space.sample.size if space.sample else space.size)
+    spanned, refused = [], []
+    size = min(study.size, study.sample.size if study.sample else study.size)
     if size * seeds > MOST_RECIPES:
         raise ValueError(
             f"{size:,} combinations with {seeds:,} seeds each are more than the "
             f"{MOST_RECIPES:,} recipes that a study can have; a sample of them may be fewer"
         )
-    for labels in space.combinations():
-        values = {axis: space.axes[axis][label] for axis, label in labels.items() if axis != BASE}
+    for labels in study.combinations():
+        values = {axis: study.axes[axis][label] for axis, label in labels.items() if axis != BASE}
         try:
-            base = space.bases[labels[BASE]]
+            base = study.base[labels[BASE]]
             stated = with_settings(base, study.settings, values, study.library)
             recipe = _as_at(scale, study.cut_down(stated, scale))
             if check:
@@ -179,7 +179,7 @@ def enumerate_trials(
         except ValueError as error:
             refused.append((format_settings(_shown(labels, study)), problem(error)))
             continue
-        on_axes = {axis: space.own(labels, axis) for axis in (BASE, *space.axes)}
+        on_axes = {axis: study.label_of(labels, axis) for axis in (BASE, *study.axes)}
         spanned.append(Request(recipe, study.name, model=stated.model, labels=on_axes, seeds=seeds))
         if len(spanned) == size:
             break
@@ -484,8 +484,8 @@ def _notes(
     seeds = {row.seeds for table in tables for row in table.rows if row.recipe.epochs}
     if len(seeds) > 1:
         yield f"the rows of headline claims are trained {max(seeds)} times, all others once"
-    if study.sample and spanned < study.space.size:
-        yield f"the grid is a sample of {spanned:,} of {study.space.size:,} combinations"
+    if study.sample and spanned < study.size:
+        yield f"the grid is a sample of {spanned:,} of {study.size:,} combinations"
     if study.early_stop:
         firsts = sorted({trial.stops_from for trial in trials} - {0})
         stopping = sum(trial.stops_from > 0 for trial in trials)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -26,8 +26,8 @@ from pydantic import (
 )
 
 from evaluators import EVALUATORS, column_named
-from grid.axes import Library, at_key, check_axis, with_axes, with_origin
-from grid.space import BASE, Mode, Sample, Space, conditions_of
+from grid.axes import Library, at_key, axis_value, check_axis, with_axes, with_origin
+from grid.space import BASE, Labels, Mode, Sample, conditions, drawn, size, spanned
 from grid.table import (
     SCALE,
     Claim,
@@ -66,7 +66,12 @@ def _every(value: Any) -> Any:
     return int(words[1])
 
 
+def _of_grid(axis: str, info: ValidationInfo) -> str:
+    return check_known("axis of this grid", axis, info.data.get("axes", ()))
+
+
 Axis = Annotated[str, AfterValidator(check_axis)]
+Conditions = Annotated[dict[str, tuple[str, ...]], BeforeValidator(conditions)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -178,8 +183,8 @@ class Study(Frozen):
     settings: dict[Axis, Any] = Field({}, validation_alias="set")
     axes: dict[Axis, Annotated[dict[str, Any], BeforeValidator(_by_label)]] = Field({})
     mode: Mode = "product"
-    exclude: tuple[dict[str, Any], ...] = ()
-    only_with: dict[str, dict[str, Any]] = Field({})
+    exclude: tuple[Conditions, ...] = ()  # where a combination has a value of each axis
+    only_with: dict[Annotated[str, AfterValidator(_of_grid)], Conditions] = Field({})
     sample: Annotated[
         Sample | None, BeforeValidator(lambda v: {"size": v} if isinstance(v, int) else v)
     ] = None
@@ -210,22 +215,37 @@ class Study(Frozen):
         return ("clean", "pgd") if self.base else ()
 
     @property
-    def space(self) -> Space:
-        """What its grid spans."""
-        choices = {BASE: dict.fromkeys(self.base), **self.axes}
-        for axis in self.only_with:
-            with at_key(f"only_with.{axis}"):
-                check_known("axis of this grid", axis, self.axes)
-        exclude = enumerate(self.exclude)
-        return Space(
-            self.base,
-            self.axes,
-            self.library,
-            self.mode,
-            tuple(conditions_of(f"exclude.{n}", entry, choices) for n, entry in exclude),
-            {a: conditions_of(f"only_with.{a}", e, choices) for a, e in self.only_with.items()},
-            self.sample,
-        )
+    def size(self) -> int:
+        """How many combinations its grid spans, those that are left out among them."""
+        return size({BASE: self.base, **self.axes}, self.mode)
+
+    def combinations(self) -> Iterator[Labels]:
+        """Yield each combination once, the base's name in it; of a sample those drawn, in order."""
+        yielded, choices = set(), {BASE: self.base, **self.axes}
+        sample = self.sample if self.sample and self.size > self.sample.size else None
+        for labels in drawn(choices, sample) if sample else spanned(choices, self.mode):
+            meant = self._with_their_conditions(labels)
+            excluded = any(self._meets(meant, entry) for entry in self.exclude)
+            if (key := tuple(meant.items())) not in yielded and not excluded:
+                yield meant
+            yielded.add(key)
+
+    def label_of(self, labels: Labels, axis: str) -> str:
+        """Return the label of a combination on an axis; the base's value where it states none."""
+        if axis in labels:
+            return labels[axis]
+        value = axis_value(self.base[labels[BASE]], axis, self.library)
+        return next((label for label, v in self.axes[axis].items() if str(v) == value), value)
+
+    def _with_their_conditions(self, labels: Labels) -> Labels:
+        """Return the labels without axes whose conditions do not hold."""
+        for axis, needed in self.only_with.items():
+            if axis in labels and not self._meets(labels, needed):
+                return self._with_their_conditions({a: v for a, v in labels.items() if a != axis})
+        return labels
+
+    def _meets(self, labels: Labels, needed: Mapping[str, tuple[str, ...]]) -> bool:
+        return all(self.label_of(labels, axis) in values for axis, values in needed.items())
 
     def detect_at(self, scale: Scale) -> float:
         """Return the difference that claims are to tell at a scale, as a share; 0: not stated."""
@@ -263,7 +283,6 @@ class Study(Frozen):
             raise ValueError(f"mode 'zip' takes axes in step: each has as many values ({counts})")
         if self.sample and self.mode != "product":
             raise ValueError(f"a sample is of mode 'product', not of {self.mode!r}")
-        _ = self.space  # what it excludes is among what it spans
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ def study_of(tmp_path, text, base='base = "resnet50"'):
 
 
 def combinations(study):
-    return [" ".join(labels.values()) for labels in study.space.combinations()]
+    return [" ".join(labels.values()) for labels in study.combinations()]
 
 
 def test_axes_in_step_are_as_many_trials_as_values(tmp_path):
@@ -82,7 +82,7 @@ def test_several_bases_and_rows_of_tables_have_the_axes_each(tmp_path):
     ]
     """
     study = study_of(tmp_path, text, 'base = ["deit_small", "A1/SiLU"]')
-    assert study.space.size == 4
+    assert study.size == 4
     plan = build_plan(study, IMAGENET)
     spanned = {(t.recipe.model, t.recipe.activation, t.recipe.epochs) for t in plan}
     assert spanned == {
