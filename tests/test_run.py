@@ -61,6 +61,7 @@ def refusal(capsys, *arguments):
         (["--workers", "3"], "3 workers; their number must be one of 1, 2, 4, 8, 16, 32"),
         (["--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
         (["--mlflow", "http://127.0.0.1:9"], "MLflow at http://127.0.0.1:9 cannot be used"),
+        (["--mlflow", "postgresql+none://h/db"], "[cluster]' brings that of postgresql+psycopg://"),
         (["--report"], "holds no mlflow.db"),
         (["--status"], "holds no mlflow.db"),
     ],

@@ -251,6 +251,7 @@ def test_a_password_in_a_uri_is_refused_and_not_repeated(uri, option, capsys, mo
         run.main(["--plan", *arguments])
     said = "".join(capsys.readouterr())
     assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "PGPASSWORD (or ~/.pgpass) for postgresql://" in said
     assert "hunter" not in said
     assert "ter2" not in said
 

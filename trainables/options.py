@@ -183,8 +183,8 @@ def without_password(text: str) -> str:
     if re.search(r"://[^@]*:[^@]*@", text):
         raise ValueError(
             f"a password in a {text.partition(':')[0]} URI is shown to whoever lists processes or "
-            "reads logs; it belongs in the environment: AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "reads logs; it belongs in the environment: AWS_SECRET_ACCESS_KEY for s3://, "
+            "MLFLOW_TRACKING_PASSWORD for http://, PGPASSWORD (or ~/.pgpass) for postgresql://"
         )
     return text
 

@@ -739,8 +739,8 @@ def check_address(uri: str) -> None:
 
 def _refusal(uri: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("psycopg"):
-        reason += ": pip install 'robustness-grid[cluster]'"
+    if isinstance(error, ModuleNotFoundError) or "Can't load plugin" in reason:
+        reason += ": pip install 'robustness-grid[cluster]' brings that of postgresql+psycopg://"
     if "error code 401" in reason:
         reason += ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return f"MLflow at {uri} cannot be used: {reason}"
