@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -79,28 +79,21 @@ def _views(split: Split, tilt: float) -> list[Split]:
     """Return the images as they are, and turned by `tilt` degrees, if any, to either side."""
     if not tilt:
         return [split]
-    from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
-    from torchvision.transforms.v2.functional import rotate  # type: ignore[import-untyped]
+    from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-    images_NCHW = split.images[:]
-    turned = (rotate(images_NCHW, angle, InterpolationMode.BILINEAR) for angle in (tilt, -tilt))
+    turn, bilinear = partial(v2.functional.rotate, split.images[:]), v2.InterpolationMode.BILINEAR
+    turned = (turn(angle, bilinear) for angle in (tilt, -tilt))
     return [split, *(replace(split, images=images) for images in turned)]
 
 
 @lru_cache(maxsize=4)
 def _margins_of_views(source: Data, tilt: float) -> np.ndarray:
-    margins_TN: np.ndarray = np.stack(
-        [_all_margins(source, split) for split in _views(source.held_out, tilt)]
-    )
-    return margins_TN
-
-
-def _all_margins(source: Data, judged: Split) -> np.ndarray:
-    """Return the margins of the held-out images, or of these as they are turned."""
-    classes = len(source.class_names)
+    """Return the margins of the held-out images as they are, and as they are turned."""
+    views, classes = _views(source.held_out, tilt), len(source.class_names)
     if len(source.train):
-        return _margins(source.train.subset(REFERENCE_IMAGES, seed=0), judged, classes)
-    return _cross_fitted(judged, classes)
+        fitted = source.train.subset(REFERENCE_IMAGES, seed=0)
+        return np.stack([_margins(fitted, split, classes) for split in views])
+    return np.stack([_cross_fitted(split, classes) for split in views])
 
 
 def _cross_fitted(held_out: Split, num_classes: int) -> np.ndarray:
@@ -147,16 +140,15 @@ def _fitted_reference(
     train: Split, num_classes: int
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """Fit the reference; return its classes and the function from pixels_ND to their scores_NK."""
-    from sklearn.kernel_ridge import KernelRidge
-    from sklearn.svm import SVC
+    from sklearn import kernel_ridge, svm
 
     pixels_ND, labels_N = _grey_pixels(train), train.labels.numpy()
     if num_classes <= MANY_CLASSES:
-        machine = SVC().fit(pixels_ND, labels_N)
+        machine = svm.SVC().fit(pixels_ND, labels_N)
         return machine.classes_, machine.decision_function
     pixels_ND = pixels_ND.astype(np.float64)
     # The kernel's width is the one that a support vector machine takes.
-    ridge = KernelRidge(kernel="rbf", gamma=1 / (pixels_ND.shape[1] * pixels_ND.var()))
+    ridge = kernel_ridge.KernelRidge(kernel="rbf", gamma=1 / (pixels_ND.shape[1] * pixels_ND.var()))
     return np.arange(num_classes), ridge.fit(pixels_ND, np.eye(num_classes)[labels_N]).predict
 
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,19 +166,25 @@ def _missing_nodes() -> str:
     return ""
 
 
-def stage_everywhere(source: DataSource) -> None:
-    """Have every other node bring the data to its own disk; ValueError names one that cannot."""
-    here, staging = ray.get_runtime_context().get_node_id(), {}
-    for node in ray.nodes() if source.origin else ():
+def _on_others(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Run a function on every other node; return references to its answers, by node."""
+    here, answers = ray.get_runtime_context().get_node_id(), {}
+    for node in ray.nodes():
         if node["Alive"] and node["NodeID"] != here:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            stage = ray.remote(num_cpus=0, scheduling_strategy=there)(DataSource.stage)
-            staging[stage.remote(source)] = node["NodeManagerAddress"]
-    for reference, address in staging.items():
+            remote = ray.remote(num_cpus=0, scheduling_strategy=there)(function)
+            name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
+            answers[name] = remote.remote(*arguments)
+    return answers
+
+
+def stage_everywhere(source: DataSource) -> None:
+    """Have every other node bring the data to its own disk; ValueError names one that cannot."""
+    for node, reference in _on_others(DataSource.stage, source).items() if source.origin else ():
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
-            raise ValueError(f"node {address}: {getattr(error, 'cause', error)}") from None
+            raise ValueError(f"node {node}: {getattr(error, 'cause', error)}") from None
 
 
 def check_nodes(
@@ -189,8 +195,7 @@ def check_nodes(
     storage: paths or URIs to write. data: folders to read. mlflow: a server to reach. ValueError
     when this machine itself cannot write the storage.
     """
-    here = ray.get_runtime_context().get_node_id()
-    names, mark, answers = {path: _names(path) for path in data}, f".check-{uuid.uuid4().hex}", {}
+    names, mark = {path: _names(path) for path in data}, f".check-{uuid.uuid4().hex}"
     with ExitStack() as marks:
         for place in storage:
             folder = Folder(place)
@@ -199,13 +204,8 @@ def check_nodes(
             except OSError as error:
                 raise ValueError(f"storage {place} cannot be written: {error}") from None
             marks.callback(folder.remove, mark)
-        for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] != here:
-                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                probe = ray.remote(num_cpus=0, scheduling_strategy=there)(_probe)
-                name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-                needs = (storage, names, mlflow, mark, client_settings())
-                answers[name] = probe.remote(code_version(), *needs)
+        needs = (code_version(), storage, names, mlflow, mark, client_settings())
+        answers = _on_others(_probe, *needs)
         return {name: _answer(reference) for name, reference in answers.items()}
 
 

@@ -17,7 +17,7 @@ from grid.plan import Plan, format_seconds
 from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
 from trainables.models import model_named
-from trainables.recipe import BEYOND_STUDY, STUDY_OPTIMIZERS, Recipe
+from trainables.recipe import BEYOND_STUDY, Recipe
 from trainables.scale import Scale, scale_named
 from trainables.store.results import DATABASE
 
@@ -200,25 +200,12 @@ def _every_trial(study: Study, plan: Plan) -> Iterator[str]:
         yield f"  {trial.digest}  {named}"
         yield INDENT + _hyperparameters(trial.recipe)
         yield f"{INDENT}{'; '.join(trial.serves)} | {', '.join(trial.evaluators)}"
-    yield from _optimizers(plan)
     yield "Trials differ in:"
     for name in Recipe.model_fields:
         texts = list(dict.fromkeys(axis_value(t.recipe, name, study.library) for t in plan))
         more = f" and {len(texts) - MOST_VALUES} more" if len(texts) > MOST_VALUES else ""
         if len(texts) > 1:
             yield f"  {name}: {', '.join(texts[:MOST_VALUES])}{more}"
-
-
-def _optimizers(plan: Plan) -> Iterator[str]:
-    """Say the defaults of optimizers that are not the study's, which recipes leave to timm."""
-    trained = (trial.recipe for trial in plan if trial.recipe.epochs)
-    timms = [recipe for recipe in trained if recipe.optimizer not in STUDY_OPTIMIZERS]
-    for recipe in {(r.optimizer, str(r.optimizer_args)): r for r in timms}.values():
-        from trainables.train.optim import timm_defaults
-
-        defaults = (f"{name} {value}" for name, value in timm_defaults(recipe).items())
-        stated = f" with {recipe.optimizer_args}" if recipe.optimizer_args else ""
-        yield f"timm's {recipe.optimizer}{stated} by default: {', '.join(defaults)}"
 
 
 def _hyperparameters(recipe: Recipe) -> str:

@@ -235,7 +235,7 @@ def build_plan(
     for_all = evaluators if evaluators and study.base else judging(study.for_all)
     chosen = _choose_tables(study, tables)
     in_study = {*study.for_all, *(evaluator_of(name) for table in chosen for name in table.columns)}
-    trained = _with_seeds(_as_trained(chosen, study, scale), study, scale, seeds)
+    trained = _as_trained(chosen, study, scale, seeds)
     requests = [
         _of_row(table, row, stated, (*for_all, *judging(map(evaluator_of, table.columns))))
         for table, before in zip(trained, chosen, strict=True)
@@ -313,8 +313,10 @@ def _choose_tables(study: Study, names: Collection[str]) -> list[Table]:
         return [known[check_known("table", name, known)] for name in dict.fromkeys(names or known)]
 
 
-def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Table, ...]:
-    """Return tables with their rows' recipes as they are trained.
+def _as_trained(
+    tables: Sequence[Table], study: Study, scale: Scale, seeds: int | None
+) -> tuple[Table, ...]:
+    """Return tables with their rows' recipes as they are trained, and how often they are.
 
     Questions tell what is set for every trial and which models stand for others. ValueError where
     what is set cannot be in a row, or where two rows become one trial.
@@ -322,9 +324,8 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
     settings = format_settings(study.settings)
     suffix = f" (every trial: {settings})" if settings else ""
     origins: dict[str, tuple[str, str]] = {}  # of a trained recipe: its row's digest and name
-    trained = []
+    trained: dict[tuple[str, str], Recipe] = {}
     for table in tables:
-        rows = []
         for row in table.rows:
             recipe = _with_settings(row, study, scale)
             origin = row.recipe.digest(), f"{table.name} {row.label}"
@@ -335,32 +336,21 @@ def _as_trained(tables: Iterable[Table], study: Study, scale: Scale) -> tuple[Ta
                     f"{cause} makes one trial of {other[1]} and {origin[1]}, which the "
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
-            rows.append(replace(row, recipe=_as_at(scale, recipe)))
-        stand_ins = _stand_ins(study, table, scale)
-        update = {"question": table.question + suffix + stand_ins, "rows": tuple(rows)}
-        trained.append(table.model_copy(update=update))
-    return tuple(trained)
+            trained[table.name, row.label] = _as_at(scale, recipe)
+    # Once, but for what headline claims compare, and rows of the same recipe.
+    headlines = [c for c in study.claims if c.headline and c.places <= trained.keys()]
+    compared = {trained[place].digest() for claim in headlines for place in claim.places}
 
+    def shown(table: Table) -> Table:
+        rows = []
+        for row in table.rows:
+            recipe = trained[table.name, row.label]
+            times = seeds or (scale.headline_seeds if recipe.digest() in compared else 1)
+            rows.append(Row(row.label, recipe, times))
+        question = table.question + suffix + _stand_ins(study, table, scale)
+        return table.model_copy(update={"question": question, "rows": tuple(rows)})
 
-def _with_seeds(
-    tables: Sequence[Table], study: Study, scale: Scale, seeds: int | None
-) -> tuple[Table, ...]:
-    """Return tables whose rows say how often they are trained.
-
-    `seeds` times, where it is stated. Otherwise once, but for what headline claims compare, and
-    rows of the same recipe: one training is one draw.
-    """
-    rows = {(table.name, row.label): row.recipe.digest() for table in tables for row in table.rows}
-    headlines = [c for c in study.claims if c.headline and c.places <= rows.keys()]
-    compared = {rows[place] for claim in headlines for place in claim.places}
-
-    def times(row: Row) -> int:
-        return seeds or (scale.headline_seeds if row.recipe.digest() in compared else 1)
-
-    return tuple(
-        table.model_copy(update={"rows": tuple(replace(r, seeds=times(r)) for r in table.rows)})
-        for table in tables
-    )
+    return tuple(map(shown, tables))
 
 
 def _with_settings(row: Row, study: Study, scale: Scale) -> Recipe:

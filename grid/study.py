@@ -48,6 +48,7 @@ from trainables.recipe import (
     check_known,
     check_model,
     one_of,
+    with_tuples,
 )
 from trainables.scale import Scale
 
@@ -436,14 +437,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"study file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"study file {path} is not TOML: {error}") from None
-    return {key: _frozen(value) for key, value in entries.items()}
-
-
-def _frozen(value: Any) -> Any:
-    """Return the value with tuples for lists."""
-    if isinstance(value, dict):
-        return {key: _frozen(inner) for key, inner in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return dict(with_tuples(entries))
 
 
 _TABLES = TypeAdapter(tuple[dict[str, Any], ...])
@@ -462,19 +456,14 @@ def _library(entries: Mapping[str, Any], folder: Path, above: Library) -> Librar
         stated = _BASES.validate_python(entries.get("bases", {}))
         for name, values in stated.items():
             with at_key(name):
-                _check_above(values, stated.keys() - bases.keys())
+                for key in ("extends", "teacher", "warm_start"):
+                    if (other := str(values.get(key))) in stated.keys() - bases.keys():
+                        raise ValueError(
+                            f"{key} {other!r} is this base or one below it: a base names bases "
+                            "above it, so that none needs itself"
+                        )
                 bases[name] = _new_base(values, Library(bases, curricula, folder))
     return Library(bases, curricula, folder)
-
-
-def _check_above(values: Mapping[str, Any], below: Collection[str]) -> None:
-    """Raise ValueError where a base needs one that comes below it, or itself."""
-    for key in ("extends", "teacher", "warm_start"):
-        if str(values.get(key)) in below:
-            raise ValueError(
-                f"{key} {values[key]!r} is this base or one below it: a base names bases above it, "
-                "so that none needs itself"
-            )
 
 
 def _new_base(values: Mapping[str, Any], library: Library) -> Recipe:

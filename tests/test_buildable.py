@@ -78,18 +78,6 @@ def test_a_report_of_tables_needs_no_model_to_be_built(capsys, tmp_path):
     assert "cannot take" not in refusal(capsys, *words)
 
 
-def test_a_plan_says_what_timms_optimizers_take_by_default(capsys, tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(STUDY + 'optimizer = ["lamb"]\noptimizer_args = [{}, {betas = [0.9, 0.95]}]')
-    assert main(["--plan", "--study", str(path), "--results", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    (whole,) = re.findall(r"^timm's lamb by default: (.*)$", printed, re.MULTILINE)
-    assert "betas (0.9, 0.999)" in whole
-    assert "eps 1e-06" in whole  # You et al. (2020), and timm's Lamb
-    (other,) = re.findall(r"^timm's lamb with .*0.95.* by default: (.*)$", printed, re.MULTILINE)
-    assert "betas" not in other
-
-
 def test_an_activation_that_a_model_has_nowhere_is_refused(monkeypatch):
     def build(scale, norm_layer):
         pixels = 3 * scale.image_size**2

@@ -67,21 +67,11 @@ class GhostBatchNorm2d(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    momentum, eps = 0.1, 1e-5
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        ghosts: int,
-        sets: int,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, features: int, *, ghosts: int, sets: int, **factory: Any) -> None:
         super().__init__()
-        self.features, self.ghosts, self.momentum, self.eps = features, ghosts, momentum, eps
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.features, self.ghosts = features, ghosts
         self.weight = nn.Parameter(torch.ones(1, features, 1, 1, **factory))
         self.bias = nn.Parameter(torch.zeros(features, **factory))
         self.register_buffer("running_mean", torch.zeros(sets, ghosts * features, **factory))

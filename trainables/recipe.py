@@ -143,15 +143,15 @@ def parse_augmentations(value: Any) -> Any:
     return tuple(name for name in AUGMENTATIONS if name in value)
 
 
-def _as_tuple(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
     """Return the value with tuples for lists, at any depth."""
     if isinstance(value, dict):
-        return {key: _as_tuple(inner) for key, inner in value.items()}
-    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+        return {key: with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 # Keyword arguments of a library's function.
-Arguments = Annotated[dict[str, Any], BeforeValidator(_as_tuple)]
+Arguments = Annotated[dict[str, Any], BeforeValidator(with_tuples)]
 
 
 def check_optimizer(name: str) -> str:
@@ -318,8 +318,8 @@ class Preprocessing(Frozen):
     crop: float | None = Field(default=None, gt=0, le=1)
     squash: bool | None = None
     interpolation: Interpolation | None = None
-    mean: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
-    std: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
+    mean: Annotated[tuple[float, ...] | None, BeforeValidator(with_tuples)] = None
+    std: Annotated[tuple[float, ...] | None, BeforeValidator(with_tuples)] = None
 
     def geometry(self) -> Preprocessing:
         """Return how images are brought to a size, without the normalisation inside the model."""
@@ -346,14 +346,6 @@ class Preprocessing(Frozen):
         """Return the fields that are chosen otherwise than another preprocessing has them."""
         changed = {k: v for k, v in self.chosen().items() if v != getattr(other, k)}
         return Preprocessing(**changed)
-
-
-def _unless(wrong: dict[str, bool], recipe: Recipe) -> Recipe:
-    """Return a recipe; ValueError with the first text that holds."""
-    for text, is_so in wrong.items():
-        if is_so:
-            raise ValueError(text)
-    return recipe
 
 
 class Recipe(Frozen):
@@ -417,7 +409,7 @@ class Recipe(Frozen):
     repeats: int = Field(default=1, gt=0)
     flip: bool = True
     least_crop: float | None = Field(default=None, gt=0, le=1)
-    train_sizes: Annotated[tuple[Side, ...], BeforeValidator(_as_tuple)] = ()
+    train_sizes: Annotated[tuple[Side, ...], BeforeValidator(with_tuples)] = ()
     mixup_alpha: float = Field(default=0.8, gt=0)
     cutmix_alpha: float = Field(default=1.0, gt=0)
     mix_probability: float = Field(default=1.0, ge=0, le=1)
@@ -425,7 +417,7 @@ class Recipe(Frozen):
     label_smoothing: float = Field(default=0, ge=0, lt=1)
     loss: Literal["ce", "bce"] = "ce"
     bce_threshold: float | None = Field(default=None, ge=0, lt=1)
-    curriculum: Annotated[tuple[CurriculumRow, ...], BeforeValidator(_as_tuple)] = ()
+    curriculum: Annotated[tuple[CurriculumRow, ...], BeforeValidator(with_tuples)] = ()
     curriculum_epochs: int = Field(default=100, gt=0, le=MOST_EPOCHS)
     norm: Norm = "batch"
     ghost_batch: int = Field(default=64, gt=0, le=MOST_IMAGES)
@@ -443,10 +435,16 @@ class Recipe(Frozen):
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @model_validator(mode="after")
-    def _can_be(self) -> Recipe:
+    def _is_sound(self) -> Recipe:
+        for text, is_so in (self._impossible() | self._unconnected()).items():
+            if is_so:
+                raise ValueError(text)
+        return self
+
+    def _impossible(self) -> dict[str, bool]:
         rows, batch = [row.epoch for row in self.curriculum], self.forward_batch
         is_ghost = self.norm == "ghost"
-        wrong = {
+        return {
             "a training of 0 epochs needs the weights that it has: init": (
                 not self.epochs and not self.init
             ),
@@ -474,13 +472,11 @@ class Recipe(Frozen):
                 bool(rows) and {*self.augmentations} != {"randaug", "mixup", "cutmix"}
             ),
         }
-        return _unless(wrong, self)
 
-    @model_validator(mode="after")
-    def _hangs_together(self) -> Recipe:
-        """Refuse a field that would have no effect without another, and two that exclude others."""
+    def _unconnected(self) -> dict[str, bool]:
+        """Name a field that has no effect without another, and two that exclude each other."""
         policies = [name for name in POLICIES if name in self.augmentations]
-        wrong = {
+        return {
             f"{' and '.join(policies)} exclude each other": len(policies) > 1,
             "clip_mode says how to clip: state clip_grad": (
                 self.clip_mode != "norm" and self.clip_grad is None
@@ -518,7 +514,6 @@ class Recipe(Frozen):
                 self.reset_head and not (self.init or self.warm_start)
             ),
         }
-        return _unless(wrong, self)
 
     @property
     def family(self) -> str:

@@ -169,15 +169,10 @@ def _plots_of(
         patches_plot(table, verdicts),
         corruptions_plot(table, verdicts),
     ]
-    if alone or _is_about_training(table):
+    is_lost = any(row.run.outcome == "collapsed" for row in table.rows if row.run)
+    if alone or is_lost or any(row.recipe.adversary for row in table.rows):
         plots.append(training_plot(table, verdicts.tracker))
     yield from (replace(plot, caption=plot.caption + more) for plot in plots if plot)
-
-
-def _is_about_training(table: FilledTable) -> bool:
-    """Say whether a table trains adversarially or lost a training."""
-    fell = any(row.run.outcome == "collapsed" for row in table.rows if row.run)
-    return fell or any(row.recipe.adversary for row in table.rows)
 
 
 def _colour(recipe: Recipe) -> str:
@@ -485,10 +480,8 @@ def _scatter(narrow: bool, dots: pd.DataFrame) -> Figure:
     kinds = dots.groupby(["family", "adversarial", "colour"], sort=False)
     for (family, adversarial, colour), group in kinds:
         marker, training = "s" if adversarial else "o", "adversarial" if adversarial else "clean"
-        xys, label = (
-            (100 * group["clean"], 100 * group["pgd-100"]),
-            f"{family}, {training} training",
-        )
+        xys = 100 * group["clean"], 100 * group["pgd-100"]
+        label = f"{family}, {training} training"
         axes.plot(*xys, marker, color=colour, markersize=5, alpha=0.7, label=label)
     axes.set_title("PGD-100 accuracy, %", loc="left")
     axes.set_xlabel("clean accuracy, %")

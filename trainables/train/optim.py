@@ -117,10 +117,3 @@ def check_step(recipe: Recipe) -> None:
         optimizer.step()
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"optimizer {recipe.optimizer!r} cannot make a step: {error}") from None
-
-
-def timm_defaults(recipe: Recipe) -> dict[str, object]:
-    """Return what timm's optimizer of a recipe takes where the recipe states nothing."""
-    defaults = build_optimizer(recipe.replace(layer_decay=None), nn.Linear(2, 2)).defaults
-    stated = ("lr", "weight_decay", *recipe.optimizer_args)
-    return {name: value for name, value in defaults.items() if name not in stated}

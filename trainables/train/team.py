@@ -188,14 +188,8 @@ class SharedGhostBatchNorm2d(GhostBatchNorm2d):
     """
 
     def __init__(self, norm: GhostBatchNorm2d, team: Team) -> None:
-        super().__init__(
-            norm.features,
-            ghosts=norm.ghosts // team.size,
-            sets=len(norm.running_mean),
-            momentum=norm.momentum,
-            eps=norm.eps,
-            device=torch.device("meta"),
-        )
+        ghosts, sets = norm.ghosts // team.size, len(norm.running_mean)
+        super().__init__(norm.features, ghosts=ghosts, sets=sets, device="meta")
         self._team = team
 
     def _normalised(self, side_by_side: Tensor) -> Tensor:
