@@ -66,7 +66,8 @@ class Column:
     `counterpart_score` ("": the same) of a `counterpart` of that title, if there is one, under a
     `heading`. `own_score`: a score that only the study's own data give, without which the column
     is that of its counterpart, or none. `stands_in`: the counterpart takes the place of a published
-    set at the published data's own scale. `error`: less is better.
+    set at the published data's own scale. `error`: less is better. `lacks`: the title of the set
+    of images that the data have not.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Column:
     evaluator: str = ""
     stands_in: bool = False
     error: bool = False
+    lacks: str = ""
 
     @property
     def score(self) -> str:

@@ -40,7 +40,7 @@ from grid.cluster import (
 )
 from grid.options import RunOptions
 from grid.plan import Plan
-from grid.record import Recorder
+from grid.record import Lease, Recorder
 from grid.status import ProgressLine, open_tracker
 from grid.study import EarlyStop, Study
 from trainables.data.base import Data
@@ -320,7 +320,7 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
         trainable = tune.with_resources(RecipeTrial, _resources)
     else:
         trainable = tune.with_resources(train_together, CONTROLLER)
-    order = PlanOrder(configs, None if alone else teams_placed, nodes_gone)
+    order = PlanOrder(configs, None if alone else teams_placed, nodes_gone, recorder.lease)
     rule = launch.study.early_stop
     stopping = EarlyStopping(rule, configs) if rule else None
     tune.Tuner(
@@ -378,7 +378,8 @@ class PlanOrder(Searcher):  # type: ignore[misc]
     whose process has died is suggested again after a wait, up to MAX_FAILURES times in a row, and
     without limit where a node went meanwhile (nodes_gone: returns the ids of dead nodes, with True
     also of those that are about to leave); to get any further makes good its earlier failures.
-    configs, by digest and in the plan's order: what Tune hands to each trial.
+    configs, by digest and in the plan's order: what Tune hands to each trial. lease: says whether
+    a trial is this command's; another's is passed over until it is over.
     """
 
     def __init__(
@@ -386,8 +387,10 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         configs: Mapping[str, dict[str, Any]],
         teams_placed: Callable[[], int] | None = None,
         nodes_gone: Callable[[bool], set[str]] = lambda _: set(),
+        lease: Callable[[str], Lease] = lambda _: Lease.OURS,
     ) -> None:
         super().__init__()
+        self._lease = lease
         self._configs, self._teams_placed, self._nodes_gone = configs, teams_placed, nodes_gone
         self._needs = {d: trial_config(config)["needs"] for d, config in configs.items()}
         self._waiting = list(configs)
@@ -397,13 +400,23 @@ class PlanOrder(Searcher):  # type: ignore[misc]
         self._gone_before: dict[str, set[str]] = {}  # nodes that were dead as a try began
         self._not_before: dict[str, float] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Searcher, ()  # Tune pickles it, and what gives leases has a thread
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if not self._waiting and not self._under_way:
             return str(Searcher.FINISHED)
         if self._teams_placed and self._teams_placed() < len(self._under_way):
             return None
-        digest = next(filter(self._is_ready, self._waiting), None)
-        if digest is None:
+        for digest in filter(self._is_ready, list(self._waiting)):
+            lease = self._lease(digest)
+            if lease is Lease.ASKED:
+                return None
+            if lease is Lease.OVER:
+                self._waiting.remove(digest)
+            if lease is Lease.OURS:
+                break
+        else:
             return None
         self._waiting.remove(digest)
         self._under_way[trial_id] = digest

@@ -9,7 +9,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import partial
 from typing import Any
 
 from evaluators import evaluator_named, headlines
@@ -25,14 +27,15 @@ from trainables.options import as_typed
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
 from trainables.store.retries import patiently
-from trainables.store.storage import WEIGHTS, read_file, weights_path
-from trainables.store.tracking import OTHER_WEIGHTS, STOPPED, Tracker, TrialRun
+from trainables.store.storage import WEIGHTS, read_file, weights_path, write_file
+from trainables.store.tracking import OTHER_WEIGHTS, RENEW_SECONDS, STOPPED, Tracker, TrialRun
 
 POLL_SECONDS = 0.2
 FLUSH_SECONDS = 10.0
 EVENTS_AT_ONCE = 50  # then it is the cells' turn
 WITHOUT_WEIGHTS = ("collapsed", STOPPED)
 OVER = ("finished", *WITHOUT_WEIGHTS)
+Lease = Enum("Lease", ["ASKED", "OURS", "THEIRS", "OVER"])  # of a trial: over is another's
 
 
 class Recorder(threading.Thread):
@@ -79,6 +82,10 @@ class Recorder(threading.Thread):
             evaluator = evaluator_named(key[1], shown, images=key[2])
             self._questions[key] = Question(evaluator, shown_data)
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._leases: dict[str, Lease] = {}
+        self._others: set[str] = set()  # commands that train trials of this plan
+        self._storage = ""
+        self._renewed_at = time.monotonic()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._epochs_done: Counter[str] = Counter()
         self._flushed_at = 0.0
@@ -165,8 +172,7 @@ class Recorder(threading.Thread):
         Evaluators read weights from MLflow, students from the storage. The trial's last checkpoint
         makes both copies again.
         """
-        recipes = (trial.recipe for trial in self.trials_to_train())
-        needed = {other.digest() for recipe in recipes for other in recipe.prerequisites}
+        self._storage, needed = storage, self._needed()
         for digest, run in self._runs.items():
             if run.outcome != "finished":
                 continue
@@ -181,6 +187,11 @@ class Recorder(threading.Thread):
                 )
                 self.tracker.continue_trial(run)
         self._count()
+
+    def _needed(self) -> set[str]:
+        """Return the trials whose weights students still wait for."""
+        recipes = (trial.recipe for trial in self.trials_to_train())
+        return {other.digest() for recipe in recipes for other in recipe.prerequisites}
 
     @contextmanager
     def recording(self, pool: EvaluatorPool) -> Iterator[None]:
@@ -205,6 +216,48 @@ class Recorder(threading.Thread):
             if isinstance(self.error, ValueError | ConnectionError):
                 raise self.error from error
             raise
+        finally:
+            with suppress(Exception):  # else others see in a while that nobody renews its leases
+                self.tracker.renew(over=True)
+
+    def lease(self, digest: str) -> Lease:
+        """Say whose a trial is; where that is not known, this is asked, and known in a while."""
+        if digest not in self._leases:
+            self._leases[digest] = Lease.OURS if self.tracker.is_alone else Lease.ASKED
+            if not self.tracker.is_alone:
+                self._events.put(lambda: self._take(digest))
+        return self._leases[digest]
+
+    def _take(self, *digests: str) -> None:
+        """Take trials for this command; those that others have ended are judged here, too."""
+        holders = {digest: self.tracker.lease(digest) for digest in digests}
+        had = [digest for digest, (_, others) in holders.items() if others]
+        stored = self.tracker.trials(had[0] if len(had) == 1 else "") if had else {}
+        for digest in had:
+            if digest in stored:
+                self._adopt(stored[digest])
+        for digest, (holder, _) in holders.items():
+            is_over = digest in had and self._outcome(digest) in OVER
+            self._leases[digest] = Lease.OVER if is_over else Lease.THEIRS if holder else Lease.OURS
+            if holder and holder not in self._others:
+                self._others.add(holder)
+                self._line.say(f"another command ({holder}) trains trials of this plan: these wait")
+
+    def _adopt(self, run: TrialRun) -> None:
+        """Go on with a trial as another command has left it, and judge it where that has ended."""
+        digest, before = run.digest, len(self._missing(run.digest))
+        self._runs[digest] = run
+        if self._outcome(digest) not in OVER:
+            return
+        place = weights_path(self._storage, digest)
+        is_needed = digest in self._needed() and self._read(place) is None
+        if is_needed and (weights := self.tracker.artifact(run.artifact_uri, WEIGHTS)):
+            patiently(partial(write_file, place, weights), say=self._line.say, stop=self._abandon)
+        self.tracker.enrol(run, self._study, " ".join(self._trials[digest].tables))
+        self.progress.cells += len(self._missing(digest)) - before
+        self._ended(run)
+        for epoch in run.checkpoints:
+            self._submit_missing_cells(run, epoch)
 
     def started(self, digest: str) -> None:
         """Note that a trial began or went on."""
@@ -254,6 +307,10 @@ class Recorder(threading.Thread):
             self._events.get()()
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
+        if time.monotonic() - self._renewed_at > RENEW_SECONDS:
+            self.tracker.renew()
+            self._take(*(d for d, lease in self._leases.items() if lease is Lease.THEIRS))
+            self._renewed_at = time.monotonic()
 
     def _on_started(self, digest: str) -> None:
         trial = self._trials[digest]
@@ -320,10 +377,13 @@ class Recorder(threading.Thread):
         else:
             self._line.say(f"{outcome}: {self._trials[run.digest].name}: {reason}")
         self.tracker.end_trial(run, outcome=outcome, reason=reason)
-        self.progress.trials_done += 1
-        self.progress.cells -= self._ahead(self._trials[run.digest])
         self.progress.trials_trained += bool(self._trials[run.digest].recipe.epochs)
         self.progress.running.pop(run.digest, None)
+        self._ended(run)
+
+    def _ended(self, run: TrialRun) -> None:
+        self.progress.trials_done += 1
+        self.progress.cells -= self._ahead(self._trials[run.digest])
         self._submit_missing_cells(run)
 
     def _forget_cells(self, run: TrialRun) -> None:
@@ -389,8 +449,7 @@ class Recorder(threading.Thread):
 
     def _flush(self) -> None:
         for digest in list(self._unlogged):
-            self.tracker.log_epochs(self._runs[digest], self._unlogged[digest])
-            del self._unlogged[digest]
+            self.tracker.log_epochs(self._runs[digest], self._unlogged.pop(digest))
         self._flushed_at = time.monotonic()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def open_tracker(
         mlflow or database_uri(results),
         experiment=f"robustness-{scale.name}",
         artifacts=None if mlflow else results.resolve() / ARTIFACTS,
+        owner=f"{platform.node()}:{results.resolve()}",
         say=say,
     )
 

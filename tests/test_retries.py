@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grid.launch import PlanOrder
+from grid.record import Lease
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, wait_after
 
 
@@ -62,6 +63,21 @@ def test_trials_come_in_the_plans_order_a_student_after_its_teacher(monkeypatch)
     assert order.suggest("6") is None
     order.on_trial_complete("5")
     assert order.suggest("6") == PlanOrder.FINISHED
+
+
+def test_a_trial_that_another_command_has_is_passed_over_until_it_is_over():
+    configs = configs_of({"a": None, "student": "a", "b": None})
+    leases = {"a": Lease.ASKED, "student": Lease.OURS, "b": Lease.OURS}
+    order = PlanOrder(configs, lease=leases.get)
+    assert order.suggest("1") is None
+    leases["a"] = Lease.THEIRS
+    assert order.suggest("1") == configs["b"]
+    assert order.suggest("2") is None
+    leases["a"] = Lease.OVER
+    assert order.suggest("2") == configs["student"]
+    order.on_trial_complete("1")
+    order.on_trial_complete("2")
+    assert order.suggest("3") == PlanOrder.FINISHED
 
 
 def test_one_team_at_a_time_waits_for_its_workers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -123,12 +124,31 @@ def test_eight_commands_on_the_same_hundred_trials_make_one_run_of_each_on_postg
             server.kill()
     assert len(runs) == 100
     expected = {run.data.tags["digest"]: run.info.run_id for run in runs}
-    assert written == [expected] * WRITERS
+    assert [runs for runs, _ in written] == [expected] * WRITERS
+    assert sorted(digest for _, leased in written for digest in leased) == sorted(expected)
 
 
 def start_hundred(uri):
+    """Start trials, with a lease or without, and return their runs and the leases."""
     tracker = Tracker(uri, experiment="crowd", artifacts=None)
-    return {f"{n:012x}": start_trial(tracker, f"{n:012x}").run_id for n in range(100)}
+    digests = [f"{number:012x}" for number in range(100)]
+    leased = [digest for digest in digests if not tracker.lease(digest)[0]]
+    return {digest: start_trial(tracker, digest).run_id for digest in digests}, leased
+
+
+@pytest.mark.slow
+def test_two_commands_on_one_study_train_each_trial_once_and_both_judge_it(server, tmp_path):
+    study = tmp_path / "study.toml"
+    study.write_text(study_of_one(epochs=100))
+    drivers = [
+        start(study, tmp_path / name, "--mlflow", server.uri, "--seeds", "2", "--address", "local")
+        for name in ("one", "other")
+    ]
+    said = [ended(driver) for driver in drivers]
+    trained = [int(re.search(r"Trained (\d) and judged", text)[1]) for text in said]
+    assert sum(trained) == 2
+    assert sum("trains trials of this plan: these wait" in text for text in said) >= 1
+    assert [text.count("is trained again") for text in said] == [0, 0]
 
 
 def test_a_trial_with_a_cell_takes_eight_calls_of_the_server(server, tmp_path, monkeypatch):
@@ -137,6 +157,7 @@ def test_a_trial_with_a_cell_takes_eight_calls_of_the_server(server, tmp_path, m
     client.create_experiment("few", artifact_location=place, tags=tags)
     tracker = Tracker(server.uri, experiment="few", artifacts=None)
     tracker.open_study("s", "")  # the first to claim makes the place for claims
+    tracker.lease("1" * 12)  # the first lease reads the others
     send, paths = requests.Session.request, []
 
     def count(session, method, url, **named):
@@ -145,6 +166,7 @@ def test_a_trial_with_a_cell_takes_eight_calls_of_the_server(server, tmp_path, m
 
     monkeypatch.setattr(requests.Session, "request", count)
     monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # as the command does
+    assert tracker.lease("0" * 12) == ("", False)
     run = start_trial(tracker, "0" * 12)
     tracker.tag_trained(run, {"torch": "2"})
     tracker.log_epochs(run, [{"epoch": float(e), "loss": 1.0} for e in range(1, 101)], later=True)

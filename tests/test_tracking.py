@@ -20,7 +20,7 @@ from trainables.networks import build_classifier
 from trainables.store.checkpoint import save_weights
 from trainables.store.retries import patiently
 from trainables.store.storage import NoRoomError
-from trainables.store.tracking import Tracker
+from trainables.store.tracking import SILENT_RENEWALS, Tracker
 
 EPOCHS, KEYS, PARAMS = 300, 8, 250
 DATASET = {"name": "d", "digest": "0", "source_type": "code", "source": "d"}
@@ -78,8 +78,8 @@ def test_two_commands_that_begin_together_share_one_experiment(tmp_path, monkeyp
     assert first.experiment_id == second.experiment_id
 
 
-def server_tracker(folder):
-    return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=None)
+def server_tracker(folder, owner=""):
+    return Tracker(f"sqlite:///{folder}/mlflow.db", experiment="x", artifacts=None, owner=owner)
 
 
 def test_commands_that_look_for_a_trial_before_any_creates_it_share_one_run(tmp_path, monkeypatch):
@@ -100,6 +100,44 @@ def test_commands_that_look_for_a_trial_before_any_creates_it_share_one_run(tmp_
     assert [run.info.run_id for run in trackers[0]._search("")] == [runs[0].run_id]
 
 
+def test_a_trial_is_one_commands_until_that_is_over(tmp_path):
+    one, other = (server_tracker(tmp_path, owner) for owner in ("a:/one", "a:/other"))
+    assert one.lease("abc") == ("", False)
+    assert other.lease("abc") == ("a:/one", True)
+    assert one.lease("abc") == ("", False)
+    assert server_tracker(tmp_path, "a:/one").lease("abc") == ("", False)  # run again
+    one.renew(over=True)
+    other.renew()
+    assert other.lease("abc") == ("", True)
+    assert server_tracker(tmp_path, "a:/one").lease("abc") == ("a:/other", True)
+    assert tracker_in(tmp_path).lease("abc") == ("", False)  # in a folder of its own
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_the_lease_of_a_command_that_died_runs_out(tmp_path, is_dead):
+    one, other = (server_tracker(tmp_path, owner) for owner in ("a:/one", "a:/other"))
+    one.lease("abc")
+    other.lease("abc")
+    for _ in range(SILENT_RENEWALS):
+        assert other.lease("abc") == ("a:/one", True)
+        other.renew()
+        if not is_dead:
+            one.renew()
+    assert other.lease("abc") == (("", True) if is_dead else ("a:/one", True))
+
+
+def test_of_commands_that_want_the_same_trials_at_once_each_has_some_and_no_two_one(tmp_path):
+    trackers = [server_tracker(tmp_path, str(number)) for number in range(4)]
+    trackers[0].lease("first")
+
+    def leased(tracker):
+        return {digest for digest in map(str, range(10)) if not tracker.lease(digest)[0]}
+
+    with ThreadPoolExecutor(4) as pool:
+        shares = list(pool.map(leased, trackers))
+    assert sum(map(len, shares)) == len(set.union(*shares)) == 10
+
+
 def test_a_trial_whose_run_a_user_deletes_gets_one_new_run(tmp_path):
     one, other = server_tracker(tmp_path), server_tracker(tmp_path)
     deleted = start_trial(one).run_id
@@ -107,6 +145,7 @@ def test_a_trial_whose_run_a_user_deletes_gets_one_new_run(tmp_path):
     again = start_trial(one).run_id
     assert again != deleted
     one._client.delete_run(again)
+    one.renew(over=True)
     assert start_trial(other).run_id == start_trial(one).run_id not in (deleted, again)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pandas as pd
@@ -112,15 +112,15 @@ def tables_of(study: Study, plan: Plan, runs: Mapping[str, TrialRun]) -> list[Fi
     scores = {name for t in plan if t.digest in runs for name in runs[t.digest].metrics}
     scale = plan.trials[0].recipe.scale if plan.trials else ""
     alone = {name: stored.title for name, stored in STORED_SETS.items() if stored.alone}
-    lacking = {name: f"needs {alone[name]}" for name in alone.keys() - plan.evaluators}
+    absent = {name: alone[name] for name in alone.keys() - plan.evaluators}
     tables = []
     for table in plan.tables or (_table_of_all(study, plan),):
         names = sorted(table.columns, key=_is_secondary)
         columns = (shown_column(name, scale, scores, plan.evaluators) for name in names)
-        shown = tuple(filter(None, columns))
+        shown = tuple(replace(c, lacks=absent.get(c.evaluator, "")) for c in columns if c)
         standing_in = {column.name for column in shown if column.stands_in}
         published = {k: v for k, v in table.published.items() if k[1] not in standing_in}
-        rows = tuple(_filled(row, shown, published, runs, lacking) for row in table.rows)
+        rows = tuple(_filled(row, shown, published, runs) for row in table.rows)
         tables.append(FilledTable(table.name, table.question, shown, rows, published))
     return tables
 
@@ -154,34 +154,21 @@ def _table_of_all(study: Study, plan: Plan) -> Table:
 
 
 def _filled(
-    row: Row,
-    shown: Iterable[Column],
-    published: Published,
-    runs: Mapping[str, TrialRun],
-    lacking: Mapping[str, str],
+    row: Row, shown: Iterable[Column], published: Published, runs: Mapping[str, TrialRun]
 ) -> FilledRow:
-    """lacking: what the data have not, by evaluator."""
     trained = [runs.get(digest) for digest in row.digests]
-    cells = (
-        _cell(row, c, trained, lacking, *published.get((row.label, c.name), (None, "")))
-        for c in shown
-    )
+    cells = (_cell(row, c, trained, *published.get((row.label, c.name), (None, ""))) for c in shown)
     run = next(filter(None, trained), None)
     return FilledRow(row.label, row.recipe, row.seeds, tuple(cells), run)
 
 
 def _cell(
-    row: Row,
-    column: Column,
-    runs: Sequence[TrialRun | None],
-    lacking: Mapping[str, str],
-    published: float | None,
-    source: str,
+    row: Row, column: Column, runs: Sequence[TrialRun | None], published: float | None, source: str
 ) -> FilledCell:
     for run in runs:
         known = run and f"{column.score}/n" in run.metrics
         if run is None or not known or run.is_forgotten(column.evaluator):
-            return FilledCell(_state(run, column, lacking), published=published, source=source)
+            return FilledCell(_state(run, column), published=published, source=source)
     metrics = [run.metrics for run in runs if run]
     value, low, high = over_seeds(metrics, column.score)
     # Every seed is judged on the same images.
@@ -191,7 +178,7 @@ def _cell(
     return FilledCell("done", value, low, high, n, published, source, difference)
 
 
-def _state(run: TrialRun | None, column: Column, lacking: Mapping[str, str]) -> str:
+def _state(run: TrialRun | None, column: Column) -> str:
     if run is None:
         return "not run yet"
     if run.is_forgotten(column.evaluator):
@@ -202,9 +189,8 @@ def _state(run: TrialRun | None, column: Column, lacking: Mapping[str, str]) -> 
         return f"{run.outcome}: {run.reason}"
     if run.outcome == "blocked":
         return run.reason
-    if run.outcome == "training":
-        return run.state
-    return lacking.get(column.evaluator, "not judged yet")
+    waiting = f"needs {column.lacks}" if column.lacks else "not judged yet"
+    return run.state if run.outcome == "training" else waiting
 
 
 def saturation(shares: Iterable[float], column: Column) -> str:

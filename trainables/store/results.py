@@ -62,15 +62,12 @@ def sole_run(results: Path) -> Iterator[None]:
 def _locks(file: IO[str]) -> bool:
     """Lock a file for this process; False where another one holds it for longer than a look."""
     deadline = time.monotonic() + LOOK_SECONDS
-    while True:
-        try:
+    while time.monotonic() < deadline:
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        else:
             return True
+        time.sleep(0.05)
+    return False
 
 
 def is_in_use(results: Path) -> bool:

@@ -10,11 +10,13 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -56,6 +58,10 @@ CELL_TAG = "cell."
 FAILED_TAG = "failed."
 STUDY_TAG = "study."
 CLAIMS_TAG = f"{PROJECT}.claims"  # of an experiment: the id of its run
+ALIVE_TAG = "alive."  # of the run of claims, and a command: another value at each renewal
+OPENING_SECONDS = 0.5  # in which another command may make the run that both want
+RENEW_SECONDS = 30.0
+SILENT_RENEWALS = 10  # after which a command that shows the same value is dead
 CHECKPOINT_TAG = "checkpoint."  # and the epoch: the id of its logged model
 WEIGHTS_TAG = "weights_sha256"
 TRAINED_TAG = "trained"
@@ -145,7 +151,8 @@ class Tracker:
     """The one writer: a parent run per study, a child run per trial, looked up by digest.
 
     uri: an MLflow tracking URI. artifacts: their folder, which no other command uses, or None to
-    leave it to the server.
+    leave it to the server. owner: of leases; the same for a command and its repetition, and for
+    no two at once.
     Opening makes the database and the experiment; ValueError when they cannot be had. From then
     on a server that is away is waited for, and `say` gets the reason. `live`: whether a run is
     writing there now, None where nobody knows.
@@ -157,11 +164,19 @@ class Tracker:
         *,
         experiment: str,
         artifacts: Path | None,
+        owner: str = "",
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.uri, self._say, self._stop = uri, say, threading.Event()
-        self._experiment, self._is_alone = experiment, artifacts is not None
+        self._experiment, self.is_alone = experiment, artifacts is not None
         self.live: bool | None = True
+        self._owner = owner or uuid.uuid4().hex
+        self._held: set[str] = set()  # by this command
+        self._leases: dict[str, str] = {}  # owners, by key and turn, as last read
+        self._signs: dict[str, str] = {}  # of life, by owner
+        self._heard: dict[str, str] = {}  # the same, at the last renewal
+        self._silent = Counter[str]()  # renewals in a row at which an owner had the same sign
+        self._waits = False
         try:
             self._client = MlflowClient(uri)
             there = self._client.get_experiment_by_name(experiment)
@@ -181,16 +196,13 @@ class Tracker:
 
     def _new_experiment(self, name: str, artifacts: Path | None) -> Experiment:
         """Return an experiment that was not there, made here or by a command that was quicker."""
+        place = artifacts.as_uri() if artifacts else None
+        tags = KIND | {SCHEMA_TAG: str(SCHEMA), PROJECT: version_of(PROJECT)}
         try:
-            self._client.create_experiment(
-                name,
-                artifact_location=artifacts.as_uri() if artifacts else None,
-                tags=KIND | {SCHEMA_TAG: str(SCHEMA), PROJECT: version_of(PROJECT)},
-            )
-        except MlflowException:
-            if (there := self._client.get_experiment_by_name(name)) is None:
+            self._client.create_experiment(name, place, tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            return there
         return self._client.get_experiment_by_name(name)
 
     def open_study(
@@ -262,10 +274,61 @@ class Tracker:
         view = study and f"?viewStateShareKey={study}&workflowType=machine_learning"
         return f"{address}/#/experiments/{self.experiment_id}/runs{path}{view}"
 
-    def trials(self) -> dict[str, TrialRun]:
-        """Return every trial of the experiment by digest."""
-        runs = [_trial_run(run) for run in self._search("tags.kind = 'trial'")]
+    def trials(self, digest: str = "") -> dict[str, TrialRun]:
+        """Return every trial of the experiment by digest, or one alone."""
+        alone = f" AND tags.digest = '{digest}'" if digest else ""
+        runs = [_trial_run(run) for run in self._search(f"tags.kind = 'trial'{alone}")]
         return {run.digest: replace(run, live=self.live) for run in runs}
+
+    def lease(self, key: str) -> tuple[str, bool]:
+        """Take a trial for this command; return who else has it, or '', and whether one ever had.
+
+        A lease is held until its command is over or has died: then the next turn is claimed.
+        """
+        if self.is_alone or key in self._held:
+            return "", False
+        if not self._leases:
+            self.renew()
+        while True:
+            turn = next(n for n in count() if f"{key}.{n}" not in self._leases)
+            last = self._leases.get(f"{key}.{turn - 1}", self._owner)
+            if last != self._owner and self._lives(last):
+                self._waits = True
+                return last, True
+            self._call(partial(self._claim, f"{key}.{turn}"))
+            if self._leases[f"{key}.{turn}"] == self._owner:
+                self._held.add(key)
+                return "", last != self._owner
+
+    def _claim(self, turn: str) -> None:
+        """Name this command as the owner of a turn, unless another was quicker."""
+        try:
+            self._client.log_param(self._claims, turn, self._owner)
+            self._leases[turn] = self._owner
+        except MlflowException:
+            self._look()
+            if turn not in self._leases:  # it is refused for another reason
+                raise
+
+    def renew(self, *, over: bool = False) -> None:
+        """Show that this command is alive, or over, and look whether those it waits for are."""
+        if self.is_alone or (over and not self._held):
+            return
+        sign = "" if over else uuid.uuid4().hex
+        name = ALIVE_TAG + _short(self._owner)
+        self._call(lambda: self._client.set_tag(self._claims, name, sign))
+        if self._waits or not self._leases:
+            self._look()
+            alike = self._signs.items() & self._heard.items()
+            self._silent = Counter({name: self._silent[name] + 1 for name, _ in alike})
+            self._heard = self._signs
+
+    def _look(self) -> None:
+        data = self._call(self._client.get_run, self._claims).data
+        self._leases, self._signs = dict(data.params), _tagged(data.tags, ALIVE_TAG)
+
+    def _lives(self, owner: str) -> bool:
+        return _short(owner) in self._signs and self._silent[_short(owner)] < SILENT_RENEWALS
 
     def start_trial(
         self,
@@ -360,8 +423,8 @@ class Tracker:
 
         The end of the trial notes their sha256.
         """
-        with _model_of(run, content, image_size=image_size, classes=classes) as model:
-            self._log_folder(run.artifact_uri, model)
+        weights = {RECIPE: run.recipe.encode(), WEIGHTS: content}
+        self._store(run.artifact_uri, _model_files(image_size, classes) | weights)
         shown = {"run_id": run.run_id, "artifact_path": ".", "flavors": {"python_function": {}}}
         self._tag(run, {WEIGHTS_TAG: sha256, MODELS_TAG: json.dumps([shown])}, later=True)
         run.weights_sha256 = sha256
@@ -376,8 +439,8 @@ class Tracker:
             name=f"{run.digest}-epoch-{epoch}",
             source_run_id=run.run_id,
         )
-        with _model_of(run, content, image_size=image_size, classes=classes) as model:
-            self._log_folder(logged.artifact_location, model)
+        weights = {RECIPE: run.recipe.encode(), WEIGHTS: content}
+        self._store(logged.artifact_location, _model_files(image_size, classes) | weights)
         self._call(self._client.finalize_logged_model, logged.model_id, "READY")
         output = [LoggedModelOutput(logged.model_id, epoch)]
         self._call(self._client.log_outputs, run.run_id, models=output)
@@ -497,60 +560,36 @@ class Tracker:
         return patiently(lambda: method(*args, **named), say=self._say, stop=self._stop)
 
     def _opened(self, key: str, query: str, run_name: str, tags: Mapping[str, str]) -> Run:
-        """Return the one run of a key: the one that matches `query`, else a new one.
-
-        It may be another command's, or of an earlier call whose answer was lost.
-        """
+        """Return the one run that matches `query`, made by the command that has the key's lease."""
 
         def opened() -> Run:
-            page = self._client.search_runs([self.experiment_id], query, max_results=1)
-            run = (
-                page[0]
-                if page
-                else self._client.create_run(
-                    self.experiment_id, run_name=run_name, tags={**_source(), **tags}
-                )
-            )
-            return run if self._is_alone else self._claimed(key, run)
+            place, began = self.experiment_id, time.monotonic()
+            look = partial(self._client.search_runs, [place], query, max_results=1)
+            while True:
+                is_ours = self.is_alone or key in self._held  # before it looks
+                if page := look():
+                    return page[0]
+                if is_ours:
+                    every = {**_source(), **tags}
+                    return self._client.create_run(place, run_name=run_name, tags=every)
+                if self.lease(key)[0]:
+                    self._stop.wait(OPENING_SECONDS)
+                if time.monotonic() - began > RENEW_SECONDS:
+                    began = time.monotonic()
+                    self.renew()
 
         return self._call(opened)
 
-    def _claimed(self, key: str, run: Run) -> Run:
-        """Claim a key for a run; return the run that has it, and delete this one if another has."""
-        try:
-            self._client.log_param(self._claims, key, run.info.run_id)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            claimed = self._client.get_run(self._claims).data.params.get(key)
-            if claimed in (None, run.info.run_id):  # it is refused for another reason
-                raise
-            if (first := self._living(claimed)) is None:  # its id is the next one's key
-                return self._claimed(claimed, run)
-            self._client.delete_run(run.info.run_id)
-            return first
-        return run
-
-    def _living(self, run_id: str) -> Run | None:
-        """Return a run, None where a user has deleted it."""
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        return run if run.info.lifecycle_stage == "active" else None
-
     @cached_property
     def _claims(self) -> str:
-        """The id of the run whose parameters name the run of each key: MLflow changes none.
+        """The id of the run whose parameters name the owners of leases: MLflow changes none.
 
         An experiment's name is unique: this one gets it when its run is there.
         """
         name = f"{self._experiment} claims"
         if (there := self._client.get_experiment_by_name(name)) is None:
             new = self._client.create_experiment(f"{name} {uuid.uuid4().hex}")
-            run = self._client.create_run(new, run_name="the run of each key")
+            run = self._client.create_run(new, run_name="who has which trial")
             self._client.set_experiment_tag(new, CLAIMS_TAG, run.info.run_id)
             try:
                 self._client.rename_experiment(new, name)
@@ -598,20 +637,13 @@ class Tracker:
         self._call(store.log_artifacts, str(folder), place or None)
 
     def _search(self, query: str) -> list[Run]:
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._call(
-                self._client.search_runs,
-                [self.experiment_id],
-                query,
-                max_results=PAGE,
-                page_token=token,
-            )
+        search = partial(self._client.search_runs, [self.experiment_id], query, max_results=PAGE)
+        page = self._call(search)
+        runs = [*page]
+        while page.token:
+            page = self._call(search, page_token=page.token)
             runs += page
-            token = page.token
-            if not token:
-                return runs
+        return runs
 
 
 def create_database(results: Path) -> None:
@@ -635,6 +667,10 @@ def _source() -> dict[str, str]:
     commit = provenance("cpu").get("commit", "").partition("+")[0]
     tags = {"source.name": Path(sys.argv[0]).name, "source.type": "LOCAL"}
     return {f"mlflow.{k}": v for k, v in {**tags, "source.git.commit": commit}.items() if v}
+
+
+def _short(owner: str) -> str:
+    return hashlib.sha256(owner.encode()).hexdigest()[:16]
 
 
 def _study_query(name: str) -> str:
@@ -681,29 +717,23 @@ def _tagged(tags: Mapping[str, str], start: str) -> dict[str, str]:
     return {k.removeprefix(start): v for k, v in tags.items() if k.startswith(start) and v}
 
 
-@contextmanager
-def _model_of(run: TrialRun, content: bytes, *, image_size: int, classes: int) -> Iterator[Path]:
-    """Yield a folder with a trial's weights file and recipe: a model that MLflow can load."""
+@cache
+def _model_files(image_size: int, classes: int) -> dict[str, bytes]:
+    """Return what MLflow needs beside weights and recipe, by name of file; made once."""
+    number, shape = np.dtype("float32"), (3, image_size, image_size)
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "model")
-        _describe_model(model, image_size=image_size, classes=classes)
-        (model / RECIPE).write_text(run.recipe)
-        (model / WEIGHTS).write_bytes(content)
-        yield model
-
-
-def _describe_model(folder: Path, *, image_size: int, classes: int) -> None:
-    """Write what MLflow needs beside the weights to load them: loader, signature, an example."""
-    number, shape = np.dtype("float32"), (3, image_size, image_size)
-    mlflow.pyfunc.save_model(
-        folder,
-        loader_module="trainables.store.checkpoint",
-        pip_requirements=["robustness-grid"],
-        signature=ModelSignature(
-            Schema([TensorSpec(number, (-1, *shape))]), Schema([TensorSpec(number, (-1, classes))])
-        ),
-        input_example=np.full((1, *shape), 0.5, number),
-    )
+        mlflow.pyfunc.save_model(
+            model,
+            loader_module="trainables.store.checkpoint",
+            pip_requirements=["robustness-grid"],
+            signature=ModelSignature(
+                Schema([TensorSpec(number, (-1, *shape))]),
+                Schema([TensorSpec(number, (-1, classes))]),
+            ),
+            input_example=np.full((1, *shape), 0.5, number),
+        )
+        return {path.name: path.read_bytes() for path in model.iterdir()}
 
 
 def fetch_artifact(
