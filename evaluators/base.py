@@ -140,9 +140,13 @@ class Evaluator(ABC):
             return source.held_out
         return source.held_out.subset(self.subset_size, seed=SUBSET_SEED)
 
+    def listed(self, source: Data) -> Split:
+        """Return a split that has the ids of `images`; its pixels may be other ones."""
+        return self.images(source)
+
     def identity(self, source: Data) -> dict[str, Any]:
         """Return all that verdicts depend on beside the model; equal ones are one question."""
-        return {"images": self.images(source).ids_hash()}
+        return {"images": self.listed(source).ids_hash()}
 
     def stored(self, source: Data, *, native: bool | None = None) -> Split | None:
         """Return the set that is stored beside the data for this question; None: generate it."""
@@ -158,7 +162,7 @@ class Evaluator(ABC):
 
     def total(self, source: Data) -> int:
         """Return how many images there are; each is judged in one shard."""
-        return len(self.images(source))
+        return len(self.listed(source))
 
     def asked_about(self, held_out: int) -> int:
         """Return how many of so many held-out images the question is about."""

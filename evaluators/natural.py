@@ -49,6 +49,11 @@ class Natural(Shift):
             how["turned"] = f"by -{tilt:g}, 0 or {tilt:g} degrees"
         return self.identity_of_set(source, "natural-adversarial", **how)
 
+    def listed(self, source: Data) -> Split:
+        """Return the held-out images where all are shown, turned or not, without turning them."""
+        turned = self.scale.natural_tilt and not source.counterpart(self.name)
+        return source.held_out if turned else self.images(source)
+
     def images(self, source: Data) -> Split:
         return self.stored(source) or hardest(source, tilt=self.scale.natural_tilt)
 

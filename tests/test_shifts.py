@@ -138,6 +138,7 @@ def test_at_digits_every_image_is_turned_as_the_reference_finds_it_hardest():
     data = load_data(DIGITS)
     chosen, held_out = Natural(DIGITS).images(data), data.held_out
     assert chosen.ids == held_out.ids
+    assert Natural(DIGITS).identity(data)["images"] == chosen.ids_hash()
     train, *views = (
         images[:, 0].flatten(1).float().numpy() / 255
         for images in (data.train.images, held_out.images, chosen.images)
