@@ -103,8 +103,12 @@ class AutoAttack(Evaluator):
         *,
         attacks: Sequence[str] = STAGES,
         most_targets: int = STANDARD_TARGETS,
+        targets_withstood: int = 0,
     ) -> pa.Table:
-        """Return the verdicts of some of the stages, against so many of the likeliest targets."""
+        """Return the verdicts of some of the stages, against so many of the likeliest targets.
+
+        targets_withstood: APGD-T leaves out so many of these, which have broken none of the images.
+        """
         rows, smaller = [], None
         # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier):
@@ -115,8 +119,8 @@ class AutoAttack(Evaluator):
                     targets, stages = _standard(head)
                 for stage in (stage for stage in stages if stage in attacks):
                     victims.begin(stage, smaller)
-                    targeted = stage.endswith("-t")
-                    for run in victims.runs(min(targets, most_targets) if targeted else 1):
+                    most = min(targets, most_targets) if stage.endswith("-t") else 1
+                    for run in victims.runs(most, targets_withstood if stage == "apgd-t" else 0):
                         with suppress(_AllBrokenError):
                             _ATTACKS[stage](victims, run, self.scale.square_queries)
                 answers, broken_by, queries = victims.predicted_B, victims.stages, victims.queries
@@ -211,14 +215,15 @@ class _Victims:
                 self._break(owner, BEFORE, int(smaller.predicted_B[owner]))
                 self.queries[owner] = smaller.queries[owner]
 
-    def runs(self, targets: int) -> Iterator[_Run]:
+    def runs(self, targets: int, first: int = 0) -> Iterator[_Run]:
         """Yield the survivors with each of their likeliest `targets` other classes, in turn.
 
-        The pairs are packed into runs of `at_once` rows, the likeliest targets first.
+        The pairs are packed into runs of `at_once` rows, the likeliest targets first, but for the
+        `first` so many, which are left out.
         """
         survivors = (~self.broken_B).nonzero().squeeze(1)
-        owners = survivors.repeat(targets)
-        ranks = torch.arange(targets, device=owners.device).repeat_interleave(len(survivors)) + 2
+        order = torch.arange(min(first, targets), targets, device=survivors.device) + 2
+        owners, ranks = survivors.repeat(len(order)), order.repeat_interleave(len(survivors))
         while len(owners):
             now, later = slice(self.at_once), slice(self.at_once, None)
             yield _Run(

@@ -10,7 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from evaluators.autoattack import ITERATIONS, STEPS_TO_BREAK, AutoAttack, SmallAutoAttack
+from evaluators.autoattack import (
+    ITERATIONS,
+    STAGES,
+    STEPS_TO_BREAK,
+    AutoAttack,
+    SmallAutoAttack,
+)
 from evaluators.base import Batch, Column
 from evaluators.intervals import Rest, rest_of, with_rest
 from evaluators.ledger import LEDGER, OF_SLICE, OTHER_TARGETS, SPARED, Score
@@ -66,7 +72,7 @@ class BoundedAutoAttack(AutoAttack):
             yield replace(batch, stage=remarks)
 
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        """Run the first attacks on all images, then AutoAttack on the slice's survivors."""
+        """Run the first attacks on all images, then what is left on the slice's survivors."""
         first = self.attack(classifier, batch, attacks=FIRST_ATTACKS, most_targets=LIKELY_TARGETS)
         outside = {i for i, remark in zip(batch.ids, batch.stage or (), strict=False) if remark}
         survivors = set(first.filter(first["survived"])["image_id"].to_pylist())
@@ -75,7 +81,10 @@ class BoundedAutoAttack(AutoAttack):
         if inside:
             ids = tuple(batch.ids[place] for place in inside)
             of_slice = Batch(batch.images[inside], batch.labels[inside], ids)
-            for row in self.attack(classifier, of_slice).to_pylist():
+            rest = self.attack(
+                classifier, of_slice, attacks=STAGES[1:], targets_withstood=LIKELY_TARGETS
+            )
+            for row in rest.to_pylist():
                 exact[row["question"], row["image_id"]] = row
         for row in (row for row in rows if row["survived"]):
             row.update(exact.get((row["question"], row["image_id"]), {"stage": SPARED}))

@@ -132,6 +132,9 @@ def test_runs_are_packed_with_the_likeliest_targets_first(classifier, batch, mon
     assert owners == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     second, third = classifier(few.images).topk(3).indices[:5, 1:].T.tolist()
     assert targets == [*second, *third]
+    # The third likeliest class alone, rank 3; none where only the likeliest is attacked.
+    assert {rank for run in victims.runs(2, 1) for rank in run.ranks.tolist()} == {3}
+    assert list(victims.runs(1, 2)) == []
 
 
 def test_targeted_stages_run_against_nine_classes_and_the_others_once(
