@@ -3,12 +3,15 @@
 Both sides deliver uint8 batches from one process and one thread, whose CPU time other work on the
 machine does not move; timm's prefetcher, which converts on a GPU, is taken off its loader. Both
 crop (RandomResizedCrop 0.08-1, bicubic) and flip: at 224 px from files of 500 x 375 px, and at
-32 px files of 32 x 32 px, which ours keeps decoded in memory.
+32 px files of 32 x 32 px, which ours keeps decoded in memory. Then a process for each core, by the
+clock on the wall: beside torchvision's `ImageFolder` in torch's loader, and from packed shards
+beside folders.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import time
 from collections import deque
@@ -22,6 +25,8 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
 from benchmarks.measure import Figure, in_turns, require
 from grid.study import base_named
@@ -30,6 +35,7 @@ from trainables.data.base import Split
 from trainables.data.images import ImageFiles, as_tensor
 from trainables.data.listing import DataSource, scale_of
 from trainables.data.load import load_data
+from trainables.data.packing import pack
 from trainables.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # images, labels
@@ -48,11 +54,43 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         recipe, train = from_files(root, side=224)
         name = "files at 224 px, crop and flip"
         yield beside_timm(name, recipe, train, root, target=1.0, repeats=3 * repeats)
+        yield from on_all_cores(root, Path(folder) / "packed", repeats=3 * repeats)
         root = Path(folder) / "small"
         write_images(root, 64 if quick else SMALL, (32, 32))
         recipe, train = from_files(root, side=32, cache=cache)
         name = "memory at 32 px, crop and flip"
         yield beside_timm(name, recipe, train, root, target=5.0, repeats=repeats)
+
+
+def on_all_cores(root: Path, packed: Path, *, repeats: int) -> Iterator[Figure]:
+    """Yield the speed of a process for each core beside torchvision's, and from shards."""
+    cores = len(os.sched_getaffinity(0))
+    pack(root, str(packed))
+    epochs = itertools.count()
+    sides = []
+    for place in (root, packed):
+        recipe, train = from_files(place, side=224)
+        batches = TrainBatches(recipe.replace(batch_size=BATCH), train, workers=cores)
+        sides.append(lambda batches=batches: deque(batches.epoch(next(epochs)), maxlen=0))
+    crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC)
+    steps = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    theirs = torch.utils.data.DataLoader(
+        ImageFolder(root / "train", steps),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=cores,
+        persistent_workers=True,
+    )
+    sides.append(lambda: deque(theirs, maxlen=0))
+    whole = [batch for epoch in (batches.epoch(0), theirs) for batch in epoch]
+    require({images.shape[1:] for images, _ in whole} == {(3, 224, 224)}, "the images' form")
+    rounds = in_turns(*sides, repeats=repeats, clock=time.perf_counter)
+    same = f"{len(train)} files, {cores} processes each"
+    for name, values in (
+        ("files at 224 px, all cores, ours / torchvision's", [t / o for o, _, t in rounds]),
+        ("files at 224 px, all cores, shards / folders", [o / p for o, p, _ in rounds]),
+    ):
+        yield Figure(name=f"loader, {name}", values=tuple(values), target=1.0, same=same)
 
 
 def beside_timm(

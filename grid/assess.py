@@ -21,6 +21,7 @@ from evaluators.shards import ShardStore
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
 from trainables.data.load import load_data
+from trainables.ray_internals import fed_here
 from trainables.recipe import Preprocessing
 from trainables.scale import Scale
 from trainables.store.checkpoint import classifier_of
@@ -80,14 +81,15 @@ class EvaluatorActor:
         source: DataSource,
         *,
         threads: int,
-        device: str,
+        gpus: float,
         hung_after: float,
         settings: Mapping[str, str],
     ) -> None:
         os.environ |= settings
         torch.set_num_threads(threads)
-        self._tracking_uri, self._scale, self._source = tracking_uri, scale, source
-        self._device, self._hung_after = torch.device(device), hung_after
+        self._tracking_uri, self._scale = tracking_uri, scale
+        self._source = fed_here(source, threads, gpus)
+        self._device, self._hung_after = torch.device("cuda" if gpus else "cpu"), hung_after
         self._load = lru_cache(1)(self._load)  # type: ignore[method-assign]
 
     def judge(self, cell: Cell, shard: Shard) -> bytes:
@@ -134,7 +136,7 @@ class EvaluatorPool:
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1}
         settings = {
             "threads": threads,
-            "device": "cuda" if gpus else "cpu",
+            "gpus": gpus,
             "hung_after": hung_after,
             "settings": client_settings(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,18 +71,31 @@ def check(
     Returns the findings and the data's manifest: 12 hex digits of every file's set, path below it
     and size; of arrays, whose size says nothing of their content, by that.
     """
-    findings: list[Finding] = []
-    manifest = ""
+    findings, manifest = _check_data(scale, source, plan, results)
     if source.root is not None:
-        trains = any(trial.recipe.epochs for trial in plan)
-        data_check = _DataCheck(scale, source, results, trains=trains)
-        findings = data_check.run(source.root)
-        files = data_check.sizes | data_check.digests
-        listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
-        manifest = hashlib.sha256(listed.encode()).hexdigest()[:12]
         findings += _standing_in(scale.data_set, source, plan)
     findings.append(("disk", *_disk(plan, results)))
     return [*findings, *(("device", "ok", text) for text in _devices())], manifest
+
+
+def check_data_here(
+    scale: Scale, source: DataSource, plan: Plan, results: Path
+) -> tuple[list[Finding], str]:
+    """Check the data where they lie on this node of a cluster, which may share the results."""
+    return _check_data(scale, source, plan, results / "nodes" / platform.node())
+
+
+def _check_data(
+    scale: Scale, source: DataSource, plan: Plan, results: Path
+) -> tuple[list[Finding], str]:
+    if source.root is None:
+        return [], ""
+    trains = any(trial.recipe.epochs for trial in plan)
+    data_check = _DataCheck(scale, source, results, trains=trains)
+    findings = data_check.run(source.root)
+    files = data_check.sizes | data_check.digests
+    listed = "\n".join(f"{path} {size}" for path, size in sorted(files.items()))
+    return findings, hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
 def _standing_in(data_set: DataSet, source: DataSource, plan: Plan) -> Iterator[Finding]:
@@ -148,7 +162,7 @@ class _DataCheck:
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
             yield from self._opened(image_files(images, data_set), "images")
-        if not self.source.workers and sum(self.sizes.values()) > self.source.memory_bytes:
+        if self.source.workers == 0 and sum(self.sizes.values()) > self.source.memory_bytes:
             text = "the images take more than --data-memory: each trial reads them from files"
             yield "warning", f"{text} by one process; give --data-workers N"
 

@@ -166,7 +166,7 @@ def _missing_nodes() -> str:
     return ""
 
 
-def _on_others(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+def on_others(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """Run a function on every other node; return references to its answers, by node."""
     here, answers = ray.get_runtime_context().get_node_id(), {}
     for node in ray.nodes():
@@ -180,7 +180,7 @@ def _on_others(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
 
 def stage_everywhere(source: DataSource) -> None:
     """Have every other node bring the data to its own disk; ValueError names one that cannot."""
-    for node, reference in _on_others(DataSource.stage, source).items() if source.origin else ():
+    for node, reference in on_others(DataSource.stage, source).items() if source.origin else ():
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
@@ -205,7 +205,7 @@ def check_nodes(
                 raise ValueError(f"storage {place} cannot be written: {error}") from None
             marks.callback(folder.remove, mark)
         needs = (code_version(), storage, names, mlflow, mark, client_settings())
-        answers = _on_others(_probe, *needs)
+        answers = on_others(_probe, *needs)
         return {name: _answer(reference) for name, reference in answers.items()}
 
 

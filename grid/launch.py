@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evaluators import evaluator_named
 from grid.assess import EvaluatorPool
-from grid.check import Finding
+from grid.check import Finding, check_data_here
 from grid.cluster import (
     Placement,
     check_nodes,
@@ -35,6 +35,7 @@ from grid.cluster import (
     connect,
     gpu_nodes,
     nodes_there,
+    on_others,
     stage_everywhere,
     wait_for_nodes,
 )
@@ -598,6 +599,22 @@ def _forgotten(tracker: Tracker, plan: Plan) -> Iterator[str]:
             yield f"{evaluator} of {trial.name}: {run.failed_cells[evaluator]}"
 
 
+def _data_on_nodes(launch: Launch) -> Iterator[Finding]:
+    """Open every image on every other node, and say whether they are those of this one."""
+    looked = (launch.scale, launch.source, launch.plan, launch.options.results.resolve())
+    answers = on_others(check_data_here, *looked) if launch.source.root else {}
+    for node, reference in answers.items():
+        try:
+            findings, manifest = ray.get(reference)
+            problem = next((text for _, level, text in findings if level == "error"), "")
+        except RayError as error:
+            manifest, problem = "", str(error).splitlines()[0]
+        if manifest != launch.manifest and not problem:
+            problem = f"it has other images: their manifest is {manifest}, here {launch.manifest}"
+        text = f"node {node}: {problem}" if problem else "every image is sound, and the same"
+        yield f"data on {node}", "error" if problem else "ok", text
+
+
 def check_cluster(launch: Launch) -> list[Finding]:
     """Look at a cluster as a run would need it, once the nodes of the cluster file are there."""
     connect(launch.address)
@@ -612,6 +629,7 @@ def check_cluster(launch: Launch) -> list[Finding]:
         sound = f"writes {launch.storage_root} and sees the data"
         for node, problem in launch.check_nodes(tracker).items():
             findings.append((f"node {node}", "error" if problem else "ok", problem or sound))
+        findings += _data_on_nodes(launch)
         if all(level == "ok" for _, level, _ in findings):
             texts = _misfits(launch, (trial.recipe for trial in launch.plan))
             findings += [("memory", "error", text) for text in texts]

@@ -26,6 +26,7 @@ from trainables.data.load import load_data
 from trainables.options import as_typed
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
+from trainables.store.results import WAITING, WAITS
 from trainables.store.retries import patiently
 from trainables.store.storage import WEIGHTS, read_file, weights_path, write_file
 from trainables.store.tracking import OTHER_WEIGHTS, RENEW_SECONDS, STOPPED, Tracker, TrialRun
@@ -343,6 +344,8 @@ class Recorder(threading.Thread):
         latest = {k: v for entry in (run.metrics, *unlogged) for k, v in entry.items()}
         accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""
+        if (waits := latest.get(WAITING, 0.0)) >= WAITS:
+            shown += f", waits for data {waits:.0%}"
         epoch = f"epoch {result['epoch']}/{trial.recipe.epochs}"
         self.progress.running[digest] = f"{trial.name} {epoch}{shown}"
         for epoch, path in result.get("checkpoints", {}).items():

@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from tests.paper import CURRICULA, STRONG, deit, resnet50, with_axis
 from tests.pictures import write_folder
+from tests.tiny import RECIPE
 from trainables.data import augment
 from trainables.data.augment import (
     CACHED_BYTES,
@@ -520,3 +521,17 @@ def test_a_damaged_image_is_named_through_a_worker(recipe, tmp_path):
     data = load_data(scale_of("folder", source, image_size=32), source)
     with pytest.raises(ValueError, match=r"\(class class-05\) cannot be read"):
         epochs(recipe.replace(batch_size=4), data.train, workers=1)
+
+
+def test_the_pace_is_the_share_of_time_in_which_batches_were_waited_for(few_digits, monkeypatch):
+    split, recipe = few_digits.train.at(np.arange(70)), RECIPE.replace(batch_size=30)
+    kept = TrainBatches(recipe, split, workers=0)
+    assert len(list(kept.epoch(0))) == 2
+    assert kept.pace == (0.0, 0.0)
+    monkeypatch.setattr(augment, "CACHED_BYTES", 0)
+    # As the epoch begins, and twice a batch: when it has come, and when the next one is wanted.
+    monkeypatch.setattr(augment, "perf_counter", iter([0.0, 3.0, 4.0, 7.0, 8.0]).__next__)
+    served = TrainBatches(recipe, split, workers=0)
+    assert served.pace == (0.0, 0.0)
+    assert len(list(served.epoch(0))) == 2
+    assert served.pace == (6 / 8, 60 / 8)

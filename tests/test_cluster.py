@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,18 @@ import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from PIL import Image
 from ray.cluster_utils import Cluster
 
 from grid.cluster import check_nodes, wait_for_nodes
 from grid.launch import Launch, _start_pool
 from grid.options import RunOptions
 from grid.plan import build_plan
+from grid.run import main
 from grid.study import load_study
 from tests import driver
 from tests.driver import ended, study_of_one, trials, wait_for_checkpoint, wait_until
+from tests.pictures import write_folder
 from tests.servers import free_port, s3_bucket
 from trainables.scale import DIGITS
 from trainables.store.results import code_version
@@ -272,6 +276,28 @@ def test_a_node_that_lacks_the_data_or_leave_to_write_is_named(cluster, tmp_path
         assert found.startswith(f"sees 0 entries at {hidden}, where the driver's node sees 1")
         (found,) = check_nodes([str(kept)]).values()
         assert found.startswith(f"cannot write to {kept}: [Errno 30] Read-only")
+
+
+def test_the_check_opens_the_images_of_every_node(cluster, tmp_path, capsys):
+    root, other = tmp_path / "data", tmp_path / "other"
+    write_folder(root, per_class=1, held_out=1)
+    shutil.copytree(root, other)
+    arguments = ["--data", str(root), "--image-size", "32", "--results", str(tmp_path / "results")]
+    arguments += ["--address", cluster.address, "--check", "--tables", "T6"]
+    mounts = f"mount --bind {other} {root}"
+    with node_with_mounts(cluster, mounts, tmp_path / "node.log"):
+        ray.shutdown()
+        assert main(arguments) == 0
+        assert "every image is sound, and the same" in " ".join(capsys.readouterr().out.split())
+        image = other / "train" / "class-05" / "picture 0.JPEG"
+        Image.new("RGB", (40, 40)).save(image)
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert re.search(r"node .*: it has other images: their man", capsys.readouterr().err)
+        image.write_bytes(image.read_bytes()[:-100])
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert re.search(r"node .*: 1 unreadable images .*class-05", capsys.readouterr().err)
 
 
 def test_a_node_with_another_version_of_the_project_is_named_with_both(cluster, tmp_path):

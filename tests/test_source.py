@@ -92,6 +92,23 @@ def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
     assert not set(train.paths) & set(held_out.paths)
 
 
+@pytest.mark.parametrize(
+    ("threads", "gpus", "node", "workers"),
+    [
+        (1, 1.0, {"CPU": 48.0, "GPU": 4.0}, 11),
+        (1, 2.0, {"CPU": 96.0, "GPU": 8.0}, 23),
+        (1, 0.75, {"CPU": 8.0, "GPU": 1.0}, 5),
+        (16, 1.0, {"CPU": 48.0, "GPU": 4.0}, 15),
+        (4, 0.0, {}, 3),
+        (1, 0.0, {}, 0),
+    ],
+)
+def test_the_processes_that_read_are_a_workers_cores_but_one(threads, gpus, node, workers):
+    assert DataSource().fed(threads, gpus, node).workers == workers
+    assert DataSource(workers=0).fed(threads, gpus, node).workers == 0
+    assert options("--data", ".").source().workers is None
+
+
 def test_a_subset_of_files_keeps_images_labels_and_ids_together(root):
     source = DataSource(root=root)
     data = load_data(scale_of("folder", source, image_size=32), source)

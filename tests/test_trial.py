@@ -9,17 +9,20 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.disks import fill, small_disk
+from trainables.data import augment
 from trainables.data.listing import EMBEDDED
 from trainables.networks import build_classifier
 from trainables.recipe import Distillation
-from trainables.running import SECONDS
 from trainables.store.checkpoint import save_checkpoint, stored_weights
+from trainables.store.results import SECONDS, WAITING
 from trainables.store.retries import NodeLeavesError
 from trainables.store.storage import weights_path
 from trainables.trial import RecipeTrial
@@ -68,6 +71,16 @@ def test_a_trial_reports_every_epoch_once_and_is_not_trained_again(start, small,
     assert results[-1]["weights"] == weights_path(str(tmp_path), recipe.digest())
     (again,) = run(start(recipe))
     assert (again["sha256"], again["outcome"]) == (results[-1]["sha256"], "finished")
+
+
+def test_a_trial_that_waits_for_data_says_so_once_with_figures(start, small, monkeypatch):
+    monkeypatch.setattr(augment, "CACHED_BYTES", 0)
+    monkeypatch.setattr(augment, "perf_counter", partial(next, count()))  # half of it waiting
+    recipe = small(epochs=2, batch_size=32)
+    results = run(start(recipe))
+    assert [e[WAITING] for result in results for e in result["epochs"]] == [0.5, 0.5]
+    said = "waits for data 50% of the time: 16 images/s; more --data-workers or packed shards"
+    assert [note for result in results for note in result["notes"]] == [said]
 
 
 def test_weights_along_the_way_are_those_of_a_shorter_training_and_leave_the_last_alone(

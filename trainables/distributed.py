@@ -8,7 +8,7 @@ from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from trainables.ray_internals import node_leaves
+from trainables.ray_internals import fed_here, node_leaves
 from trainables.store.storage import below
 from trainables.train.team import Team
 from trainables.watchdog import counting_steps
@@ -43,7 +43,8 @@ def _work(trial: dict[str, Any]) -> None:
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     device = get_device() if trial["gpus"] else "cpu"
-    running = open_trial(trial | {"device": str(device)}, team, node_leaves)
+    source = fed_here(trial["source"], trial["threads"], trial["gpus"])
+    running = open_trial(trial | {"device": str(device), "source": source}, team, node_leaves)
     over = False
     while not over:
         with counting_steps(trial["hung_after"]):

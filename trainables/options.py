@@ -254,8 +254,11 @@ class DataOptions(Options):
         "NAME=DIR",
     )
     download: bool = option(False, "fetch CIFAR-10's archive where it is not there")
-    data_workers: Annotated[int, Field(ge=0)] = rare(
-        0, "processes that decode and augment for each trial; 0: the trial's own", "N"
+    data_workers: Annotated[int, Field(ge=0)] | None = rare(
+        None,
+        "processes that decode and augment for each worker of a trial (default: one less than its "
+        "cores, on GPUs its share of the node's; 0: its own)",
+        "N",
     )
     data_memory: Annotated[float, Field(ge=0, lt=2**20)] = rare(
         2.0, "what decoded images may take, once per machine, beside those of an exact size", "GIB"

@@ -12,6 +12,8 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.tune.execution import class_cache
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from trainables.data.listing import DataSource
+
 
 def listen_on_loopback() -> None:
     """Make a Ray that starts here listen on the loopback only, as it does on a Mac."""
@@ -22,6 +24,13 @@ def keep_credentials_here() -> None:
     """Keep Tune from writing AWS credentials into its actors' environment, which Ray logs."""
     names = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+
+
+def fed_here(source: DataSource, threads: int, gpus: float) -> DataSource:
+    """Return data as a worker on this node, with so many threads and GPUs, reads them."""
+    here = ray.get_runtime_context().get_node_id() if gpus else ""
+    nodes = {node["NodeID"]: node["Resources"] for node in (ray.nodes() if gpus else ())}
+    return source.fed(threads, gpus, nodes.get(here, {}))
 
 
 def node_leaves() -> bool:

@@ -16,7 +16,7 @@ from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store import checkpoint
-from trainables.store.results import joined, provenance
+from trainables.store.results import SECONDS, WAITING, WAITS, joined, provenance
 from trainables.store.retries import NodeLeavesError
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.train.loop import EpochReport, train
@@ -30,7 +30,6 @@ CHECKPOINT_SECONDS = 5.0
 MIDWAY_SECONDS = 300.0
 LOOK_SECONDS = 5.0  # after one, in which it is not asked whether the node goes
 FULL_SECONDS = 5.0  # between two looks whether a full disk has room again
-SECONDS = "train/seconds"  # measured, so alone among the metrics not the same in every run
 
 
 @dataclass
@@ -51,6 +50,7 @@ class RunningTrial:
     epoch: int = 0
     forward: int = 0  # forward batches done of the epoch after it
     seconds: dict[int, float] = field(default_factory=dict)  # that each epoch took, so far
+    waiting: dict[int, float] = field(default_factory=dict)  # the share of it, where data are fed
     computed: dict[str, str] = field(default_factory=dict)  # what computes here, and how
     trained: dict[str, str] = field(default_factory=dict)  # the same of all its epochs
     unsent: list[dict[str, float]] = field(default_factory=list)
@@ -190,6 +190,12 @@ def _advance(running: RunningTrial) -> None:
     running.epoch, running.forward = report.epoch, report.forward
     of_epoch = report.epoch + bool(report.forward)
     running.seconds[of_epoch] = running.seconds.get(of_epoch, 0.0) + now - began
+    share, images = report.pace
+    if share >= WAITS > max(running.waiting.values(), default=0.0):
+        waits = f"waits for data {share:.0%} of the time: {images:,.0f} images/s"
+        running.notes.append(f"{waits}; more --data-workers or packed shards")
+    if share:
+        running.waiting[of_epoch] = share
     running.trained = joined(running.trained, running.computed)
     running.outcome, running.reason = report.outcome, report.reason
     running.mean = report.state.get("mean") if running.recipe.ema_evaluated else None
@@ -204,7 +210,9 @@ def _advance(running: RunningTrial) -> None:
 
 
 def _timed(running: RunningTrial, metrics: dict[str, float]) -> dict[str, float]:
-    return metrics | {SECONDS: running.seconds[int(metrics["epoch"])]}
+    epoch = int(metrics["epoch"])
+    waiting = {WAITING: running.waiting[epoch]} if epoch in running.waiting else {}
+    return metrics | {SECONDS: running.seconds[epoch]} | waiting
 
 
 def _save(running: RunningTrial) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.util import placement_group_table
 
-from trainables.ray_internals import lacked_room, node_leaves, release_orphans
+from trainables.ray_internals import fed_here, lacked_room, node_leaves, release_orphans
 from trainables.store.retries import OWN_FAULTS, NodeLeavesError
 from trainables.watchdog import counting_steps
 
@@ -56,7 +56,9 @@ class RecipeTrial(tune.Trainable):  # type: ignore[misc]
             from trainables.running import next_result, open_trial
 
             if self._running is None:
-                self._running = open_trial(self._trial_config, node_leaves=node_leaves)
+                trial = self._trial_config
+                fed = fed_here(trial["source"], trial["threads"], trial.get("gpus", 0.0))
+                self._running = open_trial(trial | {"source": fed}, node_leaves=node_leaves)
             with counting_steps(self._trial_config["hung_after"]):
                 return next_result(self._running)
         except OWN_FAULTS as error:

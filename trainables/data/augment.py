@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -346,13 +347,16 @@ class TrainBatches:
         self._own = team.own
         self._dataset = _Augmented(recipe, split.images)
         self._batches: list[list[int]] = []  # of the epoch that is served
+        self._waited = self._seconds = 0.0  # for batches, and in all, of that epoch
+        self._served = 0
         self.steps = len(split) // recipe.batch_size
         if not self.steps:
             raise ValueError(
                 f"batch_size {recipe.batch_size} exceeds the {len(split)} train images"
             )
         self._loader: DataLoader[Tensor] | None = None
-        if workers and not is_cached(recipe, split.images):
+        self._is_kept = is_cached(recipe, split.images)
+        if workers and not self._is_kept:
             self._loader = DataLoader(
                 self._dataset,
                 batch_sampler=self._batches,
@@ -373,8 +377,24 @@ class TrainBatches:
         self._batches[:] = [[epoch, *part[self._own].tolist()] for part in parts[first:]]
         alone = map(self._dataset.__getitems__, self._batches)
         images = alone if self._loader is None else self._loader
+        self._waited, self._seconds, self._served = 0.0, 0.0, 0
+        began = perf_counter()
         for shown, (_, *views) in zip(images, self._batches, strict=True):
+            self._waited += perf_counter() - began
             yield shown, torch.tensor(views)
+            now = perf_counter()
+            self._seconds, began = self._seconds + now - began, now
+            self._served += recipe.forward_batch
+
+    @property
+    def pace(self) -> tuple[float, float]:
+        """The share of an epoch's time so far that was spent waiting for batches; images a second.
+
+        Nothing where few images are kept augmented. The images are those of all workers of a team.
+        """
+        if self._is_kept or not self._seconds:
+            return 0.0, 0.0
+        return self._waited / self._seconds, self._served / self._seconds
 
 
 def _whole(batch: Any) -> Any:

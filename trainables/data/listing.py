@@ -45,7 +45,8 @@ class DataSource:
     train images that stands for an absent val/. `memory_bytes`: what decoded images may take,
     shared by the processes of a machine in `cache`. `download`: fetch what is not there and may be
     had (CIFAR-10). `labels`: a file of the images' or the classes' labels.
-    `eval_images`: judge by so many of the held-out images, 0: by all.
+    `eval_images`: judge by so many of the held-out images, 0: by all. `workers`: processes that
+    decode for a worker of a training; None: as `fed` says.
     """
 
     root: Path | None = None
@@ -53,7 +54,7 @@ class DataSource:
     stored: tuple[tuple[str, Path], ...] = ()
     hold_out: float = 0.0
     memory_bytes: int = 2 * GIBIBYTE
-    workers: int = 0
+    workers: int | None = None
     cache: Path | None = None
     download: bool = False
     labels: Path | None = None
@@ -65,6 +66,16 @@ class DataSource:
             from trainables.data.staging import stage
 
             stage(self.origin, self.root)
+
+    def fed(self, threads: int, gpus: float, node: Mapping[str, float]) -> DataSource:
+        """Return the data as read by one process less than there are cores for a worker.
+
+        threads: its own. gpus: its share of those of its node, whose resources Ray names.
+        """
+        if self.workers is not None:
+            return self
+        cores = int(node["CPU"] * gpus / node["GPU"]) if gpus else 0
+        return replace(self, workers=max(threads, cores) - 1)
 
     @property
     def folders(self) -> Mapping[str, Path]:

@@ -59,7 +59,7 @@ def _loaded(data_set: DataSet, source: DataSource) -> Data:
         held_out=held_out.chosen(source.eval_images),
         class_names=names,
         roots=source.folders,
-        workers=source.workers,
+        workers=source.workers or 0,
         cache=source.cache,
         origin=origin,
     )
@@ -100,7 +100,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
     Images of an exact size become one tensor in any case.
     """
     listed, budget = list_splits(source, data_set), source.memory_bytes
-    train, held_out = (image_files(part, data_set, source.workers) for part in listed)
+    train, held_out = (image_files(part, data_set, source.workers or 0) for part in listed)
     shown: list[Tensor | ImageFiles]
     if data_set.exact_size:
         shown = [files.cropped_once(source.cache, budget)[:] for files in (train, held_out)]

@@ -18,6 +18,8 @@ from typing import IO
 
 from trainables.plugins import versions as plug_in_versions
 
+SECONDS, WAITING = "train/seconds", "train/waiting"  # metrics that are not the same in every run
+WAITS = 0.2  # the share of its time in which a training waits for data, and from which it says so
 LOCK = ".lock"
 LOOK_SECONDS = 1.0  # `is_in_use` holds the lock for a moment
 DATABASE = "mlflow.db"

@@ -47,7 +47,7 @@ class EpochReport:
 
     `metrics` are this epoch's figures; `state` is all that training goes on from, `judged` the
     classifier whose weights are judged: their tensors are the live ones, valid until the next
-    report is asked for.
+    report is asked for. `pace`: see `TrainBatches`.
     """
 
     epoch: int
@@ -57,6 +57,7 @@ class EpochReport:
     reason: str
     state: dict[str, Any]
     judged: Classifier
+    pace: tuple[float, float]
 
 
 class _Training:
@@ -192,6 +193,7 @@ def _report(training: _Training, history: list[dict[str, float]]) -> EpochReport
         outcome="collapsed" if reason else outcome,
         reason=reason,
         judged=training.judged,
+        pace=training.batches.pace,
         state={
             "model": training.classifier.state_dict(),
             "optimizer": training.optimizer.state_dict(),
