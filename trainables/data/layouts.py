@@ -34,6 +34,7 @@ Paths = dict[str, list[str]]
 _SHARDS = "packed-"
 SHARD, INDEX = _SHARDS + "{:06d}.tar", _SHARDS + "index.parquet"
 CLASSES, SHARDS = "classes", "shards"
+AGAIN = "remove .staged and stage again, or pack again"
 
 # Pillow knows more formats, and hands one of them (EPS) to an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
@@ -193,23 +194,19 @@ def _indexed(root: Path, folder: Path) -> Paths:
         raise ValueError(f"{folder} holds shards and class folders ({apart}): keep one form")
     below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     try:
-        table = pq.read_table(folder / INDEX)
-        stated = {
-            name: json.loads(table.schema.metadata[name.encode()]) for name in (CLASSES, SHARDS)
-        }
-        columns = [table[name].to_pylist() for name in ("image", "shard", "first", "size")]
+        table = pq.read_table(folder / INDEX, columns=["image", "shard", "first", "size"])
+        stated = {k.decode(): json.loads(text) for k, text in table.schema.metadata.items()}
+        images: Paths = {name: [] for name in stated[CLASSES]}
+        for image, shard, first, size in zip(*table.to_pydict().values(), strict=True):
+            images[image.partition("/")[0]].append(f"{below}{shard}/{image}@{first}+{size}")
     except Exception as error:  # pyarrow's, of bytes that are no Parquet, are of all kinds
-        raise ValueError(f"{folder / INDEX} cannot be read: {error}; stage or pack again") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder / INDEX} cannot be read: {reason}; {AGAIN}") from None
     for shard, size in stated[SHARDS].items():
         there = (folder / shard).stat().st_size if (folder / shard).is_file() else 0
         if there != size:
-            says = f"{folder / shard} has {there:,} bytes of {size:,}"
-            raise ValueError(
-                f"{says}, and holds {columns[1].count(shard):,} images: stage or pack it again"
-            )
-    images: Paths = {name: [] for name in stated[CLASSES]}
-    for image, shard, first, size in zip(*columns, strict=True):
-        images[image.partition("/")[0]].append(f"{below}{shard}/{image}@{first}+{size}")
+            lost = f"has {there:,} bytes of {size:,}: {table['shard'].to_pylist().count(shard):,}"
+            raise ValueError(f"{folder / shard} {lost} images are lost; {AGAIN}")
     return images
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tarfile
+from collections import deque
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from tqdm import tqdm
 
 from trainables.data.layouts import (
     CLASSES,
@@ -42,11 +44,10 @@ def pack(root: Path, to: str, *, shard_bytes: int = 0) -> str:
     files, base = reached(to)
     if Path(base).is_relative_to(root) or not root.is_dir():
         raise ValueError(f"--pack {to} must be a place outside --data {root}, which is a folder")
-    parts = [*_parts(root)]
+    parts, shards = [*_parts(root)], 0
     images = sum(len(paths) for _, classes, _ in parts for paths in classes.values())
     if not images:
         raise ValueError(f"--pack: {root} holds no class folders of images")
-    shards = 0
     try:
         for folder, classes, others in parts:
             place = "/".join((base, *folder.relative_to(root).parts))
@@ -54,11 +55,8 @@ def pack(root: Path, to: str, *, shard_bytes: int = 0) -> str:
             if any(classes.values()):
                 shards += _pack(files, folder, place, classes, shard_bytes or SHARD_BYTES)
             for name in others:
-                with (
-                    (folder / name).open("rb") as file,
-                    files.open_output_stream(f"{place}/{name}") as out,
-                ):
-                    shutil.copyfileobj(file, out)
+                at = {"source_filesystem": LocalFileSystem(), "destination_filesystem": files}
+                copy_files(str(folder / name), f"{place}/{name}", **at)
     except OSError as error:
         raise ValueError(f"--pack {to}: {error}") from None
     return f"{images:,} images in {shards:,} shards"
@@ -70,7 +68,7 @@ def _parts(root: Path) -> Iterator[tuple[Path, Paths, list[str]]]:
         folder = Path(place)
         classes = images_by_class(folder, folder)
         of_splits = any(classes.get(name) for name in (TRAIN, *HELD_OUT))
-        if of_splits or any(name in TEXTURES for name in folder.relative_to(root).parts):
+        if of_splits or TEXTURES.intersection(folder.relative_to(root).parts):
             classes = {}
         yield folder, classes, files
         if any(classes.values()):  # beside which stored sets may lie
@@ -79,27 +77,24 @@ def _parts(root: Path) -> Iterator[tuple[Path, Paths, list[str]]]:
 
 def _pack(files: FileSystem, folder: Path, place: str, classes: Paths, most: int) -> int:
     """Write a folder's images into shards and then their index; return the number of shards."""
-    rows, sizes = list[tuple[str, str, int, int]](), dict[str, int]()
-    images = [*chain(*classes.values())]
-    while len(rows) < len(images):
-        shard = SHARD.format(len(sizes))
-        with (
-            files.open_output_stream(f"{place}/{shard}") as out,
-            tarfile.open(fileobj=out, mode="w") as tar,
-        ):
-            while len(rows) < len(images) and tar.offset < most:
-                image = images[len(rows)]
-                member, content = tarfile.TarInfo(image), (folder / image).read_bytes()
-                member.size = len(content)
-                first = tar.offset + len(member.tobuf())
-                tar.addfile(member, BytesIO(content))
-                rows.append((image, shard, first, len(content)))
-            tar.close()
-            sizes[shard] = out.tell()
-    table = pa.table(
-        [*map(list, zip(*rows, strict=True))], names=["image", "shard", "first", "size"]
-    )
+    rows, sizes = list[dict[str, Any]](), dict[str, int]()
+    images = deque(chain(*classes.values()))
+    with tqdm(total=len(images), desc=str(folder), unit=" images") as packed:
+        while images:
+            shard = SHARD.format(len(sizes))
+            out = files.open_output_stream(f"{place}/{shard}")
+            with out, tarfile.open(fileobj=out, mode="w") as tar:
+                while images and tar.offset < most:
+                    member = tarfile.TarInfo(images.popleft())
+                    content = (folder / member.name).read_bytes()
+                    member.size, first = len(content), tar.offset + len(member.tobuf())
+                    tar.addfile(member, BytesIO(content))
+                    row = {"image": member.name, "shard": shard, "first": first}
+                    rows.append(row | {"size": member.size})
+                    packed.update()
+                tar.close()
+                sizes[shard] = out.tell()
     stated = {CLASSES: json.dumps([*classes]), SHARDS: json.dumps(sizes)}
     with files.open_output_stream(f"{place}/{INDEX}") as out:
-        pq.write_table(table.replace_schema_metadata(stated), out)
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(stated), out)
     return len(sizes)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem
+from tqdm import tqdm
 
 from trainables.store.storage import ASIDE, reached, write_atomically
 from trainables.watchdog import beat
@@ -57,17 +56,11 @@ def _copy(files: FileSystem, missing: dict[Path, FileInfo], origin: str, root: P
     if whole > free:
         figures = f"{whole / GIGABYTE:.1f} GB, and {root} has room for {free / GIGABYTE:.1f}"
         raise ValueError(f"--stage-from {origin} brings {figures}")
-    copied, began = 0, time.monotonic()
-    said = began
-    with ThreadPoolExecutor(COPIES) as threads:
+    shown = {"unit": "B", "unit_scale": True, "mininterval": SAY_SECONDS, "desc": str(root)}
+    with tqdm(total=whole, **shown) as copied, ThreadPoolExecutor(COPIES) as threads:
         for size in threads.map(partial(_copy_file, files), missing, missing.values()):
             beat()
-            copied, now = copied + size, time.monotonic()
-            if now - said >= SAY_SECONDS or copied == whole:
-                rate = copied / max(now - began, 1e-3) / 1e6
-                share = f"{copied / GIGABYTE:.1f} of {whole / GIGABYTE:.1f} GB"
-                print(f"{root}: {share} of {origin}, {rate:.0f} MB/s", file=sys.stderr, flush=True)
-                said = now
+            copied.update(size)
 
 
 def _copy_file(files: FileSystem, to: Path, entry: FileInfo) -> int:

@@ -44,7 +44,6 @@ from trainables.store.results import (
     DATABASE,
     PROJECT,
     SCHEMA_TAG,
-    SECONDS,
     database_uri,
     provenance,
     version_of,
@@ -399,7 +398,7 @@ class Tracker:
             return
         spent = run.metrics.get(SECONDS_SO_FAR, 0.0)
         for entry in new:
-            spent += entry.get(SECONDS, 0.0)
+            spent += entry.get("train/seconds", 0.0)
             entry[SECONDS_SO_FAR] = spent
             entry["epoch"] = entry.pop("epoch")
         metrics = [
