@@ -233,11 +233,6 @@ def _with_model(recipe: Recipe, model: str) -> Recipe:
     return _with_optimizer(changed, recipe.optimizer)
 
 
-def _with_family(recipe: Recipe, family: str) -> Recipe:
-    timm = family.startswith(TIMM_PREFIX)
-    return _with_model(recipe, family if timm else model_of(family, recipe.size))
-
-
 def _with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
     settings = published_settings(recipe.model, optimizer)
     changed = _changed(recipe, optimizer=optimizer, micro_batch=None, **settings)
@@ -282,7 +277,9 @@ def _adversarial(recipe: Recipe) -> Recipe:
 
 _SETTERS: dict[str, Callable[[Recipe, Any], Recipe]] = {
     "model": _with_model,
-    "family": _with_family,
+    "family": lambda recipe, family: _with_model(
+        recipe, family if family.startswith(TIMM_PREFIX) else model_of(family, recipe.size)
+    ),
     "size": lambda recipe, size: _with_model(recipe, model_of(recipe.family, size)),
     "optimizer": _with_optimizer,
     "augmentation": _with_augmentation,

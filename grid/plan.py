@@ -286,7 +286,12 @@ def _shared(
     sharing: dict[str, list[Request]] = defaultdict(list)
     for request in requests:
         sharing[request.recipe.digest()].append(request)
-    chosen = _choose_evaluators({name for r in requests for name in r.evaluators}, evaluators)
+    asking = {name for request in requests for name in request.evaluators}
+    for name in evaluators:
+        if check_known("evaluator", name, EVALUATORS) not in asking:
+            others = ", ".join(sorted(asking))
+            raise ValueError(f"no trial here asks evaluator {name!r}; they ask {others}")
+    chosen = set(evaluators) or asking
     rule = study.early_stop
     needed = {other.digest() for r in requests for other in r.recipe.prerequisites if rule}
     return [
@@ -403,14 +408,6 @@ def _keep_only(
             if request.labels.get(axis, value) in stated or value in unlabelled
         ]
     return requests
-
-
-def _choose_evaluators(known: set[str], names: Collection[str]) -> set[str]:
-    for name in names:
-        if check_known("evaluator", name, EVALUATORS) not in known:
-            others = ", ".join(sorted(known))
-            raise ValueError(f"no trial here asks evaluator {name!r}; they ask {others}")
-    return set(names) or known
 
 
 def named(label: str, digest: str) -> str:

@@ -56,13 +56,8 @@ def build_classifier(recipe: Recipe) -> Classifier:
     scale = scale_named(recipe.scale).preprocessed(recipe.input)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return classifier_named(
-            recipe.model,
-            scale,
-            activation=activation,
-            arguments=_arguments(recipe),
-            norm_layer=norm_layer,
-        )
+        settings: dict[str, Any] = {"activation": activation, "arguments": _arguments(recipe)}
+        return classifier_named(recipe.model, scale, norm_layer=norm_layer, **settings)
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pandas as pd
+from numpy.linalg import matrix_rank
 from statsmodels.formula.api import ols
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.anova import anova_lm
@@ -91,7 +92,8 @@ def variance_shares(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     needed = 1 + sum(levels.values()) + sum(levels[a] * levels[b] for a, b in full)
     pairs = full if len(frame) >= needed + SPARE_TRIALS else []
     designs = (_design(frame, axes, pairs), _design(frame, axes))
-    model = next(filter(_is_estimable, designs), None)
+    estimable = (m for m in designs if len(m.exog) > m.exog.shape[1] == matrix_rank(m.exog))
+    model = next(estimable, None)
     if model is None:
         return pd.DataFrame(columns=["axis", "share", "p"])
     table = anova_lm(model.fit(), typ=2).drop(index="Residual")
@@ -112,11 +114,6 @@ def _design(frame: pd.DataFrame, axes: Sequence[str], pairs: Sequence[tuple[str,
     return ols(f"score ~ {' + '.join(terms)}", data=frame)
 
 
-def _is_estimable(model: OLS) -> bool:
-    rows, columns = model.exog.shape
-    return bool(rows > columns == np.linalg.matrix_rank(model.exog))
-
-
 def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """Return what each value of each axis adds to its first one, by a linear model of the axes.
 
@@ -124,7 +121,7 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     that the trials cannot tell from another axis's are left out.
     """
     design = _design(frame, axes)
-    rank = np.linalg.matrix_rank(design.exog)
+    rank = matrix_rank(design.exog)
     if len(frame) <= rank:
         return pd.DataFrame(columns=CONTRAST)
     with catch_warnings():
@@ -136,6 +133,6 @@ def contrasts(frame: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         reference, *values = frame[axis].astype("category").cat.categories
         for value in values:
             term = f"{_term(axis)}[T.{value}]"
-            if np.linalg.matrix_rank(np.vstack([design.exog, unit.loc[term]])) == rank:
+            if matrix_rank(np.vstack([design.exog, unit.loc[term]])) == rank:
                 rows.append((axis, value, reference, model.params[term], *ends.loc[term]))
     return pd.DataFrame(rows, columns=CONTRAST)

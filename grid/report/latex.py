@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from grid.report.tables import FilledCell, FilledTable
+from grid.report.tables import FilledTable
 
 SPECIAL = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -70,14 +70,14 @@ def _fitting(table: FilledTable, room: float) -> Iterator[dict[str, Column]]:
 
 def _column(table: FilledTable, place: int) -> Column:
     cells = [row.cells[place] for row in table.rows]
-    lines = [["value", "interval", "paper"], *map(_parts, cells), ["", table.judged_on[place], ""]]
+    lines = [["value", "interval", "paper"]]
+    for cell in cells:
+        state = "--" if cell.kind == "not" else cell.kind
+        ours = cell.text().split(" ", 1) if cell.n else ("", state)
+        lines.append([*ours, cell.published_text()])
+    lines.append(["", table.judged_on[place], ""])
     has_paper = any(cell.published is not None for cell in cells)
     return lines if has_paper else [line[:2] for line in lines]
-
-
-def _parts(cell: FilledCell) -> list[str]:
-    state = "--" if cell.kind == "not" else cell.kind
-    return [*(cell.text().split(" ", 1) if cell.n else ("", state)), cell.published_text()]
 
 
 def _width(column: Column) -> int:
