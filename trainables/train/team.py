@@ -129,20 +129,24 @@ def _replaced(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the workers; its gradient is the sum of their gradients."""
+class _Pooled(torch.autograd.Function):
+    """Mean and variance over all workers' images, of as many each: one message each way."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        distributed.all_reduce(total)
-        return total
+    def forward(ctx: Any, own_2C: Tensor, size: int) -> Tensor:
+        parts = [torch.empty_like(own_2C) for _ in range(size)]
+        distributed.all_gather(parts, own_2C)
+        means, variances = torch.stack(parts, dim=1)
+        mean_C, ctx.size = means.mean(0), size
+        ctx.save_for_backward(own_2C[0] - mean_C)
+        return torch.stack([mean_C, (variances + (means - mean_C).square()).mean(0)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].clone()
         distributed.all_reduce(total)
-        return total
+        of_mean, of_variance = total / ctx.size
+        return torch.stack([of_mean + 2 * ctx.saved_tensors[0] * of_variance, of_variance]), None
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -165,9 +169,9 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         count = input.numel() // input.shape[1] * self._size
         images = input.to(self.weight.dtype)  # statistics of bf16 images are float32, as torch's
-        mean_C = _sum(images.sum((0, 2, 3))) / count
+        own_2C = torch.stack(torch.var_mean(images, (0, 2, 3), correction=0)[::-1])
+        mean_C, variance_C = cast(Tensor, _Pooled.apply(own_2C, self._size)).unbind()
         centred = images - mean_C.view(-1, 1, 1)
-        variance_C = _sum(centred.square().sum((0, 2, 3))) / count
         self.running_mean.lerp_(mean_C.detach(), self.momentum)
         unbiased_C = variance_C.detach() * (count / (count - 1))
         self.running_var.lerp_(unbiased_C, self.momentum)
@@ -175,10 +179,6 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         gain_C = self.weight * (variance_C + self.eps).rsqrt()
         scaled = centred * gain_C.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return scaled.to(input.dtype)
-
-
-def _sum(value: Tensor) -> Tensor:
-    return cast(Tensor, _Sum.apply(value))
 
 
 class SharedGhostBatchNorm2d(GhostBatchNorm2d):
@@ -201,8 +201,9 @@ class SharedGhostBatchNorm2d(GhostBatchNorm2d):
         normalised = self._by_batch(side_by_side, mean, variance)
         if not self.training:
             return normalised
-        for held, mine in ((means, mean), (variances, variance)):
-            parts = [torch.empty_like(mine) for _ in range(self._team.size)]
-            distributed.all_gather(parts, mine)
-            held.copy_(torch.stack([part.view(self.ghosts, -1) for part in parts], dim=1))
+        own = torch.stack([mean, variance])
+        parts = [torch.empty_like(own) for _ in range(self._team.size)]
+        distributed.all_gather(parts, own)
+        for held, theirs in zip((means, variances), torch.stack(parts, dim=1), strict=True):
+            held.copy_(theirs.view(-1, self.ghosts, self.features).transpose(0, 1))
         return normalised
