@@ -16,7 +16,7 @@ from pyautoattack import AutoAttack as PlainAutoAttack
 
 from benchmarks.measure import DEVICE, Figure, device_seconds, in_turns, rate, require
 from benchmarks.pgd import trained, untrained
-from evaluators.autoattack import AutoAttack
+from evaluators import evaluator_named
 from evaluators.base import Batch
 from grid.study import base_named
 from trainables.data.base import to_unit
@@ -24,26 +24,35 @@ from trainables.data.load import load_data
 from trainables.layers import Classifier
 from trainables.recipe import Adversary, Recipe
 from trainables.scale import DIGITS
+from trainables.train.norms import NORMS
 
-# model, epochs, PGD steps while training, images, Square's queries (the standard ones, or fewer)
-CASES = (("resnet18", 6, 0, 100, 5000), ("resnet50", 8, 3, 20, 1000))
+# model, epochs, PGD steps while training, images, Square's queries (the standard ones, or fewer),
+# the norm and its radius
 EPSILON = 16 / 255
+CASES = (
+    ("resnet18", 6, 0, 100, 5000, "linf", EPSILON),
+    ("resnet50", 8, 3, 20, 1000, "linf", EPSILON),
+    ("resnet18", 6, 0, 30, 1000, "l2", 0.4),
+    ("resnet18", 6, 0, 30, 1000, "l1", 4.0),
+)
 TINY_RADIUS, FEW_QUERIES = 1e-6, 500
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the ratio of the times for each case."""
-    cases = (("resnet18", 1, 0, 8, 20),) if quick else CASES
-    for model, epochs, steps, images, queries in cases:
+    cases = (("resnet18", 1, 0, 8, 20, "linf", EPSILON),) if quick else CASES
+    for model, epochs, steps, images, queries, norm, epsilon in cases:
         split = load_data(DIGITS).held_out.subset(images, seed=0)
         images_BCHW, labels_B = to_unit(split.images.to(DEVICE)), split.labels.to(DEVICE)
         attack = Attack(
             trained(recipe_of(model, attack_steps=steps), epochs=epochs),
             Batch(images_BCHW, labels_B, split.ids),
-            epsilon=EPSILON,
+            epsilon=epsilon,
             queries=queries,
+            norm=norm,
         )
-        name = f"{model}{f' trained against PGD-{steps}' if steps else ''}"
+        within = "" if norm == "linf" else f" in {NORMS[norm].title}"
+        name = f"{model}{f' trained against PGD-{steps}' if steps else ''}{within}"
         yield beside_pyautoattack(name, attack, repeats=1 if quick else 5)
     if DEVICE.type == "cuda":
         for recipe in (base_named("resnet50"), base_named("deit_small")):
@@ -54,12 +63,13 @@ def compare(*, quick: bool) -> Iterator[Figure]:
 
 @dataclass(frozen=True)
 class Attack:
-    """A model, the images to attack, the radius and Square's queries."""
+    """A model, the images to attack, the radius, Square's queries and the norm."""
 
     classifier: Classifier
     batch: Batch
     epsilon: float
     queries: int
+    norm: str = "linf"
 
 
 def unbreakable(recipe: Recipe, count: int) -> Attack:
@@ -110,7 +120,8 @@ def recipe_of(model: str, *, attack_steps: int) -> Recipe:
 def attacked_here(attack: Attack) -> list[bool]:
     """Return which images survive this project's AutoAttack."""
     scale = replace(DIGITS, square_queries=attack.queries)
-    evaluator = AutoAttack(scale, radii=[Fraction(attack.epsilon)])
+    name = "autoattack" if attack.norm == "linf" else f"autoattack-{attack.norm}"
+    evaluator = evaluator_named(name, scale, radii=[Fraction(attack.epsilon)])
     ledger = evaluator.judge(attack.classifier, attack.batch)
     survived: list[bool] = ledger["survived"].to_pylist()
     return survived
@@ -119,7 +130,12 @@ def attacked_here(attack: Attack) -> list[bool]:
 def attacked_plainly(attack: Attack) -> list[bool]:
     """Return which images survive pyautoattack, called the ordinary way."""
     plain = PlainAutoAttack(
-        attack.classifier, eps=attack.epsilon, seed=0, version="standard", device=DEVICE
+        attack.classifier,
+        eps=attack.epsilon,
+        norm=NORMS[attack.norm].title,
+        seed=0,
+        version="standard",
+        device=DEVICE,
     )
     plain.square.n_queries = attack.queries
     batch = attack.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from evaluators.base import Column, Evaluator
 
+OTHER_NORMS = ("l2", "l1")  # beside the max-norm: an attack that has them is an entry for each
 ALONE = [name for name, stored in STORED_SETS.items() if stored.alone]
 # Where each evaluator is, the cheapest first, then plug-ins; it is imported when it is asked for,
 # so that `--help` stays quick.
@@ -31,20 +33,36 @@ EVALUATORS: dict[str, str] = {
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
     "pgd": "evaluators.pgd:PGD",
+    **{f"pgd-{norm}": f"evaluators.pgd:PGD@{norm}" for norm in OTHER_NORMS},
     "pgd-as-published": "evaluators.pgd:PublishedPGD",
     "tpa": "evaluators.texture_patch:TexturePatchAttack",
     "autoattack-small-bounded": "evaluators.autoattack_bounded:SmallBoundedAutoAttack",
     "autoattack-bounded": "evaluators.autoattack_bounded:BoundedAutoAttack",
+    **{
+        f"autoattack-{norm}-bounded": f"evaluators.autoattack_bounded:BoundedAutoAttack@{norm}"
+        for norm in OTHER_NORMS
+    },
     "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "autoattack": "evaluators.autoattack:AutoAttack",
+    **{f"autoattack-{norm}": f"evaluators.autoattack:AutoAttack@{norm}" for norm in OTHER_NORMS},
 }
 # What answers for an evaluator at scales whose AutoAttack is bounded.
-BOUNDED = {name: f"{name}-bounded" for name in ("autoattack", "autoattack-small")}
+BOUNDED = {
+    name: f"{name}-bounded"
+    for name in EVALUATORS
+    if name.startswith("autoattack") and not name.endswith("-bounded")
+}
 ERRORS = "corruptions"  # over the fifteen kinds; a plug-in's is over one, of its name
 GENERATED_IMAGES = 100  # x 15 kinds x 5 severities of corruptions: 7,500 verdicts
 HARDEST_SHARE = 1 / 6  # of held-out images that are not turned
 SHARD_SECONDS = 30.0  # of work, about: what a killed run loses
 PGD_STEPS = (5, 10, 50, 100)  # the lengths of pgd that are scored
+PGD_LENGTHS = {  # each alone, by its score's name: the evaluator and the steps
+    f"{name}-{steps}": (name, steps)
+    for name in ("pgd", *(f"pgd-{norm}" for norm in OTHER_NORMS))
+    for steps in PGD_STEPS
+}
+LARGEST_RADIUS = 1e6  # of any norm: each says how large one may be
 PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages bring
 
 
@@ -97,8 +115,25 @@ def class_named(name: str) -> Any:
         raise ValueError(unknown("evaluator", name, EVALUATORS))
     if name in PLUG_INS:
         return import_module("evaluators.plugged").class_of(PLUG_INS[name])
-    module, _, class_name = EVALUATORS[name].partition(":")
-    return getattr(import_module(module), class_name)
+    module, class_name, *norm = re.split("[:@]", EVALUATORS[name])
+    evaluator = getattr(import_module(module), class_name)
+    return evaluator.within(*norm, name) if norm else evaluator
+
+
+def in_norm(name: str, norm: str) -> str:
+    """Return an attack's name in a norm, as 'pgd-l2-10' of 'pgd-10'; a name that has none stays.
+
+    ValueError where an attack does not have the norm.
+    """
+    root = next((root for root in ("pgd", "autoattack") if name.startswith(root)), "")
+    if (wanted := norm.lower()) not in ("linf", *OTHER_NORMS):
+        raise ValueError(unknown("norm", norm, ("Linf", "L2", "L1")))
+    if not root or wanted == "linf" or f"-{wanted}" in name:
+        return name
+    renamed = name.replace(root, f"{root}-{wanted}", 1)
+    if renamed not in {*EVALUATORS, *PGD_LENGTHS}:
+        raise ValueError(f"{name} has the norm Linf alone; in {norm} there are pgd and autoattack")
+    return renamed
 
 
 def evaluator_of(score: str) -> str:
@@ -157,7 +192,7 @@ def column_named(score: str) -> Column:
 
 def _add(plug_in: EntryPoint) -> None:
     """Add another package's evaluator, corruption or attack by its name; ValueError if taken."""
-    if plug_in.name in {*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS)}:
+    if plug_in.name in {*EVALUATORS, *PGD_LENGTHS}:
         raise ValueError("an evaluator, or a score, of this name is there already")
     PLUG_INS[plug_in.name] = plug_in
     EVALUATORS[plug_in.name] = plug_in.value

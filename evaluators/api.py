@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evaluators import LARGEST_RADIUS, in_norm
 from evaluators.base import device_named
 from evaluators.judging import Cells, evaluators_named
 from evaluators.own_data import digest, for_head, read
@@ -30,6 +31,7 @@ def evaluate(
     evaluators: str | Sequence[str] = ("clean",),
     *,
     epsilon: Radius | Sequence[Radius] | None = None,
+    norm: str = "Linf",
     mean: Any = None,
     std: Any = None,
     device: str | torch.device | None = None,
@@ -46,19 +48,21 @@ def evaluate(
     It is judged in eval mode and comes back as it was. mean, std: of a normalisation in front of
     it, a number or one for each channel. data: (images, labels) as tensors or arrays, a
     Dataset, a DataLoader, a folder, a Hugging Face Dataset, or this project's Data.
-    image_size: to which images of files are brought. epsilon: max-norm radii, "8/255" or a number;
-    default: the scale's; of a user's images in memory 8/255 up to 64 px, else 4/255. device:
+    image_size: to which images of files are brought. epsilon: radii, "8/255" or a number; default:
+    the scale's; of a user's images in memory 8/255 up to 64 px, else 4/255, and in L2 and L1 of
+    the same size. norm: of pgd and autoattack: Linf, L2 or L1; "pgd-l2" states its own. device:
     default the model's own, or the first GPU for one without weights. store: a folder in which
     verdicts stay; the same call goes on with what it holds. eot: passes that are averaged of a
     model that draws at random. Raises ValueError where the model or the data cannot be judged.
     """
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
-    names = [evaluators] if isinstance(evaluators, str) else list(evaluators)
+    several = [evaluators] if isinstance(evaluators, str) else list(evaluators)
+    names = [in_norm(name, norm) for name in several]
     if not names:
         raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
-    several = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
-    radii = [fraction(str(r), *RADIUS) for r in several if r is not None]
+    stated = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
+    radii = [fraction(str(r), *RADIUS, most=LARGEST_RADIUS) for r in stated if r is not None]
     own_scale, own_data = read(data, image_size)
     images = own_data.held_out.images
     classifier = classifier_of(model, images.shape[1], mean, std, draws=eot)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -18,18 +17,25 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from evaluators import memory
-from evaluators.base import Batch, Column, Evaluator, verdicts
+from evaluators.balls import BallAttack
+from evaluators.base import Batch, Column, verdicts
 from evaluators.ledger import Score, by_question, share
-from evaluators.pgd import FOLDED_ON, radii_by_name
+from evaluators.pgd import FOLDED_ON
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.layers import Classifier
 from trainables.scale import Scale
 from trainables.train.adversary import attacked, folded
 from trainables.train.exactness import image_numbers, uniform
+from trainables.train.norms import LEAST_DRAW, NORMS
 
 CLEAN = "clean"
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 STANDARD_TARGETS = 9
+# How often a stage attacks an image: from other starts, or against another target each time.
+ROUNDS = {"apgd-ce": 1, "apgd-t": STANDARD_TARGETS, "fab-t": STANDARD_TARGETS, "square": 1}
+L1_ROUNDS = {"apgd-ce": 5, "apgd-t": 5}
+# In L1 APGD comes down from larger radii: multiples of the radius, and shares of the iterations.
+L1_DESCENT = ((3, 0.3), (2, 0.3), (1, 0.4))
 DLR_CLASSES = 4  # the targeted DLR loss divides by a difference with the fourth logit
 ITERATIONS = 100
 ROWS_AT_ONCE = 200  # images x targets in one forward pass, at most
@@ -41,15 +47,16 @@ BALL_TOLERANCE = 1e-6  # float32 rounding of image + epsilon is up to 6e-8
 logger = logging.getLogger(__name__)
 
 
-class AutoAttack(Evaluator):
-    """The standard AutoAttack in the max-norm, stage by stage over the survivors.
+class AutoAttack(BallAttack):
+    """The standard AutoAttack of a norm, stage by stage over the survivors.
 
     APGD-CE, APGD-T and FAB-T against the 9 likeliest other classes (all of them where there are
-    fewer), Square with 5,000 queries; float32. A scale may state fewer queries and images for
+    fewer), Square with 5,000 queries; float32. In L1 APGD comes down from three radii, five times
+    for the cross-entropy and against 5 classes. A scale may state fewer queries and images for
     time: the identity carries both. The survivors of several batches share a forward pass. Every
     draw follows from the image, the target class's rank and the iteration, and an image's answer is
     that of the likeliest target that breaks it, so no verdict depends on the rest of the batch.
-    Source: Croce and Hein (2020).
+    Source: Croce and Hein (2020; in L1 2021).
     """
 
     name = "autoattack"
@@ -60,14 +67,11 @@ class AutoAttack(Evaluator):
         Column("autoattack/after-fab-t", "after FAB-T"),
         Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
     )
-    radius = "epsilon"  # of the scale, by default
-    takes_radii = True
-    least_shard = 1
+    drawn = "autoattack_subset"
 
-    def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
-        super().__init__(scale)
-        self.radii = radii_by_name(self.name, sorted(radii or [getattr(scale, self.radius)]))
-        self.subset_size = scale.autoattack_subset
+    def __init__(self, scale: Scale, **settings: Any) -> None:
+        super().__init__(scale, **settings)
+        self.rounds = ROUNDS | (L1_ROUNDS if self.norm == "l1" else {})
         self.targets, self.stages = _standard(scale.num_classes)
 
     def identity(self, source: Data) -> dict[str, Any]:
@@ -84,7 +88,9 @@ class AutoAttack(Evaluator):
     def cost(self, held_out: int, *, withstanding: float) -> float:
         """Count two passes for a step of APGD and three for one of FAB-T, and Square's queries."""
         steps = ITERATIONS + 1
-        every_stage = 2 * steps + self.targets * steps * (2 + 3) + self.scale.square_queries
+        ce, *targeted = (self.rounds[stage] for stage in STAGES[:3])
+        t, fab = (min(self.targets, rounds) for rounds in targeted)
+        every_stage = steps * (2 * ce + 2 * t + 3 * fab) + self.scale.square_queries
         broken = 2 * STEPS_TO_BREAK
         each = 2 + withstanding * every_stage + (1 - withstanding) * broken
         return len(self.radii) * self.asked_about(held_out) * each
@@ -113,14 +119,16 @@ class AutoAttack(Evaluator):
         # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier):
             for question, epsilon in self.radii.items():
-                victims = _Victims(classifier, batch, epsilon)
+                victims = _Victims(classifier, batch, epsilon, self.norm)
                 targets, stages = self.targets, self.stages
                 if (head := victims.ranking_BK.shape[1]) > self.scale.num_classes:
                     targets, stages = _standard(head)
                 for stage in (stage for stage in stages if stage in attacks):
                     victims.begin(stage, smaller)
-                    most = min(targets, most_targets) if stage.endswith("-t") else 1
-                    for run in victims.runs(most, targets_withstood if stage == "apgd-t" else 0):
+                    rounds = self.rounds[stage]
+                    if stage.endswith("-t"):
+                        rounds = min(rounds, targets, most_targets)
+                    for run in victims.runs(rounds, targets_withstood if stage == "apgd-t" else 0):
                         with suppress(_AllBrokenError):
                             _ATTACKS[stage](victims, run, self.scale.square_queries)
                 answers, broken_by, queries = victims.predicted_B, victims.stages, victims.queries
@@ -186,14 +194,16 @@ class _Victims:
     ones go on, for theirs would be the image's answer in a run of their own.
     """
 
-    def __init__(self, classifier: Classifier, batch: Batch, epsilon: float) -> None:
-        self.classifier, self.batch, self.epsilon = classifier, batch, epsilon
+    def __init__(
+        self, classifier: Classifier, batch: Batch, epsilon: float, norm: str = "linf"
+    ) -> None:
+        self.classifier, self.batch = classifier, batch
+        self.epsilon, self.norm = epsilon, NORMS[norm]
         # pyautoattack flattens by view: rows must be contiguous.
         self.images_BCHW = batch.images.contiguous()
+        self.tolerance = BALL_TOLERANCE * max(1, epsilon)
         self.fast = folded(classifier, self.images_BCHW[:FOLDED_ON]) or classifier
         self.at_once = memory.images_at_once(self.fast, self.images_BCHW, most=ROWS_AT_ONCE)
-        self.low = (self.images_BCHW - epsilon).clamp_(min=0)
-        self.high = (self.images_BCHW + epsilon).clamp_(max=1)
         logits_BK = self.logits(classifier, self.images_BCHW)
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
@@ -221,7 +231,7 @@ class _Victims:
         The pairs are packed into runs of `at_once` rows, the likeliest targets first, but for the
         `first` so many, which are left out.
         """
-        survivors = (~self.broken_B).nonzero().squeeze(1)
+        survivors, classes = (~self.broken_B).nonzero().squeeze(1), self.ranking_BK.shape[1]
         order = torch.arange(min(first, targets), targets, device=survivors.device) + 2
         owners, ranks = survivors.repeat(len(order)), order.repeat_interleave(len(survivors))
         while len(owners):
@@ -230,7 +240,7 @@ class _Victims:
                 owners[now],
                 self.images_BCHW[owners[now]],
                 self.batch.labels[owners[now]],
-                self.ranking_BK[owners[now], -ranks[now]],
+                self.ranking_BK[owners[now], -ranks[now].clamp(max=classes)],
                 ranks[now],
             )
             owners, ranks = owners[later], ranks[later]
@@ -261,8 +271,8 @@ class _Victims:
     @torch.no_grad()
     def try_break(self, owners: Tensor, ranks: Tensor, images_RCHW: Tensor) -> None:
         """Break the images of which the classifier gets one of these, inside the ball, wrong."""
-        inside = torch.clamp(images_RCHW, self.low[owners], self.high[owners])
-        near = (inside - images_RCHW).abs().amax(dim=(1, 2, 3)) <= BALL_TOLERANCE
+        inside = self.norm.ball(self.images_BCHW[owners], self.epsilon)(images_RCHW)
+        near = (inside - images_RCHW).abs().amax(dim=(1, 2, 3)) <= self.tolerance
         if not near.any():
             return
         predicted = self.logits(self.classifier, inside[near]).argmax(dim=1)
@@ -285,6 +295,7 @@ def _apgd(
     attack = attack_class(
         partial(victims.query, run),
         n_iter=ITERATIONS,
+        norm=victims.norm.title,
         eps=victims.epsilon,
         device=run.images.device,
         logger=logger,
@@ -296,8 +307,22 @@ def _apgd(
         rows = run.ranks == rank
         numbers = victims.numbers_B[run.owners[rows]]
         noise_RCHW[rows] = uniform(numbers, noise_RCHW.shape[1:], key=(victims.stage, rank))
-    start_RCHW = run.images + victims.epsilon * attack.normalize(2 * noise_RCHW - 1)
-    attack.attack_single_run(run.images, run.labels, x_init=start_RCHW)
+    directions_RCHW = (
+        2 * noise_RCHW - 1
+        if attack.norm == "Linf"
+        else torch.special.ndtri(noise_RCHW.clamp_(min=LEAST_DRAW))
+    )
+    if attack.norm != "L1":
+        start_RCHW = run.images + victims.epsilon * attack.normalize(directions_RCHW)
+        attack.attack_single_run(run.images, run.labels, x_init=start_RCHW)
+        return
+    current_RCHW = run.images + directions_RCHW
+    for multiple, share_of_steps in L1_DESCENT:
+        attack.eps, attack.n_iter = multiple * victims.epsilon, round(share_of_steps * ITERATIONS)
+        within = victims.norm.ball(run.images, attack.eps)
+        current_RCHW, *_ = attack.attack_single_run(
+            run.images, run.labels, x_init=within(current_RCHW)
+        )
 
 
 def _fab(victims: _Victims, run: _Run, square_queries: int) -> None:
@@ -305,6 +330,7 @@ def _fab(victims: _Victims, run: _Run, square_queries: int) -> None:
     attack = FABAttack_PT(
         partial(victims.query, run),
         n_iter=ITERATIONS,
+        norm=victims.norm.title,
         eps=victims.epsilon,
         device=run.images.device,
     )
@@ -319,6 +345,7 @@ def _square(victims: _Victims, run: _Run, square_queries: int) -> None:
     attack = SquareAttack(
         partial(victims.logits, victims.fast),
         n_queries=square_queries,
+        norm=victims.norm.title,
         eps=victims.epsilon,
         resc_schedule=False,
         device=run.images.device,
@@ -326,12 +353,14 @@ def _square(victims: _Victims, run: _Run, square_queries: int) -> None:
     numbers_R = victims.numbers_B[run.owners]
     shared = torch.Generator().manual_seed(0)
 
+    torch.default_generator.manual_seed(0)  # which the squares of L2 and L1 are turned by
+
     def signs(shape: Sequence[int]) -> Tensor:
         """Return those of every image's stripes (R, 3, 1, W), or of one square for all images."""
-        if len(shape) == 4:
+        if shape[-1] > 1:
             draws = uniform(numbers_R, shape[1:], key=("square",))
         else:
-            draws = torch.rand(*shape, generator=shared).to(numbers_R.device)
+            draws = torch.rand(*shape[-3:], generator=shared).to(numbers_R.device)
         return (2 * draws - 1).sign()
 
     def whole_numbers(low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:

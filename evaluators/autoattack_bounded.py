@@ -55,13 +55,14 @@ class BoundedAutoAttack(AutoAttack):
         }
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        """Count the first attacks of all images, and all of AutoAttack of the slice."""
+        """Count the first attacks of all images, and the rest of AutoAttack of the slice."""
         images = self.asked_about(held_out)
         inside = self._slice_size(images) / images
-        survivor = 2 * (ITERATIONS + 1) * (1 + LIKELY_TARGETS)
+        survivor = 2 * (ITERATIONS + 1) * (self.rounds["apgd-ce"] + LIKELY_TARGETS)
         first = 2 + withstanding * survivor + (1 - withstanding) * 2 * STEPS_TO_BREAK
         exact = super().cost(held_out, withstanding=withstanding)
-        return len(self.radii) * images * first + inside * exact
+        everywhere = len(self.radii) * images * first
+        return everywhere + inside * (exact - everywhere)
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         """Yield the batches of a shard, with the remark SPARED on images outside the slice."""

@@ -18,8 +18,9 @@ from evaluators.ledger import LEDGER, SPARED, by_question, share
 from trainables.data.base import Data
 from trainables.layers import Classifier
 from trainables.scale import Scale
-from trainables.train.adversary import attacked, pgd_iterates, random_start
+from trainables.train.adversary import attacked, pgd_iterates
 from trainables.train.exactness import image_numbers
+from trainables.train.norms import random_start
 
 HUGE_EPSILON = 0.5  # every image can be turned into the same grey
 HUGE_STEPS = 20

@@ -23,7 +23,8 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from evaluators import PGD_STEPS, class_named, evaluator_named
+from evaluators import PGD_LENGTHS, class_named, evaluator_named
+from evaluators.balls import BallAttack
 from evaluators.base import Evaluator, cell_digest, judged_shard
 from evaluators.health import red_flags
 from evaluators.intervals import notes_on_rest
@@ -121,9 +122,10 @@ class Cells:
     def _remarks(self) -> list[str]:
         """Say by which radii attacks judge, and which scores are errors: others are accuracies."""
         remarks = []
-        if attacks := [e for e in self.stores if e.takes_radii]:
-            radii = ", ".join(f"{255 * radius:g}/255" for radius in attacks[0].radii.values())
-            remarks.append(f"{', '.join(e.name for e in attacks)}: max-norm radius {radii}")
+        names: dict[str, list[str]] = {}
+        for attack in (e for e in self.stores if isinstance(e, BallAttack) and e.takes_radii):
+            names.setdefault(attack.radii_line(), []).append(attack.name)
+        remarks += [f"{', '.join(attacks)}: {line}" for line, attacks in names.items()]
         errors = [e.name for e in self.stores if any("error" in c.label for c in e.columns[:1])]
         if errors:
             remarks.append(f"{', '.join(errors)}: errors, lower is better")
@@ -143,14 +145,13 @@ def evaluators_named(
     radii: of the attacks that take several; none: the scale's. ValueError where no evaluator takes
     them.
     """
-    lengths = {f"pgd-{steps}": steps for steps in PGD_STEPS}
-    steps = sorted(lengths[name] for name in {*names} & lengths.keys())
     radii = tuple(dict.fromkeys(radii))
     evaluators = []
-    for name in dict.fromkeys("pgd" if n in lengths else n for n in names):
+    for name in dict.fromkeys(PGD_LENGTHS.get(n, (n,))[0] for n in names):
         settings: dict[str, Any] = {"radii": radii} if class_named(name).takes_radii else {}
-        if name == "pgd" and name not in names:
-            settings["steps"] = steps
+        if name not in names:
+            lengths = (PGD_LENGTHS[n] for n in {*names} & PGD_LENGTHS.keys())
+            settings["steps"] = [steps for owner, steps in lengths if owner == name]
         evaluators.append(evaluator_named(name, scale, **settings))
     if radii and not any(evaluator.takes_radii for evaluator in evaluators):
         takers = "pgd, autoattack and plug-ins' attacks"

@@ -10,14 +10,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator
 
-from evaluators import EVALUATORS, PGD_STEPS
+from evaluators import EVALUATORS, LARGEST_RADIUS, PGD_LENGTHS
 from trainables.models import FORMS, MODELS
 from trainables.options import Address, Count, DataOptions, Split, Words, fraction, option
 from trainables.recipe import ACTIVATIONS, check_model, one_of
 from trainables.scale import scale_named, scale_names
 
 # Single lengths of pgd take its shorter trajectory.
-NAMES = (*EVALUATORS, *(f"pgd-{steps}" for steps in PGD_STEPS))
+NAMES = (*EVALUATORS, *PGD_LENGTHS)
 Activation = Annotated[str, one_of("activation", ACTIVATIONS)]
 Name = Annotated[str, one_of("evaluator", NAMES)]
 ScaleName = Annotated[
@@ -25,7 +25,10 @@ ScaleName = Annotated[
 ]
 ModelName = Annotated[str, AfterValidator(check_model)]
 Radius = Annotated[
-    Fraction, BeforeValidator(lambda word: fraction(word, "radius for pixels in [0, 1]", "4/255"))
+    Fraction,
+    BeforeValidator(
+        lambda word: fraction(word, "radius for pixels in [0, 1]", "4/255", most=LARGEST_RADIUS)
+    ),
 ]
 Area = Annotated[
     float, BeforeValidator(lambda word: float(fraction(word, "share of an image", "0.025")))
@@ -67,7 +70,7 @@ class JudgeOptions(DataOptions):
         None, "where the ledgers go (default: results/ledgers/FILE-DIGEST-SCALE)", "DIR"
     )
     epsilon: Annotated[tuple[Radius, ...], Split] = option(
-        (), "max-norm radii of attacks but tpa, e.g. 4/255 0.5/255 (default: the scale's)", "RADIUS"
+        (), "radii of attacks but tpa: 4/255 0.5/255, in L2 0.5 (default: the scale's)", "RADIUS"
     )
     attack_images: Count | None = option(
         None, "images that attacks take, drawn by a fixed seed (default: the scale's)", "N"

@@ -11,46 +11,37 @@ import torch
 from torch import Tensor
 
 from evaluators import PGD_STEPS
-from evaluators.base import Batch, Column, Evaluator, verdicts
+from evaluators.balls import BallAttack
+from evaluators.base import Batch, Column, verdicts
 from evaluators.memory import images_at_once
 from trainables.data.base import Data
 from trainables.layers import Classifier
 from trainables.recipe import Protocol
 from trainables.scale import Scale
-from trainables.train.adversary import attacked, folded, half_precision, pgd_iterates, random_start
+from trainables.train.adversary import attacked, folded, half_precision, pgd_iterates
 from trainables.train.exactness import image_numbers, uniform
+from trainables.train.norms import random_start
 
 FOLDED_ON = 16  # images whose logits a folded model must keep
 PLAIN_SHARE = 0.5  # of the attacks as published start at the image: a normal draw is below 0
 
 
-def radii_by_name(name: str, radii: Sequence[Fraction]) -> dict[str, float]:
-    """Return radii by the name of their question, which states them if they are several: @4/255."""
-    if len(radii) == 1:
-        return {name: float(radii[0])}
-    return {f"{name}@{float(255 * radius):g}/255": float(radius) for radius in radii}
-
-
-class PGD(Evaluator):
+class PGD(BallAttack):
     """PGD of several lengths as one trajectory with step epsilon/4 and a random start.
 
     The iterate of each length in `steps` is scored, in float32. Step max(epsilon/4, epsilon/n) is
-    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. `radii`: by default the scale's; each of
-    several is its own question, pgd-100@8/255. Source: STUDY section 3.
+    epsilon/4 for all n >= 4: 1/255 at the study's 4/255. Source: STUDY section 3.
     """
 
     name = "pgd"
     columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in PGD_STEPS)
     protocol: Protocol = "corrected"
-    takes_radii = True
-    least_shard = 1
 
     def __init__(
         self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = PGD_STEPS
     ) -> None:
-        self.radii = radii_by_name("", radii or [scale.epsilon])
+        super().__init__(scale, radii=radii)
         self.steps = sorted(steps)
-        self.subset_size = scale.attack_subset
 
     def identity(self, source: Data) -> dict[str, Any]:
         epsilons = list(self.radii.values())
@@ -71,22 +62,24 @@ class PGD(Evaluator):
         with attacked(classifier), half:
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
             at_once = images_at_once(victim, batch.images, most=len(batch.ids))
-            for suffix, epsilon in self.radii.items():
+            for name, epsilon in self.radii.items():
                 for part in batch.parts(at_once):
                     start, pair = self._start(part, epsilon), (part.images, part.labels)
+                    how: dict[str, Any] = {"epsilon": epsilon, "norm": self.norm}
                     for steps, images_BCHW in pgd_iterates(
-                        victim, *pair, epsilon=epsilon, stops=self.steps, start_BCHW=start
+                        victim, *pair, stops=self.steps, start_BCHW=start, **how
                     ):
                         with torch.no_grad():
                             predicted = classifier(images_BCHW).argmax(dim=1)
                         shown = images_BCHW if steps == self.steps[-1] else None
-                        question = f"{self.name}-{steps}{suffix}"
+                        question = f"{self.name}-{steps}{name.removeprefix(self.name)}"
                         rows.append(verdicts(part, question, predicted, judged_BCHW=shown))
         return pa.concat_tables(rows)
 
     def _start(self, batch: Batch, epsilon: float) -> Tensor:
         numbers_B = image_numbers(batch.ids)
-        return random_start(batch.images, numbers_B, epsilon=epsilon, key=("pgd",))
+        how: dict[str, Any] = {"epsilon": epsilon, "key": ("pgd",), "norm": self.norm}
+        return random_start(batch.images, numbers_B, **how)
 
 
 class PublishedPGD(PGD):

@@ -6,9 +6,8 @@ verdict depends on how images are cut into shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -17,15 +16,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from evaluators.balls import BallAttack
 from evaluators.base import Batch, Column, Evaluator, verdicts
 from evaluators.intervals import image_scores, mean_score
 from evaluators.ledger import Score, survival_scores
-from evaluators.pgd import radii_by_name
 from trainables.data.base import WHOLE, Data, Shard, to_unit
 from trainables.data.registry import SEVERITIES
 from trainables.layers import Classifier
 from trainables.plugins import described, load, origin
-from trainables.scale import Scale
 from trainables.train.adversary import attacked
 from trainables.train.exactness import seed_of
 
@@ -74,19 +72,14 @@ class PlugInFunction(PlugIn):
         raise ValueError(f"{described(self.plug_in)} must return {wanted}: {said}")
 
 
-class Attack(PlugInFunction):
+class Attack(PlugInFunction, BallAttack):
     """Does the answer withstand an attack (model, images, labels, epsilon, generator) -> images?
 
     What it returns is cut to the max-norm ball of each radius and to [0, 1]. The model is in eval
     mode with frozen weights. Out of memory halves a block, and each half has a seed of its own.
     """
 
-    takes_radii = True
     least_shard = block = 32
-
-    def __init__(self, scale: Scale, *, radii: Sequence[Fraction] = ()) -> None:
-        self.radii = radii_by_name(self.name, radii or [scale.epsilon])
-        self.subset_size = scale.attack_subset
 
     def identity(self, source: Data) -> dict[str, Any]:
         return {**super().identity(source), "epsilons": self.radii}
@@ -100,8 +93,7 @@ class Attack(PlugInFunction):
             for question, epsilon in self.radii.items():
                 copies = images_BCHW.clone(), batch.labels.clone()  # which it may change
                 changed_BCHW = self.returned(batch, classifier, *copies, epsilon)
-                low_BCHW, high_BCHW = images_BCHW - epsilon, images_BCHW + epsilon
-                inside_BCHW = torch.clamp(changed_BCHW, low_BCHW, high_BCHW).clamp_(0, 1)
+                inside_BCHW = self.ball.ball(images_BCHW, epsilon)(changed_BCHW)
                 with torch.no_grad():
                     predicted = classifier(inside_BCHW).argmax(dim=1)
                 rows.append(verdicts(batch, question, predicted, judged_BCHW=inside_BCHW))

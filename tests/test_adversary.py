@@ -14,10 +14,10 @@ from trainables.train.adversary import (
     attacked,
     folded,
     pgd_iterates,
-    random_start,
     training_attack,
     training_start,
 )
+from trainables.train.norms import random_start
 from trainables.train.optim import build_optimizer
 
 EPSILON = 16 / 255

@@ -186,7 +186,7 @@ def test_radii_are_text_numbers_or_a_list(coloured):
         ({"labels": nn.functional.one_hot}, r"labels are of shape \(12, 3\): one-hot"),
         ({"evaluators": "claen"}, r"unknown evaluator 'claen'.*Did you mean 'clean'"),
         ({"evaluators": []}, "there is no evaluator"),
-        ({"epsilon": 8, "evaluators": "pgd"}, "'8' is no radius .* like 8/255"),
+        ({"epsilon": 8, "evaluators": "pgd"}, "8 is no radius in Linf: .* like 8/255"),
         ({"epsilon": "8/0", "evaluators": "pgd"}, "'8/0' is no radius"),
         ({"epsilon": 0.1}, "epsilon is a radius of pgd, autoattack and .*: clean takes none"),
         ({"mean": 123.7}, "mean 123.7 is of other units"),

@@ -11,7 +11,7 @@ import torch
 from pyautoattack import AutoAttack as PlainAutoAttack
 from torch import nn
 
-from evaluators import autoattack
+from evaluators import autoattack, evaluator_named
 from evaluators.autoattack import STAGES, AutoAttack, _Victims
 from evaluators.base import Batch, judge_images
 from evaluators.ledger import in_order
@@ -52,15 +52,47 @@ def judged(classifier, batch, *, radii=(EPSILON,)):
     return evaluator, evaluator.judge(classifier, batch)
 
 
-def test_same_survivors_as_pyautoattack_called_plainly(classifier, batch):
-    plain = PlainAutoAttack(classifier, eps=EPSILON, seed=0, version="standard")
+@pytest.mark.parametrize(
+    ("name", "norm", "epsilon", "images"),
+    [
+        ("autoattack", "Linf", EPSILON, IMAGES),
+        ("autoattack-l2", "L2", 0.6, FEW),
+        ("autoattack-l1", "L1", 4.0, FEW),
+    ],
+)
+def test_same_survivors_as_pyautoattack_called_plainly(
+    classifier, batch, name, norm, epsilon, images
+):
+    few = Batch(batch.images[:images], batch.labels[:images], batch.ids[:images])
+    plain = PlainAutoAttack(classifier, eps=epsilon, norm=norm, seed=0, version="standard")
     plain.square.n_queries = QUERIES
-    _, answers = plain.run_standard_evaluation(batch.images.contiguous(), batch.labels)
-    theirs = (answers == batch.labels).tolist()
-    ours = [row["survived"] for row in judged(classifier, batch)[1].to_pylist()]
-    assert 0 < sum(theirs) < IMAGES
+    _, answers = plain.run_standard_evaluation(few.images.contiguous(), few.labels)
+    theirs = (answers == few.labels).tolist()
+    ledger = evaluator_named(name, THRIFTY, radii=[epsilon]).judge(classifier, few)
+    ours = [row["survived"] for row in ledger.to_pylist()]
+    assert 0 < sum(theirs) < images
     assert abs(sum(ours) - sum(theirs)) <= 1
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= IMAGES // 100
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= images // 100
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_verdicts_in_other_norms_are_the_same_in_any_batch_and_inside_the_ball(
+    classifier, batch, norm, monkeypatch
+):
+    monkeypatch.setattr(autoattack, "ITERATIONS", 10)
+    few = Batch(batch.images[:6], batch.labels[:6], batch.ids[:6])
+    evaluator = evaluator_named(f"autoattack-{norm}", THRIFTY)
+    evaluator.stages = ("fab-t", "square") if norm == "l2" else ("apgd-ce", "square")
+    accepted = []
+    monkeypatch.setattr(
+        _Victims,
+        "_break",
+        lambda self, *row, inner=_Victims._break: (accepted.append(row[0]), inner(self, *row)),
+    )
+    whole = evaluator.judge(classifier, few)
+    parts = pa.concat_tables(evaluator.judge(classifier, part) for part in few.parts(2))
+    assert accepted
+    assert parts.equals(whole)
 
 
 def test_verdicts_and_scores_at_two_radii_agree(classifier, batch):
@@ -147,6 +179,13 @@ def test_targeted_stages_run_against_nine_classes_and_the_others_once(
     judged(classifier, Batch(batch.images[:3], batch.labels[:3], batch.ids[:3]))
     nine = set(range(2, 11))
     assert ranks == {"apgd-ce": {2}, "apgd-t": nine, "fab-t": nine, "square": {2}}
+
+
+def test_l1_restarts_five_times_and_has_five_targets_but_for_fab():
+    assert evaluator_named("autoattack-l1", DIGITS).rounds == {
+        **{"apgd-ce": 5, "apgd-t": 5},
+        **{"fab-t": 9, "square": 1},
+    }
 
 
 def test_a_stage_breaks_what_it_broke_in_a_smaller_ball(classifier, batch):

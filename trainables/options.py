@@ -316,13 +316,13 @@ class DataOptions(Options):
         )
 
 
-def fraction(text: str, kind: str, example: str) -> Fraction:
-    """Read a number above 0 and at most 1, such as 4/255, 0.25/255 or 0.025; ValueError."""
+def fraction(text: str, kind: str, example: str, *, most: float = 1) -> Fraction:
+    """Read a number above 0 and at most `most`, such as 4/255 or 0.025; ValueError."""
     numerator, _, denominator = text.partition("/")
     try:
         value = Fraction(str(float(numerator))) / Fraction(str(float(denominator or 1)))
     except (ValueError, ZeroDivisionError):
         value = Fraction(0)
-    if not 0 < value <= 1:
-        raise ValueError(f"{text!r} is no {kind}: above 0 and at most 1, like {example}")
+    if not 0 < value <= most:
+        raise ValueError(f"{text!r} is no {kind}: above 0 and at most {most:g}, like {example}")
     return value

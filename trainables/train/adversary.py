@@ -1,4 +1,4 @@
-"""Projected gradient descent in the max-norm or L2, for training and for evaluation.
+"""Projected gradient descent within a norm's ball, for training and for evaluation.
 
 It may ascend a twin of the classifier, whose batch normalisation is folded into the convolutions
 before it: the same logits, a third faster.
@@ -18,13 +18,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from trainables.layers import Classifier, GhostBatchNorm2d, by_own_ghost
-from trainables.recipe import Adversary, Ball, Recipe
+from trainables.recipe import Adversary, Recipe
 from trainables.train.exactness import exact, settings_restored, uniform
+from trainables.train.norms import NORMS, random_start
 from trainables.train.team import SharedBatchNorm2d, SharedGhostBatchNorm2d
 from trainables.watchdog import beat
 
 TOLERANCE = 1e-4
-LEAST_DRAW = 2.0**-25  # half of a uniform number's last bit: its normal quantile is finite
 Norm = nn.BatchNorm2d | GhostBatchNorm2d
 OURS = (GhostBatchNorm2d, SharedBatchNorm2d, SharedGhostBatchNorm2d)
 
@@ -48,56 +48,26 @@ def attacked(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def random_start(
-    images_BCHW: Tensor,
-    numbers_B: Tensor,
-    *,
-    epsilon: float,
-    key: Sequence[int | str],
-    norm: Ball = "linf",
-) -> Tensor:
-    """Return a uniform draw from each image's ball, cut to [0, 1].
-
-    It follows from the image's number and the key: in the max-norm the same bits in any batch, on
-    any device.
-    """
-    numbers_B = numbers_B.to(images_BCHW.device)
-    noise = uniform(numbers_B, images_BCHW.shape[1:], key=key)
-    if norm == "linf":
-        return (images_BCHW + noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
-    # Normal draws have every direction alike; a ball's volume grows by the radius to the dimension.
-    dimension = noise.flatten(1).shape[1]
-    radius_B = epsilon * uniform(numbers_B, (), key=(*key, "radius")) ** (1 / dimension)
-    direction = _unit(torch.special.ndtri(noise.clamp_(min=LEAST_DRAW)))
-    return (images_BCHW + radius_B.view(-1, 1, 1, 1) * direction).clamp_(0, 1)
-
-
-def _unit(vectors_BCHW: Tensor) -> Tensor:
-    """Return each image's vector at L2 length 1; zero stays zero."""
-    return F.normalize(vectors_BCHW.flatten(1)).view(vectors_BCHW.shape)
-
-
 def pgd_iterates(
     classifier: nn.Module,
     images_BCHW: Tensor,
     targets: Tensor,
     *,
-    epsilon: float,
+    epsilon: float | Tensor,
     stops: Sequence[int],
     step_size: float | None = None,
     start_BCHW: Tensor | None = None,
-    norm: Ball = "linf",
+    norm: str = "linf",
 ) -> Iterator[tuple[int, Tensor]]:
     """Ascend the cross-entropy from the images or a start; yield (steps, iterate) at each stop.
 
-    A step is `step_size` (None: epsilon / 4) times the gradient's sign (linf) or its direction
-    (l2). One trajectory passes through all stops. targets: labels_B or soft targets_BK. Iterates
-    stay within `epsilon` of the images and in [0, 1]. Call under `attacked`. Source: Madry et al.
-    (2018), section 2.1; STUDY section 3.
+    A step is `step_size` (None: epsilon / 4) times the norm's ascent of the gradient: in the
+    max-norm its sign. One trajectory passes through all stops. targets: labels_B or soft
+    targets_BK. Iterates stay within `epsilon`, a number or (B, 1, 1, 1), of the images and in
+    [0, 1]. Call under `attacked`. Source: Madry et al. (2018), section 2.1; STUDY section 3.
     """
-    step_size = epsilon / 4 if step_size is None else step_size
-    low = (images_BCHW - epsilon).clamp_(min=0)
-    high = (images_BCHW + epsilon).clamp_(max=1)
+    length = epsilon / 4 if step_size is None else step_size
+    within, ascent = NORMS[norm].ball(images_BCHW, epsilon), NORMS[norm].ascent
     current = (images_BCHW if start_BCHW is None else start_BCHW).detach()
     for step in range(1, max(stops) + 1):
         beat()
@@ -110,11 +80,7 @@ def pgd_iterates(
             )
         (gradient,) = torch.autograd.grad(loss, current)
         with torch.no_grad():
-            if norm == "linf":
-                current = torch.clamp(current + step_size * gradient.sign(), low, high)
-            else:
-                offset = current + step_size * _unit(gradient) - images_BCHW
-                current = (images_BCHW + offset.renorm(2, 0, epsilon)).clamp_(0, 1)
+            current = within(current + length * ascent(gradient))
         if step in stops:
             yield step, current
 
