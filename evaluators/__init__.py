@@ -32,6 +32,8 @@ EVALUATORS: dict[str, str] = {
     "cue-conflict": "evaluators.stylized:CueConflict",
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
+    "radii": "evaluators.radii:Radii",
+    **{f"radii-{norm}": f"evaluators.radii:Radii@{norm}" for norm in OTHER_NORMS},
     "pgd": "evaluators.pgd:PGD",
     **{f"pgd-{norm}": f"evaluators.pgd:PGD@{norm}" for norm in OTHER_NORMS},
     "pgd-as-published": "evaluators.pgd:PublishedPGD",
@@ -82,7 +84,7 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 
 # What a plan needs of evaluators before it imports them: which draw images, and how many images
 # the others judge.
-DRAWING = {name for name in EVALUATORS if name.startswith(("pgd", "tpa", "autoattack"))}
+DRAWING = {name for name in EVALUATORS if name.startswith(("radii", "pgd", "tpa", "autoattack"))}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
     **{name: partial(set_images, name) for name in ("natural", *ALONE)},
@@ -125,7 +127,7 @@ def in_norm(name: str, norm: str) -> str:
 
     ValueError where an attack does not have the norm.
     """
-    root = next((root for root in ("pgd", "autoattack") if name.startswith(root)), "")
+    root = next((root for root in ("radii", "pgd", "autoattack") if name.startswith(root)), "")
     if (wanted := norm.lower()) not in ("linf", *OTHER_NORMS):
         raise ValueError(unknown("norm", norm, ("Linf", "L2", "L1")))
     if not root or wanted == "linf" or f"-{wanted}" in name:

@@ -1,0 +1,51 @@
+"""The smallest radius that breaks each image, and the curve of accuracy by radius."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pyarrow as pa
+import pytest
+import torch
+
+from evaluators import evaluate, evaluator_named
+from evaluators.base import Batch
+from evaluators.ledger import in_order
+from tests.test_norms import Threshold
+from trainables.scale import DIGITS
+
+
+@pytest.mark.parametrize(("norm", "reach"), [("linf", 1.0), ("l2", 48**0.5), ("l1", 48.0)])
+def test_each_image_breaks_at_the_first_radius_that_reaches_the_boundary(norm, reach):
+    """A grey that is d below 0.5 is broken by d at every value: d in the max-norm."""
+    greys = torch.tensor([0.6, 0.49, 0.46, 0.4, 0.2])
+    images = greys.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
+    batch = Batch(images, torch.zeros(5, dtype=torch.long), tuple("abcde"))
+    shares = [Fraction(share, 100) for share in (3, 5, 7, 12)]
+    radii = [share * Fraction(reach) for share in shares]
+    name = "radii" if norm == "linf" else f"radii-{norm}"
+    evaluator = evaluator_named(name, DIGITS, radii=radii)
+    ledger = evaluator.judge(Threshold(), batch)
+    areas = evaluator.areas(ledger)
+    # Wrong as it is; half-way from 0 to 3, from 3 to 5 and from 7 to 12, of 12; never.
+    assert list(areas.values()) == pytest.approx([0, 1.5 / 12, 4 / 12, 9.5 / 12, 1])
+    area, *curve = evaluator.summarize(ledger)
+    assert (area.name, area.value, area.n) == (name, pytest.approx(0.45), 5)
+    assert [s.value for s in curve] == pytest.approx([0.8, 0.6, 0.4, 0.4, 0.2])
+    assert {*ledger["stage"].to_pylist()} == {"clean", "pgd", None}
+    parts = pa.concat_tables(evaluator.judge(Threshold(), part) for part in batch.parts(2))
+    assert in_order(parts).equals(in_order(ledger))
+
+
+def test_an_example_breaks_its_image_at_every_radius_that_holds_it():
+    """At 0.3 the answer is wrong between 0.35 and 0.45 alone; PGD at 0.1 stops there."""
+    data = torch.full((1, 3, 4, 4), 0.3), torch.tensor([0])
+
+    class Band(torch.nn.Module):
+        def forward(self, images):
+            mean = images.mean(dim=(1, 2, 3))
+            margin = 0.05 - (mean - 0.4).abs()
+            return torch.stack([-margin, margin], dim=1)
+
+    scores = evaluate(Band(), data, "radii", epsilon=[0.04, 0.06, 0.08, 0.3], progress=False)
+    assert [scores[f"radii@{255 * r:g}/255"].value for r in (0.04, 0.06, 0.08, 0.3)] == [1, 0, 0, 0]
