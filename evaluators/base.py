@@ -17,8 +17,18 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from evaluators.ledger import LEDGER, Score, in_order, survival_scores, to_parquet
+from evaluators.calibration import calibration_scores
+from evaluators.ledger import (
+    CONFIDENCES,
+    LEDGER,
+    TEMPERATURES,
+    Score,
+    in_order,
+    survival_scores,
+    to_parquet,
+)
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import stored_split
 from trainables.data.registry import FOLDER, data_set_named
@@ -185,7 +195,7 @@ class Evaluator(ABC):
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return the scores of a ledger; never sees a model."""
-        return survival_scores(ledger)
+        return [*survival_scores(ledger), *calibration_scores(ledger)]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -304,12 +314,13 @@ def verdicts(
     survived_B: Tensor | None = None,
     stage: Sequence[str | None] | None = None,
     queries: Sequence[int | None] | None = None,
+    logits_BK: Tensor | None = None,
     judged_BCHW: Tensor | None = None,
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
 
     An image survives when it is predicted as its label, unless `survived_B` says otherwise. `stage`
-    is the batch's, unless stated.
+    is the batch's, unless stated. `logits_BK`: those of the answer, whose confidences are kept.
     `judged_BCHW`: the images as the classifier saw them, of which the ledger keeps the examples.
     """
     count = len(batch.ids)
@@ -327,6 +338,7 @@ def verdicts(
         "survived": survived.numpy(),
         "stage": stage or batch.stage or [None] * count,
         "queries": queries or [None] * count,
+        **_confidences(logits_BK, batch.labels, predicted_B),
         "image": pictures,
     }
     return pa.Table.from_pydict(rows, schema=LEDGER)
@@ -340,17 +352,34 @@ def answers(
     Where there are candidates, those of `question`-present follow, answered among these alone.
     """
     free_B = logits_BK.argmax(dim=1)
-    rows = [verdicts(batch, question, free_B, judged_BCHW=judged_BCHW)]
+    rows = [verdicts(batch, question, free_B, logits_BK=logits_BK, judged_BCHW=judged_BCHW)]
     if batch.candidates:
-        among_B = likeliest(logits_BK, batch.candidates)
-        rows.append(verdicts(batch, f"{question}{PRESENT}", among_B))
+        rows.append(answers_among(batch, f"{question}{PRESENT}", logits_BK))
     return pa.concat_tables(rows)
 
 
-def likeliest(logits_BK: Tensor, candidates: Sequence[int]) -> Tensor:
-    """Return each image's likeliest class among the candidates."""
-    allowed = torch.tensor(candidates, device=logits_BK.device)
-    return allowed[logits_BK[:, allowed].argmax(dim=1)]
+def answers_among(batch: Batch, question: str, logits_BK: Tensor) -> pa.Table:
+    """Return the rows of a question, answered among the batch's candidates."""
+    others_K = torch.ones(logits_BK.shape[1], dtype=torch.bool, device=logits_BK.device)
+    others_K[list(batch.candidates or ())] = False
+    among_BK = logits_BK.masked_fill(others_K, -torch.inf)
+    return verdicts(batch, question, among_BK.argmax(dim=1), logits_BK=among_BK)
+
+
+def _confidences(logits_BK: Tensor | None, labels_B: Tensor, predicted_B: Tensor) -> dict[str, Any]:
+    """Return the ledger's columns of confidence; without logits there are none."""
+    if logits_BK is None:
+        return {name: [None] * len(labels_B) for name in CONFIDENCES}
+    asked_B2 = torch.stack([labels_B.to(predicted_B), predicted_B], dim=1)
+    logs = [F.log_softmax(logits_BK.float() / t, dim=1).gather(1, asked_B2) for t in TEMPERATURES]
+    half = torch.finfo(torch.float16)
+    logs_B2T = torch.stack(logs, dim=2).clamp(min=half.min).half().cpu()
+    label_B, confidence_B = logs_B2T[..., TEMPERATURES.index(1.0)].float().exp().half().unbind(1)
+    return {
+        "confidence": confidence_B.numpy(),
+        "label_confidence": label_B.numpy(),
+        "tempered": list(logs_B2T.flatten(1).numpy()),
+    }
 
 
 def _png(image_CHW: Tensor) -> bytes:
@@ -368,9 +397,12 @@ class Clean(Evaluator):
     """
 
     name = "clean"
-    columns = (
+    columns: tuple[Column, ...] = (
         Column("clean", "Clean"),
         Column("clean-present", "Clean, among classes present", own_score="clean-present"),
+        Column("clean/ece", "ECE", error=True),
+        Column("clean/ece-scaled", "ECE, temperature scaled", error=True),
+        Column("clean/aurc", "AURC", error=True),
     )
 
     @torch.inference_mode()

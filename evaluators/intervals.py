@@ -23,6 +23,7 @@ from evaluators.proportions import Interval, clopper_pearson, of_gained_and_lost
 from trainables.data.registry import KINDS
 
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,38 @@ def compare(
     noise = (discordance, _spread(*trainings))
     paired = Paired(difference, *at(CONFIDENCE), len(shared), p, *noise, sides, at)
     return _less_hidden(paired, ours, reference)
+
+
+def error_consistency(
+    name: str, ours: Mapping[str, float], reference: Mapping[str, float]
+) -> Score | None:
+    """Return Cohen's kappa of which shared images two models err on, with its interval.
+
+    1: on the same ones; 0: as two independent models of these accuracies; None where an image's
+    score is not right or wrong, or a model errs on no image or on all. The interval is by the
+    bootstrap over images. Source: Geirhos et al. (NeurIPS 2020), section 2.
+    """
+    shared = [image for image in ours if image in reference]
+    right_2N = np.array([[side[image] for image in shared] for side in (ours, reference)])
+    if not np.isin(right_2N, (0, 1)).all() or not right_2N.any(1).all() or right_2N.all(1).any():
+        return None
+    both, first, second = right_2N.prod(axis=0), *right_2N
+    counts = [both.sum(), (first - both).sum(), (second - both).sum()]
+    n = len(shared)
+    cells = np.array([*counts, n - sum(counts)]) / n
+    drawn_R4 = np.random.default_rng(0).multinomial(n, cells, RESAMPLES) / n
+    with np.errstate(invalid="ignore"):  # of a resample in which all are alike
+        low, high = np.nanpercentile(_kappa(drawn_R4), (2.5, 97.5))
+    value = float(_kappa(cells[None])[0])
+    return Score(name, value, min(float(low), value), max(float(high), value), n)
+
+
+def _kappa(cells_R4: np.ndarray) -> np.ndarray:
+    """Return Cohen's kappa (1960) of shares of: both right, only ours, only theirs, neither."""
+    both, ours, theirs, neither = cells_R4.T
+    by_chance = (both + ours) * (both + theirs) + (neither + ours) * (neither + theirs)
+    kappa: np.ndarray = (both + neither - by_chance) / (1 - by_chance)
+    return kappa
 
 
 def _effective_counts(

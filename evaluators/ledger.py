@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 # One row per image and question. `survived`: the model's answer is still the true label.
 # `stage`: which attack broke it. `queries`: forward passes of this image by a black-box attack.
+# `confidence`, `label_confidence`: the probability of the predicted class, and of the label;
+# `tempered`: the logarithms of the label's at each of TEMPERATURES, then of the prediction's.
 # `image`: the judged image as PNG, for a few example images of some questions.
 LEDGER = pa.schema(
     [
@@ -26,9 +28,14 @@ LEDGER = pa.schema(
         ("survived", pa.bool_()),
         ("stage", pa.string()),
         ("queries", pa.int64()),
+        ("confidence", pa.float16()),
+        ("label_confidence", pa.float16()),
+        ("tempered", pa.list_(pa.float16())),
         ("image", pa.binary()),
     ]
 )
+CONFIDENCES = ("confidence", "label_confidence", "tempered")
+TEMPERATURES = tuple(2.0 ** (sixth / 6) for sixth in range(-12, 13))  # logits are divided by one
 CONFIDENCE = 0.95
 # Remarks in `stage` of an evaluator that runs its last attacks on a random slice of the images
 # alone: on an image outside it that survived the first ones, and what breaks one inside it.
@@ -80,6 +87,10 @@ def from_parquet(content: bytes) -> tuple[pa.Table, float]:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         ledger = file.read(use_threads=False)
         ledger.validate(full=True)
+        for name in CONFIDENCES:  # an older ledger has none
+            if name not in ledger.schema.names:
+                nulls = pa.nulls(len(ledger), LEDGER.field(name).type)
+                ledger = ledger.add_column(LEDGER.get_field_index(name), name, nulls)
         seconds = float(ledger.schema.metadata[SECONDS])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no whole ledger: {error}") from None

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 
 from evaluators import evaluator_of, intervals
-from evaluators.intervals import Paired
+from evaluators.calibration import described, is_of_confidence
+from evaluators.intervals import Paired, error_consistency
 from evaluators.ledger import Score
 from trainables.recipe import unknown
 
@@ -80,7 +81,7 @@ class Scores(_Table):
         """Draw the scores with their intervals; `.savefig(FILE)` writes the figure."""
         from matplotlib import pyplot as plt
 
-        shares = [s for s in self.scores if not _is_count(s)]
+        shares = [s for s in self.scores if not (_is_count(s) or is_of_confidence(s.name))]
         names = [s.name for s in shares]
         figure, axes = plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
         plt.close(figure)  # a notebook shows what the cell returns, and nothing a second time
@@ -94,22 +95,28 @@ class Scores(_Table):
 
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
-        for s in self.scores:
+        for s in (s for s in self.scores if not is_of_confidence(s.name)):
             value, interval = f"{100 * s.value:.2f}", f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
             if _is_count(s):
                 value, interval = f"{s.value:,.0f} queries", f"[{s.low:,.0f}, {s.high:,.0f}]"
             rows.append((s.name, value, interval, str(s.n), f"{self.seconds[s.name]:.1f}"))
-        flags = [f"red flag: {flag}" for flag in self.flags]
-        return f"{self.name}: {self.data}", rows, [*flags, *(f"note: {n}" for n in self.notes)]
+        remarks = [f"red flag: {flag}" for flag in self.flags]
+        remarks += [f"note: {note}" for note in self.notes]
+        return f"{self.name}: {self.data}", rows, [*described(self.scores), *remarks]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison(_Table):
-    """Paired differences of two models' scores, first minus second, on the images both judged."""
+    """Paired differences of two models' scores, first minus second, on the images both judged.
+
+    `kappa`: by score, whether both err on the same images more than chance has it
+    (`error_consistency`).
+    """
 
     first: Scores
     second: Scores
     paired: Mapping[str, Paired]
+    kappa: Mapping[str, Score]
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, score: str) -> Paired:
@@ -119,14 +126,16 @@ class Comparison(_Table):
         return self.paired[score]
 
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
-        header = ("score", "first", "second", "difference", "95 % interval", "n", "McNemar p")
+        ends = ("95 % interval", "n", "McNemar p", "error consistency")
+        header = ("score", "first", "second", "difference", *ends)
         rows: list[tuple[str, ...]] = [header]
         for name, paired in self.paired.items():
             both = (f"{100 * scores[name].value:.2f}" for scores in (self.first, self.second))
             difference = f"{100 * paired.difference:+.2f}"
             interval = f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
             p = "" if paired.p is None else f"{paired.p:.2g}"
-            rows.append((name, *both, difference, interval, str(paired.n), p))
+            kappa = f"{self.kappa[name].value:.2f}" if name in self.kappa else ""
+            rows.append((name, *both, difference, interval, str(paired.n), p, kappa))
         title = f"{self.first.name} minus {self.second.name}"
         return title, rows, [f"note: {note}" for note in self.notes]
 
@@ -143,17 +152,19 @@ def compare(scores: Scores, other: Scores) -> Comparison:
         if name in other.identities
     }
     notes = [f"{name} is not compared: {change}" for name, change in changes.items() if change]
-    paired = {}
+    paired, kappa = {}, {}
     for name in (s.name for s in scores.scores if s.name in other.seconds):
         ours, theirs = (_by_content(side.ledger, name) for side in (scores, other))
         if changes[evaluator_of(name)] or not (ours and theirs):
             continue
         if difference := intervals.compare([ours], [theirs]):
             paired[name] = difference
+            if consistency := error_consistency(name, ours, theirs):
+                kappa[name] = consistency
     if not paired:
         reasons = "; ".join(notes) or "they share no score of the same images"
         raise ValueError(f"nothing can be compared: {reasons}")
-    return Comparison(scores, other, paired, tuple(notes))
+    return Comparison(scores, other, paired, kappa, tuple(notes))
 
 
 def _by_content(ledger: pa.Table, score: str) -> intervals.ImageScores:

@@ -10,7 +10,15 @@ import pyarrow as pa
 import torch
 
 from evaluators import set_images
-from evaluators.base import Batch, Column, Evaluator, answers, likeliest, split_batches, verdicts
+from evaluators.base import (
+    Batch,
+    Column,
+    Evaluator,
+    answers,
+    answers_among,
+    split_batches,
+    verdicts,
+)
 from trainables.data.base import WHOLE, Data, Shard, Split
 from trainables.data.registry import STORED_SETS
 
@@ -49,10 +57,8 @@ class Shift(Evaluator):
         logits_BK = classifier(batch.images)
         if not batch.question:
             return answers(batch, self.name, logits_BK)
-        assert batch.candidates
-        restricted, free = likeliest(logits_BK, batch.candidates), logits_BK.argmax(dim=1)
-        rows = [verdicts(batch, self.name, restricted), verdicts(batch, batch.question, free)]
-        return pa.concat_tables(rows)
+        free = verdicts(batch, batch.question, logits_BK.argmax(dim=1), logits_BK=logits_BK)
+        return pa.concat_tables([answers_among(batch, self.name, logits_BK), free])
 
 
 def __getattr__(name: str) -> type[Shift]:
