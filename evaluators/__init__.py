@@ -26,6 +26,7 @@ ALONE = [name for name, stored in STORED_SETS.items() if stored.alone]
 # so that `--help` stays quick.
 EVALUATORS: dict[str, str] = {
     "clean": "evaluators.base:Clean",
+    "calibration": "evaluators.calibration:Calibration",
     "natural": "evaluators.natural:Natural",
     **{name: f"evaluators.shifts:{name}" for name in ALONE},
     "stylized": "evaluators.stylized:Stylized",

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluators.calibration import calibration_scores
 from evaluators.ledger import (
     CONFIDENCES,
     LEDGER,
@@ -195,7 +194,7 @@ class Evaluator(ABC):
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return the scores of a ledger; never sees a model."""
-        return [*survival_scores(ledger), *calibration_scores(ledger)]
+        return survival_scores(ledger)
 
 
 def device_named(name: str | None) -> torch.device:
@@ -400,9 +399,6 @@ class Clean(Evaluator):
     columns: tuple[Column, ...] = (
         Column("clean", "Clean"),
         Column("clean-present", "Clean, among classes present", own_score="clean-present"),
-        Column("clean/ece", "ECE", error=True),
-        Column("clean/ece-scaled", "ECE, temperature scaled", error=True),
-        Column("clean/aurc", "AURC", error=True),
     )
 
     @torch.inference_mode()

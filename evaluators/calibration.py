@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import rankdata
 
+from evaluators.base import Clean, Column
 from evaluators.ledger import CONFIDENCE, TEMPERATURES, Score, by_question
 
 BINS = 15  # of Guo et al. (ICML 2017), section 2
 RESAMPLES = 400
 PERCENTILES = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
 SCALES = np.linspace(0, 2, 81)  # of an error, from none to twice the one observed
-NAMES = ("ece", "ece-adaptive", "brier", "nll", "aurc", "temperature", "nll-scaled", "ece-scaled")
 
 
 def calibration_scores(ledger: pa.Table) -> list[Score]:
@@ -35,27 +35,18 @@ def calibration_scores(ledger: pa.Table) -> list[Score]:
     ]
 
 
-def is_of_confidence(score: str) -> bool:
-    """Return whether a score is of a model's confidences."""
-    return score.partition(" ")[0].rpartition("/")[2] in NAMES
+class Calibration(Clean):
+    """Whether the held-out images' answers are as often right as they are sure."""
 
+    name = "calibration"
+    columns = (
+        Column("calibration/aurc", "Risk over coverage (AURC)", error=True),
+        Column("calibration/ece-scaled", "ECE, temperature scaled", error=True),
+        Column("calibration/ece", "Calibration error (ECE)", error=True),
+    )
 
-def described(scores: Iterable[Score]) -> Iterator[str]:
-    """Say of each question how well calibrated its answers are."""
-    by_name = {score.name: score for score in scores if is_of_confidence(score.name)}
-    for name, ece in by_name.items():
-        question, _, end = name.rpartition("/")
-        if end.partition(" ")[0] == "ece":
-            text = f"{question}: ECE {_percent(ece)}"
-            rest = name.removeprefix(f"{question}/ece")
-            if scaled := by_name.get(f"{question}/ece-scaled{rest}"):
-                temperature = by_name[f"{question}/temperature{rest}"].value
-                text += f", {_percent(scaled)} at temperature {temperature:.2g}"
-            yield f"{text}; AURC {_percent(by_name[f'{question}/aurc{rest}'])}"
-
-
-def _percent(score: Score) -> str:
-    return f"{100 * score.value:.1f} % [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        return calibration_scores(ledger)
 
 
 def _scores(rows: pa.Table) -> Iterator[tuple[str, tuple[float, float, float]]]:
@@ -67,7 +58,8 @@ def _scores(rows: pa.Table) -> Iterator[tuple[str, tuple[float, float, float]]]:
     ranks = rankdata(confidence, "ordinal") - 1
     yield "ece-adaptive", _calibration_error(confidence, right, (ranks * BINS / n).astype(int))
     weights_RN = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    weights_RN = np.vstack([np.ones(n, dtype=int), weights_RN])  # the images themselves first
+    # The images themselves first; in float32, of ImageNet 80 MB.
+    weights_RN = np.vstack([np.ones(n), weights_RN]).astype(np.float32)
     yield "brier", _resampled(weights_RN @ (confidence - right) ** 2 / n)
     yield "nll", _resampled(weights_RN @ label_NT[:, TEMPERATURES.index(1.0)] / n)
     yield "aurc", _resampled(_risk(weights_RN, confidence, right))
@@ -82,7 +74,8 @@ def _scores(rows: pa.Table) -> Iterator[tuple[str, tuple[float, float, float]]]:
 
 
 def _equal_width(confidence: np.ndarray) -> np.ndarray:
-    return np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins: np.ndarray = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return bins
 
 
 def _calibration_error(
@@ -115,8 +108,8 @@ def _risk(weights_RN: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> 
     weights_RN = weights_RN[:, order]
     counts_RN = weights_RN.cumsum(axis=1)
     errors_RN = (weights_RN * (1 - right[order])).cumsum(axis=1)
-    risks: np.ndarray = (weights_RN * errors_RN / np.maximum(counts_RN, 1)).sum(axis=1)
-    return risks / len(right)
+    risks_R: np.ndarray = (weights_RN * errors_RN / np.maximum(counts_RN, 1)).mean(axis=1)
+    return risks_R
 
 
 def _resampled(values_R: np.ndarray) -> tuple[float, float, float]:

@@ -7,12 +7,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from evaluators import evaluator_of, intervals
-from evaluators.calibration import described, is_of_confidence
+from evaluators.calibration import calibration_scores
 from evaluators.intervals import Paired, error_consistency
 from evaluators.ledger import Score
 from trainables.recipe import unknown
@@ -77,11 +78,16 @@ class Scores(_Table):
         frame: pd.DataFrame = pa.Table.from_pylist(rows).to_pandas()
         return frame.set_index("name").rename_axis("score")
 
+    @cached_property
+    def calibration(self) -> Mapping[str, Score]:
+        """Scores of the answers' confidences by name, clean/ece: see `calibration_scores`."""
+        return {score.name: score for score in calibration_scores(self.ledger)}
+
     def plot(self) -> Figure:
         """Draw the scores with their intervals; `.savefig(FILE)` writes the figure."""
         from matplotlib import pyplot as plt
 
-        shares = [s for s in self.scores if not (_is_count(s) or is_of_confidence(s.name))]
+        shares = [s for s in self.scores if _is_share(s)]
         names = [s.name for s in shares]
         figure, axes = plt.subplots(figsize=(6, 1 + 0.3 * len(names)), layout="constrained")
         plt.close(figure)  # a notebook shows what the cell returns, and nothing a second time
@@ -95,14 +101,15 @@ class Scores(_Table):
 
     def _shown(self) -> tuple[str, Rows, Sequence[str]]:
         rows = [("score", "%", "95 % interval", "n", "seconds")]
-        for s in (s for s in self.scores if not is_of_confidence(s.name)):
+        for s in self.scores:
             value, interval = f"{100 * s.value:.2f}", f"[{100 * s.low:.1f}, {100 * s.high:.1f}]"
-            if _is_count(s):
-                value, interval = f"{s.value:,.0f} queries", f"[{s.low:,.0f}, {s.high:,.0f}]"
+            if not _is_share(s):
+                value, interval = f"{s.value:,.3g}", f"[{s.low:,.3g}, {s.high:,.3g}]"
+                if "/queries" in s.name:
+                    value, interval = f"{s.value:,.0f} queries", f"[{s.low:,.0f}, {s.high:,.0f}]"
             rows.append((s.name, value, interval, str(s.n), f"{self.seconds[s.name]:.1f}"))
-        remarks = [f"red flag: {flag}" for flag in self.flags]
-        remarks += [f"note: {note}" for note in self.notes]
-        return f"{self.name}: {self.data}", rows, [*described(self.scores), *remarks]
+        flags = [f"red flag: {flag}" for flag in self.flags]
+        return f"{self.name}: {self.data}", rows, [*flags, *(f"note: {n}" for n in self.notes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +181,9 @@ def _by_content(ledger: pa.Table, score: str) -> intervals.ImageScores:
     return intervals.ImageScores(renamed, rest=values.rest)
 
 
-def _is_count(score: Score) -> bool:
-    """Return whether a score is a mean number of queries; all others are shares."""
-    return "/queries" in score.name
+def _is_share(score: Score) -> bool:
+    """Return whether a score is a share: no mean number of queries, no loss, no temperature."""
+    return not re.search("/(queries|nll|temperature)", score.name)
 
 
 def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
