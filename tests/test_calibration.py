@@ -57,6 +57,15 @@ def test_a_model_that_is_too_sure_by_two_is_calibrated_at_temperature_two():
         assert scaled.high < too_sure[name].low
 
 
+def test_each_half_is_judged_at_the_temperature_of_the_other():
+    # Images 0 and 2 are best answered ever more surely, 1 and 3 ever less.
+    ledger = ledger_of([[1.0, 0.0], [0.0, 1.0]] * 2, [0, 0, 0, 0])
+    surest, least = min(TEMPERATURES), max(TEMPERATURES)
+    losses = [np.log(1 + np.exp(-1 / least)), np.log(1 + np.exp(1 / surest))]
+    scores = scores_of(ledger)
+    assert scores["clean/nll-scaled"].value == pytest.approx(np.mean(losses), rel=1e-3)
+
+
 def test_a_model_that_is_sure_of_another_class_has_a_finite_loss():
     scores = scores_of(ledger_of([[1e9, 0.0], [1e9, 0.0], [0.0, 9.0]], [1, 0, 1]))
     assert all(np.isfinite([s.value, s.low, s.high]).all() for s in scores.values())
