@@ -1,6 +1,8 @@
 """Disturb studies at random and see that none comes to anything else: `python -m tests.chaos`.
 
-Only root may mount the small disk that is filled; others do without that fault.
+`--nodes`: on a cluster of a head and two nodes, all on this machine, with epochs that are saved
+every second; workers, evaluators and whole nodes are killed, five in a study. Only root may mount
+the small disk that is filled; others do without that fault.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import random
 import signal
@@ -28,6 +31,7 @@ os.environ |= {
 
 import psutil
 import pyarrow.parquet as pq
+from ray.cluster_utils import Cluster
 
 from tests.disks import fill, small_disk
 from tests.driver import study_of_one
@@ -38,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 600
 RUNS = 4
 MEGABYTES = 128
-FAULTS_EACH = 3
+FAULTS_EACH, KILLS_EACH = 3, 5
 ALONE = """
 name = "chaos"
 base = "resnet50"
@@ -49,6 +53,35 @@ epochs = [60]
 augmentation = ["none", "randaug+cutmix"]
 """
 TOGETHER = study_of_one(epochs=100)
+ON_NODES = """
+name = "chaos"
+base = "resnet50"
+evaluators = ["clean", "pgd"]
+[axes]
+size = ["small"]
+epochs = [EPOCHS]
+augmentation = ["randaug+cutmix"]
+batch_size = [16]
+learning_rate = [0.02]
+adversary = [{epsilon = "2/255", step_size = "1/255", steps = 3}]
+seed = [SEEDS]
+"""
+# Every process that Python starts with this on its path saves its trial every second.
+OFTEN = """
+import importlib.util
+import sys
+
+class Often:
+    def find_spec(self, name, *_):
+        if name == "trainables.running":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda m: (execute(m), setattr(m, "MIDWAY_SECONDS", 1.0))
+            return spec
+
+sys.meta_path.insert(0, Often())
+"""
 ROWS = (
     "select t.value, m.key, m.step, m.value from metrics m join tags t using (run_uuid) "
     "where t.key = 'digest' and m.key not like '%/seconds' order by 1, 2, 3, 4"
@@ -70,10 +103,13 @@ STATUSES = "select name, status from runs where name != 'the run of each key' or
 class Disturbed:
     """A small study in a folder of its own, and the run of the real command that works on it."""
 
-    def __init__(self, folder: Path, *, together: bool, on_server: bool, outage: float) -> None:
+    def __init__(
+        self, folder: Path, *, together: bool, on_server: bool, on_nodes: bool, outage: float
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder, self.results, self.outage = folder, folder / "results", outage
         self.together, self.runs = together, 0
+        self.nodes = two_nodes() if on_nodes else None
         self.server = MlflowServer(folder / "server") if on_server else None
         self.driver: subprocess.Popen[bytes] | None = None
         self.family: dict[int, psutil.Process] = {}
@@ -86,8 +122,9 @@ class Disturbed:
             return
         self.runs += 1
         study = self.folder / "study.toml"
-        study.write_text(TOGETHER if self.together else ALONE)
-        command = [sys.executable, "grid/run.py", "--study", str(study), "--address", "local"]
+        study.write_text(study_text(self.together, on_nodes=self.nodes is not None))
+        address = self.nodes.address if self.nodes else "local"
+        command = [sys.executable, "grid/run.py", "--study", str(study), "--address", address]
         command += ["--results", str(self.results), "--hung-after", "30"]
         command += ["--workers", "2" if self.together else "1"]
         command += ["--mlflow", self.server.uri] if self.server else []
@@ -116,13 +153,16 @@ class Disturbed:
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the processes below the driver that have a word in their title."""
-        found = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.driver.pid).children(recursive=True):
-                self.family[process.pid] = process
-                with contextlib.suppress(psutil.Error):
-                    if title in " ".join([process.name(), *process.cmdline()[:1]]):
-                        found.append(process)
+        found, roots = [], [self.driver.pid]
+        for node in self.nodes.list_all_nodes() if self.nodes else ():
+            roots += [process.pid for _, process in node.live_processes()]
+        for root in roots:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(root).children(recursive=True):
+                    self.family[process.pid] = process
+                    with contextlib.suppress(psutil.Error):
+                        if title in " ".join([process.name(), *process.cmdline()[:1]]):
+                            found.append(process)
         return found
 
     def wait_for(self, condition: Callable[[], object]) -> bool:
@@ -147,6 +187,8 @@ class Disturbed:
             self.processes("")
             self.driver.kill()
             self.driver.wait()
+        if self.nodes:
+            self.nodes.shutdown()
         for process in self.family.values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -176,6 +218,31 @@ class Disturbed:
             },
             "tables": (self.results / "report" / "tables.md").read_text(),
         }
+
+
+def two_nodes() -> Cluster:
+    """Start a cluster of a head, on which no trial fits, and two nodes of one CPU each."""
+    head = {"num_cpus": 0, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    return nodes
+
+
+def save_often(folder: Path) -> None:
+    """Have the processes that start from now on save their trials every second."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(OFTEN)
+    paths = str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "RAY_AUTH_MODE": "disabled"}
+
+
+def study_text(together: bool, *, on_nodes: bool) -> str:
+    """Return the file of a study that teams train, or single workers."""
+    if on_nodes:
+        epochs, seeds = ("40", "0") if together else ("20", "0, 1")
+        return ON_NODES.replace("EPOCHS", epochs).replace("SEEDS", seeds)
+    return TOGETHER if together else ALONE
 
 
 Fault = Callable[[Disturbed, random.Random], bool]
@@ -233,6 +300,16 @@ def _truncate(study: Disturbed, chance: random.Random) -> bool:
     return killed and bool(folders)
 
 
+def _kill_node(study: Disturbed, chance: random.Random) -> bool:
+    """Kill all processes of a node at once; another joins a while later."""
+    node = chance.choice(sorted(study.nodes.worker_nodes, key=lambda node: node.node_id))
+    study.nodes.remove_node(node, allow_graceful=False)
+    time.sleep(chance.uniform(0, 5))
+    study.nodes.add_node(num_cpus=1)
+    return True
+
+
+NODE = "node killed"
 FAULTS: dict[str, Fault] = {
     "trial actor killed": _kill("ResourceTrainable"),
     "evaluator killed": _kill("EvaluatorActor"),
@@ -245,6 +322,7 @@ FAULTS: dict[str, Fault] = {
     "Train worker killed": _kill("TrainWorker"),
     "Train controller killed": _kill("TrainController"),
     "team's trial killed": _kill("ImplicitFunc"),
+    NODE: _kill_node,
 }
 FILLED, ON_SERVER = {"disk full"}, {"MLflow server killed"}
 ON_TEAM = {"Train worker killed", "Train controller killed", "team's trial killed"}
@@ -254,11 +332,15 @@ class Chaos:
     """Studies in folders of their own, and what they come to undisturbed.
 
     A seed sets which faults come, after which part of the time that the study takes undisturbed.
-    outage: how many seconds MLflow is away, 0 for up to 20 at random.
+    outage: how many seconds MLflow is away, 0 for up to 20 at random. on_nodes: each study is on a
+    cluster of several nodes, and only killed at.
     """
 
-    def __init__(self, folder: Path, seed: int, *, outage: float = 0) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, outage: float = 0, on_nodes: bool = False
+    ) -> None:
         self._folder, self.chance, self._outage = folder, random.Random(seed), outage
+        self._on_nodes = on_nodes
         self._expected: dict[bool, tuple[dict[str, object], float]] = {}
         self._rounds = 0
 
@@ -269,6 +351,15 @@ class Chaos:
             drawn += self.chance.sample(names, len(names))
         parts = [[n for n in drawn[:count] if (n in ON_TEAM) == team] for team in (False, True)]
         return [p[i : i + FAULTS_EACH] for p in parts for i in range(0, len(p), FAULTS_EACH)]
+
+    def kills(self, count: int) -> list[list[str]]:
+        """Draw kills for studies on nodes: every other one is trained by teams."""
+        rounds, either = [], {"evaluator killed", NODE}
+        for number in range(math.ceil(count / KILLS_EACH)):
+            names = sorted(either | ({"trial actor killed"} if number % 2 else ON_TEAM))
+            drawn = self.chance.choices(names, k=KILLS_EACH)
+            rounds.append(drawn[: count - KILLS_EACH * number])
+        return rounds
 
     def round(self, faults: Sequence[str]) -> tuple[list[str], str]:
         """Disturb a study; return which faults came in time, and what was lost by them."""
@@ -282,7 +373,7 @@ class Chaos:
                 study.start()
                 if not study.wait_for(study.is_under_way):
                     break
-                time.sleep(self.chance.uniform(0, seconds / 2))
+                time.sleep(self.chance.uniform(0, 1.5 * seconds / len(faults)))
                 try:
                     injected += [name] * FAULTS[name](study, self.chance)
                 except AssertionError as error:
@@ -306,13 +397,15 @@ class Chaos:
     def _new(self, together: bool, *, on_server: bool) -> Disturbed:
         self._rounds += 1
         folder = self._folder / f"study-{self._rounds}"
-        return Disturbed(folder, together=together, on_server=on_server, outage=self._outage)
+        kind = {"together": together, "on_server": on_server, "on_nodes": self._on_nodes}
+        return Disturbed(folder, **kind, outage=self._outage)
 
 
 def main() -> int:
     """Return 1 where something was lost."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nodes", action="store_true", help="kill on a cluster of several nodes")
     parser.add_argument("--faults", type=int, default=len(FAULTS), metavar="N")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
     parser.add_argument(
@@ -320,11 +413,15 @@ def main() -> int:
     )
     options = parser.parse_args()
     names = [name for name in options.only if name not in FILLED or os.geteuid() == 0]
+    names = [name for name in names if options.nodes or name != NODE]
     injected: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder), options.seed, outage=options.outage)
-        for faults in chaos.rounds(names, options.faults):
+        chaos = Chaos(Path(folder), options.seed, outage=options.outage, on_nodes=options.nodes)
+        if options.nodes:
+            save_often(Path(folder, "often"))
+        count = options.faults
+        for faults in chaos.kills(count) if options.nodes else chaos.rounds(names, count):
             there, problem = chaos.round(faults)
             injected.update(there)
             lost.update(there if problem else ())
