@@ -280,9 +280,9 @@ def _open_table(file: Path) -> Any:
 
 def open_tables(root: Path, paths: Iterable[str]) -> None:
     """Open the tables in which some images below a root lie."""
-    for file in {Path(inside[1]) for path in paths if (inside := _inside(f"{root}/{path}"))}:
-        if file.name.endswith((PARQUET, ARROW)):
-            _open_table(file)
+    in_tables = (path for path in paths if f"{PARQUET}/" in path or f"{ARROW}/" in path)
+    for file in {Path(inside[1]) for path in in_tables if (inside := _inside(f"{root}/{path}"))}:
+        _open_table(file)
 
 
 def _read(file: Path, choose: Callable[[Any], str]) -> Any:
