@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -11,6 +12,8 @@ import torch
 from evaluators import evaluate, evaluator_named
 from evaluators.base import Batch
 from evaluators.ledger import in_order
+from grid.report import plots
+from grid.study import base_named
 from tests.test_norms import Threshold
 from trainables.scale import DIGITS
 
@@ -49,3 +52,19 @@ def test_an_example_breaks_its_image_at_every_radius_that_holds_it():
 
     scores = evaluate(Band(), data, "radii", epsilon=[0.04, 0.06, 0.08, 0.3], progress=False)
     assert [scores[f"radii@{255 * r:g}/255"].value for r in (0.04, 0.06, 0.08, 0.3)] == [1, 0, 0, 0]
+
+
+def test_the_report_draws_accuracy_by_radius_in_order(monkeypatch):
+    metrics = {"radii": 0.4, "radii/low": 0.3, "radii-l2@0.5": 0.9, "radii-l2@0.5/low": 0.8}
+    for name, value in (("radii@27/255", 0.25), ("radii@0", 1.0), ("radii@13.5/255", 0.5)):
+        metrics |= {name: value, f"{name}/low": value - 0.1, f"{name}/high": value + 0.1}
+    judged = SimpleNamespace(label="judged", recipe=base_named("resnet50"))
+    judged.run = SimpleNamespace(metrics=metrics)
+    waiting = SimpleNamespace(label="waiting", recipe=judged.recipe, run=None)
+    drawn = {}
+    monkeypatch.setattr(plots, "_plot", lambda *_, panels, **__: drawn.update(panels))
+    plots._radii_plot(SimpleNamespace(name="T1", rows=[waiting, judged]))
+    ((line,),) = drawn.values()
+    xs, values, lows, _ = line.points
+    assert (line.label, xs, [*values]) == ("judged", [0, 13.5, 27], [100, 50, 25])
+    assert [*lows] == pytest.approx([90, 40, 15])

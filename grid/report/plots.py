@@ -344,6 +344,26 @@ def columns_plots(table: FilledTable, scale: Scale) -> Iterator[Plot | None]:
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
     )
     yield _columns_plot(table, radii, f"epsilon-{table.name}", caption, "epsilon, 1/255")
+    yield _radii_plot(table)
+
+
+def _radii_plot(table: FilledTable) -> Plot | None:
+    """Draw accuracy by radius of the models that `radii` judged."""
+    looks, lines = _looks(table), []
+    for row in table.rows:
+        scores = row.run.metrics if row.run else {}
+        names = [n for n in scores if n.startswith("radii@") and f"{n}/low" in scores]
+        by_radius = {float(n.removeprefix("radii@").partition("/")[0]): n for n in names}
+        if xs := sorted(by_radius):
+            ends = ("", "/low", "/high")
+            ys = ([100 * scores[by_radius[x] + end] for x in xs] for end in ends)
+            lines.append(Line(row.label, *looks[row.label], [xs, *ys]))
+    caption = f"Accuracy under PGD against epsilon, {table.name}, with 95 % intervals."
+    panels, x_label = {"survived, %": lines}, "epsilon, 1/255"
+    name = f"radii-{table.name}"
+    return (
+        _plot(name, caption, _lines, table.name, panels=panels, x_label=x_label) if lines else None
+    )
 
 
 def _columns_plot(
