@@ -54,6 +54,12 @@ class ShardStore:
         """Return how many images are judged."""
         return sum(map(len, self._paths))
 
+    @property
+    def shards(self) -> int:
+        """Return about how many shards wait."""
+        each = max(1, min(self._images(), self._most))
+        return sum(math.ceil(len(gap) / each) for gap in self.waiting)
+
     def missing(self) -> list[Shard]:
         """Return what is still to be judged, as few shards."""
         ends = [0, *(shard.end for shard in sorted(self._paths))]

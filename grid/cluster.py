@@ -16,12 +16,14 @@ from typing import Any
 
 import ray
 import yaml
+from ray.util import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from grid.lending import Bundle
 from grid.options import LOCAL
 from trainables.data.listing import DataSource
 from trainables.ray_internals import listen_on_loopback
-from trainables.store.results import PROJECT, code_version
+from trainables.store.results import code_version, other_code
 from trainables.store.storage import Folder
 from trainables.store.tracking import check_address, client_settings
 from trainables.watchdog import HUNG_SECONDS
@@ -46,6 +48,7 @@ class Placement:
     cpus: int = 1
     gpus: float = 0.0
     compile: bool = False
+    kind: str = ""  # of GPU, as Ray's resource names it; "": any
     numerics: str = ""  # exact or fast; "": fast on GPUs, else exact
     hung_after: float = HUNG_SECONDS
 
@@ -54,6 +57,8 @@ class Placement:
         return sum(map(self._slots, nodes)) // self.workers
 
     def _slots(self, node: Mapping[str, float]) -> int:
+        if self.kind and self.kind not in node:
+            return 0
         slots = math.floor(node.get("CPU", 0) / self.cpus)
         if not self.gpus:
             return slots
@@ -67,7 +72,8 @@ class Placement:
         return self.numerics == "fast" or (not self.numerics and self.gpus > 0)
 
     def __str__(self) -> str:
-        each = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+        of_kind = f" of {self.kind.removeprefix(ACCELERATOR)}" if self.kind else ""
+        each = f"{self.cpus} CPUs and {self.gpus:g} GPUs{of_kind}"
         return each if self.workers == 1 else f"{self.workers} workers of {each} each"
 
 
@@ -96,41 +102,48 @@ def connect(address: str | None) -> None:
     )
 
 
-def nodes_there(held: Mapping[str, float] | None = None) -> list[dict[str, float]]:
-    """Return the resources of the nodes there now, less the GPUs that are held, by node's id."""
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = dict(node["Resources"])
-            resources["GPU"] = resources.get("GPU", 0.0) - (held or {}).get(node["NodeID"], 0.0)
-            nodes.append(resources)
-    return nodes
+def nodes_there() -> dict[str, dict[str, float]]:
+    """Return the resources of the nodes there now, by node's id."""
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def gpu_nodes() -> list[str]:
-    """Return the id of a node that is there for each kind of GPU."""
-    kinds = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("GPU"):
-            kinds[str([name for name in node["Resources"] if ACCELERATOR in name])] = node["NodeID"]
-    return [*kinds.values()]
+def workers_on_gpus() -> tuple[list[tuple[str, Bundle]], list[list[Bundle]]]:
+    """Return the workers that hold GPUs, each with its node, and by trial those that wait."""
+    placed, waiting = [], []
+    for group in placement_group_table().values():
+        nodes, lacking = group["bundles_to_node_id"], []
+        for index, bundle in group["bundles"].items():
+            if group["state"] == "REMOVED" or not bundle.get("GPU"):
+                continue
+            if node := nodes.get(index):
+                placed.append((node, bundle))
+            else:
+                lacking.append(bundle)
+        waiting += [lacking] if lacking else []
+    return placed, waiting
 
 
-def check_room(
-    placements: Iterable[Placement], *, joined: bool, held: Mapping[str, float] | None = None
-) -> None:
+def gpu_kinds() -> dict[str, str]:
+    """Return each kind of GPU that is there, as Ray's resource names it, with a node's id."""
+    return {
+        next((name for name in resources if name.startswith(ACCELERATOR)), ""): node
+        for node, resources in nodes_there().items()
+        if resources.get("GPU")
+    }
+
+
+def check_room(placements: Iterable[Placement], *, joined: bool) -> None:
     """Raise ValueError where not even one trial fits the nodes there, or those to be started.
 
-    joined: the cluster is not this run's own, so its autoscaler may start nodes. held: GPUs that
-    evaluators hold, by the id of a node.
+    joined: the cluster is not this run's own, so its autoscaler may start nodes.
     """
     kinds = _cluster_file().get("available_node_types", {}).values() if joined else ()
     startable = [kind["resources"] for kind in kinds for _ in range(kind.get("max_workers", 0))]
-    there = nodes_there(held)
+    there = nodes_there().values()
     for placement in placements:
         if placement.lanes(there) or placement.lanes(startable):
             continue
-        has = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n['GPU']:g} GPUs" for n in there)
+        has = "; ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in there)
         raise ValueError(
             f"a trial needs {placement}, but Ray has {has}; "
             f"lower {'--workers, ' if placement.workers > 1 else ''}--cpus-per-worker or "
@@ -149,7 +162,7 @@ def wait_for_nodes(seconds: float) -> tuple[bool, str]:
     deadline = time.monotonic() + seconds
     while (missing := _missing_nodes()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    nodes = nodes_there()
+    nodes = nodes_there().values()
     cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
     return not missing, missing or f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
 
@@ -225,8 +238,8 @@ def _probe(
     settings: Mapping[str, str],
 ) -> str:
     """Try what a run needs, on the node that this runs on; return the problem."""
-    if (here := code_version()) != version:
-        return f"runs {PROJECT} {here}, where the driver runs {version}: install the same on both"
+    if problem := other_code(version):
+        return problem
     try:
         for place in storage:
             folder, written = Folder(place), f"{mark}-{uuid.uuid4().hex}"

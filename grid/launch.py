@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -33,12 +33,14 @@ from grid.cluster import (
     check_nodes,
     check_room,
     connect,
-    gpu_nodes,
+    gpu_kinds,
     nodes_there,
     on_others,
     stage_everywhere,
     wait_for_nodes,
+    workers_on_gpus,
 )
+from grid.lending import Home, lendable
 from grid.options import RunOptions
 from grid.plan import Plan
 from grid.record import Lease, Recorder
@@ -51,7 +53,7 @@ from trainables.options import again
 from trainables.ray_internals import keep_credentials_here, nodes_gone
 from trainables.recipe import OF_STEP, Recipe
 from trainables.scale import Scale
-from trainables.store.results import DATABASE, sole_run
+from trainables.store.results import DATABASE, code_version, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import STOPPED, Tracker
 from trainables.train.team import check_team
@@ -59,8 +61,8 @@ from trainables.trial import CONTROLLER, RecipeTrial, teams_placed, train_togeth
 
 SHARDS_FOLDER = "shards"
 TUNE_FOLDER = "tune"
-EVALUATOR_GPUS = 0.25
 DRY_SECONDS = 1800
+A_LITTLE = 0.001  # of a node's resource that stands for its kind of GPU
 # The figures by which trials are stopped early.
 ACCURACY, PROBE = "held_out/accuracy", "probe/pgd-10"
 
@@ -114,6 +116,11 @@ class Launch:
         """The default placement, then the others that trials have."""
         theirs = {self.placement_of(trial.recipe.family): None for trial in self.plan}
         return list({self.placement: None} | theirs)
+
+    @property
+    def code(self) -> str:
+        """The version that a cluster's nodes must have; '' where all is on this machine."""
+        return code_version() if self.address else ""
 
     @property
     def on_gpus(self) -> bool:
@@ -172,15 +179,14 @@ def run_study(launch: Launch) -> Finished:
             if ill := "; ".join(f"node {node}: {problem}" for node, problem in problems if problem):
                 raise ValueError(ill)
             missing = (trial.recipe for trial in recorder.trials_to_train())
-            if said := "; ".join(_misfits(launch, missing, line.say)):
-                raise ValueError(said)
+            kinds = _kinds_of_gpus(launch, missing, line.say)
             recorder.mend(launch.storage_root)
             pool = _start_pool(launch, recorder.tracker.uri, line.say)
             recorder.open_study()
             line.say(_opening(recorder, launch.plan))
             line.say(f"Status: {again('--status')}")
             with recorder.recording(pool):
-                train_missing(launch, recorder)
+                train_missing(launch, recorder, kinds)
                 # Takes seconds, in which the last cells are judged.
                 import_module("grid.report.build")
             return _report(launch, recorder, line)
@@ -217,36 +223,61 @@ def _check_plan(launch: Launch, data: Data) -> None:
                 raise ValueError(f"{recipe.describe()}: {error}") from None
 
 
-def _misfits(
+def _kinds_of_gpus(
     launch: Launch, recipes: Iterable[Recipe], say: Callable[[str], None] = print
-) -> list[str]:
-    """Return which trainings do not fit their GPUs, by dry steps on a node of each kind."""
-    steps: defaultdict[Placement, dict[str, Recipe]] = defaultdict(dict)
+) -> dict[str, str]:
+    """Return by digest the kind of GPU of trainings that do not fit every kind that is there.
+
+    Dry steps tell, on a node of each kind. ValueError where a training fits none.
+    """
+    steps: defaultdict[Placement, defaultdict[str, list[Recipe]]]
+    steps = defaultdict(lambda: defaultdict(list))
     for recipe in recipes:
         placement = launch.placement_of(recipe.family)
         if placement.gpus and recipe.epochs:
             key = recipe.with_seed(0).model_dump_json(include=OF_STEP)
-            steps[placement][key] = recipe
-    said = []
-    for placement, by_key in steps.items():
-        # It imports timm, which a driver spares.
-        dry = import_module("trainables.train.memory").misfits
-        for node in gpu_nodes():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            held = {"num_gpus": min(1, placement.gpus), "num_cpus": 0}
-            arguments = [*by_key.values()], placement.workers, placement.gpus
-            dry_steps = ray.remote(**held, scheduling_strategy=there)(dry)
-            said.append(dry_steps.remote(*arguments, is_fast=placement.is_fast))
-    ready, late = ray.wait(said, num_returns=len(said), timeout=DRY_SECONDS) if said else ([], [])
+            steps[placement][key].append(recipe)
+    kinds: dict[str, str] = {}
+    misfits: list[str] = []
+    for placement, alike in steps.items():
+        said = _dry_steps(placement, [first for first, *_ in alike.values()], say)
+        for index, same_steps in enumerate(alike.values()):
+            texts = {kind: answers[index] for kind, answers in said.items()}
+            fitting = [replace(placement, kind=k) for k, text in texts.items() if k and not text]
+            if any(texts.values()) and fitting:
+                best = max(fitting, key=lambda of_kind: of_kind.lanes(nodes_there().values()))
+                check_room([best], joined=bool(launch.address))
+                kinds |= {recipe.digest(): best.kind for recipe in same_steps}
+            else:
+                misfits += filter(None, texts.values())
+    if misfits:
+        raise ValueError("; ".join(misfits))
+    return kinds
+
+
+def _dry_steps(
+    placement: Placement, recipes: Sequence[Recipe], say: Callable[[str], None]
+) -> dict[str, list[str]]:
+    """Return by kind of GPU why each recipe cannot be trained there, '' where it can."""
+    # It imports timm, which a driver spares.
+    dry = import_module("trainables.train.memory").misfits
+    kinds: dict[Any, str] = {}
+    for kind, node in gpu_kinds().items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        held = {"num_gpus": min(1, placement.gpus), "num_cpus": 0}
+        dry_steps = ray.remote(**held, scheduling_strategy=there)(dry)
+        arguments = recipes, placement.workers, placement.gpus
+        kinds[dry_steps.remote(*arguments, is_fast=placement.is_fast)] = kind
+    ready, late = ray.wait([*kinds], num_returns=max(1, len(kinds)), timeout=DRY_SECONDS)
     for reference in late:
         ray.cancel(reference)
     if late:
         say(f"no GPU came free in {DRY_SECONDS / 60:.0f} min to try the trainings' memory on")
-    texts = []
+    said = {}
     for reference in ready:
         with suppress(RayError):  # a node that has left says nothing
-            texts += ray.get(reference)
-    return texts
+            said[kinds[reference]] = ray.get(reference)
+    return said
 
 
 def _recorder(launch: Launch, data: Data, line: ProgressLine) -> Recorder:
@@ -274,42 +305,40 @@ def _opening(recorder: Recorder, plan: Plan) -> str:
 
 
 def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) -> EvaluatorPool:
-    """Give the evaluators their share; ValueError where trials then have no room beside them.
-
-    On GPUs evaluators have a quarter each of one GPU in eight, or of the only one.
-    """
+    """Start the evaluators: on CPUs one for each lane, on GPUs those that no trial waits for."""
     default = launch.placement
-    pool = EvaluatorPool(
-        1 if launch.on_gpus else max(1, default.lanes(nodes_there())),
+
+    def places(there: Counter[Home], wanted: int) -> Counter[Home]:
+        nodes = nodes_there()
+        if not launch.on_gpus:
+            one = replace(default, workers=1)
+            slots = [node for node, has in nodes.items() for _ in range(one.lanes([has]))]
+            return Counter((node, "") for node in slots[:: default.workers] or [*nodes][:1])
+        kept = launch.options.evaluator_share * sum(node.get("GPU", 0) for node in nodes.values())
+        return lendable(nodes, *workers_on_gpus(), there, wanted=wanted, kept=kept)
+
+    return EvaluatorPool(
+        places,
         uri,
         launch.scale,
         launch.source,
         launch.options.results / SHARDS_FOLDER,
         threads=default.cpus,
-        gpus=EVALUATOR_GPUS if launch.on_gpus else 0.0,
+        on_gpus=launch.on_gpus,
         hung_after=default.hung_after,
+        code=launch.code,
         say=say,
     )
-    if launch.on_gpus:
-        # The first may have to wait for a node that the autoscaler starts.
-        pool.gpus_by_node()
-        pool.grow(int(ray.cluster_resources().get("GPU", 0)) // 2)
-        held = pool.gpus_by_node()
-        try:
-            check_room(launch.placements, joined=bool(launch.address), held=held)
-        except ValueError as error:
-            total = sum(held.values())
-            advice = f": give --gpus-per-worker {1 - total:g}" if total == EVALUATOR_GPUS else ""
-            raise ValueError(f"{error} (evaluators hold {total:g} GPUs){advice}") from None
-    return pool
 
 
-def train_missing(launch: Launch, recorder: Recorder) -> None:
+def train_missing(launch: Launch, recorder: Recorder, kinds: Mapping[str, str]) -> None:
     """Train a plan's missing trials with Tune, in its order, as many at once as there is room for.
 
-    They share actors; where some have several workers, each trial has processes of its own.
+    They share actors; where some have several workers, each trial has processes of its own. kinds:
+    by digest, the kind of GPU that a trial needs.
     """
-    configs = {t.digest: _config(launch, t) for t in recorder.trials_to_train()}
+    todo = recorder.trials_to_train()
+    configs = {t.digest: _config(launch, t, kinds.get(t.digest, "")) for t in todo}
     if not configs:
         return
     shutil.rmtree(launch.options.results / TUNE_FOLDER, ignore_errors=True)
@@ -330,7 +359,8 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
             search_alg=order,
             scheduler=stopping,
             num_samples=-1,
-            reuse_actors=alone,
+            # One that is reused keeps its GPU: evaluators would wait for all trials.
+            reuse_actors=alone and not launch.on_gpus,
             trial_name_creator=_digest_of,
             trial_dirname_creator=_digest_of,
         ),
@@ -345,7 +375,7 @@ def train_missing(launch: Launch, recorder: Recorder) -> None:
     ).fit()
 
 
-def _config(launch: Launch, trial: Any) -> dict[str, Any]:
+def _config(launch: Launch, trial: Any, kind: str = "") -> dict[str, Any]:
     """Return what `RecipeTrial` or `train_together` needs to train a trial of the plan."""
     placement = launch.placement_of(trial.recipe.family)
     settings = {
@@ -356,9 +386,11 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
         "threads": placement.cpus,
         "workers": placement.workers if trial.recipe.epochs else 1,
         "gpus": placement.gpus,
+        "kind": {kind: A_LITTLE} if kind else {},
         "hung_after": placement.hung_after,
         "device": "cuda" if placement.gpus else "cpu",
         "compile": placement.compile,
+        "code": launch.code,
         "numerics": "fast" if placement.is_fast else "exact",
         "checkpoints": trial.checkpoints,
         "stops_from": trial.stops_from,
@@ -368,7 +400,8 @@ def _config(launch: Launch, trial: Any) -> dict[str, Any]:
 
 def _resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
     trial = trial_config(config)
-    return tune.PlacementGroupFactory([{"CPU": trial["threads"], "GPU": trial["gpus"]}])
+    gpus = {"GPU": trial["gpus"]}
+    return tune.PlacementGroupFactory([{"CPU": trial["threads"]} | gpus | trial["kind"]])
 
 
 class PlanOrder(Searcher):  # type: ignore[misc]
@@ -631,8 +664,10 @@ def check_cluster(launch: Launch) -> list[Finding]:
             findings.append((f"node {node}", "error" if problem else "ok", problem or sound))
         findings += _data_on_nodes(launch)
         if all(level == "ok" for _, level, _ in findings):
-            texts = _misfits(launch, (trial.recipe for trial in launch.plan))
-            findings += [("memory", "error", text) for text in texts]
+            try:
+                _kinds_of_gpus(launch, (trial.recipe for trial in launch.plan))
+            except ValueError as error:
+                findings.append(("memory", "error", str(error)))
     finally:
         ray.shutdown()
     return findings

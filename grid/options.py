@@ -30,6 +30,7 @@ TEMPORARY = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "/tmp")  # 
 STARTED_HERE = Path(TEMPORARY, "ray", "ray_current_cluster")
 CONNECT_SECONDS = 2
 POWER = 0.8
+EVALUATOR_SHARE = 1 / 8
 
 
 def _points(text: str) -> float:
@@ -173,7 +174,13 @@ class RunOptions(PlaceOptions, DataOptions):
     workers: Count = option(1, "worker processes per trial", "N")
     cpus_per_worker: Count = rare(1, "CPU cores per worker", "C")
     gpus_per_worker: NotNegative = option(
-        0.0, "GPUs per worker; 0.75 of a machine's only one, whose rest evaluators hold", "G"
+        0.0, "GPUs per worker; with 0.75 of each, evaluators judge beside trials", "G"
+    )
+    evaluator_share: Annotated[float, Field(ge=0, le=1)] = rare(
+        EVALUATOR_SHARE,
+        "of the GPUs, evaluators hold so many while trials wait; they borrow all that are free, "
+        "and a trial larger than the share may have it, too",
+        "SHARE",
     )
     numerics: Literal["exact", "fast"] | None = rare(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,12 @@ import ray
 from mlflow import MlflowClient
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
+from ray.util import placement_group, remove_placement_group
 
+from benchmarks.stub_evaluator import StubCell, StubEvaluator, StubShard
+from evaluators.ledger import LEDGER, to_parquet
+from evaluators.shards import ShardStore
 from grid.cluster import check_nodes, wait_for_nodes
 from grid.launch import Launch, _start_pool
 from grid.options import RunOptions
@@ -27,11 +33,14 @@ from grid.plan import build_plan
 from grid.run import main
 from grid.study import load_study
 from tests import driver
-from tests.driver import ended, study_of_one, trials, wait_for_checkpoint, wait_until
+from tests.driver import SECONDS, ended, study_of_one, trials, wait_for_checkpoint, wait_until
 from tests.pictures import write_folder
 from tests.servers import free_port, s3_bucket
+from trainables.data.base import Shard
+from trainables.ray_internals import nodes_gone
 from trainables.scale import DIGITS
 from trainables.store.results import code_version
+from trainables.store.retries import MAX_FAILURES
 from trainables.store.storage import Folder, below
 from trainables.store.tracking import SCHEMA
 
@@ -352,12 +361,54 @@ def on_gpus(number, results):
     )
 
 
-def test_evaluators_hold_their_share_of_gpus_before_trials_are_counted(joined, tmp_path):
-    with pytest.raises(ValueError, match=r"0\.75 GPUs; .* 0\.25 GPUs\): give --g.* 0\.75$"):
-        _start_pool(on_gpus(1.0, tmp_path), "sqlite:///none")
+@pytest.fixture
+def evaluators(cluster, tmp_path, monkeypatch):
+    """A pool of evaluators that sleep a second for an image, on two nodes with a GPU each."""
+    monkeypatch.setattr("grid.assess.EvaluatorActor", StubEvaluator)
+    monkeypatch.setattr("grid.assess.LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(ShardStore, "_images", lambda _: 1)
+    monkeypatch.setattr("evaluators.shards.Shard", StubShard)
+    nodes = [cluster.add_node(num_cpus=2, num_gpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    ledger = to_parquet(LEDGER.empty_table(), seconds=1.0).hex()
+    seconds = {f"{name} clean": 1.0 for name in "abc"}
+    yield _start_pool(on_gpus(1.0, tmp_path), json.dumps([seconds, ledger])), nodes, cluster
     ray.shutdown()
-    ray.init(address=joined.address, log_to_driver=False)
-    assert list(_start_pool(on_gpus(0.75, tmp_path), "").gpus_by_node().values()) == [0.25]
+
+
+def polled(pool, until):
+    """Poll a pool until something has come about; return the cells judged by then."""
+    judged = []
+    for _ in range(SECONDS * 5):
+        judged += pool.poll(0.2)
+        if until():
+            return judged
+    raise AssertionError("it did not come about")
+
+
+def test_evaluators_borrow_all_gpus_and_give_them_back_to_a_trial_between_shards(evaluators):
+    pool, *_ = evaluators
+    pool.submit(StubCell("a", "clean"), 400)
+    polled(pool, lambda: len(pool._under_way) == 8)
+    # A trial as large as the cluster, of which an eighth is less.
+    trial = placement_group([{"CPU": 1, "GPU": 1}] * 2)
+    polled(pool, lambda: trial.wait(0))
+    assert {*pool._homes} == {*pool._starting.values()}  # none holds a GPU
+    remove_placement_group(trial)
+    polled(pool, lambda: len(pool._under_way) == 8)
+
+
+def test_what_is_lost_with_a_node_is_no_failure_and_others_judge_it(evaluators):
+    pool, (doomed, _), cluster = evaluators
+    pool.submit(cell := StubCell("b", "clean"), 40)
+    polled(pool, lambda: len(pool._under_way) == 8)
+    cluster.remove_node(doomed, allow_graceful=False)
+    polled(pool, lambda: doomed.node_id in nodes_gone(False))
+    polled(pool, lambda: pool._stores[cell].judged == 40)
+    assert all(nodes == [doomed.node_id] for nodes in pool._failures.values())
+    # Once more, and the shard would have failed too often, were these failures.
+    pool._failures[cell, 0] = [doomed.node_id] * MAX_FAILURES
+    assert pool._failed(cell, Shard(0, 1), RayError(), doomed.node_id) is None
 
 
 def test_storage_is_tried_from_every_node(joined, tmp_path):

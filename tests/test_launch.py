@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from grid.cluster import Placement, check_room
-from grid.launch import Launch, _config, _misfits, _start_pool
+from grid.launch import Launch, _config, _kinds_of_gpus, _start_pool
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.status import ProgressLine
@@ -59,21 +59,42 @@ def two_cpus():
 
 
 def test_a_team_that_fills_the_machine_has_an_evaluator_beside_it(two_cpus, launch):
-    assert _start_pool(launch, "sqlite:///none")._size == 1
+    assert len(_start_pool(launch, "sqlite:///none")._homes) == 1
 
 
 def test_a_step_is_tried_on_a_gpu_before_anything_is_trained(two_cpus, launch, monkeypatch):
     recipes = [launch.plan.trials[0].recipe.with_seed(seed) for seed in (1, 2)]
-    assert _misfits(launch, recipes) == []  # on CPUs nothing is tried
+    assert _kinds_of_gpus(launch, recipes) == {}  # on CPUs nothing is tried
     options = launch.options.model_copy(update={"gpus_per_worker": 0.5})
     launch = replace(launch, options=options)
-    assert _misfits(launch, recipes) == []  # made-up GPUs have any memory
+    assert _kinds_of_gpus(launch, recipes) == {}  # made-up GPUs have any memory
 
     def too_large(recipes, workers, share, is_fast):
         return [f"{len(recipes)} recipes, {workers} workers, {share} GPUs, {is_fast}"]
 
     monkeypatch.setattr("trainables.train.memory.misfits", too_large)
-    assert _misfits(launch, recipes) == ["1 recipes, 2 workers, 0.5 GPUs, True"]
+    with pytest.raises(ValueError, match=r"^1 recipes, 2 workers, 0\.5 GPUs, True$"):
+        _kinds_of_gpus(launch, recipes)
+
+
+def test_a_training_too_large_for_one_kind_of_gpu_is_placed_on_another(
+    two_cpus, launch, monkeypatch
+):
+    small, large = "accelerator_type:T4", "accelerator_type:H200"
+    options = launch.options.model_copy(update={"gpus_per_worker": 1.0})
+    launch, recipe = replace(launch, options=options), launch.plan.trials[0].recipe
+    node = {"CPU": 8.0, "GPU": 2.0}
+    nodes = {"a": node | {small: 1.0}, "b": node | {large: 1.0}}
+    monkeypatch.setattr("grid.launch.nodes_there", lambda: nodes)
+    monkeypatch.setattr("grid.cluster.nodes_there", lambda: nodes)
+    answers = {small: ["on T4, it takes 20 GiB"], large: [""]}
+    monkeypatch.setattr("grid.launch._dry_steps", lambda *_: answers)
+    assert _kinds_of_gpus(launch, [recipe]) == {recipe.digest(): large}
+    trial = trial_config(_config(launch, launch.plan.trials[0], large))
+    assert trial["kind"] == {large: 0.001}
+    nodes["b"]["GPU"] = 1.0  # of two workers
+    with pytest.raises(ValueError, match="2 workers of 1 CPUs and 1 GPUs of H200 each, but Ray"):
+        _kinds_of_gpus(launch, [recipe])
 
 
 def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_such(
@@ -81,12 +102,11 @@ def test_a_trial_that_fits_no_node_is_refused_unless_the_autoscaler_may_start_su
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(CLUSTER)
-    (node,) = (node["NodeID"] for node in ray.nodes())
-    check_room([Placement(workers=2), Placement(gpus=1.0)], joined=False, held={node: 1.0})
+    check_room([Placement(workers=2), Placement(gpus=2.0)], joined=False)
     with pytest.raises(ValueError, match="a trial needs 4 workers of 1 CPUs and 0 GPUs each, but"):
         check_room([Placement(workers=4)], joined=False)
-    with pytest.raises(ValueError, match=r"a trial needs 1 CPUs and 1 GPUs, but .* 0\.5 GPUs;"):
-        check_room([Placement(gpus=1.0)], joined=False, held={node: 1.5})
+    with pytest.raises(ValueError, match=r"a trial needs 1 CPUs and 2\.5 GPUs, but .* 2 GPUs;"):
+        check_room([Placement(gpus=2.5)], joined=False)
     check_room([Placement(workers=192)], joined=True)
     with pytest.raises(ValueError, match="a trial needs 193 workers"):
         check_room([Placement(workers=193)], joined=True)

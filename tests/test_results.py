@@ -29,6 +29,7 @@ from trainables.scale import CIFAR10, DIGITS
 from trainables.store.results import (
     LOCK,
     SCHEMA_TAG,
+    code_version,
     database_uri,
     is_in_use,
     joined,
@@ -255,7 +256,9 @@ def test_a_trial_carries_what_trained_it_from_checkpoint_to_checkpoint(tmp_path,
     result = next_result(running)
     while not result["done"]:
         result = next_result(running)
-    again = next_result(open_trial(config))
+    with pytest.raises(RuntimeError, match=r"^node .* runs robustness-grid .* driver runs 0\.1: "):
+        open_trial(config | {"code": "0.1"})
+    again = next_result(open_trial(config | {"code": code_version()}))
     expected = joined({"torch": "2.14"}, provenance("cpu")) | {"numerics": "fast"}
     assert again["trained"] == result["trained"] == expected
 

@@ -24,7 +24,7 @@ def train_team(trial: dict[str, Any], *, starts: int) -> None:
         scaling_config=train.ScalingConfig(
             num_workers=trial["workers"],
             use_gpu=bool(gpus),
-            resources_per_worker={"CPU": trial["threads"]} | gpus,
+            resources_per_worker={"CPU": trial["threads"]} | gpus | trial["kind"],
             placement_strategy="PACK",
         ),
         run_config=train.RunConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from trainables.networks import build_classifier, first_classifier
 from trainables.recipe import Recipe
 from trainables.scale import scale_of_recipe
 from trainables.store import checkpoint
-from trainables.store.results import SECONDS, WAITING, WAITS, joined, provenance
+from trainables.store.results import SECONDS, WAITING, WAITS, joined, other_code, provenance
 from trainables.store.retries import NodeLeavesError
 from trainables.store.storage import WEIGHTS, NoRoomError, below, weights_path
 from trainables.train.loop import EpochReport, train
@@ -76,6 +77,8 @@ def open_trial(
     Of a team only the first worker reads and writes the storage. config: as of `RecipeTrial`.
     node_leaves: tells whether this node is about to be taken away.
     """
+    if problem := other_code(config.get("code", "")):
+        raise RuntimeError(f"node {platform.node()} {problem}")  # another node may have it
     torch.set_num_threads(config["threads"])
     recipe, storage = Recipe.model_validate(config["recipe"]), config["storage"]
     digest = recipe.digest()

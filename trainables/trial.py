@@ -88,8 +88,8 @@ def train_together(config: dict[str, Any]) -> None:
 
     A death, of a worker, a node or Train's controller, is raised: Tune tries the trial again, from
     its own checkpoint. The program's own fault is reported. A team that left a node, or has no
-    room, begins anew. config["trial"]: as of `RecipeTrial`, and workers, gpus (of a
-    worker).
+    room, begins anew. config["trial"]: as of `RecipeTrial`, workers,
+    gpus (a worker's share) and kind (of the GPU, as resources of Ray).
     """
     trial = trial_config(config)
     for name, value in TRAIN_SETTINGS.items():

@@ -194,6 +194,14 @@ def code_version() -> str:
     return f"{version_of(PROJECT)} (code {digest.hexdigest()[:12]})"
 
 
+def other_code(driver: str) -> str:
+    """Say that the code here has another version than the driver; '' where it has not, or is ''."""
+    here = code_version()
+    if driver in ("", here):
+        return ""
+    return f"runs {PROJECT} {here}, where the driver runs {driver}: install the same on both"
+
+
 def _commit() -> str:
     """Return the commit that is checked out, '' outside a checkout; '+changes' if it was edited."""
     describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]

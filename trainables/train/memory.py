@@ -94,9 +94,12 @@ def step_bytes(recipe: Recipe, images: int, device: torch.device, *, is_fast: bo
 
 
 def misfits(recipes: Sequence[Recipe], workers: int, share: float, *, is_fast: bool) -> list[str]:
-    """Say which recipes cannot be trained by workers with a share each of a GPU like this one."""
+    """Say of each recipe why workers cannot train it with a share each of a GPU like this one.
+
+    It is '' where they can.
+    """
     if not torch.cuda.is_available():  # a node whose GPUs are made up
-        return []
+        return [""] * len(recipes)
     device = torch.device("cuda")
     gpu = torch.cuda.get_device_properties(device)
     limit = int(min(share, 1) * gpu.total_memory)
@@ -108,7 +111,7 @@ def misfits(recipes: Sequence[Recipe], workers: int, share: float, *, is_fast: b
                 return misfit(recipe, workers, needs, limit)
         return f"{recipe.describe()}: not even {FEWER[1]} images fit"
 
-    return [f"on {gpu.name}, {text}" for recipe in recipes if (text := tried(recipe))]
+    return [text and f"on {gpu.name}, {text}" for text in map(tried, recipes)]
 
 
 def reckoned(
