@@ -8,8 +8,8 @@ supports it, so that each decision is an error; but that a lead is none, where a
 stated. Its verdicts are drawn, and judged as the report judges. The family-wise error is the share
 of studies with an error or more: at most 5 %.
 
-Agreement trains what the headline claims of the default study compare, three seeds each, by the
-real command: once as it is, once with the kernels of a processor without AVX-512, which round
+Agreement trains what the headline claims of the default study compare, as often as it, by the real
+command: once as it is, once with the kernels of a processor without AVX-512, which round
 otherwise. The weights differ; the headline verdicts are to be the same.
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import PositiveInt, TypeAdapter
 
-from evaluators import answering, column_named, evaluator_of, images_of_score
+from evaluators import DRAWING, answering, column_named, evaluator_of, images_of_score
 from grid.options import RunOptions
 from grid.plan import Plan, format_seconds
 from grid.power import STEP, Design, Goal, Noise
@@ -63,6 +63,8 @@ def with_design(
 ) -> tuple[Plan, Designed | None]:
     """Return a plan whose cells draw the images that the claims about them need, and the design.
 
+    Cells that no claim is about draw the scale's `unclaimed_images`.
+
     The results remember each design that was run, so that the same command again asks the same, and
     none judges fewer images than one before. The design is None where it is remembered, but for
     --plan, and where no difference is asked for. held_out: so many images there are. ValueError
@@ -89,7 +91,9 @@ def with_design(
             of_claim = goal.design(claim, trainings, noise, available, every=not draws)
             designs.append((of_claim, cells))
         design = Designed(goal, tuple(designs))
-        least: dict[str, int] = defaultdict(int)
+        drawn = ((t.digest, name) for t in plan for name in t.evaluators if name in DRAWING)
+        few = dict.fromkeys(map(" ".join, drawn), scale.unclaimed_images)
+        least: dict[str, int] = defaultdict(int, few if scale.unclaimed_images else {})
         for of_claim, cells in designs:
             least |= {name: max(of_claim.images, least[name]) for name in map(" ".join, cells)}
         known.setdefault(key, least)

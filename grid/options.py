@@ -107,8 +107,8 @@ class RunOptions(PlaceOptions, DataOptions):
     )
     seeds: Count | None = option(
         None,
-        "train each recipe N times (default: the study's replicates; else 3 times what headline "
-        "claims compare, but at imagenet, and all others once)",
+        "train each recipe N times (default: the study's replicates; else what headline claims "
+        "compare 3 or 7 times, but at imagenet, and all others once)",
         "N",
     )
     scale: str | None = option(

@@ -24,6 +24,7 @@ MOST_RECIPES = 100_000
 SHORT = 6  # digits of a digest in a trial's name
 LONGEST_WARMUP = 10  # epochs, of the study's recipes
 STUDYS_EPOCHS = 100  # that --epochs stands for
+ADVERSARIAL_SEEDS = 3
 # The axes that a recipe's description tells of.
 DESCRIBED = {
     *("family", "size", "model", "activation", "optimizer", "scheduler", "augmentation", "epochs"),
@@ -342,7 +343,8 @@ def _as_trained(
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
             trained[table.name, row.label] = _as_at(scale, recipe)
-    # Once, but for what headline claims compare, and rows of the same recipe.
+    # Once, but for what headline claims compare, and rows of the same recipe. Adversarial training
+    # costs several times as much.
     headlines = [c for c in study.claims if c.headline and c.places <= trained.keys()]
     compared = {trained[place].digest() for claim in headlines for place in claim.places}
 
@@ -350,8 +352,9 @@ def _as_trained(
         rows = []
         for row in table.rows:
             recipe = trained[table.name, row.label]
-            times = seeds or (scale.headline_seeds if recipe.digest() in compared else 1)
-            rows.append(Row(row.label, recipe, times))
+            several = scale.headline_seeds if recipe.digest() in compared else 1
+            most = ADVERSARIAL_SEEDS if recipe.adversary else several
+            rows.append(Row(row.label, recipe, seeds or min(several, most)))
         question = table.question + suffix + _stand_ins(study, table, scale)
         return table.model_copy(update={"question": question, "rows": tuple(rows)})
 
@@ -470,7 +473,8 @@ def _notes(
         yield f"the study's file has {study.reduced_epochs} epochs here for 100 at full size"
     seeds = {row.seeds for table in tables for row in table.rows if row.recipe.epochs}
     if len(seeds) > 1:
-        yield f"the rows of headline claims are trained {max(seeds)} times, all others once"
+        times = " or ".join(map(str, sorted(seeds - {1})))
+        yield f"the rows of headline claims are trained {times} times, all others once"
     if study.sample and spanned < study.size:
         yield f"the grid is a sample of {spanned:,} of {study.size:,} combinations"
     if study.early_stop:

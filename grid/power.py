@@ -21,8 +21,9 @@ ALPHA = 0.05  # of all claims of a study together
 MOST_IMAGES = 10**6
 MOST_TRAININGS = 30
 STEP = 1 / 1000  # in which the detectable difference is searched
+FEWEST = 100  # images of a claim of several trainings
 MARGIN = 0.05  # two models within five points are level
-NEARLY = 1.2  # times the least difference that all images would tell
+NEARLY = 1.6  # times the least difference that all images would tell
 PRIOR_IMAGES = 20  # that what is assumed beforehand weighs, beside what was measured
 QUANTILES = (np.arange(40) + 0.5) / 40
 
@@ -207,8 +208,8 @@ class Goal:
     ) -> Design:
         """Return what decides a claim; it gets no more images than there are.
 
-        Where more images than there are would not do in so many trainings, which vary, it gets as
-        many as tell nearly what all of them would. every: it gets all of them in any case.
+        Of several trainings, which vary, it gets no more than tell nearly what all of them would:
+        the rest tells little, and each training has to judge it. every: it gets all in any case.
         """
         if claim.test == "none survive":
             return self._of_floor(claim, trainings, noise, available)
@@ -218,13 +219,15 @@ class Goal:
         # Level models have to be told from both ends.
         power = (1 + self.power) / 2 if claim.test == "level" else self.power
         rest = (noise, alpha, power)
-        needed, more, images = images_for(self.difference, sides, *rest), None, available
-        if needed and needed <= available:
-            images = available if every else needed
-        elif several:
-            more = trainings_for(self.difference, available, several, *rest)
-            nearly = NEARLY * detectable(available, sides, *rest)
-            images = available if every else min(images_for(nearly, sides, *rest) or images, images)
+        needed, more = images_for(self.difference, sides, *rest), None
+        images = min(needed or available, available)
+        if several:
+            if images != needed:
+                more = trainings_for(self.difference, available, several, *rest)
+            nearly = max(self.difference, NEARLY * detectable(available, sides, *rest))
+            images = images_for(nearly, sides, *rest) or available
+            images = min(max(images, FEWEST), available)
+        images = available if every else images
         tells = detectable(images, sides, *rest)
         return Design(claim, noise, sides, images, needed, tells, more)
 

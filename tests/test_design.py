@@ -42,14 +42,16 @@ def test_a_design_lies_in_the_storage_which_outlives_a_head(tmp_path):
     assert [trial.images for trial in again] == [trial.images for trial in plan]
 
 
-def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(tmp_path):
+def test_a_cell_gets_the_images_that_its_claims_need_and_others_a_few(tmp_path):
     plan, design = design_of(tmp_path, "--seeds", "1", seeds=1)
     by_claim = {claim.claim.says: claim for claim, _ in design.designs}
     assert len(by_claim) == 7  # of nine claims about T1 and T2 two are about collapses
     gelu = by_claim["GELU in place of ReLU makes an adversarially trained CNN more robust"]
     no_gain = by_claim["AdamW does not help an adversarially trained CNN"]
     level = by_claim["Under adversarial training with GELU a CNN is as robust as a transformer"]
-    assert images_of(plan, "T2", "ResNet-50 GELU") == {"autoattack-bounded": level.images}
+    few = {"pgd": 32, "autoattack-bounded": 32}
+    gelus = few | {"autoattack-bounded": level.images}
+    assert images_of(plan, "T2", "ResNet-50 GELU") == gelus
     # ReLU is in claims about both of its attacks.
     assert images_of(plan, "T2", "ResNet-50 ReLU") == {
         "autoattack-bounded": gelu.images,
@@ -62,8 +64,9 @@ def test_a_cell_gets_the_images_that_its_claims_need_and_others_keep_the_scales(
     # Level from both ends: 1.282 in place of 0.842, 389.2.
     assert level.images == 392
     # None of 138 survive: 2.690^2 * 0.95 / 0.05 = 137.5.
-    assert images_of(plan, "T1", "DeiT-S") == {"autoattack-bounded": 138}
-    assert images_of(plan, "T2", "DeiT-S without curriculum") == {}
+    vanillas = few | {"autoattack-small-bounded": 32, "autoattack-bounded": 138}
+    assert images_of(plan, "T1", "DeiT-S") == vanillas
+    assert images_of(plan, "T2", "DeiT-S without curriculum") == few
 
 
 @pytest.mark.parametrize("name", [*filter(headline_of, EVALUATORS)])
