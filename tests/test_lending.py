@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 
+from benchmarks import filling
 from grid.lending import lendable
+from trainables.scale import scale_named
 
 NODES = {"a": {"CPU": 16.0, "GPU": 4.0}, "b": {"CPU": 16.0, "GPU": 4.0}}
 ONE = {"CPU": 1.0, "GPU": 1.0}
@@ -82,3 +84,11 @@ def test_what_waits_for_other_things_than_gpus_reserves_none():
 def test_without_a_gpu_node_one_evaluator_has_the_autoscaler_start_one():
     assert lent(nodes={"head": {"CPU": 2.0}}) == {("", ""): 1}
     assert lent(nodes={"head": {"CPU": 2.0}}, wanted=0).total() == 0
+
+
+@pytest.mark.parametrize(("scale", "workers"), [("digits", 1), ("imagenet", 4)])
+def test_over_the_papers_study_at_least_seven_of_eight_gpus_are_busy(scale, workers, monkeypatch):
+    monkeypatch.setattr(filling, "STEPS", 400)
+    plan, work = filling.study_at(scale_named(scale))
+    (mean,) = filling.busy(filling.simulated(plan, work, workers))
+    assert 7 <= mean <= 8
