@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import torch
+from pyautoattack import autopgd_base, square
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -117,7 +118,7 @@ class AutoAttack(BallAttack):
         """
         rows, smaller = [], None
         # APGD draws a start on the CPU even if it gets one.
-        with torch.random.fork_rng(devices=()), attacked(classifier):
+        with torch.random.fork_rng(devices=()), attacked(classifier), _bisecting():
             for question, epsilon in self.radii.items():
                 victims = _Victims(classifier, batch, epsilon, self.norm)
                 targets, stages = self.targets, self.stages
@@ -286,6 +287,22 @@ class _Victims:
         self.rank_B[owner] = rank
         self.predicted_B[owner] = answer
         self.stages[owner] = self.stage
+
+
+@contextmanager
+def _bisecting() -> Iterator[None]:
+    """Let pyautoattack project in L1 by bisection, which takes a seventh of its sort's time."""
+
+    def correction(images_BCHW: Tensor, offset_BCHW: Tensor, epsilon: float) -> Tensor:
+        inside_BCHW = NORMS["l1"].ball(images_BCHW, epsilon)(images_BCHW + offset_BCHW)
+        return (inside_BCHW - images_BCHW) - offset_BCHW
+
+    theirs = autopgd_base.L1_projection
+    autopgd_base.L1_projection = square.L1_projection = correction
+    try:
+        yield
+    finally:
+        autopgd_base.L1_projection = square.L1_projection = theirs
 
 
 def _apgd(
