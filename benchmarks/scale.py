@@ -51,7 +51,7 @@ REPORTS = "GRID_STUB_REPORTS"  # how many a stub makes
 # the memory of cluster.yaml's head (m6i.2xlarge).
 GPUS, TRIALS, EPOCH_MINUTES, EPOCHS, HEAD_GIB = 512, 1536, 10, 100, 32
 OTHERS_GIB = 4  # the system, Ray's own processes, MLflow's server
-ON_HEAD = ("ray::ImplicitFunc", "ray::TrainController")
+ON_HEAD = ("ray::ImplicitFunc", "ray::TrainController", "ray::SynchronizationActor")
 ONE = """
 name = "team"
 base = "resnet50"
@@ -181,7 +181,7 @@ def paper() -> None:
 
 
 def team_mib() -> float:
-    """Return the memory of a team's two processes on the head, by a study of one trial."""
+    """Return the memory of a team's processes on the head, by a study of one trial."""
     held: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         study = Path(folder, "study.toml")

@@ -22,9 +22,10 @@ NAMES = [
     ("ray.train.v2._internal.exceptions", "WorkerGroupStartupTimeoutError"),
     ("ray.train.v2.api.exceptions", "ControllerError"),
 ]
+BASE = ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer")  # for developers
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES)
+@pytest.mark.parametrize(("module", "name"), [*NAMES, BASE])
 def test_ray_has_a_private_name_that_the_project_uses(module, name):
     assert attrgetter(name)(import_module(module)) is not None
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
 from typing import Any
 
 from ray import train
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util import get_node_ip_address
 
 from trainables.ray_internals import fed_here, node_leaves
 from trainables.store.storage import below
-from trainables.train.team import Team
 from trainables.watchdog import counting_steps
 
 
 def train_team(trial: dict[str, Any], *, starts: int) -> None:
     """Train until the trial is over; ControllerError where its team cannot start so many times."""
     gpus = {"GPU": trial["gpus"]} if trial["gpus"] else {}
-    TorchTrainer(
+    # TorchTrainer's base: torch would triple the memory of what a team has on the head.
+    DataParallelTrainer(
         _work,
         train_loop_config=trial,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=trial["workers"],
             use_gpu=bool(gpus),
@@ -38,10 +41,19 @@ def train_team(trial: dict[str, Any], *, starts: int) -> None:
 
 def _work(trial: dict[str, Any]) -> None:
     """Train as one worker of the team; every worker reports, Tune takes the first one's report."""
-    from trainables.running import next_result, open_trial  # timm, which the head need not have
+    from ray.train.torch import get_device
+    from torch import distributed
+
+    from trainables.running import next_result, open_trial
+    from trainables.train.team import Team
 
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
+    with socket.create_server(("", 0)) as free:
+        own = f"tcp://{get_node_ip_address()}:{free.getsockname()[1]}"
+    address, backend = broadcast_from_rank_zero(own), "nccl" if trial["gpus"] else "gloo"
+    half_an_hour = timedelta(minutes=30)  # nccl's own are 10, and the first worker reads for others
+    distributed.init_process_group(backend, address, half_an_hour, team.size, team.rank)
     device = get_device() if trial["gpus"] else "cpu"
     source = fed_here(trial["source"], trial["threads"], trial["gpus"])
     running = open_trial(trial | {"device": str(device), "source": source}, team, node_leaves)
