@@ -57,12 +57,11 @@ def evaluate(
     """
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
-    several = [evaluators] if isinstance(evaluators, str) else list(evaluators)
-    names = [in_norm(name, norm) for name in several]
+    names = [in_norm(name, norm) for name in _several(evaluators)]
     if not names:
         raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
-    stated = epsilon if isinstance(epsilon, list | tuple) else [epsilon]
-    radii = [fraction(str(r), *RADIUS, most=LARGEST_RADIUS) for r in stated if r is not None]
+    stated = (str(radius) for radius in _several(epsilon) if radius is not None)
+    radii = [fraction(radius, *RADIUS, most=LARGEST_RADIUS) for radius in stated]
     own_scale, own_data = read(data, image_size)
     images = own_data.held_out.images
     classifier = classifier_of(model, images.shape[1], mean, std, draws=eot)
@@ -86,3 +85,7 @@ def evaluate(
         if store:
             cells.write_ledgers()
         return cells.scores(label, notes + remarks)
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
