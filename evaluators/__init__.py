@@ -141,7 +141,7 @@ def in_norm(name: str, norm: str) -> str:
 
 def evaluator_of(score: str) -> str:
     """Return the evaluator of a score by its name: 'pgd' of 'pgd-100'. ValueError lists them."""
-    owners = [n for n in EVALUATORS if score == n or score.startswith((f"{n}-", f"{n}/"))]
+    owners = [n for n in EVALUATORS if score == n or score.startswith((f"{n}-", f"{n}/", f"{n}@"))]
     if not owners:
         raise ValueError(unknown("score", score, EVALUATORS))
     return max(owners, key=len)
