@@ -314,8 +314,8 @@ def _start_pool(launch: Launch, uri: str, say: Callable[[str], None] = print) ->
             one = replace(default, workers=1)
             slots = [node for node, has in nodes.items() for _ in range(one.lanes([has]))]
             return Counter((node, "") for node in slots[:: default.workers] or [*nodes][:1])
-        kept = launch.options.evaluator_share * sum(node.get("GPU", 0) for node in nodes.values())
-        return lendable(nodes, *workers_on_gpus(), there, wanted=wanted, kept=kept)
+        share = launch.options.evaluator_share * sum(node.get("GPU", 0) for node in nodes.values())
+        return lendable(nodes, *workers_on_gpus(), there, wanted=wanted, kept=share)
 
     return EvaluatorPool(
         places,

@@ -50,8 +50,8 @@ def _work(trial: dict[str, Any]) -> None:
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     with socket.create_server(("", 0)) as free:
-        own = f"tcp://{get_node_ip_address()}:{free.getsockname()[1]}"
-    address, backend = broadcast_from_rank_zero(own), "nccl" if trial["gpus"] else "gloo"
+        meeting_place = f"tcp://{get_node_ip_address()}:{free.getsockname()[1]}"
+    address, backend = broadcast_from_rank_zero(meeting_place), "nccl" if trial["gpus"] else "gloo"
     half_an_hour = timedelta(minutes=30)  # nccl's own are 10, and the first worker reads for others
     distributed.init_process_group(backend, address, half_an_hour, team.size, team.rank)
     device = get_device() if trial["gpus"] else "cpu"

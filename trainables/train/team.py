@@ -201,9 +201,9 @@ class SharedGhostBatchNorm2d(GhostBatchNorm2d):
         normalised = self._by_batch(side_by_side, mean, variance)
         if not self.training:
             return normalised
-        own = torch.stack([mean, variance])
-        parts = [torch.empty_like(own) for _ in range(self._team.size)]
-        distributed.all_gather(parts, own)
+        statistics = torch.stack([mean, variance])
+        parts = [torch.empty_like(statistics) for _ in range(self._team.size)]
+        distributed.all_gather(parts, statistics)
         for held, theirs in zip((means, variances), torch.stack(parts, dim=1), strict=True):
             held.copy_(theirs.view(-1, self.ghosts, self.features).transpose(0, 1))
         return normalised
