@@ -131,10 +131,11 @@ def in_norm(name: str, norm: str) -> str:
     root = next((root for root in ("radii", "pgd", "autoattack") if name.startswith(root)), "")
     if (wanted := norm.lower()) not in ("linf", *OTHER_NORMS):
         raise ValueError(unknown("norm", norm, ("Linf", "L2", "L1")))
-    if not root or wanted == "linf" or f"-{wanted}" in name:
+    if wanted == "linf" or re.search(r"-l[12]\b", name):
         return name
-    renamed = name.replace(root, f"{root}-{wanted}", 1)
-    if renamed not in {*EVALUATORS, *PGD_LENGTHS}:
+    renamed = name.replace(root, f"{root}-{wanted}", 1) if root else name
+    is_attack = root or (name in PLUG_INS and class_named(name).takes_radii)
+    if is_attack and (renamed == name or renamed not in {*EVALUATORS, *PGD_LENGTHS}):
         raise ValueError(f"{name} has the norm Linf alone; in {norm} there are pgd and autoattack")
     return renamed
 

@@ -22,6 +22,7 @@ class BallAttack(Evaluator):
     """
 
     takes_radii = True
+    always_named = False  # one radius alone is named, too
     least_shard = 1
     norm: ClassVar[str] = "linf"
     radius, drawn = "epsilon", "attack_subset"
@@ -31,10 +32,11 @@ class BallAttack(Evaluator):
         self.subset_size = getattr(scale, self.drawn)
         standard = self.ball.standard_radius(getattr(scale, self.radius), scale.image_size)
         several = sorted(radii or self.standard_radii(standard))
-        for radius in several:
+        for radius in radii:
             self.ball.check(float(radius), scale.image_size)
         ends = [f"@{self.ball.name_of(float(radius))}" for radius in several]
-        names = [self.name + end for end in ends] if len(ends) > 1 else [self.name]
+        is_named = len(ends) > 1 or self.always_named
+        names = [self.name + end for end in ends] if is_named else [self.name]
         self.radii = dict(zip(names, map(float, several), strict=True))
 
     def standard_radii(self, standard: Fraction) -> list[Fraction]:

@@ -76,7 +76,7 @@ class Column:
     `heading`. `own_score`: a score that only the study's own data give, without which the column
     is that of its counterpart, or none. `stands_in`: the counterpart takes the place of a published
     set at the published data's own scale. `error`: less is better. `lacks`: the title of the set
-    of images that the data have not.
+    of images that the data have not. `by_image`: a mean over images, so that claims can be of it.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Column:
     stands_in: bool = False
     error: bool = False
     lacks: str = ""
+    by_image: bool = True
 
     @property
     def score(self) -> str:
@@ -373,7 +374,7 @@ def _confidences(logits_BK: Tensor | None, labels_B: Tensor, predicted_B: Tensor
     logs = [F.log_softmax(logits_BK.float() / t, dim=1).gather(1, asked_B2) for t in TEMPERATURES]
     half = torch.finfo(torch.float16)
     logs_B2T = torch.stack(logs, dim=2).clamp(min=half.min).half().cpu()
-    label_B, confidence_B = logs_B2T[..., TEMPERATURES.index(1.0)].float().exp().half().unbind(1)
+    label_B, confidence_B = logs_B2T[..., TEMPERATURES.index(1.0)].float().exp().unbind(1)
     return {
         "confidence": confidence_B.numpy(),
         "label_confidence": label_B.numpy(),

@@ -27,7 +27,7 @@ HUGE_STEPS = 20
 IMAGES = 50
 CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance
 SIGNIFICANCE = 0.01
-LENGTH = re.compile(r"pgd-(\d+)(@.+)?")  # with its radius if there are several
+LENGTH = re.compile(r"(pgd(?:-l[12])?)-(\d+)(@.+)?")  # with its radius if there are several
 QUESTIONS = {"pgd-huge", "gradient"}
 
 
@@ -83,20 +83,21 @@ def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
 
 
 def _longer_attacks_that_are_weaker(rows: Mapping[str, pa.Table]) -> Iterator[str]:
-    lengths: dict[str, list[int]] = {}
+    lengths: dict[tuple[str, str], list[int]] = {}
     for name in filter(None, map(LENGTH.fullmatch, rows)):
-        lengths.setdefault(name[2] or "", []).append(int(name[1]))
-    for radius, steps in lengths.items():
+        lengths.setdefault((name[1], name[3] or ""), []).append(int(name[2]))
+    for (attack, radius), steps in lengths.items():
         for few, many in pairwise(sorted(steps)):
-            shorter, longer = (_survived(rows, f"pgd-{n}{radius}") for n in (few, many))
+            shorter, longer = (_survived(rows, f"{attack}-{n}{radius}") for n in (few, many))
             shared = shorter.keys() & longer.keys()
             gained = sum(longer[i] and not shorter[i] for i in shared)
             lost = sum(shorter[i] and not longer[i] for i in shared)
             test = binomtest(gained, max(1, gained + lost), alternative="greater")
             if gained > lost and test.pvalue < SIGNIFICANCE:
+                name = attack.upper()
                 yield (
-                    f"PGD-{many}{radius} is weaker than PGD-{few}{radius}: {gained} images survive "
-                    f"only the longer attack, {lost} only the shorter one, of {len(shared)}"
+                    f"{name}-{many}{radius} is weaker than {name}-{few}{radius}: {gained} images "
+                    f"survive only the longer attack, {lost} only the shorter one, of {len(shared)}"
                 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -24,6 +24,7 @@ from trainables.data.registry import KINDS
 
 ROUNDING = 1e-9  # of float sums, where values differ by one answer or more
 RESAMPLES = 1000
+CLEAN_RADIUS = "@0"  # ends the question of clean images, of an attack at several radii
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def image_scores(ledger: pa.Table, score: str) -> ImageScores | None:
     kinds = pc.replace_substring_regex(ledger["question"], r"-[1-5]$", "")
     of_score = pc.is_in(kinds, pa.array(KINDS if score == ERRORS else [score]))
     corrupted = ledger.filter(pc.and_(of_score, pc.not_equal(kinds, ledger["question"])))
+    by_radius = ledger.filter(pc.starts_with(ledger["question"], f"{score}{CLEAN_RADIUS[:1]}"))
+    if f"{score}{CLEAN_RADIUS}" in pc.unique(by_radius["question"]).to_pylist():
+        return ImageScores(_areas(by_radius))
     if len(corrupted):
         grouped = corrupted.group_by("image_id").aggregate([("survived", "mean")])
         ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])
@@ -132,6 +136,20 @@ def image_scores(ledger: pa.Table, score: str) -> ImageScores | None:
         ids, values = rows["image_id"], rows["survived"].cast(pa.float64())
     pairs = zip(ids.to_pylist(), values.to_pylist(), strict=True)
     return ImageScores(pairs, rest=rest_of(ledger, score)) or None
+
+
+def _areas(ledger: pa.Table) -> Iterator[tuple[str, float]]:
+    """Yield each image's part of the area under accuracy by radius: its own as a share of the most.
+
+    An image breaks between the last radius that it survives and the next: half-way there. The
+    questions end in the radii: radii@0, radii@4/255, radii-l2@0.5.
+    """
+    names = (q.rpartition("@")[2].partition("/") for q in pc.unique(ledger["question"]).to_pylist())
+    edges = np.array(sorted(float(over) / float(under or 1) for over, _, under in names))
+    middles = [0.0, *((edges[1:] + edges[:-1]) / 2 / edges[-1]), 1.0]
+    survived = ledger.group_by("image_id").aggregate([("survived", "sum")])
+    for image_id, count in zip(*(survived[n] for n in ("image_id", "survived_sum")), strict=True):
+        yield image_id.as_py(), float(middles[count.as_py()])
 
 
 def rest_of(ledger: pa.Table, question: str) -> Rest:

@@ -28,8 +28,8 @@ LEDGER = pa.schema(
         ("survived", pa.bool_()),
         ("stage", pa.string()),
         ("queries", pa.int64()),
-        ("confidence", pa.float16()),
-        ("label_confidence", pa.float16()),
+        ("confidence", pa.float32()),
+        ("label_confidence", pa.float32()),
         ("tempered", pa.list_(pa.float16())),
         ("image", pa.binary()),
     ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evaluators.balls import BallAttack
 from evaluators.base import Batch, Column, verdicts
-from evaluators.intervals import mean_score
+from evaluators.intervals import CLEAN_RADIUS, image_scores, mean_score
 from evaluators.ledger import Score, survival_scores
 from evaluators.memory import images_at_once
 from evaluators.pgd import FOLDED_ON
@@ -23,7 +23,6 @@ from trainables.train.exactness import image_numbers
 from trainables.train.norms import random_start
 
 GRID = 16  # radii by default, up to twice the scale's own
-ROUNDING = 1e-5
 STEPS = (10, 20)  # of PGD at a radius: after each it is seen whether the image is broken
 
 
@@ -37,6 +36,7 @@ class Radii(BallAttack):
     """
 
     name = "radii"
+    always_named = True
     columns: tuple[Column, ...] = (Column("radii", "Area under accuracy by radius"),)
 
     def standard_radii(self, standard: Fraction) -> list[Fraction]:
@@ -58,24 +58,13 @@ class Radii(BallAttack):
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return the area, then the accuracy at each radius."""
-        areas_N = np.array([*self.areas(ledger).values()])
+        areas_N = np.array([*(image_scores(ledger, self.name) or {}).values()])
         return [mean_score(self.name, areas_N, most=1), *survival_scores(ledger)]
-
-    def areas(self, ledger: pa.Table) -> dict[str, float]:
-        """Return each image's part of the area: its radius as a share of the largest, or 1.
-
-        An image breaks between the last radius that it survives and the next: half-way there.
-        """
-        edges = np.array([0.0, *self.radii.values()]) / max(self.radii.values())
-        middles = [0.0, *((edges[1:] + edges[:-1]) / 2), 1.0]
-        survived = ledger.group_by("image_id").aggregate([("survived", "sum")])
-        pairs = zip(survived["image_id"], survived["survived_sum"], strict=True)
-        return {image_id.as_py(): float(middles[count.as_py()]) for image_id, count in pairs}
 
     def _verdicts(self, classifier: Classifier, victim: nn.Module, batch: Batch) -> pa.Table:
         smallest_B, answers_B = self._search(classifier, victim, batch)
         rows = []
-        for place, question in enumerate([f"{self.name}@0", *self.radii]):
+        for place, question in enumerate([f"{self.name}{CLEAN_RADIUS}", *self.radii]):
             broken_B = smallest_B <= place
             stages = [
                 ("pgd" if s else "clean") if s <= place else None for s in smallest_B.tolist()
@@ -111,10 +100,9 @@ class Radii(BallAttack):
                 with torch.no_grad():
                     predicted_P = classifier(points).argmax(dim=1)
                 # Rounding may leave an example a little outside of the radius it was made for.
-                size_P = self.ball.length(points - images) * (1 - ROUNDING)
-                reached_P = torch.where(
-                    predicted_P == labels, len(grid), torch.searchsorted(grid, size_P)
-                )
+                size_P = self.ball.length(points - images)
+                smallest_P = torch.minimum(torch.searchsorted(grid, size_P), middle_P)
+                reached_P = torch.where(predicted_P == labels, len(grid), smallest_P)
                 better = reached_P < high_B[places]
                 high_B[places] = torch.minimum(high_B[places], reached_P)
                 answers_B[places[better]] = predicted_P[better]

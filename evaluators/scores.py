@@ -17,6 +17,7 @@ from evaluators.calibration import calibration_scores
 from evaluators.intervals import Paired, error_consistency
 from evaluators.ledger import Score
 from trainables.recipe import unknown
+from trainables.train.norms import NORMS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +167,8 @@ def compare(scores: Scores, other: Scores) -> Comparison:
             continue
         if difference := intervals.compare([ours], [theirs]):
             paired[name] = difference
-            if consistency := error_consistency(name, ours, theirs):
+            consistency = error_consistency(name, ours, theirs)
+            if consistency and not (ours.rest.spared or theirs.rest.spared):
                 kappa[name] = consistency
     if not paired:
         reasons = "; ".join(notes) or "they share no score of the same images"
@@ -191,6 +193,7 @@ def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     for key in [k for k in {**ours, **theirs} if k not in ("images", "data")]:
         both = [side.get(key) for side in (ours, theirs)]
         if both[0] != both[1]:
-            shown = [f"{255 * v:g}/255" if isinstance(v, float) else v for v in both]
+            ball = NORMS[ours.get("norm", "linf")]
+            shown = [ball.name_of(v) if isinstance(v, float) else v for v in both]
             return f"{key} is {shown[0]} of the first and {shown[1]} of the second"
     return ""

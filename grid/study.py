@@ -313,6 +313,12 @@ def load_study(name_or_file: str) -> Study:
             for name in table.columns:
                 with at_key(f"study file {path}: table {table.name}: columns"):
                     column_named(name)  # imports the evaluator, which takes seconds
+        for claim in study.claims:
+            if claim.column and not column_named(claim.column).by_image:
+                alike = "claims compare models image by image"
+                raise ValueError(
+                    f"claim {claim.says!r}: {claim.column} is no mean over images: {alike}"
+                )
     return study
 
 

@@ -1,6 +1,7 @@
 """Confidences in the ledger, the scores read from them, and whether two models err alike."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, log_loss
@@ -78,6 +79,8 @@ def test_an_older_ledger_has_no_confidences_and_is_still_read():
     assert read.schema == ledger.schema
     assert read["confidence"].null_count == 3
     assert not calibration_scores(read)
+    later = ledger_of(torch.eye(3), [1, 1, 1])  # of a run that goes on with older shards
+    assert not calibration_scores(pa.concat_tables([read, later]))
     assert survival_scores(read) == survival_scores(ledger)
     damaged = to_parquet(ledger.drop_columns(["label"]), seconds=1.0)
     with pytest.raises(ValueError, match="it is no ledger"):

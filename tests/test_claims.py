@@ -282,7 +282,7 @@ def test_a_claim_compares_as_many_trainings_of_each_row_and_says_how_many(plan):
     assert (headline, best, cutmix) == (True, False, False)
     assert [j.trainings for j in single] == ["in this one training"] * 3
     assert [j.trainings for j in default[1:]] == ["in this one training"] * 2
-    assert default[0].trainings == "over 3 trainings of each row"
+    assert default[0].trainings == f"over {DIGITS.headline_seeds} trainings of each row"
     # The headline waits for the other trainings; the others are judged by the first.
     assert [j.single for j in default] == ["not judged yet", FAILED, OPEN]
 

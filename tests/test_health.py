@@ -81,6 +81,13 @@ def test_more_steps_that_help_the_model_are_flagged_beyond_noise():
     assert red_flags([hand_made("pgd-5", few), hand_made("pgd-10", many)]) == []
 
 
+def test_lengths_are_compared_in_each_norm():
+    fooled, holds = [False] * 12 + [True] * 88, [True] * 100
+    (flag,) = red_flags([hand_made("pgd-l2-5", fooled), hand_made("pgd-l2-10", holds)])
+    assert flag.startswith("PGD-L2-10 is weaker than PGD-L2-5: 12 images")
+    assert red_flags([hand_made("pgd-l2-5", fooled), hand_made("pgd-l1-10", holds)]) == []
+
+
 def test_lengths_are_compared_at_each_of_several_radii():
     fooled, holds = [False] * 12 + [True] * 88, [True] * 100
     rising = [hand_made("pgd-5@4/255", fooled), hand_made("pgd-10@4/255", holds)]

@@ -67,6 +67,17 @@ def test_starts_and_iterates_stay_in_each_images_own_ball(norm, generator):
     assert (NORMS[norm].length(last - images) > 0.7 * epsilon.flatten()).all()
 
 
+def test_a_step_in_l1_changes_values_that_can_still_move():
+    gradient = torch.full((1, 3, 10, 10), -1e-3)
+    gradient[:, 0, 0, :5] = -1.0  # the largest are of black values, which get no darker
+    points = torch.full((1, 3, 10, 10), 0.5)
+    points[:, 0, 0, :5] = 0.0
+    gradient[:, 1, 3, :3] = torch.tensor([0.3, -0.2, 0.1])
+    step = NORMS["l1"].ascent(gradient, points)
+    assert step[0, 1, 3, :3].tolist() == pytest.approx([1 / 3, -1 / 3, 1 / 3])
+    assert step.abs().sum().item() == pytest.approx(1)
+
+
 def test_an_l1_start_fills_the_ball():
     images = torch.full((4000, 3, 1, 1), 0.5)
     start = random_start(images, torch.arange(4000), epsilon=0.25, key=(0,), norm="l1")
@@ -103,7 +114,7 @@ def test_a_radius_of_another_norms_order_is_refused_with_a_hint(name, radius, me
 def test_an_attack_is_named_by_its_norm_and_a_norm_that_it_lacks_is_refused():
     assert in_norm("pgd-10", "L2") == "pgd-l2-10"
     assert in_norm("autoattack-bounded", "L1") == "autoattack-l1-bounded"
-    assert in_norm("pgd-l2", "L2") == "pgd-l2"
+    assert in_norm("pgd-l2", "L2") == in_norm("pgd-l2", "L1") == "pgd-l2"
     assert in_norm("clean", "L2") == "clean"
     for name in ("pgd-as-published", "autoattack-small"):
         with pytest.raises(ValueError, match=f"{name} has the norm Linf alone"):

@@ -20,8 +20,8 @@ from grid.run import main
 from tests.paper import resnet50
 from tests.pictures import write_folder
 from tests.servers import s3_bucket
-from trainables.data import staging
-from trainables.data.layouts import INDEX, SHARDS
+from trainables.data import layouts, staging
+from trainables.data.layouts import INDEX, SHARDS, images_by_class
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data, stored_split
 from trainables.data.packing import pack
@@ -208,9 +208,27 @@ def test_the_check_names_an_image_that_is_damaged_in_its_shard(copied, tmp_path)
     assert f"{train.paths[7]} (class class-01)" in error
 
 
+def test_a_class_whose_name_begins_like_a_shard_is_a_class(tmp_path):
+    for label in ("packed-lunch", "fresh"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "train" / label / "a.png")
+    classes = images_by_class(tmp_path, tmp_path / "train")
+    assert sorted(classes) == ["fresh", "packed-lunch"]
+    assert not layouts._is_packed(tmp_path / "train")
+
+
 def test_what_cannot_be_packed_is_refused(root, tmp_path, capsys):
     with pytest.raises(ValueError, match="must be a place outside --data"):
         pack(root, str(root / "packed"))
+    before = sorted(path.stat().st_size for path in root.rglob("*"))
+    (tmp_path / "link").symlink_to(root)
+    with pytest.raises(ValueError, match="must be a place outside --data"):
+        pack(tmp_path / "link", str(root))
+    assert sorted(path.stat().st_size for path in root.rglob("*")) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="full holds files already: name an empty place"):
+        pack(root, str(tmp_path / "full"))
     (tmp_path / "flat" / "train").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "flat" / "train" / "a.png")
     with pytest.raises(ValueError, match="flat holds no class folders of images"):

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from evaluators import evaluate, evaluator_named
+from evaluators import compare, evaluate, evaluator_named
 from evaluators.base import Batch
+from evaluators.intervals import image_scores
 from evaluators.ledger import in_order
 from grid.report import plots
 from grid.study import base_named
@@ -29,7 +30,7 @@ def test_each_image_breaks_at_the_first_radius_that_reaches_the_boundary(norm, r
     name = "radii" if norm == "linf" else f"radii-{norm}"
     evaluator = evaluator_named(name, DIGITS, radii=radii)
     ledger = evaluator.judge(Threshold(), batch)
-    areas = evaluator.areas(ledger)
+    areas = image_scores(ledger, name)
     # Wrong as it is; half-way from 0 to 3, from 3 to 5 and from 7 to 12, of 12; never.
     assert list(areas.values()) == pytest.approx([0, 1.5 / 12, 4 / 12, 9.5 / 12, 1])
     area, *curve = evaluator.summarize(ledger)
@@ -38,6 +39,31 @@ def test_each_image_breaks_at_the_first_radius_that_reaches_the_boundary(norm, r
     assert {*ledger["stage"].to_pylist()} == {"clean", "pgd", None}
     parts = pa.concat_tables(evaluator.judge(Threshold(), part) for part in batch.parts(2))
     assert in_order(parts).equals(in_order(ledger))
+
+
+def test_an_image_that_breaks_within_the_smallest_radius_does_not_survive_it():
+    """Rounding of 0.5/255 at a pixel near 1 is more than a hundred-thousandth of it."""
+    images = torch.full((4, 3, 4, 4), 0.9) + torch.rand(4, 3, 4, 4) / 100
+    edge = images.mean(dim=(1, 2, 3)).min() - 0.4 / 255
+
+    class Edge(torch.nn.Module):
+        def forward(self, images):
+            above = images.mean(dim=(1, 2, 3)) - edge.to(images)
+            return torch.stack([above, -above], dim=1)
+
+    data = images, torch.zeros(4, dtype=torch.long)
+    scores = evaluate(Edge(), data, "radii", epsilon=["0.5/255", "1/255", "9/255"], progress=False)
+    assert scores["radii@0.5/255"].value < 1
+    assert scores["radii@9/255"].value == 0
+
+
+def test_one_radius_is_named_and_two_models_are_compared_by_area():
+    data = torch.full((3, 3, 4, 4), 0.6), torch.zeros(3, dtype=torch.long)
+    one = evaluate(Threshold(), data, "radii", epsilon=0.2, progress=False)
+    assert [s.name for s in one.scores] == ["radii", "radii@0", "radii@51/255"]
+    assert one["radii"].value == pytest.approx(0.5)  # half-way from 0 to 0.2
+    other = evaluate(Threshold(), data, "radii", epsilon=0.2, progress=False)
+    assert compare(one, other)["radii"].difference == 0
 
 
 def test_an_example_breaks_its_image_at_every_radius_that_holds_it():

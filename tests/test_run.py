@@ -42,7 +42,7 @@ def refusal(capsys, *arguments):
         (["--only", "colour=red"], "--only: unknown axis 'colour'; one of model, family"),
         (["--only", "activation"], "--only wants AXIS=VALUE, not 'activation'"),
         (["--scale", "mnist"], "unknown scale 'mnist'; one of digits, imagenet, cifar10, folder"),
-        (["--evaluators", "pgf"], "unknown evaluator 'pgf'; one of clean, natural"),
+        (["--evaluators", "pgf"], "unknown evaluator 'pgf'; one of clean, calibration, natural"),
         (["--seeds", "0"], "--seeds: Input should be greater than or equal to 1, not '0'"),
         (["--cpus-per-worker", "two"], "--cpus-per-worker: Input should be a valid integer"),
         (["--gpus-per-worker", "nan"], "--gpus-per-worker: Input should be a finite number"),

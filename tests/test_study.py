@@ -55,7 +55,7 @@ def test_a_users_tables_figures_and_claims_are_in_the_report(tmp_path):
     study = load_study(write(tmp_path, OWN))
     plan = build_plan(study, DIGITS)
     # Three trainings of the row that the headline is about, one of "GELU, cosine".
-    assert [trial.recipe.activation for trial in plan].count("gelu") == 3 + 1
+    assert [trial.recipe.activation for trial in plan].count("gelu") == DIGITS.headline_seeds + 1
     tracker = record(tmp_path / "results", study, plan)
     page = write_report(tracker, study, plan, DIGITS, tmp_path / "report").read_text()
     assert "<title>Does GELU help a CNN on clean images?" in page
@@ -180,8 +180,8 @@ def test_a_grid_may_stand_beside_tables(tmp_path):
     text = OWN.replace('name = "gelu"', 'name = "gelu"\nbase = "resnet50"\nevaluators = ["clean"]')
     plan = build_plan(load_study(write(tmp_path, text + "[axes]\nepochs = [100, 50]\n")), DIGITS)
     assert {trial.recipe.epochs for trial in plan} == {10, 5}
-    # The base is the table's first row as well. Two rows have two more seeds, for the headline.
-    assert len(plan.trials) == 4 + 2 * 2
+    # The base is the table's first row as well. Two rows have more seeds, for the headline.
+    assert len(plan.trials) == 4 + 2 * (DIGITS.headline_seeds - 1)
 
 
 EXTENSION = """name = "longer"

@@ -183,7 +183,11 @@ def _in_order(images: Mapping[str, list[str]]) -> Paths:
 
 
 def _is_packed(folder: Path) -> bool:
-    return any(folder.glob(f"{_SHARDS}*"))
+    return any(_is_of_pack(path.name) for path in folder.glob(f"{_SHARDS}*"))
+
+
+def _is_of_pack(name: str) -> bool:
+    return name == INDEX or re.fullmatch(rf"{_SHARDS}\d{{6,}}\.tar", name) is not None
 
 
 def _indexed(root: Path, folder: Path) -> Paths:
@@ -218,7 +222,9 @@ def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     packed = defaultdict[str, list[Path]](list)
     for below in ("", *(name for name in _folders_in(root) if name not in STORED_SETS)):
         files = (e.name for e in os.scandir(root / below) if e.name.endswith(PACKED))
-        for name in sorted(name for name in files if not name.startswith((_ASIDE, _SHARDS))):
+        for name in sorted(
+            name for name in files if not (name.startswith(_ASIDE) or _is_of_pack(name))
+        ):
             if (split := _SPLIT.match(name) or _SPLIT.match(below)) or not below:
                 packed[split[1] if split else TRAIN].append(root / below / name)
     for name, paths in packed.items():

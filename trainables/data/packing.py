@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem, copy_files
 from tqdm import tqdm
 
 from trainables.data.layouts import (
@@ -42,13 +42,15 @@ def pack(root: Path, to: str, *, shard_bytes: int = 0) -> str:
     last. ValueError where there is nothing to pack, or no place for it.
     """
     files, base = reached(to)
-    if Path(base).is_relative_to(root) or not root.is_dir():
+    if Path(base).resolve().is_relative_to(root.resolve()) or not root.is_dir():
         raise ValueError(f"--pack {to} must be a place outside --data {root}, which is a folder")
     parts, shards = [*_parts(root)], 0
     images = sum(len(paths) for _, classes, _ in parts for paths in classes.values())
     if not images:
         raise ValueError(f"--pack: {root} holds no class folders of images")
     try:
+        if files.get_file_info(FileSelector(base, allow_not_found=True)):
+            raise ValueError(f"--pack {to} holds files already: name an empty place")
         for folder, classes, others in parts:
             place = "/".join((base, *folder.relative_to(root).parts))
             files.create_dir(place)

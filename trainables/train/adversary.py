@@ -80,7 +80,7 @@ def pgd_iterates(
             )
         (gradient,) = torch.autograd.grad(loss, current)
         with torch.no_grad():
-            current = within(current + length * ascent(gradient))
+            current = within(current + length * ascent(gradient, current))
         if step in stops:
             yield step, current
 

@@ -25,7 +25,7 @@ class Norm:
     """A norm of perturbations of images (B, C, H, W) with pixels in [0, 1].
 
     ball(images, epsilon): the function that brings points into the images' balls and into [0, 1];
-    epsilon is a number or (B, 1, 1, 1). ascent: of a gradient, the step of length 1 that follows
+    epsilon is a number or (B, 1, 1, 1). ascent(gradient, points): the step of length 1 that follows
     it. quantile: turns uniform numbers into draws whose direction is uniform; None: the numbers
     fill the ball itself. `cifar_radius`: by which the field judges CIFAR-10; `least`: below it a
     radius is of another norm's order.
@@ -34,7 +34,7 @@ class Norm:
     title: str
     order: float
     ball: Callable[[Tensor, float | Tensor], Within]
-    ascent: Callable[[Tensor], Tensor]
+    ascent: Callable[[Tensor, Tensor], Tensor]
     cifar_radius: Fraction
     least: float = 0.0
     quantile: Callable[[Tensor], Tensor] | None = None
@@ -114,11 +114,18 @@ def unit(vectors_BCHW: Tensor, order: float = 2.0) -> Tensor:
     return F.normalize(vectors_BCHW.flatten(1), p=order).view(vectors_BCHW.shape)
 
 
-def _sparse_signs(gradient_BCHW: Tensor) -> Tensor:
-    """Return the signs of the largest gradients alone. Source: Tramer and Boneh (2019), SLIDE."""
-    size = gradient_BCHW.flatten(1).abs()
+def _sparse_signs(gradient_BCHW: Tensor, points_BCHW: Tensor) -> Tensor:
+    """Return the signs of the largest gradients alone, of values that they can move.
+
+    One that is black or white already goes no further. Source: Tramer and Boneh (2019), SLIDE.
+    """
+    outwards = ((points_BCHW >= 1) & (gradient_BCHW > 0)) | (
+        (points_BCHW <= 0) & (gradient_BCHW < 0)
+    )
+    free = gradient_BCHW.masked_fill(outwards, 0).flatten(1)
+    size = free.abs()
     least = size.topk(math.ceil(size.shape[1] / L1_SHARE), dim=1).values[:, -1:]
-    signs = gradient_BCHW.flatten(1).sign() * (size >= least)
+    signs = free.sign() * (size >= least)
     return F.normalize(signs, p=1).view(gradient_BCHW.shape)
 
 
@@ -129,8 +136,16 @@ def _laplace(numbers: Tensor) -> Tensor:
 
 # The radii of CIFAR-10: RobustBench in the max-norm and L2; Croce and Hein (2021) in L1.
 NORMS = {
-    "linf": Norm("Linf", math.inf, _cube, torch.sign, CIFAR_EPSILON),
-    "l2": Norm("L2", 2, _sphere_and_cube, unit, Fraction(1, 2), 0.05, torch.special.ndtri),
+    "linf": Norm("Linf", math.inf, _cube, lambda gradient, _: gradient.sign(), CIFAR_EPSILON),
+    "l2": Norm(
+        "L2",
+        2,
+        _sphere_and_cube,
+        lambda gradient, _: unit(gradient),
+        Fraction(1, 2),
+        0.05,
+        torch.special.ndtri,
+    ),
     "l1": Norm("L1", 1, _cross_polytope, _sparse_signs, Fraction(12), 1.0, _laplace),
 }
 
