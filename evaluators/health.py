@@ -84,8 +84,8 @@ def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
 
 def _longer_attacks_that_are_weaker(rows: Mapping[str, pa.Table]) -> Iterator[str]:
     lengths: dict[tuple[str, str], list[int]] = {}
-    for name in filter(None, map(LENGTH.fullmatch, rows)):
-        lengths.setdefault((name[1], name[3] or ""), []).append(int(name[2]))
+    for match in filter(None, map(LENGTH.fullmatch, rows)):
+        lengths.setdefault((match[1], match[3] or ""), []).append(int(match[2]))
     for (attack, radius), steps in lengths.items():
         for few, many in pairwise(sorted(steps)):
             shorter, longer = (_survived(rows, f"{attack}-{n}{radius}") for n in (few, many))

@@ -58,7 +58,7 @@ def test_an_image_that_breaks_within_the_smallest_radius_does_not_survive_it():
 
 
 def test_one_radius_is_named_and_two_models_are_compared_by_area():
-    data = torch.full((3, 3, 4, 4), 0.6), torch.zeros(3, dtype=torch.long)
+    data = torch.full((3, 3, 4, 4), 0.4), torch.zeros(3, dtype=torch.long)
     one = evaluate(Threshold(), data, "radii", epsilon=0.2, progress=False)
     assert [s.name for s in one.scores] == ["radii", "radii@0", "radii@51/255"]
     assert one["radii"].value == pytest.approx(0.5)  # half-way from 0 to 0.2
