@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -35,9 +36,12 @@ def lendable(
         used = [home for home in evaluators if home[0] == node]
         others = range(int(resources.get("GPU", 0)) - len(used))
         gpus |= dict.fromkeys([*used, *((node, f"other {index}") for index in others)], 1.0)
+    training = set()
     for node, bundle in placed:
+        training.add(node)
+        # Which GPU it is on is not known: of shares, one that evaluators leave least of.
         for beside in (evaluators, Counter[Home]()):
-            if node in rest and _place(bundle, {node: rest[node]}, gpus, beside, Counter()):
+            if node in rest and _place(bundle, {node: rest[node]}, gpus, beside, evaluators):
                 break
     least = min(int(kept / EVALUATOR_GPUS + ROUNDING), wanted)
     staying = _fill(gpus, evaluators, least)
@@ -47,8 +51,10 @@ def lendable(
         rest_then, gpus_then = {node: dict(has) for node, has in rest.items()}, dict(gpus)
         if all(_place(bundle, rest_then, gpus_then, beside, evaluators) for bundle in trial):
             rest, gpus = rest_then, gpus_then
-    # Those without work stay while no trial needs their place: a new one takes long to start.
-    lent = _fill(gpus, evaluators, max(wanted, evaluators.total()))
+    # Those without work stay beside trials, as a new one takes long to start. An autoscaler ends
+    # nodes without either.
+    beside = Counter({home: count for home, count in evaluators.items() if home[0] in training})
+    lent = _fill(gpus, evaluators, wanted) | (beside & _fill(gpus, beside, sys.maxsize))
     if not gpus and wanted:
         lent[ANYWHERE] = 1  # an autoscaler starts a node for it
     elif max(sizes, default=0.0) <= kept:

@@ -81,6 +81,21 @@ def test_what_waits_for_other_things_than_gpus_reserves_none():
     assert on_node(lent(waiting=waiting, there=MOST, nodes=large)) == {"a": 16}
 
 
+def test_evaluators_without_work_stay_only_on_nodes_where_a_trial_is():
+    there = {("a", "1"): 4, ("b", "0"): 4}
+    assert lent([("a", ONE)], there=there, wanted=0) == {("a", "1"): 4}
+    assert lent([("a", ONE)], there=there, wanted=4).total() == 4  # not counted twice
+    assert lent(there=there, wanted=0).total() == 0
+
+
+def test_a_share_that_may_be_beside_an_evaluator_is_taken_to_be_on_another_gpu():
+    node, share = {"a": {"CPU": 16.0, "GPU": 2.0}}, {"CPU": 1.0, "GPU": 0.5}
+    # Else the second GPU would pass for whole, and the trial wait for an evaluator without end.
+    left = lent([("a", share)], [[ONE]], {("a", "0"): 1}, nodes=node, kept=0)
+    assert left == {("a", "other 0"): 2}
+    assert lent([("a", share)], [], {("a", "0"): 1}, nodes=node).total() == 6
+
+
 def test_without_a_gpu_node_one_evaluator_has_the_autoscaler_start_one():
     assert lent(nodes={"head": {"CPU": 2.0}}) == {("", ""): 1}
     assert lent(nodes={"head": {"CPU": 2.0}}, wanted=0).total() == 0
