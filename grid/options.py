@@ -212,8 +212,6 @@ class RunOptions(PlaceOptions, DataOptions):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
         if self.numerics == "fast" and not self.gpus_per_worker:
             raise ValueError("--numerics fast is of GPUs: give --gpus-per-worker, or leave it out")
-        if "evaluator_share" in self.model_fields_set and not self.gpus_per_worker:
-            raise ValueError("--evaluator-share is of GPUs: give --gpus-per-worker as well")
         return self
 
     @property
