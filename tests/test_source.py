@@ -101,6 +101,7 @@ def test_images_are_listed_by_class_with_labels_of_the_sorted_names(root):
         (16, 1.0, {"CPU": 48.0, "GPU": 4.0}, 15),
         (4, 0.0, {}, 3),
         (1, 0.0, {}, 0),
+        (1, 1.0, {"GPU": 4.0}, 0),
     ],
 )
 def test_the_processes_that_read_are_a_workers_cores_but_one(threads, gpus, node, workers):

@@ -42,11 +42,14 @@ def train_team(trial: dict[str, Any], *, starts: int) -> None:
 def _work(trial: dict[str, Any]) -> None:
     """Train as one worker of the team; every worker reports, Tune takes the first one's report."""
     from ray.train.torch import get_device
-    from torch import distributed
+    from torch import cuda, distributed
 
     from trainables.running import next_result, open_trial
     from trainables.train.team import Team
 
+    device = get_device() if trial["gpus"] else "cpu"
+    if trial["gpus"]:
+        cuda.set_device(device)  # as TorchTrainer does: collectives run on the current one
     context = train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     with socket.create_server(("", 0)) as free:
@@ -54,7 +57,6 @@ def _work(trial: dict[str, Any]) -> None:
     address, backend = broadcast_from_rank_zero(meeting_place), "nccl" if trial["gpus"] else "gloo"
     half_an_hour = timedelta(minutes=30)  # nccl's own are 10, and the first worker reads for others
     distributed.init_process_group(backend, address, half_an_hour, team.size, team.rank)
-    device = get_device() if trial["gpus"] else "cpu"
     source = fed_here(trial["source"], trial["threads"], trial["gpus"])
     running = open_trial(trial | {"device": str(device), "source": source}, team, node_leaves)
     over = False

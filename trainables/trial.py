@@ -27,7 +27,6 @@ TRAIN_SETTINGS = {
     # Ray Train takes one report per look at its workers: by default every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_SECONDS),
-    "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",  # as for TorchTrainer
 }
 
 

@@ -74,7 +74,7 @@ class DataSource:
         """
         if self.workers is not None:
             return self
-        cores = int(node["CPU"] * gpus / node["GPU"]) if gpus else 0
+        cores = int(node.get("CPU", 0) * gpus / node["GPU"]) if gpus else 0
         return replace(self, workers=max(threads, cores) - 1)
 
     @property
