@@ -83,6 +83,7 @@ def with_design(
     known = _designs_of(place)
     question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
+    few = _few(plan, scale.unclaimed_images, known)
     if options.plan or key not in known:
         measured, designs = _measured(options, study, plan, scale), []
         for claim, cells, trainings in claims:
@@ -91,20 +92,31 @@ def with_design(
             of_claim = goal.design(claim, trainings, noise, available, every=not draws)
             designs.append((of_claim, cells))
         design = Designed(goal, tuple(designs))
-        drawn = ((t.digest, name) for t in plan for name in t.evaluators if name in DRAWING)
-        few = dict.fromkeys(map(" ".join, drawn), scale.unclaimed_images)
-        least: dict[str, int] = defaultdict(int, few if scale.unclaimed_images else {})
+        least: dict[str, int] = defaultdict(int, few)
         for of_claim, cells in designs:
             least |= {name: max(of_claim.images, least[name]) for name in map(" ".join, cells)}
         known.setdefault(key, least)
         if not options.plan:
             write_file(place, json.dumps(known, indent=1).encode())
     images: dict[str, Counter[str]] = defaultdict(Counter)
-    for cell in known[key]:
+    for cell in few | known[key]:
         digest, _, evaluator = cell.partition(" ")
-        images[digest][evaluator] = max(counts.get(cell, 0) for counts in known.values())
+        images[digest][evaluator] = max(counts.get(cell, 0) for counts in (few, *known.values()))
     trials = tuple(replace(trial, images=images[trial.digest]) for trial in plan)
     return replace(plan, trials=trials), design
+
+
+def _few(plan: Plan, images: int, known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Return so many images for each cell that draws some and has not been judged by more.
+
+    A design without such a number is an older one: other cells of its trials drew the scale's.
+    """
+    older = [cells for cells in known.values() if images not in cells.values()]
+    trials = {cell.split()[0] for cells in older for cell in cells}
+    designed = set[str]().union(*known.values())
+    drawn = (f"{t.digest} {name}" for t in plan for name in t.evaluators if name in DRAWING)
+    free = (cell for cell in drawn if cell in designed or cell.split()[0] not in trials)
+    return dict.fromkeys(free, images) if images else {}
 
 
 def _designs_of(place: str) -> dict[str, dict[str, int]]:

@@ -115,6 +115,32 @@ def test_the_same_command_again_asks_the_same_and_another_never_less(tmp_path):
     assert {t.digest: t.images for t in coarse} == {t.digest: t.images for t in again}
 
 
+def test_an_older_design_leaves_other_cells_of_its_trials_at_what_they_were_judged_by(tmp_path):
+    design_of(tmp_path)
+    known = json.loads((tmp_path / DESIGNED).read_text())
+    ((key, counts),) = known.items()
+    claimed = {cell: images for cell, images in counts.items() if images != 32}
+    trials = {cell.split()[0] for cell in claimed}
+    for older in (key, "another"):
+        (tmp_path / DESIGNED).write_text(json.dumps({older: claimed}))
+        for _ in range(2):  # the second run asks what the first did
+            plan, _ = design_of(tmp_path)
+            images = {f"{t.digest} {name}": n for t in plan for name, n in t.images.items()}
+            unclaimed = {cell for cell in counts if cell.split()[0] not in trials}
+            assert images == claimed | dict.fromkeys(unclaimed, 32)
+            assert 0 < len(unclaimed) < len(counts) - len(claimed)
+
+
+def test_trials_and_evaluators_without_a_claim_get_a_few_when_they_come_later(tmp_path):
+    words = {"evaluators": ("clean", "autoattack-small-bounded", "autoattack-bounded")}
+    design_of(tmp_path, tables=("T1",), **words)
+    before = (tmp_path / DESIGNED).read_text()
+    later, design = design_of(tmp_path, tables=("T1",), evaluators=(*words["evaluators"], "pgd"))
+    assert design is None  # the claims are the same
+    assert {trial.images["pgd"] for trial in later} == {32}
+    assert (tmp_path / DESIGNED).read_text() == before
+
+
 def test_a_plan_is_printed_with_every_claims_design_and_remembers_nothing(tmp_path, capsys):
     results = tmp_path / "results"
     words = ["--plan", "--tables", "T2", "--seeds", "1", "--detect", "20points", "--power", "0.9"]
