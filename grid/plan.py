@@ -343,16 +343,16 @@ def _as_trained(
                     "study tells apart: leave it out, or choose --tables without one of them"
                 )
             trained[table.name, row.label] = _as_at(scale, recipe)
-    # Once, but for what headline claims compare, and rows of the same recipe. Adversarial training
-    # costs several times as much.
+    # Once, but for the rows that headline claims compare. Adversarial training costs several times
+    # as much.
     headlines = [c for c in study.claims if c.headline and c.places <= trained.keys()]
-    compared = {trained[place].digest() for claim in headlines for place in claim.places}
+    compared = {place for claim in headlines for place in claim.places}
 
     def shown(table: Table) -> Table:
         rows = []
         for row in table.rows:
             recipe = trained[table.name, row.label]
-            several = scale.headline_seeds if recipe.digest() in compared else 1
+            several = scale.headline_seeds if (table.name, row.label) in compared else 1
             most = ADVERSARIAL_SEEDS if recipe.adversary else several
             rows.append(Row(row.label, recipe, seeds or min(several, most)))
         question = table.question + suffix + _stand_ins(study, table, scale)
