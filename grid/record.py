@@ -36,6 +36,7 @@ FLUSH_SECONDS = 10.0
 EVENTS_AT_ONCE = 50  # then it is the cells' turn
 WITHOUT_WEIGHTS = ("collapsed", STOPPED)
 OVER = ("finished", *WITHOUT_WEIGHTS)
+FAILED = ("failed", "blocked")
 Lease = Enum("Lease", ["ASKED", "OURS", "THEIRS", "OVER"])  # of a trial: over is another's
 
 
@@ -89,6 +90,7 @@ class Recorder(threading.Thread):
         self._renewed_at = time.monotonic()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._epochs_done: Counter[str] = Counter()
+        self._along: set[tuple[str, int]] = set()  # digests and epochs whose weights are judged
         self._flushed_at = 0.0
         self._training_over = threading.Event()
         self._abandon = threading.Event()
@@ -170,24 +172,31 @@ class Recorder(threading.Thread):
     def mend(self, storage: str) -> None:
         """Continue trials whose weights are damaged, if an evaluator or a student still needs them.
 
-        Evaluators read weights from MLflow, students from the storage. The trial's last checkpoint
-        makes both copies again.
+        Evaluators read weights from MLflow, students from the storage, where MLflow's are put back.
+        The trial's last checkpoint makes both copies again.
         """
         self._storage, needed = storage, self._needed()
         for digest, run in self._runs.items():
-            if run.outcome != "finished":
-                continue
-            copies = []
-            if self._missing(digest):
-                copies.append(self.tracker.artifact(run.artifact_uri, WEIGHTS))
-            if digest in needed:
-                copies.append(self._read(weights_path(storage, digest)))
-            if any(hashlib.sha256(c or b"").hexdigest() != run.weights_sha256 for c in copies):
+            is_well = run.outcome != "finished" or self._restored(run, for_student=digest in needed)
+            if not is_well and not self.tracker.lease(digest)[0]:
                 self._line.say(
                     f"the weights of trial {digest} are damaged or missing: they are made again"
                 )
                 self.tracker.continue_trial(run)
         self._count()
+
+    def _restored(self, run: TrialRun, *, for_student: bool) -> bool:
+        """Put a student's weights back where they are needed; say whether all needed are sound."""
+        place, sha256 = weights_path(self._storage, run.digest), run.weights_sha256
+        is_lacking = for_student and hashlib.sha256(self._read(place) or b"").hexdigest() != sha256
+        if not is_lacking and not self._missing(run.digest):
+            return True
+        weights = self.tracker.artifact(run.artifact_uri, WEIGHTS) or b""
+        if hashlib.sha256(weights).hexdigest() != sha256:
+            return False
+        if is_lacking:
+            patiently(partial(write_file, place, weights), say=self._line.say, stop=self._abandon)
+        return True
 
     def _needed(self) -> set[str]:
         """Return the trials whose weights students still wait for."""
@@ -238,11 +247,23 @@ class Recorder(threading.Thread):
             if digest in stored:
                 self._adopt(stored[digest])
         for digest, (holder, _) in holders.items():
-            is_over = digest in had and self._outcome(digest) in OVER
+            outcome, run = self._outcome(digest), self._runs.get(digest)
+            has_failed = outcome in FAILED
+            is_over = outcome in OVER or (has_failed and bool(holder))
             self._leases[digest] = Lease.OVER if is_over else Lease.THEIRS if holder else Lease.OURS
+            if holder and has_failed:  # it keeps its lease, and does not try again
+                self.failures.append(f"{self._trials[digest].name}: {outcome} in command {holder}")
+            elif run and not holder and not is_over:
+                if has_failed:  # in an earlier run: others wait for this one
+                    self.tracker.continue_trial(run)
+                for epoch in run.checkpoints:
+                    self._submit_missing_cells(run, epoch)
             if holder and holder not in self._others:
                 self._others.add(holder)
-                self._line.say(f"another command ({holder}) trains trials of this plan: these wait")
+                self._line.say(
+                    f"another command ({holder}) trains trials of this plan: these wait; "
+                    "if it has died, they are taken over in 5 min"
+                )
 
     def _adopt(self, run: TrialRun) -> None:
         """Go on with a trial as another command has left it, and judge it where that has ended."""
@@ -250,10 +271,8 @@ class Recorder(threading.Thread):
         self._runs[digest] = run
         if self._outcome(digest) not in OVER:
             return
-        place = weights_path(self._storage, digest)
-        is_needed = digest in self._needed() and self._read(place) is None
-        if is_needed and (weights := self.tracker.artifact(run.artifact_uri, WEIGHTS)):
-            patiently(partial(write_file, place, weights), say=self._line.say, stop=self._abandon)
+        if digest in self._needed():
+            self._restored(run, for_student=True)
         self.tracker.enrol(run, self._study, " ".join(self._trials[digest].tables))
         self.progress.cells += len(self._missing(digest)) - before
         self._ended(run)
@@ -309,8 +328,9 @@ class Recorder(threading.Thread):
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._flush()
         if time.monotonic() - self._renewed_at > RENEW_SECONDS:
-            self.tracker.renew()
-            self._take(*(d for d, lease in self._leases.items() if lease is Lease.THEIRS))
+            lost = {digest for digest in self.tracker.renew() if self._outcome(digest) not in OVER}
+            leases = list(self._leases.items())  # Tune's thread adds some
+            self._take(*(d for d, lease in leases if lease is Lease.THEIRS or d in lost))
             self._renewed_at = time.monotonic()
 
     def _on_started(self, digest: str) -> None:
@@ -407,6 +427,10 @@ class Recorder(threading.Thread):
 
     def _submit_missing_cells(self, run: TrialRun, epoch: int = 0) -> None:
         """Have a trial's weights judged: those after an epoch, or the last, if there are any."""
+        if (run.digest, epoch) in self._along:
+            return
+        if epoch:
+            self._along.add((run.digest, epoch))
         names = [name for name, at in self._missing(run.digest) if at == epoch]
         missing = {name: self._question(run.digest, name) for name in names}
         if not epoch:

@@ -30,9 +30,9 @@ os.environ |= {
 }
 
 import psutil
-import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
+from evaluators.ledger import from_parquet
 from tests.disks import fill, small_disk
 from tests.driver import study_of_one
 from tests.servers import MlflowServer
@@ -199,7 +199,8 @@ class Disturbed:
         """Return all that a fault could lose or double, but for what was measured in seconds."""
         path = (self.server.folder if self.server else self.results) / "mlflow.db"
         uri = self.server.uri if self.server else f"sqlite:///{path}"
-        trials = Tracker(uri, experiment="robustness-digits", artifacts=None).trials()
+        tracker = Tracker(uri, experiment="robustness-digits", artifacts=None)
+        trials = tracker.trials()
 
         def fetched(digest: str, name: str) -> Path:
             return fetch_artifact(uri, trials[digest].artifact_uri, name)
@@ -212,7 +213,7 @@ class Disturbed:
                 for digest in trials
             },
             "ledgers": {
-                (digest, name): pq.read_table(fetched(digest, f"ledgers/{name}.parquet"))
+                (digest, name): from_parquet(tracker.ledger(run, name))[0]
                 for digest, run in trials.items()
                 for name in run.cells
             },

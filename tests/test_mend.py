@@ -117,6 +117,11 @@ def test_a_trial_whose_weights_are_damaged_goes_on_before_they_are_needed(result
     if copy == "to be judged":
         results.forget_verdicts()
     DAMAGES[damage](results.logged if copy == "to be judged" else results.stored)
+    if copy == "for a student":
+        assert not results.trained_again()  # MLflow has its weights
+        assert results.stored.read_bytes() == results.logged.read_bytes()
+        DAMAGES[damage](results.stored)
+        DAMAGES[damage](results.logged)
     assert results.trained_again()
     (said,) = results.said
     assert said.startswith(f"the weights of trial {TEACHER.digest()} are damaged or missing")

@@ -431,7 +431,7 @@ def test_secrets_are_neither_printed_nor_written(ran, folder):
 @pytest.mark.slow
 def test_pickles_in_the_results_and_the_artifacts_are_not_opened(ran, folder, server, environment):
     marker = folder / "was-run"
-    (ledger,) = (folder / "server" / "artifacts").rglob("artifacts/ledgers/pgd.parquet")
+    (ledger,) = (folder / "server" / "artifacts").rglob("artifacts/ledgers/pgd.*.parquet")
     put(ledger, pickle.dumps(Planted(marker)))
     ended(started(folder, server, environment, "--report"))
     assert "damaged ledger" in (folder / "results" / "report" / "tables.md").read_text()

@@ -20,7 +20,7 @@ from trainables.networks import build_classifier
 from trainables.store.checkpoint import save_weights
 from trainables.store.retries import patiently
 from trainables.store.storage import NoRoomError
-from trainables.store.tracking import SILENT_RENEWALS, Tracker
+from trainables.store.tracking import SCHEMA, SCHEMA_TAG, SILENT_RENEWALS, Tracker
 
 EPOCHS, KEYS, PARAMS = 300, 8, 250
 DATASET = {"name": "d", "digest": "0", "source_type": "code", "source": "d"}
@@ -124,6 +124,8 @@ def test_the_lease_of_a_command_that_died_runs_out(tmp_path, is_dead):
         if not is_dead:
             one.renew()
     assert other.lease("abc") == (("", True) if is_dead else ("a:/one", True))
+    assert one.renew() == ({"abc"} if is_dead else set())
+    assert one.lease("abc") == (("a:/other", True) if is_dead else ("", False))
 
 
 def test_of_commands_that_want_the_same_trials_at_once_each_has_some_and_no_two_one(tmp_path):
@@ -136,6 +138,27 @@ def test_of_commands_that_want_the_same_trials_at_once_each_has_some_and_no_two_
     with ThreadPoolExecutor(4) as pool:
         shares = list(pool.map(leased, trackers))
     assert sum(map(len, shares)) == len(set.union(*shares)) == 10
+
+
+def test_two_commands_that_judge_a_cell_at_once_leave_its_ledger_whole(tmp_path, monkeypatch):
+    tags = {SCHEMA_TAG: str(SCHEMA)}
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_experiment("x", (tmp_path / "artifacts").as_uri(), tags)
+    one, other = server_tracker(tmp_path), server_tracker(tmp_path)
+    run, log = start_trial(one), one._log
+    cell = {"evaluator": "clean", "cell": "q", "identity": "{}", "metrics": {}}
+
+    def log_later(*arguments, **named):
+        other.record_cell(other.trials()["abc"], ledger=b"other", **cell)
+        log(*arguments, **named)
+
+    monkeypatch.setattr(one, "_log", log_later)
+    one.record_cell(run, ledger=b"one", **cell)
+    stored = other.trials()["abc"]
+    assert other.ledger(stored, "clean") == b"one"
+    one._store(run.artifact_uri, {"pgd.parquet": b"one"}, "ledgers")  # by an earlier version
+    stored.ledgers["pgd"] = stored.ledgers["clean"]
+    assert other.ledger(stored, "pgd") == b"one"
 
 
 def test_a_trial_whose_run_a_user_deletes_gets_one_new_run(tmp_path):

@@ -171,12 +171,11 @@ class Tracker:
         self._experiment, self.is_alone = experiment, artifacts is not None
         self.live: bool | None = True
         self._owner = owner or uuid.uuid4().hex
-        self._held: set[str] = set()  # by this command
+        self._held: dict[str, int] = {}  # this command's turns, by key
         self._leases: dict[str, str] = {}  # owners, by key and turn, as last read
         self._signs: dict[str, str] = {}  # of life, by owner
         self._heard: dict[str, str] = {}  # the same, at the last renewal
         self._silent = Counter[str]()  # renewals in a row at which an owner had the same sign
-        self._waits = False
         try:
             self._client = MlflowClient(uri)
             there = self._client.get_experiment_by_name(experiment)
@@ -293,11 +292,10 @@ class Tracker:
             turn = next(n for n in count() if f"{key}.{n}" not in self._leases)
             last = self._leases.get(f"{key}.{turn - 1}", self._owner)
             if last != self._owner and self._lives(last):
-                self._waits = True
                 return last, True
             self._call(partial(self._claim, f"{key}.{turn}"))
             if self._leases[f"{key}.{turn}"] == self._owner:
-                self._held.add(key)
+                self._held[key] = turn
                 return "", last != self._owner
 
     def _claim(self, turn: str) -> None:
@@ -310,18 +308,23 @@ class Tracker:
             if turn not in self._leases:  # it is refused for another reason
                 raise
 
-    def renew(self, *, over: bool = False) -> None:
-        """Show that this command is alive, or over, and look whether those it waits for are."""
+    def renew(self, *, over: bool = False) -> set[str]:
+        """Show that this command is alive, or over, and look whether those it waits for are.
+
+        Return the keys that others took because it was silent.
+        """
         if self.is_alone or (over and not self._held):
-            return
+            return set()
         sign = "" if over else uuid.uuid4().hex
         name = ALIVE_TAG + _short(self._owner)
         self._call(lambda: self._client.set_tag(self._claims, name, sign))
-        if self._waits or not self._leases:
-            self._look()
-            alike = self._signs.items() & self._heard.items()
-            self._silent = Counter({name: self._silent[name] + 1 for name, _ in alike})
-            self._heard = self._signs
+        self._look()
+        alike = self._signs.items() & self._heard.items()
+        self._silent = Counter({name: self._silent[name] + 1 for name, _ in alike})
+        self._heard = self._signs
+        lost = {key for key, turn in self._held.items() if f"{key}.{turn + 1}" in self._leases}
+        self._held = {key: turn for key, turn in self._held.items() if key not in lost}
+        return lost
 
     def _look(self) -> None:
         data = self._call(self._client.get_run, self._claims).data
@@ -485,11 +488,14 @@ class Tracker:
         epoch: of the weights that were judged; those along the way have metrics of their own, by
         step.
         """
-        self._store(run.artifact_uri, {f"{evaluator}.parquet": ledger}, LEDGERS)
+        sha256 = hashlib.sha256(ledger).hexdigest()
+        # Commands that judge a cell at once do not write over each other's.
+        stem = evaluator if self.is_alone else f"{evaluator}.{sha256[:12]}"
+        self._store(run.artifact_uri, {f"{stem}.parquet": ledger}, LEDGERS)
         document = {
             "question": cell,
             "identity": json.loads(identity),
-            "sha256": hashlib.sha256(ledger).hexdigest(),
+            "sha256": sha256,
             "seconds": seconds,
             "judged_by": dict(judged_by or {}),
         }
@@ -502,7 +508,7 @@ class Tracker:
         values = [Metric(key, v, run.start_time, epoch, **model) for key, v in metrics.items()]
         self._log(run, metrics=values, tags=tags)
         run.metrics |= metrics
-        run.cells[evaluator], run.ledgers[evaluator] = cell, document["sha256"]
+        run.cells[evaluator], run.ledgers[evaluator] = cell, sha256
         run.seconds[evaluator], run.judged[evaluator] = seconds, document["judged_by"]
 
     def fail_cell(self, run: TrialRun, evaluator: str, reason: str) -> None:
@@ -531,11 +537,14 @@ class Tracker:
 
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger; DamagedError where it is missing or not as it was stored."""
+        sha256 = run.ledgers.get(evaluator, "")
         name = f"{LEDGERS}/{evaluator}.parquet"
-        content = self.artifact(run.artifact_uri, name)
+        stems = [evaluator] if self.is_alone else [f"{evaluator}.{sha256[:12]}", evaluator]
+        contents = (self.artifact(run.artifact_uri, f"{LEDGERS}/{s}.parquet") for s in stems)
+        content = next((c for c in contents if c is not None), None)  # the second: older results
         if content is None:
             raise DamagedError(f"{run.artifact_uri}/{name} is missing")
-        if hashlib.sha256(content).hexdigest() != run.ledgers.get(evaluator):
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
         return content
 
