@@ -96,8 +96,8 @@ TAGS = (
     "from tags d join tags t using (run_uuid) "
     "where d.key = 'digest' and t.key != 'mlflow.parentRunId' order by 1, 2"
 )
-# On a server one run more names the run of each key.
-STATUSES = "select name, status from runs where name != 'the run of each key' order by 1, 2"
+# On a server one run more names who trains each trial.
+STATUSES = "select name, status from runs where name != 'who has which trial' order by 1, 2"
 
 
 class Disturbed:

@@ -539,14 +539,16 @@ class Tracker:
         """Return a cell's ledger; DamagedError where it is missing or not as it was stored."""
         sha256 = run.ledgers.get(evaluator, "")
         name = f"{LEDGERS}/{evaluator}.parquet"
-        stems = [evaluator] if self.is_alone else [f"{evaluator}.{sha256[:12]}", evaluator]
-        contents = (self.artifact(run.artifact_uri, f"{LEDGERS}/{s}.parquet") for s in stems)
-        content = next((c for c in contents if c is not None), None)  # the second: older results
-        if content is None:
-            raise DamagedError(f"{run.artifact_uri}/{name} is missing")
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise DamagedError(f"{run.artifact_uri}/{name} is damaged: its sha256 is another")
-        return content
+        # A study that was pulled, or that is older than a server's names, has the other's.
+        stems = [evaluator, f"{evaluator}.{sha256[:12]}"][:: 1 if self.is_alone else -1]
+        is_there = False
+        for stem in stems:
+            content = self.artifact(run.artifact_uri, f"{LEDGERS}/{stem}.parquet")
+            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
+                return content
+            is_there |= content is not None
+        fault = "is damaged: its sha256 is another" if is_there else "is missing"
+        raise DamagedError(f"{run.artifact_uri}/{name} {fault}")
 
     def artifact(self, artifact_uri: str, name: str) -> bytes | None:
         """Return the content of an artifact of a run, None where there is none."""
