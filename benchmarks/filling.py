@@ -98,12 +98,7 @@ def simulated(plan: Plan, work: Work, workers: int, share: float = EVALUATOR_SHA
         for home in gpus:
             there[home] = max(busy[home], min(there[home], lent[home]))
         claims = Counter({node: count for (node, gpu), count in lent.items() if not gpu})
-        for node in NODES:
-            on_node = sum(count for (at, gpu), count in lent.items() if at == node and gpu)
-            new = on_node - sum(count for (at, _), count in there.items() if at == node)
-            for home in (home for home in gpus if home[0] == node and home not in held):
-                started = max(0, min(new, int(1 / EVALUATOR_GPUS) - there[home]))
-                there[home], new = there[home] + started, new - started
+        there += _started([home for home in gpus if home not in held], there, lent)
         for home in gpus:
             while shards and busy[home] < there[home]:
                 judging.append((now + shards.pop(0) / EVALUATOR_GPUS, home))
@@ -111,6 +106,18 @@ def simulated(plan: Plan, work: Work, workers: int, share: float = EVALUATOR_SHA
         looks.append((now, len(held) + EVALUATOR_GPUS * len(judging)))
         left = {digest: rest - step for digest, rest in left.items()}
     return looks
+
+
+def _started(free: list[Home], there: Counter[Home], lent: Counter[Home]) -> Counter[Home]:
+    """Return the evaluators that start on GPUs without a trial, as many on a node as are lent."""
+    started = Counter[Home]()
+    for node in NODES:
+        on_node = sum(count for (at, gpu), count in lent.items() if at == node and gpu)
+        new = on_node - sum(count for (at, _), count in there.items() if at == node)
+        for home in (home for home in free if home[0] == node):
+            started[home] = max(0, min(new, int(1 / EVALUATOR_GPUS) - there[home]))
+            new -= started[home]
+    return started
 
 
 class StubTrial(RecipeTrial):

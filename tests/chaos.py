@@ -43,27 +43,21 @@ SECONDS = 600
 RUNS = 4
 MEGABYTES = 128
 FAULTS_EACH, KILLS_EACH = 3, 5
-ALONE = """
-name = "chaos"
-base = "resnet50"
-evaluators = ["clean", "pgd"]
-[axes]
-size = ["small"]
-epochs = [60]
-augmentation = ["none", "randaug+cutmix"]
-"""
-TOGETHER = study_of_one(epochs=100)
-ON_NODES = """
+SMALL = """
 name = "chaos"
 base = "resnet50"
 evaluators = ["clean", "pgd"]
 [axes]
 size = ["small"]
 epochs = [EPOCHS]
+"""
+ALONE = SMALL.replace("EPOCHS", "60") + 'augmentation = ["none", "randaug+cutmix"]'
+TOGETHER = study_of_one(epochs=100)
+ON_NODES = f"""{SMALL}
 augmentation = ["randaug+cutmix"]
 batch_size = [16]
 learning_rate = [0.02]
-adversary = [{epsilon = "2/255", step_size = "1/255", steps = 3}]
+adversary = [{{epsilon = "2/255", step_size = "1/255", steps = 3}}]
 seed = [SEEDS]
 """
 # Every process that Python starts with this on its path saves its trial every second.
