@@ -315,9 +315,9 @@ def load_study(name_or_file: str) -> Study:
                     column_named(name)  # imports the evaluator, which takes seconds
         for claim in study.claims:
             if claim.column and not column_named(claim.column).by_image:
-                alike = "claims compare models image by image"
                 raise ValueError(
-                    f"claim {claim.says!r}: {claim.column} is no mean over images: {alike}"
+                    f"study file {path}: claim {claim.says!r}: {claim.column} is no mean over "
+                    "images, and claims compare models image by image"
                 )
     return study
 

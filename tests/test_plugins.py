@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import evaluators
-from evaluators import columns_of, evaluator_named, headline_of
+from evaluators import columns_of, evaluator_named, headline_of, in_norm
 from evaluators.base import Clean, cell_digest, judge_images
 from evaluators.intervals import image_scores
 from evaluators.ledger import in_order
@@ -164,6 +164,9 @@ def test_an_attack_is_one_column_at_the_scales_radius(registered, digits):
     question = evaluator_named("mine", DIGITS)
     assert question.identity(digits)["epsilons"] == {"mine": 27 / 255}
     assert question.total(digits) == 64
+    assert in_norm("mine", "Linf") == "mine"
+    with pytest.raises(ValueError, match="mine has the norm Linf alone"):
+        in_norm("mine", "L2")
     # 64 images by 1 pass to judge and 40 to attack.
     assert question.cost(597, withstanding=1.0) == 64 * 41
 

@@ -35,6 +35,14 @@ question = "?"
 columns = ["clean"]
 rows = [{ label = "ReLU", base = "resnet50" }]
 """
+GELU = '{ label = "GELU", base = "resnet50", activation = "gelu" }'
+CLAIM = """[[claims]]
+says = "It is well calibrated"
+test = "ahead"
+row = "A1/ReLU"
+of = "A1/GELU"
+column = "calibration/ece"
+"""
 
 
 def write(folder, text, name="study.toml"):
@@ -174,6 +182,18 @@ def test_a_base_may_change_one_of_its_name_and_be_a_teacher(tmp_path):
     study = load_study(write(tmp_path, text))
     assert study.base["student"].teacher == resnet50().replace(epochs=30)
     assert study.bases.keys() == {*BASES, "student"}
+
+
+def test_a_claim_of_a_score_that_is_no_mean_over_images_is_refused(capsys, tmp_path):
+    text = (
+        'name = "mine"\n'
+        + SECOND.replace("clean", "calibration/ece").replace(" }]", f" }}, {GELU}]")
+        + CLAIM
+    )
+    said = refused(capsys, tmp_path, text)
+    assert (
+        "calibration/ece is no mean over images, and claims compare models image by image" in said
+    )
 
 
 def test_a_grid_may_stand_beside_tables(tmp_path):

@@ -183,10 +183,10 @@ def _in_order(images: Mapping[str, list[str]]) -> Paths:
 
 
 def _is_packed(folder: Path) -> bool:
-    return any(_is_of_pack(path.name) for path in folder.glob(f"{_SHARDS}*"))
+    return any(_is_pack_file(path.name) for path in folder.glob(f"{_SHARDS}*"))
 
 
-def _is_of_pack(name: str) -> bool:
+def _is_pack_file(name: str) -> bool:
     return name == INDEX or re.fullmatch(rf"{_SHARDS}\d{{6,}}\.tar", name) is not None
 
 
@@ -223,7 +223,7 @@ def _packed_files(root: Path) -> dict[str, tuple[Path, ...]]:
     for below in ("", *(name for name in _folders_in(root) if name not in STORED_SETS)):
         files = (e.name for e in os.scandir(root / below) if e.name.endswith(PACKED))
         for name in sorted(
-            name for name in files if not (name.startswith(_ASIDE) or _is_of_pack(name))
+            name for name in files if not (name.startswith(_ASIDE) or _is_pack_file(name))
         ):
             if (split := _SPLIT.match(name) or _SPLIT.match(below)) or not below:
                 packed[split[1] if split else TRAIN].append(root / below / name)
