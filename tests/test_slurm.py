@@ -27,6 +27,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
+AuthInfo=cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -45,7 +46,7 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=2
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE
 """
 # With the loopback alone Slurm takes no address for its own. It stops the run as it does before a
-# time limit, once a checkpoint is there. A requeued job would wait two minutes for its turn.
+# time limit, once a checkpoint is there. A requeued job waits until its old credential has expired.
 DRILL = """
 set -e
 ip link set lo up
@@ -60,9 +61,9 @@ until ls {folder}/results/trials/*/epoch-* > /dev/null 2>&1; do sleep 0.5; done
 scancel --batch --signal=USR1 $job
 until squeue -h -j $job -t PENDING | grep -q .; do sleep 0.5; done
 cp {folder}/out.txt {folder}/stopped.txt
-scontrol update jobid=$job starttime=now
 until scontrol show job $job | grep -qE 'JobState=(COMPLETED|FAILED|CANCELLED)'; do sleep 0.5; done
-scontrol show job $job > {folder}/job.txt
+scontrol show job $job | tee {folder}/job.txt
+tail -n 20 {folder}/slurmd.log
 """
 
 
