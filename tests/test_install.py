@@ -1,4 +1,4 @@
-"""What an installation takes from a package index: of CPU builds no CUDA library.
+"""What the wheel holds, and what an installation takes from a package index.
 
 The index is a folder of stub wheels, which `python -m http.server` shows on the loopback.
 """
@@ -89,3 +89,56 @@ def test_cpu_builds_are_taken_where_they_are_offered_and_bring_no_cuda(tmp_path,
     are_for_cpus = "+cpu" in suffixes
     assert [taken[name].endswith("+cpu") for name in BUILT] == [are_for_cpus] * 2
     assert (CUDA in taken) != are_for_cpus
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist and the wheel of the files that git tracks; the wheel is built from the sdist."""
+    copy, out = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("dist")
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    return sorted(out.iterdir(), key=lambda path: path.suffix)  # .gz, .whl
+
+
+def tracked(*folders):
+    listed = subprocess.run(
+        ["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(distributions):
+    sdist, wheel = distributions
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+    assert names == set(tracked("grid", "trainables", "evaluators"))
+    assert {"grid/studies/bai2021.toml", "grid/report/page.html.j2", "grid/py.typed"} <= names
+    for checker in (["twine", "check", "--strict", sdist], ["check_wheel_contents"]):
+        words = [sys.executable, "-m", *checker, wheel]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_installed_wheel_plans_a_study_outside_the_checkout(distributions, tmp_path):
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(distributions[1])], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(target)}  # comes before an editable installation
+    version = PROJECT["project"]["version"]
+    for words, shown in (
+        (["-c", "import grid; print(grid.__file__)"], str(target / "grid" / "__init__.py")),
+        (["-m", "grid.command", "--version"], f"robustness-grid {version}"),
+        (["-m", "grid.command", "plan", "--study", "plain-vit"], "Study plain-vit at scale digits"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert shown in done.stdout
