@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -84,6 +87,46 @@ def test_a_packed_folder_is_the_same_data_set(root, shards, tmp_path):
     assert stored[0].ids == stored[1].ids == ("class-00/a.b",)
     assert (shards / "textures/1/a.png").read_bytes() == (root / "textures/1/a.png").read_bytes()
     assert not (shards / "train/class-00").exists()
+
+
+KILLED_AT_ITS_THIRD_SHARD = """
+import os, signal, sys
+from pathlib import Path
+from trainables.data.packing import pack
+replace = Path.replace
+def killed(aside, to):
+    if to.name == "packed-000002.tar":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(aside, to)
+Path.replace = killed
+pack(Path(sys.argv[1]), sys.argv[2], shard_bytes=int(sys.argv[3]))
+"""
+
+
+def test_packing_that_was_killed_goes_on_and_packs_no_shard_twice(root, shards, tmp_path):
+    to = tmp_path / "to"
+    command = [sys.executable, "-c", KILLED_AT_ITS_THIRD_SHARD, str(root), str(to), str(SMALL)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    there = {path: path.stat().st_ino for path in to.rglob("packed-*")}
+    assert sorted(path.name for path in there) == ["packed-000000.tar", "packed-000001.tar"]
+    (aside,) = to.rglob(".packed-*")
+    for _ in range(2):  # what is whole is left alone
+        assert pack(root, str(to), shard_bytes=SMALL).startswith("61 images in ")
+        assert {path: path.stat().st_ino for path in there} == there
+        assert not aside.exists()
+        files = {path.relative_to(to) for path in to.rglob("*") if path.is_file()}
+        assert files == {p.relative_to(shards) for p in shards.rglob("*") if p.is_file()}
+        assert all((to / file).read_bytes() == (shards / file).read_bytes() for file in files)
+        there = {path: path.stat().st_ino for path in to.rglob("packed-*")}
+
+
+def test_packing_goes_on_only_with_the_images_that_it_began_with(root, tmp_path):
+    data = shutil.copytree(root / "val", tmp_path / "data")
+    pack(data, str(tmp_path / "to"))
+    picture = next(path for path in data.rglob("*") if path.is_file())
+    picture.write_bytes(picture.read_bytes())  # later than before
+    with pytest.raises(ValueError, match="to holds shards of other images than"):
+        pack(data, str(tmp_path / "to"))
 
 
 def test_shards_are_plain_archives_of_the_files_as_they_were(root, shards, tmp_path):
