@@ -48,6 +48,8 @@ EVALUATORS: dict[str, str] = {
     "autoattack-small": "evaluators.autoattack:SmallAutoAttack",
     "autoattack": "evaluators.autoattack:AutoAttack",
     **{f"autoattack-{norm}": f"evaluators.autoattack:AutoAttack@{norm}" for norm in OTHER_NORMS},
+    "certified": "evaluators.certified:Certified",
+    **{f"certified-{sigma}": f"evaluators.certified:Certified@{sigma}" for sigma in ("0.5", "1")},
 }
 # What answers for an evaluator at scales whose AutoAttack is bounded.
 BOUNDED = {
@@ -85,7 +87,8 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 
 # What a plan needs of evaluators before it imports them: which draw images, and how many images
 # the others judge.
-DRAWING = {name for name in EVALUATORS if name.startswith(("radii", "pgd", "tpa", "autoattack"))}
+DRAWN = ("radii", "pgd", "tpa", "autoattack", "certified")
+DRAWING = {name for name in EVALUATORS if name.startswith(DRAWN)}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
     **{name: partial(set_images, name) for name in ("natural", *ALONE)},

@@ -315,6 +315,7 @@ def verdicts(
     stage: Sequence[str | None] | None = None,
     queries: Sequence[int | None] | None = None,
     logits_BK: Tensor | None = None,
+    radius_B: Tensor | None = None,
     judged_BCHW: Tensor | None = None,
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
@@ -339,6 +340,7 @@ def verdicts(
         "stage": stage or batch.stage or [None] * count,
         "queries": queries or [None] * count,
         **_confidences(logits_BK, batch.labels, predicted_B),
+        "radius": [None] * count if radius_B is None else radius_B.tolist(),
         "image": pictures,
     }
     return pa.Table.from_pydict(rows, schema=LEDGER)

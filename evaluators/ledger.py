@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 # `stage`: which attack broke it. `queries`: forward passes of this image by a black-box attack.
 # `confidence`, `label_confidence`: the probability of the predicted class, and of the label;
 # `tempered`: the logarithms of the label's at each of TEMPERATURES, then of the prediction's.
+# `radius`: the one that a certificate reaches, 0 where it abstains.
 # `image`: the judged image as PNG, for a few example images of some questions.
 LEDGER = pa.schema(
     [
@@ -31,6 +32,7 @@ LEDGER = pa.schema(
         ("confidence", pa.float32()),
         ("label_confidence", pa.float32()),
         ("tempered", pa.list_(pa.float16())),
+        ("radius", pa.float32()),
         ("image", pa.binary()),
     ]
 )
@@ -87,7 +89,7 @@ def from_parquet(content: bytes) -> tuple[pa.Table, float]:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         ledger = file.read(use_threads=False)
         ledger.validate(full=True)
-        for name in CONFIDENCES:  # an older ledger has none
+        for name in (*CONFIDENCES, "radius"):  # an older ledger has none
             if name not in ledger.schema.names:
                 nulls = pa.nulls(len(ledger), LEDGER.field(name).type)
                 ledger = ledger.add_column(LEDGER.get_field_index(name), name, nulls)

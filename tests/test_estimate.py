@@ -26,6 +26,7 @@ THRIFTY = replace(
     attack_subset=12,
     autoattack_subset=6,
     square_queries=20,
+    smoothing_samples=20,
     patch=PatchBudget(images=10, patches=2, textures=2, samples=4, steps=4),
 )
 

@@ -51,6 +51,7 @@ THRIFTY = replace(
     attack_subset=12,
     autoattack_subset=6,
     square_queries=20,
+    smoothing_samples=20,
     patch=replace(DIGITS.patch, images=6, samples=5, steps=4),
 )
 

@@ -28,6 +28,7 @@ THRIFTY = replace(
     attack_subset=2,
     autoattack_subset=2,
     square_queries=5,
+    smoothing_samples=20,
     patch=PatchBudget(images=1, textures=2, samples=4, steps=3),
 )
 NAMES = ImageNetInfo().label_names()

@@ -89,7 +89,8 @@ def test_the_report_draws_accuracy_by_radius_in_order(monkeypatch):
     waiting = SimpleNamespace(label="waiting", recipe=judged.recipe, run=None)
     drawn = {}
     monkeypatch.setattr(plots, "_plot", lambda *_, panels, **__: drawn.update(panels))
-    plots._radii_plot(SimpleNamespace(name="T1", rows=[waiting, judged]))
+    table = SimpleNamespace(name="T1", rows=[waiting, judged])
+    plots._radii_plot(table, "radii", "caption", "epsilon, 1/255")
     ((line,),) = drawn.values()
     xs, values, lows, _ = line.points
     assert (line.label, xs, [*values]) == ("judged", [0, 13.5, 27], [100, 50, 25])

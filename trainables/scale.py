@@ -107,6 +107,7 @@ class Scale:
     autoattack_subset: int = 5000
     autoattack_bound: float = 0.02  # a share of the images
     square_queries: int = 5000
+    smoothing_samples: int = 10_000  # a certificate ends at 3.2 sigma; Cohen et al.: 100,000, 3.8
     # Trainings of each row that a headline claim compares; at most 3 of adversarial training.
     headline_seeds: int = 3
     cost_unit: Literal["macs", "seconds"] = "macs"
@@ -325,6 +326,7 @@ DIGITS = Scale(
     autoattack_subset=60,
     unclaimed_images=32,
     square_queries=500,
+    smoothing_samples=1000,
     probe_images=50,
     headline_seeds=7,
     ghost_batch=32,

@@ -344,26 +344,27 @@ def columns_plots(table: FilledTable, scale: Scale) -> Iterator[Plot | None]:
         "python -m evaluators --weights FILE --evaluators autoattack --epsilon E."
     )
     yield _columns_plot(table, radii, f"epsilon-{table.name}", caption, "epsilon, 1/255")
-    yield _radii_plot(table)
+    under_pgd = f"Accuracy under PGD against epsilon, {table.name}, with 95 % intervals."
+    yield _radii_plot(table, "radii", under_pgd, "epsilon, 1/255")
+    certified = f"Certified accuracy against the L2 radius, {table.name}, with 95 % intervals."
+    yield _radii_plot(table, "certified", certified, "radius in L2")
 
 
-def _radii_plot(table: FilledTable) -> Plot | None:
-    """Draw accuracy by radius of the models that `radii` judged."""
-    looks, lines = _looks(table), []
+def _radii_plot(table: FilledTable, evaluator: str, caption: str, x_label: str) -> Plot | None:
+    """Draw accuracy by radius of the models that an evaluator of several radii judged."""
+    looks, lines, start = _looks(table), [], f"{evaluator}@"
     for row in table.rows:
         scores = row.run.metrics if row.run else {}
-        names = [n for n in scores if n.startswith("radii@") and f"{n}/low" in scores]
-        by_radius = {float(n.removeprefix("radii@").partition("/")[0]): n for n in names}
+        names = [n for n in scores if n.startswith(start) and f"{n}/low" in scores]
+        by_radius = {float(n.removeprefix(start).partition("/")[0]): n for n in names}
         if xs := sorted(by_radius):
             ends = ("", "/low", "/high")
             ys = ([100 * scores[by_radius[x] + end] for x in xs] for end in ends)
             lines.append(Line(row.label, *looks[row.label], [xs, *ys]))
-    caption = f"Accuracy under PGD against epsilon, {table.name}, with 95 % intervals."
-    panels, x_label = {"survived, %": lines}, "epsilon, 1/255"
-    name = f"radii-{table.name}"
-    return (
-        _plot(name, caption, _lines, table.name, panels=panels, x_label=x_label) if lines else None
-    )
+    if not lines:
+        return None
+    shown: dict[str, Any] = {"panels": {"survived, %": lines}, "x_label": x_label}
+    return _plot(f"{evaluator}-{table.name}", caption, _lines, table.name, **shown)
 
 
 def _columns_plot(
