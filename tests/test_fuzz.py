@@ -285,7 +285,7 @@ def test_a_mutated_checkpoint_gives_way_to_the_one_before(tmp_path, seed):
 
 TABLE = pa.table(
     [[str(i) for i in range(90)], ["clean"] * 90, [1] * 90, [2] * 90, [False] * 90, [None] * 90,
-     [3] * 90, *[[None] * 90] * 4],
+     [3] * 90, *[[None] * 90] * 5],
     schema=LEDGER,
 )  # fmt: skip
 
