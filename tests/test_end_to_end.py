@@ -19,6 +19,7 @@ from evaluators.__main__ import main as judge
 from evaluators.ledger import from_parquet, scores_of, survival_scores
 from grid.run import main
 from tests.driver import ended, start, trials, wait_for_checkpoint
+from tests.test_notebook import executed
 from trainables.data.load import load_data
 from trainables.scale import DIGITS
 from trainables.store.checkpoint import classifier_of, recipe_of
@@ -127,6 +128,15 @@ def test_the_report_is_one_file_with_every_value_and_lies_with_the_studys_run(fi
     names = {path.name for path in results.glob("artifacts/*/artifacts/report/**/*")}
     assert {"index.html", "tables.csv", "pair.tex", "tables.md", "scatter.svg"} <= names
     assert {"clean.parquet", "pgd.parquet"} <= names
+
+
+def test_the_notebook_that_reads_a_study_runs_on_its_report(finished):
+    results, _ = finished
+    notebook = executed("read_a_study", results.parent)
+    shown = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", ()))
+    clean = [100 * run.metrics["clean"] for run in trials(results).values()]
+    assert f"of {len(load_data(DIGITS).held_out.ids)}" in shown
+    assert re.search(rf"difference [+-]{abs(clean[0] - clean[1]):.1f} points", shown)
 
 
 def test_mlflow_loads_a_trial_without_a_pickle_and_it_answers_as_it_did(finished):

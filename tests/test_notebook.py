@@ -1,4 +1,4 @@
-"""examples/quickstart.ipynb runs from its first cell to its last, and shows what it says."""
+"""Notebooks of examples/ run from their first cell to their last, and show what they say."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_quickstart_runs_and_shows_tables_and_a_figure(tmp_path, monkeypatch):
+def executed(name, folder):
+    """Return a notebook of examples/ after it ran in a folder; it is stored without outputs."""
     client = pytest.importorskip("nbclient")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    folder = {"metadata": {"path": str(tmp_path)}}
-    client.NotebookClient(notebook, timeout=600, resources=folder).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        client.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    return notebook
+
+
+def test_the_quickstart_runs_and_shows_tables_and_a_figure(tmp_path):
+    notebook = executed("quickstart", tmp_path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = [{k: v for o in cell.outputs for k, v in o.get("data", {}).items()} for cell in code]
     assert "<td>pgd-100</td>" in shown[1]["text/html"]
