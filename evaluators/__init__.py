@@ -74,7 +74,7 @@ PLUG_INS: dict[str, EntryPoint] = {}  # those of EVALUATORS that other packages 
 def set_images(name: str, scale: Scale, held_out: int) -> int:
     """Return how many images a stored set has as published, or are made in its place."""
     stored = STORED_SETS.get(scale.data_set.counterpart(name))
-    if stored and not scale.data_set.generated:
+    if stored and stored.images and not scale.data_set.generated:
         return stored.images
     is_part = name == "natural" and not scale.natural_tilt
     return math.ceil(held_out * HARDEST_SHARE) if is_part else held_out

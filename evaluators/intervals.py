@@ -128,7 +128,11 @@ def image_scores(ledger: pa.Table, score: str) -> ImageScores | None:
     by_radius = ledger.filter(pc.starts_with(ledger["question"], f"{score}{CLEAN_RADIUS[:1]}"))
     if f"{score}{CLEAN_RADIUS}" in pc.unique(by_radius["question"]).to_pylist():
         return ImageScores(_areas(by_radius))
-    if len(corrupted):
+    of_parts = ledger.filter(pc.starts_with(ledger["question"], f"{score}/"))
+    if len(of_parts):
+        grouped = of_parts.group_by("image_id").aggregate([("survived", "mean")])
+        ids, values = grouped["image_id"], grouped["survived_mean"]
+    elif len(corrupted):
         grouped = corrupted.group_by("image_id").aggregate([("survived", "mean")])
         ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])
     else:

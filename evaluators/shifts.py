@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import starmap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from evaluators import set_images
 from evaluators.base import (
+    FORWARD_SHARD,
     Batch,
     Column,
     Evaluator,
@@ -19,8 +25,11 @@ from evaluators.base import (
     split_batches,
     verdicts,
 )
+from evaluators.intervals import mean_score
+from evaluators.ledger import Score, by_question, share
 from trainables.data.base import WHOLE, Data, Shard, Split
-from trainables.data.registry import STORED_SETS
+from trainables.data.load import CorruptedSet, reassessed
+from trainables.data.registry import IMAGENET_CLASSES, SEVERITIES, STORED_SETS, StoredSet, places_of
 
 if TYPE_CHECKING:
     from trainables.layers import Classifier
@@ -30,14 +39,23 @@ class Shift(Evaluator):
     """Top-1 accuracy on a published set.
 
     A set of some of the classes is answered among these, as its authors do, and as NAME-1000 among
-    all. Sources: hendrycks/natural-adv-examples, and hendrycks/imagenet-r @3131cac, eval.py.
+    all. Sources: hendrycks/natural-adv-examples, and hendrycks/imagenet-r @3131cac, eval.py. Where
+    classes are groups of ImageNet's, answers are `grouped`; where an image has several labels, each
+    is right. Of a set with kinds: the mean over them and their severities. NAME/KIND: of a kind or
+    part.
     """
 
+    declared: StoredSet | None = None  # none of natural, which has one at each scale
+
     def images(self, source: Data) -> Split:
+        if kinds := self._kinds(source):
+            return next(kinds.splits())[1]
         if split := self.stored(source):
             return split
+        known = STORED_SETS[self.name]
+        origin = f" ({known.source})" if known.source else ""
         remedy = f"--stored {self.name}=DIR reads it, at scales that have it"
-        raise ValueError(f"{self.name} needs {STORED_SETS[self.name].title}: {remedy}")
+        raise ValueError(f"{self.name} needs {known.title}{origin}: {remedy}")
 
     def identity(self, source: Data) -> dict[str, Any]:
         return self.identity_of_set(source, self.name)
@@ -45,27 +63,107 @@ class Shift(Evaluator):
     def asked_about(self, held_out: int) -> int:
         return set_images(self.name, self.scale, held_out)
 
+    def cost(self, held_out: int, *, withstanding: float) -> float:
+        kinds = self.declared.kinds if self.declared else ()
+        return self.asked_about(held_out) * (len(kinds) * len(SEVERITIES) or 1)
+
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
-        split, located = self.images(source), source.counterpart(self.name)
-        some = located is not None and not located[0].complete
-        present = tuple(sorted(set(split.labels.tolist()))) if some else None
-        for batch in split_batches(split, batch_size=batch_size, shard=shard):
-            yield replace(batch, candidates=present, question=f"{self.name}-1000" if some else "")
+        kinds, located = self._kinds(source), source.counterpart(self.name)
+        some = located is not None and not (located[0].complete or located[0].groups)
+        whole = f"{self.name}-1000" if some else ""
+        for part, split in kinds.splits() if kinds else [("", self.images(source))]:
+            present = tuple(sorted(set(split.labels.tolist()))) if some else None
+            question = f"{self.name}/{part}" if part else whole
+            for batch in split_batches(split, batch_size=batch_size, shard=shard):
+                stage = _labels(*located, batch.ids) if located and located[0].labels else None
+                yield replace(batch, candidates=present, question=question, stage=stage)
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        logits_BK = classifier(batch.images)
+        logits_BK, question = classifier(batch.images), batch.question or self.name
+        if self.declared and self.declared.groups:
+            return verdicts(batch, question, grouped(classifier, logits_BK, self.declared))
+        if self.declared and self.declared.labels:
+            answers_BK = in_imagenets_order(classifier, logits_BK, self.declared)
+            pairs = zip(answers_BK.argmax(dim=1).tolist(), batch.stage or (), strict=True)
+            right_B = torch.tensor([str(answer) in f"{labels}".split() for answer, labels in pairs])
+            return verdicts(batch, question, logits_BK.argmax(dim=1), survived_B=right_B)
         if not batch.question:
             return answers(batch, self.name, logits_BK)
+        if self.declared and self.declared.kinds:
+            return verdicts(batch, question, logits_BK.argmax(dim=1))
         free = verdicts(batch, batch.question, logits_BK.argmax(dim=1), logits_BK=logits_BK)
         return pa.concat_tables([answers_among(batch, self.name, logits_BK), free])
+
+    def summarize(self, ledger: pa.Table) -> list[Score]:
+        """Return accuracies; over severities with Student's interval over the n images."""
+        if not self.declared or not (self.declared.kinds or self.declared.parts):
+            return super().summarize(ledger)
+        # The kind is in the question, NAME/KIND-SEVERITY, and the part in the id, PART/CLASS/FILE.
+        column, end = ("question", r"-\d$") if self.declared.kinds else ("image_id", "/.*")
+        kinds = pc.replace_substring_regex(ledger[column], end, "")
+        names = kinds if self.declared.kinds else pc.binary_join_element_wise(self.name, kinds, "/")
+        place = ledger.schema.get_field_index("question")
+        by_kind = by_question(ledger.set_column(place, "question", names))
+        return [_over_parts(self.name, ledger), *starmap(_over_parts, by_kind.items())]
+
+    def _kinds(self, source: Data) -> CorruptedSet | None:
+        located = source.counterpart(self.name)
+        return CorruptedSet(*located, source) if located and located[0].kinds else None
+
+
+def _labels(known: StoredSet, root: Path, ids: Sequence[str]) -> tuple[str, ...]:
+    """Return the places that are right of each image, as remarks."""
+    return tuple(" ".join(map(str, places)) for places in reassessed(known, root, ids))
+
+
+def _over_parts(name: str, rows: pa.Table) -> Score:
+    images = rows.group_by("image_id").aggregate([("survived", "mean")])["survived_mean"]
+    if len(images) == len(rows):
+        return share(name, pc.sum(rows["survived"]).as_py(), len(rows))
+    return mean_score(name, images.to_numpy(), most=1)
+
+
+def in_imagenets_order(classifier: Classifier, logits_BK: Tensor, known: StoredSet) -> Tensor:
+    """Return the logits of ImageNet's 1,000 classes in its order; ValueError on another head."""
+    if logits_BK.shape[1] != IMAGENET_CLASSES:
+        raise ValueError(
+            f"{known.name} needs a model of ImageNet's {IMAGENET_CLASSES} classes,"
+            f" and this one answers among {logits_BK.shape[1]}"
+        )
+    columns = classifier.columns
+    return logits_BK if columns is None else logits_BK[:, columns.argsort()]
+
+
+def grouped(classifier: Classifier, logits_BK: Tensor, known: StoredSet) -> Tensor:
+    """Answer among a set's groups of ImageNet's classes, -1 where the likeliest is of none."""
+    logits_BK = in_imagenets_order(classifier, logits_BK, known)
+    members_KG = _members(known.name).to(logits_BK.device)
+    if known.averaged:
+        means_BG = logits_BK.float().softmax(dim=1) @ (members_KG / members_KG.sum(dim=0))
+        return means_BG.argmax(dim=1)
+    places_B = logits_BK.argmax(dim=1)
+    groups_K = torch.where(members_KG.any(dim=1), members_KG.argmax(dim=1), -1)
+    return groups_K[places_B]
+
+
+@cache
+def _members(name: str) -> Tensor:
+    """Return 1 where a class of ImageNet is of a group: (1000, groups)."""
+    groups = STORED_SETS[name].groups
+    members_KG = torch.zeros(IMAGENET_CLASSES, len(groups))
+    for group, ranges in enumerate(groups.values()):
+        members_KG[places_of(ranges), group] = 1
+    return members_KG
 
 
 def __getattr__(name: str) -> type[Shift]:
     """Return the evaluator of a stored set, by the set's name."""
     if name not in STORED_SETS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    stored = STORED_SETS[name]
-    free = Column(f"{name}-1000", f"{stored.title}, among all 1,000")
-    columns = (Column(name, stored.title), *([] if stored.complete else [free]))
-    return type(name, (Shift,), {"name": name, "columns": columns})
+    known = STORED_SETS[name]
+    free = Column(f"{name}-1000", f"{known.title}, among all 1,000")
+    columns = (Column(name, known.title), *([] if known.complete or known.groups else [free]))
+    least = FORWARD_SHARD // (len(known.kinds) or 1)
+    stated = {"name": name, "columns": columns, "declared": known, "least_shard": least}
+    return type(name, (Shift,), stated)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from evaluators.base import Batch, Clean, Column, split_batches, verdicts
 from evaluators.ledger import Score, by_question, share
+from evaluators.shifts import grouped
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.registry import SIXTEEN_CLASSES, STORED_SETS
 from trainables.layers import Classifier
@@ -24,7 +24,6 @@ from trainables.train.exactness import seed_of
 TEXTURE = "texture:"
 SIXTEEN = "cue-conflict-16"
 BIAS = f"{SIXTEEN}/shape-bias"
-IMAGENET_CLASSES = 1000
 
 
 class Stylized(Clean):
@@ -147,17 +146,8 @@ class CueConflict(Stylized):
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         if batch.question != SIXTEEN:
             return super().judge(classifier, batch)
-        logits_BK = classifier(batch.images)
-        if logits_BK.shape[1] != IMAGENET_CLASSES:
-            raise ValueError(
-                f"the stimuli of {self.name} need a model of ImageNet's {IMAGENET_CLASSES} classes,"
-                f" and this one answers among {logits_BK.shape[1]}"
-            )
-        if classifier.columns is not None:
-            logits_BK = logits_BK[:, classifier.columns.argsort()]
-        probabilities_BC = logits_BK.float().softmax(dim=1) @ _averages().to(logits_BK.device)
-        predicted_B = probabilities_BC.argmax(dim=1)
-        return verdicts(batch, SIXTEEN, predicted_B)
+        known = STORED_SETS[self.name]
+        return verdicts(batch, SIXTEEN, grouped(classifier, classifier(batch.images), known))
 
 
 def _conflict(image_id: str) -> str | None:
@@ -166,13 +156,3 @@ def _conflict(image_id: str) -> str | None:
     if not cues or cues[2] not in SIXTEEN_CLASSES:
         raise ValueError(f"stimulus {image_id} does not name shape and texture: cat/cat7-elephant1")
     return None if cues[1] == cues[2] else f"{TEXTURE}{list(SIXTEEN_CLASSES).index(cues[2])}"
-
-
-@cache
-def _averages() -> Tensor:
-    """Return what averages ImageNet's classes to the categories: (1000, 16)."""
-    averages_KC = torch.zeros(IMAGENET_CLASSES, len(SIXTEEN_CLASSES))
-    for category, ranges in enumerate(SIXTEEN_CLASSES.values()):
-        for first, _, last in (part.partition("-") for part in ranges.split()):
-            averages_KC[int(first) : int(last or first) + 1, category] = 1
-    return averages_KC / averages_KC.sum(dim=0)

@@ -120,6 +120,7 @@ class _DataCheck:
         self.class_names = class_list(scale.data_set.classes)
         self.sizes: dict[str, int] = {}
         self.digests: dict[str, str] = {}
+        self.held_out: Split | None = None
         self.damaged: list[str] = []
         self.sound: dict[str, list[Remark]] = {}
         with suppress(OSError, ValueError):
@@ -161,7 +162,9 @@ class _DataCheck:
         elif self.trains and (missing := _missing_classes(train)):
             yield "error", f"{missing} have no image to train on: add images, or remove the folders"
         for images in (train, held_out):
-            yield from self._opened(image_files(images, data_set), "images")
+            files = image_files(images, data_set)
+            yield from self._opened(files, "images")
+        self.held_out = Split(images=files, labels=torch.tensor(held_out.labels), ids=held_out.ids)
         if self.source.workers == 0 and sum(self.sizes.values()) > self.source.memory_bytes:
             text = "the images take more than --data-memory: each trial reads them from files"
             yield "warning", f"{text} by one process; give --data-workers N"
@@ -173,8 +176,10 @@ class _DataCheck:
             yield "ok", f"{textures.clusters} textures of each of {len(textures.classes)} classes"
             return
         none = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
-        data = Data(data_set=self.data_set, train=none, held_out=none, class_names=self.class_names)
-        if stored.evaluator == "corruptions":
+        held_out = self.held_out or none
+        names = self.class_names
+        data = Data(data_set=self.data_set, train=none, held_out=held_out, class_names=names)
+        if stored.kinds:
             splits = CorruptedSet(stored, root, data).splits()
         else:
             splits = iter([(stored.folder, stored_split(stored, root, data))])
@@ -182,7 +187,7 @@ class _DataCheck:
         for part, split in splits:
             counts.add(len(split))
             classes = len(set(split.labels.tolist()))
-            if isinstance(split.images, ImageFiles):
+            if isinstance(split.images, ImageFiles) and not stored.labels:
                 yield from self._opened(split.images, f"{stored.name}/{part}")
         for file in root.glob("*.npy") if stored.arrays else ():
             with file.open("rb") as array:
@@ -191,9 +196,10 @@ class _DataCheck:
         if len(counts) > 1:
             text = f"{root}: its kinds and severities hold {sorted(counts)} images"
             yield "error", f"{text}: fetch it again"
-        odd = not self.data_set.generated and counts != {stored.images}
+        odd = stored.images and not self.data_set.generated and counts != {stored.images}
         text = f"{max(counts):,} images of {classes} classes"
-        yield "warning" if odd else "ok", f"{text} (as published: {stored.images:,})"
+        published = f" (as published: {stored.images:,})" if stored.images else ""
+        yield "warning" if odd else "ok", f"{text}{published}"
 
     def _opened(self, images: ImageFiles, place: str) -> list[Remark]:
         """Open every image; return what is wrong with some.

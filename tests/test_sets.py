@@ -1,8 +1,10 @@
 """Published sets that nothing stands in for: read as published, and named where they lack."""
 
+import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm.data
 import torch
@@ -18,7 +20,8 @@ from grid.study import load_study
 from tests.test_shifts import CPU, classifier
 from trainables.data.base import Data, Split
 from trainables.data.listing import DataSource, class_list
-from trainables.data.registry import STORED_SETS
+from trainables.data.load import CorruptedSet
+from trainables.data.registry import KINDS, STORED_SETS, StoredSet, folder_data_set
 from trainables.layers import Classifier
 from trainables.scale import DIGITS, IMAGENET
 from trainables.store.tracking import TrialRun
@@ -26,6 +29,8 @@ from trainables.store.tracking import TrialRun
 CONTEST = load_study("pretrained-contest")
 CLASSES = tuple(timm.data.ImageNetInfo().label_names())
 ALONE = {name: stored for name, stored in STORED_SETS.items() if stored.alone}
+IN_FOLDERS = ("imagenet-r", "imagenet-sketch", "imagenet-v2")
+OF_KINDS = ("imagenet-c-bar", "imagenet-3dcc")
 NONE = Split(images=torch.empty(0), labels=torch.empty(0), ids=())
 IMAGENET_16 = replace(IMAGENET.data_set, image_size=16)
 
@@ -108,7 +113,7 @@ def test_folders_of_imagenet_v2_are_the_numbers_of_their_classes(tmp_path):
         evaluator.images(data)
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", IN_FOLDERS)
 def test_a_set_in_its_own_folders_is_judged_whole(tmp_path, name):
     known = class_list(ALONE[name].classes)
     data = imagenet(**{name: write_set(tmp_path / name, known)})
@@ -170,6 +175,232 @@ def test_a_set_that_data_lack_is_left_out_and_one_that_is_there_is_judged(tmp_pa
     judging = {name for trial in plan for name in trial.evaluators}
     assert judging & ALONE.keys() == {"imagenet-v2"}
     whole = build_plan(CONTEST, IMAGENET)  # without data, a plan is of all
-    assert {name for trial in whole for name in trial.evaluators} >= ALONE.keys()
+    assert {name for trial in whole for name in trial.evaluators} >= {*IN_FOLDERS}
     with pytest.raises(ValueError, match="imagenet-r needs ImageNet-R: --stored imagenet-r=DIR"):
         evaluator_named("imagenet-r", IMAGENET).images(imagenet())
+
+
+# Sets whose classes are groups of ImageNet's, sets of kinds, and reassessed labels.
+
+
+def write_colours(root, folders, *, border=0):
+    """Write an image of one colour, maybe with a red border, into each folder; return the colours.
+
+    The colours follow from the folders' number alone.
+    """
+    draw = torch.Generator().manual_seed(0)
+    colours = torch.randint(0, 256, (len(folders), 3), generator=draw).tolist()
+    for folder, colour in zip(folders, colours, strict=True):
+        (root / folder).mkdir(parents=True)
+        image = Image.new("RGB", (16 + 2 * border,) * 2, (255, 0, 0))
+        image.paste(Image.new("RGB", (16, 16), tuple(colour)), (border, border))
+        image.save(root / folder / "0.png")
+    return torch.tensor(colours) / 255
+
+
+def by_colour(groups=(), colours_N3=()):
+    """Return a model of 1,000 classes that answers by the mean colour, and its linear layer.
+
+    Every second group's last place knows the group's colour; the tench is taken for the second.
+    """
+    linear = nn.Linear(3, 1000, bias=False)
+    linear.weight.data = torch.randn(1000, 3, generator=torch.Generator().manual_seed(1))
+    places = [[*known_places(ranges)][-1] for ranges in groups]
+    for place, colour in [*zip(places, colours_N3, strict=True)][::2]:
+        linear.weight.data[place] = 99 * nn.functional.normalize(colour, dim=0)
+    if places:
+        linear.weight.data[0] = 99 * nn.functional.normalize(colours_N3[1], dim=0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    return Classifier(model, (0,) * 3, (1,) * 3), linear
+
+
+def judged(name, model, data):
+    evaluator = evaluator_named(name, IMAGENET)
+    ledger = judge_images(evaluator, model, data, device=CPU)
+    assert len({row["image_id"] for row in ledger.to_pylist()}) == evaluator.total(data)
+    return ledger, {s.name: s for s in evaluator.summarize(ledger)}
+
+
+def test_objectnet_is_answered_among_all_classes_and_mapped_as_its_authors_do(tmp_path):
+    """objectnet_eval.py: the likeliest of 1,000 is mapped, or is -1; validate_and_score.py: ==."""
+    known = STORED_SETS["objectnet"]
+    folders = [*known.groups, "air_freshener"]  # one of the 200 that are no class of ImageNet
+    colours_N3 = write_colours(tmp_path / "images", folders, border=2)[:-1]
+    model, linear = by_colour(known.groups.values(), colours_N3)
+    data = imagenet(objectnet=tmp_path)
+    shown_N3 = evaluator_named("objectnet", IMAGENET).images(data).images[:][..., 0, 0] / 255
+    assert torch.equal(shown_N3, colours_N3)  # nothing of the red border
+    mapping = {
+        place: name for name, places in known.groups.items() for place in known_places(places)
+    }
+    with torch.no_grad():
+        answers = [mapping.get(place, -1) for place in linear(colours_N3).argmax(1).tolist()]
+    right = sum(answer == name for answer, name in zip(answers, known.groups, strict=True))
+    ledger, scores = judged("objectnet", model, data)
+    assert (scores["objectnet"].value, scores["objectnet"].n) == (right / 113, 113)
+    names = [*known.groups]
+    ours = {row["image_id"].partition("/")[0]: row["predicted"] for row in ledger.to_pylist()}
+    assert [ours[name] for name in names] == [names.index(a) if a != -1 else -1 for a in answers]
+    assert -1 in ours.values()
+    assert 57 <= right < 113
+
+
+def known_places(ranges):
+    """Read ranges otherwise than the product does."""
+    for part in ranges.split():
+        first, *last = map(int, part.split("-"))
+        yield from range(first, (last or [first])[0] + 1)
+
+
+def test_imagenet_d_is_right_where_the_answer_is_one_of_its_classes(tmp_path):
+    """evaluate_imagenet_models.py: top 1 among all equals one of the folder's places, by part."""
+    known = STORED_SETS["imagenet-d"]
+    colours = {part: write_colours(tmp_path / part, [*known.groups]) for part in known.parts}
+    model, linear = by_colour(known.groups.values(), colours["texture"])
+    right = {}
+    for part, colours_N3 in colours.items():
+        with torch.no_grad():
+            places = linear(colours_N3).argmax(1).tolist()
+        pairs = zip(places, known.groups.values(), strict=True)
+        right[part] = sum(place in known_places(ranges) for place, ranges in pairs)
+    _, scores = judged("imagenet-d", model, imagenet(imagenet_d=tmp_path))
+    assert scores["imagenet-d"].n == 3 * 113
+    assert scores["imagenet-d"].value == pytest.approx(sum(right.values()) / 339)
+    assert {p: scores[f"imagenet-d/{p}"].value * 113 for p in right} == pytest.approx(right)
+    assert sum(right.values()) >= 3 * 57
+
+
+def test_laion_c_is_answered_by_the_greatest_mean_probability(tmp_path):
+    """evaluation.py: the mean of each superclass's probabilities, after a softmax over 1,000."""
+    known = STORED_SETS["laion-c"]
+    model, linear = by_colour()
+    right = {}
+    for kind in known.kinds:
+        for level in range(1, 6):
+            folder = tmp_path / kind / f"intensity_level_{level}"
+            colours_N3 = write_colours(folder, [*known.groups])[torch.arange(16)]
+            for name, image in zip(known.groups, colours_N3, strict=True):
+                with torch.no_grad():
+                    p_K = linear(image).softmax(0)
+                means = {n: p_K[[*known_places(r)]].mean().item() for n, r in known.groups.items()}
+                right[kind] = right.get(kind, 0) + (max(means, key=means.get) == name)
+    _, scores = judged("laion-c", model, imagenet(laion_c=tmp_path))
+    assert {k: scores[f"laion-c/{k}"].value * 80 for k in right} == pytest.approx(right)
+    assert scores["laion-c"].value == pytest.approx(sum(right.values()) / 480)
+    assert (scores["laion-c"].n, right["glitched"] > 0) == (16, True)
+
+
+@pytest.mark.parametrize("name", OF_KINDS)
+def test_a_set_of_kinds_is_the_mean_over_kinds_and_severities(tmp_path, name):
+    """Of two classes the darker ones are right at severities 1 and 2 alone."""
+    known = STORED_SETS[name]
+    for kind in known.kinds:
+        for severity in range(1, 6):
+            for label, wordnet_id in enumerate(CLASSES[:2]):
+                folder = tmp_path / kind / str(severity) / wordnet_id
+                folder.mkdir(parents=True)
+                value = 255 if label else 50 * severity  # the answer is 1 above 127
+                Image.new("RGB", (16, 16), (value,) * 3).save(
+                    folder / "ILSVRC2012_val_00000293.png"
+                )
+    linear = nn.Linear(1, 1000)
+    linear.weight.data.zero_()[1] = 1.0
+    linear.bias.data.fill_(-9.0)[:2] = torch.tensor([0.5, 0.0])
+    layers = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), linear)
+    data = replace(imagenet(**{name: tmp_path}), class_names=CLASSES[:2])
+    data = replace(data, data_set=replace(IMAGENET_16, generated=True))
+    _, scores = judged(name, Classifier(layers, (0,) * 3, (1,) * 3), data)
+    assert len(scores) == 1 + len(known.kinds)
+    assert all((s.value, s.n) == (pytest.approx(0.7), 2) for s in scores.values())
+    evaluator = evaluator_named(name, IMAGENET)
+    assert evaluator.cost(50_000, withstanding=0) == 50_000 * 5 * len(known.kinds)
+    (tmp_path / known.kinds[0] / "3").rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=f"lacks 1 of {5 * len(known.kinds)}: {known.kinds[0]}/3"):
+        evaluator.identity(data)
+
+
+def test_tiny_imagenet_c_is_the_corruptions_of_an_entry_that_names_it(tmp_path):
+    for kind in KINDS:
+        for severity in range(1, 6):
+            write_colours(tmp_path / kind / str(severity), ["n01", "n02"])
+    entry = folder_data_set(image_size=64, num_classes=2, train_images=9, content="0" * 8)
+    data = Data(
+        data_set=replace(entry, counterparts=("tiny-imagenet-c",)),
+        **{"train": NONE, "held_out": NONE, "class_names": ("n01", "n02")},
+        roots={"tiny-imagenet-c": tmp_path},
+    )
+    parts = CorruptedSet(*data.counterpart("corruptions"), data)
+    with pytest.raises(ValueError, match="is 16 x 16 px, not 64 x 64"):
+        next(parts.splits())[1].images[:]
+
+
+def real_labels(tmp_path, first, images=50_000):
+    """Write labels of the first images, none of the others."""
+    tmp_path.mkdir(exist_ok=True)
+    lists = [*first, *[[]] * (images - len(first))]
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    return tmp_path
+
+
+def test_reassessed_labels_are_each_right_and_images_without_any_are_left_out(tmp_path):
+    """README of reassessed-imagenet: [pred in real[i] for i, pred in enumerate(...) if real[i]]."""
+    names = [f"val/n{i}/ILSVRC2012_val_{i:08d}.JPEG" for i in (4, 2, 1, 3)]
+    held_out = Split(
+        images=torch.zeros(4, 3, 16, 16, dtype=torch.uint8), labels=torch.arange(4), ids=(*names,)
+    )
+    lists = [[], [970, 0], [1], [0]]  # of images 1 to 4; the answer to each is 0
+    root = real_labels(tmp_path / "real", lists)
+    data = replace(imagenet(imagenet_real=root), held_out=held_out)
+    ledger, scores = judged("imagenet-real", TENCH, data)
+    rows = {
+        r["image_id"][-6:-5]: (r["survived"], r["label"], r["stage"]) for r in ledger.to_pylist()
+    }
+    assert rows == {"4": (True, 0, "0"), "2": (True, 1, "970 0"), "3": (False, 3, "1")}
+    assert scores["imagenet-real"].value == 2 / 3
+    other = replace(held_out, ids=("a/1.png", *names[1:]))
+    with pytest.raises(ValueError, match=r"no labels for 'a/1.png', only for ILSVRC2012_val_0000"):
+        evaluator_named("imagenet-real", IMAGENET).images(replace(data, held_out=other))
+
+
+@pytest.mark.parametrize(
+    ("lists", "images", "message"),
+    [
+        ([[1]], 49_999, "has labels of 49999 images, not of 50000: fetch it again"),
+        (
+            [[1], [7, 7]],
+            50_000,
+            r"image 2 has the labels \[7, 7\], not different ones from 0 to 999",
+        ),
+        ([[1000]], 50_000, r"image 1 has the labels \[1000\]"),
+        ([3], 50_000, "real.json cannot be read: 1 validation error"),
+    ],
+)
+def test_labels_that_are_not_as_published_are_refused(tmp_path, lists, images, message):
+    data = imagenet(imagenet_real=real_labels(tmp_path / "real", lists, images))
+    with pytest.raises(ValueError, match=message):
+        evaluator_named("imagenet-real", IMAGENET).images(data)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"cat": "281-285", "dog": ""}, "Pets: class 'dog' has the places ''; give it some from 0"),
+        ({"cat": "281-285", "dog": "285"}, "Pets: place 285 is of 'cat' and of 'dog': leave it to"),
+        ({"cat": "999-1000"}, "class 'cat' has the places '999-1000'"),
+    ],
+)
+def test_a_label_map_with_a_hole_or_a_double_is_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        StoredSet("pets", "Pets", "pets", groups=groups)
+
+
+def test_a_packed_set_of_another_length_is_refused(tmp_path):
+    for kind in KINDS:
+        np.save(tmp_path / f"{kind}.npy", np.zeros((9, 16, 16, 3), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(9, dtype=np.uint8))
+    data = replace(imagenet(), class_names=("a", "b"))
+    with pytest.raises(ValueError, match="9 labels, not as many of each of 5 severities: fetch"):
+        CorruptedSet(STORED_SETS["cifar10-c"], tmp_path, data)
+    np.save(tmp_path / "labels.npy", np.zeros(10, dtype=np.uint8))
+    with pytest.raises(ValueError, match="does not hold 9 labels from 0 to 1"):
+        CorruptedSet(STORED_SETS["cifar10-c"], tmp_path, data)

@@ -89,8 +89,9 @@ class ImageFiles:
 
     They are `validated`; those stored at an exact side (`native`, in pixels) must have it, and are
     resized whole. `original` gives one as it is stored, for the random crops of training.
-    `workers`: threads that may decode even where torch has fewer. Paths are one array of bytes:
-    workers that were forked would copy a million Python strings by merely counting references.
+    `workers`: threads that may decode even where torch has fewer. `border`: pixels to cut off on
+    each side first. Paths are one array of bytes: workers that were forked would copy a million
+    Python strings by merely counting references.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class ImageFiles:
         preprocessing: Preprocessing,
         native: int = 0,
         workers: int = 0,
+        border: int = 0,
     ) -> None:
         assert preprocessing.size
-        self.root, self.native, self.workers = root, native, workers
+        self.root, self.native, self.workers, self.border = root, native, workers, border
         self.preprocessing = preprocessing | WHOLE if native else preprocessing
         self.size = preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
@@ -226,7 +228,7 @@ class ImageFiles:
                 f"{self.path(place)} is {image.width} x {image.height} px, not {self.native} x "
                 f"{self.native}: --scale folder takes images of any size"
             )
-        return as_tensor(validated(image, self.preprocessing))
+        return as_tensor(validated(ImageOps.crop(image, self.border), self.preprocessing))
 
 
 class ResizedImages:

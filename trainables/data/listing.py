@@ -193,7 +193,11 @@ def list_stored(
     what is not as published of a set whose data are. Of data with some of their classes alone, so
     are the images.
     """
-    images, known = read_part(folder, (folder,)), class_list(stored.classes)
+    images, known = Paths(), class_list(stored.classes)
+    for part in stored.parts or ("",):
+        for name, paths in read_part(folder, (folder / part,)).items():
+            if name in names or not stored.others:
+                images[name] = images.get(name, []) + paths
     if stored.complete and known:
         places = {str(place): name for place, name in enumerate(known)}
         images = {places.get(name, name): paths for name, paths in images.items()}
@@ -201,9 +205,9 @@ def list_stored(
         raise ValueError(f"{folder} lacks {len(missing)} classes; first: {missing[:3]}: add them")
     if not data_set.generated:
         present, count = [name for name in images if images[name]], sum(map(len, images.values()))
-        if problem := differing(stored.title, present, stored.classes):
+        if not stored.others and (problem := differing(stored.title, present, stored.classes)):
             raise ValueError(f"{folder} {problem}; fetch it again")
-        if stored.complete and count != stored.images:
+        if stored.complete and count != (stored.images or count):
             held = f"{folder} holds {count} images instead of {stored.images}"
             raise ValueError(f"{held}: fetch it again")
     foreign = set(class_list(data_set.classes)) - set(names)

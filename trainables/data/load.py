@@ -6,8 +6,9 @@ Stored out-of-distribution sets are read as published: class folders, or arrays 
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
@@ -17,13 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainables.data.base import Data, Split
 from trainables.data.images import ImageFiles, ResizedImages
 from trainables.data.listing import EMBEDDED, DataSource, ImageList, list_splits, list_stored
-from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, DataSet, StoredSet
+from trainables.data.registry import (
+    DATA_SETS,
+    IMAGENET_CLASSES,
+    SEVERITIES,
+    DataSet,
+    StoredSet,
+)
 from trainables.scale import Scale
 
 Loaded = tuple[Split, Split, tuple[str, ...]]  # train, held out, the classes' names
@@ -115,7 +123,12 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
 
 
 def image_files(
-    listed: ImageList, data_set: DataSet, workers: int = 0, *, native: int | None = None
+    listed: ImageList,
+    data_set: DataSet,
+    workers: int = 0,
+    *,
+    native: int | None = None,
+    border: int = 0,
 ) -> ImageFiles:
     """Return listed images as the data set shows them, undecoded.
 
@@ -123,10 +136,8 @@ def image_files(
     """
     if native is None:
         native = data_set.stored_size if data_set.exact_size else 0
-    preprocessing = data_set.preprocessing
-    return ImageFiles(
-        listed.root, listed.paths, preprocessing=preprocessing, native=native, workers=workers
-    )
+    shown: dict[str, Any] = {"preprocessing": data_set.preprocessing, "native": native}
+    return ImageFiles(listed.root, listed.paths, workers=workers, border=border, **shown)
 
 
 def archive_of(data_set: DataSet, source: DataSource) -> Any:
@@ -169,8 +180,12 @@ def _archived(archive: Any, data_set: DataSet, source: DataSource) -> Loaded:
 def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | None = None) -> Split:
     """Return a stored set's images, their ids the classes and files' names without ending.
 
-    Not `native`: they are resized and cut as held-out images are.
+    Not `native`: they are resized and cut as held-out images are. Where the set is of labels: the
+    held-out images that have some.
     """
+    if stored.labels:
+        places = reassessed(stored, root, data.held_out.ids)
+        return data.held_out.at(np.flatnonzero([*map(bool, places)]))
     if stored.arrays:
         images, labels = (root / name for name in stored.arrays)
         pixels = stored_images(images, data.data_set.stored_size)
@@ -180,24 +195,57 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     listed = list_stored(stored, root / stored.folder, names, data.data_set)
     is_native = stored.native if native is None else native
     side = (stored.size or data.data_set.stored_size) if is_native else 0
-    files = image_files(listed, data.data_set, data.workers, native=side)
+    data_set = replace(data.data_set, squash=stored.squash or data.data_set.squash)
+    files = image_files(listed, data_set, data.workers, native=side, border=stored.border)
     ids = tuple(image_id.rpartition(".")[0] for image_id in listed.ids)
     return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
+
+
+def reassessed(stored: StoredSet, root: Path, ids: Sequence[str]) -> list[list[int]]:
+    """Return the places that a set's file has for each of ImageNet's held-out images, maybe none.
+
+    ValueError where the file is not as published, or an id does not end in the image's number.
+    """
+    lists = _reassessed_lists(root / stored.labels)
+    numbers = [re.search(r"ILSVRC2012_val_(\d{8})(\.\w+)?$", image_id) for image_id in ids]
+    if other := [i for i, n in zip(ids, numbers, strict=True) if not n or int(n[1]) > len(lists)]:
+        wanted = f"ILSVRC2012_val_00000001.JPEG to {len(lists):08d}: keep the published names"
+        raise ValueError(f"{stored.title} has no labels for {other[0]!r}, only for {wanted}")
+    return [lists[int(number[1]) - 1] for number in numbers if number]
+
+
+@cache
+def _reassessed_lists(file: Path) -> list[list[int]]:
+    """Read lists of places, one for each image; ValueError names the first that is none."""
+    try:
+        lists: list[list[int]] = TypeAdapter(list[list[int]]).validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    held_out = DATA_SETS["imagenet"].held_out_images
+    if len(lists) != held_out:
+        raise ValueError(
+            f"{file} has labels of {len(lists)} images, not of {held_out}: fetch it again"
+        )
+    for number, places in enumerate(lists, 1):
+        if len({*places} & {*range(IMAGENET_CLASSES)}) != len(places):
+            text = f"image {number} has the labels {places}, not different ones"
+            raise ValueError(f"{file}: {text} from 0 to {IMAGENET_CLASSES - 1}: fetch it again")
+    return lists
 
 
 class CorruptedSet:
     """A stored set of corruptions: the same images by kind and severity.
 
-    ValueError names what is missing of the fifteen kinds and of their severities, and arrays that
-    do not fit together. Of the extra four kinds those count that there are.
+    ValueError names what is missing of its kinds and of their severities, and arrays that do not
+    fit together. Of the extra kinds those count that there are.
     """
 
     def __init__(self, stored: StoredSet, root: Path, data: Data) -> None:
         self.stored, self.root, self.data = stored, root, data
         end = ".npy" if stored.arrays else ""
-        extra = (kind for kind in EXTRA_KINDS if (root / f"{kind}{end}").exists())
-        self.kinds = (*KINDS, *extra)
-        ends = [end] if stored.arrays else [f"/{severity}" for severity in SEVERITIES]
+        extra = (kind for kind in stored.extra if (root / f"{kind}{end}").exists())
+        self.kinds = (*stored.kinds, *extra)
+        ends = [end] if stored.arrays else [f"/{stored.severity.format(s)}" for s in SEVERITIES]
         parts = [f"{kind}{end}" for kind, end in product(self.kinds, ends)]
         if missing := [part for part in parts if not (root / part).exists()]:
             raise ValueError(f"{root} lacks {len(missing)} of {len(parts)}: {', '.join(missing)}")
@@ -206,6 +254,9 @@ class CorruptedSet:
             self._pixels = {kind: stored_images(root / f"{kind}.npy", side) for kind in self.kinds}
             for pixels in self._pixels.values():
                 self._labels = stored_labels(root / stored.arrays[0], len(pixels), classes)
+            if len(self._labels) % len(SEVERITIES):
+                text = f"{len(self._labels)} labels, not as many of each of {len(SEVERITIES)}"
+                raise ValueError(f"{root / stored.arrays[0]} holds {text} severities: fetch again")
 
     def ids_hash(self) -> str:
         """Return 12 hex digits of the images' names; of arrays, which have none, of the labels."""
@@ -223,7 +274,8 @@ class CorruptedSet:
 
     def _split(self, kind: str, severity: int) -> Split:
         if not self.stored.arrays:
-            return stored_split(self.stored, self.root / kind / str(severity), self.data)
+            place = self.root / kind / self.stored.severity.format(severity)
+            return stored_split(self.stored, place, self.data)
         count = len(self._labels) // len(SEVERITIES)
         part = slice((severity - 1) * count, severity * count)
         pixels, labels = self._pixels[kind][part], self._labels[part]

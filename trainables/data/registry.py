@@ -6,13 +6,15 @@ Nothing here imports torch or opens a file, so that `--plan` stays quick.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from trainables.recipe import Interpolation, Preprocessing, unknown
 
 REDUCED = "-reduced"  # ends the name of a scale whose models are cut down
 FOLDER = "folder"  # the name of a user's own folders, which say themselves what they hold
 SMALLEST_SIZE, LARGEST_SIZE, SIZE_STEP = 16, 1024, 4  # of images for the study's models
+IMAGENET_CLASSES = 1000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEVERITIES = (1, 2, 3, 4, 5)  # of every corruption
 CORRUPTION_GROUPS: dict[str, tuple[str, ...]] = {
@@ -47,16 +49,78 @@ SIXTEEN_CLASSES = {
 }
 
 
+# ObjectNet's folders that are classes of ImageNet. Sources: mapping_files of abarbu/objectnet-
+# template-pytorch @50cc886 (the places), objectnet_metadata of mlfoundations/wise-ft (the folders).
+_OBJECTNET = """
+alarm_clock 409 530, backpack 414, banana 954, band_aid 419, basket 790, beer_bottle 440, bench
+703, bicycle 444 671, binder_closed 446, bottle_cap 455, bread_loaf 930, broom 462, bucket 463,
+butchers_knife 499, can_opener 473, candle 470, cellphone 487, chair 423 559 765, clothes_hamper
+588, coffee_french_press 550, combination_lock 507, computer_mouse 673, desk_lamp 846, doormat
+539, dress 578, dress_shoe_men 630, drill 740, drinking_cup 968, drying_rack_for_dishes 729,
+envelope 549, fan 545, frying_pan 567, full_sized_towel 434, hair_dryer 589, hammer 587,
+hand_towel_or_rag 533, helmet 518 560, iron_for_clothes 606, jeans 608, keyboard 508, ladle 618,
+lampshade 619, laptop_open 620, lemon 951, letter_opener 623, lighter 626, lipstick 629, match
+644, measuring_cup 647, microwave 651, mixing_salad_bowl 659, monitor 664, mug 504, nail_fastener
+677, necklace 679, orange 950, padlock 695, paintbrush 696, paper_towel 700, pen 418 563 749,
+pill_bottle 720, pillow 721, pitcher 725, plastic_bag 728, plate 923, plunger 731, pop_can 737,
+portable_heater 811, printer 742, remote_control 761, ruler 769, running_shoe 770, safety_pin 772,
+salt_shaker 773, sandal 774, screw 783, shovel 792, skirt 601 655 689, sleeping_bag 797,
+soap_dispenser 804, sock 806, soup_bowl 809, spatula 813, speaker 632, still_camera 732 759,
+strainer 828, stuffed_animal 850, suit_jacket 834, sunglasses 837, sweater 841, swimming_trunks
+842, t-shirt 610, teapot 849, tennis_racket 752, tie 457 906, toaster 859, toilet_paper_roll 999,
+trash_bin 412, tray 868, tv 851, umbrella 879, vacuum_cleaner 882, vase 883, wallet 893, watch
+531, water_bottle 898, weight_exercise 543, weight_scale 778, wheel 479 694, whistle 902,
+wine_bottle 907, winter_glove 658, wok 909
+"""
+OBJECTNET_CLASSES: dict[str, str] = dict(
+    " ".join(entry.split()).split(" ", 1) for entry in _OBJECTNET.split(",")
+)
+# The same 113 groups, of which ImageNet-D names twelve otherwise. Source: preprocessing/
+# imgnet_d2imgnet_id.txt of chenshuang-zhang/imagenet_d @d8bb2df.
+_RENAMED = {
+    **{"full_sized_towel": "bath_towel", "butchers_knife": "cleaver", "dress": "gown"},
+    **{"coffee_french_press": "coffee_or_french_press", "hand_towel_or_rag": "dishcloth"},
+    **{"drying_rack_for_dishes": "drying_rack_for_plates", "match": "matchstick"},
+    **{"mixing_salad_bowl": "mixing_or_salad_bowl", "basket": "shopping_basket"},
+    **{"t-shirt": "t_shirt", "drinking_cup": "tea_cup", "stuffed_animal": "teddy_bear"},
+}
+IMAGENET_D_CLASSES = {_RENAMED.get(n, n): places for n, places in OBJECTNET_CLASSES.items()}
+# Source: laionc/mappings/category_mapping.json of FanfeiLi/LAION-C @3c6cad5.
+LAION_C_CLASSES = {
+    **{name: SIXTEEN_CLASSES[name] for name in ("bird", "bottle", "cat", "dog")},
+    **{"ball": "429-430 768 805 852 890", "boat": "472 510 554 576 625 814 914"},
+    **{"butterfly": "321-326", "car_truck": "436 511 555 569 656 675 717 734 817 864 867"},
+    **{"chair": "423 559 703 765 831 857", "fish": "0-4 147-148 393-397"},
+    **{"fruit": "948-951 953-954", "primate": "365-382", "snakes": "52-55 57-68"},
+    **{"instruments": "401-402 420 432 546 558 566 579 593-594 776 881 889"},
+    **{"timekeeping": "409 530-531 826 835 892", "tools": "491 499 587 596 740 784 792"},
+}
+
+
+def places_of(ranges: str) -> list[int]:
+    """Return ImageNet's places of a class: 8 and 10 to 12 of '8 10-12'."""
+    parts = (part.partition("-") for part in ranges.split())
+    return [p for first, _, last in parts for p in range(int(first), int(last or first) + 1)]
+
+
 @dataclass(frozen=True)
 class StoredSet:
-    """A published out-of-distribution set, and the evaluator that reads it.
+    """A published set of test images, and the evaluator that reads it.
 
     It lies where `--stored NAME=DIR` says, or in the folder of its name below the data.
-    `images`: as published, of each kind and severity where it has kinds. `folder`: where its class
-    folders lie below its root. `classes`: timm's list of its classes, none: the data's own; names
-    are classes of its own, and its labels number them. `complete`: every class has a folder.
-    `native`: stored at the data's size, or at `size`. `arrays`: the .npy files of its images and
-    labels; of a set with kinds, the labels alone. `alone`: nothing stands in for it.
+    `images`: as published, of each kind and severity where it has kinds; 0: not stated.
+    `folder`: where its class folders lie below its root. `classes`: timm's list of its classes,
+    none: the data's own; names are classes of its own, and its labels number them. `complete`:
+    every class has a folder. `others`: further folders are passed over.
+    `native`: stored at the data's size, or at `size`. `squash`: both sides are resized. `border`:
+    pixels that are cut off on each side. `arrays`: the .npy files of its images and labels; of a
+    set with kinds, the labels alone. `alone`: nothing stands in for it.
+    `kinds`: of corruptions, and `extra` ones that may lack; in the folder of each those of its
+    severities, named by `severity`. `parts`: folders that each hold some of the class folders.
+    `groups`: each class's places among ImageNet's 1,000, "8 10-12". The answer is the class of the
+    likeliest place, or, `averaged`, the one whose places are likeliest in the mean. `labels`: its
+    file of the places that each of ImageNet's held-out images, by number, has; all are right.
+    `source`: where its layout and protocol were read; `licence`: of its images or labels there.
     """
 
     name: str
@@ -66,13 +130,41 @@ class StoredSet:
     folder: str = ""
     classes: tuple[str, ...] | str = ""
     complete: bool = True
+    others: bool = False
     native: bool = True
     size: int = 0
+    squash: bool = False
+    border: int = 0
     arrays: tuple[str, ...] = ()
     alone: bool = False
+    kinds: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    severity: str = "{}"
+    parts: tuple[str, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict, hash=False)
+    averaged: bool = False
+    labels: str = ""
+    source: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the label map has a hole or a double."""
+        if self.groups:
+            object.__setattr__(self, "classes", tuple(self.groups))
+        owners: dict[int, str] = {}
+        for name, ranges in self.groups.items():
+            if not (places := places_of(ranges)) or max(places) >= IMAGENET_CLASSES:
+                wanted = f"give it some from 0 to {IMAGENET_CLASSES - 1}, such as '409 530-531'"
+                raise ValueError(
+                    f"{self.title}: class {name!r} has the places {ranges!r}; {wanted}"
+                )
+            for place in places:
+                if (owner := owners.setdefault(place, name)) != name:
+                    text = f"place {place} is of {owner!r} and of {name!r}: leave it to one"
+                    raise ValueError(f"{self.title}: {text}")
 
 
-_STORED = (
+_OF_IMAGENET = (
     StoredSet(
         *("imagenet-a", "ImageNet-A", "natural", 7_500),
         classes="imagenet_a_synsets.txt",
@@ -98,21 +190,108 @@ _STORED = (
         native=False,
         alone=True,
     ),
-    StoredSet("imagenet-c", "ImageNet-C", "corruptions", images=50_000),  # below <kind>/<severity>
+    StoredSet(  # among all 1,000 classes; its authors cut the red border off before they resize
+        *("objectnet", "ObjectNet", "objectnet"),
+        folder="images",
+        groups=OBJECTNET_CLASSES,
+        others=True,
+        native=False,
+        border=2,
+        alone=True,
+        source="abarbu/objectnet-template-pytorch @50cc886, objectnet_eval.py",
+    ),
+    StoredSet(  # among all 1,000 classes
+        *("imagenet-d", "ImageNet-D", "imagenet-d"),
+        groups=IMAGENET_D_CLASSES,
+        complete=False,
+        native=False,
+        alone=True,
+        parts=("background", "texture", "material"),
+        source="chenshuang-zhang/imagenet_d @d8bb2df, evaluate_imagenet_models.py",
+        licence="MIT",
+    ),
+    StoredSet(
+        *("laion-c", "LAION-C", "laion-c"),
+        groups=LAION_C_CLASSES,
+        averaged=True,
+        native=False,
+        squash=True,
+        alone=True,
+        kinds=(
+            *("glitched", "mosaic", "stickers", "vertical_lines"),
+            *("geometric_shapes", "luminance_checkerboard"),
+        ),
+        severity="intensity_level_{}",
+        source="FanfeiLi/LAION-C @3c6cad5, laionc/evaluation.py",
+        licence="MIT",
+    ),
+    StoredSet(
+        *("imagenet-c", "ImageNet-C", "corruptions", 50_000),
+        kinds=KINDS,
+        extra=EXTRA_KINDS,
+        source="hendrycks/robustness @8190fe3, ImageNet-C/create_c/make_imagenet_c.py",
+        licence="Apache-2.0",
+    ),
+    StoredSet(
+        *("imagenet-c-bar", "ImageNet-C-bar", "imagenet-c-bar", 50_000),
+        alone=True,
+        kinds=(
+            *("blue_noise_sample", "brownish_noise", "caustic_refraction", "checkerboard_cutout"),
+            *("cocentric_sine_waves", "inverse_sparkles", "perlin_noise", "plasma_noise"),
+            *("single_frequency_greyscale", "sparkles"),
+        ),
+        source="facebookresearch/augmentation-corruption @ba4d5a5, README.md",
+        licence="MIT",
+    ),
+    StoredSet(
+        *("imagenet-3dcc", "ImageNet-3DCC", "imagenet-3dcc", 50_000),
+        alone=True,
+        kinds=(
+            *("near_focus", "far_focus", "bit_error", "color_quant", "flash", "fog_3d"),
+            *("h265_abr", "h265_crf", "iso_noise", "low_light", "xy_motion_blur", "z_motion_blur"),
+        ),
+        source="shift-happens-benchmark/icml-2022 @0afdbbc, imagenet_3dcc.py",
+        licence="CC-BY-NC-4.0",
+    ),
     StoredSet("imagenet-stylized", "Stylized-ImageNet", "stylized", images=50_000, folder="val"),
     StoredSet(  # the folder stimuli/style-transfer-preprocessed-512 of rgeirhos/texture-vs-shape
         *("cue-conflict", "the cue-conflict stimuli of texture-vs-shape", "cue-conflict", 1_280),
-        classes=tuple(SIXTEEN_CLASSES),
+        groups=SIXTEEN_CLASSES,
+        averaged=True,
         size=224,
     ),
+    StoredSet(
+        *("imagenet-real", "ImageNet ReaL", "imagenet-real", 46_837),
+        alone=True,
+        labels="real.json",
+        source="google-research/reassessed-imagenet @bcd006f, README.md",
+        licence="Apache-2.0",
+    ),
     StoredSet("textures", "a texture dictionary", "tpa"),  # in the layout of PatchAttack
-    StoredSet("cifar10-c", "CIFAR-10-C", "corruptions", images=10_000, arrays=("labels.npy",)),
+)
+_OF_OTHERS = (
+    StoredSet(
+        *("cifar10-c", "CIFAR-10-C", "corruptions", 10_000),
+        arrays=("labels.npy",),
+        kinds=KINDS,
+        extra=EXTRA_KINDS,
+        source="hendrycks/robustness @8190fe3, ImageNet-C/create_c/make_cifar_c.py",
+    ),
     StoredSet(
         *("cifar10.1", "CIFAR-10.1", "natural", 2_000),
         arrays=("cifar10.1_v6_data.npy", "cifar10.1_v6_labels.npy"),
+        source="modestyachts/CIFAR-10.1 @d9982ab, README.md",
+        licence="MIT",
+    ),
+    StoredSet(  # of an entry of one's own: Tiny ImageNet's class folders
+        *("tiny-imagenet-c", "Tiny-ImageNet-C", "corruptions"),
+        size=64,
+        kinds=KINDS,
+        extra=EXTRA_KINDS,
+        source="hendrycks/robustness @8190fe3, ImageNet-C/create_c/make_tinyimagenet_c.py",
     ),
 )
-STORED_SETS = {stored.name: stored for stored in _STORED}
+STORED_SETS = {stored.name: stored for stored in (*_OF_IMAGENET, *_OF_OTHERS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +326,7 @@ class DataSet:
     archive: str = ""
     exact_size: bool = False
     flip: bool = True
-    counterparts: tuple[str, ...] = tuple(stored.name for stored in _STORED if not stored.arrays)
+    counterparts: tuple[str, ...] = tuple(stored.name for stored in _OF_IMAGENET)
     generated: bool = True
     origin: DataSet | None = None
     chosen_train: int = 0
