@@ -94,10 +94,6 @@ class Launch:
     manifest: str = ""
     address: str | None = None
 
-    def __post_init__(self) -> None:
-        if "evaluator_share" in self.options.model_fields_set and not self.on_gpus:
-            raise ValueError("--evaluator-share is of GPUs: give --gpus-per-worker as well")
-
     @property
     def placement(self) -> Placement:
         """How trials are placed unless their family is placed otherwise."""

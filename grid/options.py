@@ -210,8 +210,6 @@ class RunOptions(PlaceOptions, DataOptions):
         ):
             if name in self.model_fields_set and not getattr(self, mode):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --{mode}")
-        if self.numerics == "fast" and not self.gpus_per_worker:
-            raise ValueError("--numerics fast is of GPUs: give --gpus-per-worker, or leave it out")
         return self
 
     @property

@@ -171,6 +171,12 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
             f"early_stop ends trials of one worker, and {', '.join(sorted(teams))} has several: "
             "leave out early_stop, or take --workers 1 and no [placement] of several"
         )
+    placed = {study.placement.get(trial.recipe.family) for trial in plan}
+    if not options.gpus_per_worker and not any(theirs and theirs.gpus for theirs in placed):
+        stated = {"--evaluator-share": "evaluator_share" in options.model_fields_set}
+        stated["--numerics fast"] = options.numerics == "fast"
+        for name in (name for name, is_stated in stated.items() if is_stated):
+            raise ValueError(f"{name} is of GPUs: give --gpus-per-worker, or leave it out")
     if not (options.report or options.status):
         for trial in plan:
             with at_key(trial.name):

@@ -13,7 +13,7 @@ from grid.launch import Launch, _config, _kinds_of_gpus, _start_pool
 from grid.options import RunOptions
 from grid.plan import build_plan
 from grid.status import ProgressLine
-from grid.study import PlacementOfFamily, load_study
+from grid.study import load_study
 from tests.driver import study_of_one
 from tests.made_up import record
 from trainables.scale import DIGITS
@@ -49,15 +49,6 @@ def test_trainings_are_fast_on_gpus_unless_they_are_to_be_exact(launch, gpus, st
     options = launch.options.model_copy(update={"gpus_per_worker": gpus, "numerics": stated})
     (trial,) = launch.plan.trials
     assert trial_config(_config(replace(launch, options=options), trial))["numerics"] == numerics
-
-
-def test_an_evaluator_share_goes_with_gpus_of_the_command_or_of_the_study(launch):
-    share = RunOptions(results=launch.options.results, evaluator_share=0.25)
-    with pytest.raises(ValueError, match="--evaluator-share is of GPUs: give --gpus-per-worker"):
-        replace(launch, options=share)
-    placed = {trial.recipe.family: PlacementOfFamily(gpus=1) for trial in launch.plan}
-    study = launch.study.model_copy(update={"placement": placed})
-    assert replace(launch, study=study, options=share).on_gpus
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ def refusal(capsys, *arguments):
         (["--gpus-per-worker", "nan"], "--gpus-per-worker: Input should be a finite number"),
         (["--wait", "8"], "--wait goes with --check"),
         (["--numerics", "fast"], "--numerics fast is of GPUs: give --gpus-per-worker"),
+        (["--evaluator-share", "0.5"], "--evaluator-share is of GPUs: give --gpus-per-worker"),
         (["--plan", "--status", "--report"], "--plan and --status and --report exclude each other"),
         (["--set", "=1"], "--set: unknown field ''; one of optimizer, augmentation"),
         (["--set", "model=resnet18"], "--set: unknown field 'model'; one of optimizer"),
@@ -104,6 +105,16 @@ def test_studies_that_cannot_be_trained_are_refused(capsys, tmp_path, rest, mess
     results = tmp_path / "results"
     assert message in refusal(capsys, "--study", str(path), "--results", str(results))
     assert not (results / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("option", [("--numerics", "fast"), ("--evaluator-share", "0.5")])
+def test_gpus_of_a_studys_placement_do_for_what_is_of_gpus(capsys, tmp_path, option):
+    path = tmp_path / "s.toml"
+    path.write_text(GRID + '["resnet", "deit"]\n[placement]\ndeit.gpus = 1')
+    command = ["--study", str(path), "--results", str(tmp_path / "results"), *option]
+    assert main([*command, "--plan"]) == 0
+    assert "is of GPUs" in refusal(capsys, *command, "--only", "family=resnet")
+    assert not (tmp_path / "results").exists()  # nor a design
 
 
 def test_plan_prints_trials_sharing_and_hyperparameters(capsys):
