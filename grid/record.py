@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import partial
@@ -90,7 +90,8 @@ class Recorder(threading.Thread):
         self._renewed_at = time.monotonic()
         self._unlogged: dict[str, list[Mapping[str, float]]] = {}
         self._epochs_done: Counter[str] = Counter()
-        self._along: set[tuple[str, int]] = set()  # digests and epochs whose weights are judged
+        self._judged: set[tuple[str, int]] = set()  # digests and epochs whose weights are judged
+        self._awaited: set[str] = set()  # trials whose cells another command judges
         self._flushed_at = 0.0
         self._training_over = threading.Event()
         self._abandon = threading.Event()
@@ -253,31 +254,35 @@ class Recorder(threading.Thread):
             self._leases[digest] = Lease.OVER if is_over else Lease.THEIRS if holder else Lease.OURS
             if holder and has_failed:  # it keeps its lease, and does not try again
                 self.failures.append(f"{self._trials[digest].name}: {outcome} in command {holder}")
-            elif run and not holder and not is_over:
+            elif run and not holder:
                 if has_failed:  # in an earlier run: others wait for this one
                     self.tracker.continue_trial(run)
-                for epoch in run.checkpoints:
-                    self._submit_missing_cells(run, epoch)
+                self._submit_missing_cells(run)
+            self._awaited -= {digest}
+            if holder and run and outcome in OVER and self._judgeable(run):
+                self._awaited |= {digest}
             if holder and holder not in self._others:
                 self._others.add(holder)
                 self._line.say(
-                    f"another command ({holder}) trains trials of this plan: these wait; "
-                    "if it has died, they are taken over in 5 min"
+                    f"another command ({holder}) trains and judges trials of this plan: these "
+                    "wait; if it has died, they are taken over in 5 min"
                 )
 
     def _adopt(self, run: TrialRun) -> None:
-        """Go on with a trial as another command has left it, and judge it where that has ended."""
-        digest, before = run.digest, len(self._missing(run.digest))
+        """Note how far another command has come with a trial."""
+        digest, trial = run.digest, self._trials[run.digest]
+        was_over, before = self._outcome(digest) in OVER, self._missing(digest)
+        self.progress.cells -= len(before) + self._ahead(trial)
         self._runs[digest] = run
-        if self._outcome(digest) not in OVER:
-            return
-        if digest in self._needed():
-            self._restored(run, for_student=True)
-        self.tracker.enrol(run, self._study, " ".join(self._trials[digest].tables))
-        self.progress.cells += len(self._missing(digest)) - before
-        self._ended(run)
-        for epoch in run.checkpoints:
-            self._submit_missing_cells(run, epoch)
+        missing = self._missing(digest)
+        self.progress.cells += len(missing) + self._ahead(trial)
+        judged = (name for name, epoch in before if not epoch and (name, 0) not in missing)
+        self._coming -= self._images(digest, judged)
+        if self._outcome(digest) in OVER and not was_over:
+            if digest in self._needed():
+                self._restored(run, for_student=True)
+            self.tracker.enrol(run, self._study, " ".join(trial.tables))
+            self._ended(run)
 
     def started(self, digest: str) -> None:
         """Note that a trial began or went on."""
@@ -303,10 +308,12 @@ class Recorder(threading.Thread):
 
     def run(self) -> None:
         try:
-            for run in self._runs.values():
-                last = (0,) if run.outcome == "finished" else ()
-                for epoch in (*run.checkpoints, *last):
-                    self._submit_missing_cells(run, epoch)
+            if self.tracker.is_alone:
+                for run in self._runs.values():
+                    self._submit_missing_cells(run)
+            else:
+                over = (run for digest, run in self._runs.items() if self._outcome(digest) in OVER)
+                self._take(*(run.digest for run in over if self._judgeable(run)))
             while not self._abandon.is_set():
                 self._handle_events(EVENTS_AT_ONCE)
                 wait = POLL_SECONDS if self._events.empty() else 0.0
@@ -314,7 +321,7 @@ class Recorder(threading.Thread):
                     self._record(cell, ledger, error)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
                 if len(self._pool) == 0:
-                    if self._training_over.is_set() and self._events.empty():
+                    if self._training_over.is_set() and self._events.empty() and not self._awaited:
                         break
                     time.sleep(wait)
             self._handle_events(self._events.qsize())
@@ -330,7 +337,11 @@ class Recorder(threading.Thread):
         if time.monotonic() - self._renewed_at > RENEW_SECONDS:
             lost = {digest for digest in self.tracker.renew() if self._outcome(digest) not in OVER}
             leases = list(self._leases.items())  # Tune's thread adds some
-            self._take(*(d for d, lease in leases if lease is Lease.THEIRS or d in lost))
+            theirs = (d for d, lease in leases if lease is Lease.THEIRS or d in lost)
+            self._take(*dict.fromkeys([*theirs, *self._awaited]))
+            if self._awaited and self._training_over.is_set() and not len(self._pool):
+                # What it has and does not judge is another's, which may wait for it likewise.
+                self.tracker.renew(over=True)
             self._renewed_at = time.monotonic()
 
     def _on_started(self, digest: str) -> None:
@@ -372,7 +383,7 @@ class Recorder(threading.Thread):
             # Judged while the trial trains on.
             if epoch not in run.checkpoints and (content := self._read(path)):
                 self.tracker.log_checkpoint(run, epoch, content, **self._sizes(run))
-                self._submit_missing_cells(run, epoch)
+                self._submit_missing_cells(run)
         if result["outcome"] != "training":
             self._on_done(run, result)
 
@@ -403,11 +414,15 @@ class Recorder(threading.Thread):
         self.progress.trials_trained += bool(self._trials[run.digest].recipe.epochs)
         self.progress.running.pop(run.digest, None)
         self._ended(run)
+        self._submit_missing_cells(run)
 
     def _ended(self, run: TrialRun) -> None:
         self.progress.trials_done += 1
         self.progress.cells -= self._ahead(self._trials[run.digest])
-        self._submit_missing_cells(run)
+        if run.outcome != "finished":  # there are no last weights
+            never = [name for name, epoch in self._missing(run.digest) if not epoch]
+            self.progress.cells -= len(never)
+            self._coming -= self._images(run.digest, never)
 
     def _forget_cells(self, run: TrialRun) -> None:
         """Mark cells to be judged again: they were judged with other weights of the trial."""
@@ -425,28 +440,36 @@ class Recorder(threading.Thread):
         run = self._runs[digest]
         self.tracker.end_trial(run, outcome="failed", reason=reason, trace=failure["trace"])
 
-    def _submit_missing_cells(self, run: TrialRun, epoch: int = 0) -> None:
-        """Have a trial's weights judged: those after an epoch, or the last, if there are any."""
-        if (run.digest, epoch) in self._along:
-            return
-        if epoch:
-            self._along.add((run.digest, epoch))
-        names = [name for name, at in self._missing(run.digest) if at == epoch]
-        missing = {name: self._question(run.digest, name) for name in names}
-        if not epoch:
-            self._coming -= Counter({name: question.images for name, question in missing.items()})
-        if not epoch and run.outcome != "finished":
-            self.progress.cells -= len(missing)
-            return
-        place, trial = self.tracker.place_of(run, epoch), self._trials[run.digest]
-        for evaluator, question in missing.items():
-            cell = Cell(
-                *(run.digest, place, evaluator, question.digest),
-                geometry=trial.geometry,
-                epoch=epoch,
-                images=trial.images[evaluator],
-            )
-            self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
+    def _images(self, digest: str, evaluators: Iterable[str]) -> Counter[str]:
+        """Return of how many images of a trial's evaluators ask."""
+        return Counter({name: self._question(digest, name).images for name in evaluators})
+
+    def _judgeable(self, run: TrialRun) -> dict[int, list[str]]:
+        """Return by epoch the evaluators that have not judged weights that are there."""
+        missing: dict[int, list[str]] = {}
+        for name, epoch in self._missing(run.digest):
+            if epoch or run.outcome == "finished":
+                missing.setdefault(epoch, []).append(name)
+        return missing
+
+    def _submit_missing_cells(self, run: TrialRun) -> None:
+        """Have the weights that are there of a trial judged, each once."""
+        trial = self._trials[run.digest]
+        for epoch, names in self._judgeable(run).items():
+            if (run.digest, epoch) in self._judged:
+                continue
+            self._judged.add((run.digest, epoch))
+            if not epoch:
+                self._coming -= self._images(run.digest, names)
+            place = self.tracker.place_of(run, epoch)
+            for name, question in ((n, self._question(run.digest, n)) for n in names):
+                cell = Cell(
+                    *(run.digest, place, name, question.digest),
+                    geometry=trial.geometry,
+                    epoch=epoch,
+                    images=trial.images[name],
+                )
+                self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
         """Write a cell's ledger and scores, or why there are none."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from mlflow import MlflowClient
 
+from grid.plan import Plan
 from grid.record import Lease, Recorder
 from grid.status import ProgressLine
+from tests.driver import wait_until
 from tests.made_up import MadeUpPool
 from tests.test_mend import PLAN, STUDY, TEACHER, flip
 from trainables.data.load import load_data
@@ -26,10 +31,10 @@ def command(tmp_path):
     place = (tmp_path / "artifacts").as_uri()
     MlflowClient(uri).create_experiment("x", place, {SCHEMA_TAG: str(SCHEMA)})
 
-    def start(owner):
+    def start(owner, plan=PLAN):
         tracker = Tracker(uri, experiment="x", artifacts=None, owner=owner)
         told = {"study": STUDY.name, "scale": DIGITS, "data": load_data(DIGITS)}
-        return Recorder(tracker, PLAN, line=ProgressLine(), **told)
+        return Recorder(tracker, plan, line=ProgressLine(), **told)
 
     return start
 
@@ -53,16 +58,86 @@ def test_commands_that_each_have_a_failed_trial_do_not_wait_for_each_other(comma
     assert take(command("other"), first) is Lease.THEIRS
 
 
+def finish(recorder, path, recipe=TEACHER):
+    """Report that a trial has finished, with initial weights."""
+    sha256 = save_weights(path, build_classifier(recipe), recipe.model_dump_json())
+    recorder.started(recipe.digest())
+    ended = {"outcome": "finished", "reason": "", "weights": str(path), "sha256": sha256}
+    recorder.reported({"digest": recipe.digest(), "epoch": 1, "epochs": []} | ended)
+
+
+class BusyPool(MadeUpPool):
+    """Judges when it is let."""
+
+    is_let = False
+
+    def poll(self, timeout):
+        return super().poll(timeout) if self.is_let else []
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_command_that_has_a_trial_judges_it_alone_unless_it_dies(
+    command, tmp_path, monkeypatch, dies
+):
+    monkeypatch.setattr("grid.record.RENEW_SECONDS", 0.1)
+    one, pool = command("one"), BusyPool()
+    take(one, TEACHER.digest())
+    with ThreadPoolExecutor(1) as thread, one.recording(pool):
+        finish(one, tmp_path / "weights.safetensors")
+        wait_until(None, lambda: len(pool))
+        if dies:
+            monkeypatch.setattr(one.tracker, "renew", lambda **_: set())
+            monkeypatch.setattr("trainables.store.tracking.SILENT_RENEWALS", 5)
+        other = command("other")
+        ended = thread.submit(record_until_all_is_judged, other)
+        if dies:
+            ended.result()
+        else:
+            wait_until(None, lambda: other._awaited)
+        pool.is_let = True
+    ended.result()
+    assert (one.progress.cells_done, other.progress.cells_done) == (1, int(dies))
+    cells = one.tracker.trials()[TEACHER.digest()].cells
+    assert [*cells] == ["clean"]
+
+
+def record_until_all_is_judged(recorder):
+    with recorder.recording(MadeUpPool()):
+        pass
+
+
+def test_commands_with_other_evaluators_do_not_wait_for_each_other(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("grid.record.RENEW_SECONDS", 0.1)
+    trials = [trial for trial in PLAN if not trial.recipe.prerequisites][:2]
+    plans = [
+        Plan(tuple(replace(trial, evaluators=("clean", name)) for trial in trials))
+        for name in ("pgd", "health")
+    ]
+    recorders = [command(name, plan) for name, plan in zip(("one", "other"), plans, strict=True)]
+    both_are_over = Barrier(2)
+
+    def work(recorder, trial):
+        take(recorder, trial.digest)
+        with recorder.recording(MadeUpPool()):
+            finish(recorder, tmp_path / trial.digest, trial.recipe)
+            wait_until(None, lambda: recorder._outcome(trial.digest) == "finished")
+            both_are_over.wait()
+            for other in trials:
+                recorder.lease(other.digest)
+
+    with ThreadPoolExecutor(2) as threads:
+        [*threads.map(work, recorders, trials)]
+    for run in recorders[0].tracker.trials().values():
+        assert sorted(run.cells) == ["clean", "health", "pgd"]
+
+
 def test_a_command_that_starts_later_takes_the_weights_of_another(command, tmp_path):
     one, digest = command("one"), TEACHER.digest()
     path = tmp_path / "weights.safetensors"
-    sha256 = save_weights(path, build_classifier(TEACHER), TEACHER.model_dump_json())
-    content = path.read_bytes()
     take(one, digest)
     with one.recording(MadeUpPool()):
-        one.started(digest)
-        ended = {"outcome": "finished", "reason": "", "weights": str(path), "sha256": sha256}
-        one.reported({"digest": digest, "epoch": 1, "epochs": []} | ended)
+        finish(one, path)
+    content = path.read_bytes()
     stored = Path(weights_path(str(tmp_path / "other"), digest))
 
     def is_trained_again():
