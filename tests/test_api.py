@@ -1,6 +1,5 @@
 """The Python API: any model on any images, and two models compared."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -396,17 +395,3 @@ def test_two_models_are_compared_on_the_same_images_and_questions_alone(coloured
         compare(seeing, quiet(blind, (images * 0.9, labels)))
     with pytest.raises(ValueError, match="they share no score of"):
         compare(seeing, quiet(blind, coloured, "stylized"))
-
-
-def test_the_readmes_five_lines_judge_and_compare(coloured, capsys):
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    images, labels = coloured
-    names = {"model": Brightest(), "images": images, "labels": labels}
-    names["other"] = quiet(Brightest(), coloured, ["clean", "pgd"], epsilon="8/255")
-    exec(block, names)  # noqa: S102 - the project's own page
-    said = capsys.readouterr().out
-    assert {("clean", "83.33"), ("pgd-100", "83.33")} <= {
-        tuple(line.split()[:2]) for line in said.splitlines()
-    }
-    assert "McNemar p" in said
-    assert names["scores"]["autoattack"].n == 12

@@ -14,7 +14,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 from jsonschema import ValidationError
@@ -23,7 +22,6 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.scripts.scripts import cli
 
 from grid.options import RunOptions
 
@@ -133,25 +131,6 @@ def test_a_node_is_drained_by_a_signal_once_aws_takes_it_away(answer, ended):
         done = subprocess.run(command, check=False, env=os.environ | place, timeout=50)
         server.shutdown()
     assert done.returncode == (128 - ended if ended else 0)
-
-
-def commands_of(path):
-    """Return every `ray` command in a page's code blocks, split as a shell splits it."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text().replace("\\\n", " "), re.DOTALL)
-    lines = (shlex.split(line, comments=True) for block in blocks for line in block.splitlines())
-    return [words[1:] for words in lines if words[:1] == ["ray"]]
-
-
-def test_the_documented_commands_are_commands_of_ray_with_options_it_knows():
-    pages = (ROOT / "docs" / "cluster.md", ROOT / "docs" / "slurm.md")
-    documented = [command for page in pages for command in commands_of(page)]
-    assert {words[0] for words in documented} >= {"up", "exec", "rsync-down", "job", "down"}
-    for words in documented:
-        with cli.make_context("ray", list(words)) as context:
-            name, command, rest = cli.resolve_command(context, words)
-            if isinstance(command, click.Group):
-                name, command, rest = command.resolve_command(context, rest)
-            command.make_context(name, rest)
 
 
 class Commands:
