@@ -74,6 +74,7 @@ VARIANTS = {
             "clip_grad": 1.0,
             "loss": "bce",
             "ema_decay": 0.9,
+            "lookahead": True,
             "scheduler": "poly",
             "layer_decay": 0.75,
         },

@@ -147,3 +147,21 @@ def test_arguments_that_timm_does_not_take_are_refused_by_name(small, changes, m
     recipe = small("resnet", **changes)
     with pytest.raises(ValueError, match=message):
         learning_rate(recipe, 1) and build_optimizer(recipe, build_classifier(recipe))
+
+
+def test_lookahead_goes_half_the_way_every_six_steps():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    recipe = resnet50().replace(
+        learning_rate=1.0,
+        weight_decay=0.0,
+        lookahead=True,
+        optimizer_args={"momentum": 0.0, "nesterov": False},
+    )
+    optimizer, ways = build_optimizer(recipe, layer), []
+    for _ in range(12):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+        ways.append(layer.weight.item())
+    # The slow weights are first those after six steps; half way from there to -12 is -9.
+    assert ways == [-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -9]

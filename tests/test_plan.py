@@ -79,6 +79,7 @@ VALUES = {
     "clip_mode": (),
     "ema_decay": (0.99,),
     "ema_evaluated": (True,),
+    "lookahead": (True,),
     "scheduler_args": ({"decay_rate": 0.5},),
     "warmup_prefix": (True,),
     "cooldown_epochs": (1,),

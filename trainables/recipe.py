@@ -366,6 +366,7 @@ class Recipe(Frozen):
     create_optimizer_v2 and create_scheduler_v2). The last `cooldown_epochs` have the floor rate;
     `warmup_prefix` has the schedule begin behind the warm-up. `ema_decay`: of the mean of the
     weights (0: none), which is what is stored and judged unless `ema_evaluated` is false.
+    `lookahead`: timm's, around the optimizer (Zhang et al. 2019, algorithm 1; k 6, alpha 0.5).
     `color_jitter`: torchvision's strength of brightness, contrast and saturation, beside a policy
     too. `erasing`: the chance of timm's random erasing, before images are mixed. `repeats`: of
     each image in an epoch, whose length stays (Hoffer et al. 2020). `least_crop`: least share of
@@ -391,6 +392,7 @@ class Recipe(Frozen):
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     ema_decay: float = Field(default=0, ge=0, lt=1)
     ema_evaluated: bool = True
+    lookahead: bool = False
     scheduler: Scheduler
     scheduler_args: Arguments = {}
     warmup_prefix: bool = False
@@ -701,8 +703,16 @@ BEYOND_STUDY = {
     name: Recipe.model_fields[name].get_default(call_default_factory=True)
     for name in (
         *("model_args", "drop_path", "dropout", "optimizer_args", "layer_decay"),
-        *("clip_grad", "clip_mode", "ema_decay", "ema_evaluated", "scheduler_args"),
-        *("warmup_prefix", "cooldown_epochs", "color_jitter", "erasing", "repeats", "flip"),
+        *("clip_grad", "clip_mode", "ema_decay", "ema_evaluated", "lookahead"),
+        *(
+            "scheduler_args",
+            "warmup_prefix",
+            "cooldown_epochs",
+            "color_jitter",
+            "erasing",
+            "repeats",
+            "flip",
+        ),
         *("least_crop", "train_sizes", "loss", "bce_threshold", "warm_start", "reset_head"),
     )
 }

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from timm.loss import BinaryCrossEntropy
+from timm.optim import Lookahead
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -162,6 +163,8 @@ def train(
 def _measured(training: _Training, epoch: int) -> dict[str, float]:
     """Close an epoch: return its mean loss and its last rate, and measure what is due after it."""
     recipe, classifier, data = training.recipe, training.classifier, training.data
+    if isinstance(training.optimizer, Lookahead):
+        training.optimizer.sync_lookahead()
     scale, device, team = scale_named(recipe.scale), training.device, training.team
     loss = float(team.total(training.loss)) / team.size / training.forward
     metrics = {"epoch": epoch + 1.0, "train/loss": loss, "train/rate": training.rate}

@@ -6,7 +6,7 @@ import math
 from typing import cast
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -83,10 +83,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
+    """Build a recipe's optimizer; ValueError where it does not take an argument."""
+    optimizer = _single(recipe, module)
+    return Lookahead(optimizer) if recipe.lookahead else optimizer
+
+
+def _single(recipe: Recipe, module: nn.Module) -> Optimizer:
     """Build the study's SGD (Nesterov, momentum 0.9) or AdamW (eps 1e-8), or timm's optimizer.
 
-    A group's rate is the recipe's times its `lr_scale`, which layer decay sets. ValueError where
-    the optimizer does not take an argument.
+    A group's rate is the recipe's times its `lr_scale`, which layer decay sets.
     """
     name, rate, decay = recipe.optimizer, recipe.learning_rate, recipe.weight_decay
     network = getattr(module, "backbone", module)
