@@ -1,4 +1,4 @@
-"""Take the README's pictures of the report and of the MLflow UI.
+"""Take the pictures of the report and of the MLflow UI: README, results.md.
 
     python -m docs.screenshots RESULTS [SCALE]
 
