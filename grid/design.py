@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt, TypeAdapter
 
@@ -20,6 +21,9 @@ from grid.table import Claim, trainings_compared
 from trainables.scale import Scale
 from trainables.store.results import DATABASE, DESIGNED
 from trainables.store.storage import below, read_file, write_file
+
+if TYPE_CHECKING:
+    from trainables.store.tracking import Tracker
 
 DESIGNS = TypeAdapter(dict[str, dict[str, PositiveInt]])
 Cell = tuple[str, str]  # a trial's digest, and an evaluator
@@ -65,10 +69,11 @@ def with_design(
 
     Cells that no claim is about draw the scale's `unclaimed_images`.
 
-    The results remember each design that was run, so that the same command again asks the same, and
-    none judges fewer images than one before. The design is None where it is remembered, but for
-    --plan, and where no difference is asked for. held_out: so many images there are. ValueError
-    where a difference is asked for, and the plan has no claim that images decide.
+    Storage and MLflow server remember each design that was run, so that the same command again asks
+    the same, as do others on the server, and none judges fewer images than one before. The design
+    is None where it is remembered, but for --plan, and where no difference is asked for. held_out:
+    so many images there are. ValueError where a difference is asked for, and the plan has no claim
+    that images decide.
     """
     claims = _decided(study, plan, scale)
     if options.detect and not claims:
@@ -80,7 +85,9 @@ def with_design(
         return plan, None
     place = below(options.storage or str(options.results), DESIGNED)
     goal = Goal.of_claims(scale.detect, options.power, len(claims))
-    known = _designs_of(place)
+    stored, server = read_file(place), _server(options, scale)
+    shared = server.shared(DESIGNED) if server else None
+    known = _designs(place, stored) | _designs(f"{DESIGNED} of {options.mlflow}", shared)
     question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     few = _few(plan, scale.unclaimed_images, known)
@@ -96,8 +103,11 @@ def with_design(
         for of_claim, cells in designs:
             least |= {name: max(of_claim.images, least[name]) for name in map(" ".join, cells)}
         known.setdefault(key, least)
-        if not options.plan:
-            write_file(place, json.dumps(known, indent=1).encode())
+    content = json.dumps(known, indent=1).encode()
+    if content != stored and not options.plan:
+        write_file(place, content)
+    if server and content != shared and not options.plan:
+        server.shared(DESIGNED, content)
     images: dict[str, Counter[str]] = defaultdict(Counter)
     for cell in few | known[key]:
         digest, _, evaluator = cell.partition(" ")
@@ -119,9 +129,18 @@ def _few(plan: Plan, images: int, known: Mapping[str, Mapping[str, int]]) -> dic
     return dict.fromkeys(free, images) if images else {}
 
 
-def _designs_of(place: str) -> dict[str, dict[str, int]]:
-    """Return the designs that results remember, by key; ValueError where their file is damaged."""
-    content = read_file(place)
+def _server(options: RunOptions, scale: Scale) -> Tracker | None:
+    """Return the MLflow server that commands share; for a plan, none where it does not answer."""
+    with suppress(ValueError) if options.plan else nullcontext():
+        if options.mlflow:
+            from grid.status import open_tracker
+
+            return open_tracker(options.results, options.mlflow, scale)
+    return None
+
+
+def _designs(place: str, content: bytes | None) -> dict[str, dict[str, int]]:
+    """Return the designs that a file holds, by key; ValueError where it is damaged."""
     try:
         return DESIGNS.validate_json(content) if content is not None else {}
     except ValueError:

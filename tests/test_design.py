@@ -42,6 +42,19 @@ def test_a_design_lies_in_the_storage_which_outlives_a_head(tmp_path):
     assert [trial.images for trial in again] == [trial.images for trial in plan]
 
 
+def test_commands_on_one_server_have_one_design_whatever_their_storage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts
+    server = ("--mlflow", f"sqlite:///{tmp_path}/server.db")
+    plan, design = design_of(tmp_path / "one", *server)
+    assert design
+    (tmp_path / "one" / DESIGNED).unlink()
+    for results in ("one", "other"):
+        again, unmade = design_of(tmp_path / results, *server)
+        assert unmade is None
+        assert [trial.images for trial in again] == [trial.images for trial in plan]
+        assert (tmp_path / results / DESIGNED).exists()  # which --pull brings home
+
+
 def test_a_cell_gets_the_images_that_its_claims_need_and_others_a_few(tmp_path):
     plan, design = design_of(tmp_path, "--seeds", "1", seeds=1)
     by_claim = {claim.claim.says: claim for claim, _ in design.designs}
