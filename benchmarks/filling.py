@@ -4,8 +4,8 @@ Two nodes of four GPUs. Each training and each cell takes as long as `--plan` re
 order, students after their teachers. Simulated: scale imagenet, for trials of 1, 2 and 4 GPUs. With
 `--real SECONDS`: scale digits through Ray Tune and the pool of evaluators, on a Ray whose GPUs are
 made up; trials and evaluators sleep, so many seconds for a unit of work. A GPU is busy where a
-trial holds it, and a quarter of it where an evaluator does for which there is an image to judge;
-on Ray that counts their start.
+trial holds it, which counts its start, and a quarter of it where an evaluator is there that has an
+image to judge.
 
 The study takes no less than its longest trial. At imagenet with one GPU each that is longer than an
 eighth of all work, which bounds the busy share: the bound is printed beside it.
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import queue
+import sys
 import tempfile
 import threading
 import time
@@ -134,13 +135,19 @@ class StubTrial(RecipeTrial):
 class StubRecorder(threading.Thread):
     """Hands the cells of trials that have ended to the pool, as the recorder does."""
 
-    def __init__(self, plan: Plan, pool: Any) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__(daemon=True)
-        self._plan, self._pool = plan, pool
+        self._plan = plan
+        self._pool: Any = None
+        self.work_waited_at = 0.0  # the last time that some had no GPU
         self.todo = {trial.digest: trial for trial in plan}
         self.failures: list[str] = []
         self.judged = 0
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def start_with(self, pool: Any) -> None:
+        self._pool = pool
+        self.start()
 
     def trials_to_train(self) -> Iterable[Any]:
         return [*self._plan]
@@ -148,7 +155,10 @@ class StubRecorder(threading.Thread):
     def started(self, digest: str) -> None:
         """Do nothing."""
 
-    check = staticmethod(lambda: None)
+    def check(self) -> None:
+        if not self.is_alive():
+            raise RuntimeError("nobody hands out cells any more")
+
     lease = staticmethod(lambda _: Lease.OURS)
 
     def reported(self, result: Mapping[str, Any]) -> None:
@@ -166,7 +176,7 @@ class StubRecorder(threading.Thread):
             while not self._ended.empty():
                 trial = self.todo.pop(self._ended.get())
                 for name in trial.evaluators:
-                    self._pool.submit(StubCell(trial.digest, name), REAL_SHARDS)
+                    self._pool.submit(StubCell(trial.digest, name, name), REAL_SHARDS)
             for cell, _, error in self._pool.poll(0.1):
                 self.judged += not error
                 self.failures += [error] if error else []
@@ -181,11 +191,13 @@ def on_ray(plan: Plan, work: Work, unit: float, folder: Path) -> tuple[Looks, St
     from grid import assess, launch
 
     looks: Looks = []
+    recorder = StubRecorder(plan)
 
     def looked_at(nodes: Any, placed: Any, waiting: Any, there: Any, **needs: Any) -> Counter[Home]:
-        held = GPUS - ray.available_resources().get("GPU", 0.0)
-        idle = max(0, there.total() - needs["wanted"])
-        looks.append((time.monotonic(), held - EVALUATOR_GPUS * idle))
+        judging = EVALUATOR_GPUS * min(there.total(), needs["wanted"])
+        looks.append((time.monotonic(), len(placed) + judging))
+        if waiting or needs["wanted"] > there.total():
+            recorder.work_waited_at = time.monotonic()
         return lendable(nodes, placed, waiting, there, **needs)
 
     seconds = {digest: unit * work[digest, ""] for digest in {trial.digest for trial in plan}}
@@ -195,6 +207,8 @@ def on_ray(plan: Plan, work: Work, unit: float, folder: Path) -> tuple[Looks, St
         for (digest, name), units in work.items()
     }
     ledger = to_parquet(LEDGER.empty_table(), seconds=1.0)
+    # Else its processes would import this file, and torch.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     launch.RecipeTrial = StubTrial  # type: ignore[misc]
     launch.lendable = looked_at
     assess.EvaluatorActor = StubEvaluator  # type: ignore[assignment,misc]
@@ -210,9 +224,7 @@ def on_ray(plan: Plan, work: Work, unit: float, folder: Path) -> tuple[Looks, St
         ray.init(address=nodes.address, log_to_driver=False)
         options = RunOptions(results=folder, gpus_per_worker=1.0)
         what = launch.Launch(study=load_study("bai2021"), plan=plan, scale=DIGITS, options=options)
-        pool = launch._start_pool(what, json.dumps([judging, ledger.hex()]))
-        recorder = StubRecorder(plan, pool)
-        recorder.start()
+        recorder.start_with(launch._start_pool(what, json.dumps([judging, ledger.hex()])))
         launch.train_missing(what, recorder, {})  # type: ignore[arg-type]
         recorder.join()
         looks.append((time.monotonic(), 0.0))
@@ -251,7 +263,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             looks, recorder = on_ray(plan, work, options.real, Path(folder))
         print(f"{recorder.judged} cells judged, failures: {recorder.failures}")
-        report(f"on Ray, {options.real:g} s a unit", looks, 8.0)
+        full = next(at for at, count in looks if count >= GPUS)
+        edges = (looks[0][0], full, recorder.work_waited_at, looks[-1][0])
+        titles = ("start, until all are busy", "while work waits", "tail, when none waits any more")
+        for title, (since, until) in zip(titles, pairwise(edges), strict=True):
+            part = [(at, count) for at, count in looks if since <= at < until]
+            mean = busy([*part, (until, 0.0)])[0] if part else 0.0
+            print(f"{title}: {mean:.2f} of {GPUS} GPUs busy in {until - since:.0f} s")
+        report(f"on Ray, {options.real:g} s a unit", looks, GPUS)
         return
     for scale, workers in (("digits", 1), ("imagenet", 1), ("imagenet", 2), ("imagenet", 4)):
         plan, work = study_at(scale_named(scale))

@@ -1,4 +1,4 @@
-"""The evaluator of `benchmarks.filling`, whose processes need not import torch."""
+"""The evaluator of `benchmarks.filling`, whose processes import next to nothing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any, NamedTuple
 
 import ray
 
-from trainables.recipe import Preprocessing
-
 
 class StubCell(NamedTuple):
     """A cell without what grid.assess imports."""
 
     trial: str
     evaluator: str
-    question: str = "q"
+    question: str  # cells of one question share a folder
     epoch: int = 0
-    geometry: Preprocessing = Preprocessing()
+
+    @property
+    def geometry(self) -> Any:
+        """Return how images are brought to the model's size; only the driver imports that."""
+        from trainables.recipe import Preprocessing
+
+        return Preprocessing()
 
 
 @dataclass(frozen=True, order=True)

@@ -128,6 +128,10 @@ class MlflowServer:
             self.kill()
             raise
 
+    @property
+    def pid(self) -> int | None:
+        return self._process and self._process.pid
+
     def kill(self) -> None:
         if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -388,7 +388,7 @@ def polled(pool, until):
 
 def test_evaluators_borrow_all_gpus_and_give_them_back_to_a_trial_between_shards(evaluators):
     pool, *_ = evaluators
-    pool.submit(StubCell("a", "clean"), 400)
+    pool.submit(StubCell("a", "clean", "q"), 400)
     polled(pool, lambda: len(pool._under_way) == 8)
     # A trial as large as the cluster, of which an eighth is less.
     trial = placement_group([{"CPU": 1, "GPU": 1}] * 2)
@@ -400,7 +400,7 @@ def test_evaluators_borrow_all_gpus_and_give_them_back_to_a_trial_between_shards
 
 def test_what_is_lost_with_a_node_is_no_failure_and_others_judge_it(evaluators):
     pool, (doomed, _), cluster = evaluators
-    pool.submit(cell := StubCell("b", "clean"), 40)
+    pool.submit(cell := StubCell("b", "clean", "q"), 40)
     polled(pool, lambda: len(pool._under_way) == 8)
     cluster.remove_node(doomed, allow_graceful=False)
     polled(pool, lambda: doomed.node_id in nodes_gone(False))
