@@ -35,6 +35,7 @@ EVALUATORS: dict[str, str] = {
     "corruptions": "evaluators.corruptions:Corruptions",
     "radii": "evaluators.radii:Radii",
     **{f"radii-{norm}": f"evaluators.radii:Radii@{norm}" for norm in OTHER_NORMS},
+    "transfer": "evaluators.transfer:Transfer",
     "pgd": "evaluators.pgd:PGD",
     **{f"pgd-{norm}": f"evaluators.pgd:PGD@{norm}" for norm in OTHER_NORMS},
     "pgd-as-published": "evaluators.pgd:PublishedPGD",
@@ -87,7 +88,7 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 
 # What a plan needs of evaluators before it imports them: which draw images, and how many images
 # the others judge.
-DRAWN = ("radii", "pgd", "tpa", "autoattack", "certified")
+DRAWN = ("radii", "transfer", "pgd", "tpa", "autoattack", "certified")
 DRAWING = {name for name in EVALUATORS if name.startswith(DRAWN)}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),

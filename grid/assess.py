@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import judged_shard
 from evaluators.shards import ShardStore
+from evaluators.transfer import RECEIVED
 from grid.lending import EVALUATOR_GPUS, Home
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
@@ -32,7 +33,7 @@ from trainables.store.checkpoint import classifier_of
 from trainables.store.results import other_code
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently, wait_after
 from trainables.store.storage import WEIGHTS
-from trainables.store.tracking import client_settings, fetch_artifact
+from trainables.store.tracking import client_settings, fetch_artifact, fetch_content, whole_ledger
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Cell:
 
     geometry: how images are brought to the model's size, where that is not the scale's way. epoch:
     after which the trial had the weights, 0: the last. images: how many are drawn, 0: the scale's
-    number.
+    number. sources: the trials whose adversarial images are judged, each with the place of its
+    artifacts and the sha256 of its ledger.
     """
 
     trial: str
@@ -61,11 +63,12 @@ class Cell:
     geometry: Preprocessing = field(default_factory=Preprocessing)
     epoch: int = 0
     images: int = 0
+    sources: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def name(self) -> str:
         """What MLflow calls it among its trial's: 'clean', or after an epoch 'clean.epoch-10'."""
-        return cell_name(self.evaluator, self.epoch)
+        return RECEIVED if self.sources else cell_name(self.evaluator, self.epoch)
 
 
 def cell_name(evaluator: str, epoch: int) -> str:
@@ -112,9 +115,19 @@ class EvaluatorActor:
         classifier = self._load(cell.artifact_uri, cell.trial)
         scale = self._scale.preprocessed(cell.geometry)
         data = load_data(scale, self._source)
-        question = evaluator_named(cell.evaluator, scale, images=cell.images)
+        settings: dict[str, Any] = {}
+        if cell.sources:
+            places = {digest: rest for digest, *rest in cell.sources}
+            settings["sources"] = {digest: sha256 for digest, (_, sha256) in places.items()}
+            settings["read"] = lambda digest: self._kept_images(cell.evaluator, *places[digest])
+        question = evaluator_named(cell.evaluator, scale, images=cell.images, **settings)
         with counting_steps(self._hung_after):
             return judged_shard(question, classifier, data, self._device, shard)
+
+    def _kept_images(self, evaluator: str, artifact_uri: str, sha256: str) -> bytes:
+        """Return the ledger with a source's adversarial images; DamagedError."""
+        read = partial(fetch_content, self._tracking_uri, artifact_uri)
+        return whole_ledger(read, artifact_uri, evaluator, sha256)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
         path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)

@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -17,6 +17,7 @@ from typing import Any
 from evaluators import evaluator_named, headlines
 from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, to_parquet
+from evaluators.transfer import RECEIVED, TRANSFER
 from grid.assess import AT, Cell, EvaluatorPool, cell_name
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
@@ -93,6 +94,7 @@ class Recorder(threading.Thread):
         self._judged: set[tuple[str, int]] = set()  # digests and epochs whose weights are judged
         self._awaited: set[str] = set()  # trials whose cells another command judges
         self._flushed_at = 0.0
+        self._received: dict[str, Question] | None = None  # by digest, once all else is judged
         self._training_over = threading.Event()
         self._abandon = threading.Event()
         self._count()
@@ -125,7 +127,7 @@ class Recorder(threading.Thread):
     @property
     def is_all_done(self) -> bool:
         """Whether MLflow held every trial and every cell of the plan from the beginning."""
-        return not self.progress.trials and not self.progress.cells
+        return not (self.progress.trials or self.progress.cells or self._transfers())
 
     def trials_to_train(self) -> list[Trial]:
         """Return the trials that have no weights yet, in the plan's order."""
@@ -321,7 +323,8 @@ class Recorder(threading.Thread):
                     self._record(cell, ledger, error)
                 self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
                 if len(self._pool) == 0:
-                    if self._training_over.is_set() and self._events.empty() and not self._awaited:
+                    waits = self._awaited or not self._events.empty()
+                    if self._training_over.is_set() and not (waits or self._submit_transfers()):
                         break
                     time.sleep(wait)
             self._handle_events(self._events.qsize())
@@ -471,6 +474,42 @@ class Recorder(threading.Thread):
                 )
                 self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
 
+    def _transfers(self) -> list[tuple[Cell, Question]]:
+        """Return the cells that judge all models' adversarial images and are not judged yet.
+
+        Models that see images in another way have others among themselves.
+        """
+        sources: defaultdict[Preprocessing, list[TrialRun]] = defaultdict(list)
+        for digest, trial in self._trials.items():
+            if TRANSFER in trial.evaluators and self._outcome(digest) == "finished":
+                question, run = self._question(digest, TRANSFER), self._runs[digest]
+                if run.cells.get(TRANSFER) == question.digest:
+                    sources[trial.geometry].append(run)
+        missing = []
+        for geometry, runs in ((g, runs) for g, runs in sources.items() if len(runs) > 1):
+            places = tuple((run.digest, run.artifact_uri, run.ledgers[TRANSFER]) for run in runs)
+            sha256s = {digest: sha256 for digest, _, sha256 in places}
+            for run in runs:
+                question = self._question(run.digest, TRANSFER).about(sha256s)
+                if run.cells.get(RECEIVED) != question.digest:
+                    cell = Cell(
+                        *(run.digest, run.artifact_uri, TRANSFER, question.digest),
+                        geometry=geometry,
+                        images=self._trials[run.digest].images[TRANSFER],
+                        sources=places,
+                    )
+                    missing.append((cell, question))
+        return missing
+
+    def _submit_transfers(self) -> bool:
+        """Have models judge one another's adversarial images, once; say whether there is any."""
+        transfers = self._transfers() if self._received is None else []
+        self._received = {question.digest: question for _, question in transfers}
+        self.progress.cells += len(transfers)
+        for cell, question in transfers:
+            self._pool.submit(cell, question.images, least=question.evaluator.least_shard)
+        return bool(transfers)
+
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
         """Write a cell's ledger and scores, or why there are none."""
         run = self._runs[cell.trial]
@@ -479,7 +518,8 @@ class Recorder(threading.Thread):
             self.tracker.fail_cell(run, cell.name, error)
             return
         ledger, seconds = from_parquet(content)
-        question = self._question(cell.trial, cell.evaluator)
+        question = (self._received or {}).get(cell.question)
+        question = question or self._question(cell.trial, cell.evaluator)
         scores, provenance = question.evaluator.summarize(ledger), judged_by(content)
         columns = question.evaluator.columns
         shown = {name for c in columns for name in (c.name, c.counterpart_score)}
@@ -507,8 +547,16 @@ class Question:
     """An evaluator's question about data as some models see them; `identity` is JSON."""
 
     def __init__(self, evaluator: Evaluator, data: Data) -> None:
-        self.evaluator, self.digest = evaluator, cell_digest(evaluator, data)
+        self.evaluator, self.digest, self._data = evaluator, cell_digest(evaluator, data), data
         self.identity, self.images = json.dumps(evaluator.identity(data)), evaluator.total(data)
+
+    def about(self, sources: Mapping[str, str]) -> Question:
+        """Return the question about the adversarial images of sources, by the sha256 of each."""
+        images = self.evaluator.subset_size or 0
+        settings: dict[str, Any] = {"images": images, "sources": sources}
+        return Question(
+            evaluator_named(self.evaluator.name, self.evaluator.scale, **settings), self._data
+        )
 
 
 def _params(trial: Trial) -> dict[str, Any]:

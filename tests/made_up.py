@@ -6,6 +6,7 @@ For what is about many trials or every table, and not about what they say.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from trainables.store.tracking import Tracker
 
 SIZES = {"clean": 597, "health": 50, "autoattack": 30, "autoattack-small": 30, "tpa": 50,
          "autoattack-bounded": 30, "autoattack-small-bounded": 30, "natural": 597,
-         "corruptions": 100, "stylized": 597, "pgd": 64}  # fmt: skip
+         "transfer": 64, "corruptions": 100, "stylized": 597, "pgd": 64}  # fmt: skip
 QUESTIONS = {
     "health": ("pgd-huge", "gradient"),
     "pgd": tuple(f"pgd-{steps}" for steps in PGD_STEPS),
@@ -38,7 +39,7 @@ QUESTIONS = {
 }
 
 
-def ledger(evaluator: str, rng: np.random.Generator) -> pa.Table:
+def ledger(evaluator: str, rng: np.random.Generator, questions: Sequence[str] = ()) -> pa.Table:
     """Return verdicts as an evaluator would keep them, right as often as a draw of `rng` says."""
     held_out = load_data(DIGITS).held_out
     split: Split = held_out.subset(SIZES[evaluator], seed=0)
@@ -48,7 +49,7 @@ def ledger(evaluator: str, rng: np.random.Generator) -> pa.Table:
     noise = torch.from_numpy(rng.normal(0, 0.05, images.shape)).float()
     skill = rng.uniform(0.3, 0.95)
     parts = []
-    for question in QUESTIONS.get(evaluator, (evaluator,)):
+    for question in questions or QUESTIONS.get(evaluator, (evaluator,)):
         right = torch.from_numpy(rng.uniform(size=len(split)) < skill)
         if evaluator == "health":
             right = torch.full_like(right, question == "gradient")
@@ -102,8 +103,10 @@ class MadeUpPool:
         return None
 
     def _content(self, cell: Cell) -> bytes:
-        seed = int(cell.trial, 16)
-        return to_parquet(ledger(cell.evaluator, np.random.default_rng(seed)), seconds=0.1)
+        rng = np.random.default_rng(int(cell.trial, 16))
+        names = ["clean", *(digest for digest, *_ in cell.sources)] if cell.sources else []
+        questions = {"questions": [f"transfer/{name}" for name in names]} if names else {}
+        return to_parquet(ledger(cell.evaluator, rng, **questions), seconds=0.1)
 
 
 def record(results: Path, study: Study, plan: Plan, *, collapsed: int = 0) -> Tracker:

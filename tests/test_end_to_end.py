@@ -28,7 +28,7 @@ from trainables.store.checkpoint import classifier_of, recipe_of
 STUDY = """
 name = "pair"
 base = "resnet50"
-evaluators = ["clean", "pgd"]
+evaluators = ["clean", "pgd", "transfer"]
 [axes]
 size = ["small", "base"]
 augmentation = ["randaug+cutmix"]
@@ -74,7 +74,7 @@ def finished(tmp_path_factory, study):
 
 def test_the_command_says_where_the_report_and_the_ui_are(finished):
     results, said = finished
-    assert f"Trained {TRIALS} and judged {2 * TRIALS} cells" in said
+    assert f"Trained {TRIALS} and judged {4 * TRIALS} cells" in said
     assert str(results / "report" / "index.html") in said
     assert re.search(rf"MLflow UI: /.* ui --results {results}\n +http://127.0.0.1:5000/#/", said)
     names = {path.name for path in results.iterdir()}
@@ -89,7 +89,7 @@ def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
         assert (run.outcome, run.logged_epochs, set(run.cells)) == (
             "finished",
             10,
-            {"clean", "pgd"},
+            {"clean", "pgd", "transfer", "transfer.received"},
         )
         assert run.metrics["clean"] > 0.8
         folder = artifacts_of(run)

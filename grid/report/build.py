@@ -20,7 +20,7 @@ from grid.plan import Plan
 from grid.report.claims import answer, judge_claims
 from grid.report.effects import grid_effects, leading
 from grid.report.latex import as_latex
-from grid.report.plots import draw
+from grid.report.plots import draw, transfer_plot
 from grid.report.tables import (
     FilledTable,
     describe_provenance,
@@ -28,6 +28,7 @@ from grid.report.tables import (
     images_text,
     tables_of,
 )
+from grid.report.transfer import transfers
 from grid.report.verdicts import Verdicts, gallery
 from grid.study import Study
 from grid.table import SCALE
@@ -60,6 +61,8 @@ def write_report(tracker: Tracker, study: Study, plan: Plan, scale: Scale, folde
         **{f"latex/{table.name}.tex": as_latex(table, scale.title) for table in tables},
         **{f"plots/{plot.name}.svg": plot.svg for plot in report["plots"]},
     }
+    if transfer := report["transfer"]:
+        files["transfer.csv"] = transfer["pairs"].to_csv(index=False)
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
     return folder / "index.html"
@@ -77,6 +80,8 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
     judgements = judge_claims(study.claims, tables, verdicts, least=scale.detect)
     effects = grid_effects(study, plan, runs)
     plots = draw(plan, tables, verdicts, scale=scale, judgements=judgements, effects=effects)
+    transfer = transfers(plan, verdicts)
+    plots += [transfer_plot(transfer["pairs"])] if transfer else []
     states = Counter(cell.kind for table in tables for row in table.rows for cell in row.cells)
     by_name = {plot.name: plot for plot in plots}
     return {
@@ -96,6 +101,7 @@ def _gather(tracker: Tracker, study: Study, plan: Plan, scale: Scale) -> dict[st
         "answer": answer(study, judgements),
         "effects": effects,
         "leading": leading(effects),
+        "transfer": transfer,
         "plots": plots,
         "first": by_name.get("headline") or by_name.get("claims") or by_name.get("scatter"),
         "comparable": scale.name == SCALE,

@@ -538,3 +538,36 @@ def effects_plot(effects: Effects) -> Plot:
     caption = f"Main effects on {effects.score} with 95 % intervals; grey: the interval holds 0."
     name = f"effects-{effects.score}"
     return _plot(name, caption, _dots, "effects", dots=dots, x_label="difference, points")
+
+
+def transfer_plot(pairs: pd.DataFrame) -> Plot:
+    """Draw how often each model's adversarial images (rows) break each other one (columns)."""
+    names = [*dict.fromkeys(pairs["source"])]
+    shown = names[:MOST_LINES]
+    rates = 100 * pairs.pivot(index="source", columns="target", values="value")
+    caption = (
+        "Of the images that the column's model gets right, the share that the adversarial images "
+        "of the row's break, in percent; first trainings."
+    )
+    if len(names) > len(shown):
+        caption += f" The first {len(shown)} of {len(names)} models."
+    rates = rates.reindex(index=shown, columns=shown)
+    with mpl.rc_context(STYLE):
+        return _plot("transfer-matrix", caption, _matrix, "transfer", rates=rates)
+
+
+def _matrix(narrow: bool, rates: pd.DataFrame) -> Figure:
+    """Draw a square of percentages; models go by numbers above, and by number and name beside."""
+    texts = [fill(f"{name} {i}", 14 if narrow else 30) for i, name in enumerate(rates.index, 1)]
+    lines = sum(text.count("\n") + 1 for text in texts)
+    figure, (axes,) = _figure(narrow, 0.7 + max(LINE * lines * 1.2, 0.28 * len(rates)))
+    image = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for place, value in np.ndenumerate(rates):
+        if np.isfinite(value):
+            colour = "white" if value < 50 else "black"
+            axes.text(*place[::-1], f"{value:.0f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(rates)), range(1, len(rates) + 1))
+    axes.set_yticks(range(len(rates)), texts)
+    axes.xaxis.tick_top()
+    figure.colorbar(image, ax=axes, location="bottom", aspect=40).set_label("broken, %")
+    return figure

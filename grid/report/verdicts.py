@@ -27,6 +27,7 @@ from evaluators.intervals import (
     notes_on_rest,
 )
 from evaluators.ledger import from_parquet, scores_as_metrics, scores_of
+from evaluators.transfer import TRANSFER
 from grid.plan import Plan, Trial
 from grid.report.tables import FilledTable, saturation
 from grid.table import Row
@@ -92,7 +93,8 @@ class Verdicts:
         if not self.is_judged(digest, evaluator):
             return None
         read = self._read(self.runs[digest], evaluator, from_parquet)
-        return read and read[0]
+        # `transfer` keeps every image, too many to remember them.
+        return read and (read[0] if evaluator != TRANSFER else _without_images(read[0]))
 
     def _read(self, run: TrialRun, evaluator: str, read: Callable[[bytes], T]) -> T | None:
         """Return what a cell's ledger holds; None, and the cell is forgotten, where it is damaged.
@@ -167,6 +169,11 @@ class Verdicts:
                 waiting[trial.name] = lacking
         bounds = {model: notes for model, notes in bounds.items() if notes}
         return Health(flags, tuple(unchecked), waiting, bounds)
+
+
+def _without_images(ledger: pa.Table) -> pa.Table:
+    place, nothing = ledger.schema.get_field_index("image"), pa.nulls(len(ledger), pa.binary())
+    return ledger.set_column(place, "image", nothing)
 
 
 @dataclass(frozen=True)

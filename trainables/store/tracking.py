@@ -544,29 +544,12 @@ class Tracker:
 
     def ledger(self, run: TrialRun, evaluator: str) -> bytes:
         """Return a cell's ledger; DamagedError where it is missing or not as it was stored."""
-        sha256 = run.ledgers.get(evaluator, "")
-        name = f"{LEDGERS}/{evaluator}.parquet"
-        # A study that was pulled, or that is older than a server's names, has the other's.
-        stems = [evaluator, f"{evaluator}.{sha256[:12]}"][:: 1 if self.is_alone else -1]
-        is_there = False
-        for stem in stems:
-            content = self.artifact(run.artifact_uri, f"{LEDGERS}/{stem}.parquet")
-            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
-                return content
-            is_there |= content is not None
-        fault = "is damaged: its sha256 is another" if is_there else "is missing"
-        raise DamagedError(f"{run.artifact_uri}/{name} {fault}")
+        read, sha256 = partial(self.artifact, run.artifact_uri), run.ledgers.get(evaluator, "")
+        return whole_ledger(read, run.artifact_uri, evaluator, sha256, is_alone=self.is_alone)
 
     def artifact(self, artifact_uri: str, name: str) -> bytes | None:
         """Return the content of an artifact of a run, None where there is none."""
-        try:
-            return fetch_artifact(self.uri, artifact_uri, name, say=self._say).read_bytes()
-        except (MlflowException, OSError):
-            store = get_artifact_repository(artifact_uri, tracking_uri=self.uri)
-            listed = self._call(store.list_artifacts, name.rpartition("/")[0] or None)
-            if any(artifact.path == name for artifact in listed):
-                raise
-            return None
+        return fetch_content(self.uri, artifact_uri, name, say=self._say)
 
     def seconds(self, run: TrialRun) -> float:
         """Return how long a trial trained and was judged, as its actors measured it."""
@@ -766,6 +749,44 @@ def fetch_artifact(
         mlflow.artifacts.download_artifacts, artifact_uri=address, tracking_uri=tracking_uri
     )
     return Path(patiently(download, say=say))
+
+
+def fetch_content(
+    tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
+) -> bytes | None:
+    """Return the content of an artifact of a run, None where there is none."""
+    try:
+        return fetch_artifact(tracking_uri, artifact_uri, name, say=say).read_bytes()
+    except (MlflowException, OSError):
+        store = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
+        look = partial(store.list_artifacts, name.rpartition("/")[0] or None)
+        if any(artifact.path == name for artifact in patiently(look, say=say)):
+            raise
+        return None
+
+
+def whole_ledger(
+    read: Callable[[str], bytes | None],
+    place: str,
+    evaluator: str,
+    sha256: str,
+    *,
+    is_alone: bool = True,
+) -> bytes:
+    """Return a cell's ledger among a run's artifacts at a place, which `read` returns by name.
+
+    DamagedError where it is missing or not as it was stored.
+    """
+    # A study that was pulled, or that is older than a server's names, has the other's.
+    stems = [evaluator, f"{evaluator}.{sha256[:12]}"][:: 1 if is_alone else -1]
+    is_there = False
+    for stem in stems:
+        content = read(f"{LEDGERS}/{stem}.parquet")
+        if content is not None and hashlib.sha256(content).hexdigest() == sha256:
+            return content
+        is_there |= content is not None
+    fault = "is damaged: its sha256 is another" if is_there else "is missing"
+    raise DamagedError(f"{place}/{LEDGERS}/{evaluator}.parquet {fault}")
 
 
 def client_settings() -> dict[str, str]:
