@@ -315,13 +315,15 @@ def verdicts(
     stage: Sequence[str | None] | None = None,
     queries: Sequence[int | None] | None = None,
     logits_BK: Tensor | None = None,
+    tempered: bool = True,
     radius_B: Tensor | None = None,
     judged_BCHW: Tensor | None = None,
 ) -> pa.Table:
     """Return a batch's rows of the ledger for one question.
 
     An image survives when it is predicted as its label, unless `survived_B` says otherwise. `stage`
-    is the batch's, unless stated. `logits_BK`: those of the answer, whose confidences are kept.
+    is the batch's, unless stated. `logits_BK`: those of the answer, whose confidences are kept, at
+    every temperature where `tempered`.
     `judged_BCHW`: the images as the classifier saw them, of which the ledger keeps the examples.
     """
     count = len(batch.ids)
@@ -339,7 +341,7 @@ def verdicts(
         "survived": survived.numpy(),
         "stage": stage or batch.stage or [None] * count,
         "queries": queries or [None] * count,
-        **_confidences(logits_BK, batch.labels, predicted_B),
+        **_confidences(logits_BK, batch.labels, predicted_B, tempered),
         "radius": [None] * count if radius_B is None else radius_B.tolist(),
         "image": pictures,
     }
@@ -368,19 +370,23 @@ def answers_among(batch: Batch, question: str, logits_BK: Tensor) -> pa.Table:
     return verdicts(batch, question, among_BK.argmax(dim=1), logits_BK=among_BK)
 
 
-def _confidences(logits_BK: Tensor | None, labels_B: Tensor, predicted_B: Tensor) -> dict[str, Any]:
+def _confidences(
+    logits_BK: Tensor | None, labels_B: Tensor, predicted_B: Tensor, tempered: bool
+) -> dict[str, Any]:
     """Return the ledger's columns of confidence; without logits there are none."""
     if logits_BK is None:
         return {name: [None] * len(labels_B) for name in CONFIDENCES}
-    asked_B2 = torch.stack([labels_B.to(predicted_B), predicted_B], dim=1)
-    logs = [F.log_softmax(logits_BK.float() / t, dim=1).gather(1, asked_B2) for t in TEMPERATURES]
+    at = TEMPERATURES if tempered else (1.0,)
+    # An image of no class has the label -1, and the probability of the first stands for its own.
+    asked_B2 = torch.stack([labels_B.to(predicted_B).clamp(min=0), predicted_B], dim=1)
+    logs = [F.log_softmax(logits_BK.float() / t, dim=1).gather(1, asked_B2) for t in at]
     half = torch.finfo(torch.float16)
     logs_B2T = torch.stack(logs, dim=2).clamp(min=half.min).half().cpu()
-    label_B, confidence_B = logs_B2T[..., TEMPERATURES.index(1.0)].float().exp().unbind(1)
+    label_B, confidence_B = logs_B2T[..., at.index(1.0)].float().exp().unbind(1)
     return {
         "confidence": confidence_B.numpy(),
         "label_confidence": label_B.numpy(),
-        "tempered": list(logs_B2T.flatten(1).numpy()),
+        "tempered": list(logs_B2T.flatten(1).numpy()) if tempered else [None] * len(labels_B),
     }
 
 

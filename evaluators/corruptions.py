@@ -15,6 +15,7 @@ import torch
 
 from evaluators import GENERATED_IMAGES, corrupted_images
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
+from evaluators.calibration import severity_errors
 from evaluators.corruption_kinds import corrupt
 from evaluators.intervals import mean_score
 from evaluators.ledger import Score
@@ -90,20 +91,25 @@ class Corruptions(Evaluator):
 
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
-        predicted = classifier(batch.images).argmax(dim=1)
-        shown = batch.images if batch.question in SHOWN else None
-        return verdicts(batch, batch.question, predicted, judged_BCHW=shown)
+        logits_BK, question = classifier(batch.images), batch.question
+        shown = batch.images if question in SHOWN else None
+        answer: dict[str, Any] = {"logits_BK": logits_BK, "tempered": False, "judged_BCHW": shown}
+        return verdicts(batch, question, logits_BK.argmax(dim=1), **answer)
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
-        """Return errors, not accuracies, with Student's interval over the n images."""
+        """Return errors, not accuracies, with Student's interval over the n images.
+
+        After them: the calibration error at each severity, corruptions/severity-3/ece.
+        """
         kinds, errors_NK = _errors(ledger)
         is_generated = pc.any(pc.equal(ledger["stage"], GENERATED)).as_py()
         is_published = not (is_generated or self.scale.data_set.generated)
-        return [
+        scores = [
             # Of mCE the most, where every answer is wrong, is above 1.
             mean_score(name, errors_NK @ weights, most=float(weights.sum()))
             for name, weights in _aggregates(kinds, with_mce=is_published).items()
         ]
+        return scores + severity_errors(ledger)
 
 
 def _stored(source: Data) -> CorruptedSet | None:

@@ -25,6 +25,7 @@ from evaluators.base import (
     split_batches,
     verdicts,
 )
+from evaluators.calibration import detection_scores
 from evaluators.intervals import mean_score
 from evaluators.ledger import Score, by_question, share
 from trainables.data.base import WHOLE, Data, Shard, Split
@@ -42,10 +43,11 @@ class Shift(Evaluator):
     all. Sources: hendrycks/natural-adv-examples, and hendrycks/imagenet-r @3131cac, eval.py. Where
     classes are groups of ImageNet's, answers are `grouped`; where an image has several labels, each
     is right. Of a set with kinds: the mean over them and their severities. NAME/KIND: of a kind or
-    part.
+    part. Of foreign images: `detection_scores` against the held-out ones, by the greatest
+    probability.
     """
 
-    declared: StoredSet | None = None  # none of natural, which has one at each scale
+    declared = StoredSet("", "", "")  # of natural, which has one at each scale
 
     def images(self, source: Data) -> Split:
         if kinds := self._kinds(source):
@@ -58,20 +60,28 @@ class Shift(Evaluator):
         raise ValueError(f"{self.name} needs {known.title}{origin}: {remedy}")
 
     def identity(self, source: Data) -> dict[str, Any]:
-        return self.identity_of_set(source, self.name)
+        known = {"known": source.held_out.ids_hash()} if self.declared.foreign else {}
+        return {**self.identity_of_set(source, self.name), **known}
+
+    def total(self, source: Data) -> int:
+        known = len(source.held_out) if self.declared.foreign else 0
+        return max(super().total(source), known)  # a shard takes its part of both
 
     def asked_about(self, held_out: int) -> int:
         return set_images(self.name, self.scale, held_out)
 
     def cost(self, held_out: int, *, withstanding: float) -> float:
-        kinds = self.declared.kinds if self.declared else ()
-        return self.asked_about(held_out) * (len(kinds) * len(SEVERITIES) or 1)
+        parts = len(self.declared.kinds) * len(SEVERITIES) or 1 + self.declared.foreign
+        return self.asked_about(held_out) * parts
 
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         kinds, located = self._kinds(source), source.counterpart(self.name)
+        parts = kinds.splits() if kinds else iter([("", self.images(source))])
+        if self.declared.foreign:
+            parts = iter([("known", source.held_out), ("foreign", self.images(source))])
         some = located is not None and not (located[0].complete or located[0].groups)
         whole = f"{self.name}-1000" if some else ""
-        for part, split in kinds.splits() if kinds else [("", self.images(source))]:
+        for part, split in parts:
             present = tuple(sorted(set(split.labels.tolist()))) if some else None
             question = f"{self.name}/{part}" if part else whole
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
@@ -81,23 +91,28 @@ class Shift(Evaluator):
     @torch.inference_mode()
     def judge(self, classifier: Classifier, batch: Batch) -> pa.Table:
         logits_BK, question = classifier(batch.images), batch.question or self.name
-        if self.declared and self.declared.groups:
+        if self.declared.groups:
             return verdicts(batch, question, grouped(classifier, logits_BK, self.declared))
-        if self.declared and self.declared.labels:
+        if self.declared.labels:
             answers_BK = in_imagenets_order(classifier, logits_BK, self.declared)
             pairs = zip(answers_BK.argmax(dim=1).tolist(), batch.stage or (), strict=True)
             right_B = torch.tensor([str(answer) in f"{labels}".split() for answer, labels in pairs])
             return verdicts(batch, question, logits_BK.argmax(dim=1), survived_B=right_B)
         if not batch.question:
             return answers(batch, self.name, logits_BK)
-        if self.declared and self.declared.kinds:
-            return verdicts(batch, question, logits_BK.argmax(dim=1))
+        if self.declared.kinds or self.declared.foreign:
+            predicted_B = logits_BK.argmax(dim=1)
+            return verdicts(batch, question, predicted_B, logits_BK=logits_BK, tempered=False)
         free = verdicts(batch, batch.question, logits_BK.argmax(dim=1), logits_BK=logits_BK)
         return pa.concat_tables([answers_among(batch, self.name, logits_BK), free])
 
     def summarize(self, ledger: pa.Table) -> list[Score]:
         """Return accuracies; over severities with Student's interval over the n images."""
-        if not self.declared or not (self.declared.kinds or self.declared.parts):
+        if self.declared.foreign:
+            parts = {q: rows["confidence"].to_numpy() for q, rows in by_question(ledger).items()}
+            known, foreign = (parts[f"{self.name}/{part}"] for part in ("known", "foreign"))
+            return detection_scores(self.name, known, foreign)
+        if not (self.declared.kinds or self.declared.parts):
             return super().summarize(ledger)
         # The kind is in the question, NAME/KIND-SEVERITY, and the part in the id, PART/CLASS/FILE.
         column, end = ("question", r"-\d$") if self.declared.kinds else ("image_id", "/.*")
@@ -164,6 +179,9 @@ def __getattr__(name: str) -> type[Shift]:
     known = STORED_SETS[name]
     free = Column(f"{name}-1000", f"{known.title}, among all 1,000")
     columns = (Column(name, known.title), *([] if known.complete or known.groups else [free]))
+    if known.foreign:
+        auroc = Column(f"{name}/auroc", "OOD detection, AUROC", by_image=False)
+        columns = (replace(auroc, name=f"{name}/fpr95", label="OOD, FPR95", error=True), auroc)
     least = FORWARD_SHARD // (len(known.kinds) or 1)
     stated = {"name": name, "columns": columns, "declared": known, "least_shard": least}
     return type(name, (Shift,), stated)

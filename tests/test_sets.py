@@ -9,10 +9,13 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
 from evaluators import column_named, evaluator_named
 from evaluators.base import judge_images
+from evaluators.calibration import detection_scores
+from evaluators.ledger import by_question
 from grid.check import check
 from grid.plan import build_plan
 from grid.report.tables import tables_of
@@ -217,7 +220,7 @@ def by_colour(groups=(), colours_N3=()):
 def judged(name, model, data):
     evaluator = evaluator_named(name, IMAGENET)
     ledger = judge_images(evaluator, model, data, device=CPU)
-    assert len({row["image_id"] for row in ledger.to_pylist()}) == evaluator.total(data)
+    assert len(next(iter(by_question(ledger).values()))) == evaluator.total(data)
     return ledger, {s.name: s for s in evaluator.summarize(ledger)}
 
 
@@ -404,3 +407,44 @@ def test_a_packed_set_of_another_length_is_refused(tmp_path):
     np.save(tmp_path / "labels.npy", np.zeros(10, dtype=np.uint8))
     with pytest.raises(ValueError, match="does not hold 9 labels from 0 to 1"):
         CorruptedSet(STORED_SETS["cifar10-c"], tmp_path, data)
+
+
+def test_images_of_no_class_are_told_from_the_held_out_ones_by_confidence(tmp_path):
+    """Of four held-out images one is less sure than the surest of two foreign ones."""
+    values = {"a": 0, "b": 40, "c": 80, "d": 200}  # the brighter, the less sure
+    pixels = torch.tensor([*values.values()], dtype=torch.uint8)[:, None, None, None]
+    held_out = Split(
+        images=pixels.expand(4, 3, 16, 16), labels=torch.tensor([0, 1, 0, 0]), ids=(*values,)
+    )
+    for name, value in (("sky", 120), ("wall", 240)):
+        write_set(tmp_path / name, [])
+        Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / name / "one.png")
+    data = replace(imagenet(ood=tmp_path), held_out=held_out)
+    linear = nn.Linear(1, 1000, bias=False)
+    linear.weight.data.zero_()[0] = -9.0
+    layers = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Flatten(), linear)
+    model = Classifier(layers, (1.0,) * 3, (1.0,) * 3)
+    ledger, scores = judged("ood", model, data)
+    assert {s: (v.value, v.n) for s, v in scores.items()} == {
+        "ood/auroc": (7 / 8, 6),  # of eight pairs the one of d and sky is the wrong way round
+        "ood/fpr95": (0.5, 6),  # all four held-out images reach d's confidence, and so does sky
+    }
+    rows = {row["image_id"]: (row["label"], row["survived"]) for row in ledger.to_pylist()}
+    assert rows["sky/one"] == (-1, False)
+    assert rows["b"] == (1, False)
+    assert evaluator_named("ood", IMAGENET).cost(10, withstanding=0) == 20
+
+
+def test_detection_is_scikit_learns_and_its_interval_holds_the_truth():
+    """Normal confidences a standard deviation apart: the AUROC is Phi(1 / sqrt(2)) = 0.7602."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(40):
+        known, foreign = rng.normal(1, 1, 200), rng.normal(0, 1, 100).round(1)
+        auroc, fpr95 = detection_scores("ood", known, foreign)
+        truth = [1] * 200 + [0] * 100
+        assert auroc.value == pytest.approx(roc_auc_score(truth, np.append(known, foreign)))
+        rates = roc_curve(truth, np.append(known, foreign), drop_intermediate=False)
+        assert fpr95.value == pytest.approx(rates[0][rates[1] >= 0.95][0])
+        held += auroc.low <= 0.7602 <= auroc.high
+    assert held >= 34

@@ -191,8 +191,13 @@ def list_stored(
 
     ValueError names a folder that is no class, the first missing classes of a complete set, and
     what is not as published of a set whose data are. Of data with some of their classes alone, so
-    are the images.
+    are the images. Foreign images have the label -1.
     """
+    if stored.foreign:
+        paths = [path for paths in read_part(folder, (folder,)).values() for path in paths]
+        return ImageList(
+            folder, names, tuple(paths), (-1,) * len(paths), tuple(map(image_id, paths))
+        )
     images, known = Paths(), class_list(stored.classes)
     for part in stored.parts or ("",):
         for name, paths in read_part(folder, (folder / part,)).items():

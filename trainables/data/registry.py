@@ -120,6 +120,7 @@ class StoredSet:
     `groups`: each class's places among ImageNet's 1,000, "8 10-12". The answer is the class of the
     likeliest place, or, `averaged`, the one whose places are likeliest in the mean. `labels`: its
     file of the places that each of ImageNet's held-out images, by number, has; all are right.
+    `foreign`: its images are of no known class, whatever their folders' names.
     `source`: where its layout and protocol were read; `licence`: of its images or labels there.
     """
 
@@ -144,6 +145,7 @@ class StoredSet:
     groups: Mapping[str, str] = field(default_factory=dict, hash=False)
     averaged: bool = False
     labels: str = ""
+    foreign: bool = False
     source: str = ""
     licence: str = ""
 
@@ -266,6 +268,12 @@ _OF_IMAGENET = (
         labels="real.json",
         source="google-research/reassessed-imagenet @bcd006f, README.md",
         licence="Apache-2.0",
+    ),
+    StoredSet(  # any images of no class of the data: ImageNet-O, iNaturalist, SUN, Places
+        *("ood", "images out of distribution", "ood"),
+        native=False,
+        alone=True,
+        foreign=True,
     ),
     StoredSet("textures", "a texture dictionary", "tpa"),  # in the layout of PatchAttack
 )
