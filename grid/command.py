@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from evaluators.__main__ import main as evaluate
-from grid.options import UiOptions
+from evaluators.options import JudgeOptions
+from grid.options import RunOptions, UiOptions
 from grid.run import ENVIRONMENT, leave
 from grid.run import main as run
-from trainables.options import stop_on_signals
+from trainables.options import Options, stop_on_signals
 from trainables.recipe import unknown
 from trainables.store.results import DATABASE, PROJECT, database_uri, settle, version_of
 
@@ -29,6 +30,8 @@ LOOPBACK = "127.0.0.1"
 
 def main() -> None:
     """Run the command that the first word names, and end the process with its status."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     command, *words = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         stop_on_signals()
@@ -68,6 +71,19 @@ def _show_results(words: Sequence[str], prog: str) -> int:
     server += ["--backend-store-uri", uri, "--uvicorn-opts", "--log-level warning"]
     environment = {**ENVIRONMENT, **os.environ}
     return os.execve(sys.executable, [sys.executable, *server], environment)  # noqa: S606
+
+
+def _complete() -> None:
+    """Answer a shell that completes a command line, by argcomplete."""
+    from argcomplete import autocomplete  # of the extra `completion`
+
+    parser = argparse.ArgumentParser(prog=PROJECT)
+    commands = parser.add_subparsers()
+    others: dict[str, type[Options]] = {"evaluate": JudgeOptions, "ui": UiOptions}
+    for name in COMMANDS:
+        options = others.get(name, RunOptions)
+        commands.add_parser(name, parents=[options.parser()], add_help=False)
+    autocomplete(parser)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -56,7 +56,6 @@ from trainables.scale import Scale
 from trainables.store.results import DATABASE, code_version, sole_run
 from trainables.store.retries import MAX_FAILURES, patiently, wait_after
 from trainables.store.tracking import STOPPED, Tracker
-from trainables.train.team import check_team
 from trainables.trial import CONTROLLER, RecipeTrial, teams_placed, train_together, trial_config
 
 SHARDS_FOLDER = "shards"
@@ -198,14 +197,9 @@ def run_study(launch: Launch) -> Finished:
 def _check_plan(launch: Launch, data: Data) -> None:
     """Build what only a name stands for so far: evaluators, and models of weights.
 
-    ValueError also where a recipe cannot be trained by as many workers as it is to have, and where
-    a model as it is answers among other classes than those of the data.
+    ValueError also where a model as it is answers among other classes than those of the data.
     """
     plan = launch.plan
-    for trial in plan:
-        workers = launch.placement_of(trial.recipe.family).workers if trial.recipe.epochs else 1
-        if workers > 1:
-            check_team(trial.recipe, workers)
     for name in plan.evaluators:
         evaluator_named(name, launch.scale)
     unsure = {

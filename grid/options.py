@@ -140,6 +140,7 @@ class RunOptions(PlaceOptions, DataOptions):
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(False, "look at data, disk, memory, device and a cluster's nodes")
     status: bool = option(False, "print how far the study is")
+    watch: bool = rare(False, "with --status: print it again and again while the run goes on")
     report: bool = option(False, "write the report again")
     pull: Address | None = rare(
         None, "bring a cluster's study from its --storage into the results", "PLACE"
@@ -206,6 +207,7 @@ class RunOptions(PlaceOptions, DataOptions):
         for name, mode in (
             *((name, "plan") for name in ("all", "seconds_per_unit", "trials_at_once")),
             *(("dollars_per_gpu_hour", "plan"), ("wait", "check"), ("power", "detect")),
+            ("watch", "status"),
             ("pack", "data"),
         ):
             if name in self.model_fields_set and not getattr(self, mode):

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from evaluators import EVALUATORS, answering, evaluator_of
+from evaluators import EVALUATORS, PGD_LENGTHS, answering, evaluator_of
 from grid.axes import at_key, axis_value, check_settings, format_settings, with_settings
 from grid.space import BASE, Labels
 from grid.study import Study
 from grid.table import Row, Table
 from trainables.data.listing import EMBEDDED, DataSource
 from trainables.data.registry import REDUCED
-from trainables.recipe import Preprocessing, Recipe, check_known, problem
+from trainables.recipe import Preprocessing, Recipe, check_known, nearest, problem
 from trainables.scale import Scale, scale_named
 
 Refused = tuple[str, str]  # a combination of axes that cannot be, and why
@@ -230,7 +230,10 @@ def build_plan(
         raise ValueError(f"the images of {name} are not there: --stored {name}=DIR reads them")
 
     def judging(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(answering(name, scale) for name in names if name not in missing)
+        whole = (
+            PGD_LENGTHS.get(name, (name,))[0] for name in names
+        )  # a trajectory has all lengths
+        return tuple(answering(name, scale) for name in whole if name not in missing)
 
     evaluators = judging(evaluators)
     for_all = evaluators if evaluators and study.base else judging(study.for_all)
@@ -403,6 +406,7 @@ def _keep_only(
             raise ValueError(
                 f"no trial of study {study.name!r} left has {axis}={wrong[0]}; "
                 f"values there: {', '.join(sorted(map(str, present)))}"
+                f"{nearest(wrong[0], map(str, present))}"
             )
         unlabelled = set(stated) - labelled
         requests = [

@@ -20,7 +20,7 @@ from grid.study import Study, load_study
 from trainables.buildable import check_buildable
 from trainables.data.listing import DataSource, scale_of
 from trainables.options import again, installed, stop_on_signals
-from trainables.recipe import Preprocessing, problem
+from trainables.recipe import Preprocessing, check_team, problem
 from trainables.scale import Scale
 from trainables.store.results import check_database, settle, sole_run
 
@@ -181,6 +181,8 @@ def _planned(options: RunOptions, study: Study, scale: Scale) -> Plan:
         for trial in plan:
             with at_key(trial.name):
                 can_be_built(trial.recipe)
+            if trial.recipe.epochs:
+                check_team(trial.recipe, study.workers_of(trial.recipe.family, options.workers))
     return plan
 
 
@@ -196,17 +198,18 @@ def _designed(
 
 
 def _read_results(options: RunOptions, study: Study, plan: Plan, scale: Scale) -> int:
-    from grid.status import describe_status, open_existing
+    from grid.status import open_existing, print_status
 
     if not options.mlflow:
         check_database(options.results)
         if options.report:
             settle(options.results)
-    tracker = open_existing(options.results, options.mlflow, scale)
     if options.status:
-        print(describe_status(tracker, plan, now=time.time()))
+        print_status(options.results, options.mlflow, scale, plan, watch=options.watch)
         return 0
     from grid.report.build import write_report
+
+    tracker = open_existing(options.results, options.mlflow, scale)
 
     if not tracker.trials().keys() & {trial.digest for trial in plan}:
         raise ValueError(

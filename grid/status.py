@@ -17,6 +17,7 @@ from trainables.store.results import ARTIFACTS, DATABASE, database_uri, is_in_us
 from trainables.store.tracking import STOPPED, Tracker, TrialRun, create_database
 
 QUIET_SECONDS = 15.0
+WATCH_SECONDS = 2.0
 
 
 @dataclass
@@ -40,12 +41,11 @@ class Progress:
 
         judging: the seconds that the cells asked for by now will take, None where unknown.
         """
-        waiting = self.trials - self.trials_done - len(self.running)
         now = "; ".join(self.running.values())
         return (
-            f"trials {self.trials_done} done, {len(self.running)} running, {waiting} waiting | "
-            f"epochs {self.epochs_done}/{self.epochs} | cells {self.cells_done}/{self.cells} | "
-            f"{self.time_left(judging)}" + (f" | {now}" if now else "")
+            f"trials {self.trials_done}/{self.trials} | epochs {self.epochs_done}/{self.epochs} | "
+            f"cells {self.cells_done}/{self.cells} | {self.time_left(judging)}"
+            + (f" | {len(self.running)} running: {now}" if now else "")
         )
 
     def time_left(self, judging: float | None) -> str:
@@ -68,7 +68,9 @@ class ProgressLine:
             self._status.start()
 
     def show(self, text: str) -> None:
-        """Show where things stand now."""
+        """Show where things stand now, as much of it as one line of the terminal holds."""
+        width = self._console.width - 3  # beside the spinner
+        text = text if len(text) <= width else f"{text[: width - 1]}…"
         if self._status:
             self._status.update(text)
         elif time.monotonic() - self._shown_at >= QUIET_SECONDS:
@@ -112,6 +114,25 @@ def open_existing(results: Path, mlflow: str | None, scale: Scale) -> Tracker:
     # Other commands, which hold other folders, may be using a server.
     tracker.live = is_in_use(results) or (None if mlflow else False)
     return tracker
+
+
+def print_status(
+    results: Path, mlflow: str | None, scale: Scale, plan: Plan, *, watch: bool
+) -> None:
+    """Print where a plan stands; `watch`: again every two seconds while a run uses the results.
+
+    ValueError when there is no database.
+    """
+    console = Console(soft_wrap=True)
+    while True:
+        tracker = open_existing(results, mlflow, scale)
+        described = describe_status(tracker, plan, now=time.time())
+        if watch:
+            console.clear()
+        print(described, flush=True)
+        if not watch or tracker.live is False:
+            return
+        time.sleep(WATCH_SECONDS)
 
 
 def describe_status(tracker: Tracker, plan: Plan, *, now: float) -> str:

@@ -46,6 +46,14 @@ def test_wrong_words_are_refused_under_the_name_that_the_user_called(words, mess
     assert message in answer(*words, code=2)
 
 
+def test_a_shell_completes_commands_and_their_options(tmp_path):
+    for line, completed in (("robustness-grid sta", ["status "]), ("x run --tab", ["--tables "])):
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        place = {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"), "_ARGCOMPLETE_IFS": "|"}
+        subprocess.run(COMMAND, cwd=ROOT, env=os.environ | asked | place, check=True)
+        assert (tmp_path / "words").read_text().split("|") == completed
+
+
 def test_the_help_lists_the_seven_commands_and_each_has_its_own():
     listed = re.findall(r"^  ([a-z]+) ", answer("--help", code=0), re.MULTILINE)
     assert listed == ["evaluate", "run", "plan", "check", "status", "report", "ui"]

@@ -276,8 +276,9 @@ def test_only_keeps_the_trials_with_the_values():
 
 
 def test_only_the_chosen_evaluators_judge():
-    plan = build_plan(STUDY, DIGITS, tables=["T1"], evaluators=["clean"])
-    assert {trial.evaluators for trial in plan} == {("clean",)}
+    for asked, judging in (("clean", "clean"), ("pgd-100", "pgd")):
+        plan = build_plan(STUDY, DIGITS, tables=["T1"], evaluators=[asked])
+        assert {trial.evaluators for trial in plan} == {(judging,)}
     with pytest.raises(ValueError, match="no trial here asks evaluator 'stylized'; they ask auto"):
         build_plan(STUDY, DIGITS, tables=["T1"], evaluators=["stylized"])
 

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
+
+from grid import status
 from grid.plan import build_plan
 from grid.report.tables import tables_of
-from grid.status import describe_status, open_existing, open_tracker
+from grid.status import (
+    Progress,
+    ProgressLine,
+    describe_status,
+    open_existing,
+    open_tracker,
+    print_status,
+)
 from grid.study import load_study
 from trainables.scale import DIGITS
 from trainables.store.results import database_uri, sole_run
@@ -53,6 +64,38 @@ def test_status_counts_outcomes_and_cells_and_says_what_is_under_way(tmp_path):
         said = describe_status(tracker, plan, now=going.start_time / 1000 + 600).splitlines()
         assert f"1 {state}" in said[0]
         assert said[2] == expected.replace("training", state)
+
+
+def test_status_is_watched_as_long_as_a_run_uses_the_results(tmp_path, monkeypatch, capsys):
+    plan = build_plan(load_study("bai2021"), DIGITS, tables=["T6"])
+    tracker = open_tracker(tmp_path, None, DIGITS)
+    with ExitStack() as run:
+        run.enter_context(sole_run(tmp_path))
+
+        def end(seconds):
+            tracker.end_trial(start(tracker, plan.trials[0]), outcome="finished", reason="")
+            run.close()
+
+        monkeypatch.setattr(time, "sleep", end)
+        print_status(tmp_path, None, DIGITS, plan, watch=True)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "3 trials: 3 waiting"
+    assert said[2] == "3 trials: 1 finished, 2 waiting"
+    print_status(tmp_path, None, DIGITS, plan, watch=False)
+    assert capsys.readouterr().out.splitlines() == said[2:]
+
+
+def test_the_line_of_a_run_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = Progress(trials=999, cells=9999, epochs=99999, cost_total=1.0)
+    counts = progress.line(None)
+    progress.running["a"] = "resnet50 relu sgd step none 100ep seed0, adversarially trained"
+    monkeypatch.setattr(status, "QUIET_SECONDS", 0.0)
+    ProgressLine().show(progress.line(None))
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert shown.startswith(counts)
+    assert len(shown) <= 77
+    assert shown.endswith("…")
 
 
 def test_a_trial_without_a_run_that_trains_it_says_where_it_stopped(tmp_path):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.teams import begun, compiled, ended, in_a_team, through_norms, trained
-from trainables.recipe import Adversary, Distillation
-from trainables.train.team import check_team
+from trainables.recipe import Adversary, Distillation, check_team
 
 # Sums over the workers round otherwise than sums over the batch, and AdamW and batch normalisation
 # amplify that ten thousand times in two epochs: in double precision it stays far below any other

@@ -704,15 +704,20 @@ BEYOND_STUDY = {
     for name in (
         *("model_args", "drop_path", "dropout", "optimizer_args", "layer_decay"),
         *("clip_grad", "clip_mode", "ema_decay", "ema_evaluated", "lookahead"),
-        *(
-            "scheduler_args",
-            "warmup_prefix",
-            "cooldown_epochs",
-            "color_jitter",
-            "erasing",
-            "repeats",
-            "flip",
-        ),
+        *("scheduler_args", "warmup_prefix", "cooldown_epochs", "color_jitter"),
+        *("erasing", "repeats", "flip"),
         *("least_crop", "train_sizes", "loss", "bce_threshold", "warm_start", "reset_head"),
     )
 }
+
+
+def check_team(recipe: Recipe, size: int) -> None:
+    """Raise ValueError where a recipe's batches do not divide among `size` workers."""
+    parts, name = recipe.forward_batch, f"forward batch of {recipe.forward_batch}"
+    if recipe.norm == "ghost":
+        parts //= recipe.ghost_batch
+        name = f"{parts} ghost batches of {recipe.ghost_batch}"
+    if parts % size:
+        allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        said = f"{recipe.describe()}: its {name} cannot be shared by {size} workers"
+        raise ValueError(f"{said}; their number must be one of {allowed}")

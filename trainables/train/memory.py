@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from trainables.data.base import Data, Split
 from trainables.networks import build_classifier
-from trainables.recipe import Recipe
+from trainables.recipe import Recipe, check_team
 from trainables.scale import scale_of_recipe
 from trainables.train.loop import train
-from trainables.train.team import check_team
 
 FEW, FEWER = (8, 16), (2, 4)  # images of the two dry steps, and where these do not fit
 MARGIN = 1.15  # for what libraries hold, and for gaps between tensors

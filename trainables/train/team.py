@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainables.layers import Classifier, GhostBatchNorm2d
-from trainables.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,6 @@ class Team:
 
 
 ALONE = Team()
-
-
-def check_team(recipe: Recipe, size: int) -> None:
-    """Raise ValueError where a recipe's batches do not divide among `size` workers."""
-    parts, name = recipe.forward_batch, f"forward batch of {recipe.forward_batch}"
-    if recipe.norm == "ghost":
-        parts //= recipe.ghost_batch
-        name = f"{parts} ghost batches of {recipe.ghost_batch}"
-    if parts % size:
-        allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-        said = f"{recipe.describe()}: its {name} cannot be shared by {size} workers"
-        raise ValueError(f"{said}; their number must be one of {allowed}")
 
 
 def gathered(classifier: Classifier, team: Team) -> nn.Module:
