@@ -127,7 +127,7 @@ def test_cells_are_recorded_and_progress_shown_between_a_rush_of_reports(tmp_pat
     study = load_study("bai2021")
     plan = build_plan(study, DIGITS, tables=["T6"], evaluators=["clean"])
     record(tmp_path, study, plan)
-    stands = [re.findall(r"trials (\d) done.* cells (\d)/3", text)[0] for text in shown]
+    stands = [re.findall(r"trials (\d)/3.* cells (\d)/3", text)[0] for text in shown]
     assert stands[-1] == ("3", "3")
     assert ("1", "1") in stands
     assert stands == sorted(stands)
