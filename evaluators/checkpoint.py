@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluators import ERRORS
 from evaluators.base import device_named
 from evaluators.judging import Cells, attacking, evaluators_named
 from evaluators.own_model import PROBED, OwnModel, fingerprint, probe
@@ -67,7 +68,9 @@ def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
     budget: dict[str, Any] = {"patches": options.patches, "area": options.patch_area}
     patch = replace(scale.patch, **{name: value for name, value in budget.items() if value})
     patch.side(scale.image_size)
-    scale = replace(scale, patch=patch)
+    if options.jpeg and ERRORS not in options.evaluators:
+        raise ValueError(f"--jpeg {options.jpeg} is of {ERRORS}: name it in --evaluators")
+    scale = replace(scale, patch=patch, stored_jpeg=options.jpeg or 0)
     return attacking(scale, images) if images else scale
 
 

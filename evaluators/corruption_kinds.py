@@ -7,7 +7,7 @@ of the kind (CIFAR-10-C), since shorter lengths vanish below a pixel; of the sid
 (pixelate) or flake (snow) the excess over one pixel is; strengths stay.
 
 Pixels are cut off to 8 bits, as the published code does; the stored ImageNet-C was compressed as
-JPEG of quality 85 after that, which is left out here. Two kinds differ further. Frost: the original
+JPEG of quality 85 after that, an option here. Two kinds differ further. Frost: the original
 pastes photographs; here the crystals are generated, a pane for each of the six photographs of the
 package imagecorruptions with its mean colour and spread (the original draws from five of them).
 Elastic: a displacement field alone, as in that package, whose severities rise; the original's two
@@ -57,11 +57,13 @@ class Draws:
         return torch.stack([torch.poisson(r, generator=g) for r, g in pairs]).to(self._device)
 
 
-def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int) -> Tensor:
+def corrupt(
+    images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int, jpeg: int = 0
+) -> Tensor:
     """Corrupt float32 images in [0, 1], RGB or grey; a result follows from image and id alone.
 
     Oblong ones are made square by repeating their border, and cut again. Returns multiples of
-    1/255.
+    1/255. jpeg: the quality at which they are then stored, 0: they are not.
     """
     apply, constants = _CORRUPTIONS[kind]
     draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
@@ -69,7 +71,8 @@ def corrupt(images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int
     side = max(height, width)
     square = F.pad(images_BCHW, (0, side - width, 0, side - height), mode="replicate")
     corrupted = apply(square.contiguous(), constants[severity - 1], draws)
-    return _cut_off(corrupted[..., :height, :width].clamp_(0, 1))
+    cut_off = _cut_off(corrupted[..., :height, :width].clamp_(0, 1))
+    return jpeg_compression(cut_off, jpeg, draws) if jpeg else cut_off
 
 
 def gaussian_noise(images_BCHW: Tensor, std: float, draws: Draws) -> Tensor:

@@ -45,7 +45,8 @@ class Corruptions(Evaluator):
     """Error on corrupted images: mean over 15 kinds, over 19, mCE, per group and per kind.
 
     ImageNet-C is read as stored, 224 px. Without a stored set the 15 kinds are generated from 100
-    held-out images, kept for the process's next model; there is no mCE of those.
+    held-out images, kept for the process's next model, as JPEG where the scale has a `stored_jpeg`;
+    there is no mCE of those.
     """
 
     name = "corruptions"
@@ -61,13 +62,17 @@ class Corruptions(Evaluator):
     least_shard = SHARD_IMAGES
 
     def identity(self, source: Data) -> dict[str, Any]:
+        jpeg = self.scale.stored_jpeg
         if images := _stored(source):
             title = images.stored.title
+            if jpeg:
+                raise ValueError(f"{title} is read as it is stored: leave out jpeg {jpeg}")
             return {"data": title, "images": images.ids_hash(), "kinds": images.kinds}
         return {
             "data": source.data_set.stand_in("corruptions"),
             "images": _chosen(source).ids_hash(),
             "generation": GENERATION,
+            **({"jpeg": jpeg} if jpeg else {}),
         }
 
     def total(self, source: Data) -> int:
@@ -84,7 +89,8 @@ class Corruptions(Evaluator):
         remark = "" if stored or source.data_set.generated else GENERATED
         fits = _chosen(source).images.nbytes * len(KINDS) * len(SEVERITIES) <= KEPT_BYTES
         generate = _kept if fits else _generate
-        for question, split in stored.splits() if stored else generate(source):
+        jpeg = self.scale.stored_jpeg
+        for question, split in stored.splits() if stored else generate(source, jpeg):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 stage = (remark,) * len(batch.ids) if remark else None
                 yield replace(batch, question=question, stage=stage)
@@ -122,15 +128,15 @@ def _chosen(source: Data) -> Split:
 
 
 @lru_cache(maxsize=2)
-def _kept(source: Data) -> tuple[tuple[str, Split], ...]:
-    return tuple(_generate(source))
+def _kept(source: Data, jpeg: int) -> tuple[tuple[str, Split], ...]:
+    return tuple(_generate(source, jpeg))
 
 
-def _generate(source: Data) -> Iterator[tuple[str, Split]]:
+def _generate(source: Data, jpeg: int) -> Iterator[tuple[str, Split]]:
     split = _chosen(source)
     images_BCHW = to_unit(split.images[:])
     for kind, severity in product(KINDS, SEVERITIES):
-        corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity)
+        corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity, jpeg=jpeg)
         yield f"{kind}-{severity}", replace(split, images=corrupted.mul_(255).round_().byte())
 
 

@@ -75,6 +75,9 @@ class JudgeOptions(DataOptions):
     attack_images: Count | None = option(
         None, "images that attacks take, drawn by a fixed seed (default: the scale's)", "N"
     )
+    jpeg: Count | None = option(
+        None, "store generated corruptions at a quality, as ImageNet-C's at 85", "N", le=100
+    )
     patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
     patch_area: Area | None = option(None, "a patch's share (default: the scale's)", "SHARE")
 

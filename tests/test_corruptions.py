@@ -25,6 +25,7 @@ from evaluators.corruptions import (
 )
 from evaluators.ledger import LEDGER
 from tests.golden import corruptions as golden
+from trainables.data.base import to_unit
 from trainables.data.load import CorruptedSet, load_data
 from trainables.data.registry import EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
 from trainables.layers import Classifier
@@ -349,3 +350,31 @@ def test_a_smear_in_a_given_direction_is_that_of_imagecorruptions():
             images[0].permute(1, 2, 0).numpy(), 20, 15, angle
         )
         assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_a_stored_quality_gives_the_pixels_of_files_saved_as_imagenet_cs(tmp_path):
+    """make_imagenet_c.py: Image.fromarray(np.uint8(img)).save(path, quality=85, optimize=True)."""
+    images_BCHW = to_unit(load_data(DIGITS).held_out.images[:3])
+    ids = ("a", "b", "c")
+    for kind in ("fog", "gaussian_noise"):
+        plain = corrupt(images_BCHW, ids, kind=kind, severity=3)
+        stored = corrupt(images_BCHW, ids, kind=kind, severity=3, jpeg=85)
+        for number, pixels in enumerate((plain * 255).round().byte().permute(0, 2, 3, 1)):
+            file = tmp_path / f"{kind}{number}.JPEG"
+            Image.fromarray(pixels.numpy()).save(file, quality=85, optimize=True)
+            again = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+            assert torch.equal((stored[number] * 255).round().byte(), again)
+        assert not torch.equal(plain, stored)
+
+
+def test_a_stored_quality_is_another_question_and_no_matter_of_a_stored_set(tmp_path):
+    data, at_85 = load_data(DIGITS), replace(DIGITS, stored_jpeg=85)
+    plain = Corruptions(DIGITS).identity(data)
+    assert Corruptions(at_85).identity(data) == plain | {"jpeg": 85}
+    write_set(tmp_path, KINDS)
+    entry = replace(data.data_set, counterparts=("imagenet-c",))
+    there = replace(
+        data, data_set=entry, roots={"imagenet-c": tmp_path}, class_names=("n01", "n02")
+    )
+    with pytest.raises(ValueError, match="ImageNet-C is read as it is stored: leave out jpeg 85"):
+        Corruptions(at_85).identity(there)

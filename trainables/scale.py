@@ -77,6 +77,8 @@ class Scale:
     scale's own by a model's settings and the optimizer, and ghost batches shrink with them; a
     recipe that departs from the study's there departs from the scale's in proportion.
     `natural_tilt`: by how many degrees natural-adversarial images are turned, either way or not.
+    `stored_jpeg`: at which quality generated corruptions are stored, as ImageNet-C's are at 85; 0:
+    they are not.
     """
 
     data_set: DataSet
@@ -84,6 +86,7 @@ class Scale:
     small_epsilon: Fraction = Fraction(1, 1000)
     training_epsilon: Fraction | None = None
     natural_tilt: float = 0.0
+    stored_jpeg: int = 0
     stem: Literal["imagenet", "small"] = "imagenet"
     stem_stride: int = 2
     patch_size: int = 16
