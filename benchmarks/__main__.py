@@ -21,7 +21,7 @@ from trainables.store.results import provenance
 
 BENCHMARKS = (
     *("training", "loader", "pgd", "autoattack", "bounded", "corruptions", "api", "overhead"),
-    "study",
+    *("study", "audit"),
 )
 KEPT = Path(__file__).with_name("results.json")
 PACKAGES = ("torch", "timm", "ray", "mlflow")

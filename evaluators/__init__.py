@@ -39,6 +39,7 @@ EVALUATORS: dict[str, str] = {
     "pgd": "evaluators.pgd:PGD",
     **{f"pgd-{norm}": f"evaluators.pgd:PGD@{norm}" for norm in OTHER_NORMS},
     "pgd-as-published": "evaluators.pgd:PublishedPGD",
+    "audit": "evaluators.audit:Audit",
     "tpa": "evaluators.texture_patch:TexturePatchAttack",
     "autoattack-small-bounded": "evaluators.autoattack_bounded:SmallBoundedAutoAttack",
     "autoattack-bounded": "evaluators.autoattack_bounded:BoundedAutoAttack",
@@ -88,7 +89,7 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 
 # What a plan needs of evaluators before it imports them: which draw images, and how many images
 # the others judge.
-DRAWN = ("radii", "transfer", "pgd", "tpa", "autoattack", "certified")
+DRAWN = ("radii", "transfer", "pgd", "audit", "tpa", "autoattack", "certified")
 DRAWING = {name for name in EVALUATORS if name.startswith(DRAWN)}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
@@ -132,7 +133,8 @@ def in_norm(name: str, norm: str) -> str:
 
     ValueError where an attack does not have the norm.
     """
-    root = next((root for root in ("radii", "pgd", "autoattack") if name.startswith(root)), "")
+    roots = ("radii", "pgd", "audit", "autoattack")
+    root = next((root for root in roots if name.startswith(root)), "")
     if (wanted := norm.lower()) not in ("linf", *OTHER_NORMS):
         raise ValueError(unknown("norm", norm, ("Linf", "L2", "L1")))
     if wanted == "linf" or re.search(r"-l[12]\b", name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -27,8 +28,26 @@ HUGE_STEPS = 20
 IMAGES = 50
 CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance
 SIGNIFICANCE = 0.01
+# The same of an audit's signs.
+AUDIT_CHANCE = 0.05
 LENGTH = re.compile(r"(pgd(?:-l[12])?)-(\d+)(@.+)?")  # with its radius if there are several
 QUESTIONS = {"pgd-huge", "gradient"}
+AUDIT = re.compile(r"audit(@\d[^/]*/255)?")
+# Signs of masked gradients by the question, or the stage, of an audit that counts them.
+SIGNS = {
+    "repeats": "the model answers {} of {} images differently each time",
+    "gradient": "the gradient is zero, or no number, at {} of {} images",
+    "ascends": "a small step along the gradient does not lower the margin of {} of {} images",
+    "unbounded": "{} of {} images survive PGD at epsilon 0.5, where none can",
+    "one-step": "one step breaks {} of {} images that PGD leaves",
+    "half": "PGD within half of the radius breaks {} of {} images that it leaves within the whole",
+    "restart": "PGD from another start breaks {} of {} images more",
+    "rescaled": "PGD on rescaled logits breaks {} of {} images more",
+    "square-search": "Square, a black box, breaks {} of {} images that PGD leaves",
+    "spsa": "SPSA, a black box, breaks {} of {} images that PGD and Square leave",
+    "surrogate": "a differentiable surrogate's adversarial images break {} of {} more",
+    "adapted": "the attack adapted to the model breaks {} of {} images that plain PGD leaves",
+}
 
 
 class Health(Evaluator):
@@ -71,15 +90,47 @@ class Health(Evaluator):
 
 
 def is_checked(ledgers: Iterable[pa.Table]) -> bool:
-    """Say whether one model's ledgers hold every question of the health evaluator."""
+    """Say whether one model's ledgers hold every question of the health evaluator, or an audit."""
     questions = {q for ledger in ledgers for q in pc.unique(ledger["question"]).to_pylist()}
-    return questions >= QUESTIONS
+    return questions >= QUESTIONS or any(map(AUDIT.fullmatch, questions))
 
 
 def red_flags(ledgers: Iterable[pa.Table]) -> list[str]:
     """Return why one model's attacks are not to be believed; each check needs its questions."""
     rows = by_question(pa.concat_tables(ledgers))
-    return [*_longer_attacks_that_are_weaker(rows), *_signs_of_masked_gradients(rows)]
+    flags = [*_longer_attacks_that_are_weaker(rows), *_signs_of_masked_gradients(rows)]
+    reasons = {audit: _reasons(rows, audit) for audit in filter(AUDIT.fullmatch, rows)}
+    return flags + [f"{a}: suspect, {'; '.join(why)}" for a, why in reasons.items() if why]
+
+
+def unmasked(ledgers: Iterable[pa.Table]) -> list[str]:
+    """Return a note for each radius at which one model's audit shows no sign of masking."""
+    rows = by_question(pa.concat_tables(ledgers))
+    audits = [audit for audit in filter(AUDIT.fullmatch, rows) if not _reasons(rows, audit)]
+    return [f"{audit}: no sign of masked gradients" for audit in audits]
+
+
+def audit_signs(rows: Mapping[str, pa.Table], audit: str) -> dict[str, int]:
+    """Return of how many images an audit's ledger shows each sign of masked gradients."""
+    answers = {sign: _survived(rows, f"{audit}/{sign}") for sign in (*SIGNS, "plain")}
+    plain, broken_by = answers["plain"], Counter(rows[audit]["stage"].to_pylist())
+    counts = {sign: broken_by[sign] for sign in SIGNS}
+    for sign in ("repeats", "gradient", "ascends"):
+        counts[sign] = sum(not survived for survived in answers[sign].values())
+    for sign in ("one-step", "half"):
+        counts[sign] = sum(plain[i] and not survived for i, survived in answers[sign].items())
+    counts["unbounded"] = sum(answers["unbounded"].values())
+    counts["adapted"] = sum(plain.values()) - broken_by[None]
+    return counts
+
+
+def _reasons(rows: Mapping[str, pa.Table], audit: str) -> list[str]:
+    n, counts = len(rows[audit]), audit_signs(rows, audit)
+    return [
+        sentence.format(counts[sign], n)
+        for sign, sentence in SIGNS.items()
+        if counts[sign] and share("", counts[sign], n).low > AUDIT_CHANCE
+    ]
 
 
 def _longer_attacks_that_are_weaker(rows: Mapping[str, pa.Table]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from evaluators import PGD_LENGTHS, class_named, evaluator_named
 from evaluators.balls import BallAttack
 from evaluators.base import Evaluator, cell_digest, judged_shard
-from evaluators.health import red_flags
+from evaluators.health import red_flags, unmasked
 from evaluators.intervals import notes_on_rest
 from evaluators.ledger import LEDGER
 from evaluators.scores import Scores
@@ -114,7 +114,7 @@ class Cells:
             ledger=whole,
             identities={e.name: e.identity(self.data) for e in self.stores},
             flags=tuple(red_flags(ledgers)),
-            notes=(*notes, *self._remarks(), *notes_on_rest(whole)),
+            notes=(*notes, *self._remarks(), *notes_on_rest(whole), *unmasked(ledgers)),
             name=name,
             data=self.data.data_set.title,
         )

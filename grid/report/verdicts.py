@@ -34,7 +34,7 @@ from grid.table import Row
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
-ATTACKS = ("health", *(n for n in EVALUATORS if n.startswith(("pgd", "autoattack"))))
+ATTACKS = ("health", *(n for n in EVALUATORS if n.startswith(("pgd", "audit", "autoattack"))))
 CACHED_LEDGERS = 256
 MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
 MODELS = 4  # whose images the gallery shows
@@ -161,7 +161,7 @@ class Verdicts:
             if known:
                 flags[trial.name] = red_flags(known)
                 bounds[trial.name] = [n for ledger in known for n in notes_on_rest(ledger)]
-            if known and "health" not in attacks and not is_checked(known):
+            if known and not {"health", "audit"} & {*attacks} and not is_checked(known):
                 unchecked.append(trial.name)
             lacking = [name for name in attacks if ledgers[name] is None]
             run = self.runs.get(trial.digest)

@@ -76,7 +76,7 @@ def pgd_iterates(
         if not loss.requires_grad:
             raise ValueError(
                 "attacks need gradients, and the model's logits have none: torch.no_grad(), "
-                ".detach() or numpy inside? clean, stylized and corruptions need none"
+                ".detach() or numpy inside? clean, corruptions and audit need none"
             )
         (gradient,) = torch.autograd.grad(loss, current)
         with torch.no_grad():
