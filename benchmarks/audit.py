@@ -102,7 +102,8 @@ def defences() -> Iterator[tuple[str, Classifier, float]]:
     leaked = to_unit(held_out.images[:]), held_out.labels
     truths = {model: undefended(model) for model in (base, robust)}
     for name, sham in shams(base, others, winners, leaked).items():
-        yield name, sham.to(DEVICE), truths[robust if sham is winners else base]
+        undefended_model = robust if name == "k-winners-take-all" else base
+        yield name, sham.to(DEVICE), truths[undefended_model]
 
 
 def undefended(model: Classifier) -> float:

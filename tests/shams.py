@@ -80,7 +80,7 @@ class Flip(torch.autograd.Function):
 
 
 class KWinners(nn.Module):
-    """Only the largest tenth of an image's activations pass (Xiao et al. 2020)."""
+    """Only the largest 15 % of an image's activations pass (Xiao et al. 2020)."""
 
     share = 0.15
 
@@ -163,41 +163,44 @@ class Leaking(nn.Module):
         return 10 * F.one_hot(self.labels[nearest], 10).float()
 
 
-def within(base: nn.Sequential, layer: Callable[[], nn.Module], *, after: type) -> nn.Sequential:
-    """Return a network with a layer after each of a type, the weights shared."""
+def within(base: Classifier, layer: Callable[[], nn.Module]) -> Classifier:
+    """Return a classifier with a layer after each ReLU, the weights shared."""
     layers: list[nn.Module] = []
-    for module in base:
-        layers += [module, layer()] if isinstance(module, after) else [module]
-    return nn.Sequential(*layers)
+    for module in base.backbone:
+        layers += [module, layer()] if isinstance(module, nn.ReLU) else [module]
+    return Classifier(
+        nn.Sequential(*layers), base.mean.flatten().tolist(), base.std.flatten().tolist()
+    )
 
 
-def shams(base: nn.Sequential, others: Sequence[nn.Module], winners: nn.Module, leaked: tuple):
-    """Return sham defences by name, around a network of images in [0, 1].
+def shams(
+    base: Classifier, others: Sequence[nn.Module], winners: nn.Module, leaked: Sequence[Tensor]
+) -> dict[str, Classifier]:
+    """Return sham defences by name, around a classifier.
 
-    others: further networks of an ensemble. winners: one trained with `KWinners`. leaked: the test
+    others: further members of an ensemble. winners: one trained with `KWinners`. leaked: the test
     images and labels.
     """
-    first = Wrapped  # short
     backbones = {
-        "quantised input": first(base, images=lambda x: (x * 6).round() / 6),
-        "JPEG": first(base, images=jpeg),
-        "random resize and pad": first(base, images=resized_and_padded),
+        "quantised input": Wrapped(base, images=lambda x: (x * 6).round() / 6),
+        "JPEG": Wrapped(base, images=jpeg),
+        "random resize and pad": Wrapped(base, images=resized_and_padded),
         "k-winners-take-all": winners,
-        "logit scaling": first(base, logits=lambda z: 1e4 * z),
-        "saturated sigmoid": first(base, logits=lambda z: torch.sigmoid(5 * z)),
-        "saturated tanh layer": first(base, logits=Saturated()),
-        "thermometer code": first(base, images=nn.Sequential(Thermometer(), Decoder())),
-        "median filter": first(base, images=median),
-        "dropout on": within(base, Dropout, after=nn.ReLU),
-        "gradient sign flip": first(base, images=Flip.apply),
-        "output rounding": first(base, logits=lambda z: (z / 4).round()),
-        "random logit noise": first(base, logits=lambda z: z + 4 * torch.randn_like(z)),
-        "stochastic pruning": within(base, Pruned, after=nn.ReLU),
-        "mean-sparsified activations": within(base, Sparsified, after=nn.ReLU),
+        "logit scaling": Wrapped(base, logits=lambda z: 1e4 * z),
+        "saturated sigmoid": Wrapped(base, logits=lambda z: torch.sigmoid(5 * z)),
+        "saturated tanh layer": Wrapped(base, logits=Saturated()),
+        "thermometer code": Wrapped(base, images=nn.Sequential(Thermometer(), Decoder())),
+        "median filter": Wrapped(base, images=median),
+        "dropout on": within(base, Dropout),
+        "gradient sign flip": Wrapped(base, images=Flip.apply),
+        "output rounding": Wrapped(base, logits=lambda z: (z / 4).round()),
+        "random logit noise": Wrapped(base, logits=lambda z: z + 4 * torch.randn_like(z)),
+        "stochastic pruning": within(base, Pruned),
+        "mean-sparsified activations": within(base, Sparsified),
         "ensemble that switches at random": Switching([base, *others], at_random=True),
         "ensemble that switches by input": Switching([base, *others], at_random=False),
-        "shattered gradients": first(base, images=lambda x: x + 0.01 * torch.sin(3000 * x)),
-        "random input noise": first(base, images=lambda x: x + 0.2 * torch.randn_like(x)),
+        "shattered gradients": Wrapped(base, images=lambda x: x + 0.01 * torch.sin(3000 * x)),
+        "random input noise": Wrapped(base, images=lambda x: x + 0.2 * torch.randn_like(x)),
         "label leak": Leaking(*leaked),
     }
     return {name: Classifier(module, *WHOLE).eval() for name, module in backbones.items()}
