@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +40,7 @@ def evaluate(
     store: str | Path | None = None,
     progress: bool = True,
     eot: int = 1,
+    autocast: bool = False,
     image_size: int | None = None,
     name: str = "",
 ) -> Scores:
@@ -53,7 +55,8 @@ def evaluate(
     the same size. norm: of pgd and autoattack: Linf, L2 or L1; "pgd-l2" states its own. device:
     default the model's own, or the first GPU for one without weights. store: a folder in which
     verdicts stay; the same call goes on with what it holds. eot: passes that are averaged of a
-    model that draws at random. Raises ValueError where the model or the data cannot be judged.
+    model that draws at random. autocast: pgd and autoattack seek in bfloat16, and what they find
+    counts where float32 errs, too. Raises ValueError where the model or the data cannot be judged.
     """
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
@@ -74,6 +77,7 @@ def evaluate(
     with undisturbed(classifier, where), TemporaryDirectory() as temporary:
         outputs, remarks = probe(classifier.to(where).eval(), probed)
         scale, judged_data = for_head(own_scale, own_data, outputs)
+        scale = replace(scale, attacks_in="bf16" if autocast else "float32")
         chosen = evaluators_named(names, scale, radii)
         folder = Path(temporary)
         if store:

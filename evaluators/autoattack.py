@@ -15,7 +15,7 @@ from pyautoattack import autopgd_base, square
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluators import memory
 from evaluators.balls import BallAttack
@@ -25,7 +25,7 @@ from evaluators.pgd import FOLDED_ON
 from trainables.data.base import WHOLE, Data, Shard
 from trainables.layers import Classifier
 from trainables.scale import Scale
-from trainables.train.adversary import attacked, folded
+from trainables.train.adversary import attacked, folded, in_bf16
 from trainables.train.exactness import image_numbers, uniform
 from trainables.train.norms import LEAST_DRAW, NORMS
 
@@ -69,6 +69,7 @@ class AutoAttack(BallAttack):
         Column("autoattack", "AutoAttack 4/255", "AutoAttack"),
     )
     drawn = "autoattack_subset"
+    may_be_bf16 = True
 
     def __init__(self, scale: Scale, **settings: Any) -> None:
         super().__init__(scale, **settings)
@@ -120,7 +121,7 @@ class AutoAttack(BallAttack):
         # APGD draws a start on the CPU even if it gets one.
         with torch.random.fork_rng(devices=()), attacked(classifier), _bisecting():
             for question, epsilon in self.radii.items():
-                victims = _Victims(classifier, batch, epsilon, self.norm)
+                victims = _Victims(classifier, batch, epsilon, self.norm, bf16=self.is_bf16)
                 targets, stages = self.targets, self.stages
                 if (head := victims.ranking_BK.shape[1]) > self.scale.num_classes:
                     targets, stages = _standard(head)
@@ -196,15 +197,22 @@ class _Victims:
     """
 
     def __init__(
-        self, classifier: Classifier, batch: Batch, epsilon: float, norm: str = "linf"
+        self,
+        classifier: Classifier,
+        batch: Batch,
+        epsilon: float,
+        norm: str = "linf",
+        *,
+        bf16: bool = False,
     ) -> None:
         self.classifier, self.batch = classifier, batch
         self.epsilon, self.norm = epsilon, NORMS[norm]
         # pyautoattack flattens by view: rows must be contiguous.
         self.images_BCHW = batch.images.contiguous()
         self.tolerance = BALL_TOLERANCE * max(1, epsilon)
-        self.fast = folded(classifier, self.images_BCHW[:FOLDED_ON]) or classifier
-        self.at_once = memory.images_at_once(self.fast, self.images_BCHW, most=ROWS_AT_ONCE)
+        fast = folded(classifier, self.images_BCHW[:FOLDED_ON]) or classifier
+        self.at_once = memory.images_at_once(fast, self.images_BCHW, most=ROWS_AT_ONCE)
+        self.fast = in_bf16(fast) if bf16 else fast
         logits_BK = self.logits(classifier, self.images_BCHW)
         self.ranking_BK = logits_BK.sort(dim=1).indices
         self.predicted_B = self.ranking_BK[:, -1].clone()
@@ -249,7 +257,7 @@ class _Victims:
             owners, ranks = owners[alive], ranks[alive]
 
     @torch.no_grad()
-    def logits(self, model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    def logits(self, model: Callable[[Tensor], Tensor], images_BCHW: Tensor) -> Tensor:
         """Return a model's logits, `at_once` images a pass."""
         return torch.cat([model(part) for part in torch.split(images_BCHW, self.at_once)])
 

@@ -23,6 +23,7 @@ class BallAttack(Evaluator):
 
     takes_radii = True
     always_named = False  # one radius alone is named, too
+    may_be_bf16 = False  # it seeks in the scale's precision of attacks
     least_shard = 1
     norm: ClassVar[str] = "linf"
     radius, drawn = "epsilon", "attack_subset"
@@ -51,11 +52,18 @@ class BallAttack(Evaluator):
     def radii_line(self) -> str:
         """Say by which radii it attacks."""
         radii = ", ".join(map(self.ball.name_of, self.radii.values()))
-        return f"{'max-norm' if self.norm == 'linf' else self.ball.title} radius {radii}"
+        title = "max-norm" if self.norm == "linf" else self.ball.title
+        return f"{title} radius {radii}{', sought in bf16' if self.is_bf16 else ''}"
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether it seeks in bfloat16; what it finds counts where float32 errs, too."""
+        return self.may_be_bf16 and self.scale.attacks_in == "bf16"
 
     def identity(self, source: Data) -> dict[str, Any]:
-        """Name the norm, but for the max-norm: it was the only one."""
-        return super().identity(source) | ({} if self.norm == "linf" else {"norm": self.norm})
+        """Name what is not the max-norm in float32: that was the only one."""
+        norm = {} if self.norm == "linf" else {"norm": self.norm}
+        return super().identity(source) | norm | ({"attacks_in": "bf16"} if self.is_bf16 else {})
 
     @classmethod
     def within(cls, norm: str, name: str) -> type[BallAttack]:

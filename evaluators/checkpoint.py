@@ -71,6 +71,7 @@ def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
     if options.jpeg and ERRORS not in options.evaluators:
         raise ValueError(f"--jpeg {options.jpeg} is of {ERRORS}: name it in --evaluators")
     scale = replace(scale, patch=patch, stored_jpeg=options.jpeg or 0)
+    scale = replace(scale, attacks_in=options.attacks_in)
     return attacking(scale, images) if images else scale
 
 

@@ -6,7 +6,7 @@ import ast
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -77,6 +77,12 @@ class JudgeOptions(DataOptions):
     )
     jpeg: Count | None = option(
         None, "store generated corruptions at a quality, as ImageNet-C's at 85", "N", le=100
+    )
+    attacks_in: Literal["float32", "bf16"] = option(
+        "float32",
+        "precision in which pgd and autoattack seek; what they find counts where float32 errs, too",
+        "PRECISION",
+        advanced=True,
     )
     patches: Count | None = option(None, "of tpa, at most, per image (default: the scale's)", "N")
     patch_area: Area | None = option(None, "a patch's share (default: the scale's)", "SHARE")

@@ -18,7 +18,13 @@ from trainables.data.base import Data
 from trainables.layers import Classifier
 from trainables.recipe import Protocol
 from trainables.scale import Scale
-from trainables.train.adversary import attacked, folded, half_precision, pgd_iterates
+from trainables.train.adversary import (
+    attacked,
+    folded,
+    half_precision,
+    in_bf16,
+    pgd_iterates,
+)
 from trainables.train.exactness import image_numbers, uniform
 from trainables.train.norms import random_start
 
@@ -36,6 +42,7 @@ class PGD(BallAttack):
     name = "pgd"
     columns: tuple[Column, ...] = tuple(Column(f"pgd-{n}", f"PGD-{n}") for n in PGD_STEPS)
     protocol: Protocol = "corrected"
+    may_be_bf16 = True
 
     def __init__(
         self, scale: Scale, *, radii: Sequence[Fraction] = (), steps: Sequence[int] = PGD_STEPS
@@ -62,12 +69,13 @@ class PGD(BallAttack):
         with attacked(classifier), half:
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
             at_once = images_at_once(victim, batch.images, most=len(batch.ids))
+            seen = in_bf16(victim) if self.is_bf16 else victim
             for name, epsilon in self.radii.items():
                 for part in batch.parts(at_once):
                     start, pair = self._start(part, epsilon), (part.images, part.labels)
                     how: dict[str, Any] = {"epsilon": epsilon, "norm": self.norm}
                     for steps, images_BCHW in pgd_iterates(
-                        victim, *pair, stops=self.steps, start_BCHW=start, **how
+                        seen, *pair, stops=self.steps, start_BCHW=start, **how
                     ):
                         with torch.no_grad():
                             predicted = classifier(images_BCHW).argmax(dim=1)
@@ -93,6 +101,7 @@ class PublishedPGD(PGD):
     name = "pgd-as-published"
     columns = tuple(Column(f"pgd-as-published-{n}", f"PGD-{n} as published") for n in PGD_STEPS)
     protocol: Protocol = "as-published"
+    may_be_bf16 = False  # it has a half precision of its own
 
     def _start(self, batch: Batch, epsilon: float) -> Tensor:
         draws_B = uniform(image_numbers(batch.ids), (), key=("pgd", "plain"))

@@ -137,6 +137,12 @@ class RunOptions(PlaceOptions, DataOptions):
         "run all of AutoAttack on every image, where the scale bounds what its last attacks, run "
         "on a random slice of the images, would break",
     )
+    attacks_in: Literal["float32", "bf16"] = rare(
+        "float32",
+        "precision in which pgd and autoattack seek: bf16 is faster on GPUs, and their cells are "
+        "others; what they find counts where float32 errs, too",
+        "PRECISION",
+    )
     plan: bool = option(False, "print trials, hours, disk and cost")
     check: bool = option(False, "look at data, disk, memory, device and a cluster's nodes")
     status: bool = option(False, "print how far the study is")

@@ -131,6 +131,7 @@ def _planned_for(options: RunOptions) -> tuple[Study, Plan, Scale, DataSource]:
         source = replace(source, origin="")
     scale = scale_of(options.scale, source, image_size=options.image_size)
     scale = scale.preprocessed(options.preprocessing())
+    scale = replace(scale, attacks_in=options.attacks_in)
     scale = replace(scale, autoattack="exact") if options.exact else scale
     settings = {**study.settings, **options.settings()}
     if chosen := scale.data_set.departure.chosen():

@@ -110,6 +110,7 @@ class Scale:
     autoattack_subset: int = 5000
     autoattack_bound: float = 0.02  # a share of the images
     square_queries: int = 5000
+    attacks_in: Literal["float32", "bf16"] = "float32"  # in which they seek; verdicts are float32's
     smoothing_samples: int = 10_000  # a certificate ends at 3.2 sigma; Cohen et al.: 100,000, 3.8
     # Trainings of each row that a headline claim compares; at most 3 of adversarial training.
     headline_seeds: int = 3

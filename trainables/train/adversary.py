@@ -7,7 +7,7 @@ before it: the same logits, a third faster.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import cast
@@ -49,7 +49,7 @@ def attacked(module: nn.Module) -> Iterator[None]:
 
 
 def pgd_iterates(
-    classifier: nn.Module,
+    classifier: Callable[[Tensor], Tensor],
     images_BCHW: Tensor,
     targets: Tensor,
     *,
@@ -168,6 +168,17 @@ def training_attack(
 def half_precision(device: torch.device, *, enabled: bool) -> torch.autocast:
     """Return the half precision of attacks as published: float16, on CPUs bfloat16."""
     return torch.autocast(device.type, torch.float16 if device.type == "cuda" else None, enabled)
+
+
+def in_bf16(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a model as a function that computes in bfloat16, and returns float32."""
+
+    def logits(images_BCHW: Tensor) -> Tensor:
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16):
+            logits_BK: Tensor = model(images_BCHW)
+        return logits_BK.float()
+
+    return logits
 
 
 def training_start(
