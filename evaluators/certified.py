@@ -59,20 +59,14 @@ class Certified(BallAttack):
         self.sigma, self.alpha = sigma or self.sigma, alpha
         self.selection, self.samples = selection, samples or scale.smoothing_samples
         if not 0 < self.sigma <= MOST_SIGMA:
-            raise ValueError(
-                f"sigma {sigma:g} is no noise on pixels in [0, 1]: above 0 and at most "
-                f"{MOST_SIGMA:g}, like 0.25"
-            )
+            allowed = f"above 0 and at most {MOST_SIGMA:g}, like 0.25"
+            raise ValueError(f"sigma {sigma:g} is no noise on pixels in [0, 1]: {allowed}")
         if not 0 < alpha < 1 / 2:
-            raise ValueError(
-                f"alpha {alpha:g}: certificates may be wrong in this share, above 0 and below 1/2"
-            )
+            raise ValueError(f"alpha {alpha:g}, of wrong certificates, is above 0 and below 1/2")
         least = math.floor(math.log(alpha, 1 / 2)) + 1
         if selection < 1 or self.samples < least:
-            raise ValueError(
-                f"{selection} and {self.samples} samples certify nothing: 1 or more choose a class "
-                f"and, at alpha {alpha:g}, {least} or more certify it even where all agree"
-            )
+            few = f"{selection} to choose a class and {self.samples} to certify it are too few"
+            raise ValueError(f"{few} samples: at alpha {alpha:g} 1 and {least} or more can")
         super().__init__(scale, radii=radii)
 
     @classmethod
@@ -97,7 +91,7 @@ class Certified(BallAttack):
         certificates = [self._certificate(classifier, *image) for image in images]
         predicted_B, radius_B = (torch.tensor(part) for part in zip(*certificates, strict=True))
         right_B, rows = predicted_B == batch.labels.cpu(), []
-        pairs = zip(right_B.tolist(), radius_B.tolist(), strict=True)
+        pairs = zip(right_B, radius_B, strict=True)
         reasons = [("radius" if right else "clean") if r else ABSTAINED for right, r in pairs]
         for question, radius in {f"{self.name}{CLEAN_RADIUS}": 0.0, **self.radii}.items():
             survived_B = right_B & (radius_B > 0) & (radius_B >= radius)

@@ -59,10 +59,8 @@ class Transfer(Evaluator):
         self.subset_size = min(IMAGES, scale.attack_subset)
         self.epsilon, self._sources, self._read = float(scale.epsilon), sources or {}, read
         if scale.epsilon * 255 < 1:
-            raise ValueError(
-                f"within {255 * self.epsilon:g}/255 no other image has whole 255ths: {self.name} "
-                "needs a radius of 1/255 or more"
-            )
+            radius = f"within {255 * self.epsilon:g}/255 no other image has whole 255ths"
+            raise ValueError(f"{radius}: {self.name} needs a radius of 1/255 or more")
 
     def identity(self, source: Data) -> dict[str, Any]:
         identity = {**super().identity(source), "epsilon": self.epsilon, "steps": STEPS}

@@ -490,12 +490,16 @@ class Recorder(threading.Thread):
             places = tuple((run.digest, run.artifact_uri, run.ledgers[TRANSFER]) for run in runs)
             sha256s = {digest: sha256 for digest, _, sha256 in places}
             for run in runs:
-                question = self._question(run.digest, TRANSFER).about(sha256s)
+                alone = self._question(run.digest, TRANSFER)
+                images = self._trials[run.digest].images[TRANSFER]
+                settings: Any = {"images": images, "sources": sha256s}
+                asking = evaluator_named(TRANSFER, alone.evaluator.scale, **settings)
+                question = Question(asking, alone.data)
                 if run.cells.get(RECEIVED) != question.digest:
                     cell = Cell(
                         *(run.digest, run.artifact_uri, TRANSFER, question.digest),
                         geometry=geometry,
-                        images=self._trials[run.digest].images[TRANSFER],
+                        images=images,
                         sources=places,
                     )
                     missing.append((cell, question))
@@ -547,16 +551,8 @@ class Question:
     """An evaluator's question about data as some models see them; `identity` is JSON."""
 
     def __init__(self, evaluator: Evaluator, data: Data) -> None:
-        self.evaluator, self.digest, self._data = evaluator, cell_digest(evaluator, data), data
+        self.evaluator, self.digest, self.data = evaluator, cell_digest(evaluator, data), data
         self.identity, self.images = json.dumps(evaluator.identity(data)), evaluator.total(data)
-
-    def about(self, sources: Mapping[str, str]) -> Question:
-        """Return the question about the adversarial images of sources, by the sha256 of each."""
-        images = self.evaluator.subset_size or 0
-        settings: dict[str, Any] = {"images": images, "sources": sources}
-        return Question(
-            evaluator_named(self.evaluator.name, self.evaluator.scale, **settings), self._data
-        )
 
 
 def _params(trial: Trial) -> dict[str, Any]:

@@ -410,21 +410,33 @@ def corruptions_plot(table: FilledTable, verdicts: Verdicts) -> Plot | None:
     return _plot(f"corruptions-{table.name}", caption, _heat_maps, table.name, errors=errors)
 
 
-def _heat_maps(narrow: bool, errors: Mapping[str, pd.DataFrame]) -> Figure:
+def _heat_maps(
+    narrow: bool,
+    errors: Mapping[str, pd.DataFrame],
+    x_label: str = "severity, level",
+    label: str = "error, %",
+    *,
+    values: bool = False,
+) -> Figure:
     across = min(len(errors), 2 if narrow else 4)
     down = -(-len(errors) // across)
-    figure, panels = _figure(narrow, 0.7 + 3.1 * down, down, across)
-    for axes, (label, error) in zip(panels, errors.items(), strict=False):
+    lines = max(sum(1 + name.count("\n") for name in error.index) for error in errors.values())
+    figure, panels = _figure(narrow, 0.7 + max(3.1, LINE * lines) * down, down, across)
+    for axes, (title, error) in zip(panels, errors.items(), strict=False):
         image = axes.imshow(error, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        axes.set_title(fill(label, 14 if narrow else 18))
+        axes.set_title(fill(title, 14 if narrow else 18))
         axes.set_xticks(range(len(error.columns)), error.columns)
         axes.set_yticks(range(len(error)), error.index.str.replace("_", " "))
         axes.label_outer()
+        for place, value in np.ndenumerate(error) if values else ():
+            colour = "white" if value < 50 else "black"
+            text = "" if np.isnan(value) else f"{value:.0f}"
+            axes.text(*place[::-1], text, ha="center", va="center", color=colour)
     for unused in panels[len(errors) :]:
         unused.remove()
-    figure.supxlabel("severity, level", fontsize=TEXT)
+    figure.supxlabel(x_label, fontsize=TEXT)
     bar = figure.colorbar(image, ax=figure.axes, location="top", aspect=40)
-    bar.set_label("error, %", loc="left")
+    bar.set_label(label, loc="left")
     return figure
 
 
@@ -544,30 +556,17 @@ def transfer_plot(pairs: pd.DataFrame) -> Plot:
     """Draw how often each model's adversarial images (rows) break each other one (columns)."""
     names = [*dict.fromkeys(pairs["source"])]
     shown = names[:MOST_LINES]
+    more = f" The first {len(shown)} of {len(names)} models." * (len(names) > len(shown))
     rates = 100 * pairs.pivot(index="source", columns="target", values="value")
+    rates = rates.reindex(index=shown, columns=shown)
+    rates.index = pd.Index([fill(f"{name} {i}", 22) for i, name in enumerate(shown, 1)])
+    rates.columns = pd.Index(range(1, len(shown) + 1))
     caption = (
         "Of the images that the column's model gets right, the share that the adversarial images "
-        "of the row's break, in percent; first trainings."
+        f"of the row's break, in percent; first trainings.{more}"
     )
-    if len(names) > len(shown):
-        caption += f" The first {len(shown)} of {len(names)} models."
-    rates = rates.reindex(index=shown, columns=shown)
+    labels: Any = {"x_label": "judging model", "label": "broken, %", "values": True}
     with mpl.rc_context(STYLE):
-        return _plot("transfer-matrix", caption, _matrix, "transfer", rates=rates)
-
-
-def _matrix(narrow: bool, rates: pd.DataFrame) -> Figure:
-    """Draw a square of percentages; models go by numbers above, and by number and name beside."""
-    texts = [fill(f"{name} {i}", 14 if narrow else 30) for i, name in enumerate(rates.index, 1)]
-    lines = sum(text.count("\n") + 1 for text in texts)
-    figure, (axes,) = _figure(narrow, 0.7 + max(LINE * lines * 1.2, 0.28 * len(rates)))
-    image = axes.imshow(rates, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for place, value in np.ndenumerate(rates):
-        if np.isfinite(value):
-            colour = "white" if value < 50 else "black"
-            axes.text(*place[::-1], f"{value:.0f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(rates)), range(1, len(rates) + 1))
-    axes.set_yticks(range(len(rates)), texts)
-    axes.xaxis.tick_top()
-    figure.colorbar(image, ax=axes, location="bottom", aspect=40).set_label("broken, %")
-    return figure
+        return _plot(
+            "transfer-matrix", caption, _heat_maps, "transfer", errors={"": rates}, **labels
+        )

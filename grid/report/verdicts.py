@@ -93,8 +93,10 @@ class Verdicts:
         if not self.is_judged(digest, evaluator):
             return None
         read = self._read(self.runs[digest], evaluator, from_parquet)
-        # `transfer` keeps every image, too many to remember them.
-        return read and (read[0] if evaluator != TRANSFER else _without_images(read[0]))
+        if read and evaluator == TRANSFER:  # it keeps every image, too many to remember them
+            rows, nothing = read[0], pa.nulls(len(read[0]), pa.binary())
+            return rows.set_column(rows.column_names.index("image"), "image", nothing)
+        return read and read[0]
 
     def _read(self, run: TrialRun, evaluator: str, read: Callable[[bytes], T]) -> T | None:
         """Return what a cell's ledger holds; None, and the cell is forgotten, where it is damaged.
@@ -169,11 +171,6 @@ class Verdicts:
                 waiting[trial.name] = lacking
         bounds = {model: notes for model, notes in bounds.items() if notes}
         return Health(flags, tuple(unchecked), waiting, bounds)
-
-
-def _without_images(ledger: pa.Table) -> pa.Table:
-    place, nothing = ledger.schema.get_field_index("image"), pa.nulls(len(ledger), pa.binary())
-    return ledger.set_column(place, "image", nothing)
 
 
 @dataclass(frozen=True)
