@@ -44,13 +44,17 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
     An image's forward pass is a third of what it costs to train by it.
     """
     named = cache(lambda name, images: evaluator_named(name, scale, images=images))
+    sources = sum("transfer" in trial.evaluators for trial in plan)  # whose images each judges
     work: Work = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
         epoch = scale.epoch_cost(trial.recipe)
         share = WITHSTANDING[trial.recipe.adversary is not None]
         for name in trial.evaluators:
-            passes = named(name, trial.images[name]).cost(held_out, withstanding=share)
+            evaluator = named(name, trial.images[name])
+            passes = evaluator.cost(held_out, withstanding=share)
+            if name == "transfer":
+                passes += (1 + sources) * evaluator.asked_about(held_out)
             work[trial.digest, name] = passes * epoch / scale.data_set.train_images / 3
     return work
 

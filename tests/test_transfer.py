@@ -15,6 +15,7 @@ from evaluators import evaluator_named
 from evaluators.base import judge_images
 from evaluators.ledger import from_parquet, in_order, to_parquet
 from evaluators.transfer import whole_255ths
+from grid.estimate import work_of
 from grid.plan import build_plan
 from grid.record import Recorder
 from grid.report.build import write_report
@@ -138,6 +139,16 @@ def test_images_of_other_classes_or_another_size_and_too_small_a_radius_are_refu
         judge_images(receiving(content, larger), model(0), greys, device=CPU)
     with pytest.raises(ValueError, match=r"within 0\.255/255 no other image has whole 255ths"):
         evaluator_named("transfer", replace(DIGITS, epsilon=Fraction(1, 1000)))
+
+
+def test_a_plan_counts_the_passes_of_the_attack_and_of_every_models_images(recorded):
+    *_, plan = recorded
+    work = work_of(plan, DIGITS, 597)
+    for trial in plan:
+        # Ten steps of two, the image before and after; then as it is, and of two models.
+        passes = 64 * (20 + 2 + 1 + 2)
+        third = DIGITS.epoch_cost(trial.recipe) / DIGITS.data_set.train_images / 3
+        assert work[trial.digest, "transfer"] == pytest.approx(passes * third)
 
 
 def recorder(tracker, study, plan):
