@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import starmap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -85,7 +84,9 @@ class Shift(Evaluator):
             present = tuple(sorted(set(split.labels.tolist()))) if some else None
             question = f"{self.name}/{part}" if part else whole
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
-                stage = _labels(*located, batch.ids) if located and located[0].labels else None
+                # The places that are right, as remarks.
+                right = reassessed(*located, batch.ids) if located and located[0].labels else ()
+                stage = tuple(" ".join(map(str, places)) for places in right) or None
                 yield replace(batch, candidates=present, question=question, stage=stage)
 
     @torch.inference_mode()
@@ -125,11 +126,6 @@ class Shift(Evaluator):
     def _kinds(self, source: Data) -> CorruptedSet | None:
         located = source.counterpart(self.name)
         return CorruptedSet(*located, source) if located and located[0].kinds else None
-
-
-def _labels(known: StoredSet, root: Path, ids: Sequence[str]) -> tuple[str, ...]:
-    """Return the places that are right of each image, as remarks."""
-    return tuple(" ".join(map(str, places)) for places in reassessed(known, root, ids))
 
 
 def _over_parts(name: str, rows: pa.Table) -> Score:

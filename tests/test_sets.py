@@ -133,9 +133,10 @@ def test_what_is_wrong_with_a_set_is_found_before_a_run(tmp_path):
     root = write_set(tmp_path / "imagenet-r", class_list("imagenet_r_synsets.txt"))
     source, plan = DataSource(root=tmp_path), build_plan(CONTEST, IMAGENET)
 
-    def said():
+    def said(*names):
         findings, _ = check(IMAGENET, source, plan, results=tmp_path / "results")
-        return {level: text for subject, level, text in findings if subject == "imagenet-r"}
+        levels = [{k: text for s, k, text in findings if s == name} for name in names]
+        return levels if names else {k: text for s, k, text in findings if s == "imagenet-r"}
 
     assert said() == {"warning": "200 images of 200 classes (as published: 30,000)"}
     damaged = root / "n01443537" / "cut.png"
@@ -146,6 +147,22 @@ def test_what_is_wrong_with_a_set_is_found_before_a_run(tmp_path):
     (root / "n01443537").rename(root / "n01440764")
     wrong = "is not ImageNet-R: it lacks 1 of 200 classes, the first 'n01443537', and has 1 foreign"
     assert wrong in said()["error"]
+    real_labels(tmp_path / "imagenet-real", [], 49_999)
+    (tmp_path / "objectnet").mkdir()
+    write_set(tmp_path / "objectnet" / "images", [*STORED_SETS["objectnet"].groups][:-1])
+    for part in STORED_SETS["imagenet-d"].parts:
+        write_colours(tmp_path / "imagenet-d" / part, [*STORED_SETS["imagenet-d"].groups, "dragon"])
+    for kind in ("glitched", "mosaic"):
+        write_colours(tmp_path / "laion-c" / kind / "intensity_level_1", ["dog"])
+    write_colours(tmp_path / "ood", ["sky", "wall"])
+    real, objectnet, imagenet_d, laion_c, ood = said(
+        *("imagenet-real", "objectnet", "imagenet-d", "laion-c", "ood")
+    )
+    assert "real.json has labels of 49999 images, not of 50000" in real["error"]
+    assert "lacks 1 classes; first: ['wok']" in objectnet["error"]
+    assert "has 1 foreign ones, the first 'dragon'" in imagenet_d["error"]
+    assert "lacks 28 of 30: glitched/intensity_level_2, " in laion_c["error"]
+    assert "2 images are smaller than 224 px" in ood["warning"]
 
 
 def test_a_scale_without_a_set_judges_nothing_by_it_and_says_so():

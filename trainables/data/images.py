@@ -102,10 +102,9 @@ class ImageFiles:
         preprocessing: Preprocessing,
         native: int = 0,
         workers: int = 0,
-        border: int = 0,
     ) -> None:
         assert preprocessing.size
-        self.root, self.native, self.workers, self.border = root, native, workers, border
+        self.root, self.native, self.workers, self.border = root, native, workers, 0
         self.preprocessing = preprocessing | WHOLE if native else preprocessing
         self.size = preprocessing.size
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)

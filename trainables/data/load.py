@@ -123,12 +123,7 @@ def _folders(data_set: DataSet, source: DataSource) -> Loaded:
 
 
 def image_files(
-    listed: ImageList,
-    data_set: DataSet,
-    workers: int = 0,
-    *,
-    native: int | None = None,
-    border: int = 0,
+    listed: ImageList, data_set: DataSet, workers: int = 0, *, native: int | None = None
 ) -> ImageFiles:
     """Return listed images as the data set shows them, undecoded.
 
@@ -136,8 +131,10 @@ def image_files(
     """
     if native is None:
         native = data_set.stored_size if data_set.exact_size else 0
-    shown: dict[str, Any] = {"preprocessing": data_set.preprocessing, "native": native}
-    return ImageFiles(listed.root, listed.paths, workers=workers, border=border, **shown)
+    preprocessing = data_set.preprocessing
+    return ImageFiles(
+        listed.root, listed.paths, preprocessing=preprocessing, native=native, workers=workers
+    )
 
 
 def archive_of(data_set: DataSet, source: DataSource) -> Any:
@@ -196,7 +193,8 @@ def stored_split(stored: StoredSet, root: Path, data: Data, *, native: bool | No
     is_native = stored.native if native is None else native
     side = (stored.size or data.data_set.stored_size) if is_native else 0
     data_set = replace(data.data_set, squash=stored.squash or data.data_set.squash)
-    files = image_files(listed, data_set, data.workers, native=side, border=stored.border)
+    files = image_files(listed, data_set, data.workers, native=side)
+    files.border = stored.border
     ids = tuple(image_id.rpartition(".")[0] for image_id in listed.ids)
     return Split(images=files, labels=torch.tensor(listed.labels), ids=ids)
 
