@@ -20,8 +20,8 @@ from benchmarks.measure import Figure, device_name
 from trainables.store.results import provenance
 
 BENCHMARKS = (
-    *("training", "loader", "pgd", "autoattack", "bounded", "corruptions", "api", "overhead"),
-    *("study", "audit"),
+    *("training", "loader", "pgd", "autoattack", "bounded", "tpa", "corruptions", "api"),
+    *("overhead", "study", "audit"),
 )
 KEPT = Path(__file__).with_name("results.json")
 PACKAGES = ("torch", "timm", "ray", "mlflow")
