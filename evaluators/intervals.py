@@ -122,23 +122,24 @@ def image_scores(ledger: pa.Table, score: str) -> ImageScores | None:
 
     The ledger may hold the questions of other scores, too.
     """
-    kinds = pc.replace_substring_regex(ledger["question"], r"-[1-5]$", "")
-    of_score = pc.is_in(kinds, pa.array(KINDS if score == ERRORS else [score]))
-    corrupted = ledger.filter(pc.and_(of_score, pc.not_equal(kinds, ledger["question"])))
     by_radius = ledger.filter(pc.starts_with(ledger["question"], f"{score}{CLEAN_RADIUS[:1]}"))
     if f"{score}{CLEAN_RADIUS}" in pc.unique(by_radius["question"]).to_pylist():
         return ImageScores(_areas(by_radius))
-    of_parts = ledger.filter(pc.starts_with(ledger["question"], f"{score}/"))
-    if len(of_parts):
-        grouped = of_parts.group_by("image_id").aggregate([("survived", "mean")])
-        ids, values = grouped["image_id"], grouped["survived_mean"]
-    elif len(corrupted):
-        grouped = corrupted.group_by("image_id").aggregate([("survived", "mean")])
-        ids, values = grouped["image_id"], pc.subtract(1.0, grouped["survived_mean"])
-    else:
-        rows = ledger.filter(pc.equal(ledger["question"], score))
-        ids, values = rows["image_id"], rows["survived"].cast(pa.float64())
-    pairs = zip(ids.to_pylist(), values.to_pylist(), strict=True)
+    kinds = pc.replace_substring_regex(ledger["question"], r"-[1-5]$", "")
+    of_score = pc.is_in(kinds, pa.array(KINDS if score == ERRORS else [score]))
+    masks = (
+        pc.equal(ledger["question"], score),
+        pc.starts_with(ledger["question"], f"{score}/"),
+        pc.and_(of_score, pc.not_equal(kinds, ledger["question"])),
+    )
+    itself, parts, severities = (
+        ledger.filter(mask).group_by("image_id").aggregate([("survived", "mean")]) for mask in masks
+    )
+    rows = itself if len(itself) else parts if len(parts) else severities
+    values = rows["survived_mean"]
+    if rows is severities and "/" not in score:  # errors; of a set's kind it is accuracy
+        values = pc.subtract(1.0, values)
+    pairs = zip(rows["image_id"].to_pylist(), values.to_pylist(), strict=True)
     return ImageScores(pairs, rest=rest_of(ledger, score)) or None
 
 

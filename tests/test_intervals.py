@@ -134,13 +134,17 @@ def test_an_images_score_is_its_survival_or_its_error_over_the_fifteen_corruptio
 
 def test_an_images_score_leaves_the_questions_of_other_scores_out():
     batch = Batch(torch.zeros(1, 3, 4, 4), torch.tensor([0]), ("a",))
-    wrong = {"fog-2", "mine-1", "mine-5", "pgd-5"}
+    wrong = {"fog-2", "mine-1", "mine-5", "pgd-5", "transfer", "imagenet-c-bar/cold-1"}
     corrupted = [f"{kind}-{severity}" for kind in (*KINDS, "mine") for severity in SEVERITIES]
+    of_sets = ("transfer", "transfer/clean", "imagenet-c-bar/cold-1", "imagenet-c-bar/hot-1")
     ledger = pa.concat_tables(
         verdicts(batch, question, torch.tensor([int(question in wrong)]))
-        for question in ("clean", *corrupted, "pgd-5", "pgd-10")
+        for question in ("clean", *corrupted, "pgd-5", "pgd-10", *of_sets)
     )
     errors = {score: image_scores(ledger, score) for score in ("corruptions", "mine")}
     assert errors == {"corruptions": {"a": pytest.approx(1 / 75)}, "mine": {"a": 2 / 5}}
     assert image_scores(ledger, "clean") == image_scores(ledger, "pgd-10") == {"a": 1.0}
-    assert image_scores(ledger, "pgd-5") == {"a": 0.0}
+    assert image_scores(ledger, "pgd-5") == image_scores(ledger, "transfer") == {"a": 0.0}
+    # Of a set accuracy, of its kinds as well.
+    assert image_scores(ledger, "imagenet-c-bar") == {"a": 1 / 2}
+    assert image_scores(ledger, "imagenet-c-bar/cold") == {"a": 0.0}

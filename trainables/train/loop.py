@@ -163,7 +163,8 @@ def train(
 def _measured(training: _Training, epoch: int) -> dict[str, float]:
     """Close an epoch: return its mean loss and its last rate, and measure what is due after it."""
     recipe, classifier, data = training.recipe, training.classifier, training.data
-    if isinstance(training.optimizer, Lookahead):
+    # A scaler may have skipped all steps so far: an optimizer's state must not begin with ours.
+    if isinstance(training.optimizer, Lookahead) and training.optimizer.state_dict()["state"]:
         training.optimizer.sync_lookahead()
     scale, device, team = scale_named(recipe.scale), training.device, training.team
     loss = float(team.total(training.loss)) / team.size / training.forward
