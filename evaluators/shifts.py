@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -59,8 +60,13 @@ class Shift(Evaluator):
         raise ValueError(f"{self.name} needs {known.title}{origin}: {remedy}")
 
     def identity(self, source: Data) -> dict[str, Any]:
-        known = {"known": source.held_out.ids_hash()} if self.declared.foreign else {}
-        return {**self.identity_of_set(source, self.name), **known}
+        identity = self.identity_of_set(source, self.name)
+        if self.declared.foreign:
+            identity["known"] = source.held_out.ids_hash()
+        if (located := source.counterpart(self.name)) and self.declared.labels:
+            with (located[1] / self.declared.labels).open("rb") as labels:
+                identity["labels"] = hashlib.file_digest(labels, "sha256").hexdigest()[:12]
+        return identity
 
     def total(self, source: Data) -> int:
         known = len(source.held_out) if self.declared.foreign else 0

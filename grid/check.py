@@ -189,7 +189,8 @@ class _DataCheck:
             classes = len(set(split.labels.tolist()))
             if isinstance(split.images, ImageFiles) and not stored.labels:
                 yield from self._opened(split.images, f"{stored.name}/{part}")
-        for file in root.glob("*.npy") if stored.arrays else ():
+        arrays = [*root.glob("*.npy")] if stored.arrays else []
+        for file in [*arrays, *([root / stored.labels] if stored.labels else [])]:
             with file.open("rb") as array:
                 digest = hashlib.file_digest(array, "sha256").hexdigest()
             self.digests[f"{stored.name}/{file.name}"] = digest

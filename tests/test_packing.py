@@ -27,10 +27,10 @@ from trainables.data import layouts, staging
 from trainables.data.layouts import INDEX, SHARDS, images_by_class
 from trainables.data.listing import DataSource, list_splits, scale_of
 from trainables.data.load import load_data, stored_split
-from trainables.data.packing import pack
+from trainables.data.packing import BEGUN, pack
 from trainables.data.registry import STORED_SETS
 from trainables.layers import Classifier
-from trainables.store.storage import below
+from trainables.store.storage import ASIDE, below
 from trainables.train.loop import train
 
 SMALL = 20_000  # bytes: several shards a split
@@ -92,7 +92,7 @@ def test_a_packed_folder_is_the_same_data_set(root, shards, tmp_path):
 KILLED_AT_ITS_THIRD_SHARD = """
 import os, signal, sys
 from pathlib import Path
-from trainables.data.packing import pack
+from trainables.data.packing import BEGUN, pack
 replace = Path.replace
 def killed(aside, to):
     if to.name == "packed-000002.tar":
@@ -122,7 +122,11 @@ def test_packing_that_was_killed_goes_on_and_packs_no_shard_twice(root, shards, 
 
 def test_packing_goes_on_only_with_the_images_that_it_began_with(root, tmp_path):
     data = shutil.copytree(root / "val", tmp_path / "data")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / f"{ASIDE}{BEGUN}.0123").touch()  # a kill came at the first file
     pack(data, str(tmp_path / "to"))
+    shutil.copytree(data, tmp_path / "moved")
+    pack(tmp_path / "moved", str(tmp_path / "to"))
     picture = next(path for path in data.rglob("*") if path.is_file())
     picture.write_bytes(picture.read_bytes())  # later than before
     with pytest.raises(ValueError, match="to holds shards of other images than"):

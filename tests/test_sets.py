@@ -377,9 +377,15 @@ def test_reassessed_labels_are_each_right_and_images_without_any_are_left_out(tm
     }
     assert rows == {"4": (True, 0, "0"), "2": (True, 1, "970 0"), "3": (False, 3, "1")}
     assert scores["imagenet-real"].value == 2 / 3
+    evaluator = evaluator_named("imagenet-real", IMAGENET)
+    flat = replace(held_out, ids=(*(f"{name}=n01440764" for name in names),))  # of --labels FILE
+    assert len(evaluator.images(replace(data, held_out=flat))) == 3
+    before = evaluator.identity(data)
+    real_labels(root, [*lists[:3], [1]])
+    assert evaluator.identity(data) != before
     other = replace(held_out, ids=("a/1.png", *names[1:]))
     with pytest.raises(ValueError, match=r"no labels for 'a/1.png', only for ILSVRC2012_val_0000"):
-        evaluator_named("imagenet-real", IMAGENET).images(replace(data, held_out=other))
+        evaluator.images(replace(data, held_out=other))
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,8 @@ class Recipe(Frozen):
     create_optimizer_v2 and create_scheduler_v2). The last `cooldown_epochs` have the floor rate;
     `warmup_prefix` has the schedule begin behind the warm-up. `ema_decay`: of the mean of the
     weights (0: none), which is what is stored and judged unless `ema_evaluated` is false.
-    `lookahead`: timm's, around the optimizer (Zhang et al. 2019, algorithm 1; k 6, alpha 0.5).
+    `lookahead`: timm's, around the optimizer (after Zhang et al. 2019; k 6, alpha 0.5): its slow
+    weights begin as those after six steps, and are taken after every epoch, too.
     `color_jitter`: torchvision's strength of brightness, contrast and saturation, beside a policy
     too. `erasing`: the chance of timm's random erasing, before images are mixed. `repeats`: of
     each image in an epoch, whose length stays (Hoffer et al. 2020). `least_crop`: least share of

@@ -205,7 +205,7 @@ def reassessed(stored: StoredSet, root: Path, ids: Sequence[str]) -> list[list[i
     ValueError where the file is not as published, or an id does not end in the image's number.
     """
     lists = _reassessed_lists(root / stored.labels)
-    numbers = [re.search(r"ILSVRC2012_val_(\d{8})(\.\w+)?$", image_id) for image_id in ids]
+    numbers = [re.search(r"ILSVRC2012_val_(\d{8})(\.\w+)?(=.*)?$", image_id) for image_id in ids]
     if other := [i for i, n in zip(ids, numbers, strict=True) if not n or int(n[1]) > len(lists)]:
         wanted = f"ILSVRC2012_val_00000001.JPEG to {len(lists):08d}: keep the published names"
         raise ValueError(f"{stored.title} has no labels for {other[0]!r}, only for {wanted}")

@@ -53,7 +53,7 @@ def pack(root: Path, to: str, *, shard_bytes: int = 0) -> str:
     if not images:
         raise ValueError(f"--pack: {root} holds no class folders of images")
     try:
-        is_ours = BEGUN in Folder(to).names()
+        is_ours = any(name.startswith((BEGUN, ASIDE + BEGUN)) for name in Folder(to).names())
         if not is_ours and files.get_file_info(FileSelector(base, allow_not_found=True)):
             raise ValueError(f"--pack {to} holds files already: name an empty place")
         for folder, classes, others in parts:
@@ -62,7 +62,7 @@ def pack(root: Path, to: str, *, shard_bytes: int = 0) -> str:
             if any(classes.values()) or folder == root:
                 rows = _rows(folder, classes, shard_bytes or SHARD_BYTES)
                 shards += _pack(below(to, *names), folder, [*classes], rows)
-            for name in others:
+            for name in {*others} - {BEGUN}:
                 at = {"source_filesystem": LocalFileSystem(), "destination_filesystem": files}
                 copy_files(str(folder / name), f"{place}/{name}", **at)
     except OSError as error:
@@ -100,7 +100,7 @@ def _pack(place: str, folder: Path, classes: Sequence[str], rows: Sequence[Row])
     to = Folder(place)
     there, sizes = to.names(), dict[str, int]()
     times = [(folder / row["image"]).stat().st_mtime_ns for row in rows]
-    of_images = hashlib.sha256(repr((str(folder), classes, rows, times)).encode()).hexdigest()
+    of_images = hashlib.sha256(repr((classes, rows, times)).encode()).hexdigest()
     if BEGUN not in there:
         to.write(BEGUN, of_images.encode())
     elif to.read(BEGUN) != of_images.encode():
