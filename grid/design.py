@@ -87,7 +87,10 @@ def with_design(
     goal = Goal.of_claims(scale.detect, options.power, len(claims))
     stored, server = read_file(place), _server(options, scale)
     shared = server.shared(DESIGNED) if server else None
-    known = _designs(place, stored) | _designs(f"{DESIGNED} of {options.mlflow}", shared)
+    known = _designs(place, stored)
+    for other, cells in _designs(f"{DESIGNED} of {options.mlflow}", shared).items():
+        here = known.get(other, {})
+        known[other] = {cell: max(here.get(cell, 0), cells.get(cell, 0)) for cell in here | cells}
     question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     few = _few(plan, scale.unclaimed_images, known)

@@ -319,22 +319,25 @@ class Tracker:
         name = ALIVE_TAG + _short(self._owner)
         self._call(lambda: self._client.set_tag(self._claims, name, sign))
         self._look()
-        alike = self._signs.items() & self._heard.items()
-        self._silent = Counter({name: self._silent[name] + 1 for name, _ in alike})
-        self._heard = self._signs
+        if not over:  # which comes right behind a look
+            alike = self._signs.items() & self._heard.items()
+            self._silent = Counter({name: self._silent[name] + 1 for name, _ in alike})
+            self._heard = self._signs
         lost = {key for key, turn in self._held.items() if f"{key}.{turn + 1}" in self._leases}
         self._held = {key: turn for key, turn in self._held.items() if key not in lost}
         return lost
 
     def shared(self, name: str, content: bytes = b"") -> bytes | None:
         """Return a file that a server's commands share, if it is there; content: to put in it."""
-        place = self._call(self._client.get_run, self._claims).info.artifact_uri
+        if not content and not self._call(self._client.get_experiment_by_name, self._claims_name):
+            return None
+        place = self._call(lambda: self._client.get_run(self._claims)).info.artifact_uri
         if content:
             self._store(place, {name: content})
         return content or self.artifact(place, name)
 
     def _look(self) -> None:
-        data = self._call(self._client.get_run, self._claims).data
+        data = self._call(lambda: self._client.get_run(self._claims)).data
         self._leases, self._signs = dict(data.params), _tagged(data.tags, ALIVE_TAG)
 
     def _lives(self, owner: str) -> bool:
@@ -581,13 +584,17 @@ class Tracker:
 
         return self._call(opened)
 
+    @property
+    def _claims_name(self) -> str:
+        return f"{self._experiment} claims"
+
     @cached_property
     def _claims(self) -> str:
         """The id of the run whose parameters name the owners of leases: MLflow changes none.
 
         An experiment's name is unique: this one gets it when its run is there.
         """
-        name = f"{self._experiment} claims"
+        name = self._claims_name
         if (there := self._client.get_experiment_by_name(name)) is None:
             new = self._client.create_experiment(f"{name} {uuid.uuid4().hex}")
             run = self._client.create_run(new, run_name="who has which trial")
