@@ -47,7 +47,6 @@ GPUS = int(sum(node["GPU"] for node in NODES.values()))
 PARTS = 20  # of the time, that are printed
 STEPS = 4000  # of a simulation's time if all were busy
 MOST_WAITING = 16  # trials that Tune has wait
-REAL_SHARDS = 8  # of a cell
 Looks = list[tuple[float, float]]  # a time, and the GPUs that are busy from then on
 
 
@@ -135,9 +134,9 @@ class StubTrial(RecipeTrial):
 class StubRecorder(threading.Thread):
     """Hands the cells of trials that have ended to the pool, as the recorder does."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, shards: int) -> None:
         super().__init__(daemon=True)
-        self._plan = plan
+        self._plan, self._shards = plan, shards
         self._pool: Any = None
         self.work_waited_at = 0.0  # the last time that some had no GPU
         self.todo = {trial.digest: trial for trial in plan}
@@ -176,7 +175,7 @@ class StubRecorder(threading.Thread):
             while not self._ended.empty():
                 trial = self.todo.pop(self._ended.get())
                 for name in trial.evaluators:
-                    self._pool.submit(StubCell(trial.digest, name, name), REAL_SHARDS)
+                    self._pool.submit(StubCell(trial.digest, name, name), self._shards)
             for cell, _, error in self._pool.poll(0.1):
                 self.judged += not error
                 self.failures += [error] if error else []
@@ -184,14 +183,16 @@ class StubRecorder(threading.Thread):
                     self._pool.settle(cell)
 
 
-def on_ray(plan: Plan, work: Work, unit: float, folder: Path) -> tuple[Looks, StubRecorder]:
+def on_ray(
+    plan: Plan, work: Work, unit: float, shards_each: int, folder: Path
+) -> tuple[Looks, StubRecorder]:
     """Return the GPUs that were busy over a study of stubs, `unit` seconds a unit of work."""
     from evaluators import shards
     from evaluators.ledger import LEDGER, to_parquet
     from grid import assess, launch
 
     looks: Looks = []
-    recorder = StubRecorder(plan)
+    recorder = StubRecorder(plan, shards_each)
 
     def looked_at(nodes: Any, placed: Any, waiting: Any, there: Any, **needs: Any) -> Counter[Home]:
         judging = EVALUATOR_GPUS * min(there.total(), needs["wanted"])
@@ -203,7 +204,7 @@ def on_ray(plan: Plan, work: Work, unit: float, folder: Path) -> tuple[Looks, St
     seconds = {digest: unit * work[digest, ""] for digest in {trial.digest for trial in plan}}
     (folder / "seconds.json").write_text(json.dumps(seconds))
     judging = {
-        f"{digest} {name}": unit * units / EVALUATOR_GPUS / REAL_SHARDS
+        f"{digest} {name}": unit * units / EVALUATOR_GPUS / shards_each
         for (digest, name), units in work.items()
     }
     ledger = to_parquet(LEDGER.empty_table(), seconds=1.0)
@@ -245,9 +246,11 @@ def busy(looks: Looks, parts: int = 1) -> list[float]:
     return [total * parts / (last - first) for total in sums]
 
 
-def study_at(scale: Scale, tables: Sequence[str] = ()) -> tuple[Plan, Work]:
+def study_at(
+    scale: Scale, tables: Sequence[str] = (), evaluators: Sequence[str] = ()
+) -> tuple[Plan, Work]:
     """Return the paper's plan at a scale, and the work of its trials and cells."""
-    plan = build_plan(load_study("bai2021"), scale, tables=tables)
+    plan = build_plan(load_study("bai2021"), scale, tables=tables, evaluators=evaluators)
     return plan, work_of(plan, scale, held_out_images(scale, EMBEDDED))
 
 
@@ -256,15 +259,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--real", type=float, metavar="SECONDS", help="of a unit of work, on Ray")
     parser.add_argument("--tables", nargs="+", default=[], help="of the study, all by default")
+    parser.add_argument("--evaluators", nargs="+", default=[], help="on Ray, all by default")
+    parser.add_argument("--shards", type=int, default=8, help="of a cell, on Ray")
     options = parser.parse_args()
     if options.real:
         os.environ |= ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"}
-        plan, work = study_at(DIGITS, options.tables)
+        plan, work = study_at(DIGITS, options.tables, options.evaluators)
         with tempfile.TemporaryDirectory() as folder:
-            looks, recorder = on_ray(plan, work, options.real, Path(folder))
+            looks, recorder = on_ray(plan, work, options.real, options.shards, Path(folder))
         print(f"{recorder.judged} cells judged, failures: {recorder.failures}")
-        full = next(at for at, count in looks if count >= GPUS)
-        edges = (looks[0][0], full, recorder.work_waited_at, looks[-1][0])
+        full = next((at for at, count in looks if count >= GPUS), looks[0][0])
+        edges = (looks[0][0], full, max(full, recorder.work_waited_at), looks[-1][0])
         titles = ("start, until all are busy", "while work waits", "tail, when none waits any more")
         for title, (since, until) in zip(titles, pairwise(edges), strict=True):
             part = [(at, count) for at, count in looks if since <= at < until]

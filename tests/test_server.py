@@ -137,7 +137,7 @@ def start_hundred(uri):
 
 
 @pytest.mark.slow
-def test_two_commands_on_one_study_train_each_trial_once_and_both_judge_it(server, tmp_path):
+def test_two_commands_on_one_study_train_and_judge_each_trial_once(server, tmp_path):
     study = tmp_path / "study.toml"
     study.write_text(study_of_one(epochs=100))
     drivers = [
@@ -145,9 +145,9 @@ def test_two_commands_on_one_study_train_each_trial_once_and_both_judge_it(serve
         for name in ("one", "other")
     ]
     said = [ended(driver) for driver in drivers]
-    trained = [int(re.search(r"Trained (\d) and judged", text)[1]) for text in said]
-    assert sum(trained) == 2
-    assert sum("trains trials of this plan: these wait" in text for text in said) >= 1
+    counts = [re.search(r"Trained (\d) and judged (\d) cells", text).groups() for text in said]
+    assert [sum(map(int, of_both)) for of_both in zip(*counts, strict=True)] == [2, 2]
+    assert sum("trials of this plan: these wait" in text for text in said) >= 1
     assert [text.count("is trained again") for text in said] == [0, 0]
 
 
