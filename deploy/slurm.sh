@@ -14,6 +14,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
+limit=$(((${SLURM_JOB_END_TIME:-9999999999} - ${SLURM_JOB_START_TIME:-0}) / 60))
+if ((limit < 10)); then # the signal would stop each run as it starts, and queue it again for ever
+    echo "a time limit of $limit minutes: it must be 10 or more, as with sbatch --time=12:00:00" >&2
+    exit 2
+fi
 export GRID_RESULTS="${GRID_RESULTS:-$PWD/results}"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
 mkdir -p "$GRID_RESULTS"

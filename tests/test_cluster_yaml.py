@@ -208,3 +208,13 @@ def test_ray_up_on_a_mock_of_ec2_starts_one_head_and_runs_its_commands(tmp_path,
         "ray start --head",
     ):
         assert piece in said
+
+
+def test_a_slurm_job_whose_time_limit_its_own_warning_fills_is_refused():
+    times = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
+    script = ROOT / "deploy" / "slurm.sh"
+    ended = subprocess.run(
+        ["bash", script], env=os.environ | times, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "a time limit of 5 minutes: it must be 10 or more" in ended.stderr

@@ -47,6 +47,7 @@ def refusal(capsys, *arguments):
         (["--cpus-per-worker", "two"], "--cpus-per-worker: Input should be a valid integer"),
         (["--gpus-per-worker", "nan"], "--gpus-per-worker: Input should be a finite number"),
         (["--wait", "8"], "--wait goes with --check"),
+        (["--hung-after", "0"], "--hung-after: Input should be greater than 0"),
         (["--watch"], "--watch goes with --status"),
         (["--only", "family=resnt"], "values there: deit, hybrid, resnet. Did you mean 'resnet'?"),
         (["--plan", "--workers", "3"], "cannot be shared by 3 workers; their number must be one"),
