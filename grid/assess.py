@@ -180,7 +180,8 @@ class EvaluatorPool:
         self._failed_starts = 0  # in a row
         self._leaving: set[Any] = set()  # after their shard
         self._idle: list[Any] = []
-        self._under_way: dict[Any, tuple[Cell, Shard, Any]] = {}
+        # When they began, what they judge and the actor, by reference.
+        self._under_way: dict[Any, tuple[float, Cell, Shard, Any]] = {}
         self._stores: dict[Cell, ShardStore] = {}  # of cells that are not settled
         # The nodes where a shard failed, by its first image.
         self._failures: defaultdict[tuple[Cell, int], list[str]] = defaultdict(list)
@@ -235,26 +236,36 @@ class EvaluatorPool:
         """Forget a judged cell, now that its ledger is stored elsewhere."""
         self._stores.pop(cell).clear()
 
-    def seconds_left(self, coming: Counter[str]) -> float | None:
-        """Estimate the time for all images asked for, and for those `coming`, by evaluator.
+    def seconds(
+        self, coming: Counter[str], costs: Mapping[str, float], pace: float
+    ) -> tuple[float, float]:
+        """Return the seconds of all actors together that judging took, and about those left.
 
-        None until a shard of each evaluator has been timed.
+        Left are the images asked for and those `coming`, by evaluator. Of an evaluator without a
+        timed shard the cost of an image counts, at the trainings' `pace`: cheap evaluators, which
+        are judged first, take seconds that are not their images'. At 0, at that of the others.
         """
         images = Counter(coming)
         for cell, store in self._stores.items():
             images[cell.evaluator] += store.total - store.judged
-        images = +images
-        if any(name not in self._judged for name in images):
-            return None
-        each = {name: self._seconds[name] / self._judged[name] for name in images}
-        return sum(count * each[name] for name, count in images.items()) / max(1, len(self._homes))
+        spent, now = sum(self._seconds.values()), time.monotonic()
+        cost = sum(costs.get(name, 0.0) * count for name, count in self._judged.items())
+        pace = pace or (spent / cost if cost else 0.0)
+        each = {name: costs.get(name, 0.0) * pace for name in images}
+        each |= {name: self._seconds[name] / count for name, count in self._judged.items()}
+        left = sum(count * each[name] for name, count in (+images).items())
+        for began, cell, shard, _ in self._under_way.values():
+            so_far, whole = now - began, len(shard) * each.get(cell.evaluator, 0.0)
+            spent += so_far
+            left += max(whole - so_far, so_far / 3) - whole  # one that is late takes a third more
+        return spent, left
 
     def _collect(self, reference: Any) -> tuple[Cell, bytes, str] | None:
         """Store a shard; return its cell where that has failed for good."""
         if actor := self._starting.pop(reference, None):
             self._started(actor, reference)
             return None
-        cell, shard, actor = self._under_way.pop(reference)
+        _, cell, shard, actor = self._under_way.pop(reference)
         error: Exception | None = None
         try:
             content = ray.get(reference)
@@ -362,4 +373,5 @@ class EvaluatorPool:
         while self._idle and (waiting := [c for c, store in self._stores.items() if store.waiting]):
             cell = min(waiting, key=lambda cell: EXPENSE[cell.evaluator])
             shard, actor = self._stores[cell].take(), self._idle.pop()
-            self._under_way[actor.judge.remote(cell, shard)] = (cell, shard, actor)
+            began = time.monotonic()
+            self._under_way[actor.judge.remote(cell, shard)] = (began, cell, shard, actor)

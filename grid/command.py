@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from evaluators.__main__ import main as evaluate
 from evaluators.options import JudgeOptions
@@ -75,15 +76,13 @@ def _show_results(words: Sequence[str], prog: str) -> int:
 
 def _complete() -> None:
     """Answer a shell that completes a command line, by argcomplete."""
-    from argcomplete import autocomplete  # of the extra `completion`
-
     parser = argparse.ArgumentParser(prog=PROJECT)
     commands = parser.add_subparsers()
     others: dict[str, type[Options]] = {"evaluate": JudgeOptions, "ui": UiOptions}
     for name in COMMANDS:
         options = others.get(name, RunOptions)
         commands.add_parser(name, parents=[options.parser()], add_help=False)
-    autocomplete(parser)
+    import_module("argcomplete").autocomplete(parser)  # of the extra `completion`
 
 
 def _parser() -> argparse.ArgumentParser:

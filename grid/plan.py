@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 from evaluators import EVALUATORS, PGD_LENGTHS, answering, evaluator_of
@@ -230,12 +231,7 @@ def build_plan(
     for name in missing & {*evaluators}:
         raise ValueError(f"the images of {name} are not there: --stored {name}=DIR reads them")
 
-    def judging(names: Iterable[str]) -> tuple[str, ...]:
-        whole = (
-            PGD_LENGTHS.get(name, (name,))[0] for name in names
-        )  # a trajectory has all lengths
-        return tuple(answering(name, scale) for name in whole if name not in missing)
-
+    judging = partial(_judging, scale, missing)
     evaluators = judging(evaluators)
     for_all = evaluators if evaluators and study.base else judging(study.for_all)
     chosen = _choose_tables(study, tables)
@@ -268,6 +264,12 @@ def build_plan(
         longest_chain=max(chains.values(), default=0.0),
         grid={r.recipe.digest(): shown for r in requests if (shown := _shown(r.labels, study))},
     )
+
+
+def _judging(scale: Scale, missing: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the evaluators that answer for others at a scale, or for one length of theirs."""
+    whole = (PGD_LENGTHS.get(name, (name,))[0] for name in names)
+    return tuple(answering(name, scale) for name in whole if name not in missing)
 
 
 def _of_row(table: Table, row: Row, stated: Row, judges: tuple[str, ...]) -> Request:

@@ -19,6 +19,7 @@ from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, to_parquet
 from evaluators.transfer import RECEIVED, TRANSFER
 from grid.assess import AT, Cell, EvaluatorPool, cell_name
+from grid.estimate import work_of
 from grid.plan import Plan, Trial
 from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
@@ -27,7 +28,7 @@ from trainables.data.load import load_data
 from trainables.options import as_typed
 from trainables.recipe import Preprocessing, format_augmentations
 from trainables.scale import Scale
-from trainables.store.results import WAITING, WAITS
+from trainables.store.results import SECONDS, WAITING, WAITS
 from trainables.store.retries import patiently
 from trainables.store.storage import WEIGHTS, read_file, weights_path, write_file
 from trainables.store.tracking import OTHER_WEIGHTS, RENEW_SECONDS, STOPPED, Tracker, TrialRun
@@ -97,7 +98,18 @@ class Recorder(threading.Thread):
         self._received: dict[str, Question] | None = None  # by digest, once all else is judged
         self._training_over = threading.Event()
         self._abandon = threading.Event()
+        self._costs = self._cost_of_images(len(data.held_out))
         self._count()
+
+    def _cost_of_images(self, held_out: int) -> dict[str, float]:
+        """Return by evaluator what judging an image costs, in the unit of a training's cost."""
+        costs: defaultdict[str, float] = defaultdict(float)
+        images = Counter[str]()
+        for (digest, name), cost in work_of(self._plan, self._scale, held_out).items():
+            if name:
+                costs[name] += cost
+                images[name] += self._question(digest, name).images
+        return {name: cost / max(1, images[name]) for name, cost in costs.items()}
 
     def _count(self) -> None:
         """Count what there is to do."""
@@ -322,7 +334,8 @@ class Recorder(threading.Thread):
                 wait = POLL_SECONDS if self._events.empty() else 0.0
                 for cell, ledger, error in self._pool.poll(wait):
                     self._record(cell, ledger, error)
-                self._line.show(self.progress.line(self._pool.seconds_left(self._coming)))
+                judged = self._pool.seconds(self._coming, self._costs, self.progress.pace)
+                self._line.show(self.progress.line(judged, time.monotonic()))
                 if len(self._pool) == 0:
                     waits = self._awaited or not self._events.empty()
                     if self._training_over.is_set() and not (waits or self._submit_transfers()):
@@ -374,8 +387,10 @@ class Recorder(threading.Thread):
         fresh = max(0, result["epoch"] - self._epochs_done[digest])
         self._epochs_done[digest] += fresh
         self.progress.epochs_done += fresh
-        if trial.recipe.epochs:
-            self.progress.cost_done += trial.cost * fresh / trial.recipe.epochs
+        if fresh:
+            seconds = sum(entry.get(SECONDS, 0.0) for entry in result["epochs"][-fresh:])
+            cost = trial.cost * fresh / trial.recipe.epochs
+            self.progress.trained(cost, seconds, time.monotonic())
         latest = {k: v for entry in (run.metrics, *unlogged) for k, v in entry.items()}
         accuracy = latest.get("held_out/accuracy")
         shown = f" {accuracy:.1%}" if accuracy is not None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections import Counter
@@ -22,39 +23,67 @@ WATCH_SECONDS = 2.0
 
 @dataclass
 class Progress:
-    """Where a run stands. `cost_total` and `cost_done` are training costs in the plan's unit."""
+    """Where a run stands. `cost_total` and `cost_done` are training costs in the plan's unit.
+
+    `training_seconds`: of all trials together, for the cost done, the first of which `began` then.
+    """
 
     trials: int
     cells: int
     epochs: int
     cost_total: float
     cost_done: float = 0.0
+    training_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    began: float = math.inf
     trials_done: int = 0
     trials_trained: int = 0
     epochs_done: int = 0
     cells_done: int = 0
     running: dict[str, str] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
-    def line(self, judging: float | None) -> str:
+    @property
+    def pace(self) -> float:
+        """The seconds that a unit of cost has taken to train; 0: not known yet."""
+        return self.training_seconds / self.cost_done if self.cost_done else 0.0
+
+    def trained(self, cost: float, seconds: float, now: float) -> None:
+        """Count work that a trial has done by now; what another run did is none of this one's."""
+        if now - seconds < self.started:
+            self.cost_total -= cost
+            return
+        self.began = min(self.began, now - seconds)
+        self.cost_done += cost
+        self.training_seconds += seconds
+
+    def line(self, judged: tuple[float, float], now: float) -> str:
         """Say where the run stands, in one line.
 
-        judging: the seconds that the cells asked for by now will take, None where unknown.
+        judged: the seconds of all evaluators together that cells have taken, and those left.
         """
-        now = "; ".join(self.running.values())
+        running, seconds = "; ".join(self.running.values()), self.seconds_left(judged, now)
+        left = (
+            "time left unknown yet" if seconds is None else f"about {format_seconds(seconds)} left"
+        )
         return (
             f"trials {self.trials_done}/{self.trials} | epochs {self.epochs_done}/{self.epochs} | "
-            f"cells {self.cells_done}/{self.cells} | {self.time_left(judging)}"
-            + (f" | {len(self.running)} running: {now}" if now else "")
+            f"cells {self.cells_done}/{self.cells} | {left}"
+            + (f" | {len(self.running)} running: {running}" if running else "")
         )
 
-    def time_left(self, judging: float | None) -> str:
-        """Estimate the time left: to train, from the cost done so far, or to judge if longer."""
-        share = self.cost_done / self.cost_total if self.cost_total else 1.0
-        if share < 0.02 or (share >= 1 and judging is None):
-            return "time left unknown yet"
-        training = (time.monotonic() - self.started) * (1 - min(share, 1.0)) / share
-        return f"about {format_seconds(max(training, judging or 0.0))} left"
+    def seconds_left(self, judged: tuple[float, float], now: float) -> float | None:
+        """Estimate the time left: the work left by as many as have worked at once so far.
+
+        Work is counted in the seconds of trials and evaluators; the start of processes is none.
+        None before a fiftieth of the work is done.
+        """
+        spent, left = self.training_seconds + judged[0], judged[1]
+        left += max(0.0, self.cost_total - self.cost_done) * self.pace
+        if not spent or spent < 0.02 * (spent + left):
+            return None
+        if self.began == math.inf:  # nothing has been trained
+            self.began = now - judged[0]
+        return left * (now - self.began) / spent
 
 
 class ProgressLine:

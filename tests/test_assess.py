@@ -93,7 +93,14 @@ def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial
     cell = cell_of(trial, "pgd")
     assert pgd.total(load_data(SCALE)) == 12
     pool.submit(cell, 12)
-    assert pool.seconds_left(Counter()) is None
+    # 12 images of cost 2 at a pace of 3 seconds, the time of a shard under way among them.
+    assert sum(pool.seconds(Counter(), {"pgd": 2.0}, 3.0)) == pytest.approx(72)
+    for ago, rest in ((9, 63), (90, 72)):  # of 30 s, 21 are left; a late one takes a third more
+        pool._under_way[None] = (time.monotonic() - ago, cell, Shard(0, 5), None)
+        spent, left = pool.seconds(Counter(), {"pgd": 2.0}, 3.0)
+        assert spent >= ago
+        assert left == pytest.approx(rest, abs=3)
+    del pool._under_way[None]
     ((_, content, _),) = judged(pool)
     ledger, seconds = from_parquet(content)
     assert seconds > 0
@@ -104,7 +111,11 @@ def test_a_cell_is_judged_by_shards_and_comes_out_as_if_judged_whole(pool, trial
     pool.settle(cell)
     assert len(pool) == 0
     assert not pool._folder.exists()
-    assert pool.seconds_left(Counter(pgd=2)) > 0
+    spent, left = pool.seconds(Counter(pgd=24), {}, 0.0)
+    assert spent == pytest.approx(seconds, abs=0.1)
+    assert left == pytest.approx(2 * spent)
+    # Of clean, the cost at the pace of pgd: 12 images of cost 2 took what 24 of cost 1 take.
+    assert pool.seconds(Counter(clean=24), {"pgd": 2.0, "clean": 1.0}, 0.0)[1] == spent
 
 
 def test_a_cell_with_a_number_of_images_of_its_own_has_the_verdicts_of_the_larger_one(pool, trial):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import ExitStack
+
+import pytest
 
 from grid import status
 from grid.plan import build_plan
@@ -17,6 +20,7 @@ from grid.status import (
     print_status,
 )
 from grid.study import load_study
+from tests.golden import FOLDER as GOLDEN
 from trainables.scale import DIGITS
 from trainables.store.results import database_uri, sole_run
 from trainables.store.tracking import Tracker
@@ -85,13 +89,48 @@ def test_status_is_watched_as_long_as_a_run_uses_the_results(tmp_path, monkeypat
     assert capsys.readouterr().out.splitlines() == said[2:]
 
 
+def test_the_time_left_of_a_recorded_run_is_about_the_truth():
+    """A run of five trials on two cores, with a load of 30 beside it, until its last shards."""
+    recorded = json.loads((GOLDEN / "progress.json").read_text())
+    ratios = []
+    for row in recorded["rows"]:
+        now, began, total, done, seconds, *judged, _ = row
+        progress = Progress(5, 17, 50, total, done, training_seconds=seconds, began=began)
+        if now >= began + 0.1 * (recorded["end"] - began):
+            left = progress.seconds_left(tuple(judged), now)
+            ratios.append(left / (recorded["end"] - now))
+    assert len(ratios) == 25
+    assert all(1 / 2 < ratio < 2 for ratio in ratios)
+    assert sum(2 / 3 < ratio < 4 / 3 for ratio in ratios) > len(ratios) / 2
+
+
+def test_the_time_left_is_that_of_the_work_left_by_as_many_as_work():
+    progress = Progress(trials=4, cells=4, epochs=40, cost_total=40.0, started=0.0)
+    assert progress.seconds_left((0.0, 100.0), 19.0) is None
+    # Processes took 20 s to start. Two trials have worked for 10 s each, at 2 s for a cost of 1.
+    progress.trained(5.0, 10.0, 30.0)
+    progress.trained(5.0, 10.0, 30.0)
+    # 60 s of training and 40 of judging are left, by two at once.
+    assert progress.seconds_left((0.0, 40.0), 30.0) == pytest.approx(50)
+    # What a run before has trained, 500 s, says nothing of the pace.
+    progress.trained(10.0, 500.0, 30.0)
+    assert progress.seconds_left((0.0, 40.0), 30.0) == pytest.approx(40)
+    progress.trained(10.0, 20.0, 50.0)
+    progress.trained(10.0, 20.0, 50.0)
+    # 60 s of training are done, and 10 of judging; 30 of judging are left. 70 s took 30.
+    assert progress.seconds_left((10.0, 30.0), 50.0) == pytest.approx(30 * 30 / 70)
+    only_judges = Progress(trials=0, cells=2, epochs=0, cost_total=0.0)
+    assert only_judges.seconds_left((1.0, 29.0), 5.0) == pytest.approx(29)
+    assert only_judges.seconds_left((16.0, 14.0), 12.0) == pytest.approx(14 * 8 / 16)
+
+
 def test_the_line_of_a_run_fits_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     progress = Progress(trials=999, cells=9999, epochs=99999, cost_total=1.0)
-    counts = progress.line(None)
+    counts = progress.line((0.0, 0.0), 0.0)
     progress.running["a"] = "resnet50 relu sgd step none 100ep seed0, adversarially trained"
     monkeypatch.setattr(status, "QUIET_SECONDS", 0.0)
-    ProgressLine().show(progress.line(None))
+    ProgressLine().show(progress.line((0.0, 0.0), 0.0))
     (shown,) = capsys.readouterr().err.splitlines()
     assert shown.startswith(counts)
     assert len(shown) <= 77
