@@ -75,15 +75,18 @@ class Calibration(Clean):
 def _scores(rows: pa.Table) -> Iterator[Figure]:
     """Yield the scores of answers, one or several for each image, with intervals over images.
 
-    What is kept at one temperature only has no scores at others.
+    What is kept at one temperature only has no scores at others. An answer whose logits are not
+    finite has no confidence: it counts as none.
     """
     n, right = len(rows), rows["survived"].to_numpy().astype(np.float32)
     image_N = rows["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     count = int(image_N.max()) + 1
-    confidence, label = (rows[name].to_numpy() for name in ("confidence", "label_confidence"))
+    kept = (rows[name].to_numpy() for name in ("confidence", "label_confidence"))
+    confidence, label = (np.nan_to_num(values) for values in kept)
     nll_N, is_tempered = -np.log(np.maximum(label, LEAST)), not rows["tempered"].null_count
     if is_tempered:
         logs = rows["tempered"].combine_chunks().flatten().to_numpy().reshape(n, 2, -1)
+        logs = np.nan_to_num(logs, nan=math.log(LEAST), neginf=-math.inf)
         label_NT, logs_NT = -logs[:, 0].astype(np.float32), logs[:, 1].astype(np.float32)
         confidence_NT, nll_N = np.exp(logs_NT), label_NT[:, TEMPERATURES.index(1.0)]
         confidence = confidence_NT[:, TEMPERATURES.index(1.0)]
@@ -170,6 +173,7 @@ def detection_scores(name: str, known: np.ndarray, foreign: np.ndarray) -> list[
     reach. Source: Hendrycks and Gimpel (ICLR 2017). Intervals: percentiles of 400 resamples of
     both.
     """
+    known, foreign = np.nan_to_num(known), np.nan_to_num(foreign)
     rng, values = np.random.default_rng(0), _detection(known, foreign)
     draws_R2 = [
         _detection(rng.choice(known, len(known)), rng.choice(foreign, len(foreign)))

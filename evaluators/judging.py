@@ -126,7 +126,7 @@ class Cells:
         for attack in (e for e in self.stores if isinstance(e, BallAttack) and e.takes_radii):
             names.setdefault(attack.radii_line(), []).append(attack.name)
         remarks += [f"{', '.join(attacks)}: {line}" for line, attacks in names.items()]
-        errors = [e.name for e in self.stores if any(c.error for c in e.columns)]
+        errors = [c.name for e in self.stores for c in e.columns if c.error]
         if errors:
             remarks.append(f"{', '.join(errors)}: errors, lower is better")
         return remarks

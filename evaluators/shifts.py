@@ -117,6 +117,8 @@ class Shift(Evaluator):
         """Return accuracies; over severities with Student's interval over the n images."""
         if self.declared.foreign:
             parts = {q: rows["confidence"].to_numpy() for q, rows in by_question(ledger).items()}
+            if len(parts) < 2:  # while the shards of one are still to come
+                return []
             known, foreign = (parts[f"{self.name}/{part}"] for part in ("known", "foreign"))
             return detection_scores(self.name, known, foreign)
         if not (self.declared.kinds or self.declared.parts):

@@ -88,9 +88,9 @@ def with_design(
     stored, server = read_file(place), _server(options, scale)
     shared = server.shared(DESIGNED) if server else None
     known = _designs(place, stored)
-    for other, cells in _designs(f"{DESIGNED} of {options.mlflow}", shared).items():
+    for other, theirs in _designs(f"{DESIGNED} of {options.mlflow}", shared).items():
         here = known.get(other, {})
-        known[other] = {cell: max(here.get(cell, 0), cells.get(cell, 0)) for cell in here | cells}
+        known[other] = {cell: max(here.get(cell, 0), theirs.get(cell, 0)) for cell in here | theirs}
     question = repr((goal, sorted(sorted(cells) for _, cells, _ in claims)))
     key, design = hashlib.sha256(question.encode()).hexdigest()[:12], None
     few = _few(plan, scale.unclaimed_images, known)

@@ -533,14 +533,18 @@ class Recorder(threading.Thread):
     def _record(self, cell: Cell, content: bytes, error: str) -> None:
         """Write a cell's ledger and scores, or why there are none."""
         run = self._runs[cell.trial]
+        question = (self._received or {}).get(cell.question)
+        question = question or self._question(cell.trial, cell.evaluator)
+        if not error:
+            ledger, seconds = from_parquet(content)
+            try:
+                scores, provenance = question.evaluator.summarize(ledger), judged_by(content)
+            except Exception as problem:  # of a plug-in, or of odd verdicts: other cells go on
+                error = f"its verdicts have no scores: {problem!r}"
         if error:
             self.failures.append(f"{cell.evaluator} of {self._trials[cell.trial].name}: {error}")
             self.tracker.fail_cell(run, cell.name, error)
             return
-        ledger, seconds = from_parquet(content)
-        question = (self._received or {}).get(cell.question)
-        question = question or self._question(cell.trial, cell.evaluator)
-        scores, provenance = question.evaluator.summarize(ledger), judged_by(content)
         columns = question.evaluator.columns
         shown = {name for c in columns for name in (c.name, c.counterpart_score)}
         self.tracker.record_cell(

@@ -127,7 +127,7 @@ def test_a_data_set_of_hugging_face_is_read_with_its_classes(coloured, tmp_path)
     scores = quiet(Brightest(), stored["train"], ["clean", "corruptions"])
     assert scores["clean"].value == pytest.approx(10 / 12)
     assert scores["corruptions"].n == 12  # of all images, not of a hundred
-    assert "note: corruptions: errors, lower is better" in str(scores)
+    assert "errors, lower is better" in str(scores)
     smaller = quiet(Brightest(), stored["train"].select(range(6)), image_size=8)
     assert smaller["clean"].n == 6
     arrays = stored["train"].with_format("torch")

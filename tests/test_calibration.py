@@ -40,6 +40,16 @@ def test_scores_of_four_images_are_those_counted_by_hand():
     assert ledger["label_confidence"].to_pylist() == pytest.approx([0.9, 0.1, 0.6, 0.6], rel=2e-3)
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_an_answer_of_no_finite_logits_counts_as_no_confidence(odd):
+    probabilities = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]
+    sound = scores_of(ledger_of(np.log(probabilities), [0, 1, 0]))
+    scores = scores_of(ledger_of(np.vstack([np.log(probabilities), [odd, 0]]), [0, 1, 0, 1]))
+    assert scores.keys() == sound.keys()
+    assert all(np.isfinite([s.value, s.low, s.high]).all() for s in scores.values())
+    assert scores["clean/brier"].n == 4
+
+
 def test_a_model_that_is_too_sure_by_two_is_calibrated_at_temperature_two():
     generator = torch.Generator().manual_seed(0)
     honest = 3 * torch.randn(4000, 10, generator=generator)
