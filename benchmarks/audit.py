@@ -1,15 +1,15 @@
 """How often the audit is right, on honest models and on sham defences.
 
     python -m benchmarks.audit            # both rates, with exact binomial intervals
-    python -m benchmarks.audit --chosen   # the signs of the models that thresholds were chosen on
+    python -m benchmarks.audit --chosen   # the signs of the models that the threshold was chosen on
     python -m benchmarks audit            # both rates, kept in benchmarks/results.json
 
 Honest models are small networks of the digits, of three shapes and two widths, trained plainly or
-against PGD within one of four radii, by two seeds; the thresholds were chosen on a third. A model
-whose training collapsed (it gets less than half of the images right) is none. Sham defences
-(tests/shams.py) stand around a network trained plainly; k-winners-take-all around one trained
-against PGD. A sham is broken where the adapted attack leaves at most 3 points more than the first
-two attacks of AutoAttack leave of the undefended network, within the same radius.
+against PGD within one of four radii, by two seeds; the threshold was chosen on the first 12 of a
+third. A model whose training collapsed (it gets less than half of the images right) is none. Sham
+defences (tests/shams.py) stand around a network trained plainly; k-winners-take-all is a network
+trained against PGD. A sham is broken where the adapted attack leaves at most 3 points more than
+AutoAttack leaves of the undefended network, within the same radius.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ HUGE_STEPS = 20
 IMAGES = 50
 CHANCE = 0.01  # a share above this, by its interval's lower end, is more than chance
 SIGNIFICANCE = 0.01
-# The same of an audit's signs.
+# The same of an audit's signs: 7 of 64 images or more. The first 12 honest models of
+# `python -m benchmarks.audit --chosen` show each sign at 3 of 64 at most.
 AUDIT_CHANCE = 0.05
 LENGTH = re.compile(r"(pgd(?:-l[12])?)-(\d+)(@.+)?")  # with its radius if there are several
 QUESTIONS = {"pgd-huge", "gradient"}
