@@ -62,6 +62,15 @@ def test_a_study_outlives_its_server_and_writes_nothing_twice(server, tmp_path):
         assert database.execute(STEPS).fetchall() == [(step,) for step in range(1, 11)]
 
 
+def test_what_is_read_of_a_server_leaves_no_copy_behind(server, tmp_path, monkeypatch):
+    tracker = Tracker(server.uri, experiment="copies", artifacts=None)
+    run = start_trial(tracker, "copied")
+    tracker.record_cell(run, evaluator="clean", cell="q", identity="{}", ledger=b"1", metrics={})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert tracker.ledger(tracker.trials()["copied"], "clean") == b"1"
+    assert list(tmp_path.iterdir()) == []
+
+
 def start_trial(tracker, digest):
     return tracker.start_trial(
         digest=digest,

@@ -745,16 +745,19 @@ def _model_files(image_size: int, classes: int) -> dict[str, bytes]:
 
 
 def fetch_artifact(
-    tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
+    tracking_uri: str,
+    artifact_uri: str,
+    name: str,
+    *,
+    folder: str | None = None,
+    say: Callable[[str], None] = logger.warning,
 ) -> Path:
     """Return a local path to one artifact of a run, fetched if it is elsewhere.
 
-    A server that is away is waited for.
+    A server that is away is waited for. folder: for what is fetched; None: a new one, which stays.
     """
-    address = f"{artifact_uri.rstrip('/')}/{name}"
-    download = partial(
-        mlflow.artifacts.download_artifacts, artifact_uri=address, tracking_uri=tracking_uri
-    )
+    place = {"artifact_uri": f"{artifact_uri.rstrip('/')}/{name}", "dst_path": folder}
+    download = partial(mlflow.artifacts.download_artifacts, **place, tracking_uri=tracking_uri)
     return Path(patiently(download, say=say))
 
 
@@ -762,8 +765,12 @@ def fetch_content(
     tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
 ) -> bytes | None:
     """Return the content of an artifact of a run, None where there is none."""
+    is_here = artifact_uri.startswith(("/", "file:"))
     try:
-        return fetch_artifact(tracking_uri, artifact_uri, name, say=say).read_bytes()
+        with tempfile.TemporaryDirectory() as temporary:
+            place = tracking_uri, artifact_uri, name
+            folder = None if is_here else temporary
+            return fetch_artifact(*place, folder=folder, say=say).read_bytes()
     except (MlflowException, OSError):
         store = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
         look = partial(store.list_artifacts, name.rpartition("/")[0] or None)
