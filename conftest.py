@@ -146,7 +146,9 @@ def check_command(words: list[str]) -> None:
         assert main([*rest[1:], *([] if "--plan" in rest else ["--plan"])]) == 0
     else:
         assert rest[0] in COMMANDS
-        {"evaluate": JudgeOptions, "ui": UiOptions}.get(rest[0], RunOptions).read(rest[1:])
+        others = {"evaluate": JudgeOptions, "ui": UiOptions}
+        mode = [] if rest[0] in ("run", *others) else [f"--{rest[0]}"]
+        others.get(rest[0], RunOptions).read([*mode, *rest[1:]])
 
 
 def check_ray(words: list[str]) -> None:
