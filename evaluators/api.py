@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from trainables.options import fraction
 __all__ = ["compare", "evaluate"]
 
 Radius = str | float | Fraction
+PRECISION: dict[bool, Literal["float32", "bf16"]] = {False: "float32", True: "bf16"}
 RADIUS = ("radius for pixels in [0, 1]", "8/255")
 
 
@@ -55,8 +56,8 @@ def evaluate(
     the same size. norm: of pgd and autoattack: Linf, L2 or L1; "pgd-l2" states its own. device:
     default the model's own, or the first GPU for one without weights. store: a folder in which
     verdicts stay; the same call goes on with what it holds. eot: passes that are averaged of a
-    model that draws at random. autocast: pgd and autoattack seek in bfloat16, and what they find
-    counts where float32 errs, too. Raises ValueError where the model or the data cannot be judged.
+    model that draws at random. autocast: pgd and autoattack seek in bfloat16. Raises ValueError
+    where the model or the data cannot be judged.
     """
     if batch_size < 1 or eot < 1:
         raise ValueError(f"batch_size {batch_size} and eot {eot} must be at least 1")
@@ -66,19 +67,17 @@ def evaluate(
     stated = (str(radius) for radius in _several(epsilon) if radius is not None)
     radii = [fraction(radius, *RADIUS, most=LARGEST_RADIUS) for radius in stated]
     own_scale, own_data = read(data, image_size)
-    images = own_data.held_out.images
-    classifier = classifier_of(model, images.shape[1], mean, std, draws=eot)
+    probed = own_data.held_out.images[:PROBED]
+    classifier = classifier_of(model, probed.shape[1], mean, std, draws=eot)
     label = name or getattr(model, "__qualname__", type(model).__name__)
     home = device or device_of(classifier)
     where = device_named(str(home) if home else None)
     in_training = any(module.training for module in classifier.backbone.modules())
     notes = ["the model was in training mode: it was judged in eval mode"] if in_training else []
-    probed = images[:PROBED]
     with undisturbed(classifier, where), TemporaryDirectory() as temporary:
         outputs, remarks = probe(classifier.to(where).eval(), probed)
         scale, judged_data = for_head(own_scale, own_data, outputs)
-        scale = replace(scale, attacks_in="bf16" if autocast else "float32")
-        chosen = evaluators_named(names, scale, radii)
+        chosen = evaluators_named(names, replace(scale, attacks_in=PRECISION[autocast]), radii)
         folder = Path(temporary)
         if store:
             subject = f"{fingerprint(classifier, probed)}-{digest(judged_data)}"

@@ -69,13 +69,13 @@ class PGD(BallAttack):
         with attacked(classifier), half:
             victim = folded(classifier, batch.images[:FOLDED_ON]) or classifier
             at_once = images_at_once(victim, batch.images, most=len(batch.ids))
-            seen = in_bf16(victim) if self.is_bf16 else victim
+            function = in_bf16(victim) if self.is_bf16 else victim
             for name, epsilon in self.radii.items():
                 for part in batch.parts(at_once):
                     start, pair = self._start(part, epsilon), (part.images, part.labels)
                     how: dict[str, Any] = {"epsilon": epsilon, "norm": self.norm}
                     for steps, images_BCHW in pgd_iterates(
-                        seen, *pair, stops=self.steps, start_BCHW=start, **how
+                        function, *pair, stops=self.steps, start_BCHW=start, **how
                     ):
                         with torch.no_grad():
                             predicted = classifier(images_BCHW).argmax(dim=1)

@@ -153,8 +153,8 @@ def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool, reduced_epochs: int
     sized = scale_named(name).preprocessed(scale.data_set.departure)
     epochs = sizes.epochs or (reduced_epochs if sized.depth_divisor > 1 else 0)
     factor = Fraction(epochs, STUDYS_EPOCHS) or scale.epochs_factor
-    kept = {name: getattr(scale, name) for name in ("autoattack", "attacks_in")}
-    return replace(sized, epochs_factor=factor, **kept)
+    chosen = {name: getattr(scale, name) for name in ("autoattack", "attacks_in")}
+    return replace(sized, epochs_factor=factor, **chosen)
 
 
 def enumerate_trials(

@@ -398,6 +398,13 @@ def test_evaluators_borrow_all_gpus_and_give_them_back_to_a_trial_between_shards
     polled(pool, lambda: len(pool._under_way) == 8)
 
 
+def test_a_study_is_trained_by_tune_and_judged_on_gpus_that_evaluators_borrow():
+    few = ["--tables", "T6", "--evaluators", "clean", "--shards", "1"]
+    command = [sys.executable, "-m", "benchmarks.filling", "--real", "0.1", *few]
+    said = subprocess.check_output(command, cwd=driver.ROOT, text=True, timeout=SECONDS)
+    assert "3 cells judged, failures: []" in said
+
+
 def test_what_is_lost_with_a_node_is_no_failure_and_others_judge_it(evaluators):
     pool, (doomed, _), cluster = evaluators
     pool.submit(cell := StubCell("b", "clean", "q"), 40)
