@@ -97,7 +97,7 @@ def test_the_rayjob_runs_a_command_that_the_command_line_takes_on_the_pinned_ray
     cluster = job["spec"]["rayClusterSpec"]
     command, mode, *options = shlex.split(job["spec"]["entrypoint"])
     assert (command, mode) == ("robustness-grid", "run")
-    assert RunOptions.read(options).workers == 4
+    assert RunOptions.read(options).workers == 2
     requirements = (ROOT / "requirements-cluster.txt").read_text()
     pinned = re.search(r"^ray==(\S+)", requirements, re.MULTILINE)
     assert pinned
