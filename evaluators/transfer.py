@@ -28,7 +28,6 @@ from trainables.train.norms import random_start
 
 TRANSFER = "transfer"
 CLEAN = f"{TRANSFER}/clean"  # the question of the images as they are
-RECEIVED = f"{TRANSFER}.received"  # the cell of a model's answers to all models' images
 STEPS = 10
 IMAGES = 1000  # at most: one of 224 px takes about 0.1 MB in the ledger
 SLACK = 1e-3  # of 1/255, for float32
@@ -132,6 +131,12 @@ class Transfer(Evaluator):
             )
         images = torch.from_numpy(np.stack(pixels)).view(len(ids), size, size, -1)
         return Split(images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), ids=tuple(ids))
+
+
+def received(sources: Iterable[str]) -> str:
+    """Return the name of the cell of a model's answers to the images of these trials."""
+    listed = " ".join(sorted(sources)).encode()
+    return f"{TRANSFER}.of-{hashlib.sha256(listed).hexdigest()[:8]}"
 
 
 def whole_255ths(images_BCHW: Tensor, points_BCHW: Tensor, epsilon: float) -> Tensor:

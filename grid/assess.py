@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from evaluators import EVALUATORS, evaluator_named
 from evaluators.base import judged_shard
 from evaluators.shards import ShardStore
-from evaluators.transfer import RECEIVED
+from evaluators.transfer import received
 from grid.lending import EVALUATOR_GPUS, Home
 from trainables.data.base import Shard
 from trainables.data.listing import DataSource
@@ -33,7 +33,7 @@ from trainables.store.checkpoint import classifier_of
 from trainables.store.results import other_code
 from trainables.store.retries import MAX_FAILURES, OWN_FAULTS, patiently, wait_after
 from trainables.store.storage import WEIGHTS
-from trainables.store.tracking import client_settings, fetch_artifact, fetch_content, whole_ledger
+from trainables.store.tracking import client_settings, fetch_content, fetched, whole_ledger
 from trainables.watchdog import HUNG_SECONDS, beat, counting_steps
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Cell:
     @property
     def name(self) -> str:
         """What MLflow calls it among its trial's: 'clean', or after an epoch 'clean.epoch-10'."""
-        return RECEIVED if self.sources else cell_name(self.evaluator, self.epoch)
+        if self.sources:
+            return received(digest for digest, *_ in self.sources)
+        return cell_name(self.evaluator, self.epoch)
 
 
 def cell_name(evaluator: str, epoch: int) -> str:
@@ -130,8 +132,8 @@ class EvaluatorActor:
         return whole_ledger(read, artifact_uri, evaluator, sha256)
 
     def _load(self, artifact_uri: str, digest: str) -> Classifier:
-        path = fetch_artifact(self._tracking_uri, artifact_uri, WEIGHTS)
-        classifier = classifier_of(path, digest)
+        with fetched(self._tracking_uri, artifact_uri, WEIGHTS) as path:
+            classifier = classifier_of(path, digest)
         classifier.register_forward_pre_hook(lambda *_: beat())
         return classifier
 

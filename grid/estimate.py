@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evaluators import BOUNDED, evaluator_named, evaluator_of
 from grid.axes import axis_value, format_settings
 from grid.options import RunOptions
-from grid.plan import Plan, format_seconds
+from grid.plan import Plan, format_seconds, transferring
 from grid.study import Study
 from trainables.data.listing import GIBIBYTE, DataSource, list_splits
 from trainables.models import model_named
@@ -44,7 +44,7 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
     An image's forward pass is a third of what it costs to train by it.
     """
     named = cache(lambda name, images: evaluator_named(name, scale, images=images))
-    sources = sum("transfer" in trial.evaluators for trial in plan)  # whose images each judges
+    sources = {trial.digest for trial in transferring(plan)}  # whose images each of them judges
     work: Work = {}
     for trial in plan:
         work[trial.digest, ""] = trial.cost
@@ -53,8 +53,8 @@ def work_of(plan: Plan, scale: Scale, held_out: int) -> Work:
         for name in trial.evaluators:
             evaluator = named(name, trial.images[name])
             passes = evaluator.cost(held_out, withstanding=share)
-            if name == "transfer":
-                passes += (1 + sources) * evaluator.asked_about(held_out)
+            if name == "transfer" and trial.digest in sources:
+                passes += (1 + len(sources)) * evaluator.asked_about(held_out)
             work[trial.digest, name] = passes * epoch / scale.data_set.train_images / 3
     return work
 

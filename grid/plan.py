@@ -137,6 +137,12 @@ class Plan:
         return iter(self.trials)
 
 
+def transferring(trials: Iterable[Trial]) -> list[Trial]:
+    """Return the trials that judge one another's adversarial images: a recipe's first trainings."""
+    of_study = [trial for trial in trials if "transfer" in trial.evaluators]
+    return [trial for trial in of_study if not trial.recipe.seed] or of_study
+
+
 def with_sizes(scale: Scale, sizes: Sizes, *, reduced: bool, reduced_epochs: int = 0) -> Scale:
     """Return a scale with so many train images and epochs; ValueError where there are fewer.
 

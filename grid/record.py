@@ -17,10 +17,10 @@ from typing import Any
 from evaluators import evaluator_named, headlines
 from evaluators.base import Evaluator, cell_digest
 from evaluators.ledger import from_parquet, judged_by, to_parquet
-from evaluators.transfer import RECEIVED, TRANSFER
+from evaluators.transfer import TRANSFER, received
 from grid.assess import AT, Cell, EvaluatorPool, cell_name
 from grid.estimate import work_of
-from grid.plan import Plan, Trial
+from grid.plan import Plan, Trial, transferring
 from grid.status import Progress, ProgressLine
 from trainables.data.base import Data
 from trainables.data.listing import EMBEDDED, DataSource
@@ -496,9 +496,9 @@ class Recorder(threading.Thread):
         Models that see images in another way have others among themselves.
         """
         sources: defaultdict[Preprocessing, list[TrialRun]] = defaultdict(list)
-        for digest, trial in self._trials.items():
-            if TRANSFER in trial.evaluators and self._outcome(digest) == "finished":
-                question, run = self._question(digest, TRANSFER), self._runs[digest]
+        for trial in transferring(self._trials.values()):
+            if self._outcome(trial.digest) == "finished":
+                question, run = self._question(trial.digest, TRANSFER), self._runs[trial.digest]
                 if run.cells.get(TRANSFER) == question.digest:
                     sources[trial.geometry].append(run)
         missing = []
@@ -511,7 +511,7 @@ class Recorder(threading.Thread):
                 settings: Any = {"images": images, "sources": sha256s}
                 asking = evaluator_named(TRANSFER, alone.evaluator.scale, **settings)
                 question = Question(asking, alone.data)
-                if run.cells.get(RECEIVED) != question.digest:
+                if run.cells.get(received(sha256s)) != question.digest:
                     cell = Cell(
                         *(run.digest, run.artifact_uri, TRANSFER, question.digest),
                         geometry=geometry,
@@ -522,8 +522,18 @@ class Recorder(threading.Thread):
         return missing
 
     def _submit_transfers(self) -> bool:
-        """Have models judge one another's adversarial images, once; say whether there is any."""
-        transfers = self._transfers() if self._received is None else []
+        """Have models judge one another's adversarial images, once; say whether there is any.
+
+        One command does it, and the others wait for it.
+        """
+        if self._received is not None or not (transfers := self._transfers()):
+            return False
+        holder, others = self.tracker.lease(TRANSFER)
+        if holder:
+            return True
+        if others:
+            self._runs |= {d: r for d, r in self.tracker.trials().items() if d in self._trials}
+            transfers = self._transfers()
         self._received = {question.digest: question for _, question in transfers}
         self.progress.cells += len(transfers)
         for cell, question in transfers:

@@ -36,7 +36,7 @@ from evaluators.ledger import from_parquet
 from tests.disks import fill, small_disk
 from tests.driver import study_of_one
 from tests.servers import MlflowServer
-from trainables.store.tracking import Tracker, fetch_artifact
+from trainables.store.tracking import Tracker, fetch_content
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 600
@@ -196,14 +196,13 @@ class Disturbed:
         tracker = Tracker(uri, experiment="robustness-digits", artifacts=None)
         trials = tracker.trials()
 
-        def fetched(digest: str, name: str) -> Path:
-            return fetch_artifact(uri, trials[digest].artifact_uri, name)
-
         with contextlib.closing(sqlite3.connect(path)) as database:
             rows = {sql: database.execute(sql).fetchall() for sql in (ROWS, TAGS, STATUSES)}
         return rows | {
             "weights": {
-                digest: hashlib.sha256(fetched(digest, "weights.safetensors").read_bytes()).digest()
+                digest: hashlib.sha256(
+                    fetch_content(uri, trials[digest].artifact_uri, "weights.safetensors") or b""
+                ).digest()
                 for digest in trials
             },
             "ledgers": {

@@ -17,6 +17,7 @@ import pytest
 from evaluators import evaluate
 from evaluators.__main__ import main as judge
 from evaluators.ledger import from_parquet, scores_of, survival_scores
+from evaluators.transfer import received
 from grid.run import main
 from tests.driver import ended, start, trials, wait_for_checkpoint
 from tests.test_notebook import executed
@@ -89,7 +90,7 @@ def test_mlflow_holds_parent_children_metrics_inputs_and_artifacts(finished):
         assert (run.outcome, run.logged_epochs, set(run.cells)) == (
             "finished",
             10,
-            {"clean", "pgd", "transfer", "transfer.received"},
+            {"clean", "pgd", "transfer", received(runs)},
         )
         assert run.metrics["clean"] > 0.8
         folder = artifacts_of(run)

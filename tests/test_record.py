@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from evaluators.ledger import LEDGER, Score, to_parquet
 from grid.report.verdicts import Verdicts
 from trainables.store.storage import WEIGHTS
-from trainables.store.tracking import Tracker, TrialRun, fetch_artifact
+from trainables.store.tracking import Tracker, TrialRun, fetch_content
 
 DATASET = {"name": "digits", "digest": "0", "source_type": "code", "source": "digits"}
 
@@ -100,7 +100,7 @@ def test_weights_along_the_way_are_a_model_at_its_step_and_their_scores_leave_th
     logged = MlflowClient(tracker.uri).get_logged_model(model.model_id)
     assert [(m.key, m.value, m.step) for m in logged.metrics] == [("checkpoint/clean", 0.4, 10)]
     place = tracker.place_of(again, 10)
-    assert fetch_artifact(tracker.uri, place, WEIGHTS).read_bytes() == b"weights"
+    assert fetch_content(tracker.uri, place, WEIGHTS) == b"weights"
     assert tracker.place_of(again, 0) == again.artifact_uri
 
 

@@ -11,13 +11,15 @@ import pandas as pd
 
 from evaluators.intervals import mean_score
 from evaluators.ledger import share
-from evaluators.transfer import CLEAN, RECEIVED, STEPS, TRANSFER
-from grid.plan import Plan
+from evaluators.transfer import CLEAN, STEPS, TRANSFER, received
+from grid.plan import Plan, transferring
 from grid.report.verdicts import Verdicts
-from trainables.recipe import Recipe
+from trainables.recipe import Preprocessing, Recipe
 
-TRANSFORMERS = re.compile(r"deit|vit|swin|former|xcit|cait|beit|eva")
-CNNS = re.compile(r"net|conv|vgg")
+TRANSFORMERS = re.compile(
+    r"\b(deit|.*vit|swin|twins|xcit|cait|coat|beit|eva|pit|pvt|hiera|volo|nest|tnt|.*former)"
+)
+CNNS = re.compile(r"net|conv|vgg|inception|^dla|next")
 
 
 def transfers(plan: Plan, verdicts: Verdicts) -> dict[str, Any]:
@@ -27,13 +29,16 @@ def transfers(plan: Plan, verdicts: Verdicts) -> dict[str, Any]:
     wrong as the source's adversarial images, with Wilson's interval: its own errors are no
     transfer. Of several trainings of a recipe the first counts. Empty where nothing is judged.
     """
-    of_study = [trial for trial in plan if TRANSFER in trial.evaluators]
-    trials = [trial for trial in of_study if not trial.recipe.seed] or of_study
-    trials.sort(key=lambda trial: (kind_of(trial.recipe), trial.name))
+    trials = sorted(transferring(plan), key=lambda trial: (kind_of(trial.recipe), trial.name))
+    sources: defaultdict[Preprocessing, list[str]] = defaultdict(list)
+    for trial in trials:
+        if verdicts.is_judged(trial.digest, TRANSFER):
+            sources[trial.geometry].append(trial.digest)
     lines: list[dict[str, Any]] = []
     answers: defaultdict[tuple[str, str], list[pd.Series]] = defaultdict(list)
     for target in trials:
-        if (ledger := verdicts.ledger(target.digest, RECEIVED)) is None:
+        name = received(sources[target.geometry])
+        if (ledger := verdicts.ledger(target.digest, name)) is None:
             continue
         rows = ledger.select(["image_id", "question", "survived"]).to_pandas()
         survived = rows.pivot(index="image_id", columns="question", values="survived")
@@ -50,7 +55,7 @@ def transfers(plan: Plan, verdicts: Verdicts) -> dict[str, Any]:
                 answers[kinds].append(fooled)
     if not lines:
         return {}
-    judged = {line[end] for line in lines for end in ("source", "target")}
+    judged = {line["source"] for line in lines} & {line["target"] for line in lines}
     return {
         "pairs": pd.DataFrame(lines),
         "readings": [_reading(*kinds, fooled) for kinds, fooled in sorted(answers.items())],
@@ -61,7 +66,7 @@ def transfers(plan: Plan, verdicts: Verdicts) -> dict[str, Any]:
 
 def kind_of(recipe: Recipe) -> str:
     """Return CNN or transformer as a model's name says, or its family."""
-    name = f"{recipe.family} {recipe.model}".lower()
+    name = recipe.model.rpartition("/")[2].lower().replace("_", " ")
     if TRANSFORMERS.search(name):
         return "transformer"
     return "CNN" if CNNS.search(name) else recipe.family

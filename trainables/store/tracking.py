@@ -13,12 +13,14 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
 import mlflow.pyfunc
@@ -744,33 +746,32 @@ def _model_files(image_size: int, classes: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in model.iterdir()}
 
 
-def fetch_artifact(
-    tracking_uri: str,
-    artifact_uri: str,
-    name: str,
-    *,
-    folder: str | None = None,
-    say: Callable[[str], None] = logger.warning,
-) -> Path:
-    """Return a local path to one artifact of a run, fetched if it is elsewhere.
+@contextmanager
+def fetched(
+    tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
+) -> Iterator[Path]:
+    """Give a local path to one artifact of a run: its own, or a copy's while the context is open.
 
-    A server that is away is waited for. folder: for what is fetched; None: a new one, which stays.
+    A server that is away is waited for.
     """
-    place = {"artifact_uri": f"{artifact_uri.rstrip('/')}/{name}", "dst_path": folder}
-    download = partial(mlflow.artifacts.download_artifacts, **place, tracking_uri=tracking_uri)
-    return Path(patiently(download, say=say))
+    is_here = urlsplit(artifact_uri).scheme in ("", "file")
+    with tempfile.TemporaryDirectory() as folder:
+        download = partial(
+            mlflow.artifacts.download_artifacts,
+            artifact_uri=f"{artifact_uri.rstrip('/')}/{name}",
+            dst_path=None if is_here else folder,
+            tracking_uri=tracking_uri,
+        )
+        yield Path(patiently(download, say=say))
 
 
 def fetch_content(
     tracking_uri: str, artifact_uri: str, name: str, *, say: Callable[[str], None] = logger.warning
 ) -> bytes | None:
     """Return the content of an artifact of a run, None where there is none."""
-    is_here = artifact_uri.startswith(("/", "file:"))
     try:
-        with tempfile.TemporaryDirectory() as temporary:
-            place = tracking_uri, artifact_uri, name
-            folder = None if is_here else temporary
-            return fetch_artifact(*place, folder=folder, say=say).read_bytes()
+        with fetched(tracking_uri, artifact_uri, name, say=say) as path:
+            return path.read_bytes()
     except (MlflowException, OSError):
         store = get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
         look = partial(store.list_artifacts, name.rpartition("/")[0] or None)
