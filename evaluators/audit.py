@@ -70,7 +70,8 @@ class Audit(BallAttack):
         devices = [device] if device.type == "cuda" else []
         rows: list[pa.Table] = []
         with attacked(classifier), torch.random.fork_rng(devices=devices):
-            at_once = images_at_once(classifier, batch.images, most=len(batch.ids))
+            heaviest = View(classifier, straight=True, draws=DRAWS)
+            at_once = images_at_once(heaviest, batch.images, most=len(batch.ids))
             for part in batch.parts(at_once):
                 for question, epsilon in self.radii.items():
                     torch.manual_seed(0)  # which a random model draws by
@@ -186,7 +187,7 @@ class _Suspect:
             yield from self._pgd(view, rest, stops=SURROGATE_STOPS)
 
     def _square(self, rest: Batch) -> Iterator[Tensor]:
-        scale = replace(self.audit.scale, square_queries=QUERIES)
+        scale = replace(self.audit.scale, square_queries=QUERIES, attacks_in="float32")
         square = AutoAttack(scale, radii=[Fraction(self.epsilon)])
         ledger = square.attack(self.victim, rest, attacks=("square",))
         yield torch.tensor(ledger["predicted"].to_pylist(), device=rest.labels.device)

@@ -34,20 +34,21 @@ AUDIT_CHANCE = 0.05
 LENGTH = re.compile(r"(pgd(?:-l[12])?)-(\d+)(@.+)?")  # with its radius if there are several
 QUESTIONS = {"pgd-huge", "gradient"}
 AUDIT = re.compile(r"audit(@\d[^/]*/255)?")
-# Signs of masked gradients by the question, or the stage, of an audit that counts them.
+# Signs of masked gradients by the question, or the stage, of an audit that counts them among all
+# images.
 SIGNS = {
     "repeats": "the model answers {} of {} images differently each time",
     "gradient": "the gradient is zero, or no number, at {} of {} images",
-    "ascends": "a small step along the gradient does not lower the margin of {} of {} images",
+    "ascends": "a small step along the gradient raises the margin of {} of {} images",
     "unbounded": "{} of {} images survive PGD at epsilon 0.5, where none can",
-    "one-step": "one step breaks {} of {} images that PGD leaves",
-    "half": "PGD within half of the radius breaks {} of {} images that it leaves within the whole",
-    "restart": "PGD from another start breaks {} of {} images more",
-    "rescaled": "PGD on rescaled logits breaks {} of {} images more",
-    "square-search": "Square, a black box, breaks {} of {} images that PGD leaves",
-    "spsa": "SPSA, a black box, breaks {} of {} images that PGD and Square leave",
-    "surrogate": "a differentiable surrogate's adversarial images break {} of {} more",
-    "adapted": "the attack adapted to the model breaks {} of {} images that plain PGD leaves",
+    "one-step": "one step breaks images that PGD leaves: {} of {}",
+    "half": "PGD within half of the radius breaks images that it leaves within the whole: {} of {}",
+    "restart": "PGD from another start breaks more images: {} of {}",
+    "rescaled": "PGD on rescaled logits breaks more images: {} of {}",
+    "square-search": "Square, a black box, breaks images that PGD leaves: {} of {}",
+    "spsa": "SPSA, a black box, breaks images that PGD and Square leave: {} of {}",
+    "surrogate": "a differentiable surrogate's adversarial images break more: {} of {}",
+    "adapted": "the attack adapted to the model breaks images that plain PGD leaves: {} of {}",
 }
 
 

@@ -34,8 +34,10 @@ def test_an_audit_without_signs_says_so_and_raises_no_flag():
 def test_few_images_are_chance_and_many_are_a_reason():
     assert red_flags(ledgers(broken=2)) == []
     (flag,) = red_flags(ledgers(broken=20))
-    assert flag.startswith("audit: suspect, Square, a black box, breaks 20 of 60 images that PGD")
-    assert "adapted to the model breaks 20 of 60 images that plain PGD leaves" in flag
+    assert flag.startswith(
+        "audit: suspect, Square, a black box, breaks images that PGD leaves: 20 of 60;"
+    )
+    assert "adapted to the model breaks images that plain PGD leaves: 20 of 60" in flag
     assert unmasked(ledgers(broken=20)) == []
 
 
