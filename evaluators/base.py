@@ -263,6 +263,8 @@ def judged_shard(
         evaluator, classifier, source, device=device, batch_size=batch_size, shard=shard
     )
     judged_by = provenance(str(device))
+    if precision := evaluator.identity(source).get("attacks_in"):
+        judged_by["attacks_in"] = precision
     return to_parquet(ledger, seconds=time.monotonic() - began, judged_by=judged_by)
 
 

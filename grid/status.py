@@ -150,6 +150,7 @@ def print_status(
 ) -> None:
     """Print where a plan stands; `watch`: again every two seconds while a run uses the results.
 
+    What a server has is watched until the command is stopped.
     ValueError when there is no database.
     """
     console = Console(soft_wrap=True)

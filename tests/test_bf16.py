@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
+import pyarrow.compute as pc
 import pytest
 import torch
 from torch import nn
 
 from evaluators import evaluator_named
-from evaluators.base import cell_digest, judge_images
+from evaluators.base import Batch, cell_digest, judge_images
 from evaluators.pgd import PGD, PublishedPGD
+from trainables.data.base import to_unit
 from trainables.data.load import load_data
 from trainables.layers import Classifier
 from trainables.scale import DIGITS
@@ -56,3 +59,14 @@ def test_attacks_that_do_not_seek_in_it_are_the_same_cell():
     assert "bf16" in str(PGD(IN_BF16).identity(data))
     for kind in (PublishedPGD, lambda scale: evaluator_named("clean", scale)):
         assert cell_digest(kind(SMALL), data) == cell_digest(kind(IN_BF16), data)
+
+
+def test_an_audit_attacks_in_float32(classifier):
+    images = to_unit(load_data(DIGITS).held_out.images[:4])
+    classifier.backbone.passes = set()
+    with torch.no_grad():
+        labels = classifier(images).argmax(dim=1)
+    weak = replace(IN_BF16, epsilon=Fraction(1, 25_500))  # every attack has its turn
+    ledger = evaluator_named("audit", weak).judge(classifier, Batch(images, labels, (*"abcd",)))
+    assert all(ledger.filter(pc.equal(ledger["question"], "audit"))["survived"].to_pylist())
+    assert not any(is_half for is_half, _ in classifier.backbone.passes)

@@ -228,6 +228,9 @@ def test_versions_that_are_mixed_are_said_with_how_many_trials_they_trained():
         "Trained with torch 2.14, device cpu. "
         "Judged with torch 2.14. Judged with device cpu and cuda: 1 and 1 cells."
     )
+    judged["pgd"] = same | {"attacks_in": "bf16"}
+    mixed = "Judged with attacks in bf16 and float32: 1 and 1 cells."
+    assert describe_provenance([run_of("a", same, judged)]).endswith(mixed)
     assert describe_provenance([run_of("a", same, {"clean": same})]).endswith(
         "Judged with the same."
     )

@@ -24,7 +24,7 @@ from trainables.store.tracking import STOPPED, TrialRun
 Published = Mapping[tuple[str, str], Figure]  # by row and column
 DATE = "%Y-%m-%d %H:%M"
 RELATIVE = "/mCE"  # an error in relation to AlexNet's
-PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU"}
+PROVENANCE_LABELS = {"python": "Python", "cpu": "CPU", "gpu": "GPU", "attacks_in": "attacks in"}
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,12 @@ def describe_provenance(runs: Sequence[TrialRun]) -> str:
 
 def _provenance(verb: str, entries: Sequence[Mapping[str, str]], unit: str) -> Iterator[str]:
     """Name what all have in common, then every mix with its numbers."""
-    frame = pd.DataFrame(entries).fillna("unknown").rename(columns=PROVENANCE_LABELS)
+    frame = (
+        pd.DataFrame(entries)
+        .fillna({"attacks_in": "float32"})
+        .fillna("unknown")
+        .rename(columns=PROVENANCE_LABELS)
+    )
     counts = {label: column.value_counts().sort_index() for label, column in frame.items()}
     alike = [f"{label} {count.index[0]}" for label, count in counts.items() if len(count) == 1]
     if entries and (alike or not counts):
