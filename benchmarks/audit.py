@@ -47,21 +47,21 @@ TRAINING = (None, 6, 12, 18, 24)  # radii of adversarial training, x 255
 WIDTHS = (12, 20)
 WITHIN = 0.03
 LEARNT = 0.5  # of the images, at least; of others the training collapsed
-QUICK = 4  # honest models, and as many shams
+QUICK, FEW = 1, 12  # honest models, as many shams; images
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the share of honest models that are flagged, of shams that are, and of those broken."""
-    flagged = []
+    flagged, images = [], FEW if quick else IMAGES
     for name, model, radius in islice(honest(JUDGED_ON), QUICK if quick else None):
-        ledger = audited(model, radius)
+        ledger = audited(model, radius, images)
         if accuracy(ledger, "audit/clean") >= LEARNT:
             flagged.append(bool(flags := red_flags([ledger])))
             print(name, *flags, sep="\n  ")
     yield rate("honest models flagged", flagged, target=0.02, better="less")
     suspects, broken = [], []
-    for name, sham, truth in islice(defences(), QUICK if quick else None):
-        ledger = audited(sham, SHAM_RADIUS)
+    for name, sham, truth in islice(defences(images), QUICK if quick else None):
+        ledger = audited(sham, SHAM_RADIUS, images)
         suspects.append(bool(flags := red_flags([ledger])))
         plain, adapted = accuracy(ledger, "audit/plain"), accuracy(ledger, "audit")
         broken.append(adapted <= truth + WITHIN)
@@ -80,10 +80,10 @@ def rate(name: str, answers: Sequence[bool], **wanted: object) -> Figure:
     )
 
 
-def audited(model: Classifier, radius: Fraction) -> pa.Table:
+def audited(model: Classifier, radius: Fraction, images: int = IMAGES) -> pa.Table:
     """Return the ledger of an audit."""
     audit = Audit(DIGITS, radii=[radius])
-    audit.subset_size = IMAGES
+    audit.subset_size = images
     return judge_images(audit, model, load_data(DIGITS), device=DEVICE)
 
 
@@ -92,7 +92,7 @@ def accuracy(ledger: pa.Table, question: str) -> float:
     return next(s.value for s in survival_scores(ledger) if s.name == question)
 
 
-def defences() -> Iterator[tuple[str, Classifier, float]]:
+def defences(images: int) -> Iterator[tuple[str, Classifier, float]]:
     """Yield sham defences with the accuracy that AutoAttack leaves of the undefended network."""
     held_out = load_data(DIGITS).held_out
     torch.manual_seed(0)
@@ -100,16 +100,16 @@ def defences() -> Iterator[tuple[str, Classifier, float]]:
     robust = trained(network(), seed=3, radius=20)
     winners = trained(network(KWinners), seed=3, radius=20)
     leaked = to_unit(held_out.images[:]), held_out.labels
-    truths = {model: undefended(model) for model in (base, robust)}
+    truths = {model: undefended(model, images) for model in (base, robust)}
     for name, sham in shams(base, others, winners, leaked).items():
         undefended_model = robust if name == "k-winners-take-all" else base
         yield name, sham.to(DEVICE), truths[undefended_model]
 
 
-def undefended(model: Classifier) -> float:
+def undefended(model: Classifier, images: int) -> float:
     """Return what AutoAttack leaves of a model."""
     attack = AutoAttack(DIGITS, radii=[SHAM_RADIUS])
-    attack.subset_size = IMAGES
+    attack.subset_size = images
     ledger = judge_images(attack, model, load_data(DIGITS), device=DEVICE)
     return accuracy(ledger, "autoattack")
 
@@ -146,10 +146,13 @@ def transformer(width: int) -> nn.Module:
 SHAPES = (convolutions, pooled, transformer)
 
 
-def trained(net: nn.Module, *, seed: int, radius: int | None = None, epochs: int = 0) -> Classifier:
-    """Return a network trained on the digits, plainly or against PGD-2 within radius/255."""
+def trained(net: nn.Module, *, seed: int, radius: int | None = None) -> Classifier:
+    """Return a network trained on the digits, plainly or against PGD-2 within radius/255.
+
+    The radius grows over the first half: within the whole one from the start many never learn.
+    """
+    epochs, rate = (30, 2e-3) if isinstance(net, VisionTransformer) else (16, 8e-3)
     attack = {"epsilon": (radius or 0) / 255, "step_size": (radius or 0) / 510, "steps": 2}
-    rate = 2e-3 if isinstance(net, VisionTransformer) else 8e-3
     recipe = Recipe(
         scale=DIGITS.name,
         model="resnet18",
@@ -157,10 +160,11 @@ def trained(net: nn.Module, *, seed: int, radius: int | None = None, epochs: int
         learning_rate=rate,
         weight_decay=1e-4,
         scheduler="cosine",
-        epochs=epochs or (12 if isinstance(net, VisionTransformer) else 8),
+        warmup_epochs=2.0,
+        epochs=epochs,
         batch_size=64,
         seed=seed,
-        adversary=Adversary(**attack) if radius else None,
+        adversary=Adversary(**attack, epsilon_epochs=epochs / 2) if radius else None,
     )
     classifier = Classifier(net, DIGITS.data_set.mean, DIGITS.data_set.std).to(DEVICE)
     for _ in train(recipe, classifier, load_data(DIGITS), device=DEVICE):
