@@ -45,7 +45,10 @@ def offer(index, name, version, *needs):
 def offer_all(index, *, suffixes):
     """Offer the least version of all that the project needs; torch's builds by their suffixes."""
     extras = PROJECT["project"]["optional-dependencies"]
-    listed = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["cluster"]]
+    listed = [
+        *PROJECT["project"]["dependencies"],
+        *(need for extra in extras.values() for need in extra),
+    ]
     for need in map(Requirement, listed):
         least = [s.version for s in need.specifier if s.operator in (">=", "==")]
         if need.name not in (*BUILT, PROJECT["project"]["name"]):

@@ -155,7 +155,8 @@ def test_two_commands_on_one_study_train_and_judge_each_trial_once(server, tmp_p
     ]
     said = [ended(driver) for driver in drivers]
     counts = [re.search(r"Trained (\d) and judged (\d) cells", text).groups() for text in said]
-    assert [sum(map(int, of_both)) for of_both in zip(*counts, strict=True)] == [2, 2]
+    sums = [sum(map(int, of_both)) for of_both in zip(*counts, strict=True)]
+    assert sums == [2, 2], said
     assert sum("trials of this plan: these wait" in text for text in said) >= 1
     assert [text.count("is trained again") for text in said] == [0, 0]
 
