@@ -148,7 +148,7 @@ def start_hundred(uri):
 @pytest.mark.slow
 def test_two_commands_on_one_study_train_and_judge_each_trial_once(server, tmp_path):
     study = tmp_path / "study.toml"
-    study.write_text(study_of_one(epochs=100))
+    study.write_text(study_of_one(epochs=80))  # no other test of this server trains it
     drivers = [
         start(study, tmp_path / name, "--mlflow", server.uri, "--seeds", "2", "--address", "local")
         for name in ("one", "other")
