@@ -33,6 +33,7 @@ EVALUATORS: dict[str, str] = {
     "cue-conflict": "evaluators.stylized:CueConflict",
     "health": "evaluators.health:Health",
     "corruptions": "evaluators.corruptions:Corruptions",
+    "c-bar": "evaluators.corruptions:CBar",
     "radii": "evaluators.radii:Radii",
     **{f"radii-{norm}": f"evaluators.radii:Radii@{norm}" for norm in OTHER_NORMS},
     "transfer": "evaluators.transfer:Transfer",
@@ -95,6 +96,7 @@ UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
     **{name: partial(set_images, name) for name in ("natural", *ALONE)},
     ERRORS: corrupted_images,
+    "c-bar": lambda _, held_out: min(GENERATED_IMAGES, held_out),
 }
 
 

@@ -68,8 +68,10 @@ def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
     budget: dict[str, Any] = {"patches": options.patches, "area": options.patch_area}
     patch = replace(scale.patch, **{name: value for name, value in budget.items() if value})
     patch.side(scale.image_size)
-    if options.jpeg and ERRORS not in options.evaluators:
-        raise ValueError(f"--jpeg {options.jpeg} is of {ERRORS}: name it in --evaluators")
+    if options.jpeg and not {ERRORS, "c-bar"} & {*options.evaluators}:
+        raise ValueError(
+            f"--jpeg {options.jpeg} is of {ERRORS} and c-bar: name one in --evaluators"
+        )
     scale = replace(scale, patch=patch, stored_jpeg=options.jpeg or 0)
     scale = replace(scale, attacks_in=options.attacks_in)
     return attacking(scale, images) if images else scale

@@ -57,15 +57,24 @@ class Draws:
         return torch.stack([torch.poisson(r, generator=g) for r, g in pairs]).to(self._device)
 
 
+Kinds = dict[str, tuple[Callable[[Tensor, Any, Draws], Tensor], tuple[Any, ...]]]
+
+
 def corrupt(
-    images_BCHW: Tensor, ids: Sequence[str], *, kind: str, severity: int, jpeg: int = 0
+    images_BCHW: Tensor,
+    ids: Sequence[str],
+    *,
+    kind: str,
+    severity: int,
+    jpeg: int = 0,
+    kinds: Kinds | None = None,
 ) -> Tensor:
     """Corrupt float32 images in [0, 1], RGB or grey; a result follows from image and id alone.
 
     Oblong ones are made square by repeating their border, and cut again. Returns multiples of
-    1/255. jpeg: the quality at which they are then stored, 0: they are not.
+    1/255. jpeg: the quality at which they are then stored, 0: they are not. kinds: IMAGENET_C.
     """
-    apply, constants = _CORRUPTIONS[kind]
+    apply, constants = (kinds or IMAGENET_C)[kind]
     draws = Draws([f"{image_id}/{kind}/{severity}" for image_id in ids], images_BCHW.device)
     height, width = images_BCHW.shape[2:]
     side = max(height, width)
@@ -101,12 +110,12 @@ def glass_blur(images_BCHW: Tensor, constant: tuple[float, int, int], draws: Dra
     """Shuffle pixels locally between two Gaussian blurs. constant: sigma, reach, rounds."""
     sigma, reach, rounds = constant
     ratio, side = _length_ratio(images_BCHW), images_BCHW.shape[-1]
-    blurred = _cut_off(_smooth(images_BCHW, sigma * ratio))
+    blurred = _cut_off(smooth(images_BCHW, sigma * ratio))
     # The published loop leaves a frame of reach + 1 pixels as it is: here it shrinks by the ratio.
     margin = max(0, round((reach + 1) * (1 - ratio)))
     offsets = _shuffle(side + 2 * margin, reach, rounds, draws)
     inner = offsets[:, margin : margin + side, margin : margin + side]
-    return _smooth(_displace(blurred, inner * ratio, border="border"), sigma * ratio)
+    return smooth(displace(blurred, inner * ratio, border="border"), sigma * ratio)
 
 
 def motion_blur(images_BCHW: Tensor, constant: tuple[int, float], draws: Draws) -> Tensor:
@@ -183,10 +192,10 @@ def elastic_transform(images_BCHW: Tensor, alpha: float, draws: Draws) -> Tensor
     published = 0.01 * PUBLISHED_SIDE
     sigma = max(published * ratio, 1.0)
     drawn = draws.uniform(2, *images_BCHW.shape[2:], low=-1, high=1)
-    field = _smooth(drawn, sigma, truncate=3, border="reflect")
+    field = smooth(drawn, sigma, truncate=3, border="reflect")
     gain = (_taps(published, 3) ** 2).sum() / (_taps(sigma, 3) ** 2).sum()
     reach = alpha * 0.005 * PUBLISHED_SIDE * ratio * float(gain)
-    return _displace(images_BCHW, reach * field.permute(0, 2, 3, 1), border="reflection")
+    return displace(images_BCHW, reach * field.permute(0, 2, 3, 1), border="reflection")
 
 
 def pixelate(images_BCHW: Tensor, share: float, draws: Draws) -> Tensor:
@@ -290,8 +299,8 @@ def _shuffle(side: int, reach: int, rounds: int, draws: Draws) -> Tensor:
     return offsets.view(-1, side, side, 2)
 
 
-def _displace(images_BCHW: Tensor, offsets_BHW2: Tensor, *, border: str) -> Tensor:
-    """Read each pixel at its place plus an offset (x, y) in pixels."""
+def displace(images_BCHW: Tensor, offsets_BHW2: Tensor, *, border: str) -> Tensor:
+    """Read each pixel at its place plus an offset (x, y) in pixels. border: of grid_sample."""
     line = torch.arange(images_BCHW.shape[-1])
     places = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).to(offsets_BHW2)
     grid = (2 * (places + offsets_BHW2) + 1) / len(line) - 1
@@ -309,9 +318,10 @@ def _zoom(images_BCHW: Tensor, factor: float) -> Tensor:
     return large[..., first : first + side, first : first + side]
 
 
-def _smooth(
+def smooth(
     images_BCHW: Tensor, sigma: float, *, truncate: float = 4, border: str = "nearest"
 ) -> Tensor:
+    """Blur by a Gaussian. border: nearest or reflect."""
     side = images_BCHW.shape[-1]
     rows = _gaussian_rows(side, sigma, truncate, border).to(images_BCHW.device)
     return rows @ images_BCHW @ rows.T
@@ -409,7 +419,7 @@ def _needles(turn: float, generator: torch.Generator) -> Tensor:
     return 1 - (drawn_out / drawn_out.std()).abs()
 
 
-_CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any, Draws], Tensor], tuple[Any, ...]]] = {
+IMAGENET_C: Kinds = {
     "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": (shot_noise, (60, 25, 12, 5, 3)),
     "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),

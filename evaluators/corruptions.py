@@ -1,4 +1,4 @@
-"""corruptions: ImageNet-C, or the same fifteen kinds generated from held-out images."""
+"""corruptions: ImageNet-C, or its kinds generated from held-out images; c-bar: those of C-bar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 
 from evaluators import GENERATED_IMAGES, corrupted_images
 from evaluators.base import Batch, Column, Evaluator, split_batches, verdicts
+from evaluators.c_bar_kinds import C_BAR
 from evaluators.calibration import severity_errors
-from evaluators.corruption_kinds import corrupt
+from evaluators.corruption_kinds import IMAGENET_C, corrupt
 from evaluators.intervals import mean_score
 from evaluators.ledger import Score
+from evaluators.shifts import Shift
 from trainables.data.base import WHOLE, Data, Shard, Split, to_unit
 from trainables.data.load import CorruptedSet
-from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES
+from trainables.data.registry import CORRUPTION_GROUPS, EXTRA_KINDS, KINDS, SEVERITIES, STORED_SETS
 from trainables.layers import Classifier
 
 SHARD_IMAGES = 5000  # of each stored set
@@ -68,12 +70,7 @@ class Corruptions(Evaluator):
             if jpeg:
                 raise ValueError(f"{title} is read as it is stored: leave out jpeg {jpeg}")
             return {"data": title, "images": images.ids_hash(), "kinds": images.kinds}
-        return {
-            "data": source.data_set.stand_in("corruptions"),
-            "images": _chosen(source).ids_hash(),
-            "generation": GENERATION,
-            **({"jpeg": jpeg} if jpeg else {}),
-        }
+        return _identity_of_generated(self, source)
 
     def total(self, source: Data) -> int:
         return len(_stored(source) or _chosen(source))
@@ -87,10 +84,8 @@ class Corruptions(Evaluator):
     def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
         stored = _stored(source)
         remark = "" if stored or source.data_set.generated else GENERATED
-        fits = _chosen(source).images.nbytes * len(KINDS) * len(SEVERITIES) <= KEPT_BYTES
-        generate = _kept if fits else _generate
         jpeg = self.scale.stored_jpeg
-        for question, split in stored.splits() if stored else generate(source, jpeg):
+        for question, split in stored.splits() if stored else _generated(source, KINDS, jpeg):
             for batch in split_batches(split, batch_size=batch_size, shard=shard):
                 stage = (remark,) * len(batch.ids) if remark else None
                 yield replace(batch, question=question, stage=stage)
@@ -118,6 +113,32 @@ class Corruptions(Evaluator):
         return scores + severity_errors(ledger)
 
 
+class CBar(Shift):
+    """Top-1 accuracy over the kinds of ImageNet-C-bar and their severities; c-bar/KIND: of one.
+
+    The images are always generated, of 100 held-out ones; `imagenet-c-bar` reads the stored set.
+    """
+
+    name = "c-bar"
+    declared = STORED_SETS["imagenet-c-bar"]
+    columns = (Column("c-bar", "C-bar, generated"),)
+    least_shard = SHARD_IMAGES
+
+    def identity(self, source: Data) -> dict[str, Any]:
+        return _identity_of_generated(self, source)
+
+    def total(self, source: Data) -> int:
+        return len(_chosen(source))
+
+    def asked_about(self, held_out: int) -> int:
+        return min(GENERATED_IMAGES, held_out)
+
+    def batches(self, source: Data, *, batch_size: int, shard: Shard = WHOLE) -> Iterable[Batch]:
+        for part, split in _generated(source, self.declared.kinds, self.scale.stored_jpeg):
+            for batch in split_batches(split, batch_size=batch_size, shard=shard):
+                yield replace(batch, question=f"{self.name}/{part}")
+
+
 def _stored(source: Data) -> CorruptedSet | None:
     located = source.counterpart("corruptions")
     return CorruptedSet(*located, source) if located else None
@@ -127,16 +148,34 @@ def _chosen(source: Data) -> Split:
     return source.held_out.subset(source.corrupted or GENERATED_IMAGES, seed=0)
 
 
+def _identity_of_generated(evaluator: Evaluator, source: Data) -> dict[str, Any]:
+    jpeg = evaluator.scale.stored_jpeg
+    return {
+        "data": source.data_set.stand_in(evaluator.name),
+        "images": _chosen(source).ids_hash(),
+        "generation": GENERATION,
+        **({"jpeg": jpeg} if jpeg else {}),
+    }
+
+
+def _generated(source: Data, kinds: tuple[str, ...], jpeg: int) -> Iterable[tuple[str, Split]]:
+    """Yield the corrupted images by 'kind-severity', kept for the next model if they are few."""
+    total = _chosen(source).images.nbytes * len(kinds) * len(SEVERITIES)
+    return (_kept if total <= KEPT_BYTES else _generate)(source, kinds, jpeg)
+
+
 @lru_cache(maxsize=2)
-def _kept(source: Data, jpeg: int) -> tuple[tuple[str, Split], ...]:
-    return tuple(_generate(source, jpeg))
+def _kept(source: Data, kinds: tuple[str, ...], jpeg: int) -> tuple[tuple[str, Split], ...]:
+    return tuple(_generate(source, kinds, jpeg))
 
 
-def _generate(source: Data, jpeg: int) -> Iterator[tuple[str, Split]]:
-    split = _chosen(source)
+def _generate(source: Data, kinds: tuple[str, ...], jpeg: int) -> Iterator[tuple[str, Split]]:
+    split, known = _chosen(source), {**IMAGENET_C, **C_BAR}
     images_BCHW = to_unit(split.images[:])
-    for kind, severity in product(KINDS, SEVERITIES):
-        corrupted = corrupt(images_BCHW, split.ids, kind=kind, severity=severity, jpeg=jpeg)
+    for kind, severity in product(kinds, SEVERITIES):
+        corrupted = corrupt(
+            images_BCHW, split.ids, kind=kind, severity=severity, jpeg=jpeg, kinds=known
+        )
         yield f"{kind}-{severity}", replace(split, images=corrupted.mul_(255).round_().byte())
 
 

@@ -202,7 +202,7 @@ def test_a_file_of_strange_bytes_is_refused(tmp_path, suffix, capsys):
         (["--patch-area", "0"], "above 0 and at most 1, like 0.025"),
         (["--patch-area", "1"], "does not fit 16 px"),
         (["--jpeg", "101"], "less than or equal to 100"),
-        (["--jpeg", "85"], "--jpeg 85 is of corruptions: name it in --evaluators"),
+        (["--jpeg", "85"], "--jpeg 85 is of corruptions and c-bar: name one in"),
         (["--ledger", "/proc/ledgers"], "ledger folder /proc/ledgers cannot be made"),
     ],
 )
