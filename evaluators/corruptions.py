@@ -30,6 +30,7 @@ SHARD_IMAGES = 5000  # of each stored set
 GENERATION = 2  # raise it when generated images change: it is part of a cell's identity
 GENERATED = "generated"  # the ledger's remark where a published set was not there
 KEPT_BYTES = 2**28
+BLOCK = 200  # images that are corrupted at once
 SHOWN = ("gaussian_noise-3", "defocus_blur-3", "fog-3")  # of which the ledger keeps examples
 # AlexNet's errors, by which Hendrycks and Dietterich (2019) normalise. Source: google-research/
 # augmix, imagenet.py ("Raw AlexNet errors taken from github.com/hendrycks/robustness"); equal to
@@ -171,12 +172,12 @@ def _kept(source: Data, kinds: tuple[str, ...], jpeg: int) -> tuple[tuple[str, S
 
 def _generate(source: Data, kinds: tuple[str, ...], jpeg: int) -> Iterator[tuple[str, Split]]:
     split, known = _chosen(source), {**IMAGENET_C, **C_BAR}
-    images_BCHW = to_unit(split.images[:])
+    blocks = [*split.parts(batch_size=BLOCK)]
     for kind, severity in product(kinds, SEVERITIES):
-        corrupted = corrupt(
-            images_BCHW, split.ids, kind=kind, severity=severity, jpeg=jpeg, kinds=known
-        )
-        yield f"{kind}-{severity}", replace(split, images=corrupted.mul_(255).round_().byte())
+        how: dict[str, Any] = {"kind": kind, "severity": severity, "jpeg": jpeg, "kinds": known}
+        parts = [corrupt(to_unit(block.images[:]), block.ids, **how) for block in blocks]
+        pixels = torch.cat([part.mul_(255).round_().byte() for part in parts])
+        yield f"{kind}-{severity}", replace(split, images=pixels)
 
 
 def _aggregates(kinds: Sequence[str], *, with_mce: bool) -> dict[str, np.ndarray]:

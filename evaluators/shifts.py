@@ -57,6 +57,8 @@ class Shift(Evaluator):
         known = STORED_SETS[self.name]
         origin = f" ({known.source})" if known.source else ""
         remedy = f"--stored {self.name}=DIR reads it, at scales that have it"
+        if self.name == "imagenet-c-bar":
+            remedy += "; the evaluator c-bar generates its kinds"
         raise ValueError(f"{self.name} needs {known.title}{origin}: {remedy}")
 
     def identity(self, source: Data) -> dict[str, Any]:

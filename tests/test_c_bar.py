@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from evaluators import evaluator_named
 from evaluators.base import judge_images
 from evaluators.c_bar_kinds import C_BAR
 from evaluators.corruption_kinds import Draws, corrupt
@@ -151,6 +152,11 @@ def test_five_stars_are_white_to_their_radius():
     # Each star: pi x (0.06 side)^2 pixels of at least 3/4 where rays are not short; five of them.
     white = (stars > 0.7).float().mean().item()
     assert white == pytest.approx(5 * math.pi * 0.06**2, rel=0.35)
+
+
+def test_the_stored_sets_evaluator_names_the_generated_one():
+    with pytest.raises(ValueError, match=r"needs ImageNet-C-bar .* c-bar generates its kinds"):
+        evaluator_named("imagenet-c-bar", DIGITS).images(load_data(DIGITS))
 
 
 def test_c_bar_judges_ten_kinds_at_five_severities_and_says_that_they_are_generated():
