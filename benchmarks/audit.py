@@ -14,10 +14,14 @@ AutoAttack leaves of the undefended network, within the same radius.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from itertools import islice, product
+from functools import cache, partial
+from itertools import islice, product, starmap
+from multiprocessing import get_context
 
 import pyarrow as pa
 import torch
@@ -47,28 +51,43 @@ TRAINING = (None, 6, 12, 18, 24)  # radii of adversarial training, x 255
 WIDTHS = (12, 20)
 WITHIN = 0.03
 LEARNT = 0.5  # of the images, at least; of others the training collapsed
+Case = tuple[int, int, int | None, int]  # a seed, a shape, a radius and a width
 QUICK, FEW = 1, 12  # honest models, as many shams; images
 
 
 def compare(*, quick: bool) -> Iterator[Figure]:
     """Yield the share of honest models that are flagged, of shams that are, and of those broken."""
-    flagged, images = [], FEW if quick else IMAGES
-    for name, model, radius in islice(honest(JUDGED_ON), QUICK if quick else None):
-        ledger = audited(model, radius, images)
-        if accuracy(ledger, "audit/clean") >= LEARNT:
-            flagged.append(bool(flags := red_flags([ledger])))
-            print(name, *flags, sep="\n  ")
-    yield rate("honest models flagged", flagged, target=0.02, better="less")
-    suspects, broken = [], []
-    for name, sham, truth in islice(defences(images), QUICK if quick else None):
-        ledger = audited(sham, SHAM_RADIUS, images)
-        suspects.append(bool(flags := red_flags([ledger])))
-        plain, adapted = accuracy(ledger, "audit/plain"), accuracy(ledger, "audit")
-        broken.append(adapted <= truth + WITHIN)
-        shares = f"plain {plain:.1%}, adapted {adapted:.1%}, undefended {truth:.1%}"
-        print(f"{name}: {shares}", *flags, sep="\n  ")
+    images, most = (FEW, QUICK) if quick else (IMAGES, None)
+    spawning = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
+    with ProcessPoolExecutor(1 if quick else os.cpu_count(), **spawning, initargs=(1,)) as pool:
+        judged = pool.map(partial(of_honest, images=images), islice(honest(JUDGED_ON), most))
+        flagged = []
+        for name, has_learnt, flags in judged:
+            print(name, "" if has_learnt else "(did not learn)", *flags, sep="\n  ", flush=True)
+            flagged += [bool(flags)] * has_learnt
+        yield rate("honest models flagged", flagged, target=0.02, better="less")
+        names = islice(defences(images), most)
+        suspects, broken = zip(*pool.map(partial(of_sham, images=images), names), strict=True)
     yield rate("sham defences flagged", suspects, target=1.0)
     yield rate("sham defences broken to within 3 points", broken, target=0.8)
+
+
+def of_honest(case: Case, *, images: int) -> tuple[str, bool, list[str]]:
+    """Audit an honest model; return its name, whether it has learnt, and the red flags."""
+    name, model, radius = built(*case)
+    ledger = audited(model, radius, images)
+    return name, accuracy(ledger, "audit/clean") >= LEARNT, red_flags([ledger])
+
+
+def of_sham(name: str, *, images: int) -> tuple[bool, bool]:
+    """Audit a sham defence; return whether it is flagged, and whether it is broken."""
+    sham, truth = defences(images)[name]
+    ledger = audited(sham, SHAM_RADIUS, images)
+    flags = red_flags([ledger])
+    plain, adapted = accuracy(ledger, "audit/plain"), accuracy(ledger, "audit")
+    shares = f"plain {plain:.1%}, adapted {adapted:.1%}, undefended {truth:.1%}"
+    print(f"{name}: {shares}", *flags, sep="\n  ", flush=True)
+    return bool(flags), adapted <= truth + WITHIN
 
 
 def rate(name: str, answers: Sequence[bool], **wanted: object) -> Figure:
@@ -92,8 +111,9 @@ def accuracy(ledger: pa.Table, question: str) -> float:
     return next(s.value for s in survival_scores(ledger) if s.name == question)
 
 
-def defences(images: int) -> Iterator[tuple[str, Classifier, float]]:
-    """Yield sham defences with the accuracy that AutoAttack leaves of the undefended network."""
+@cache
+def defences(images: int) -> dict[str, tuple[Classifier, float]]:
+    """Return sham defences with the accuracy that AutoAttack leaves of the undefended network."""
     held_out = load_data(DIGITS).held_out
     torch.manual_seed(0)
     base, *others = (trained(network(), seed=seed) for seed in range(3))
@@ -101,9 +121,11 @@ def defences(images: int) -> Iterator[tuple[str, Classifier, float]]:
     winners = trained(network(KWinners), seed=3, radius=20)
     leaked = to_unit(held_out.images[:]), held_out.labels
     truths = {model: undefended(model, images) for model in (base, robust)}
-    for name, sham in shams(base, others, winners, leaked).items():
-        undefended_model = robust if name == "k-winners-take-all" else base
-        yield name, sham.to(DEVICE), truths[undefended_model]
+    defended = shams(base, others, winners, leaked)
+    return {
+        name: (sham.to(DEVICE), truths[robust if name == "k-winners-take-all" else base])
+        for name, sham in defended.items()
+    }
 
 
 def undefended(model: Classifier, images: int) -> float:
@@ -172,20 +194,26 @@ def trained(net: nn.Module, *, seed: int, radius: int | None = None) -> Classifi
     return classifier.eval()
 
 
-def honest(seeds: Sequence[int]) -> Iterator[tuple[str, Classifier, Fraction]]:
-    """Yield honest models, each with its name and a radius that it withstands in part."""
-    for seed, shape, radius, width in product(seeds, SHAPES, TRAINING, WIDTHS):
-        torch.manual_seed(seed)
-        name = f"{shape.__name__} {width}, {radius or 'plain'}, seed {seed}"
-        model = trained(shape(width), seed=seed, radius=radius)
-        yield name, model, ROBUST_RADIUS if radius else PLAIN_RADIUS
+def honest(seeds: Sequence[int]) -> Iterator[Case]:
+    """Yield the cases of honest models."""
+    yield from product(seeds, range(len(SHAPES)), TRAINING, WIDTHS)
+
+
+def built(
+    seed: int, shape: int, radius: int | None, width: int
+) -> tuple[str, Classifier, Fraction]:
+    """Return an honest model with its name and a radius that it withstands in part."""
+    torch.manual_seed(seed)
+    name = f"{SHAPES[shape].__name__} {width}, {radius or 'plain'}, seed {seed}"
+    model = trained(SHAPES[shape](width), seed=seed, radius=radius)
+    return name, model, ROBUST_RADIUS if radius else PLAIN_RADIUS
 
 
 def main() -> int:
     """Print the rates, or the signs of the models that the thresholds were chosen on."""
     torch.set_num_threads(1)
     if "--chosen" in sys.argv:
-        for name, model, radius in honest(CHOSEN_ON):
+        for name, model, radius in starmap(built, honest(CHOSEN_ON)):
             ledger = audited(model, radius)
             signs = audit_signs(by_question(ledger), "audit")
             print(f"{name}: clean {accuracy(ledger, 'audit/clean'):.0%}, signs {signs}")
