@@ -63,7 +63,7 @@ def compare(*, quick: bool) -> Iterator[Figure]:
         judged = pool.map(partial(of_honest, images=images), islice(honest(JUDGED_ON), most))
         flagged = []
         for name, has_learnt, flags in judged:
-            print(name, "" if has_learnt else "(did not learn)", *flags, sep="\n  ", flush=True)
+            print(name + " did not learn" * (not has_learnt), *flags, sep="\n  ", flush=True)
             flagged += [bool(flags)] * has_learnt
         yield rate("honest models flagged", flagged, target=0.02, better="less")
         names = islice(defences(images), most)

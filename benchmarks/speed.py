@@ -1,9 +1,8 @@
 """How soon trainings reach an accuracy: `python -m benchmarks.speed --scale NAME [--data DIR]`.
 
-The rows of the shipped study `speed`, a seed each: processor seconds of training until so many
-held-out images are right as the target says, those of all epochs (with what a training itself judges after
-its epochs), and the last accuracy. On one
-thread the seconds of a busy machine can be compared.
+The rows of the shipped study `speed`, a seed each: processor seconds until so many held-out images
+are right as the target says, those of all epochs, and the last accuracy; what a training itself
+judges counts. On one thread the seconds of a busy machine can be compared.
 """
 
 from __future__ import annotations
