@@ -60,26 +60,26 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     images, most = (FEW, QUICK) if quick else (IMAGES, None)
     spawning = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
     with ProcessPoolExecutor(1 if quick else os.cpu_count(), **spawning, initargs=(1,)) as pool:
-        judged = pool.map(partial(of_honest, images=images), islice(honest(JUDGED_ON), most))
+        judged = pool.map(partial(audit_honest, images=images), islice(honest(JUDGED_ON), most))
         flagged = []
         for name, has_learnt, flags in judged:
             print(name + " did not learn" * (not has_learnt), *flags, sep="\n  ", flush=True)
             flagged += [bool(flags)] * has_learnt
         yield rate("honest models flagged", flagged, target=0.02, better="less")
         names = islice(defences(images), most)
-        suspects, broken = zip(*pool.map(partial(of_sham, images=images), names), strict=True)
+        suspects, broken = zip(*pool.map(partial(audit_sham, images=images), names), strict=True)
     yield rate("sham defences flagged", suspects, target=1.0)
     yield rate("sham defences broken to within 3 points", broken, target=0.8)
 
 
-def of_honest(case: Case, *, images: int) -> tuple[str, bool, list[str]]:
+def audit_honest(case: Case, *, images: int) -> tuple[str, bool, list[str]]:
     """Audit an honest model; return its name, whether it has learnt, and the red flags."""
     name, model, radius = built(*case)
     ledger = audited(model, radius, images)
     return name, accuracy(ledger, "audit/clean") >= LEARNT, red_flags([ledger])
 
 
-def of_sham(name: str, *, images: int) -> tuple[bool, bool]:
+def audit_sham(name: str, *, images: int) -> tuple[bool, bool]:
     """Audit a sham defence; return whether it is flagged, and whether it is broken."""
     sham, truth = defences(images)[name]
     ledger = audited(sham, SHAM_RADIUS, images)

@@ -45,15 +45,17 @@ def compare(*, quick: bool) -> Iterator[Figure]:
     for bound in BOUNDS:
         sides = [row[bound] for row in rows]
         covered = sum(side.covers for side in sides)
-        told = f"{covered} of {len(sides)} intervals hold; {scale.autoattack_subset} images"
-        require(covered >= 0.95 * len(sides), told)
+        agreement = f"{covered} of {len(sides)} intervals hold; {scale.autoattack_subset} images"
+        require(covered >= 0.95 * len(sides), agreement)
         ratios = {
             "gradient passes": ([side.passes for side in sides], 0.25),
             "time": ([side.seconds for side in sides], 0.4),
         }
         for ratio, (values, target) in ratios.items():
             name = f"AutoAttack, bounded to {100 * bound:.0f} points / exact, {ratio}"
-            yield Figure(name=name, values=tuple(values), target=target, better="less", same=told)
+            yield Figure(
+                name=name, values=tuple(values), target=target, better="less", same=agreement
+            )
 
 
 @dataclass(frozen=True)

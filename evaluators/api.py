@@ -64,8 +64,7 @@ def evaluate(
     names = [in_norm(name, norm) for name in _several(evaluators)]
     if not names:
         raise ValueError("there is no evaluator to judge by: clean, pgd, autoattack, ...")
-    stated = (str(radius) for radius in _several(epsilon) if radius is not None)
-    radii = [fraction(radius, *RADIUS, most=LARGEST_RADIUS) for radius in stated]
+    radii = _radii(epsilon)
     own_scale, own_data = read(data, image_size)
     probed = own_data.held_out.images[:PROBED]
     classifier = classifier_of(model, probed.shape[1], mean, std, draws=eot)
@@ -88,6 +87,11 @@ def evaluate(
         if store:
             cells.write_ledgers()
         return cells.scores(label, notes + remarks)
+
+
+def _radii(epsilon: Radius | Sequence[Radius] | None) -> list[Fraction]:
+    stated = (str(radius) for radius in _several(epsilon) if radius is not None)
+    return [fraction(radius, *RADIUS, most=LARGEST_RADIUS) for radius in stated]
 
 
 def _several(value: Any) -> list[Any]:

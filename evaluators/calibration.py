@@ -81,8 +81,9 @@ def _scores(rows: pa.Table) -> Iterator[Figure]:
     n, right = len(rows), rows["survived"].to_numpy().astype(np.float32)
     image_N = rows["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     count = int(image_N.max()) + 1
-    kept = (rows[name].to_numpy() for name in ("confidence", "label_confidence"))
-    confidence, label = (np.nan_to_num(values) for values in kept)
+    confidence, label = (
+        np.nan_to_num(rows[name].to_numpy()) for name in ("confidence", "label_confidence")
+    )
     nll_N, is_tempered = -np.log(np.maximum(label, LEAST)), not rows["tempered"].null_count
     if is_tempered:
         logs = rows["tempered"].combine_chunks().flatten().to_numpy().reshape(n, 2, -1)

@@ -72,8 +72,8 @@ def _with_budgets(scale: Scale, options: JudgeOptions) -> Scale:
         raise ValueError(
             f"--jpeg {options.jpeg} is of {ERRORS} and c-bar: name one in --evaluators"
         )
-    scale = replace(scale, patch=patch, stored_jpeg=options.jpeg or 0)
-    scale = replace(scale, attacks_in=options.attacks_in)
+    stated: dict[str, Any] = {"stored_jpeg": options.jpeg or 0, "attacks_in": options.attacks_in}
+    scale = replace(scale, patch=patch, **stated)
     return attacking(scale, images) if images else scale
 
 

@@ -143,7 +143,7 @@ def evaluators_named(
     """Set up evaluators; `pgd-10` and its like are pgd of these lengths alone.
 
     radii: of the attacks that take several; none: the scale's. ValueError where no evaluator takes
-    them.
+    them, or none seeks in the bfloat16 that the scale states.
     """
     radii = tuple(dict.fromkeys(radii))
     evaluators = []
@@ -156,6 +156,9 @@ def evaluators_named(
     if radii and not any(evaluator.takes_radii for evaluator in evaluators):
         takers = "pgd, autoattack and plug-ins' attacks"
         raise ValueError(f"epsilon is a radius of {takers}: {', '.join(names)} takes none")
+    attacks = (evaluator for evaluator in evaluators if isinstance(evaluator, BallAttack))
+    if scale.attacks_in == "bf16" and not any(attack.is_bf16 for attack in attacks):
+        raise ValueError(f"pgd and autoattack seek in bf16: {', '.join(names)} does not")
     return evaluators
 
 

@@ -121,12 +121,12 @@ class EvaluatorActor:
         if cell.sources:
             places = {digest: rest for digest, *rest in cell.sources}
             settings["sources"] = {digest: sha256 for digest, (_, sha256) in places.items()}
-            settings["read"] = lambda digest: self._kept_images(cell.evaluator, *places[digest])
+            settings["read"] = lambda digest: self._source_ledger(cell.evaluator, *places[digest])
         question = evaluator_named(cell.evaluator, scale, images=cell.images, **settings)
         with counting_steps(self._hung_after):
             return judged_shard(question, classifier, data, self._device, shard)
 
-    def _kept_images(self, evaluator: str, artifact_uri: str, sha256: str) -> bytes:
+    def _source_ledger(self, evaluator: str, artifact_uri: str, sha256: str) -> bytes:
         """Return the ledger with a source's adversarial images; DamagedError."""
         read = partial(fetch_content, self._tracking_uri, artifact_uri)
         return whole_ledger(read, artifact_uri, evaluator, sha256)

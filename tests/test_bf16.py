@@ -12,6 +12,7 @@ from torch import nn
 
 from evaluators import evaluator_named
 from evaluators.base import Batch, cell_digest, judge_images
+from evaluators.judging import evaluators_named
 from evaluators.pgd import PGD, PublishedPGD
 from trainables.data.base import to_unit
 from trainables.data.load import load_data
@@ -70,3 +71,9 @@ def test_an_audit_attacks_in_float32(classifier):
     ledger = evaluator_named("audit", weak).judge(classifier, Batch(images, labels, (*"abcd",)))
     assert all(ledger.filter(pc.equal(ledger["question"], "audit"))["survived"].to_pylist())
     assert not any(is_half for is_half, _ in classifier.backbone.passes)
+
+
+def test_bf16_is_refused_where_nothing_seeks_in_it():
+    with pytest.raises(ValueError, match="pgd and autoattack seek in bf16: clean, audit does not"):
+        evaluators_named(["clean", "audit"], IN_BF16, [])
+    assert evaluators_named(["clean", "pgd-5"], IN_BF16, [])[1].is_bf16
