@@ -90,7 +90,8 @@ def corrupted_images(scale: Scale, held_out: int) -> int:
 
 # What a plan needs of evaluators before it imports them: which draw images, and how many images
 # the others judge.
-DRAWN = ("radii", "transfer", "pgd", "audit", "tpa", "autoattack", "certified")
+CHECKED = ("pgd", "audit", "autoattack")  # how the names of attacks with red flags begin
+DRAWN = (*CHECKED, "radii", "transfer", "tpa", "certified")
 DRAWING = {name for name in EVALUATORS if name.startswith(DRAWN)}
 UNDRAWN: dict[str, Callable[[Scale, int], int]] = {
     **dict.fromkeys(("clean", "stylized", "cue-conflict"), lambda _, held_out: held_out),
@@ -135,8 +136,7 @@ def in_norm(name: str, norm: str) -> str:
 
     ValueError where an attack does not have the norm.
     """
-    roots = ("radii", "pgd", "audit", "autoattack")
-    root = next((root for root in roots if name.startswith(root)), "")
+    root = next((root for root in ("radii", *CHECKED) if name.startswith(root)), "")
     if (wanted := norm.lower()) not in ("linf", *OTHER_NORMS):
         raise ValueError(unknown("norm", norm, ("Linf", "L2", "L1")))
     if wanted == "linf" or re.search(r"-l[12]\b", name):

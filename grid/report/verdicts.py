@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageChops
 
-from evaluators import EVALUATORS
+from evaluators import CHECKED, EVALUATORS
 from evaluators.base import Column
 from evaluators.health import is_checked, red_flags
 from evaluators.intervals import (
@@ -34,7 +34,7 @@ from grid.table import Row
 from trainables.data.listing import WORDNET_ID
 from trainables.store.tracking import DAMAGED_LEDGER, STOPPED, Tracker, TrialRun
 
-ATTACKS = ("health", *(n for n in EVALUATORS if n.startswith(("pgd", "audit", "autoattack"))))
+ATTACKS = ("health", *(n for n in EVALUATORS if n.startswith(CHECKED)))
 CACHED_LEDGERS = 256
 MOST_ROWS = 100  # of more, each against the first says less than the effects of the axes
 MODELS = 4  # whose images the gallery shows
