@@ -526,14 +526,14 @@ class Recorder(threading.Thread):
 
         One command does it, and the others wait for it.
         """
-        if self._received is not None or not (transfers := self._transfers()):
+        if self._received is not None or not transferring(self._trials.values()):
             return False
         holder, others = self.tracker.lease(TRANSFER)
         if holder:
             return True
         if others:
             self._runs |= {d: r for d, r in self.tracker.trials().items() if d in self._trials}
-            transfers = self._transfers()
+        transfers = self._transfers()
         self._received = {question.digest: question for _, question in transfers}
         self.progress.cells += len(transfers)
         for cell, question in transfers:

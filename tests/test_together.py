@@ -131,6 +131,45 @@ def test_commands_with_other_evaluators_do_not_wait_for_each_other(command, tmp_
         assert sorted(run.cells) == ["clean", "health", "pgd"]
 
 
+class TransferPool(MadeUpPool):
+    """Judges models' own adversarial images at once, and all models' when it is let."""
+
+    is_let = False
+
+    def poll(self, timeout):
+        return [judged for judged in super().poll(timeout) if self.is_let or not judged[0].sources]
+
+
+def test_one_command_judges_all_adversarial_images_and_the_others_wait_for_it(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("grid.record.RENEW_SECONDS", 0.1)
+    trials = [trial for trial in PLAN if not trial.recipe.prerequisites][:2]
+    plan = Plan(tuple(replace(trial, evaluators=("transfer",)) for trial in trials))
+    one, other, pool = command("one", plan), command("other", plan), TransferPool()
+    lease, leases = other.tracker.lease, []
+    monkeypatch.setattr(other.tracker, "lease", lambda key: leases.append(key) or lease(key))
+
+    def train_and_judge():
+        for trial in trials:
+            take(one, trial.digest)
+        with one.recording(pool):
+            for trial in trials:
+                finish(one, tmp_path / trial.digest, trial.recipe)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(train_and_judge)
+        wait_until(None, lambda: [cell for cell in pool._asked if cell.sources])
+        for trial in trials:
+            take(other, trial.digest)
+        second = threads.submit(record_until_all_is_judged, other)
+        wait_until(None, lambda: leases.count("transfer") > 2)
+        pool.is_let = True
+        first.result(), second.result()
+    assert (one.progress.cells_done, other.progress.cells_done) == (4, 0)
+    assert not other._transfers()
+
+
 def test_a_command_that_starts_later_takes_the_weights_of_another(command, tmp_path):
     one, digest = command("one"), TEACHER.digest()
     path = tmp_path / "weights.safetensors"
